@@ -1,0 +1,61 @@
+"""The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
+
+from .contract import Contract, ContractError, Difference, differences, parse
+from .manifest import (
+    CaptionsIdentity,
+    Codec,
+    FeatureIdentity,
+    FeatureManifest,
+    LatentIdentity,
+    LatentManifest,
+    Layout,
+    ModelIdentity,
+    Provenance,
+    SamplesIdentity,
+    Template,
+)
+from .receipt import Quarantine, Receipt, WrittenFile
+from .run import (
+    DataConfig,
+    EMAConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RoutingConfig,
+    RunRecord,
+    TrainConfig,
+)
+from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
+
+__all__ = [
+    "CAPTIONS_SCHEMA",
+    "LATENT_SAMPLES_SCHEMA",
+    "SAMPLES_SCHEMA",
+    "CaptionsIdentity",
+    "Codec",
+    "Contract",
+    "ContractError",
+    "DataConfig",
+    "Difference",
+    "EMAConfig",
+    "FeatureIdentity",
+    "FeatureManifest",
+    "FlowConfig",
+    "LatentIdentity",
+    "LatentManifest",
+    "Layout",
+    "ModelConfig",
+    "ModelIdentity",
+    "OptimizerConfig",
+    "Provenance",
+    "Quarantine",
+    "Receipt",
+    "RoutingConfig",
+    "RunRecord",
+    "SamplesIdentity",
+    "Template",
+    "TrainConfig",
+    "WrittenFile",
+    "differences",
+    "parse",
+]

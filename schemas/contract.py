@@ -1,0 +1,93 @@
+"""What every contract shares: strict fields, errors that name the remedy, and comparison by key."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ContractError(ValueError):
+    """A document does not satisfy its contract; the message lists every key that is wrong."""
+
+
+class Contract(BaseModel):
+    """Base of everything that is written to disk: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Difference(NamedTuple):
+    """One key whose values differ: dotted key, the value found, the value expected."""
+
+    key: str
+    found: Any
+    expected: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_short(self.found)} instead of {_short(self.expected)}"
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], document: Any, name: str) -> M:
+    """Validate ``document`` against ``model``.
+
+    Args:
+        document: what was read, normally a mapping.
+        name: what the document is called in messages, for example its path.
+
+    Raises:
+        ContractError: with a line for each problem; an unknown key suggests the nearest known one.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        lines = [_explain(model, problem) for problem in error.errors()]
+    raise ContractError("\n  ".join([f"{name} is not valid:", *lines]))
+
+
+def differences(found: Any, expected: Any, prefix: str = "") -> list[Difference]:
+    """Every leaf that differs between two contracts or plain documents, in key order."""
+    found, expected = _plain(found), _plain(expected)
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        keys = sorted({*found, *expected})
+        return [
+            difference
+            for key in keys
+            for difference in differences(
+                found.get(key), expected.get(key), f"{prefix}.{key}" if prefix else str(key)
+            )
+        ]
+    return [] if found == expected else [Difference(prefix, found, expected)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] != "extra_forbidden":
+        return f"{key}: {problem['msg']} (found {_short(problem['input'])})"
+    known = _known_keys(model, location[:-1])
+    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,146 @@
+"""``manifest.json``: what a store holds, how it was made, and how its bytes are laid out."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .contract import Contract
+
+Status = Literal["extracting", "complete"]
+
+
+class ModelIdentity(Contract):
+    """The frozen LLM. Files are compared by content, so the same weights elsewhere are the same."""
+
+    architecture: str
+    """Class of the text decoder in transformers, for example ``LlamaModel``."""
+    num_layers: int = Field(ge=1)
+    """Number of blocks of the LLM, whether or not all of them are stored."""
+    width: int = Field(ge=1)
+    """Width of the hidden states (H)."""
+    files: dict[str, str]
+    """File name -> sha256, for the configuration and the weights."""
+
+
+class Template(Contract):
+    """The text around every caption, and which of its rows are stored."""
+
+    text: str
+    """For example ``{bos}{caption}``."""
+    prefix_tokens: list[int]
+    """Token ids in front of every caption; stored only for the null caption, or with keep_prefix."""
+    suffix_tokens: list[int]
+    """Token ids after every caption; always stored."""
+    keep_prefix: bool
+    """Whether the prefix rows are stored for every caption."""
+
+
+class CaptionsIdentity(Contract):
+    """The unique captions, and the seeded order in which they were dealt to shards."""
+
+    num_captions: int = Field(ge=1)
+    """Unique captions, the null caption included."""
+    fingerprint: str
+    """sha256 over the texts of all captions in store order."""
+    seed: int
+    """Seed of the order."""
+
+
+class SamplesIdentity(Contract):
+    """The rows of the input file, in its order; joins features with latents."""
+
+    num_samples: int = Field(ge=1)
+    fingerprint: str | None
+    """sha256 over the captions of every row in input order; null where the input has no captions."""
+
+
+class FeatureIdentity(Contract):
+    """Everything that decides the stored numbers. Resume and training demand equality."""
+
+    model: ModelIdentity
+    tokenizer: str
+    """sha256 of the tokenizer's serialised state."""
+    template: Template
+    layers: list[int] = Field(min_length=1)
+    """Stored layers: 0 is the embedding output, l the output of block l."""
+    final_norm: Literal["normed", "absent"]
+    """``normed``: the LLM's last layer is stored, after the final norm. ``absent``: it is not stored."""
+    dtype: Literal["float32", "bfloat16"]
+    """In which the LLM ran."""
+    attention: str
+    """Attention implementation of transformers."""
+    max_length: int = Field(ge=1)
+    """Longest sequence, template included, in tokens; longer captions were cut at their end."""
+    captions: CaptionsIdentity
+    samples: SamplesIdentity
+
+
+class Layout(Contract):
+    """How rows become chunks and shards (see ``pipeline.layout``)."""
+
+    num_shards: int = Field(ge=1)
+    rows_per_shard: int = Field(ge=1)
+    rows_per_chunk: int = Field(ge=1)
+    num_rows: int = Field(ge=1)
+    """Rows in use; the arrays are ``num_shards * rows_per_shard`` long."""
+    batch_tokens: int = Field(ge=1)
+    """Budget of a batch of the encoder, padding included, in tokens (images for latents)."""
+
+
+class Codec(Contract):
+    """What the stored codes mean (see ``pipeline.codecs``)."""
+
+    name: Literal["bf16"]
+
+
+class Provenance(Contract):
+    """Recorded for people; never compared."""
+
+    source: str
+    """The captions or samples as named by the user."""
+    model: str
+    """The model as named by the user: hub id, folder or file."""
+    created: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    """Library -> version."""
+
+
+class FeatureManifest(Contract):
+    """``manifest.json`` of a feature store."""
+
+    format: Literal["semroute.features"] = "semroute.features"
+    format_version: Literal[1] = 1
+    status: Status
+    identity: FeatureIdentity
+    layout: Layout
+    codec: Codec
+    provenance: Provenance
+
+
+class LatentIdentity(Contract):
+    """Everything that decides the stored latents."""
+
+    vae: Literal["pixels"]
+    """``pixels``: the image itself."""
+    shape: tuple[int, int, int]
+    """Channels, height, width of one latent."""
+    dtype: Literal["uint8"]
+    """Of the stored codes."""
+    scale: float
+    """Latent = code * scale + shift, in the units that the model is trained on."""
+    shift: float
+    images: str
+    """sha256 over the sha256 of every encoded image file in input order."""
+    samples: SamplesIdentity
+
+
+class LatentManifest(Contract):
+    """``manifest.json`` of a latent store."""
+
+    format: Literal["semroute.latents"] = "semroute.latents"
+    format_version: Literal[1] = 1
+    status: Status
+    identity: LatentIdentity
+    layout: Layout
+    provenance: Provenance

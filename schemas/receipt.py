@@ -1,0 +1,37 @@
+"""``receipts/`` and ``quarantine/``: one small file a shard, written after the shard itself."""
+
+from .contract import Contract
+
+
+class WrittenFile(Contract):
+    """One file of a shard, as it was on disk when the receipt was written."""
+
+    num_bytes: int
+    sha256: str
+
+
+class Receipt(Contract):
+    """The proof that a shard is whole; work that remains is what has no receipt."""
+
+    shard: int
+    num_rows: int
+    num_entries: int
+    """Captions (or samples) in the shard."""
+    files: dict[str, WrittenFile]
+    """Path relative to the store -> what was written."""
+    codec_error: dict[str, float]
+    """Relative L2 error of LN(h) made by the codec, over the shard: mean, max, and both without the
+    three largest channels. Empty where nothing was coded."""
+    warnings: list[str]
+    seconds: dict[str, float]
+    """Where the time went: encode, write, total."""
+    worker: str
+
+
+class Quarantine(Contract):
+    """A shard that could not be written, and why."""
+
+    shard: int
+    entries: list[int]
+    """caption_id (or sample_id) of everything in the shard."""
+    reason: str

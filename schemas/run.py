@@ -1,0 +1,144 @@
+"""The configuration of a training run, and the record that a run directory keeps of itself.
+
+The defaults are the recipe of arXiv 2602.03510 and its reference code, but for three: phi_scale (1
+reproduces the reference), the router's own learning rate, and no weight decay on the router.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .contract import Contract
+from .manifest import FeatureIdentity, LatentIdentity
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RoutingConfig(Contract):
+    """Which mix of LLM layers a block reads (design: alpha = softmax(z(t, d)))."""
+
+    strategy: Literal["penultimate", "uniform", "static", "time", "depth", "joint"] = "depth"
+    phi_scale: float = Field(1000.0, gt=0)
+    """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code."""
+
+
+class ModelConfig(Contract):
+    """The DiT. A named size, of which single numbers may be replaced."""
+
+    size: Literal["nano", "small", "base", "paper"] = "paper"
+    depth: Positive | None = None
+    """Number of blocks (D)."""
+    width: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    """Grouped-query attention: divides num_heads."""
+    head_dim: Positive | None = None
+    """Divisible by 4, for 2D RoPE."""
+    mlp_width: Positive | None = None
+    """Hidden width of SwiGLU."""
+    patch_size: Positive = 2
+    conditioning: Literal["none", "adaln"] = "none"
+    """How blocks see the noise level: not at all, as in the paper, or by adaLN."""
+
+
+class FlowConfig(Contract):
+    """Rectified flow x_t = (1 - t) x_0 + t noise, t in [0, 1], 1 = pure noise."""
+
+    prediction: Literal["velocity", "x0"] = "velocity"
+    t_mean: float = 0.0
+    """Mean of the logit of t before the shift."""
+    t_std: float = Field(1.0, gt=0)
+    shift: float = Field(6.0, gt=0)
+    """t <- shift t / (1 + (shift - 1) t), in training and in sampling."""
+
+
+class OptimizerConfig(Contract):
+    """Two learning rates that matter, the router's apart."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """``muon``: torch.optim.Muon for the matrices of the blocks, AdamW for everything else."""
+    lr: float = Field(1e-4, gt=0)
+    muon_lr: float = Field(0.015, gt=0)
+    """Of the matrices, where name is ``muon``."""
+    router_lr: float = Field(1e-2, gt=0)
+    """Adam moves a logit by about this much a step, so at 1e-4 a short run stays uniform."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Not applied to the router."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Linear, from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up; cosine and linear fall to 0 at the last step."""
+
+
+class DataConfig(Contract):
+    """What a step reads."""
+
+    batch_size: Positive = 512
+    """Samples a step, over all ranks and accumulation steps."""
+    noise_draws: Positive = 1
+    """Pairs of t and noise drawn for each sample read: each is a row of the batch that the DiT sees."""
+    caption_dropout: Fraction = 0.1
+    """Share of samples whose caption becomes the null caption."""
+    prefetch: Positive = 4
+    """Batches read ahead."""
+
+
+class EMAConfig(Contract):
+    """Exponential moving average of the weights, kept in fp32."""
+
+    decay: Fraction = 0.99
+    every: Positive = 100
+    """Steps between updates."""
+
+
+class TrainConfig(Contract):
+    """Everything that ``semroute train`` needs."""
+
+    features: str
+    """A complete feature store."""
+    latents: str
+    """A complete latent store, made from the same samples."""
+    output: str
+    """The run directory."""
+    seed: int = 0
+    steps: Positive = 500_000
+    grad_accum_steps: Positive = 1
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    log_every: Positive = 10
+    checkpoint_every: Positive = 5_000
+    keep_checkpoints: Positive = 3
+    tracker: Literal["none", "tensorboard"] = "none"
+    """``metrics.jsonl`` is always written."""
+    routing: RoutingConfig = RoutingConfig()
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    ema: EMAConfig = EMAConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.data.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of grad_accum_steps "
+                f"{self.grad_accum_steps}"
+            )
+        return self
+
+
+class RunRecord(Contract):
+    """``run.json``: what a run was trained on, enough to sample from it without its stores."""
+
+    format: Literal["semroute.run"] = "semroute.run"
+    format_version: Literal[1] = 1
+    config: TrainConfig
+    features: FeatureIdentity
+    latents: LatentIdentity
+    model_source: str
+    """The LLM as the extraction named it; needed only to encode new prompts."""
+    versions: dict[str, str]
+    created: str

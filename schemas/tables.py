@@ -1,0 +1,37 @@
+"""Arrow schemas of the tables that stand beside the arrays."""
+
+import pyarrow as pa
+
+CAPTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("caption_id", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("num_cut_tokens", pa.int32(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row_start", pa.int64(), nullable=False),
+        pa.field("row_stop", pa.int64(), nullable=False),
+    ]
+)
+"""``captions.parquet``: a row a unique caption, in store order; row 0 is the null caption.
+
+``token_ids`` are the stored rows' tokens, ``num_cut_tokens`` how many were cut off by max_length."""
+
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("caption_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("image", pa.string()),
+    ]
+)
+"""``samples.parquet`` of a feature store: a row an input row, in input order."""
+
+LATENT_SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("image", pa.string()),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""``samples.parquet`` of a latent store: sample_id is also the row of its latent."""
