@@ -1,0 +1,421 @@
+"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers a block.
+
+The architecture is the one of arXiv 2602.03510 as its code has it: RMSNorm, grouped-query attention
+with RMS-normed queries and keys, 2D rotary positions, SwiGLU, and by default no timestep embedding.
+
+Shapes: B batch, C channels, N image tokens, W width, R rows (tokens of all captions, packed),
+P pairs of a batch item and a row, U unique captions, T text tokens of the longest caption, H text
+width, D blocks, L layers, A attention heads, G key/value heads, E head width, M SwiGLU width.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..schemas import InputError, ModelConfig, RoutingConfig
+from .routing import make_router, phi
+
+ROPE_THETA = 1e4
+T_SCALE = 1000.0
+
+
+# ----------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a DiT; a named one may be changed number by number in ``ModelConfig``."""
+
+    depth: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+
+
+SIZES = {
+    "nano": Size(depth=6, width=96, num_heads=4, num_kv_heads=1, head_dim=24, mlp_width=256),
+    "small": Size(depth=12, width=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1536),
+    "base": Size(depth=12, width=768, num_heads=12, num_kv_heads=3, head_dim=64, mlp_width=3072),
+    "paper": Size(depth=24, width=2048, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=8192),
+}
+
+
+def resolve_size(config: ModelConfig) -> Size:
+    """The named size with the numbers that the configuration replaces.
+
+    Raises:
+        InputError: heads that cannot be grouped, or a head_dim that 2D RoPE cannot split.
+    """
+    names = ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    size = replace(SIZES[config.size], **given)
+    if size.num_heads % size.num_kv_heads:
+        raise InputError(
+            f"model.num_heads {size.num_heads} is not a multiple of model.num_kv_heads "
+            f"{size.num_kv_heads}: each key/value head serves the same number of query heads"
+        )
+    if size.head_dim % 4:
+        raise InputError(
+            f"model.head_dim {size.head_dim} is not divisible by 4: 2D rotary positions turn pairs "
+            "of channels, half of them by the row and half by the column"
+        )
+    return size
+
+
+# ----------------------------------------------------------------------------------------- parts
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in fp32 whatever autocast says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+
+
+class RotaryPositions(nn.Module):
+    """2D RoPE: half of the channel pairs turn with the row of the patch, half with its column."""
+
+    def __init__(self, rows: int, columns: int, head_dim: int) -> None:
+        super().__init__()
+        exponents = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
+        frequencies = ROPE_THETA**-exponents  # [E/4]
+        row, column = torch.meshgrid(
+            torch.arange(rows, dtype=torch.float32),
+            torch.arange(columns, dtype=torch.float32),
+            indexing="ij",
+        )
+        position = torch.stack([row.flatten(), column.flatten()], dim=1)  # [N, 2]
+        angles = (position[:, :, None] * frequencies).flatten(1)  # [N, E/2]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = self.get_buffer("cos"), self.get_buffer("sin")  # [N, E/2]
+        first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention with grouped key/value heads: [B, A, N, E], [B, G, T, E] twice -> [B, N, A*E]."""
+    out = F.scaled_dot_product_attention(
+        q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, N, A*E] -> [B, A, N, E]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Image tokens attend to each other."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.head_dim = size.head_dim
+        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+        self.q = nn.Linear(size.width, inner, bias=False)
+        self.k = nn.Linear(size.width, kv, bias=False)
+        self.v = nn.Linear(size.width, kv, bias=False)
+        self.out = nn.Linear(inner, size.width, bias=False)
+        self.q_norm = RMSNorm(size.head_dim)
+        self.k_norm = RMSNorm(size.head_dim)
+
+    def forward(self, x: Tensor, rotary: RotaryPositions) -> Tensor:
+        q = rotary(self.q_norm(heads(self.q(x), self.head_dim)))  # [B, A, N, E]
+        k = rotary(self.k_norm(heads(self.k(x), self.head_dim)))  # [B, G, N, E]
+        v = heads(self.v(x), self.head_dim)  # [B, G, N, E]
+        return self.out(attend(q, k, v))  # [B, N, W]
+
+
+class CrossAttention(nn.Module):
+    """Image tokens attend to text. Keys and values do not depend on the image: see ``read``."""
+
+    def __init__(self, size: Size, text_width: int) -> None:
+        super().__init__()
+        self.head_dim = size.head_dim
+        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+        self.q = nn.Linear(size.width, inner, bias=False)
+        self.text_k = nn.Linear(text_width, kv, bias=False)
+        self.text_v = nn.Linear(text_width, kv, bias=False)
+        self.out = nn.Linear(inner, size.width, bias=False)
+        self.q_norm = RMSNorm(size.head_dim)
+        self.k_norm = RMSNorm(size.head_dim)
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice."""
+        v = self.text_v(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
+        k = self.text_k(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
+        return self.k_norm(k).to(v.dtype), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
+        return self.out(attend(q, k, v, mask))  # [B, N, W]
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) * value(x))."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.gate = nn.Linear(size.width, size.mlp_width, bias=False)
+        self.value = nn.Linear(size.width, size.mlp_width, bias=False)
+        self.out = nn.Linear(size.mlp_width, size.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.value(x))  # [B, N, W] -> [B, N, M] -> [B, N, W]
+
+
+class NoiseEmbedder(nn.Module):
+    """t -> the vector that adaLN modulates with."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(phi(t, T_SCALE))  # [B] -> [B, 128] -> [B, W]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift  # [B, N, W], [B, 1, W] twice
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, SwiGLU. The query of cross-attention is not pre-normed."""
+
+    def __init__(self, size: Size, text_width: int, conditioned: bool) -> None:
+        super().__init__()
+        self.self_norm = RMSNorm(size.width)
+        self.self_attention = SelfAttention(size)
+        self.cross_attention = CrossAttention(size, text_width)
+        self.mlp_norm = RMSNorm(size.width)
+        self.mlp = SwiGLU(size)
+        self.modulation = nn.Linear(size.width, 6 * size.width) if conditioned else None
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        rotary: RotaryPositions,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        if self.modulation is None or noise is None:
+            x = x + self.self_attention(self.self_norm(x), rotary)  # [B, N, W]
+            x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
+            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
+        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
+        attended = self.self_attention(modulate(self.self_norm(x), shift_a, scale_a), rotary)
+        x = x + gate_a * attended  # [B, N, W]
+        x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """What every block's cross-attention reads, padded to the batch's longest caption.
+
+    Attributes:
+        keys, values: of each block, [B, G, T, E].
+        mask: bool [B, 1, 1, T], False at padding.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+class DiT(nn.Module):
+    """The network: x_t, t and packed hidden states -> the prediction that ``Flow`` interprets.
+
+    Args:
+        config: size, patch and conditioning.
+        routing: the strategy.
+        latent_shape: (C, height, width) of one latent.
+        layers: LLM layers in the feature store.
+        num_llm_layers: number of blocks of the LLM.
+        text_width: H.
+
+    Raises:
+        InputError: latents that patches do not tile, an impossible size, or a strategy that needs a
+            layer that is not stored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        *,
+        latent_shape: tuple[int, int, int],
+        layers: Sequence[int],
+        num_llm_layers: int,
+        text_width: int,
+    ) -> None:
+        super().__init__()
+        size = resolve_size(config)
+        channels, height, width = latent_shape
+        patch = config.patch_size
+        if height % patch or width % patch:
+            raise InputError(
+                f"latents of {height} x {width} are not divisible by model.patch_size {patch}: "
+                "choose a patch size that divides both"
+            )
+        self.latent_shape = (channels, height, width)
+        self.patch_size = patch
+        self.size = size
+        conditioned = config.conditioning == "adaln"
+
+        self.router = make_router(
+            routing, layers=layers, num_llm_layers=num_llm_layers, num_blocks=size.depth
+        )
+        self.context_norm = RMSNorm(text_width)
+        self.context = nn.Linear(text_width, text_width)
+        self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
+        self.patch_in = nn.Linear(channels * patch * patch, size.width)
+        self.rotary = RotaryPositions(height // patch, width // patch, size.head_dim)
+        self.blocks = nn.ModuleList(Block(size, text_width, conditioned) for _ in range(size.depth))
+        self.norm_out = RMSNorm(size.width)
+        self.modulation_out = nn.Linear(size.width, 2 * size.width) if conditioned else None
+        self.patch_out = nn.Linear(size.width, channels * patch * patch)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Fresh weights from torch's default generator. The router is left alone: it has no Linear,
+        and its own zeros are what makes every strategy start as uniform."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        # As in the reference: projected text starts small, about N(0, 1) for H = 2560.
+        nn.init.normal_(self.context.weight, std=0.02)
+
+        # adaLN-zero: self-attention and SwiGLU of every block start switched off.
+        for block in cast(Iterable[Block], self.blocks):
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+        if self.modulation_out is not None:
+            nn.init.zeros_(self.modulation_out.weight)
+
+        # The first prediction is zero, whatever the input.
+        nn.init.zeros_(self.patch_out.weight)
+
+    # ------------------------------------------------------------------------------ parameters
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What the routing strategy learns; empty for penultimate and uniform."""
+        return list(self.router.parameters())
+
+    def block_matrices(self) -> list[nn.Parameter]:
+        """The 2D weights of the blocks: what Muon is made for."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
+    # ------------------------------------------------------------------------------------ text
+
+    def encode_text(
+        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+    ) -> TextConditioning:
+        """Mix, project, and lay out the text of a batch.
+
+        Without dependence on t everything is computed once a unique caption, and the result may be
+        kept for all steps of sampling; otherwise once a batch item, for its own t.
+
+        Args:
+            hidden: [R, len(router.layers_read), H], any float dtype: rows of U unique captions.
+            offsets: int64 [U + 1]; caption u is rows offsets[u] to offsets[u + 1], at least one.
+                Best left on the CPU, with ``caption``: a GPU then waits for nothing.
+            caption: int64 [B], which unique caption each batch item has.
+            t: [B]; needed by the strategies time and joint, ignored by the others.
+        """
+        starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
+        steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
+        mask = steps < lengths[:, None]  # [B, T]
+        if self.router.depends_on_t:
+            rows = (starts[:, None] + steps)[mask].to(hidden.device)  # [P]
+            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
+            starts = lengths.cumsum(0) - lengths  # [B], now of pairs
+        else:
+            fused = self.router(hidden)  # [R, D or 1, H]
+        # Padding repeats the caption's first row and is masked: it is finite, and weighs nothing.
+        index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
+        index = index.to(hidden.device)
+
+        keys, values, shared = [], [], None
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if fused.shape[1] > 1:
+                context = self._project(fused[:, number])  # [R or P, H]
+            else:
+                context = shared = self._project(fused[:, 0]) if shared is None else shared
+            k, v = block.cross_attention.read(context)  # [R or P, G, E] each
+            keys.append(_lay_out(k, index))  # [B, G, T, E]
+            values.append(_lay_out(v, index))  # [B, G, T, E]
+        return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
+
+    def _project(self, fused: Tensor) -> Tensor:
+        return self.context(self.context_norm(fused))  # [R, H]
+
+    # ----------------------------------------------------------------------------------- image
+
+    def denoise(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        """The prediction for one noise level an item: [B, C, h, w], [B] -> fp32 [B, C, h, w]."""
+        if tuple(x_t.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"latents are {tuple(x_t.shape[1:])}, but this model was made for "
+                f"{self.latent_shape}"
+            )
+        noise = None if self.noise_embedder is None else self.noise_embedder(t)  # [B, W]
+        x = self.patch_in(self._patchify(x_t)).float()  # [B, N, W], the residual stream is fp32
+        for block, k, v in zip(self.blocks, text.keys, text.values, strict=True):
+            x = block(x, noise, self.rotary, k, v, text.mask)  # [B, N, W]
+        x = self.norm_out(x)  # [B, N, W]
+        if self.modulation_out is not None and noise is not None:
+            shift, scale = self.modulation_out(F.silu(noise))[:, None].float().chunk(2, dim=-1)
+            x = modulate(x, shift, scale)  # [B, N, W]
+        return self._unpatchify(self.patch_out(x).float())  # [B, C, h, w]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, hidden: Tensor, offsets: Tensor, caption: Tensor
+    ) -> Tensor:
+        """Training in one call, so that wrappers of ``forward`` see every parameter used.
+
+        x_t [B, C, h, w], t [B], and text as :meth:`encode_text` takes it -> fp32 [B, C, h, w].
+        """
+        text = self.encode_text(hidden, offsets, caption, t)
+        return self.denoise(x_t, t, text)  # [B, C, h, w]
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        p = self.patch_size
+        x = x.reshape(batch, channels, height // p, p, width // p, p)  # [B, C, h/p, p, w/p, p]
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C*p*p]
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        channels, height, width = self.latent_shape
+        p = self.patch_size
+        x = x.reshape(len(x), height // p, width // p, channels, p, p)  # [B, h/p, w/p, C, p, p]
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)  # [B, C, h, w]
+
+
+def _lay_out(x: Tensor, index: Tensor) -> Tensor:
+    """Packed rows to a padded batch: [R, G, E], [B, T] -> [B, G, T, E]."""
+    picked = x.flatten(1).index_select(0, index.flatten())  # [B*T, G*E]
+    return picked.unflatten(0, index.shape).unflatten(-1, x.shape[1:]).transpose(1, 2)
