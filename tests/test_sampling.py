@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from semroute.schemas import ModelConfig, RoutingConfig
+from semroute.trainer.dit import DiT
+from semroute.trainer.flow import Flow
+from semroute.trainer.sampling import euler, sample, starting_noise
+
+SHAPE = (3, 8, 8)
+STRATEGIES = ["uniform", "depth", "time"]
+
+
+class Towards:
+    """A model that knows the answer: the exact prediction for data at ``x0``, by text."""
+
+    latent_shape = SHAPE
+
+    def __init__(self, flow):
+        self.flow = flow
+
+    def denoise(self, x_t, t, x0):
+        if self.flow.prediction == "x0":
+            return x0.expand_as(x_t)
+        return (x_t - x0) / t.reshape(-1, 1, 1, 1)
+
+
+def dit(strategy):
+    torch.manual_seed(0)
+    model = DiT(
+        ModelConfig(size="nano", depth=2, patch_size=4),
+        RoutingConfig(strategy=strategy),
+        latent_shape=SHAPE,
+        layers=[1, 2, 3],
+        num_llm_layers=3,
+        text_width=16,
+    )
+    with torch.no_grad():
+        for parameter in (*model.router_parameters(), model.patch_out.weight):
+            parameter.normal_(std=0.1)
+    return model
+
+
+def captions(lengths=(2, 4, 3)):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sum(lengths), 3, 16, generator=generator)
+    return hidden, torch.tensor([0, *lengths]).cumsum(0), torch.randn(2, 3, 16, generator=generator)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+class TestEuler:
+    @pytest.mark.parametrize("num_steps", [1, 7])
+    def test_reaches_the_data_of_an_exact_model(self, prediction, num_steps):
+        flow = Flow(prediction, shift=3.0)
+        x0 = torch.full((2, *SHAPE), 0.4)
+        noise = torch.randn(2, *SHAPE)
+        out = euler(Towards(flow), flow, lambda t: x0, None, noise, num_steps=num_steps)
+        torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-4)
+
+    def test_guidance_extrapolates_from_the_null_text(self, prediction):
+        flow = Flow(prediction)
+        text, null = torch.full((1, *SHAPE), 1.0), torch.full((1, *SHAPE), 0.25)
+        out = euler(
+            Towards(flow),
+            flow,
+            lambda t: text,
+            lambda t: null,
+            torch.randn(1, *SHAPE),
+            num_steps=1,
+            cfg_scale=3.0,
+        )
+        torch.testing.assert_close(out, null + 3.0 * (text - null), rtol=1e-4, atol=1e-4)
+
+    def test_scale_one_never_computes_the_null_text(self, prediction):
+        flow = Flow(prediction)
+
+        def fail(t):
+            raise AssertionError("the null text was computed")
+
+        noise = torch.randn(1, *SHAPE)
+        x0 = torch.zeros(1, *SHAPE)
+        euler(Towards(flow), flow, lambda t: x0, fail, noise, num_steps=2, cfg_scale=1.0)
+
+    def test_callback_sees_every_step(self, prediction):
+        flow = Flow(prediction)
+        seen = []
+        x0, noise = torch.zeros(1, *SHAPE), torch.randn(1, *SHAPE)
+        out = euler(
+            Towards(flow),
+            flow,
+            lambda t: x0,
+            None,
+            noise,
+            num_steps=4,
+            callback=lambda step, t, x: seen.append((step, t, x)),
+        )
+        assert [step for step, _, _ in seen] == [1, 2, 3, 4]
+        assert [t for _, t, _ in seen] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+        assert torch.equal(seen[-1][2], out)
+
+
+class TestStartingNoise:
+    def test_is_a_function_of_seed_and_number(self):
+        together = starting_noise(SHAPE, seed=3, first=0, num=6)
+        parts = [starting_noise(SHAPE, seed=3, first=first, num=2) for first in (0, 2, 4)]
+        assert torch.equal(together, torch.cat(parts))
+
+    def test_seeds_and_numbers_do_not_share_noise(self):
+        noise = torch.cat([starting_noise(SHAPE, seed=seed, first=0, num=8) for seed in range(4)])
+        assert len(noise.flatten(1).unique(dim=0)) == 32
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+class TestSample:
+    def test_batches_do_not_change_a_picture(self, strategy):
+        model, flow = dit(strategy), Flow()
+        hidden, offsets, null = captions()
+        together = sample(model, flow, hidden, offsets, null, num_steps=3, cfg_scale=2.0, seed=5)
+        assert together.shape == (3, *SHAPE)
+        alone = sample(
+            model,
+            flow,
+            hidden[2:6],
+            torch.tensor([0, 4]),
+            null,
+            num_steps=3,
+            cfg_scale=2.0,
+            seed=5,
+            first=1,
+        )
+        torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+
+    def test_text_is_encoded_once_where_it_does_not_depend_on_t(self, strategy):
+        model, flow = dit(strategy), Flow()
+        hidden, offsets, null = captions()
+        calls = []
+        model.context.register_forward_hook(lambda *_: calls.append(1))
+        sample(model, flow, hidden, offsets, null, num_steps=5, cfg_scale=2.0)
+        passes = {"uniform": 2, "depth": 2 * 2, "time": 2 * 5}
+        assert len(calls) == passes[strategy]
+
+    def test_guidance_without_the_null_caption_is_refused(self, strategy):
+        hidden, offsets, _ = captions()
+        with pytest.raises(ValueError, match=r"cfg_scale is 6.0 but there is no null text"):
+            sample(dit(strategy), Flow(), hidden, offsets, num_steps=2)
+
+    def test_needs_no_null_caption_without_guidance(self, strategy):
+        model, flow = dit(strategy), Flow()
+        hidden, offsets, null = captions()
+        without = sample(model, flow, hidden, offsets, num_steps=2, cfg_scale=1.0)
+        assert torch.equal(
+            without, sample(model, flow, hidden, offsets, null, num_steps=2, cfg_scale=1.0)
+        )

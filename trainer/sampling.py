@@ -1,0 +1,158 @@
+"""Solving dx/dt = v from noise to data, with classifier-free guidance. Plain functions.
+
+Shapes: B batch, C channels, R rows (tokens of all captions, packed), U captions, L layers, H text
+width.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .flow import Flow
+
+
+class Model(Protocol):
+    """What sampling asks of a network; see ``trainer.dit.DiT``."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def router(self) -> Any: ...
+
+    def encode_text(
+        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+    ) -> Any: ...
+
+    def denoise(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor: ...
+
+
+Conditioning = Callable[[Tensor], Any]
+"""t [B] -> what the model's ``denoise`` reads as text at that t."""
+
+
+def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
+    """The text of a batch for any t: computed once and kept, unless the routing depends on t.
+
+    Args as ``DiT.encode_text``.
+    """
+    if model.router.depends_on_t:
+        return lambda t: model.encode_text(hidden, offsets, caption, t)
+    text = model.encode_text(hidden, offsets, caption)
+    return lambda t: text
+
+
+def euler(
+    model: Model,
+    flow: Flow,
+    text: Conditioning,
+    null: Conditioning | None,
+    noise: Tensor,
+    *,
+    num_steps: int,
+    cfg_scale: float = 1.0,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """Euler's method along the flow's schedule, from t = 1 to t = 0.
+
+    Guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans 2022); at a scale
+    of 1 the null text is not computed at all.
+
+    Args:
+        text, null: what the captions and the null caption give at any t; null may be None at a
+            scale of 1.
+        noise: [B, C, h, w], x at t = 1.
+        callback: called after each step with the number of steps done, t and x_t.
+
+    Returns:
+        latents [B, C, h, w].
+
+    Raises:
+        ValueError: guidance without the null text.
+    """
+    if cfg_scale != 1.0 and null is None:
+        raise ValueError(
+            f"cfg_scale is {cfg_scale} but there is no null text to guide away from: pass the null "
+            "caption's features, or cfg_scale=1"
+        )
+
+    def velocity(x: Tensor, t: Tensor, reading: Conditioning) -> Tensor:
+        return flow.to_velocity(model.denoise(x, t, reading(t)), x, t)
+
+    schedule = flow.schedule(num_steps).tolist()
+    x = noise
+    for step, (now, after) in enumerate(pairwise(schedule), start=1):
+        t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
+        v = velocity(x, t, text)
+        if cfg_scale != 1.0 and null is not None:
+            v_null = velocity(x, t, null)
+            v = v_null + cfg_scale * (v - v_null)
+        x = x + (after - now) * v
+        if callback is not None:
+            callback(step, after, x)
+    return x
+
+
+def starting_noise(shape: tuple[int, ...], *, seed: int, first: int, num: int) -> Tensor:
+    """Noise of samples ``first`` to ``first + num``: fp32 [num, *shape] on the CPU.
+
+    Each sample's noise is a function of (seed, its number) alone, so that neither batches nor
+    devices change a picture.
+    """
+    draws = []
+    for index in range(first, first + num):
+        state = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+        draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(state)))
+    return torch.stack(draws)
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    flow: Flow,
+    hidden: Tensor,
+    offsets: Tensor,
+    null_hidden: Tensor | None = None,
+    *,
+    num_steps: int = 50,
+    cfg_scale: float = 6.0,
+    seed: int = 0,
+    first: int = 0,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """One latent a caption.
+
+    Args:
+        model: on the device of ``hidden``.
+        hidden: [R, len(router.layers_read), H] packed rows of U captions, any float dtype.
+        offsets: int64 [U + 1].
+        null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
+            cfg_scale 1.
+        seed, first: the noise of sample i is a function of (seed, first + i): to sample a list in
+            batches, pass where each begins.
+        callback: as in :func:`euler`.
+
+    Returns:
+        fp32 [U, C, h, w] on the device of ``hidden``, in the units the model was trained on.
+    """
+    num = len(offsets) - 1
+    text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device))
+    null = None
+    if null_hidden is not None and cfg_scale != 1.0:
+        ends = torch.tensor([0, len(null_hidden)])
+        null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
+    noise = starting_noise(model.latent_shape, seed=seed, first=first, num=num).to(hidden.device)
+    return euler(
+        model,
+        flow,
+        text,
+        null,
+        noise,
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        callback=callback,
+    )
