@@ -1,8 +1,8 @@
 """semroute: cache every LLM layer once, then learn which layer each DiT block should read.
 
-``semroute extract`` runs an LLM over captions and writes all layers' hidden states into Zarr stores;
-``semroute train`` streams those stores and learns Semantic Routing weights (arXiv 2602.03510) without
-the LLM. In Python, start with :func:`semroute.open_features` and :func:`semroute.load_run`.
+``semroute extract`` runs an LLM over captions and writes all layers' hidden states into Zarr;
+``semroute train`` streams those stores and learns Semantic Routing weights (arXiv 2602.03510)
+without the LLM. In Python, start with :func:`semroute.open_features` and :func:`semroute.load_run`.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ _PUBLIC = {
     "load_run": "semroute.trainer.checkpoint",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
 from .contract import Contract, ContractError, Difference, differences, parse
+from .errors import InputError
+from .facts import Facts
 from .manifest import (
     CaptionsIdentity,
     Codec,
@@ -38,9 +40,11 @@ __all__ = [
     "DataConfig",
     "Difference",
     "EMAConfig",
+    "Facts",
     "FeatureIdentity",
     "FeatureManifest",
     "FlowConfig",
+    "InputError",
     "LatentIdentity",
     "LatentManifest",
     "Layout",

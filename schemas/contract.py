@@ -6,8 +6,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .errors import InputError
 
-class ContractError(ValueError):
+
+class ContractError(InputError):
     """A document does not satisfy its contract; the message lists every key that is wrong."""
 
 

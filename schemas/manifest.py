@@ -28,7 +28,7 @@ class Template(Contract):
     text: str
     """For example ``{bos}{caption}``."""
     prefix_tokens: list[int]
-    """Token ids in front of every caption; stored only for the null caption, or with keep_prefix."""
+    """Token ids in front of every caption; their rows are dropped but for the null caption's."""
     suffix_tokens: list[int]
     """Token ids after every caption; always stored."""
     keep_prefix: bool
@@ -51,7 +51,7 @@ class SamplesIdentity(Contract):
 
     num_samples: int = Field(ge=1)
     fingerprint: str | None
-    """sha256 over the captions of every row in input order; null where the input has no captions."""
+    """sha256 over the captions of every row, in input order; null where there are none."""
 
 
 class FeatureIdentity(Contract):
@@ -64,7 +64,7 @@ class FeatureIdentity(Contract):
     layers: list[int] = Field(min_length=1)
     """Stored layers: 0 is the embedding output, l the output of block l."""
     final_norm: Literal["normed", "absent"]
-    """``normed``: the LLM's last layer is stored, after the final norm. ``absent``: it is not stored."""
+    """``normed``: the last layer is stored, after the final norm. ``absent``: it is not stored."""
     dtype: Literal["float32", "bfloat16"]
     """In which the LLM ran."""
     attention: str

@@ -35,3 +35,4 @@ class Quarantine(Contract):
     entries: list[int]
     """caption_id (or sample_id) of everything in the shard."""
     reason: str
+    traceback: str

@@ -80,7 +80,7 @@ class DataConfig(Contract):
     batch_size: Positive = 512
     """Samples a step, over all ranks and accumulation steps."""
     noise_draws: Positive = 1
-    """Pairs of t and noise drawn for each sample read: each is a row of the batch that the DiT sees."""
+    """Pairs of t and noise drawn for each sample read; each is a row of the DiT's batch."""
     caption_dropout: Fraction = 0.1
     """Share of samples whose caption becomes the null caption."""
     prefetch: Positive = 4

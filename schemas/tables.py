@@ -16,7 +16,7 @@ CAPTIONS_SCHEMA = pa.schema(
 )
 """``captions.parquet``: a row a unique caption, in store order; row 0 is the null caption.
 
-``token_ids`` are the stored rows' tokens, ``num_cut_tokens`` how many were cut off by max_length."""
+``token_ids`` are the stored rows' tokens, ``num_cut_tokens`` how many max_length cut off."""
 
 SAMPLES_SCHEMA = pa.schema(
     [

@@ -1,0 +1,1 @@
+"""Offline: captions -> hidden states -> codec -> store, and images -> latents -> store."""

@@ -1,0 +1,636 @@
+"""Plan -> execute -> finish: captions become a feature store, images a latent store.
+
+Everything about a store is known before its first shard: the plan reads, deduplicates, tokenises
+and packs. A shard is one task; its batches are fixed by the plan, so that encoding it again gives
+the same bytes. Work that remains is what has no receipt.
+"""
+
+import os
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from ..schemas import (
+    CAPTIONS_SCHEMA,
+    LATENT_SAMPLES_SCHEMA,
+    SAMPLES_SCHEMA,
+    Codec,
+    FeatureIdentity,
+    FeatureManifest,
+    InputError,
+    LatentIdentity,
+    LatentManifest,
+    Provenance,
+    Quarantine,
+    Receipt,
+)
+from .captions import Captions, build_captions, read_template
+from .cluster import DiskFullError, Interrupted, num_cpus, run
+from .codecs import CODECS, CodecError
+from .layout import Packing, batches, format_bytes, pack
+from .samples import read_samples
+from .store import MANIFEST, FeatureStore, LatentStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from .encoder import Encoder, Source
+
+SINK_RATIO = 20.0
+"""A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
+attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
+CPU_BATCH_TOKENS = 512
+"""Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
+GPU_BATCH_TOKENS = 16_384
+LATENT_CHUNK_BYTES = 16_384
+"""Latents are read one at a time; smaller chunks would only make the shard's index longer."""
+_LIBRARIES = ("semroute", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "dask")
+"""Whose versions are recorded with a store."""
+
+
+class ExtractionError(InputError):
+    """Some shards could not be written; the store keeps all others."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every task of an extraction shares."""
+
+    store: Path
+    source: "Source"
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The captions of one shard; rows count from the shard's start."""
+
+    shard: int
+    texts: list[str]
+    sequences: list[np.ndarray]
+    kept: np.ndarray
+    row_start: np.ndarray
+    has_null: bool
+
+
+def extract(
+    source: str,
+    features: str | Path,
+    *,
+    model: str,
+    template: str = "bos",
+    text_column: str | None = None,
+    layers: str = "all",
+    max_length: int = 512,
+    keep_prefix: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    shard_bytes: int = 256_000_000,
+    batch_tokens: int | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = print,
+) -> FeatureStore:
+    """Run an LLM over captions once and store the hidden states of its layers.
+
+    Called again with the same arguments it continues where it was stopped, by whatever.
+
+    Args:
+        source: table of captions, see :func:`semroute.pipeline.samples.read_samples`.
+        features: folder of the store.
+        model: hub id, folder or GGUF file, see :func:`semroute.pipeline.encoder.find_model`.
+        template: preset or file, see :mod:`semroute.pipeline.captions`.
+        layers: ``all``, ``every:3`` or ``5,11,17``.
+        max_length: in tokens, the template included.
+        keep_prefix: store the template's prefix rows for every caption.
+        dtype: in which the LLM runs; auto: bfloat16 on a GPU, float32 on a CPU.
+        limit: only the first samples.
+        seed: of the order in which captions are dealt to shards.
+        shard_bytes: size of a full shard.
+        batch_tokens: tokens a batch, padding included; default 512 on a CPU, 16,384 on a GPU.
+        workers: processes; default one a GPU, or one a CPU core up to 4; 0: this one, without Dask.
+        force: begin although the target has too little space.
+        report: takes one line of text at a time.
+
+    Raises:
+        InputError: bad input, before any work; or a store that was made otherwise.
+        ExtractionError: shards failed and are in quarantine.
+        Interrupted: Ctrl-C.
+    """
+    import torch
+
+    from .encoder import (
+        ATTENTION,
+        describe_model,
+        find_model,
+        load_tokenizer,
+        parse_layers,
+        tokenizer_digest,
+    )
+
+    features = Path(features)
+    template_text = read_template(template)
+    samples = read_samples(source, text_column=text_column, limit=limit, need="text")
+    texts = samples.texts()
+    located = find_model(model)
+    identity = describe_model(located)
+    chosen = parse_layers(layers, identity.num_layers)
+    tokenizer = load_tokenizer(located)
+    captions = build_captions(
+        texts,
+        tokenizer,
+        template=template_text,
+        max_length=max_length,
+        keep_prefix=keep_prefix,
+        seed=seed,
+    )
+    on_gpu = torch.cuda.is_available()
+    packing = pack(
+        captions.num_tokens,
+        bytes_per_row=2 * len(chosen) * identity.width,
+        shard_bytes=shard_bytes,
+        batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+    )
+    manifest = FeatureManifest(
+        status="extracting",
+        identity=FeatureIdentity(
+            model=identity,
+            tokenizer=tokenizer_digest(tokenizer),
+            template=captions.template,
+            layers=chosen,
+            final_norm="normed" if chosen[-1] == identity.num_layers else "absent",
+            dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
+            attention=ATTENTION,
+            max_length=max_length,
+            captions=captions.identity,
+            samples=samples.identity(),
+        ),
+        layout=packing.layout,
+        codec=Codec(name="bf16"),
+        provenance=_provenance(source, located.name),
+    )
+    if (features / MANIFEST).exists():
+        store = FeatureStore.open(features, complete=False)
+        store.check_same(manifest)
+    else:
+        bytes_per_row = 2 * len(chosen) * identity.width
+        _check_space(features, packing.layout.num_rows * bytes_per_row, force)
+        table = _captions_table(captions, packing)
+        sample_table = pa.table(
+            [
+                pa.array(range(len(samples)), pa.int64()),
+                captions.caption_ids,
+                samples.image_names(),
+            ],
+            schema=SAMPLES_SCHEMA,
+        )
+        store = FeatureStore.create(features, manifest, table, sample_table)
+    _report_cuts(captions, max_length, report)
+
+    remaining = store.remaining()
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    workers = _num_workers(workers, gpus, len(remaining))
+    job = _Job(features.resolve(), located, max(1, num_cpus() // max(workers, 1)))
+
+    def arguments(shard: int) -> tuple[_Job, _Task]:
+        entries = packing.entries(shard)
+        chosen = slice(entries.start, entries.stop)
+        return job, _Task(
+            shard=shard,
+            texts=captions.texts[chosen],
+            sequences=captions.sequences[chosen],
+            kept=captions.kept[chosen],
+            row_start=packing.row_start[chosen] - shard * packing.layout.rows_per_shard,
+            has_null=entries.start == 0,
+        )
+
+    report(
+        f"{len(samples):,} samples, {len(captions):,} unique captions, "
+        f"{packing.layout.num_rows:,} tokens x {len(chosen)} layers x {identity.width}: "
+        f"{format_bytes(packing.layout.num_rows * store.bytes_per_row())} in "
+        f"{packing.layout.num_shards} shards, {len(remaining)} to do, {_name_workers(workers)}"
+    )
+    _execute(
+        store,
+        remaining,
+        _encode_shard,
+        arguments,
+        packing,
+        workers=workers,
+        unit="captions",
+        report=report,
+    )
+    return store
+
+
+def encode_images(
+    source: str,
+    latents: str | Path,
+    *,
+    vae: Literal["pixels"] = "pixels",
+    image_column: str | None = None,
+    text_column: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    shard_bytes: int = 256_000_000,
+    workers: int | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = print,
+) -> LatentStore:
+    """Encode the images of a table of samples into a latent store; latent i belongs to row i.
+
+    Called again with the same arguments it continues where it was stopped.
+
+    Args:
+        source: the same table that the features were made from, with an image column.
+        latents: folder of the store.
+        vae: ``pixels``: the image itself, scaled to [-1, 1].
+        text_column: of the captions, which join latents with features.
+        size: height and width in pixels; shorter side resized, then centre crop. Default: all
+            images have one size already.
+        limit, shard_bytes, workers, force, report: as in :func:`extract`.
+
+    Raises:
+        InputError, ExtractionError, Interrupted: as in :func:`extract`.
+    """
+    from .latents import describe_images, pixel_codec
+
+    latents = Path(latents)
+    samples = read_samples(
+        source, text_column=text_column, image_column=image_column, limit=limit, need="image"
+    )
+    images = describe_images(samples.image_files(), samples.source, size)
+    codec = pixel_codec()
+    num_bytes = int(np.prod(images.shape))
+    packing = pack(
+        np.ones(len(samples), np.int64),
+        bytes_per_row=num_bytes,
+        shard_bytes=shard_bytes,
+        batch_tokens=1,
+        rows_per_chunk=max(1, LATENT_CHUNK_BYTES // num_bytes),
+    )
+    manifest = LatentManifest(
+        status="extracting",
+        identity=LatentIdentity(
+            vae=vae,
+            shape=images.shape,
+            dtype="uint8",
+            scale=codec.scale,
+            shift=codec.shift,
+            images=images.fingerprint,
+            samples=samples.identity(),
+        ),
+        layout=packing.layout,
+        provenance=_provenance(source, vae),
+    )
+    if (latents / MANIFEST).exists():
+        store = LatentStore.open(latents, complete=False)
+        store.check_same(manifest)
+    else:
+        _check_space(latents, len(samples) * num_bytes, force)
+        columns = [range(len(samples)), samples.image_names(), images.digests]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
+        table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
+        store = LatentStore.create(latents, manifest, table)
+    remaining = store.remaining()
+    workers = _num_workers(workers, 0, len(remaining))
+    files: Sequence[bytes] = list(samples.image_files())
+
+    def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
+        entries = packing.entries(shard)
+        chosen = list(files[entries.start : entries.stop])
+        return latents.resolve(), shard, chosen, images.shape
+
+    report(
+        f"{len(samples):,} images of {' x '.join(map(str, images.shape))}: "
+        f"{format_bytes(len(samples) * num_bytes)} in {packing.layout.num_shards} shards, "
+        f"{len(remaining)} to do, {_name_workers(workers)}"
+    )
+    _execute(
+        store,
+        remaining,
+        _encode_images,
+        arguments,
+        packing,
+        workers=workers,
+        unit="images",
+        report=report,
+    )
+    return store
+
+
+def _execute(
+    store: FeatureStore | LatentStore,
+    remaining: Sequence[int],
+    function: Callable[..., Receipt],
+    arguments: Callable[[int], tuple[Any, ...]],
+    packing: Packing,
+    *,
+    workers: int,
+    unit: str,
+    report: Callable[[str], None],
+) -> None:
+    """Run the remaining shards and finish the store."""
+    sizes = {shard: len(packing.entries(shard)) for shard in range(packing.layout.num_shards)}
+    total = sum(sizes.values())
+    written, warnings = _Tally(), set()
+    with tqdm(
+        total=total,
+        initial=total - sum(sizes[shard] for shard in remaining),
+        unit=f" {unit}",
+        desc=store.path.name,
+        smoothing=0.1,
+        disable=not remaining,
+    ) as bar:
+        failed: dict[int, BaseException] = {}
+        try:
+            for shard, outcome in run(remaining, function, arguments, workers=workers):
+                if isinstance(outcome, Receipt):
+                    written.add(outcome)
+                    warnings.update(outcome.warnings)
+                else:
+                    failed[shard] = outcome
+                    store.write_quarantine(
+                        Quarantine(
+                            shard=shard,
+                            entries=list(packing.entries(shard)),
+                            reason=f"{type(outcome).__name__}: {outcome}",
+                            traceback="".join(traceback.format_exception(outcome)),
+                        )
+                    )
+                bar.update(sizes[shard])
+                bar.set_postfix_str(written.describe(len(failed)))
+        except DiskFullError as error:
+            raise ExtractionError(
+                f"the disk of {store.path} is full ({error.strerror}). What is written is whole "
+                f"and kept: {len(store.remaining())} of {packing.layout.num_shards} shards remain. "
+                "Free some space and run the same command again."
+            ) from error
+        except (Interrupted, KeyboardInterrupt):
+            bar.close()
+            report(
+                f"stopped: {len(store.remaining())} of {packing.layout.num_shards} shards remain; "
+                "the same command continues"
+            )
+            raise
+    for warning in sorted(warnings):
+        report(f"warning: {warning}")
+    if failed:
+        shown = "\n  ".join(
+            f"shard {shard}: {type(error).__name__}: {error}"
+            for shard, error in sorted(failed.items())[:5]
+        )
+        raise ExtractionError(
+            f"{len(failed)} of {packing.layout.num_shards} shards failed and are listed with their "
+            f"entries in {store.path / 'quarantine'}:\n  {shown}\nAll others are written. Mend the "
+            "cause and run the same command again."
+        )
+    if not store.is_complete:
+        store.finish()
+    report(written.summary(store))
+
+
+@dataclass
+class _Tally:
+    """What was written in this run."""
+
+    started: float = field(default_factory=time.perf_counter)
+    rows: int = 0
+    num_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, receipt: Receipt) -> None:
+        self.rows += receipt.num_rows
+        self.num_bytes += sum(file.num_bytes for file in receipt.files.values())
+        for name, seconds in receipt.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def describe(self, num_failed: int) -> str:
+        rate = self.rows / (time.perf_counter() - self.started)
+        failed = f", {num_failed} failed" if num_failed else ""
+        return f"{rate:,.0f} rows/s, {format_bytes(self.num_bytes)}{failed}"
+
+    def summary(self, store: FeatureStore | LatentStore) -> str:
+        elapsed = time.perf_counter() - self.started
+        text = f"{store.path} is complete: {format_bytes(store.num_bytes())}"
+        if not self.rows:
+            return f"{text}; nothing was left to do"
+        where = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{text}; {self.rows:,} rows in {elapsed:.1f} s (in workers: {where})"
+
+
+def _encode_shard(job: _Job, task: _Task) -> Receipt:
+    """Encode and write one shard, then its receipt. Runs in a worker."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    started = time.perf_counter()
+    store = FeatureStore.open(job.store, complete=False)
+    manifest = store.manifest
+    layers, width = manifest.identity.layers, manifest.identity.model.width
+    encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, _device())
+    loaded = time.perf_counter()
+    codec = CODECS[manifest.codec.name]
+    codes = np.zeros((manifest.layout.rows_per_shard, len(layers), width), codec.dtype)
+    norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
+    error = CodecError()
+    lengths = np.array([len(sequence) for sequence in task.sequences])
+    for batch in batches(lengths, manifest.layout.batch_tokens):
+        starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+
+        def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray = rows) -> None:
+            coded = codec.encode(hidden)
+            error.add(hidden, coded.view(torch.bfloat16))
+            codes[rows, index] = coded.cpu().numpy()
+            norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
+
+        encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), sink)
+    _check_finite(norms, layers, task)
+    encoded = time.perf_counter()
+    files = store.write_shard(task.shard, codes)
+    receipt = Receipt(
+        shard=task.shard,
+        num_rows=int((lengths - task.kept).sum()),
+        num_entries=len(task.texts),
+        files=files,
+        codec_error=error.to_dict(),
+        warnings=_sink_warnings(norms, layers, task),
+        seconds={
+            "load": loaded - started,
+            "encode": encoded - loaded,
+            "write": time.perf_counter() - encoded,
+        },
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )
+    store.write_receipt(receipt)
+    return receipt
+
+
+def _encode_images(
+    path: Path, shard: int, files: list[bytes], shape: tuple[int, int, int]
+) -> Receipt:
+    """Decode and write one shard of images, then its receipt. Runs in a worker."""
+    from .latents import image_to_codes
+
+    started = time.perf_counter()
+    store = LatentStore.open(path, complete=False)
+    codes = np.zeros((store.manifest.layout.rows_per_shard, *shape), np.uint8)
+    for row, file in enumerate(files):
+        codes[row] = image_to_codes(file, shape[1:])
+    encoded = time.perf_counter()
+    written = store.write_shard(shard, codes)
+    receipt = Receipt(
+        shard=shard,
+        num_rows=len(files),
+        num_entries=len(files),
+        files=written,
+        codec_error={},
+        warnings=[],
+        seconds={"encode": encoded - started, "write": time.perf_counter() - encoded},
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )
+    store.write_receipt(receipt)
+    return receipt
+
+
+@lru_cache(maxsize=1)
+def _load_encoder(
+    source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
+) -> "Encoder":
+    """The model, loaded once a worker (which has one thread for tasks)."""
+    from transformers.utils import logging
+
+    from .encoder import Encoder
+
+    logging.disable_progress_bar()
+    return Encoder(source, layers, dtype, device)
+
+
+def _device() -> str:
+    """The worker's own GPU where there are GPUs (workers of a LocalCluster are named 0, 1, ...)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    from distributed import get_worker
+
+    try:
+        return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
+    except ValueError:  # no worker: this is the driver's own process
+        return "cuda:0"
+
+
+def _check_finite(norms: np.ndarray, layers: Sequence[int], task: _Task) -> None:
+    index, row = np.nonzero(~np.isfinite(norms))
+    if len(row):
+        entry = int(np.searchsorted(task.row_start, row[0], side="right")) - 1
+        raise ValueError(
+            f"hidden states of layer {layers[index[0]]} are not finite for the caption "
+            f"{task.texts[entry]!r}; with --dtype bfloat16 try float32"
+        )
+
+
+def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: _Task) -> list[str]:
+    """Whether first kept tokens look like attention sinks."""
+    counts = np.array([len(s) for s in task.sequences]) - task.kept
+    eligible = counts > 1
+    eligible[0] &= not task.has_null
+    if not eligible.any():
+        return []
+    first = task.row_start[eligible]
+    others = np.concatenate(
+        [np.arange(s + 1, s + n) for s, n in zip(first, counts[eligible], strict=True)]
+    )
+    ratios = np.median(norms[:, first], axis=1) / np.median(norms[:, others], axis=1)
+    worst = int(ratios.argmax())
+    if ratios[worst] < SINK_RATIO:
+        return []
+    return [
+        f"the first stored token of captions looks like the LLM's attention sink (from layer "
+        f"{layers[int((ratios >= SINK_RATIO).argmax())]} its norm is over {SINK_RATIO:.0f} times "
+        "that of other tokens): its meaning is lost. Put BOS or words in front with --template, "
+        "and leave --keep-prefix off."
+    ]
+
+
+def _captions_table(captions: Captions, packing: Packing) -> pa.Table:
+    tokens = [s[k:] for s, k in zip(captions.sequences, captions.kept, strict=True)]
+    columns = [
+        range(len(captions)),
+        captions.texts,
+        tokens,
+        captions.num_tokens,
+        captions.num_cut,
+        packing.shard,
+        packing.row_start,
+        packing.row_start + captions.num_tokens,
+    ]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, CAPTIONS_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=CAPTIONS_SCHEMA)
+
+
+def _report_cuts(captions: Captions, max_length: int, report: Callable[[str], None]) -> None:
+    cut = np.flatnonzero(captions.num_cut)
+    if len(cut):
+        report(
+            f"warning: {len(cut):,} captions are longer than {max_length} tokens and lose their "
+            f"end (captions.parquet has num_cut_tokens), for example:"
+        )
+        for entry in cut[np.argsort(-captions.num_cut[cut], kind="stable")[:3]]:
+            text = captions.texts[entry]
+            shown = text if len(text) <= 70 else f"{text[:67]}..."
+            report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
+
+
+def _check_space(target: Path, needed: int, force: bool) -> None:
+    existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free and not force:
+        raise InputError(
+            f"{target} needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free. "
+            "Take fewer --layers or another disk, or begin all the same with --force."
+        )
+
+
+def _num_workers(workers: int | None, gpus: int, tasks: int) -> int:
+    if workers is not None:
+        return workers
+    return max(1, min(gpus or min(num_cpus(), 4), tasks))
+
+
+def _name_workers(workers: int) -> str:
+    return {0: "in this process", 1: "1 worker"}.get(workers, f"{workers} workers")
+
+
+def _provenance(source: str, model: str) -> Provenance:
+    return Provenance(
+        source=source,
+        model=model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=library_versions(),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides stored numbers, for the record."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,128 @@
+"""Where every row goes: captions -> shards, rows, chunks and batches. Pure arithmetic."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..schemas import InputError, Layout
+
+ROWS_PER_CHUNK = 8
+"""Unit of read: small against a caption of 5 to 100 tokens, so that little is read in vain."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Entries dealt to shards, none across a boundary.
+
+    Attributes:
+        layout: shapes of the arrays.
+        shard: shard of each entry, int32 ``[entries]``.
+        row_start: first row of each entry, int64 ``[entries]``; its rows are consecutive.
+    """
+
+    layout: Layout
+    shard: np.ndarray
+    row_start: np.ndarray
+
+    def entries(self, shard: int) -> range:
+        """Entries of a shard; they are consecutive."""
+        first, stop = np.searchsorted(self.shard, [shard, shard + 1])
+        return range(int(first), int(stop))
+
+
+def parse_bytes(text: str) -> int:
+    """``"256MB"`` -> 256,000,000; ``"1GiB"`` -> 1,073,741,824.
+
+    Raises:
+        InputError: not a positive number with a known unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    num_bytes = int(float(match[1]) * unit) if match and unit else 0
+    if num_bytes <= 0:
+        raise InputError(
+            f"{text!r} is no size; expected a number and a unit, such as 256MB or 1GiB"
+        )
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """``256000000`` -> ``"256.0 MB"``."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def pack(
+    num_rows: np.ndarray,
+    *,
+    bytes_per_row: int,
+    shard_bytes: int,
+    batch_tokens: int,
+    rows_per_chunk: int = ROWS_PER_CHUNK,
+) -> Packing:
+    """Deal entries to shards in the order given; a shard ends where the next does not fit.
+
+    Args:
+        num_rows: rows of each entry, ``[entries]``, all positive.
+        bytes_per_row: uncompressed.
+        shard_bytes: wanted size of a full shard; rounded down to whole chunks, and up to hold the
+            longest entry.
+        batch_tokens: recorded in the layout, see :func:`batches`.
+    """
+    num_rows = np.asarray(num_rows, np.int64)
+    total = int(num_rows.sum())
+    wanted = shard_bytes // (bytes_per_row * rows_per_chunk)
+    needed = -(-int(num_rows.max()) // rows_per_chunk)
+    enough = -(-total // rows_per_chunk)
+    rows_per_shard = max(needed, min(wanted, enough)) * rows_per_chunk
+
+    stops = np.cumsum(num_rows)
+    shard = np.empty(len(num_rows), np.int32)
+    row_start = np.empty(len(num_rows), np.int64)
+    first, num_shards = 0, 0
+    while first < len(num_rows):
+        before = stops[first] - num_rows[first]
+        stop = int(np.searchsorted(stops, before + rows_per_shard, side="right"))
+        shard[first:stop] = num_shards
+        row_start[first:stop] = (
+            num_shards * rows_per_shard + stops[first:stop] - num_rows[first:stop] - before
+        )
+        first, num_shards = stop, num_shards + 1
+    layout = Layout(
+        num_shards=num_shards,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=rows_per_chunk,
+        num_rows=total,
+        batch_tokens=batch_tokens,
+    )
+    return Packing(layout, shard, row_start)
+
+
+def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Split sequences into batches of similar length.
+
+    A pure function of the lengths: batch composition changes bits, and a shard that is encoded
+    again must give the same bytes.
+
+    Args:
+        lengths: tokens of each sequence, ``[n]``.
+        batch_tokens: at most this many tokens a batch, padding included; a longer sequence is a
+            batch by itself.
+
+    Yields:
+        Indices into ``lengths``, longest first.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    first = 0
+    while first < len(order):
+        size = max(1, batch_tokens // int(lengths[order[first]]))
+        yield order[first : first + size]
+        first += size

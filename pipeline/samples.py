@@ -1,0 +1,268 @@
+"""The user's captioned images: parquet, jsonl, csv, tsv or txt, local or any fsspec URL."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ..schemas import InputError, SamplesIdentity
+
+TEXT_COLUMNS = ("text", "prompt", "caption")
+IMAGE_COLUMNS = ("image",)
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
+T = TypeVar("T")
+_SHOWN = 5  # offending rows listed in a message
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of an input file, in its order.
+
+    Attributes:
+        source: path or URL as the user named it.
+        table: the two columns below, where they exist.
+        text_column: name of the column with captions; None where the file has none.
+        image_column: name of the column with images; None where the file has none.
+    """
+
+    source: str
+    table: pa.Table
+    text_column: str | None
+    image_column: str | None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def texts(self) -> pa.ListArray:
+        """Captions as ``list<string>``, one list a row.
+
+        Raises:
+            InputError: a caption is missing or blank, or a row has no caption.
+        """
+        assert self.text_column is not None
+        column = self.table[self.text_column].combine_chunks()
+        if not _is_list(column.type):
+            column = pa.ListArray.from_arrays(
+                pa.array(range(len(column) + 1), pa.int32()), column.cast(pa.string())
+            )
+        column = column.cast(pa.list_(pa.string()))
+        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column.flatten())), 0)
+        blank = pc.list_parent_indices(column).filter(pc.fill_null(blank, True))
+        none = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
+        rows = sorted({*blank.to_pylist(), *none.to_pylist()})
+        if rows:
+            shown = ", ".join(str(row) for row in rows[:_SHOWN])
+            more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+            raise InputError(
+                f"{self.source}: {len(rows)} of {len(self)} rows have an empty caption in column "
+                f"{self.text_column!r} (rows {shown}{more}, counted from 0). Remove them: the null "
+                "caption is always stored, and caption dropout happens in training."
+            )
+        return column
+
+    def image_names(self) -> pa.Array:
+        """Path of each image (string, null where there is none); bytes are not copied."""
+        if self.image_column is None:
+            return pa.nulls(len(self), pa.string())
+        column = self.table[self.image_column].combine_chunks()
+        if pa.types.is_struct(column.type):
+            return pc.struct_field(column, "path").cast(pa.string())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return column.cast(pa.string())
+        return pa.nulls(len(self), pa.string())
+
+    def image_files(self) -> Iterator[bytes]:
+        """The encoded bytes of every image, in order.
+
+        The column holds paths (relative ones start at the file's folder), bytes, or structs of
+        ``bytes`` and ``path`` as HF datasets writes them.
+        """
+        assert self.image_column is not None
+        filesystem, path = fsspec.core.url_to_fs(self.source)
+        folder = PurePosixPath(path).parent
+        for value in _python_values(self.table[self.image_column]):
+            if isinstance(value, dict):
+                value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+            if isinstance(value, bytes):
+                yield value
+            elif isinstance(value, str):
+                if "://" in value:
+                    with fsspec.open(value, "rb") as file:
+                        yield file.read()
+                else:
+                    yield filesystem.cat_file(str(folder / value))
+            else:
+                raise InputError(f"{self.source}: an image is neither a path nor bytes: {value!r}")
+
+    def identity(self) -> SamplesIdentity:
+        """Number of rows and fingerprint of their captions, to join stores made from one file."""
+        if self.text_column is None:
+            return SamplesIdentity(num_samples=len(self), fingerprint=None)
+        texts = self.texts()
+        return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts.to_pylist()))
+
+
+def fingerprint(rows: Iterable[Sequence[str] | str]) -> str:
+    """sha256 over rows of texts, each text preceded by its length in bytes so that none can run on
+    into the next."""
+    digest = hashlib.sha256()
+    for row in rows:
+        texts = (row,) if isinstance(row, str) else row
+        digest.update(len(texts).to_bytes(8, "little"))
+        for text in texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+    return digest.hexdigest()
+
+
+def read_samples(
+    source: str,
+    *,
+    text_column: str | None = None,
+    image_column: str | None = None,
+    limit: int | None = None,
+    need: str,
+) -> Samples:
+    """Read a table of captions, images or both.
+
+    Args:
+        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (a caption a line); a local
+            path or any URL that fsspec knows.
+        text_column: a column of strings or of lists of strings; default: the first of ``text``,
+            ``prompt``, ``caption`` that exists.
+        image_column: default: ``image`` if it exists.
+        limit: only the first rows.
+        need: ``"text"`` or ``"image"``: the column that must exist.
+
+    Raises:
+        InputError: no such file or format, not parseable, empty, or no such column.
+    """
+    names = _parsed(source, _column_names)
+    text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", need == "text")
+    image = _find_column(
+        names, source, image_column, IMAGE_COLUMNS, "--image-column", need == "image"
+    )
+    columns = [name for name in (text, image) if name is not None]
+    table = _parsed(source, partial(_read_columns, columns=columns))
+    if limit is not None:
+        table = table.slice(0, limit)
+    if table.num_rows == 0:
+        raise InputError(f"{source} has no rows; expected at least one")
+    if text is not None:
+        kind = table.schema.field(text).type
+        value = kind.value_type if _is_list(kind) else kind
+        if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+            raise InputError(
+                f"{source}: column {text!r} holds {kind}; expected strings or lists of strings"
+            )
+    return Samples(source, table, text, image)
+
+
+def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
+    suffix = PurePosixPath(source).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{source}: cannot tell the format from {suffix or 'a name without suffix'!r}; "
+            f"expected one of {', '.join(SUFFIXES)}"
+        )
+    try:
+        with fsspec.open(source, "rb") as file:
+            if not file.read(1):
+                raise InputError(f"{source} is empty; expected at least one row")
+            file.seek(0)
+            return read(file, suffix)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{source}: no such file") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{source} is no readable {suffix[1:]} file: {error}") from error
+
+
+def _column_names(file: BinaryIO, suffix: str) -> list[str]:
+    if suffix == ".parquet":
+        return list(pyarrow.parquet.read_schema(pa.PythonFile(file, "r")).names)
+    if suffix == ".txt":
+        return ["text"]
+    if suffix == ".jsonl":
+        return list(_first_object(file))
+    with pyarrow.csv.open_csv(file, parse_options=_csv_options(suffix)) as reader:
+        return list(reader.schema.names)
+
+
+def _read_columns(file: BinaryIO, suffix: str, columns: list[str]) -> pa.Table:
+    if suffix == ".parquet":
+        return pyarrow.parquet.read_table(pa.PythonFile(file, "r"), columns=columns)
+    if suffix == ".txt":
+        lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
+        return pa.table({"text": pa.array([line.removesuffix("\r") for line in lines])})
+    if suffix == ".jsonl":
+        # Only these columns are parsed: others may change their type from row to row.
+        first = _first_object(file)
+        file.seek(0)
+        fields = [(name, pa.infer_type([first[name]])) for name in columns]
+        options = pyarrow.json.ParseOptions(
+            explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
+        )
+        return pyarrow.json.read_json(file, parse_options=options)
+    return pyarrow.csv.read_csv(
+        file,
+        parse_options=_csv_options(suffix),
+        convert_options=pyarrow.csv.ConvertOptions(
+            include_columns=columns,
+            column_types={name: pa.string() for name in columns},
+            null_values=[],
+        ),
+    )
+
+
+def _first_object(file: BinaryIO) -> dict[str, Any]:
+    line = next((line for line in file if line.strip()), b"")
+    first = json.loads(line)
+    if not isinstance(first, dict):
+        raise InputError(f"a line of jsonl must be an object; found {line[:60]!r}")
+    return first
+
+
+def _csv_options(suffix: str) -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(
+        delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
+    )
+
+
+def _find_column(
+    names: Sequence[str],
+    source: str,
+    wanted: str | None,
+    defaults: Sequence[str],
+    option: str,
+    required: bool,
+) -> str | None:
+    candidates = [wanted] if wanted is not None else list(defaults)
+    found = next((name for name in candidates if name in names), None)
+    if found is None and (required or wanted is not None):
+        expected = " or ".join(repr(name) for name in candidates)
+        raise InputError(
+            f"{source} has no column {expected}; its columns are "
+            f"{', '.join(names)}. Name one with {option}."
+        )
+    return found
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _python_values(column: pa.ChunkedArray) -> Iterator[Any]:
+    for chunk in column.chunks:
+        for scalar in chunk:
+            yield scalar.as_py()

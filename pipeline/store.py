@@ -1,0 +1,535 @@
+"""Feature and latent stores: create, write one shard, read, finish.
+
+On disk (``docs/store-format.md``)::
+
+    manifest.json      identity, layout, codec; written before any shard
+    captions.parquet   features only: a row a unique caption
+    samples.parquet    a row an input row
+    hidden.zarr/       (latents.zarr/) a Zarr v3 group of standard arrays
+    receipts/          a file a shard, written after it; what has none remains to be done
+    quarantine/        shards that could not be written, with the reason
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import zarr
+
+from ..schemas import (
+    CAPTIONS_SCHEMA,
+    LATENT_SAMPLES_SCHEMA,
+    SAMPLES_SCHEMA,
+    Difference,
+    Facts,
+    FeatureManifest,
+    InputError,
+    LatentManifest,
+    Quarantine,
+    Receipt,
+    WrittenFile,
+    differences,
+    parse,
+)
+from .codecs import CODECS
+from .layout import format_bytes
+from .shards import RowArray, allocate
+
+if TYPE_CHECKING:
+    import torch
+
+M = TypeVar("M", FeatureManifest, LatentManifest)
+MANIFEST = "manifest.json"
+_RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
+
+
+class StoreError(InputError):
+    """A store is not there, not finished, or not the one that is needed."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption of a feature store.
+
+    Attributes:
+        caption_id: its number in the store; 0 is the null caption.
+        text: without the template.
+        tokens: ids of the stored rows, ``[T]``.
+        hidden: hidden states, float32 ``[T, L, H]``.
+    """
+
+    caption_id: int
+    text: str
+    tokens: list[int]
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed hidden states of several captions, without padding.
+
+    Attributes:
+        bits: bfloat16 bits, uint16 ``[rows, L, H]``.
+        offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
+    """
+
+    bits: np.ndarray
+    offsets: np.ndarray
+
+    def numpy(self) -> np.ndarray:
+        """float32 ``[rows, L, H]``, exactly."""
+        return CODECS["bf16"].decode(self.bits)
+
+    def tensor(self) -> "torch.Tensor":
+        """bfloat16 ``[rows, L, H]`` on the CPU, sharing memory with ``bits``."""
+        return CODECS["bf16"].decode_torch(self.bits)
+
+
+class _Store(Generic[M]):
+    """What both kinds of store share: manifest, receipts, quarantine, state."""
+
+    kind: ClassVar[str]
+    manifest_type: ClassVar[Any]
+    group: ClassVar[str]
+
+    def __init__(self, path: Path, manifest: M) -> None:
+        self.path = path
+        self.manifest: M = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, complete: bool = True) -> Self:
+        """Open a store.
+
+        Args:
+            complete: refuse a store that is not finished.
+
+        Raises:
+            StoreError: no store of this kind there, or not finished.
+        """
+        path = Path(path)
+        try:
+            document = json.loads((path / MANIFEST).read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{path} is no {cls.kind} store: it has no {MANIFEST}") from error
+        except json.JSONDecodeError as error:
+            raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
+        wanted = cls.manifest_type.model_fields["format"].default
+        if document.get("format") != wanted:
+            raise StoreError(
+                f"{path} is no {cls.kind} store: its manifest says {document.get('format')!r} "
+                f"instead of {wanted!r}"
+            )
+        store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
+        if complete and not store.is_complete:
+            raise StoreError(
+                f"{path} is not finished: {len(store.remaining())} of "
+                f"{store.manifest.layout.num_shards} shards are not written. Run the command that "
+                "made it once more: it continues where it stopped."
+            )
+        return store
+
+    @classmethod
+    def _prepare(cls, path: Path, tables: Sequence[str]) -> None:
+        """An empty folder to create a store in; what a creation that was killed left is removed."""
+        own = {cls.group, *tables, *(f"{name}.tmp" for name in (*tables, MANIFEST))}
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; expected a new folder")
+        foreign = sorted({entry.name for entry in path.iterdir()} - own) if path.exists() else []
+        if foreign:
+            raise StoreError(
+                f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
+                "Name a new folder."
+            )
+        if any(path.glob(f"{cls.group}/*/c/*")):
+            raise StoreError(
+                f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
+                "continued. Put it back, or name a new folder."
+            )
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.manifest.status == "complete"
+
+    def check_same(self, manifest: M) -> None:
+        """Refuse to continue a store as another one.
+
+        Raises:
+            StoreError: with every key that differs, and both values.
+        """
+        found = self._compared(manifest)
+        different: list[Difference] = differences(found, self._compared(self.manifest))
+        if different:
+            listed = "\n  ".join(map(str, different))
+            raise StoreError(
+                f"{self.path} was made otherwise; what you asked for now, against what it holds:"
+                f"\n  {listed}\nRun the command as it was, or name a new folder."
+            )
+
+    @staticmethod
+    def _compared(manifest: M) -> dict[str, Any]:
+        return manifest.model_dump(mode="json", exclude=_RECORDED)
+
+    def receipts(self) -> dict[int, Receipt]:
+        """Receipts by shard."""
+        paths = sorted((self.path / "receipts").glob("shard-*.json"))
+        receipts = [parse(Receipt, json.loads(p.read_text("utf-8")), str(p)) for p in paths]
+        return {receipt.shard: receipt for receipt in receipts}
+
+    def remaining(self) -> list[int]:
+        """Shards without a receipt, or whose files are not there in full."""
+        receipts = self.receipts()
+        return [
+            shard
+            for shard in range(self.manifest.layout.num_shards)
+            if shard not in receipts or not self._present(receipts[shard])
+        ]
+
+    def _present(self, receipt: Receipt) -> bool:
+        sizes = {name: self._file_size(name) for name in receipt.files}
+        return all(sizes[name] == file.num_bytes for name, file in receipt.files.items())
+
+    def _file_size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Record a shard as done, and lift its quarantine."""
+        _write_text(self._shard_file("receipts", receipt.shard), receipt.model_dump_json(indent=1))
+        self._shard_file("quarantine", receipt.shard).unlink(missing_ok=True)
+
+    def write_quarantine(self, quarantine: Quarantine) -> None:
+        """Record a shard as failed, with its entries and the reason."""
+        path = self._shard_file("quarantine", quarantine.shard)
+        _write_text(path, quarantine.model_dump_json(indent=1))
+
+    def quarantined(self) -> dict[int, Quarantine]:
+        """Failed shards, by number."""
+        paths = sorted((self.path / "quarantine").glob("shard-*.json"))
+        found = [parse(Quarantine, json.loads(p.read_text("utf-8")), str(p)) for p in paths]
+        return {quarantine.shard: quarantine for quarantine in found}
+
+    def _shard_file(self, folder: str, shard: int) -> Path:
+        return self.path / folder / f"shard-{shard:06d}.json"
+
+    def finish(self) -> None:
+        """Mark the store complete.
+
+        Raises:
+            StoreError: shards remain.
+        """
+        remaining = self.remaining()
+        if remaining:
+            raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
+        self.manifest = self.manifest.model_copy(update={"status": "complete"})
+        _write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=1))
+
+    def num_bytes(self) -> int:
+        """Bytes of the shards written so far."""
+        return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
+
+    def facts(self) -> Facts:
+        """What this store is, for a repr; every kind of store has its own."""
+        return Facts(f"{type(self).__name__} {self.path}", {"state": self._state()})
+
+    def __repr__(self) -> str:
+        return str(self.facts())
+
+    def _repr_html_(self) -> str:
+        return self.facts()._repr_html_()
+
+    def _state(self) -> str:
+        if self.is_complete:
+            return "complete"
+        layout, remaining = self.manifest.layout, len(self.remaining())
+        return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
+
+
+class FeatureStore(_Store[FeatureManifest]):
+    """Cached hidden states: ``len``, ``store[i]``, :meth:`read`, :attr:`captions`."""
+
+    kind = "feature"
+    manifest_type = FeatureManifest
+    group = "hidden.zarr"
+
+    @classmethod
+    def create(
+        cls, path: Path, manifest: FeatureManifest, captions: pa.Table, samples: pa.Table
+    ) -> "FeatureStore":
+        """Write tables, array metadata and, last, the manifest; no shard."""
+        cls._prepare(path, ("captions.parquet", "samples.parquet"))
+        _write_table(path / "captions.parquet", captions.cast(CAPTIONS_SCHEMA))
+        _write_table(path / "samples.parquet", samples.cast(SAMPLES_SCHEMA))
+        identity = manifest.identity
+        group = zarr.open_group(path / cls.group, mode="w")
+        allocate(
+            group,
+            "hidden",
+            manifest.layout,
+            (len(identity.layers), identity.model.width),
+            CODECS[manifest.codec.name].dtype,
+            ("row", "layer", "channel"),
+            {"semroute": {"codec": manifest.codec.name, "logical_dtype": "bfloat16"}},
+        )
+        layers = group.create_array(
+            "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
+        )
+        layers[:] = np.array(identity.layers, np.int32)
+        _write_text(path / MANIFEST, manifest.model_dump_json(indent=1))
+        return cls(path, manifest)
+
+    @cached_property
+    def array(self) -> RowArray:
+        """The stored codes."""
+        return RowArray(self.path / self.group / "hidden", self.manifest.layout)
+
+    @cached_property
+    def captions(self) -> pa.Table:
+        """A row a unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
+        return pyarrow.parquet.read_table(self.path / "captions.parquet", memory_map=True)
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
+        return pyarrow.parquet.read_table(self.path / "samples.parquet", memory_map=True)
+
+    @property
+    def layers(self) -> list[int]:
+        """Stored layers, ascending."""
+        return self.manifest.identity.layers
+
+    def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
+        """Write one whole shard of codes ``[rows_per_shard, L, H]``."""
+        written = self.array.write_shard(shard, codes)
+        return {f"{self.group}/hidden/{name}": file for name, file in written.items()}
+
+    def __len__(self) -> int:
+        return self.manifest.identity.captions.num_captions
+
+    def __getitem__(self, caption_id: int) -> Caption:
+        number = caption_id + len(self) if caption_id < 0 else caption_id
+        if not 0 <= number < len(self):
+            raise IndexError(f"no caption {caption_id}; the store has 0 to {len(self) - 1}")
+        row = self.captions.slice(number, 1).to_pylist()[0]
+        return Caption(number, row["text"], row["token_ids"], self.read([number]).numpy())
+
+    def __iter__(self) -> Iterator[Caption]:
+        return (self[caption_id] for caption_id in range(len(self)))
+
+    def read(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        layers: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> Rows:
+        """Hidden states of captions, packed in the order of ``ids``.
+
+        Args:
+            ids: caption ids; a caption may occur more than once.
+            layers: LLM layers, default all that are stored.
+            out: uint16 buffer of at least ``[rows, layers, H]``, used instead of a new one.
+
+        Raises:
+            InputError: no such caption or layer, or its shard is not written.
+        """
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise StoreError(
+                f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to "
+                f"{len(self) - 1}"
+            )
+        select: list[int] | slice = slice(None)
+        if layers is not None and list(layers) != self.layers:
+            select = [self._layer_position(layer) for layer in layers]
+        starts, stops = self._row_starts[ids], self._row_stops[ids]
+        offsets = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+        num_layers = len(self.layers) if isinstance(select, slice) else len(select)
+        width = self.manifest.identity.model.width
+        if out is None:
+            out = np.empty((offsets[-1], num_layers, width), np.uint16)
+        elif out.dtype != np.uint16 or out.shape[1:] != (num_layers, width):
+            raise ValueError(f"out is {out.dtype} {out.shape}; expected uint16 [rows, {num_layers},"
+                             f" {width}]")  # fmt: skip
+        elif len(out) < offsets[-1]:
+            raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
+        rows = out[: offsets[-1]]
+        self.array.read(starts, stops, rows, select)
+        return Rows(rows, offsets)
+
+    def _layer_position(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise StoreError(f"layer {layer} is not stored; {self.path} has {self.layers}")
+        return self.layers.index(layer)
+
+    @cached_property
+    def _row_starts(self) -> np.ndarray:
+        return self.captions["row_start"].to_numpy()
+
+    @cached_property
+    def _row_stops(self) -> np.ndarray:
+        return self.captions["row_stop"].to_numpy()
+
+    def padded_bytes(self) -> int:
+        """Bytes of the same features in bf16, every caption padded to the longest."""
+        longest = int((self._row_stops - self._row_starts).max())
+        return len(self) * longest * self.bytes_per_row()
+
+    def bytes_per_row(self) -> int:
+        """Uncompressed bf16 bytes of one token, all stored layers."""
+        return 2 * len(self.layers) * self.manifest.identity.model.width
+
+    def facts(self) -> Facts:
+        identity, layout = self.manifest.identity, self.manifest.layout
+        num_bytes = self.num_bytes()
+        cut = int(np.count_nonzero(self.captions["num_cut_tokens"].to_numpy()))
+        items = {
+            "model": f"{self.manifest.provenance.model} ({identity.model.architecture}, "
+            f"{identity.model.num_layers} layers of {identity.model.width}, {identity.dtype})",
+            "template": f"{identity.template.text!r}, "
+            f"{len(identity.template.prefix_tokens)} prefix tokens "
+            f"{'kept' if identity.template.keep_prefix else 'dropped'}",
+            "layers": _ranges(self.layers)
+            + (", the last after the final norm" if identity.final_norm == "normed" else ""),
+            "captions": f"{len(self):,} unique (the null caption included) of "
+            f"{identity.samples.num_samples:,} samples",
+            "tokens": f"{layout.num_rows:,}; {cut:,} captions cut at {identity.max_length} tokens",
+            "codec": self.manifest.codec.name,
+            "bytes": format_bytes(num_bytes),
+            "state": self._state(),
+        }
+        if self.is_complete:
+            items["bytes"] += f", {self.padded_bytes() / num_bytes:.2f}x less than padded bf16"
+        return Facts(f"FeatureStore {self.path}", items)
+
+
+class LatentStore(_Store[LatentManifest]):
+    """Encoded images; latent i belongs to sample i."""
+
+    kind = "latent"
+    manifest_type = LatentManifest
+    group = "latents.zarr"
+
+    @classmethod
+    def create(cls, path: Path, manifest: LatentManifest, samples: pa.Table) -> "LatentStore":
+        """Write tables, array metadata and, last, the manifest; no shard."""
+        cls._prepare(path, ("samples.parquet",))
+        _write_table(path / "samples.parquet", samples.cast(LATENT_SAMPLES_SCHEMA))
+        identity = manifest.identity
+        allocate(
+            zarr.open_group(path / cls.group, mode="w"),
+            "mean",
+            manifest.layout,
+            identity.shape,
+            np.dtype(identity.dtype),
+            ("sample", "channel", "y", "x"),
+            {"semroute": {"scale": identity.scale, "shift": identity.shift}},
+        )
+        _write_text(path / MANIFEST, manifest.model_dump_json(indent=1))
+        return cls(path, manifest)
+
+    @cached_property
+    def array(self) -> RowArray:
+        """The stored codes."""
+        return RowArray(self.path / self.group / "mean", self.manifest.layout)
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
+        return pyarrow.parquet.read_table(self.path / "samples.parquet", memory_map=True)
+
+    def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
+        """Write one whole shard of codes ``[rows_per_shard, C, H, W]``."""
+        written = self.array.write_shard(shard, codes)
+        return {f"{self.group}/mean/{name}": file for name, file in written.items()}
+
+    def __len__(self) -> int:
+        return self.manifest.identity.samples.num_samples
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Latents of samples, as the model sees them: float32 ``[n, C, H, W]``.
+
+        Raises:
+            InputError: no such sample, or its shard is not written.
+        """
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise StoreError(
+                f"samples {ids.min()} to {ids.max()} asked for; the store has 0 to {len(self) - 1}"
+            )
+        identity = self.manifest.identity
+        codes = np.empty((len(ids), *identity.shape), identity.dtype)
+        self.array.read(ids, ids + 1, codes)
+        return codes.astype(np.float32) * np.float32(identity.scale) + np.float32(identity.shift)
+
+    def facts(self) -> Facts:
+        identity = self.manifest.identity
+        return Facts(
+            f"LatentStore {self.path}",
+            {
+                "vae": identity.vae,
+                "samples": f"{len(self):,}",
+                "shape": " x ".join(map(str, identity.shape)),
+                "codes": f"{identity.dtype}; latent = code * {identity.scale:.6g} + "
+                f"{identity.shift:.6g}",
+                "bytes": format_bytes(self.num_bytes()),
+                "state": self._state(),
+            },
+        )
+
+
+def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> FeatureStore:
+    """Open a feature store; see :meth:`_Store.open`."""
+    return FeatureStore.open(path, complete=complete)
+
+
+def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> LatentStore:
+    """Open a latent store; see :meth:`_Store.open`."""
+    return LatentStore.open(path, complete=complete)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` -> ``"1-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    pyarrow.parquet.write_table(table, unfinished, compression="zstd")
+    _publish(unfinished, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text + "\n", "utf-8")
+    _publish(unfinished, path)
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Rename when the bytes are on disk, so that a file is there whole or not at all."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,26 @@
+"""What a repr says: titled facts, the same in text and in HTML."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values under a title; ``str()`` aligns them, notebooks show a table."""
+
+    title: str
+    items: Mapping[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.items), default=0)
+        lines = [f"  {name:<{width}}  {value}" for name, value in self.items.items()]
+        return "\n".join([self.title, *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name)}</th>"
+            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            for name, value in self.items.items()
+        )
+        return f"<div><strong>{escape(self.title)}</strong><table>{rows}</table></div>"
