@@ -1,0 +1,269 @@
+import gc
+import json
+import shutil
+import threading
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semroute.pipeline.store import open_features, open_latents
+from semroute.schemas import DataConfig, InputError
+from semroute.trainer.stream import Order, Stream
+
+NUM_SAMPLES = 200
+
+
+def order(num_samples=10, seed=0, dropout=0.1, counts=None):
+    counts = np.ones(num_samples, np.int64) if counts is None else np.asarray(counts)
+    return Order(num_samples, counts, seed=seed, caption_dropout=dropout)
+
+
+def reading():
+    return [t for t in threading.enumerate() if t.name.startswith("semroute-stream")]
+
+
+class TestOrder:
+    @settings(deadline=None)
+    @given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 100))
+    def test_an_epoch_holds_every_sample_once(self, num_samples, epoch, seed):
+        samples = order(num_samples, seed).samples(epoch * num_samples, num_samples)
+        assert sorted(samples) == list(range(num_samples))
+
+    @settings(deadline=None)
+    @given(st.integers(1, 30), st.integers(0, 100), st.lists(st.integers(1, 40), max_size=6))
+    def test_it_does_not_matter_how_it_is_cut(self, num_samples, first, lengths):
+        whole = order(num_samples)
+        samples = whole.samples(first, sum(lengths) + 1)
+        choices = whole.choices(first, samples)
+        start = first
+        for length in lengths:
+            cut = order(num_samples)  # no memory of what came before
+            here = slice(start - first, start - first + length)
+            assert np.array_equal(cut.samples(start, length), samples[here])
+            assert np.array_equal(cut.choices(start, samples[here]), choices[here])
+            start += length
+
+    def test_epochs_and_seeds_differ(self):
+        epochs = [tuple(order(50, seed).samples(e * 50, 50)) for seed in (0, 1) for e in (0, 1)]
+        assert len(set(epochs)) == 4
+
+    def test_dropout_is_the_share_that_was_asked_for(self):
+        samples = np.zeros(20_000, np.int64)
+        share = np.mean(order(dropout=0.1).choices(0, samples) == -1)
+        assert share == pytest.approx(0.1, abs=0.01)
+        assert not (order(dropout=0.0).choices(0, samples) == -1).any()
+        assert (order(dropout=1.0).choices(0, samples) == -1).all()
+
+    def test_captions_of_a_sample_are_chosen_evenly(self):
+        samples = np.tile([0, 1], 15_000)
+        choice = order(2, dropout=0.0, counts=[1, 3]).choices(0, samples)
+        assert (choice[samples == 0] == 0).all()
+        shares = np.bincount(choice[samples == 1]) / 15_000
+        assert shares == pytest.approx([1 / 3] * 3, abs=0.02)
+
+    def test_a_sample_is_not_dropped_at_every_epoch(self):
+        lone = order(1, dropout=0.5)
+        assert len(set(lone.choices(0, np.zeros(64, np.int64)))) == 2
+
+
+class TestStream:
+    @pytest.fixture
+    def make(self, feature_store, latent_store):
+        features, latents = open_features(feature_store), open_latents(latent_store)
+
+        def make(batch_size=8, prefetch=2, caption_dropout=0.1, seed=0, layers=None, **arguments):
+            data = DataConfig(
+                batch_size=batch_size, prefetch=prefetch, caption_dropout=caption_dropout
+            )
+            layers = features.layers if layers is None else layers
+            return Stream(features, latents, data, seed=seed, layers=layers, **arguments)
+
+        return make
+
+    def take(self, stream, num):
+        with closing(iter(stream)) as batches:
+            return list(islice(batches, num))
+
+    def test_a_batch_holds_what_the_stores_hold(self, make):
+        stream = make(batch_size=16, caption_dropout=0.3)
+        (batch,) = self.take(stream, 1)
+        assert batch.hidden.dtype == torch.bfloat16
+        assert batch.latents.dtype == torch.float32
+        texts = stream.features.samples["caption_ids"].to_pylist()
+        dropped = 0
+        for i, sample in enumerate(batch.sample_ids):
+            latent = stream.latents.read([sample])[0]
+            assert np.array_equal(batch.latents[i].numpy(), latent)
+            start, stop = batch.offsets[batch.caption[i] :][:2].tolist()
+            rows = batch.hidden[start:stop].float().numpy()
+            (caption,) = texts[sample]
+            null, own = (stream.features[c].hidden for c in (0, caption))
+            is_own = rows.shape == own.shape and np.array_equal(rows, own)
+            assert is_own or np.array_equal(rows, null)
+            dropped += not is_own
+        assert 0 < dropped < 16
+
+    def test_every_unique_caption_is_read_once(self, make):
+        (batch,) = self.take(make(batch_size=32, caption_dropout=1.0), 1)
+        assert len(batch.offsets) == 2
+        assert batch.caption.tolist() == [0] * 32
+
+    def test_reads_only_the_layers_that_are_asked_for(self, make):
+        (one,) = self.take(make(layers=[3]), 1)
+        (every,) = self.take(make(), 1)
+        assert torch.equal(one.hidden[:, 0], every.hidden[:, 2])
+
+    @settings(deadline=None, max_examples=15)
+    @given(
+        ranks=st.sampled_from([1, 2, 4]),
+        accumulation=st.sampled_from([1, 2, 4]),
+        prefetch=st.integers(1, 5),
+        start=st.integers(0, 40),
+    )
+    def test_global_batches_do_not_depend_on_how_they_are_read(
+        self, feature_store, latent_store, ranks, accumulation, prefetch, start
+    ):
+        features, latents = open_features(feature_store), open_latents(latent_store)
+
+        def global_batches(steps, **arguments):
+            data = DataConfig(batch_size=16, prefetch=arguments.pop("prefetch"))
+            cut = arguments.pop("accumulation")
+            parts = {}
+            for rank in range(arguments["world_size"]):
+                stream = Stream(
+                    features,
+                    latents,
+                    data,
+                    seed=3,
+                    layers=[4],
+                    rank=rank,
+                    grad_accum_steps=cut,
+                    **arguments,
+                )
+                for batch in self.take(stream, steps * cut):
+                    text = [
+                        batch.hidden[batch.offsets[c] : batch.offsets[c + 1]] for c in batch.caption
+                    ]
+                    part = [
+                        (int(s), t.float().sum().item())
+                        for s, t in zip(batch.sample_ids, text, strict=True)
+                    ]
+                    parts[batch.step, batch.micro_step, rank] = part
+            return [
+                [pair for key in sorted(parts) if key[0] == step for pair in parts[key]]
+                for step in sorted({step for step, _, _ in parts})
+            ]
+
+        expected = global_batches(start + 2, world_size=1, prefetch=1, accumulation=1)[start:]
+        found = global_batches(
+            2, world_size=ranks, prefetch=prefetch, accumulation=accumulation, start_step=start
+        )
+        assert found == expected
+
+    def test_batches_may_be_larger_than_the_store(self, make):
+        (batch,) = self.take(make(batch_size=NUM_SAMPLES + 50), 1)
+        counts = np.bincount(batch.sample_ids, minlength=NUM_SAMPLES)
+        assert counts.min() == 1
+        assert counts.max() == 2
+
+    def test_a_batch_that_ranks_do_not_divide_is_refused(self, make):
+        with pytest.raises(
+            InputError, match="batch_size 8 is not a multiple of 6: 2 ranks with 3 accumulation"
+        ):
+            make(batch_size=8, world_size=2, grad_accum_steps=3)
+
+    def test_reads_no_further_ahead_than_prefetch(self, make, monkeypatch):
+        stream = make(prefetch=3)
+        read, steps = stream.read, []
+        monkeypatch.setattr(stream, "read", lambda *place: (steps.append(place), read(*place))[1])
+        with closing(iter(stream)) as batches:
+            for _ in range(4):
+                next(batches)
+            assert 4 <= len(steps) <= 4 + 3
+
+    def test_an_error_while_reading_is_raised_at_its_batch(self, make, monkeypatch):
+        stream = make()
+        read = stream.read
+
+        def failing(step, micro_step):
+            if step == 2:
+                raise OSError("disk gone")
+            return read(step, micro_step)
+
+        monkeypatch.setattr(stream, "read", failing)
+        batches = iter(stream)
+        assert [next(batches).step for _ in range(2)] == [0, 1]
+        with pytest.raises(OSError, match="disk gone"):
+            next(batches)
+        assert not reading()
+
+    def test_closing_stops_the_thread(self, make):
+        with closing(iter(make())) as batches:
+            next(batches)
+            assert reading()
+        assert not reading()
+
+    def test_forgetting_it_stops_the_thread(self, make):
+        batches = iter(make())
+        next(batches)
+        del batches
+        gc.collect()
+        assert not reading()
+
+    def test_waiting_is_counted(self, make):
+        stream = make()
+        self.take(stream, 3)
+        assert stream.wait_seconds > 0
+
+
+class TestJoin:
+    def amended(self, store, folder, change):
+        path = folder / "store"
+        shutil.copytree(store, path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        change(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    def stream(self, features, latents):
+        return Stream(
+            open_features(features, complete=False),
+            open_latents(latents, complete=False),
+            DataConfig(batch_size=4),
+            seed=0,
+            layers=[1],
+        )
+
+    def test_stores_of_other_samples_are_refused(self, feature_store, latent_store, tmp_path):
+        other = self.amended(
+            latent_store,
+            tmp_path,
+            lambda m: m["identity"]["samples"].update(fingerprint="0" * 64),
+        )
+        with pytest.raises(InputError, match=r"other captions or another order .*make both"):
+            self.stream(feature_store, other)
+
+    def test_stores_of_other_lengths_are_refused(self, feature_store, latent_store, tmp_path):
+        other = self.amended(
+            latent_store, tmp_path, lambda m: m["identity"]["samples"].update(num_samples=150)
+        )
+        with pytest.raises(InputError, match=r"has 200 samples but .* has 150: make both"):
+            self.stream(feature_store, other)
+
+    def test_latents_without_captions_are_joined_by_number(
+        self, feature_store, latent_store, tmp_path
+    ):
+        other = self.amended(
+            latent_store, tmp_path, lambda m: m["identity"]["samples"].update(fingerprint=None)
+        )
+        assert self.stream(feature_store, other).read(0).latents.shape == (4, 3, 12, 12)
+
+    def test_an_unfinished_store_is_refused(self, feature_store, latent_store, tmp_path):
+        other = self.amended(feature_store, tmp_path, lambda m: m.update(status="extracting"))
+        with pytest.raises(InputError, match=r"is not finished: .* continues where it stopped"):
+            self.stream(other, latent_store)

@@ -1,0 +1,243 @@
+"""Which sample comes when, and a loader that obeys it.
+
+The order is arithmetic and the reading is input/output, and they are apart: what a step trains on
+is a pure function of (seed, position), whoever reads it, in however many parts, and after however
+many restarts.
+
+Shapes: B batch (of this rank and accumulation step), R rows (tokens of all captions, packed),
+U unique captions, L layers, H text width, C channels.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pipeline.store import FeatureStore, LatentStore
+from ..schemas import DataConfig, InputError
+
+NULL_CAPTION = 0
+
+
+class Order:
+    """Samples and captions by global position; epoch e is positions e * num_samples and on.
+
+    Args:
+        num_samples: in the stores.
+        caption_counts: int64 [num_samples], how many captions each sample has, at least one.
+        caption_dropout: share of positions that train the null caption.
+    """
+
+    def __init__(
+        self, num_samples: int, caption_counts: np.ndarray, *, seed: int, caption_dropout: float
+    ) -> None:
+        self.num_samples = num_samples
+        self.caption_counts = caption_counts
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Every sample once: int64 [num_samples], a function of (seed, epoch)."""
+        if epoch not in self._epochs:
+            key = np.random.SeedSequence((self.seed, 0, epoch))
+            order = np.random.Generator(np.random.Philox(key)).permutation(self.num_samples)
+            kept = {e: p for e, p in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**kept, epoch: order}
+        return self._epochs[epoch]
+
+    def samples(self, first: int, num: int) -> np.ndarray:
+        """Samples at positions ``first`` to ``first + num``: int64 [num]."""
+        parts = []
+        while num > 0:
+            epoch, start = divmod(first, self.num_samples)
+            part = self.permutation(epoch)[start : start + num]
+            parts.append(part)
+            first, num = first + len(part), num - len(part)
+        return np.concatenate(parts)
+
+    def choices(self, first: int, samples: np.ndarray) -> np.ndarray:
+        """Which of its captions each sample shows: int64 [num], -1 for the null caption.
+
+        Philox is counted by position: four words a position, of which the first decides dropout and
+        the second the choice.
+        """
+        key = np.random.SeedSequence((self.seed, 1))
+        words = np.random.Philox(key).advance(first).random_raw(4 * len(samples)).reshape(-1, 4)
+        counts = self.caption_counts[samples]
+        dropped = (words[:, 0] >> 11) * 2.0**-53 < self.caption_dropout
+        choice = (words[:, 1] % counts.astype(np.uint64)).astype(np.int64)
+        return np.where(dropped, -1, choice)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one accumulation step.
+
+    Attributes:
+        step, micro_step: which.
+        sample_ids: int64 [B].
+        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once.
+        offsets: int64 [U + 1], on the CPU.
+        caption: int64 [B], index of each sample's caption among the unique ones, on the CPU.
+        latents: fp32 [B, C, height, width].
+    """
+
+    step: int
+    micro_step: int
+    sample_ids: np.ndarray
+    hidden: Tensor
+    offsets: Tensor
+    caption: Tensor
+    latents: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with the large tensors on a device."""
+        return replace(self, hidden=self.hidden.to(device), latents=self.latents.to(device))
+
+
+class Stream:
+    """Batches of one rank, read ahead by a thread of its own.
+
+    The global batch of a step is ``data.batch_size`` positions, cut into accumulation steps and
+    each of these into ranks, so that it holds the same samples however it is cut.
+
+    Args:
+        features, latents: complete stores of the same samples.
+        layers: LLM layers to read, in this order (``router.layers_read``).
+        start_step: the first step to deliver.
+
+    Attributes:
+        wait_seconds: how long the consumer waited for data so far.
+
+    Raises:
+        InputError: stores that are unfinished or of other samples, or a batch that ranks and
+            accumulation steps do not divide.
+    """
+
+    def __init__(
+        self,
+        features: FeatureStore,
+        latents: LatentStore,
+        data: DataConfig,
+        *,
+        seed: int,
+        layers: Sequence[int],
+        rank: int = 0,
+        world_size: int = 1,
+        grad_accum_steps: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        check_joined(features, latents)
+        parts = world_size * grad_accum_steps
+        if data.batch_size % parts:
+            raise InputError(
+                f"data.batch_size {data.batch_size} is not a multiple of {parts}: {world_size} "
+                f"ranks with {grad_accum_steps} accumulation steps each take an equal part"
+            )
+        self.features = features
+        self.latents = latents
+        self.data = data
+        self.layers = list(layers)
+        self.rank = rank
+        self.world_size = world_size
+        self.grad_accum_steps = grad_accum_steps
+        self.start_step = start_step
+        self.wait_seconds = 0.0
+        captions = features.samples["caption_ids"].combine_chunks()
+        self._caption_ids = captions.values.to_numpy()
+        self._caption_starts = captions.offsets.to_numpy()[:-1].astype(np.int64)
+        self.order = Order(
+            len(latents),
+            np.diff(captions.offsets.to_numpy()).astype(np.int64),
+            seed=seed,
+            caption_dropout=data.caption_dropout,
+        )
+
+    def first_position(self, step: int, micro_step: int = 0) -> int:
+        """Global position where this rank's part of an accumulation step begins."""
+        part = self.data.batch_size // (self.world_size * self.grad_accum_steps)
+        return step * self.data.batch_size + (micro_step * self.world_size + self.rank) * part
+
+    def read(self, step: int, micro_step: int = 0) -> Batch:
+        """One batch, read now."""
+        first = self.first_position(step, micro_step)
+        num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
+        samples = self.order.samples(first, num)
+        unique, caption = np.unique(self._captions_at(first, samples), return_inverse=True)
+        rows = self.features.read(unique, self.layers)
+        return Batch(
+            step=step,
+            micro_step=micro_step,
+            sample_ids=samples,
+            hidden=rows.tensor(),
+            offsets=torch.from_numpy(rows.offsets),
+            caption=torch.from_numpy(caption),
+            latents=torch.from_numpy(self.latents.read(samples)),
+        )
+
+    def _captions_at(self, first: int, samples: np.ndarray) -> np.ndarray:
+        """Caption ids of the samples at positions ``first`` and on."""
+        choice = self.order.choices(first, samples)
+        captions = np.full(len(samples), NULL_CAPTION, np.int64)
+        kept = choice >= 0
+        captions[kept] = self._caption_ids[self._caption_starts[samples[kept]] + choice[kept]]
+        return captions
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, in order; closing the iterator stops the reading.
+
+        An error while reading is raised here, at the batch that it concerns.
+        """
+        ahead: deque[Future[Batch]] = deque()
+        reader = ThreadPoolExecutor(1, thread_name_prefix="semroute-stream")
+        places = self._places()
+        try:
+            while True:
+                while len(ahead) < self.data.prefetch:
+                    ahead.append(reader.submit(self.read, *next(places)))
+                began = time.perf_counter()
+                batch = ahead.popleft().result()
+                self.wait_seconds += time.perf_counter() - began
+                yield batch
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        step = self.start_step
+        while True:
+            for micro_step in range(self.grad_accum_steps):
+                yield step, micro_step
+            step += 1
+
+
+def check_joined(features: FeatureStore, latents: LatentStore) -> None:
+    """Refuse stores that cannot be trained on together.
+
+    Raises:
+        InputError: one is unfinished, or they were not made from the same samples.
+    """
+    for store in (features, latents):
+        if not store.is_complete:
+            raise InputError(
+                f"{store.path} is not finished: {len(store.remaining())} of "
+                f"{store.manifest.layout.num_shards} shards remain. Run the command that made it "
+                "once more: it continues where it stopped."
+            )
+    text, images = features.manifest.identity.samples, latents.manifest.identity.samples
+    if text.num_samples != images.num_samples:
+        raise InputError(
+            f"{features.path} has {text.num_samples} samples but {latents.path} has "
+            f"{images.num_samples}: make both from the same file"
+        )
+    if images.fingerprint is not None and text.fingerprint != images.fingerprint:
+        raise InputError(
+            f"{features.path} and {latents.path} were made from other captions or another order "
+            f"of samples (fingerprints {text.fingerprint} and {images.fingerprint}): make both "
+            "from the same file"
+        )
