@@ -1,0 +1,282 @@
+"""Generated images against what their captions ask for, with chance beside every score.
+
+Shapes: N images or captions, C channels, h x w latent, S scenes.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from ..pipeline.store import FeatureStore
+from ..schemas import InputError
+from .dit import DiT
+from .flow import Flow
+from .sampling import sample
+from .shapes import SKILLS, Scene, judge_cells, read_cells, render
+
+NULL_CAPTION = 0
+"""Entry of every feature store that holds the null caption."""
+NUM_SHIFTS = 10
+"""Permutations that chance is averaged over."""
+NUM_RESAMPLES = 2000
+"""Bootstrap resamples behind an interval."""
+EVALUATION_SCHEMA = pa.schema(
+    [
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("skill", pa.string(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("high", pa.float64(), nullable=False),
+        pa.field("chance", pa.float64()),
+        pa.field("num_images", pa.int64(), nullable=False),
+        pa.field("num_scenes", pa.int64(), nullable=False),
+    ]
+)
+"""A row a split and skill; see :class:`Evaluation`."""
+
+Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+"""Latents [N, C, h, w] -> RGB images [N, height, width, 3]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores by split and skill (see ``shapes.judge_cells`` for what a skill means).
+
+    Attributes:
+        table: ``EVALUATION_SCHEMA``. ``accuracy`` is the share of the ``num_images`` images whose
+            caption asks for the skill that show it; ``low`` and ``high`` are its 95 % bootstrap
+            interval over the ``num_scenes`` scenes; ``chance`` is what perfect images of other
+            captions reach, null where a split has a single scene.
+    """
+
+    table: pa.Table
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """split -> skill -> the other columns; JSON-able."""
+        scores: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in self.table.to_pylist():
+            scores.setdefault(row.pop("split"), {})[row.pop("skill")] = row
+        return scores
+
+    def to_text(self) -> str:
+        """An aligned table; a line a split and skill."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if number < 2 else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    __str__ = to_text
+    __repr__ = to_text
+
+    def _repr_html_(self) -> str:
+        head, *body = self._rows()
+        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def _rows(self) -> list[list[str]]:
+        head = ["split", "skill", "accuracy", "95 % interval", "chance", "images", "scenes"]
+        return [
+            head,
+            *(
+                [
+                    row["split"],
+                    row["skill"],
+                    f"{row['accuracy']:.3f}",
+                    f"{row['low']:.3f} to {row['high']:.3f}",
+                    "-" if row["chance"] is None else f"{row['chance']:.3f}",
+                    str(row["num_images"]),
+                    str(row["num_scenes"]),
+                ]
+                for row in self.table.to_pylist()
+            ),
+        ]
+
+
+def score(
+    images: NDArray[np.uint8], scenes: Sequence[Scene], splits: Sequence[str], *, seed: int = 0
+) -> Evaluation:
+    """Judge images and summarise by split and skill.
+
+    Chance is measured, not computed: a true image of every scene of the split is rendered and
+    judged against another scene of the same split, over several permutations without a fixed
+    point, and weighted as the images are. It is what a generator reaches that draws perfectly and
+    ignores its caption; one that draws nothing recognisable stays below it.
+
+    The interval is the percentile bootstrap (Efron 1979) over scenes: all images of a scene, and
+    all captions that phrase it, are drawn together, for they are not independent. It has no width
+    where every image is right or none is.
+
+    Args:
+        images: [N, 18, 18, 3] uint8.
+        scenes: what each image should show.
+        splits: the split that each image counts for.
+        seed: of the renders, the permutations and the resamples.
+
+    Raises:
+        InputError: no images, lengths that differ, or images that are not of this world.
+    """
+    if not len(images) == len(scenes) == len(splits) or not len(images):
+        raise InputError(
+            f"found {len(images)} images, {len(scenes)} scenes and {len(splits)} splits, expected "
+            "the same number of each, and at least one"
+        )
+    rng = np.random.default_rng(seed)
+    cells = read_cells(images)
+    rows = []
+    for split in dict.fromkeys(splits):
+        members = [number for number, name in enumerate(splits) if name == split]
+        chance = _chance([scenes[number] for number in members], rng)
+        judged: dict[str, dict[Scene, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        for number in members:
+            for skill, good in judge_cells(cells[number], scenes[number]).items():
+                judged[skill][scenes[number]].append(good)
+        for skill in SKILLS:
+            if skill not in judged:
+                continue
+            right = np.array([sum(each) for each in judged[skill].values()])
+            asked = np.array([len(each) for each in judged[skill].values()])
+            low, high = _interval(right, asked, rng)
+            rows.append(
+                {
+                    "split": split,
+                    "skill": skill,
+                    "accuracy": float(right.sum() / asked.sum()),
+                    "low": low,
+                    "high": high,
+                    "chance": chance.get(skill),
+                    "num_images": int(asked.sum()),
+                    "num_scenes": len(asked),
+                }
+            )
+    return Evaluation(pa.Table.from_pylist(rows, schema=EVALUATION_SCHEMA))
+
+
+def generate(
+    model: DiT,
+    flow: Flow,
+    features: FeatureStore,
+    caption_ids: Sequence[int] | NDArray[np.int64],
+    *,
+    num_steps: int,
+    cfg_scale: float,
+    seed: int,
+    batch_size: int,
+    progress: bool = True,
+) -> NDArray[np.float32]:
+    """One latent a caption, float32 [N, C, h, w], in the units that the model was trained on.
+
+    Only the layers that the model reads are read, a batch at a time. The noise of latent i is a
+    function of (seed, i): a latent depends on the batch size only by rounding.
+
+    Args:
+        caption_ids: entries of ``features``; repeat one for several latents.
+        batch_size: captions sampled at once; guidance runs them a second time.
+
+    Raises:
+        InputError: a batch size below 1, or no such caption.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    device = next(model.parameters()).device
+    layers = model.router.layers_read
+    null = None
+    if cfg_scale != 1.0:
+        null = features.read([NULL_CAPTION], layers).tensor().to(device)
+    latents = np.empty((len(caption_ids), *model.latent_shape), np.float32)
+    with tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar:
+        for first in range(0, len(caption_ids), batch_size):
+            part = caption_ids[first : first + batch_size]
+            rows = features.read(part, layers)
+            latents[first : first + len(part)] = sample(
+                model,
+                flow,
+                rows.tensor().to(device),
+                torch.from_numpy(rows.offsets),
+                null,
+                num_steps=num_steps,
+                cfg_scale=cfg_scale,
+                seed=seed,
+                first=first,
+            ).numpy(force=True)
+            bar.update(len(part))
+    return latents
+
+
+def evaluate(
+    model: DiT,
+    flow: Flow,
+    features: FeatureStore,
+    caption_ids: Sequence[int] | NDArray[np.int64],
+    scenes: Sequence[Scene],
+    splits: Sequence[str],
+    decode: Decode,
+    *,
+    num_steps: int,
+    cfg_scale: float,
+    seed: int,
+    batch_size: int,
+    progress: bool = True,
+) -> tuple[Evaluation, NDArray[np.uint8]]:
+    """Generate an image of every caption and score them: the scores, and the images judged.
+
+    Args:
+        scenes, splits: of each caption, as in :func:`score`.
+        decode: latents -> images.
+        num_steps, cfg_scale, seed, batch_size: as in :func:`generate`.
+    """
+    latents = generate(
+        model,
+        flow,
+        features,
+        caption_ids,
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    images = decode(latents)
+    return score(images, scenes, splits, seed=seed), images
+
+
+def _chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, float]:
+    """Skill -> accuracy of true images of other scenes; empty where there is no other scene."""
+    weights = Counter(scenes)
+    unique = list(weights)
+    cells = read_cells(np.stack([render(scene, rng) for scene in unique]))
+    num = len(unique)
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    # A shift of a random circle by 1 to num - 1 places is a permutation without a fixed point.
+    circle = rng.permutation(num)
+    for shift in rng.permutation(np.arange(1, num))[:NUM_SHIFTS]:
+        for own, other in zip(circle, np.roll(circle, shift), strict=True):
+            weight = weights[unique[own]]
+            for skill, good in judge_cells(cells[other], unique[own]).items():
+                asked[skill] += weight
+                right[skill] += weight * good
+    return {skill: right[skill] / asked[skill] for skill in asked}
+
+
+def _interval(
+    right: NDArray[np.int64], asked: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[float, float]:
+    """95 % of the accuracy over resampled scenes: right and asked images of each, [S]."""
+    num = len(right)
+    times = rng.multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES)  # (resamples, S)
+    low, high = np.percentile((times @ right) / (times @ asked), [2.5, 97.5])
+    return float(low), float(high)
