@@ -90,19 +90,23 @@ class Samples:
         assert self.image_column is not None
         filesystem, path = fsspec.core.url_to_fs(self.source)
         folder = PurePosixPath(path).parent
-        for value in _python_values(self.table[self.image_column]):
+        for row, value in enumerate(_python_values(self.table[self.image_column])):
             if isinstance(value, dict):
                 value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-            if isinstance(value, bytes):
-                yield value
-            elif isinstance(value, str):
-                if "://" in value:
+            try:
+                if isinstance(value, bytes):
+                    yield value
+                elif isinstance(value, str) and "://" in value:
                     with fsspec.open(value, "rb") as file:
                         yield file.read()
-                else:
+                elif isinstance(value, str):
                     yield filesystem.cat_file(str(folder / value))
-            else:
-                raise InputError(f"{self.source}: an image is neither a path nor bytes: {value!r}")
+                else:
+                    raise InputError(
+                        f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
+                    )
+            except FileNotFoundError as error:
+                raise InputError(f"{self.source}: row {row}: no such image: {value}") from error
 
     def identity(self) -> SamplesIdentity:
         """Number of rows and fingerprint of their captions, to join stores made from one file."""

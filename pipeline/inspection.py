@@ -1,0 +1,121 @@
+"""Facts about a store, for people and for machines."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..schemas import Facts, Receipt
+from .layout import format_bytes
+from .store import MANIFEST, FeatureStore, LatentStore, StoreError
+
+STORES: dict[str, Any] = {"semroute.features": FeatureStore, "semroute.latents": LatentStore}
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``semroute inspect`` says about a store.
+
+    Attributes:
+        facts: for people.
+        details: the same and more, for machines; plain JSON types.
+    """
+
+    facts: Facts
+    details: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.facts)
+
+    def _repr_html_(self) -> str:
+        return self.facts._repr_html_()
+
+    def to_json(self) -> str:
+        return json.dumps(self.details, indent=1)
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Look at a feature or latent store, finished or not.
+
+    Raises:
+        StoreError: no store there.
+    """
+    path = Path(path)
+    try:
+        form = json.loads((path / MANIFEST).read_text("utf-8")).get("format")
+    except (OSError, json.JSONDecodeError, AttributeError):
+        form = "semroute.features"  # whose opening says what is wrong
+    if form not in STORES:
+        raise StoreError(
+            f"{path}: the manifest's format is {form!r}; expected {' or '.join(STORES)}"
+        )
+    store: FeatureStore | LatentStore = STORES[form].open(path, complete=False)
+    receipts = list(store.receipts().values())
+    items = dict(store.facts().items)
+    details = {
+        "path": str(path),
+        "format": form,
+        "status": store.manifest.status,
+        "shards": store.manifest.layout.num_shards,
+        "shards_written": store.manifest.layout.num_shards - len(store.remaining()),
+        "bytes": store.num_bytes(),
+    }
+    if isinstance(store, FeatureStore):
+        _describe_features(store, receipts, items, details)
+    details["manifest"] = store.manifest.model_dump(mode="json")
+    warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
+    quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}
+    details |= {"warnings": warnings, "quarantined": quarantined}
+    items |= {f"warning {number}": text for number, text in enumerate(warnings, 1)}
+    if quarantined:
+        shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
+        items["quarantined"] = f"{len(quarantined)} shards: {shown}"
+    return Inspection(Facts(f"{type(store).__name__} {path}", items), details)
+
+
+def codec_error(receipts: list[Receipt]) -> dict[str, float]:
+    """Error of LN(h) over all shards: means weighted by rows, maxima of maxima."""
+    measured = [receipt for receipt in receipts if receipt.codec_error]
+    weights = [receipt.num_rows for receipt in measured]
+    return {
+        name: max(values) if name.startswith("max") else float(np.average(values, weights=weights))
+        for name in (measured[0].codec_error if measured else ())
+        for values in [[receipt.codec_error[name] for receipt in measured]]
+    }
+
+
+def _describe_features(
+    store: FeatureStore, receipts: list[Receipt], items: dict[str, str], details: dict[str, Any]
+) -> None:
+    lengths = store.captions["num_tokens"].to_numpy()
+    cut = store.captions["num_cut_tokens"].to_numpy()
+    error = codec_error(receipts)
+    items["tokens"] += f"; {lengths.mean():.1f} a caption on average, at most {lengths.max()}"
+    items["bytes a token"] = format_bytes(store.bytes_per_row())
+    if error:
+        items["codec error"] = (
+            f"LN(h) {error['mean']:.1e} mean, {error['max']:.1e} max; without the three largest "
+            f"channels {error['mean_without_top3']:.1e}, {error['max_without_top3']:.1e}"
+        )
+    details |= {
+        "model": store.manifest.provenance.model,
+        "template": store.manifest.identity.template.text,
+        "layers": store.layers,
+        "captions": len(store),
+        "samples": store.manifest.identity.samples.num_samples,
+        "tokens": store.manifest.layout.num_rows,
+        "tokens_longest": int(lengths.max()),
+        "captions_cut": int(np.count_nonzero(cut)),
+        "bytes_per_token": store.bytes_per_row(),
+        "bytes_padded_bf16": store.padded_bytes(),
+        "ratio_to_padded_bf16": (
+            store.padded_bytes() / store.num_bytes() if store.is_complete else None
+        ),
+        "codec": store.manifest.codec.name,
+        "codec_error": error,
+    }

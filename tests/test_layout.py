@@ -1,0 +1,65 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semroute.pipeline.layout import batches, format_bytes, pack, parse_bytes
+from semroute.schemas import InputError
+
+lengths = st.lists(st.integers(1, 90), min_size=1, max_size=200).map(np.array)
+
+
+@given(num_rows=lengths, bytes_per_row=st.integers(1, 5000), shard_bytes=st.integers(1, 10**6))
+def test_no_entry_straddles_a_shard_and_no_row_is_used_twice(num_rows, bytes_per_row, shard_bytes):
+    packing = pack(num_rows, bytes_per_row=bytes_per_row, shard_bytes=shard_bytes, batch_tokens=1)
+    layout = packing.layout
+    stops = packing.row_start + num_rows
+    assert (packing.row_start // layout.rows_per_shard == packing.shard).all()
+    assert ((stops - 1) // layout.rows_per_shard == packing.shard).all()
+    assert (packing.row_start[1:] >= stops[:-1]).all()
+    assert layout.num_rows == num_rows.sum()
+    assert layout.rows_per_shard % layout.rows_per_chunk == 0
+    entries = [list(packing.entries(shard)) for shard in range(layout.num_shards)]
+    assert all(entries)
+    assert [*itertools.chain(*entries)] == list(range(len(num_rows)))
+    full = layout.rows_per_shard * bytes_per_row
+    longest = -(-int(num_rows.max()) // layout.rows_per_chunk) * layout.rows_per_chunk
+    assert full <= max(shard_bytes, longest * bytes_per_row)
+
+
+def test_small_stores_are_not_a_full_shard_long():
+    layout = pack(np.array([5, 6]), bytes_per_row=2, shard_bytes=10**9, batch_tokens=1).layout
+    assert (layout.num_shards, layout.rows_per_shard) == (1, 16)
+
+
+@given(sizes=lengths, budget=st.integers(1, 1000))
+def test_batches_hold_every_sequence_once_within_the_budget(sizes, budget):
+    found = list(batches(sizes, budget))
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(sizes)))
+    for batch in found:
+        assert sizes[batch].max() * len(batch) <= budget or len(batch) == 1
+    assert [b.tolist() for b in batches(sizes, budget)] == [b.tolist() for b in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("256MB", 256 * 10**6), ("1 GiB", 2**30), ("1.5kb", 1500), ("7", 7)]
+)
+def test_sizes_are_read(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "5 parsecs", "1e3"])
+def test_nonsense_is_no_size(text):
+    with pytest.raises(InputError, match="is no size; expected"):
+        parse_bytes(text)
+
+
+def test_sizes_are_shown():
+    assert [format_bytes(n) for n in (12, 1234, 256e6, 18.4e12)] == [
+        "12 B",
+        "1.2 KB",
+        "256.0 MB",
+        "18.4 TB",
+    ]
