@@ -164,6 +164,11 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     type=click.IntRange(1),
     help="Tokens a batch, padding included. Default: 512 on a CPU, 16384 on a GPU.",
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads a worker, for a new store. Default: all cores over all workers.",
+)
 @_work_options
 @_interruptible
 def extract(captions: str, features: Path, **options: Any) -> None:
@@ -225,3 +230,7 @@ def inspect(store: Path, as_json: bool) -> None:
 
     found = look(store)
     click.echo(found.to_json() if as_json else found)
+
+
+if __name__ == "__main__":
+    cli()

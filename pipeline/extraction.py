@@ -70,7 +70,6 @@ class _Job:
 
     store: Path
     source: "Source"
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ def extract(
     shard_bytes: int = 256_000_000,
     batch_tokens: int | None = None,
     workers: int | None = None,
+    threads: int | None = None,
     force: bool = False,
     report: Callable[[str], None] = print,
 ) -> FeatureStore:
@@ -122,6 +122,8 @@ def extract(
         shard_bytes: size of a full shard.
         batch_tokens: tokens a batch, padding included; default 512 on a CPU, 16,384 on a GPU.
         workers: processes; default one a GPU, or one a CPU core up to 4; 0: this one, without Dask.
+        threads: CPU threads a worker; default all cores over all workers. A store that is continued
+            keeps the number it was begun with, so that its bytes do not depend on the workers.
         force: begin although the target has too little space.
         report: takes one line of text at a time.
 
@@ -158,11 +160,15 @@ def extract(
         seed=seed,
     )
     on_gpu = torch.cuda.is_available()
+    begun = _begun(features)
+    if begun is not None:
+        threads = begun.manifest.layout.num_threads
     packing = pack(
         captions.num_tokens,
         bytes_per_row=2 * len(chosen) * identity.width,
         shard_bytes=shard_bytes,
         batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+        num_threads=threads or max(1, num_cpus() // max(1, _num_workers(workers))),
     )
     manifest = FeatureManifest(
         status="extracting",
@@ -182,8 +188,8 @@ def extract(
         codec=Codec(name="bf16"),
         provenance=_provenance(source, located.name),
     )
-    if (features / MANIFEST).exists():
-        store = FeatureStore.open(features, complete=False)
+    if begun is not None:
+        store = begun
         store.check_same(manifest)
     else:
         bytes_per_row = 2 * len(chosen) * identity.width
@@ -201,9 +207,8 @@ def extract(
     _report_cuts(captions, max_length, report)
 
     remaining = store.remaining()
-    gpus = torch.cuda.device_count() if on_gpu else 0
-    workers = _num_workers(workers, gpus, len(remaining))
-    job = _Job(features.resolve(), located, max(1, num_cpus() // max(workers, 1)))
+    workers = min(_num_workers(workers), len(remaining))
+    job = _Job(features.resolve(), located)
 
     def arguments(shard: int) -> tuple[_Job, _Task]:
         entries = packing.entries(shard)
@@ -306,7 +311,7 @@ def encode_images(
         table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
         store = LatentStore.create(latents, manifest, table)
     remaining = store.remaining()
-    workers = _num_workers(workers, 0, len(remaining))
+    workers = min(_num_workers(workers), len(remaining))
     files: Sequence[bytes] = list(samples.image_files())
 
     def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
@@ -436,10 +441,10 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
     """Encode and write one shard, then its receipt. Runs in a worker."""
     import torch
 
-    torch.set_num_threads(job.threads)
     started = time.perf_counter()
     store = FeatureStore.open(job.store, complete=False)
     manifest = store.manifest
+    torch.set_num_threads(manifest.layout.num_threads)
     layers, width = manifest.identity.layers, manifest.identity.model.width
     encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, _device())
     loaded = time.perf_counter()
@@ -606,10 +611,17 @@ def _check_space(target: Path, needed: int, force: bool) -> None:
         )
 
 
-def _num_workers(workers: int | None, gpus: int, tasks: int) -> int:
+def _begun(features: Path) -> FeatureStore | None:
+    exists = (features / MANIFEST).exists()
+    return FeatureStore.open(features, complete=False) if exists else None
+
+
+def _num_workers(workers: int | None) -> int:
+    import torch
+
     if workers is not None:
         return workers
-    return max(1, min(gpus or min(num_cpus(), 4), tasks))
+    return torch.cuda.device_count() or min(num_cpus(), 4)
 
 
 def _name_workers(workers: int) -> str:

@@ -67,6 +67,7 @@ def pack(
     shard_bytes: int,
     batch_tokens: int,
     rows_per_chunk: int = ROWS_PER_CHUNK,
+    num_threads: int = 1,
 ) -> Packing:
     """Deal entries to shards in the order given; a shard ends where the next does not fit.
 
@@ -75,7 +76,7 @@ def pack(
         bytes_per_row: uncompressed.
         shard_bytes: wanted size of a full shard; rounded down to whole chunks, and up to hold the
             longest entry.
-        batch_tokens: recorded in the layout, see :func:`batches`.
+        batch_tokens, num_threads: recorded in the layout, where workers find them.
     """
     num_rows = np.asarray(num_rows, np.int64)
     total = int(num_rows.sum())
@@ -102,6 +103,7 @@ def pack(
         rows_per_chunk=rows_per_chunk,
         num_rows=total,
         batch_tokens=batch_tokens,
+        num_threads=num_threads,
     )
     return Packing(layout, shard, row_start)
 

@@ -148,7 +148,7 @@ class _Store(Generic[M]):
                 f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
                 "Name a new folder."
             )
-        if any(path.glob(f"{cls.group}/*/c/*")):
+        if any(path.glob(f"{cls.group}/*/c/*/*")):
             raise StoreError(
                 f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
                 "continued. Put it back, or name a new folder."

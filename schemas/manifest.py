@@ -85,6 +85,8 @@ class Layout(Contract):
     """Rows in use; the arrays are ``num_shards * rows_per_shard`` long."""
     batch_tokens: int = Field(ge=1)
     """Budget of a batch of the encoder, padding included, in tokens (images for latents)."""
+    num_threads: int = Field(ge=1)
+    """CPU threads of a worker: another number can change the last bit of what a CPU computes."""
 
 
 class Codec(Contract):

@@ -5,7 +5,9 @@ import zarr
 from semroute.pipeline.shards import CorruptShardError, RowArray, allocate
 from semroute.schemas import InputError, Layout
 
-LAYOUT = Layout(num_shards=3, rows_per_shard=32, rows_per_chunk=8, num_rows=90, batch_tokens=1)
+LAYOUT = Layout(
+    num_shards=3, rows_per_shard=32, rows_per_chunk=8, num_rows=90, batch_tokens=1, num_threads=1
+)
 ROW = (3, 4)
 
 

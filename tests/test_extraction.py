@@ -1,0 +1,346 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+import semroute
+from semroute.pipeline.encoder import Encoder, find_model
+from semroute.pipeline.extraction import ExtractionError, encode_images, extract
+from semroute.pipeline.store import StoreError
+from semroute.schemas import InputError
+
+SHARD_BYTES = 25_000  # about 50 shards for the 192 captions
+
+
+@pytest.fixture
+def arguments(samples_file, tiny_llm, tmp_path):
+    """What every extraction here has in common, to be changed one by one."""
+    return {
+        "source": str(samples_file),
+        "features": tmp_path / "features",
+        "model": str(tiny_llm),
+        "shard_bytes": SHARD_BYTES,
+        "workers": 0,
+        "threads": 1,
+        "report": [].append,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, samples_file, tiny_llm):
+    path = tmp_path_factory.mktemp("undisturbed") / "features"
+    extract(
+        str(samples_file),
+        path,
+        model=str(tiny_llm),
+        shard_bytes=SHARD_BYTES,
+        workers=0,
+        threads=1,
+        report=[].append,
+    )
+    return path
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every byte that must be the same however often a run was killed."""
+    files = [*store.glob("*.parquet"), *store.glob("hidden.zarr/**/*")]
+    found = {str(f.relative_to(store)): f.read_bytes() for f in files if f.is_file()}
+    assert len(found) > 10
+    return found
+
+
+def start(samples_file, tiny_llm, features, workers=2):
+    command = [sys.executable, "-m", "semroute.cli", "extract", str(samples_file), str(features)]
+    command += ["--model", str(tiny_llm), "--shard-size", str(SHARD_BYTES)]
+    return subprocess.Popen(
+        [*command, "--workers", str(workers), "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_shards(process, features, num):
+    deadline = time.monotonic() + 120
+    while len(list((features / "receipts").glob("shard-*.json"))) < num:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+class TestStored:
+    def test_it_is_what_transformers_gives_for_the_caption_alone(self, undisturbed, tiny_llm):
+        store = semroute.open_features(undisturbed)
+        encoder = Encoder(find_model(str(tiny_llm)), store.layers, "float32", "cpu")
+        for caption in store:
+            prefix = [] if caption.caption_id == 0 else [0]
+            online: list[torch.Tensor] = []
+            sequence = np.array([*prefix, *caption.tokens], np.int32)
+            encoder.encode([sequence], [len(prefix)], lambda _, rows, o=online: o.append(rows))
+            expected = torch.stack(online, 1)
+            torch.testing.assert_close(
+                torch.from_numpy(caption.hidden), expected, rtol=2**-7, atol=1e-4
+            )
+
+    def test_workers_and_processes_do_not_change_a_byte(self, arguments, undisturbed):
+        extract(**arguments | {"workers": 2})
+        assert contents(arguments["features"]) == contents(undisturbed)
+
+    def test_receipts_say_what_the_codec_lost(self, undisturbed):
+        receipts = semroute.open_features(undisturbed).receipts().values()
+        for receipt in receipts:
+            assert 1e-4 < receipt.codec_error["mean"] < receipt.codec_error["max"] < 2**-7
+            assert receipt.warnings == []
+        assert sum(receipt.num_entries for receipt in receipts) == 193
+
+    def test_chosen_layers_equal_those_of_a_full_store(self, arguments, undisturbed):
+        some = extract(**arguments | {"layers": "3,1"})
+        every = semroute.open_features(undisturbed)
+        assert some.layers == [1, 3]
+        assert some.manifest.identity.final_norm == "absent"
+        # Other shards mean other batches, and so other rounding.
+        found, expected = some.read(range(193)), every.read(range(193), layers=[1, 3])
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=2**-7, atol=1e-6)
+
+    def test_long_captions_are_cut_counted_and_listed(self, arguments):
+        lines: list[str] = []
+        store = extract(**arguments | {"max_length": 20, "report": lines.append})
+        cut = store.captions.filter(pa.compute.field("num_cut_tokens") > 0)
+        assert 0 < cut.num_rows < 193
+        assert all(row["num_tokens"] == 19 for row in cut.to_pylist())
+        assert any(f"{cut.num_rows} captions are longer than 20 tokens" in line for line in lines)
+        assert any(line.startswith("  -") and "seen from very far above" in line for line in lines)
+
+
+class TestContinuing:
+    def test_a_killed_driver_is_continued_to_the_same_bytes(
+        self, samples_file, tiny_llm, tmp_path, undisturbed
+    ):
+        features = tmp_path / "features"
+        for num in (1, 15):
+            process = start(samples_file, tiny_llm, features)
+            wait_for_shards(process, features, num)
+            process.kill()
+            process.communicate()
+            with pytest.raises(StoreError, match="is not finished"):
+                semroute.open_features(features)
+        written = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
+        process = start(samples_file, tiny_llm, features)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert contents(features) == contents(undisturbed)
+        after = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
+        assert {name: after[name] for name in written} == written  # nothing was done twice
+
+    def test_a_killed_worker_costs_nothing(self, samples_file, tiny_llm, tmp_path, undisturbed):
+        features = tmp_path / "features"
+        process = start(samples_file, tiny_llm, features)
+        wait_for_shards(process, features, 1)
+        pids = {
+            int(json.loads(p.read_text())["worker"].rpartition(":")[2])
+            for p in (features / "receipts").glob("shard-*.json")
+        }
+        assert process.pid not in pids
+        for pid in pids:
+            psutil.Process(pid).kill()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert contents(features) == contents(undisturbed)
+
+    def test_ctrl_c_drains_and_the_same_command_continues(
+        self, samples_file, tiny_llm, tmp_path, undisturbed
+    ):
+        features = tmp_path / "features"
+        process = start(samples_file, tiny_llm, features)
+        wait_for_shards(process, features, 1)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert "shards remain; the same command continues" in output
+        assert "Traceback" not in output
+        process = start(samples_file, tiny_llm, features, workers=0)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert contents(features) == contents(undisturbed)
+
+    def test_a_creation_that_was_killed_is_begun_again(self, arguments, undisturbed):
+        features = arguments["features"]
+        shutil.copytree(undisturbed, features, ignore=lambda *_: {"manifest.json", "receipts"})
+        shutil.rmtree(features / "hidden.zarr" / "hidden" / "c")
+        (features / "manifest.json.tmp").write_text("{")
+        extract(**arguments)
+        assert contents(features) == contents(undisturbed)
+
+    def test_a_store_keeps_the_threads_it_was_begun_with(self, arguments, undisturbed):
+        extract(**arguments | {"workers": 1, "threads": 1})
+        manifest = json.loads((arguments["features"] / "manifest.json").read_text())
+        (arguments["features"] / "manifest.json").write_text(
+            json.dumps(manifest | {"status": "extracting"})
+        )
+        (arguments["features"] / "receipts" / "shard-000000.json").unlink()
+        extract(**arguments | {"workers": 0, "threads": None})
+        assert contents(arguments["features"]) == contents(undisturbed)
+
+    def test_a_complete_store_is_left_alone(self, arguments):
+        extract(**arguments)
+        lines: list[str] = []
+        extract(**arguments | {"report": lines.append})
+        assert lines[-1].endswith("nothing was left to do")
+
+    @pytest.mark.parametrize(
+        ("change", "keys"),
+        [
+            ({"layers": "1,2"}, ["identity.layers", "layout.rows_per_shard"]),
+            ({"template": "describe"}, ["identity.template.text: '{bos}Describe this image. "]),
+            ({"seed": 5}, ["identity.captions.seed: 5 instead of 0"]),
+            ({"max_length": 99}, ["identity.max_length: 99 instead of 512"]),
+            ({"dtype": "bfloat16"}, ["identity.dtype: 'bfloat16' instead of 'float32'"]),
+            ({"limit": 100}, ["identity.samples.num_samples: 100 instead of 200"]),
+        ],
+    )
+    def test_another_request_is_refused_with_what_differs(self, arguments, change, keys):
+        extract(**arguments)
+        with pytest.raises(StoreError, match="was made otherwise") as error:
+            extract(**arguments | change)
+        for key in keys:
+            assert key in str(error.value)
+
+    def test_another_model_is_refused(self, arguments, tiny_llm, tmp_path):
+        extract(**arguments)
+        other = shutil.copytree(tiny_llm, tmp_path / "other")
+        weights = bytearray((other / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (other / "model.safetensors").write_bytes(weights)
+        with pytest.raises(StoreError, match=r"identity\.model\.files\.model\.safetensors: '"):
+            extract(**arguments | {"model": str(other)})
+
+    def test_captions_that_changed_are_refused(self, arguments, texts, tmp_path):
+        path = tmp_path / "c.parquet"
+        for number, content in enumerate((texts, [*texts[:-1], "another"])):
+            pyarrow.parquet.write_table(pa.table({"text": content}), path)
+            changed = arguments | {"source": str(path)}
+            if number == 0:
+                extract(**changed)
+        with pytest.raises(StoreError, match=r"identity\.samples\.fingerprint"):
+            extract(**changed)
+
+
+class TestFailing:
+    def test_hidden_states_that_are_not_finite_are_quarantined(self, arguments, tiny_llm, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        broken = shutil.copytree(tiny_llm, tmp_path / "broken")
+        weights = load_file(broken / "model.safetensors")
+        weights["layers.2.mlp.down_proj.weight"][:] = torch.nan
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ExtractionError, match=r"layer 3 are not finite for the caption '"):
+            extract(**arguments | {"model": str(broken), "shard_bytes": 10**7})
+        store = semroute.open_features(arguments["features"], complete=False)
+        (quarantine,) = store.quarantined().values()
+        assert quarantine.entries == list(range(193))
+        assert "Traceback" in quarantine.traceback
+        assert store.remaining() == [0]
+
+    def test_a_full_disk_is_said_and_loses_nothing(
+        self, samples_file, tiny_llm, tmp_path, undisturbed
+    ):
+        """A limit on the size of a file stands for the full disk: shards no longer fit."""
+        features = tmp_path / "features"
+        command = [sys.executable, "-m", "semroute.cli", "extract", str(samples_file)]
+        command += [str(features), "--model", str(tiny_llm), "--shard-size", str(SHARD_BYTES)]
+        command += ["--workers", "0", "--threads", "1"]
+        limit = SHARD_BYTES * 3 // 4
+        run = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert run.returncode == 1
+        assert "disk of" in run.stderr
+        assert "is full" in run.stderr
+        assert "run the same command again" in run.stderr
+        assert "Traceback" not in run.stderr
+        subprocess.run(command, check=True, capture_output=True)
+        assert contents(features) == contents(undisturbed)
+
+    def test_too_little_space_is_refused_before_any_work(self, arguments, monkeypatch):
+        usage = shutil.disk_usage("/")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+        with pytest.raises(InputError, match=r"needs 1\.3 MB, but its disk has 1\.0 KB free"):
+            extract(**arguments)
+        assert not arguments["features"].exists()
+        extract(**arguments | {"force": True})
+
+    def test_an_attention_sink_is_warned_of(self, arguments, tiny_llm, tmp_path):
+        """A token whose embedding is enormous stands for the sink."""
+        from safetensors.torch import load_file, save_file
+
+        sink = shutil.copytree(tiny_llm, tmp_path / "sink")
+        weights = load_file(sink / "model.safetensors")
+        vocabulary = json.loads((sink / "tokenizer.json").read_text())["model"]["vocab"]
+        weights["embed_tokens.weight"][vocabulary["a"]] *= 1000
+        save_file(weights, sink / "model.safetensors", metadata={"format": "pt"})
+        lines: list[str] = []
+        path = tmp_path / "c.parquet"
+        pyarrow.parquet.write_table(pa.table({"text": ["a cup", "a tree", "a bird"]}), path)
+        changed = {"source": str(path), "model": str(sink), "report": lines.append}
+        extract(**arguments | changed)
+        assert any("attention sink (from layer 1 " in line for line in lines)
+
+
+class TestImages:
+    def test_latents_are_continued_and_refused_like_features(self, samples_file, tmp_path):
+        path = tmp_path / "latents"
+        options = {"shard_bytes": 30_000, "workers": 0, "report": [].append}
+        whole = encode_images(str(samples_file), path, **options)
+        before = {p: p.read_bytes() for p in path.glob("latents.zarr/**/*") if p.is_file()}
+        (path / "receipts" / "shard-000002.json").unlink()
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"status": "extracting"}))
+        again = encode_images(str(samples_file), path, **options | {"workers": 1})
+        assert again.is_complete
+        assert before == {p: p.read_bytes() for p in path.glob("latents.zarr/**/*") if p.is_file()}
+        np.testing.assert_array_equal(again.read([5, 150]), whole.read([5, 150]))
+        with pytest.raises(StoreError, match=r"identity\.shape"):
+            encode_images(str(samples_file), path, size=8, **options)
+
+    def test_sizes_that_differ_need_a_size(self, tmp_path):
+        import io
+
+        from PIL import Image
+
+        files = []
+        for size in ((20, 10), (10, 10)):
+            file = io.BytesIO()
+            Image.new("RGB", size, (255, 0, 0)).save(file, "PNG")
+            files.append(file.getvalue())
+        path = tmp_path / "c.parquet"
+        pyarrow.parquet.write_table(pa.table({"image": files}), path)
+        options = {"workers": 0, "report": [].append}
+        with pytest.raises(
+            InputError, match=r"images have 2 sizes .*20 x 10.*Name one with --size"
+        ):
+            encode_images(str(path), tmp_path / "a", **options)
+        store = encode_images(str(path), tmp_path / "a", size=8, **options)
+        np.testing.assert_allclose(store.read([0])[0, :, 4, 4], [1, -1, -1])
+
+    def test_broken_images_are_listed(self, tmp_path):
+        path = tmp_path / "c.parquet"
+        pyarrow.parquet.write_table(pa.table({"image": [b"no", b"image"]}), path)
+        with pytest.raises(InputError, match=r"2 of 2 images cannot be read:\n  row 0: "):
+            encode_images(str(path), tmp_path / "a", workers=0, report=[].append)
