@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
-from semroute.trainer.stream import Order, Stream
+from semroute.trainer.flow import Flow
+from semroute.trainer.stream import Order, Stream, draw
 
 NUM_SAMPLES = 200
 
@@ -69,6 +70,24 @@ class TestOrder:
     def test_a_sample_is_not_dropped_at_every_epoch(self):
         lone = order(1, dropout=0.5)
         assert len(set(lone.choices(0, np.zeros(64, np.int64)))) == 2
+
+
+class TestDraw:
+    def draw(self, first=0, num=4, draws=3, seed=0):
+        return draw(Flow(), (2, 3, 3), seed=seed, first=first, num=num, draws=draws)
+
+    def test_it_does_not_matter_how_it_is_cut(self):
+        t, noise = self.draw(first=5, num=6)
+        assert t.shape == (18,)
+        assert noise.shape == (18, 2, 3, 3)
+        parts = [self.draw(first=first, num=2) for first in (5, 7, 9)]
+        assert torch.equal(t, torch.cat([part[0] for part in parts]))
+        assert torch.equal(noise, torch.cat([part[1] for part in parts]))
+
+    def test_nothing_is_drawn_twice(self):
+        drawn = [self.draw(seed=seed, first=first) for seed in (0, 1) for first in (0, 4)]
+        assert len(torch.cat([t for t, _ in drawn]).unique()) == 4 * 12
+        assert len(torch.cat([noise for _, noise in drawn]).flatten(1).unique(dim=0)) == 4 * 12
 
 
 class TestStream:

@@ -1,8 +1,8 @@
 """Which sample comes when, and a loader that obeys it.
 
-The order is arithmetic and the reading is input/output, and they are apart: what a step trains on
-is a pure function of (seed, position), whoever reads it, in however many parts, and after however
-many restarts.
+The order is arithmetic and the reading is input/output, and they are apart: what a step trains on,
+noise included, is a pure function of (seed, position), whoever reads it, in however many parts, and
+after however many restarts.
 
 Shapes: B batch (of this rank and accumulation step), R rows (tokens of all captions, packed),
 U unique captions, L layers, H text width, C channels.
@@ -10,7 +10,7 @@ U unique captions, L layers, H text width, C channels.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..pipeline.store import FeatureStore, LatentStore
 from ..schemas import DataConfig, InputError
+from .flow import Flow
 
 NULL_CAPTION = 0
 
@@ -75,12 +76,30 @@ class Order:
         return np.where(dropped, -1, choice)
 
 
+def draw(
+    flow: Flow, shape: tuple[int, ...], *, seed: int, first: int, num: int, draws: int
+) -> tuple[Tensor, Tensor]:
+    """t [num * draws] and noise [num * draws, *shape] of global positions ``first`` and on.
+
+    Each position has a generator of its own, seeded by (seed, position), so that neither ranks nor
+    accumulation steps nor devices nor restarts change what a sample is trained with. On the CPU.
+    """
+    t, noise = [], []
+    for position in range(first, first + num):
+        state = np.random.SeedSequence((seed, 2, position)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        t.append(flow.sample_t(draws, generator))
+        noise.append(torch.randn(draws, *shape, generator=generator))
+    return torch.cat(t), torch.cat(noise)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one rank trains on in one accumulation step.
 
     Attributes:
         step, micro_step: which.
+        position: global position of the first sample; the others follow.
         sample_ids: int64 [B].
         hidden: bfloat16 [R, L, H], rows of U unique captions, each read once.
         offsets: int64 [U + 1], on the CPU.
@@ -90,6 +109,7 @@ class Batch:
 
     step: int
     micro_step: int
+    position: int
     sample_ids: np.ndarray
     hidden: Tensor
     offsets: Tensor
@@ -174,6 +194,7 @@ class Stream:
         return Batch(
             step=step,
             micro_step=micro_step,
+            position=first,
             sample_ids=samples,
             hidden=rows.tensor(),
             offsets=torch.from_numpy(rows.offsets),
@@ -189,7 +210,7 @@ class Stream:
         captions[kept] = self._caption_ids[self._caption_starts[samples[kept]] + choice[kept]]
         return captions
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         """Batches without end, in order; closing the iterator stops the reading.
 
         An error while reading is raised here, at the batch that it concerns.
