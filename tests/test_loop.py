@@ -1,0 +1,352 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from semroute.schemas import InputError, TrainConfig
+from semroute.trainer.checkpoint import latest_checkpoint, load_run, read_metrics
+from semroute.trainer.dit import DiT
+from semroute.trainer.loop import TrainingInterrupted, make_optimizers, make_schedule, train
+
+HAS_TENSORBOARD = find_spec("tensorboard") is not None
+NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def configure(feature_store, latent_store, tmp_path):
+    """A configuration of a run that takes a fraction of a second; parts may be replaced."""
+
+    def configure(output="run", strategy="depth", **changes):
+        document = {
+            "features": str(feature_store),
+            "latents": str(latent_store),
+            "output": str(tmp_path / output),
+            "steps": 6,
+            "log_every": 2,
+            "checkpoint_every": 100,
+            "mixed_precision": "no",
+            "routing": {"strategy": strategy},
+            "model": {"size": "nano", "depth": 2, "patch_size": 4},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+            "data": {"batch_size": 8, "noise_draws": 2, "prefetch": 2},
+            "ema": {"every": 2},
+        }
+        for key, value in changes.items():
+            nested = isinstance(value, dict)
+            document[key] = {**document.get(key, {}), **value} if nested else value
+        return TrainConfig.model_validate(document)
+
+    return configure
+
+
+def tensors(path):
+    checkpoint = latest_checkpoint(Path(path))
+    return {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "ema", "optimizer")
+        for name, tensor in getattr(checkpoint, kind)().items()
+    }
+
+
+def assert_same_bits(first, second):
+    first, second = tensors(first), tensors(second)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def numbers(path):
+    return [[line["step"], *(line[name] for name in NUMBERS)] for line in read_metrics(Path(path))]
+
+
+VARIANTS = {
+    "adamw": {},
+    "muon": {"optimizer": {"name": "muon"}},
+    "accumulation": {"grad_accum_steps": 2},
+    "time, adaln, x0": {
+        "strategy": "time",
+        "model": {"conditioning": "adaln"},
+        "flow": {"prediction": "x0"},
+    },
+    "bf16": {"mixed_precision": "bf16"},
+    "penultimate": {"strategy": "penultimate"},
+}
+
+
+class TestResume:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_continues_bit_for_bit(self, configure, variant):
+        changes = VARIANTS[variant]
+        whole = train(configure("whole", **changes))
+        train(configure("parts", steps=2, **changes))
+        parts = train(configure("parts", **changes))
+        assert_same_bits(whole, parts)
+        assert numbers(whole) == numbers(parts)
+
+    def test_after_a_kill_in_the_middle_of_everything(self, configure):
+        whole = train(configure("whole"))
+        config = configure("killed", checkpoint_every=3)
+        train(config.model_copy(update={"steps": 5}))
+        # As a kill at step 5 leaves it: metrics beyond the checkpoint, half a line, half a save.
+        killed = Path(config.output)
+        (killed / "checkpoints" / "step-00000005").rename(
+            killed / "checkpoints" / "step-00000006.tmp"
+        )
+        with (killed / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "lo')
+        train(config)
+        assert_same_bits(whole, killed)
+        assert numbers(whole) == numbers(killed)
+        assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == [
+            "step-00000003",
+            "step-00000006",
+        ]
+
+    def test_a_finished_run_is_left_as_it_is(self, configure):
+        path = train(configure())
+        before = numbers(path)
+        train(configure())
+        assert numbers(path) == before
+
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_saves_and_the_same_command_continues(self, configure, sign, capsys):
+        whole = train(configure("whole", steps=40))
+        config = configure("stopped", steps=40)
+        metrics = Path(config.output) / "metrics.jsonl"
+
+        def interrupt():
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            os.kill(os.getpid(), sign)
+
+        sender = threading.Thread(target=interrupt)
+        handler = signal.getsignal(sign)
+        sender.start()
+        with pytest.raises(TrainingInterrupted, match="Run the same command to continue"):
+            train(config)
+        sender.join()
+        assert signal.getsignal(sign) is handler
+        stopped = latest_checkpoint(Path(config.output)).step
+        assert 2 <= stopped < 40
+        assert f"Stopped after step {stopped} of 40" in capsys.readouterr().err
+        train(config)
+        assert_same_bits(whole, config.output)
+        assert numbers(whole) == numbers(config.output)
+
+
+class TestOutput:
+    def test_another_configuration_is_refused_key_by_key(self, configure):
+        train(configure(steps=1))
+        with pytest.raises(InputError) as error:
+            train(configure(steps=1, strategy="static", seed=7))
+        assert "routing.strategy: 'static' instead of 'depth'" in str(error.value)
+        assert "seed: 7 instead of 0" in str(error.value)
+
+    def test_what_changes_no_weight_may_change(self, configure):
+        path = train(configure(steps=2))
+        train(configure(steps=4, log_every=1, keep_checkpoints=1, data={"prefetch": 1}))
+        assert latest_checkpoint(path).step == 4
+        assert [line["step"] for line in read_metrics(path)] == [2, 3, 4]
+
+    def test_steps_may_not_shrink(self, configure):
+        train(configure(steps=3))
+        with pytest.raises(InputError, match="steps: 2 instead of 3"):
+            train(configure(steps=2))
+
+    def test_steps_may_not_grow_where_the_schedule_depends_on_them(self, configure):
+        train(configure(steps=2, optimizer={"schedule": "cosine"}))
+        with pytest.raises(InputError, match="steps: 3 instead of 2"):
+            train(configure(steps=3, optimizer={"schedule": "cosine"}))
+
+    def test_another_store_is_refused(self, configure):
+        path = train(configure(steps=1))
+        record = json.loads((path / "run.json").read_text())
+        record["features"]["captions"]["seed"] = 99
+        (path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(InputError, match=r"features.captions.seed: 0 instead of 99"):
+            train(configure(steps=1))
+
+    def test_foreign_files_are_not_written_over(self, configure):
+        config = configure()
+        Path(config.output).mkdir()
+        (Path(config.output) / "thesis.tex").write_text("")
+        with pytest.raises(InputError, match=r"holds thesis.tex but no run.json. Name a new"):
+            train(config)
+
+    def test_a_file_is_not_a_directory(self, configure):
+        config = configure()
+        Path(config.output).write_text("")
+        with pytest.raises(InputError, match="is a file; expected a new folder"):
+            train(config)
+
+    def test_only_the_newest_checkpoints_are_kept(self, configure):
+        path = train(configure(steps=5, checkpoint_every=1, keep_checkpoints=2))
+        names = sorted(p.name for p in (path / "checkpoints").iterdir())
+        assert names == ["step-00000004", "step-00000005"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model": {"patch_size": 5}}, "not divisible by model.patch_size 5"),
+            ({"model": {"num_kv_heads": 3}}, "not a multiple of model.num_kv_heads 3"),
+            ({"data": {"batch_size": 8}, "features": "/nowhere"}, "is no feature store"),
+        ],
+    )
+    def test_nothing_is_written_before_everything_is_checked(self, configure, changes, message):
+        config = configure(**changes)
+        with pytest.raises(InputError, match=message):
+            train(config)
+        assert not Path(config.output).exists()
+
+    @pytest.mark.skipif(not HAS_TENSORBOARD, reason="needs tensorboard")
+    def test_tensorboard_gets_the_same_numbers(self, configure):
+        path = train(configure(steps=2, tracker="tensorboard"))
+        assert list(path.rglob("events.out.tfevents*"))
+
+    @pytest.mark.skipif(HAS_TENSORBOARD, reason="tensorboard is installed")
+    def test_a_tracker_that_is_not_installed_is_named(self, configure):
+        with pytest.raises(InputError, match=r"pip install 'semroute\[tensorboard\]'"):
+            train(configure(steps=2, tracker="tensorboard"))
+
+
+class TestTraining:
+    def test_learns_and_says_so(self, configure):
+        path = train(
+            configure(
+                steps=60,
+                log_every=20,
+                flow={"shift": 1.0},
+                optimizer={"lr": 3e-3},
+                data={"batch_size": 16},
+            )
+        )
+        lines = read_metrics(path)
+        assert [line["step"] for line in lines] == [20, 40, 60]
+        assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
+        assert lines[-1]["routing_entropy"] < 1.0
+        for line in lines:
+            assert 0 <= line["data_wait_share"] <= 1
+            assert line["samples_per_second"] > 0
+        alpha = load_run(path).weights()
+        assert alpha.shape == (1, 2, 4)
+
+    def test_a_loss_that_is_not_finite_stops_with_the_samples(self, configure):
+        config = configure(optimizer={"lr": 1e30, "warmup_steps": 0}, steps=50)
+        with pytest.raises(FloatingPointError, match=r"samples of this rank: \[\d+, .*learning"):
+            train(config)
+
+    def test_ranks_are_as_one(self, configure, tmp_path):
+        changes = {"steps": 3, "mixed_precision": "no", "optimizer": {"name": "adamw"}}
+        one = train(configure("one", **changes))
+        config = configure("two", **changes)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        script = tmp_path / "run.py"
+        script.write_text(
+            "import sys, torch\n"
+            "torch.set_num_threads(1)\n"
+            "from semroute.schemas import TrainConfig\n"
+            "from semroute.trainer.loop import train\n"
+            "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += ["--standalone", str(script), str(tmp_path / "config.json")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        first, second = tensors(one), tensors(config.output)
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-5)
+        assert len(read_metrics(Path(config.output))) == 2
+
+
+class TestIsolation:
+    def test_training_never_imports_the_llm_library(self, configure, tmp_path):
+        config = configure(steps=1)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        code = (
+            "import sys\n"
+            "from semroute.schemas import TrainConfig\n"
+            "from semroute.trainer.loop import train\n"
+            "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+            "from semroute.trainer.checkpoint import load_run\n"
+            "found = {name.partition('.')[0] for name in sys.modules}\n"
+            "print(sorted(found & {'transformers', 'tokenizers', 'dask', 'distributed'}))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "config.json")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "[]"
+
+
+class TestOptimizers:
+    def dit(self, configure, strategy):
+        config = configure(strategy=strategy)
+        return DiT(
+            config.model,
+            config.routing,
+            latent_shape=(3, 12, 12),
+            layers=[1, 2, 3, 4],
+            num_llm_layers=4,
+            text_width=32,
+        )
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    @pytest.mark.parametrize("strategy", ["uniform", "depth", "joint"])
+    def test_every_parameter_is_in_one_group(self, configure, name, strategy):
+        dit = self.dit(configure, strategy)
+        config = configure(optimizer={"name": name}).optimizer
+        optimizers = make_optimizers(dit, config)
+        assert len(optimizers) == (2 if name == "muon" else 1)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        numbered = [id(p) for group in groups for p in group["params"]]
+        assert sorted(numbered) == sorted(id(p) for p in dit.parameters())
+
+    def test_the_router_has_its_own_rate_and_no_decay(self, configure):
+        dit = self.dit(configure, "depth")
+        config = configure(optimizer={"router_lr": 0.03, "weight_decay": 0.1}).optimizer
+        (adamw,) = make_optimizers(dit, config)
+        others, router = adamw.param_groups
+        assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
+        assert (router["lr"], router["weight_decay"]) == (0.03, 0.0)
+        assert [id(p) for p in router["params"]] == [id(p) for p in dit.router_parameters()]
+
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [
+            ("constant", [0.5, 1, 1, 1, 1]),
+            ("linear", [0.5, 1, 0.75, 0.5, 0.25]),
+            ("cosine", [0.5, 1, 0.8536, 0.5, 0.1464]),
+        ],
+    )
+    @pytest.mark.parametrize("start", [0, 1, 3])
+    def test_schedules_are_functions_of_the_step(self, configure, schedule, expected, start):
+        config = configure(steps=5, optimizer={"warmup_steps": 1, "schedule": schedule, "lr": 1.0})
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = make_schedule(optimizer, config, start)
+        found = []
+        for _ in range(start, 5):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert found == pytest.approx(expected[start:], abs=1e-4)

@@ -1,0 +1,409 @@
+"""The training loop: two stores in, a run directory with routing weights and a DiT out.
+
+What step s trains on, and with which t and noise, is a function of (seed, position); the learning
+rates are a function of s. So a run that is stopped and continued needs tensors and a step number
+and nothing else, and ends in the same bits as one that was not stopped.
+
+Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from ..pipeline.store import FeatureStore, LatentStore, open_features, open_latents
+from ..schemas import InputError, OptimizerConfig, RunRecord, TrainConfig
+from .checkpoint import (
+    METRICS,
+    Checkpoint,
+    build_model,
+    find_run,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    trim_metrics,
+    write_record,
+)
+from .dit import DiT
+from .flow import Flow
+from .routing import entropy
+from .stream import Batch, Stream, check_joined, draw
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal stopped the run after a whole step; its checkpoint is written."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, or continue a run that was stopped, and return its directory.
+
+    An output directory with a ``run.json`` is continued from its newest checkpoint, bit for bit on
+    the same machine; ``steps`` may have grown.
+
+    Raises:
+        InputError: before any work: a store that is unfinished or not the one that the run was
+            started with, another configuration than the run's, or parts that do not fit.
+        FloatingPointError: loss or gradient is not finite; with the sample ids of the batch.
+        TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written first.
+    """
+    features, latents = open_features(config.features), open_latents(config.latents)
+    check_joined(features, latents)
+    path = Path(config.output)
+    record, found = find_run(path, make_record(config, features, latents))
+    model = build_model(record)
+    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
+
+    accelerator = make_accelerator(config)
+    stream = Stream(
+        features,
+        latents,
+        config.data,
+        seed=config.seed,
+        layers=model.router.layers_read,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        grad_accum_steps=config.grad_accum_steps,
+        start_step=0 if found is None else found.step,
+    )
+    # Every rank has looked at the directory before one of them writes to it.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_record(path, record)
+        trim_metrics(path, stream.start_step)
+    trainer = Trainer(config, accelerator, model, found)
+    if trainer.step < config.steps:
+        trainer.fit(stream)
+    accelerator.end_training()
+    return path
+
+
+class Trainer:
+    """One run in memory: the network, its optimizers and average, and how to take a step."""
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, model: DiT, found: Checkpoint | None
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.path = Path(config.output)
+        self.flow = Flow.from_config(config.flow)
+        self.step = 0 if found is None else found.step
+        if found is not None:
+            model.load_state_dict(found.model())
+        self.dit = model.train().to(accelerator.device)
+        self.plain_optimizers = make_optimizers(self.dit, config.optimizer)
+        # The stream is not prepared: it knows its rank. Neither are the schedules, which accelerate
+        # would advance once for every rank.
+        self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
+        if found is not None:
+            load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
+        self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
+        average = dict(self.dit.named_parameters()) if found is None else found.ema()
+        self.ema = {
+            name: value.detach().to(accelerator.device, torch.float32, copy=True)
+            for name, value in average.items()
+        }
+        self.window = Window() if found is None else Window(**found.state()["window"])
+
+    def fit(self, stream: Stream) -> None:
+        """Take steps; once in a while log, and once in a while save."""
+        config = self.config
+        self._start_tracker()
+        progress = tqdm(
+            total=config.steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        self.window.start(stream)
+        with progress, closing(iter(stream)) as batches, stop_signals() as received:
+            while self.step < config.steps:
+                t, stopping = self.take_step(batches, bool(received))
+                progress.update()
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    self.log(t, stream, progress)
+                if stopping or self.step % config.checkpoint_every == 0:
+                    self.save()
+                if stopping and self.step < config.steps:
+                    self._stop(progress)
+            self.save()
+
+    def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[Tensor, bool]:
+        """One step of the optimizers, over all accumulation steps.
+
+        Returns:
+            The last t [B * K], and whether any rank was asked to stop.
+        """
+        config, accelerator = self.config, self.accelerator
+        own_loss, sample_ids = 0.0, []
+        for _ in range(config.grad_accum_steps):
+            batch = next(batches).to(accelerator.device)
+            sample_ids += batch.sample_ids.tolist()
+            with accelerator.accumulate(self.model):
+                loss, t = self.loss(batch)
+                accelerator.backward(loss)
+            own_loss += loss.item() / config.grad_accum_steps
+        parameters = self.dit.parameters()
+        norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
+        report = torch.tensor([own_loss, float(stop)], device=accelerator.device)
+        total_loss, stopping = accelerator.reduce(report, "mean").tolist()
+        if not (math.isfinite(total_loss) and math.isfinite(norm)):
+            raise FloatingPointError(self._not_finite(own_loss, total_loss, norm, sample_ids))
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        self.step += 1
+        if self.step % config.ema.every == 0:
+            self._average()
+        self.window.add(total_loss, norm)
+        return t, stopping > 0
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch, each sample under K draws of t and noise, and those t."""
+        draws = self.config.data.noise_draws
+        t, noise = draw(
+            self.flow,
+            self.dit.latent_shape,
+            seed=self.config.seed,
+            first=batch.position,
+            num=len(batch.sample_ids),
+            draws=draws,
+        )
+        t, noise = t.to(batch.latents.device), noise.to(batch.latents.device)
+        x0 = batch.latents.repeat_interleave(draws, dim=0)  # [B*K, C, h, w]
+        caption = batch.caption.repeat_interleave(draws)  # [B*K]
+        x_t = self.flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
+        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption)  # [B*K, C, h, w]
+        return self.flow.loss(prediction, x0, noise, t).mean(), t
+
+    @torch.no_grad()
+    def log(self, t: Tensor, stream: Stream, progress: tqdm) -> None:
+        """A line of metrics: to the file, the tracker and the progress bar."""
+        line = {
+            "step": self.step,
+            **self.window.summary(stream),
+            "lr": self.schedules[0].get_last_lr()[0],
+            "routing_entropy": entropy(self.dit.router.alpha(t)).mean().item(),
+        }
+        self.window = Window()
+        self.window.start(stream)
+        if not self.accelerator.is_main_process:
+            return
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+        progress.set_postfix(
+            {
+                "loss": f"{line['loss']:.4g}",
+                "samples/s": f"{line['samples_per_second']:.3g}",
+                "data wait": f"{line['data_wait_share']:.0%}",
+                "routing entropy": f"{line['routing_entropy']:.3f}",
+            }
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; the main process writes, the others wait."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.path,
+                self.step,
+                model=self.dit.state_dict(),
+                ema=self.ema,
+                optimizer=optimizer_tensors(self.dit, self.plain_optimizers),
+                state={"window": {"losses": self.window.losses, "norms": self.window.norms}},
+                keep=self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average; its decay rises as (1 + n) / (10 + n), so that the average of a short
+        run is not its initial weights."""
+        n = self.step // self.config.ema.every
+        decay = min(self.config.ema.decay, (1 + n) / (10 + n))
+        for name, parameter in self.dit.named_parameters():
+            self.ema[name].lerp_(parameter.float(), 1 - decay)
+
+    def _start_tracker(self) -> None:
+        if self.config.tracker == "none":
+            return
+        # Steps that a stopped run had logged beyond its checkpoint are taken back.
+        purge = {"tensorboard": {"purge_step": self.step + 1}}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+
+    def _stop(self, progress: tqdm) -> None:
+        message = (
+            f"Stopped after step {self.step} of {self.config.steps}; a checkpoint is in "
+            f"{self.path}. Run the same command to continue."
+        )
+        if self.accelerator.is_main_process:
+            progress.write(message, file=sys.stderr)
+        self.accelerator.end_training()
+        raise TrainingInterrupted(message)
+
+    def _not_finite(self, own: float, total: float, norm: float, sample_ids: list[int]) -> str:
+        last = latest_checkpoint(self.path)
+        where = f"samples of this rank: {sample_ids}"
+        if math.isfinite(own) and not math.isfinite(total):
+            where = "the samples are another rank's, which names them"
+        return (
+            f"step {self.step + 1}: loss {total}, gradient norm {norm}; {where}. Look at these "
+            "samples and at the learning rates. The last checkpoint is "
+            f"{last.path if last else 'not written yet'}."
+        )
+
+
+# --------------------------------------------------------------------------------- parts of a run
+
+
+@dataclass
+class Window:
+    """What has happened since the last line of metrics."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def start(self, stream: Stream) -> None:
+        """Start the clocks. Steps of before a restart count for the means, but not for speed."""
+        self._began, self._waited = time.perf_counter(), stream.wait_seconds
+        self._untimed = len(self.losses)
+
+    def add(self, loss: float, norm: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def summary(self, stream: Stream) -> dict[str, float]:
+        """Means and speed."""
+        seconds = time.perf_counter() - self._began
+        samples = (len(self.losses) - self._untimed) * stream.data.batch_size
+        return {
+            "loss": math.fsum(self.losses) / len(self.losses),
+            "grad_norm": math.fsum(self.norms) / len(self.norms),
+            "samples_per_second": samples / seconds,
+            "data_wait_share": (stream.wait_seconds - self._waited) / seconds,
+        }
+
+
+def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStore) -> RunRecord:
+    """What ``run.json`` says of a run that starts now."""
+    names = ("torch", "accelerate", "numpy")
+    return RunRecord(
+        config=config,
+        features=features.manifest.identity,
+        latents=latents.manifest.identity,
+        model_source=features.manifest.provenance.model,
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in names},
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, with the router in a group of its own rate and no decay; and Muon where asked for."""
+    router = dit.router_parameters()
+    matrices = dit.block_matrices() if config.name == "muon" else []
+    apart = {id(parameter) for parameter in (*router, *matrices)}
+    others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if router:
+        groups.append({"params": router, "lr": config.router_lr, "weight_decay": 0.0})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+        )
+    return optimizers
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> LambdaLR:
+    """Warm-up, then constant, cosine or linear, about to take step ``step``."""
+    warmup, steps = config.optimizer.warmup_steps, config.steps
+
+    def factor(now: int) -> float:
+        if now < warmup:
+            return (now + 1) / (warmup + 1)
+        left = 1.0 - (now - warmup) / max(1, steps - warmup)
+        match config.optimizer.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return left
+            case "cosine":
+                return 0.5 - 0.5 * math.cos(math.pi * left)
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for this configuration."""
+    # A process keeps the settings of its first Accelerator and refuses others: a notebook that
+    # trains twice needs them forgotten. The process group stays.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.grad_accum_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output,
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C instead of dying; the second Ctrl-C interrupts at once.
+
+    Outside the main thread Python cannot handle signals, and the list stays empty.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
