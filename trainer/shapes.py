@@ -9,6 +9,7 @@ pairs are held out of training, so that composition can be told from memory.
 Shapes: N images, 3 x 3 cells, 6 x 6 pixels a cell, 3 channels.
 """
 
+import bisect
 import functools
 import io
 import itertools
@@ -80,6 +81,7 @@ T = TypeVar("T")
 Cell = tuple[int, int]
 """Row from the top and column from the left."""
 
+_KIND_EDGES = tuple(itertools.accumulate(KINDS.values()))[:-1]
 _SIZE_WORDS = {"small": ("small", "tiny"), "big": ("big", "large")}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
@@ -216,7 +218,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
     Args:
         held_out: whether the scene contains at least one held-out colour-shape pair (True) or none.
     """
-    kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    kind = tuple(KINDS)[bisect.bisect(_KIND_EDGES, rng.random())]
     first = _choose(_HELD_OUT if held_out else _SEEN, rng)
     if kind in ("single", "count"):
         size = _choose([None, *SIZES], rng)
