@@ -211,7 +211,7 @@ def latents(samples: str, latents: Path, **options: Any) -> None:
     Example:
       semroute latents shapes/train.parquet latents --vae pixels
     """
-    from .pipeline.extraction import encode_images
+    from .pipeline.imaging import encode_images
 
     click.echo(encode_images(samples, latents, report=_report, **options))
 

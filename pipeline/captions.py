@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..schemas import CaptionsIdentity, InputError, Template
-from .samples import fingerprint
+from ..schemas import CaptionsIdentity, InputError, Template, fingerprint
 
 PRESETS = {
     "bos": "{bos}{caption}",

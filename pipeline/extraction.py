@@ -1,4 +1,4 @@
-"""Plan -> execute -> finish: captions become a feature store, images a latent store.
+"""Captions -> feature store: the plan, and the task that encodes one shard.
 
 Everything about a store is known before its first shard: the plan reads, deduplicates, tokenises
 and packs. A shard is one task; its batches are fixed by the plan, so that encoding it again gives
@@ -6,42 +6,32 @@ the same bytes. Work that remains is what has no receipt.
 """
 
 import os
-import shutil
 import socket
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
-    LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
     Codec,
     FeatureIdentity,
     FeatureManifest,
-    InputError,
-    LatentIdentity,
-    LatentManifest,
-    Provenance,
-    Quarantine,
     Receipt,
 )
 from .captions import Captions, build_captions, read_template
-from .cluster import DiskFullError, Interrupted, num_cpus, run
+from .cluster import num_cpus
 from .codecs import CODECS, CodecError
+from .filling import check_space, fill, name_workers, num_workers, provenance
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
-from .store import MANIFEST, FeatureStore, LatentStore
+from .store import MANIFEST, FeatureStore
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +44,6 @@ attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 10
 CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
-LATENT_CHUNK_BYTES = 16_384
-"""Latents are read one at a time; smaller chunks would only make the shard's index longer."""
-_LIBRARIES = ("semroute", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "dask")
-"""Whose versions are recorded with a store."""
-
-
-class ExtractionError(InputError):
-    """Some shards could not be written; the store keeps all others."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +150,7 @@ def extract(
         bytes_per_row=2 * len(chosen) * identity.width,
         shard_bytes=shard_bytes,
         batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
-        num_threads=threads or max(1, num_cpus() // max(1, _num_workers(workers))),
+        num_threads=threads or max(1, num_cpus() // max(1, num_workers(workers))),
     )
     manifest = FeatureManifest(
         status="extracting",
@@ -186,14 +168,14 @@ def extract(
         ),
         layout=packing.layout,
         codec=Codec(name="bf16"),
-        provenance=_provenance(source, located.name),
+        provenance=provenance(source, located.name),
     )
     if begun is not None:
         store = begun
         store.check_same(manifest)
     else:
         bytes_per_row = 2 * len(chosen) * identity.width
-        _check_space(features, packing.layout.num_rows * bytes_per_row, force)
+        check_space(features, packing.layout.num_rows * bytes_per_row, force)
         table = _captions_table(captions, packing)
         sample_table = pa.table(
             [
@@ -207,7 +189,7 @@ def extract(
     _report_cuts(captions, max_length, report)
 
     remaining = store.remaining()
-    workers = min(_num_workers(workers), len(remaining))
+    workers = min(num_workers(workers), len(remaining))
     job = _Job(features.resolve(), located)
 
     def arguments(shard: int) -> tuple[_Job, _Task]:
@@ -226,9 +208,9 @@ def extract(
         f"{len(samples):,} samples, {len(captions):,} unique captions, "
         f"{packing.layout.num_rows:,} tokens x {len(chosen)} layers x {identity.width}: "
         f"{format_bytes(packing.layout.num_rows * store.bytes_per_row())} in "
-        f"{packing.layout.num_shards} shards, {len(remaining)} to do, {_name_workers(workers)}"
+        f"{packing.layout.num_shards} shards, {len(remaining)} to do, {name_workers(workers)}"
     )
-    _execute(
+    fill(
         store,
         remaining,
         _encode_shard,
@@ -239,202 +221,6 @@ def extract(
         report=report,
     )
     return store
-
-
-def encode_images(
-    source: str,
-    latents: str | Path,
-    *,
-    vae: Literal["pixels"] = "pixels",
-    image_column: str | None = None,
-    text_column: str | None = None,
-    size: int | None = None,
-    limit: int | None = None,
-    shard_bytes: int = 256_000_000,
-    workers: int | None = None,
-    force: bool = False,
-    report: Callable[[str], None] = print,
-) -> LatentStore:
-    """Encode the images of a table of samples into a latent store; latent i belongs to row i.
-
-    Called again with the same arguments it continues where it was stopped.
-
-    Args:
-        source: the same table that the features were made from, with an image column.
-        latents: folder of the store.
-        vae: ``pixels``: the image itself, scaled to [-1, 1].
-        text_column: of the captions, which join latents with features.
-        size: height and width in pixels; shorter side resized, then centre crop. Default: all
-            images have one size already.
-        limit, shard_bytes, workers, force, report: as in :func:`extract`.
-
-    Raises:
-        InputError, ExtractionError, Interrupted: as in :func:`extract`.
-    """
-    from .latents import describe_images, pixel_codec
-
-    latents = Path(latents)
-    samples = read_samples(
-        source, text_column=text_column, image_column=image_column, limit=limit, need="image"
-    )
-    images = describe_images(samples.image_files(), samples.source, size)
-    codec = pixel_codec()
-    num_bytes = int(np.prod(images.shape))
-    packing = pack(
-        np.ones(len(samples), np.int64),
-        bytes_per_row=num_bytes,
-        shard_bytes=shard_bytes,
-        batch_tokens=1,
-        rows_per_chunk=max(1, LATENT_CHUNK_BYTES // num_bytes),
-    )
-    manifest = LatentManifest(
-        status="extracting",
-        identity=LatentIdentity(
-            vae=vae,
-            shape=images.shape,
-            dtype="uint8",
-            scale=codec.scale,
-            shift=codec.shift,
-            images=images.fingerprint,
-            samples=samples.identity(),
-        ),
-        layout=packing.layout,
-        provenance=_provenance(source, vae),
-    )
-    if (latents / MANIFEST).exists():
-        store = LatentStore.open(latents, complete=False)
-        store.check_same(manifest)
-    else:
-        _check_space(latents, len(samples) * num_bytes, force)
-        columns = [range(len(samples)), samples.image_names(), images.digests]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
-        table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
-        store = LatentStore.create(latents, manifest, table)
-    remaining = store.remaining()
-    workers = min(_num_workers(workers), len(remaining))
-    files: Sequence[bytes] = list(samples.image_files())
-
-    def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
-        entries = packing.entries(shard)
-        chosen = list(files[entries.start : entries.stop])
-        return latents.resolve(), shard, chosen, images.shape
-
-    report(
-        f"{len(samples):,} images of {' x '.join(map(str, images.shape))}: "
-        f"{format_bytes(len(samples) * num_bytes)} in {packing.layout.num_shards} shards, "
-        f"{len(remaining)} to do, {_name_workers(workers)}"
-    )
-    _execute(
-        store,
-        remaining,
-        _encode_images,
-        arguments,
-        packing,
-        workers=workers,
-        unit="images",
-        report=report,
-    )
-    return store
-
-
-def _execute(
-    store: FeatureStore | LatentStore,
-    remaining: Sequence[int],
-    function: Callable[..., Receipt],
-    arguments: Callable[[int], tuple[Any, ...]],
-    packing: Packing,
-    *,
-    workers: int,
-    unit: str,
-    report: Callable[[str], None],
-) -> None:
-    """Run the remaining shards and finish the store."""
-    sizes = {shard: len(packing.entries(shard)) for shard in range(packing.layout.num_shards)}
-    total = sum(sizes.values())
-    written, warnings = _Tally(), set()
-    with tqdm(
-        total=total,
-        initial=total - sum(sizes[shard] for shard in remaining),
-        unit=f" {unit}",
-        desc=store.path.name,
-        smoothing=0.1,
-        disable=not remaining,
-    ) as bar:
-        failed: dict[int, BaseException] = {}
-        try:
-            for shard, outcome in run(remaining, function, arguments, workers=workers):
-                if isinstance(outcome, Receipt):
-                    written.add(outcome)
-                    warnings.update(outcome.warnings)
-                else:
-                    failed[shard] = outcome
-                    store.write_quarantine(
-                        Quarantine(
-                            shard=shard,
-                            entries=list(packing.entries(shard)),
-                            reason=f"{type(outcome).__name__}: {outcome}",
-                            traceback="".join(traceback.format_exception(outcome)),
-                        )
-                    )
-                bar.update(sizes[shard])
-                bar.set_postfix_str(written.describe(len(failed)))
-        except DiskFullError as error:
-            raise ExtractionError(
-                f"the disk of {store.path} is full ({error.strerror}). What is written is whole "
-                f"and kept: {len(store.remaining())} of {packing.layout.num_shards} shards remain. "
-                "Free some space and run the same command again."
-            ) from error
-        except (Interrupted, KeyboardInterrupt):
-            bar.close()
-            report(
-                f"stopped: {len(store.remaining())} of {packing.layout.num_shards} shards remain; "
-                "the same command continues"
-            )
-            raise
-    for warning in sorted(warnings):
-        report(f"warning: {warning}")
-    if failed:
-        shown = "\n  ".join(
-            f"shard {shard}: {type(error).__name__}: {error}"
-            for shard, error in sorted(failed.items())[:5]
-        )
-        raise ExtractionError(
-            f"{len(failed)} of {packing.layout.num_shards} shards failed and are listed with their "
-            f"entries in {store.path / 'quarantine'}:\n  {shown}\nAll others are written. Mend the "
-            "cause and run the same command again."
-        )
-    if not store.is_complete:
-        store.finish()
-    report(written.summary(store))
-
-
-@dataclass
-class _Tally:
-    """What was written in this run."""
-
-    started: float = field(default_factory=time.perf_counter)
-    rows: int = 0
-    num_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, receipt: Receipt) -> None:
-        self.rows += receipt.num_rows
-        self.num_bytes += sum(file.num_bytes for file in receipt.files.values())
-        for name, seconds in receipt.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def describe(self, num_failed: int) -> str:
-        rate = self.rows / (time.perf_counter() - self.started)
-        failed = f", {num_failed} failed" if num_failed else ""
-        return f"{rate:,.0f} rows/s, {format_bytes(self.num_bytes)}{failed}"
-
-    def summary(self, store: FeatureStore | LatentStore) -> str:
-        elapsed = time.perf_counter() - self.started
-        text = f"{store.path} is complete: {format_bytes(store.num_bytes())}"
-        if not self.rows:
-            return f"{text}; nothing was left to do"
-        where = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return f"{text}; {self.rows:,} rows in {elapsed:.1f} s (in workers: {where})"
 
 
 def _encode_shard(job: _Job, task: _Task) -> Receipt:
@@ -479,33 +265,6 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
             "encode": encoded - loaded,
             "write": time.perf_counter() - encoded,
         },
-        worker=f"{socket.gethostname()}:{os.getpid()}",
-    )
-    store.write_receipt(receipt)
-    return receipt
-
-
-def _encode_images(
-    path: Path, shard: int, files: list[bytes], shape: tuple[int, int, int]
-) -> Receipt:
-    """Decode and write one shard of images, then its receipt. Runs in a worker."""
-    from .latents import image_to_codes
-
-    started = time.perf_counter()
-    store = LatentStore.open(path, complete=False)
-    codes = np.zeros((store.manifest.layout.rows_per_shard, *shape), np.uint8)
-    for row, file in enumerate(files):
-        codes[row] = image_to_codes(file, shape[1:])
-    encoded = time.perf_counter()
-    written = store.write_shard(shard, codes)
-    receipt = Receipt(
-        shard=shard,
-        num_rows=len(files),
-        num_entries=len(files),
-        files=written,
-        codec_error={},
-        warnings=[],
-        seconds={"encode": encoded - started, "write": time.perf_counter() - encoded},
         worker=f"{socket.gethostname()}:{os.getpid()}",
     )
     store.write_receipt(receipt)
@@ -601,48 +360,6 @@ def _report_cuts(captions: Captions, max_length: int, report: Callable[[str], No
             report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
 
 
-def _check_space(target: Path, needed: int, force: bool) -> None:
-    existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free and not force:
-        raise InputError(
-            f"{target} needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free. "
-            "Take fewer --layers or another disk, or begin all the same with --force."
-        )
-
-
 def _begun(features: Path) -> FeatureStore | None:
     exists = (features / MANIFEST).exists()
     return FeatureStore.open(features, complete=False) if exists else None
-
-
-def _num_workers(workers: int | None) -> int:
-    import torch
-
-    if workers is not None:
-        return workers
-    return torch.cuda.device_count() or min(num_cpus(), 4)
-
-
-def _name_workers(workers: int) -> str:
-    return {0: "in this process", 1: "1 worker"}.get(workers, f"{workers} workers")
-
-
-def _provenance(source: str, model: str) -> Provenance:
-    return Provenance(
-        source=source,
-        model=model,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=library_versions(),
-    )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what decides stored numbers, for the record."""
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

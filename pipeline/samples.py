@@ -1,8 +1,7 @@
 """The user's captioned images: parquet, jsonl, csv, tsv or txt, local or any fsspec URL."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,7 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from ..schemas import InputError, SamplesIdentity
+from ..schemas import InputError, SamplesIdentity, fingerprint
 
 TEXT_COLUMNS = ("text", "prompt", "caption")
 IMAGE_COLUMNS = ("image",)
@@ -114,20 +113,6 @@ class Samples:
             return SamplesIdentity(num_samples=len(self), fingerprint=None)
         texts = self.texts()
         return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts.to_pylist()))
-
-
-def fingerprint(rows: Iterable[Sequence[str] | str]) -> str:
-    """sha256 over rows of texts, each text preceded by its length in bytes so that none can run on
-    into the next."""
-    digest = hashlib.sha256()
-    for row in rows:
-        texts = (row,) if isinstance(row, str) else row
-        digest.update(len(texts).to_bytes(8, "little"))
-        for text in texts:
-            encoded = text.encode()
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
-    return digest.hexdigest()
 
 
 def read_samples(

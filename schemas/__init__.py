@@ -3,6 +3,7 @@
 from .contract import Contract, ContractError, Difference, differences, parse
 from .errors import InputError
 from .facts import Facts
+from .fingerprint import fingerprint
 from .manifest import (
     CaptionsIdentity,
     Codec,
@@ -61,5 +62,6 @@ __all__ = [
     "TrainConfig",
     "WrittenFile",
     "differences",
+    "fingerprint",
     "parse",
 ]

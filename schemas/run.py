@@ -69,7 +69,7 @@ class OptimizerConfig(Contract):
     beta2: Fraction = 0.999
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    """Linear, from 0."""
+    """Linear: step s of the warm-up, counted from 1, has s / (warmup_steps + 1) of the rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up; cosine and linear fall to 0 at the last step."""
 
@@ -91,6 +91,7 @@ class EMAConfig(Contract):
     """Exponential moving average of the weights, kept in fp32."""
 
     decay: Fraction = 0.99
+    """Of update n at most (1 + n) / (10 + n), so that a short run's average is not its start."""
     every: Positive = 100
     """Steps between updates."""
 
@@ -104,7 +105,8 @@ class TrainConfig(Contract):
     """A complete latent store, made from the same samples."""
     output: str
     """The run directory."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the weights, and with a position of the order, caption dropout, t and noise."""
     steps: Positive = 500_000
     grad_accum_steps: Positive = 1
     mixed_precision: Literal["no", "bf16"] = "bf16"

@@ -101,7 +101,7 @@ def feature_store(
 @pytest.fixture(scope="session")
 def latent_store(tmp_path_factory: pytest.TempPathFactory, samples_file: Path) -> Path:
     """A complete latent store of the same samples, 3 x 12 x 12 pixels; read only."""
-    from semroute.pipeline.extraction import encode_images
+    from semroute.pipeline.imaging import encode_images
 
     path = tmp_path_factory.mktemp("latents") / "store"
     encode_images(str(samples_file), path, shard_bytes=30_000, workers=0, report=_silent)

