@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 LLM := $(VENV)/.llm
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs store-test clean
 .DELETE_ON_ERROR:
 
 $(SETUP): setup.cfg
@@ -36,6 +36,18 @@ demo: $(LLM)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest $(TEST_OPTIONS)
+
+# The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
+STORE_PYTHON ?= python3.12
+STORE_TESTS := schemas samples layout codecs shards store inspection
+store-test:
+	$(STORE_PYTHON) -m venv $(VENV)-store
+	$(VENV)-store/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-store/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)-store/bin/python -m pip install --quiet zarr numcodecs google-crc32c pyarrow pydantic \
+	  fsspec click numpy pillow tqdm tensorstore xarray pytest pytest-timeout hypothesis
+	$(VENV)-store/bin/python -m pip list 2>/dev/null | grep -iE '^(zarr|numcodecs|numpy|tensorstore) '
+	$(VENV)-store/bin/python -m pytest $(STORE_TESTS:%=tests/test_%.py)
 
 check: $(SETUP)
 	$(BIN)/ruff check .

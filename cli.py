@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,8 +11,10 @@ import click
 
 from . import __version__
 from .pipeline.layout import parse_bytes
-from .schemas import InputError
+from .schemas import InputError, TrainConfig, parse
 
+NUM_JUDGED = 24
+"""Images that evaluate shows."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -230,6 +233,309 @@ def inspect(store: Path, as_json: bool) -> None:
 
     found = look(store)
     click.echo(found.to_json() if as_json else found)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
+
+    The LLM is never loaded. The same command continues what was stopped. On several GPUs:
+    accelerate launch -m semroute.cli train CONFIG
+
+    \b
+    Example:
+      semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
+    """
+    from .trainer.loop import TrainingInterrupted
+    from .trainer.loop import train as run
+
+    parsed = read_config(config, overrides)
+    try:
+        path = run(parsed)
+    except TrainingInterrupted:
+        sys.exit(130)
+    except FloatingPointError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{path} is trained: semroute plot {path}")
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training configuration from a YAML file, with ``a.b=value`` put in.
+
+    Raises:
+        InputError: no such file, no YAML, or not a valid configuration.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds {type(document).__name__}; expected keys and values")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
+        *parents, last = key.split(".")
+        place = document
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{override!r}: {parent} holds a value, not keys")
+        try:
+            place[last] = _number_or(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise InputError(f"{override!r}: the value is no YAML: {error}") from error
+    return parse(TrainConfig, document, str(path))
+
+
+def _number_or(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for a string; everybody else takes it for a number."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _sampling_options(command: F) -> F:
+    """Options of every command that samples from a run."""
+    for option in reversed(
+        [
+            click.option(
+                "--num-steps",
+                default=50,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Of Euler's method.",
+            ),
+            click.option("--seed", default=0, show_default=True, help="Of the noise."),
+            click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1)),
+            click.option(
+                "--weights",
+                default="ema",
+                show_default=True,
+                type=click.Choice(["ema", "model"]),
+                help="The moving average, or the weights themselves.",
+            ),
+            click.option(
+                "--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    help="Take captions from this feature store; no LLM is needed.",
+)
+@click.option(
+    "--num",
+    default=18,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to take, the first ones of the store's samples.",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="A new prompt; may be given several times. The run's LLM is loaded to encode it.",
+)
+@click.option(
+    "--model", help="Where that LLM is now. Default: where it was when the features were extracted."
+)
+@click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance; 1 is none.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the pictures. Default: RUN/samples."
+)
+@_sampling_options
+def sample(
+    run: Path,
+    features: Path | None,
+    num: int,
+    prompts: tuple[str, ...],
+    model: str | None,
+    cfg_scale: float,
+    out: Path | None,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    weights: Any,
+    step: int | None,
+) -> None:
+    """Draw pictures with a trained RUN, from stored captions or new prompts.
+
+    \b
+    Examples:
+      semroute sample runs/depth --features features-test --cfg-scale 3
+      semroute sample runs/depth --prompt "two red circles"
+    """
+    if (features is None) == (not prompts):
+        raise InputError("give either --features or --prompt")
+    from .trainer.checkpoint import load_run
+
+    trained = load_run(run, step, weights)
+    if features is not None:
+        from .pipeline.store import open_features
+
+        store = open_features(features)
+        trained.check_features(store.manifest.identity)
+        rows = store.samples.slice(0, num)["caption_ids"].to_pylist()
+        ids = [row[0] for row in rows]
+        texts = store.captions["text"].take(ids).to_pylist()
+        source: Any = store
+    else:
+        from .pipeline.extraction import encode_prompts
+
+        record = trained.record
+        source = encode_prompts(prompts, record.features, model or record.model_source)
+        texts, ids = list(prompts), list(range(1, len(prompts) + 1))
+
+    from .trainer.evaluation import generate
+    from .trainer.plots import sample_grid, save_images
+
+    latents = generate(
+        trained.model,
+        trained.flow,
+        source,
+        ids,
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    images = _decoder(trained)(latents)
+    out = out or run / "samples"
+    for path in save_images(out, images, texts, sample_grid(images, texts)):
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Feature store of the captions to judge by.",
+)
+@click.option(
+    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
+)
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    multiple=True,
+    default=(1.0, 3.0),
+    show_default=True,
+    help="Guidance; may be given several times.",
+)
+@click.option("--images-per-caption", default=1, show_default=True, type=click.IntRange(1))
+@_sampling_options
+def evaluate(
+    run: Path,
+    features: Path,
+    samples: str,
+    cfg_scales: tuple[float, ...],
+    images_per_caption: int,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    weights: Any,
+    step: int | None,
+) -> None:
+    """Score a RUN on the captions of a shapes world, skill by skill, with chance beside.
+
+    Writes RUN/evaluation.json, and pictures of some judged images into RUN/figures.
+
+    \b
+    Example:
+      semroute evaluate runs/depth --features features-test --samples shapes/test.parquet
+    """
+    import numpy as np
+    import pyarrow.parquet
+
+    from .pipeline.store import open_features
+    from .trainer.checkpoint import load_run
+    from .trainer.evaluation import evaluate as judge
+    from .trainer.evaluation import write_evaluations
+    from .trainer.plots import sample_grid
+    from .trainer.shapes import judge as judge_image
+    from .trainer.shapes import read_scenes
+
+    trained = load_run(run, step, weights)
+    store = open_features(features)
+    trained.check_features(store.manifest.identity)
+    try:
+        table = pyarrow.parquet.read_table(samples)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--samples {samples}: {error}") from error
+    scenes, splits = read_scenes(table), table["split"].to_pylist()
+    ids = [row[0] for row in store.samples["caption_ids"].to_pylist()]
+    if store.captions["text"].take(ids).to_pylist() != table["text"].to_pylist():
+        raise InputError(f"{features} was not extracted from {samples}: the captions differ")
+    evaluations, written = {}, []
+    for cfg_scale in cfg_scales:
+        evaluations[cfg_scale], images = judge(
+            trained.model,
+            trained.flow,
+            store,
+            ids * images_per_caption,
+            scenes * images_per_caption,
+            splits * images_per_caption,
+            _decoder(trained),
+            num_steps=num_steps,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        click.echo(f"guidance {cfg_scale:g}, {len(images)} images\n{evaluations[cfg_scale]}\n")
+        shown = np.linspace(0, len(ids) - 1, min(NUM_JUDGED, len(ids))).astype(int)
+        marks = [judge_image(images[i], scenes[i])["all"] for i in shown]
+        texts = table["text"].take(shown).to_pylist()
+        path = run / "figures" / f"judged-cfg-{cfg_scale:g}.png"
+        path.parent.mkdir(exist_ok=True)
+        sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
+        written.append(path)
+    for path in (*written, write_evaluations(run, evaluations)):
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/figures.")
+@click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest.")
+def plot(run: Path, out: Path | None, step: int | None) -> None:
+    """Draw what a RUN learned: routing weights, loss, and the scores of its evaluation.
+
+    \b
+    Example:
+      semroute plot runs/depth
+    """
+    from .trainer.checkpoint import load_run
+    from .trainer.evaluation import read_evaluations
+    from .trainer.plots import plot_run
+
+    evaluations = read_evaluations(run)
+    for path in plot_run(load_run(run, step), out or run / "figures", evaluations=evaluations):
+        click.echo(path)
+
+
+def _decoder(run: Any) -> Callable[[Any], Any]:
+    """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
+    from .pipeline.latents import latents_to_images
+
+    identity = run.record.latents
+    return functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)
 
 
 if __name__ == "__main__":

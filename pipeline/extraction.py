@@ -23,7 +23,9 @@ from ..schemas import (
     Codec,
     FeatureIdentity,
     FeatureManifest,
+    InputError,
     Receipt,
+    differences,
 )
 from .captions import Captions, build_captions, read_template
 from .cluster import num_cpus
@@ -31,7 +33,7 @@ from .codecs import CODECS, CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
-from .store import MANIFEST, FeatureStore
+from .store import MANIFEST, FeatureStore, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,29 @@ attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 10
 CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Hidden states of a few texts in memory, read as a feature store is.
+
+    Attributes:
+        texts: entry 0 is the null caption.
+        rows: of all entries, in the bits that a store would hold.
+        layers: of ``rows``.
+    """
+
+    texts: list[str]
+    rows: Rows
+    layers: list[int]
+
+    def read(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> Rows:
+        """As :meth:`semroute.pipeline.store.FeatureStore.read`."""
+        offsets = self.rows.offsets
+        wanted = [self.layers.index(layer) for layer in (layers or self.layers)]
+        parts = [self.rows.bits[offsets[i] : offsets[i + 1]][:, wanted] for i in ids]
+        ends = np.cumsum([0, *map(len, parts)])
+        return Rows(np.concatenate(parts), ends.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -221,6 +246,56 @@ def extract(
         report=report,
     )
     return store
+
+
+def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
+    """Encode new texts exactly as a store's captions were: same LLM, template, layers and codec.
+
+    Args:
+        texts: entry i of the result is ``texts[i - 1]``.
+        identity: of the store whose features the reader was made for.
+        model: where the LLM is, see :func:`semroute.pipeline.encoder.find_model`.
+
+    Raises:
+        InputError: no model there, or not the one of the identity.
+    """
+    from .encoder import Encoder, describe_model, find_model, load_tokenizer, tokenizer_digest
+
+    located = find_model(model)
+    tokenizer = load_tokenizer(located)
+    found = {"model": describe_model(located), "tokenizer": tokenizer_digest(tokenizer)}
+    different = [
+        difference
+        for key, value in found.items()
+        for difference in differences(value, getattr(identity, key), key)
+    ]
+    if different:
+        listed = "\n  ".join(map(str, different))
+        raise InputError(
+            f"--model {model} is not the LLM of the features:\n  {listed}\nName that one."
+        )
+    captions = build_captions(
+        pa.array([[text] for text in texts], pa.list_(pa.string())),
+        tokenizer,
+        template=identity.template.text,
+        max_length=identity.max_length,
+        keep_prefix=identity.template.keep_prefix,
+    )
+    encoder = Encoder(located, identity.layers, identity.dtype)
+    entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
+    codec = CODECS["bf16"]
+    codes: list[np.ndarray] = []
+    for entry in entries:
+        rows = int(captions.num_tokens[entry])
+        part = np.empty((rows, len(identity.layers), identity.model.width), codec.dtype)
+
+        def sink(index: int, hidden: "torch.Tensor", part: np.ndarray = part) -> None:
+            part[:, index] = codec.encode(hidden).cpu().numpy()
+
+        encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
+        codes.append(part)
+    offsets = np.cumsum([0, *map(len, codes)]).astype(np.int64)
+    return EncodedPrompts(["", *texts], Rows(np.concatenate(codes), offsets), identity.layers)
 
 
 def _encode_shard(job: _Job, task: _Task) -> Receipt:

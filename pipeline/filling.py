@@ -164,10 +164,10 @@ def check_space(target: Path, needed: int, force: bool) -> None:
 
 def num_workers(workers: int | None) -> int:
     """The number asked for, or one a GPU, or one a CPU core up to 4."""
-    import torch
-
     if workers is not None:
         return workers
+    import torch
+
     return torch.cuda.device_count() or min(num_cpus(), 4)
 
 

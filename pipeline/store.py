@@ -122,10 +122,10 @@ class _Store(Generic[M]):
         except json.JSONDecodeError as error:
             raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
         wanted = cls.manifest_type.model_fields["format"].default
-        if document.get("format") != wanted:
+        form = document.get("format") if isinstance(document, dict) else None
+        if form != wanted:
             raise StoreError(
-                f"{path} is no {cls.kind} store: its manifest says {document.get('format')!r} "
-                f"instead of {wanted!r}"
+                f"{path} is no {cls.kind} store: its manifest says {form!r} instead of {wanted!r}"
             )
         store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
         if complete and not store.is_complete:

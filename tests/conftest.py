@@ -1,5 +1,6 @@
 """A tiny LLM with random weights, a table of captioned images, and stores made from both."""
 
+import importlib.util
 import io
 import itertools
 import os
@@ -86,16 +87,106 @@ def samples_file(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> 
 
 @pytest.fixture(scope="session")
 def feature_store(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, samples_file: Path
+    tmp_path_factory: pytest.TempPathFactory, samples_file: Path, request: pytest.FixtureRequest
 ) -> Path:
-    """A complete feature store of several shards; read only."""
+    """A complete feature store of several shards; read only. Without torch its numbers are random,
+    and everything else about it is the same."""
+    path = tmp_path_factory.mktemp("features") / "store"
+    if importlib.util.find_spec("torch") is None:
+        write_random_store(path, samples_file)
+        return path
     from semroute.pipeline.extraction import extract
 
-    path = tmp_path_factory.mktemp("features") / "store"
-    extract(
-        str(samples_file), path, model=str(tiny_llm), shard_bytes=300_000, workers=0, report=_silent
-    )
+    model = str(request.getfixturevalue("tiny_llm"))
+    extract(str(samples_file), path, model=model, shard_bytes=300_000, workers=0, report=_silent)
     return path
+
+
+def write_random_store(path: Path, samples_file: Path) -> None:
+    """A feature store written with numpy alone: a token a byte, and one for BOS."""
+    from semroute.pipeline.filling import provenance
+    from semroute.pipeline.layout import pack
+    from semroute.pipeline.samples import read_samples
+    from semroute.pipeline.store import FeatureStore
+    from semroute.schemas import (
+        CAPTIONS_SCHEMA,
+        SAMPLES_SCHEMA,
+        CaptionsIdentity,
+        Codec,
+        FeatureIdentity,
+        FeatureManifest,
+        ModelIdentity,
+        Receipt,
+        Template,
+        fingerprint,
+    )
+
+    samples = read_samples(str(samples_file), need="text")
+    rows = [row[0] for row in samples.texts().to_pylist()]
+    texts = ["", *dict.fromkeys(rows)]
+    lengths = np.array([max(1, len(text)) for text in texts])
+    packing = pack(lengths, bytes_per_row=2 * 4 * 32, shard_bytes=300_000, batch_tokens=512)
+    manifest = FeatureManifest(
+        status="extracting",
+        identity=FeatureIdentity(
+            model=ModelIdentity(architecture="llama", num_layers=4, width=32, files={}),
+            tokenizer="bytes",
+            template=Template(
+                text="{bos}{caption}", prefix_tokens=[0], suffix_tokens=[], keep_prefix=False
+            ),
+            layers=[1, 2, 3, 4],
+            final_norm="normed",
+            dtype="float32",
+            attention="sdpa",
+            max_length=512,
+            captions=CaptionsIdentity(
+                num_captions=len(texts), fingerprint=fingerprint(texts), seed=0
+            ),
+            samples=samples.identity(),
+        ),
+        layout=packing.layout,
+        codec=Codec(name="bf16"),
+        provenance=provenance(str(samples_file), "random"),
+    )
+    columns = [
+        range(len(texts)),
+        texts,
+        [[0] if not text else list(text.encode()) for text in texts],
+        lengths,
+        np.zeros(len(texts), int),
+        packing.shard,
+        packing.row_start,
+        packing.row_start + lengths,
+    ]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, CAPTIONS_SCHEMA, strict=True)]
+    ids = pa.array([[texts.index(row)] for row in rows], pa.list_(pa.int64()))
+    sample_columns = [pa.array(range(len(rows)), pa.int64()), ids, samples.image_names()]
+    store = FeatureStore.create(
+        path,
+        manifest,
+        pa.table(arrays, schema=CAPTIONS_SCHEMA),
+        pa.table(sample_columns, schema=SAMPLES_SCHEMA),
+    )
+    rng = np.random.default_rng(0)
+    error = {"mean": 1e-3, "max": 2e-3, "mean_without_top3": 1e-3, "max_without_top3": 2e-3}
+    for shard in store.remaining():
+        entries = packing.entries(shard)
+        codes = np.zeros((packing.layout.rows_per_shard, 4, 32), np.uint16)
+        used = int(lengths[entries.start : entries.stop].sum())
+        codes[:used] = rng.integers(0, 0x3F80, (used, 4, 32))
+        store.write_receipt(
+            Receipt(
+                shard=shard,
+                num_rows=used,
+                num_entries=len(entries),
+                files=store.write_shard(shard, codes),
+                codec_error=error,
+                warnings=[],
+                seconds={},
+                worker="none",
+            )
+        )
+    store.finish()
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,13 @@ from semroute.trainer.checkpoint import (
 )
 from semroute.trainer.evaluation import score
 from semroute.trainer.plots import (
-    Samples,
     accuracy_bars,
     loss_curve,
     plot_run,
     routing_heatmap,
     routing_over_time,
     sample_grid,
+    save_images,
 )
 from semroute.trainer.shapes import render, sample_scene
 
@@ -265,14 +265,26 @@ class TestPlotRun:
         assert [path.name for path in paths] == names
         assert all(path.stat().st_size > 5000 for path in paths)
 
-    def test_adds_samples_and_accuracy_where_given(self, make_run, tmp_path):
-        samples = Samples(TestSampleGrid.IMAGES, TestSampleGrid.CAPTIONS, [True] * 7)
-        run = make_run("depth")
-        paths = plot_run(run, tmp_path / "plots", samples=samples, evaluation=evaluation())
-        expected = ["loss.png", "routing.png", "samples.png", "accuracy.png"]
+    def test_adds_accuracy_for_each_guidance_scale(self, make_run, tmp_path):
+        evaluations = {1.0: evaluation(), 3.5: evaluation()}
+        paths = plot_run(make_run("depth"), tmp_path / "plots", evaluations=evaluations)
+        expected = ["loss.png", "routing.png", "accuracy-cfg-1.png", "accuracy-cfg-3.5.png"]
         assert [path.name for path in paths] == expected
         assert sorted(expected) == sorted(path.name for path in (tmp_path / "plots").iterdir())
 
     def test_a_run_that_logged_nothing_has_no_loss(self, make_run, tmp_path):
         paths = plot_run(make_run("depth", num_logged=0), tmp_path / "plots")
         assert [path.name for path in paths] == ["routing.png"]
+
+
+def test_images_are_saved_with_their_captions(tmp_path):
+    images = np.stack([np.full((18, 18, 3), value, np.uint8) for value in (10, 200)])
+    captions = ["one", "deux é"]
+    paths = save_images(tmp_path / "out", images, captions, sample_grid(images, captions))
+    assert [path.name for path in paths] == ["grid.png", "captions.jsonl"]
+    listed = [json.loads(line) for line in paths[1].read_text("utf-8").splitlines()]
+    assert [row["caption"] for row in listed] == captions
+    for row, image in zip(listed, images, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / "out" / row["image"])), image
+        )

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..schemas import Facts, InputError, RunRecord, TrainConfig, differences, parse
+from ..schemas import Facts, FeatureIdentity, InputError, RunRecord, TrainConfig, differences, parse
 from .dit import DiT
 from .flow import Flow
 
@@ -325,6 +325,25 @@ class Run:
             alpha = router.alpha(levels.to(next(self.model.parameters()).device))
         shape = (len(levels), self.model.size.depth, len(self.layers))
         return alpha.expand(shape).cpu().numpy().copy()
+
+    def check_features(self, identity: FeatureIdentity) -> None:
+        """Refuse features that this run cannot read: they must come from the same LLM, template,
+        layers and dtype; the captions may be others.
+
+        Raises:
+            InputError: with every key that differs, and both values.
+        """
+        free = {"captions", "samples", "max_length"}
+        different = differences(
+            identity.model_dump(mode="json", exclude=free),
+            self.record.features.model_dump(mode="json", exclude=free),
+        )
+        if different:
+            listed = "\n  ".join(map(str, different))
+            raise InputError(
+                f"{self.path} was trained on other features; those given, against its own:"
+                f"\n  {listed}\nExtract the captions with the run's model and options."
+            )
 
     def metrics(self) -> pa.Table:
         """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""

@@ -3,11 +3,13 @@
 Shapes: N images or captions, C channels, h x w latent, S scenes.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ..pipeline.store import FeatureStore
+from ..pipeline.store import Rows
 from ..schemas import InputError
 from .dit import DiT
 from .flow import Flow
 from .sampling import sample
 from .shapes import SKILLS, Scene, judge_cells, read_cells, render
 
+EVALUATIONS = "evaluation.json"
 NULL_CAPTION = 0
 """Entry of every feature store that holds the null caption."""
 NUM_SHIFTS = 10
@@ -44,6 +47,14 @@ EVALUATION_SCHEMA = pa.schema(
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 """Latents [N, C, h, w] -> RGB images [N, height, width, 3]."""
+
+
+class Features(Protocol):
+    """Where captions' hidden states come from: a feature store, or prompts encoded in memory."""
+
+    def read(
+        self, ids: Sequence[int] | NDArray[np.int64], layers: Sequence[int] | None = None
+    ) -> Rows: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +179,7 @@ def score(
 def generate(
     model: DiT,
     flow: Flow,
-    features: FeatureStore,
+    features: Features,
     caption_ids: Sequence[int] | NDArray[np.int64],
     *,
     num_steps: int,
@@ -219,7 +230,7 @@ def generate(
 def evaluate(
     model: DiT,
     flow: Flow,
-    features: FeatureStore,
+    features: Features,
     caption_ids: Sequence[int] | NDArray[np.int64],
     scenes: Sequence[Scene],
     splits: Sequence[str],
@@ -251,6 +262,32 @@ def evaluate(
     )
     images = decode(latents)
     return score(images, scenes, splits, seed=seed), images
+
+
+def write_evaluations(run: Path, evaluations: Mapping[float, Evaluation]) -> Path:
+    """Write ``evaluation.json`` into a run directory: scores by guidance scale."""
+    path = run / EVALUATIONS
+    unfinished = path.with_name(f"{path.name}.tmp")
+    document = [
+        {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
+        for cfg_scale, evaluation in evaluations.items()
+    ]
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def read_evaluations(run: Path) -> dict[float, Evaluation]:
+    """What :func:`write_evaluations` wrote; empty where the run was not evaluated."""
+    path = run / EVALUATIONS
+    if not path.exists():
+        return {}
+    return {
+        entry["cfg_scale"]: Evaluation(
+            pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
+        )
+        for entry in json.loads(path.read_text("utf-8"))
+    }
 
 
 def _chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, float]:

@@ -5,9 +5,9 @@ Every function returns a ``matplotlib.figure.Figure``: show it in a notebook or 
 Shapes: D blocks, L layers, T noise levels, N images.
 """
 
+import json
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..schemas import InputError
 from .checkpoint import Run
@@ -30,15 +31,6 @@ RIGHT, WRONG = "#1b8a5a", "#c8553d"
 DPI = 150
 NUM_T = 65
 """Noise levels at which ``plot_run`` evaluates weights that depend on t."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images to show: uint8 [N, height, width, 3], a caption each, and whether each is right."""
-
-    images: NDArray[np.uint8]
-    captions: Sequence[str]
-    marks: Sequence[bool] | None = None
 
 
 def routing_heatmap(
@@ -300,13 +292,13 @@ def plot_run(
     run: Run,
     out: str | Path,
     *,
-    samples: Samples | None = None,
-    evaluation: Evaluation | None = None,
+    evaluations: Mapping[float, Evaluation] | None = None,
 ) -> list[Path]:
     """Write the figures of a run as PNG into the folder ``out``; their paths in the order written.
 
     ``loss.png`` once anything is logged, ``routing.png``, for strategies that depend on t
-    ``routing-over-time.png``, and where given ``samples.png`` and ``accuracy.png``.
+    ``routing-over-time.png``, and ``accuracy-cfg-S.png`` for each guidance scale S that
+    ``evaluations`` has scores of.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -325,14 +317,37 @@ def plot_run(
     else:
         title = f"Routing weights, {strategy}"
         figures["routing"] = routing_heatmap(_rows(run.weights()[0]), run.layers, title)
-    if samples is not None:
-        figures["samples"] = sample_grid(samples.images, samples.captions, samples.marks)
-    if evaluation is not None:
-        figures["accuracy"] = accuracy_bars(evaluation, f"Accuracy by skill, {strategy}")
+    for cfg_scale, evaluation in (evaluations or {}).items():
+        title = f"Accuracy by skill, {strategy}, guidance {cfg_scale:g}"
+        figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation, title)
     paths = [out / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=DPI)
     return paths
+
+
+def save_images(
+    out: Path, images: NDArray[np.uint8], captions: Sequence[str], grid: Figure
+) -> list[Path]:
+    """Write each image as a PNG, ``captions.jsonl`` that says which is which, and a grid of all.
+
+    Args:
+        images: uint8 [N, height, width, 3].
+        grid: from :func:`sample_grid`.
+
+    Returns:
+        The grid, and the list of captions.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        name = f"{number:06d}.png"
+        Image.fromarray(image).save(out / name)
+        lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
+    listed = out / "captions.jsonl"
+    listed.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    grid.savefig(out / "grid.png", dpi=DPI)
+    return [out / "grid.png", listed]
 
 
 def _rows(weights: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

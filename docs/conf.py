@@ -1,0 +1,46 @@
+"""Sphinx configuration. Nothing here needs a network; ``make docs`` builds into docs/_build/html.
+
+Before the build, ``reference.py`` writes what is generated from the contracts into docs/_generated.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from reference import write_reference  # noqa: E402
+
+import semroute  # noqa: E402
+
+write_reference(HERE / "_generated")
+
+project = "semroute"
+author = "the semroute authors"
+version = release = semroute.__version__
+project_copyright = author
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_click",
+]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "_generated"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"semroute {release}"
+html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}

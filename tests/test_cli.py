@@ -1,0 +1,275 @@
+"""The product's own path at its smallest, through the command line and real files; and nonsense."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from semroute.cli import cli, read_config
+from semroute.schemas import InputError
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    if code:
+        assert "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit)
+    return result.output
+
+
+CONFIG = {
+    "seed": 1,
+    "steps": 6,
+    "mixed_precision": "no",
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "model": {"size": "nano", "depth": 2, "width": 32, "patch_size": 6},
+    "flow": {"prediction": "x0", "shift": 1.0},
+    "optimizer": {"name": "muon"},
+    "data": {"batch_size": 4, "noise_draws": 2},
+    "ema": {"every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_llm):
+    """Everything up to a trained run, each step by its command."""
+    root = tmp_path_factory.mktemp("world")
+    invoke("shapes", root / "shapes", "--num", 80, "--num-test", 12, "--seed", 3)
+    for name in ("train", "test"):
+        file = root / "shapes" / f"{name}.parquet"
+        invoke("extract", file, root / name, "--model", tiny_llm, "--workers", 0)
+    invoke("latents", root / "shapes" / "train.parquet", root / "latents", "--workers", 0)
+    config = CONFIG | {
+        "features": str(root / "train"),
+        "latents": str(root / "latents"),
+        "output": str(root / "run"),
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    output = invoke("train", root / "run.yaml")
+    assert f"semroute plot {root / 'run'}" in output
+    return root
+
+
+class TestPath:
+    def test_inspect_speaks_text_and_json(self, world):
+        assert "complete" in invoke("inspect", world / "train")
+        details = json.loads(invoke("inspect", world / "latents", "--json"))
+        assert details["status"] == "complete"
+
+    def test_training_left_a_run(self, world):
+        lines = (world / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+        checkpoints = sorted(p.name for p in (world / "run" / "checkpoints").iterdir())
+        assert checkpoints == ["step-00000003", "step-00000006"]
+        assert "unknown key" not in invoke("train", world / "run.yaml")
+
+    @pytest.mark.parametrize(
+        "strategy", ["penultimate", "uniform", "static", "time", "depth", "joint"]
+    )
+    def test_every_strategy_trains_samples_and_plots(self, world, tmp_path, strategy):
+        run = tmp_path / "run"
+        changes = [f"output={run}", f"routing.strategy={strategy}", "steps=2"]
+        invoke("train", world / "run.yaml", *changes)
+        options = ["--features", world / "test", "--num", 3, "--num-steps", 2]
+        output = invoke("sample", run, *options, "--cfg-scale", 2)
+        assert [line for line in output.splitlines() if line.startswith(str(run))] == [
+            str(run / "samples" / "grid.png"),
+            str(run / "samples" / "captions.jsonl"),
+        ]
+        picture = np.asarray(Image.open(run / "samples" / "000002.png"))
+        assert picture.shape == (18, 18, 3)
+        names = {path.rpartition("/")[2] for path in invoke("plot", run).split()}
+        expected = {"loss.png", "routing.png"}
+        assert names == expected | (
+            {"routing-over-time.png"} if strategy in "time joint" else set()
+        )
+
+    def test_new_prompts_are_drawn_as_stored_captions_are(self, world, tmp_path):
+        """The first caption of the test set, once from the store, once encoded anew."""
+        caption = pyarrow.parquet.read_table(world / "shapes" / "test.parquet")["text"][0].as_py()
+        options = ["--num-steps", 3, "--cfg-scale", 3]
+        stored = ["--features", world / "test", "--num", 1, "--out", tmp_path / "stored"]
+        invoke("sample", world / "run", *options, *stored)
+        new = ["--prompt", caption, "--prompt", "a blue something", "--out", tmp_path / "new"]
+        invoke("sample", world / "run", *options, *new)
+        pictures = [
+            np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int)
+            for name in ("stored", "new")
+        ]
+        assert abs(pictures[0] - pictures[1]).max() <= 2
+        assert (tmp_path / "new" / "000001.png").exists()
+
+    def test_evaluate_prints_chance_and_plot_draws_it(self, world):
+        options = ["--features", world / "test", "--samples", world / "shapes" / "test.parquet"]
+        output = invoke("evaluate", world / "run", *options, "--num-steps", 2, "--cfg-scale", 1.5)
+        assert "guidance 1.5, 12 images" in output
+        assert "chance" in output
+        (entry,) = json.loads((world / "run" / "evaluation.json").read_text())
+        assert entry["cfg_scale"] == 1.5
+        assert {row["split"] for row in entry["scores"]} == {"test", "held-out"}
+        assert (world / "run" / "figures" / "judged-cfg-1.5.png").exists()
+        assert "accuracy-cfg-1.5.png" in invoke("plot", world / "run")
+
+    def test_the_llm_of_new_prompts_must_be_the_runs(self, world, tiny_llm, tmp_path):
+        other = shutil.copytree(tiny_llm, tmp_path / "other")
+        weights = bytearray((other / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (other / "model.safetensors").write_bytes(weights)
+        options = ["--prompt", "a", "--num-steps", 1]
+        output = invoke("sample", world / "run", *options, "--model", other, code=1)
+        assert "is not the LLM of the features" in output
+        assert "model.files.model.safetensors" in output
+
+
+class TestNonsense:
+    """One clear message and a non-zero exit."""
+
+    @pytest.fixture
+    def extract(self, samples_file, tiny_llm, tmp_path):
+        def run(source=samples_file, *options, model=tiny_llm):
+            target = tmp_path / "features"
+            arguments = [source, target, "--model", model, "--workers", 0, *options]
+            return invoke("extract", *arguments, code=1)
+
+        return run
+
+    def test_caption_files(self, extract, tmp_path):
+        assert "no such file" in extract(tmp_path / "missing.parquet")
+        (tmp_path / "empty.txt").write_text("")
+        assert "is empty; expected at least one row" in extract(tmp_path / "empty.txt")
+        (tmp_path / "blank.txt").write_text("a cup\n\n \n")
+        output = extract(tmp_path / "blank.txt")
+        assert "2 of 3 rows have an empty caption" in output
+        assert "(rows 1, 2, counted from 0)" in output
+        (tmp_path / "c.csv").write_text("id,words\n1,a cup\n")
+        assert "its columns are id, words" in extract(tmp_path / "c.csv")
+        assert "no column 'nope'" in extract(tmp_path / "c.csv", "--text-column", "nope")
+        assert not (tmp_path / "features").exists()
+
+    def test_captions_that_changed(self, tiny_llm, tmp_path):
+        file = tmp_path / "c.txt"
+        arguments = [file, tmp_path / "f", "--model", tiny_llm, "--workers", 0]
+        file.write_text("a cup\na tree\n")
+        invoke("extract", *arguments)
+        file.write_text("a cup\na bush\n")
+        output = invoke("extract", *arguments, code=1)
+        assert "was made otherwise" in output
+        assert "identity.captions.fingerprint" in output
+
+    def test_models(self, extract, tmp_path):
+        assert "no such folder or file, and no hub id" in extract(model=tmp_path / "nope")
+        assert "no config.json" in extract(model=tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert "expected a transformer" in extract(model=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("--layers", "9", "no layer 9; the model has layers 0 to 4"),
+            ("--layers", "most", "expected all, every:3, or numbers"),
+            ("--template", "nope", "is no preset"),
+            ("--max-length", "1", "leaves no token for the caption"),
+        ],
+    )
+    def test_options(self, extract, samples_file, option, value, message):
+        assert message in extract(samples_file, option, value)
+
+    def test_features_of_another_model_are_refused(self, world, tmp_path, tiny_llm):
+        target = tmp_path / "other"
+        file = world / "shapes" / "test.parquet"
+        options = ["--model", tiny_llm, "--workers", 0, "--layers", "1,2"]
+        invoke("extract", file, target, *options)
+        output = invoke("sample", world / "run", "--features", target, code=1)
+        assert "was trained on other features" in output
+        assert "layers: [1, 2] instead of [1, 2, 3, 4]" in output
+        both = ["--features", target, "--samples", file]
+        assert "trained on other features" in invoke("evaluate", world / "run", *both, code=1)
+
+    def test_test_captions_of_another_file_are_refused(self, world):
+        options = ["--features", world / "train", "--samples", world / "shapes" / "test.parquet"]
+        output = invoke("evaluate", world / "run", *options, code=1)
+        assert "the captions differ" in output
+
+    def test_an_unfinished_store_is_refused_by_train(self, world, tmp_path):
+        store = shutil.copytree(world / "train", tmp_path / "store")
+        manifest = json.loads((store / "manifest.json").read_text())
+        (store / "manifest.json").write_text(json.dumps(manifest | {"status": "extracting"}))
+        shutil.rmtree(store / "receipts")
+        changes = [f"features={store}", f"output={tmp_path / 'run'}"]
+        output = invoke("train", world / "run.yaml", *changes, code=1)
+        assert "is not finished: 1 of 1 shards" in output
+        assert not (tmp_path / "run").exists()
+
+    def test_stores_of_different_samples_are_refused_by_train(self, world, tmp_path, latent_store):
+        changes = [f"latents={latent_store}", f"output={tmp_path / 'run'}"]
+        output = invoke("train", world / "run.yaml", *changes, code=1)
+        assert str(latent_store) in output
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?"),
+            ("routing.stategy=depth", "did you mean 'strategy'?"),
+            ("steps=many", "steps: "),
+            ("steps", "expected KEY=VALUE"),
+            ("seed.x=1", "seed holds a value, not keys"),
+            ("seed=[", "the value is no YAML"),
+            ("model.patch_size=5", "not divisible by model.patch_size 5"),
+        ],
+    )
+    def test_configurations(self, world, tmp_path, change, message):
+        output = invoke("train", world / "run.yaml", f"output={tmp_path / 'r'}", change, code=1)
+        assert message in output
+
+    def test_configuration_files(self, tmp_path):
+        assert "No such file" in invoke("train", tmp_path / "nope.yaml", code=1)
+        (tmp_path / "c.yaml").write_text("[1, 2]")
+        assert "holds list; expected keys" in invoke("train", tmp_path / "c.yaml", code=1)
+        (tmp_path / "c.yaml").write_text("a: [")
+        assert "is no YAML" in invoke("train", tmp_path / "c.yaml", code=1)
+
+    def test_runs(self, world, tmp_path):
+        for command in ("sample", "plot", "evaluate"):
+            options = [] if command == "plot" else ["--features", world / "test"]
+            if command == "evaluate":
+                options += ["--samples", world / "shapes" / "test.parquet"]
+            assert "is no run: it has no run.json" in invoke(command, tmp_path, *options, code=1)
+        assert "either --features or --prompt" in invoke("sample", world / "run", code=1)
+        assert "no checkpoint of step 4" in invoke("plot", world / "run", "--step", 4, code=1)
+
+    def test_a_world_is_not_written_over_another(self, world):
+        output = invoke("shapes", world / "shapes", "--num", 80, "--num-test", 12, code=1)
+        assert str(world / "shapes") in output
+
+
+def test_numbers_in_overrides_are_numbers(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("{features: f, latents: l, output: o, optimizer: {lr: 1e-3}}")
+    config = read_config(file, ["optimizer.router_lr=2e-3", "data.batch_size=8"])
+    assert (config.optimizer.lr, config.optimizer.router_lr) == (1e-3, 2e-3)
+    assert config.data.batch_size == 8
+    with pytest.raises(InputError, match="features"):
+        read_config(file, ["features=[1]"])
+
+
+def test_sizes_are_refused_by_name(tmp_path):
+    result = CliRunner().invoke(cli, ["latents", "x.parquet", str(tmp_path), "--shard-size", "big"])
+    assert result.exit_code == 2
+    assert "'big' is no size; expected a number and a unit" in result.output
+
+
+def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):
+    table = pa.table({"caption": [["one", "two"], ["two"]]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    options = ["--model", tiny_llm, "--workers", 0]
+    output = invoke("extract", tmp_path / "c.parquet", tmp_path / "f", *options)
+    assert "3 unique (the null caption included) of 2 samples" in output
