@@ -37,7 +37,7 @@ class Field(NamedTuple):
     Attributes:
         key: dotted, from the document's top.
         type: in words.
-        default: as JSON, or None where the key is required.
+        default: as JSON, or None where there is none to choose.
         text: what the string under the field says; empty where there is none.
     """
 
@@ -70,15 +70,14 @@ def fields(
     texts = field_texts(model)
     for name, info in model.model_fields.items():
         nested = info.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            if nested not in stop:
-                yield from fields(nested, f"{prefix}{name}.", stop)
-                continue
-        if info.is_required():
-            default = None
-        else:
-            default = json.dumps(info.get_default(), default=str, ensure_ascii=False)
-        yield Field(prefix + name, describe(schema["properties"][name]), default, texts[name])
+        is_contract = isinstance(nested, type) and issubclass(nested, BaseModel)
+        if is_contract and nested not in stop:
+            yield from fields(nested, f"{prefix}{name}.", stop)
+            continue
+        described = schema["properties"][name]
+        free = not info.is_required() and "const" not in described
+        default = json.dumps(info.get_default(), ensure_ascii=False) if free else None
+        yield Field(prefix + name, describe(described), default, texts[name])
 
 
 def field_texts(model: type[BaseModel]) -> dict[str, str]:
