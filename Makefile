@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Named so that a set-up can be repeated. On a machine with GPUs this installs the CUDA build.
+# Named so that a set-up can be repeated. pip chooses the build, on Linux mostly the CUDA one.
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 TEST_OPTIONS ?=

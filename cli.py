@@ -104,8 +104,14 @@ def _work_options(command: F) -> F:
 @click.option(
     "--num-test", default=600, show_default=True, type=click.IntRange(2), help="Test captions."
 )
-@click.option("--images-per-caption", default=4, show_default=True, type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--images-per-caption",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Drawn anew for each.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the whole world.")
 def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: int) -> None:
     """Draw a world of captioned coloured shapes into OUT.
 
@@ -314,7 +320,13 @@ def _sampling_options(command: F) -> F:
                 help="Of Euler's method.",
             ),
             click.option("--seed", default=0, show_default=True, help="Of the noise."),
-            click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1)),
+            click.option(
+                "--batch-size",
+                default=64,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Images sampled at once.",
+            ),
             click.option(
                 "--weights",
                 default="ema",
@@ -439,7 +451,13 @@ def sample(
     show_default=True,
     help="Guidance; may be given several times.",
 )
-@click.option("--images-per-caption", default=1, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--images-per-caption",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sampled from different noise.",
+)
 @_sampling_options
 def evaluate(
     run: Path,
@@ -466,8 +484,8 @@ def evaluate(
 
     from .pipeline.store import open_features
     from .trainer.checkpoint import load_run
+    from .trainer.evaluation import Report
     from .trainer.evaluation import evaluate as judge
-    from .trainer.evaluation import write_evaluations
     from .trainer.plots import sample_grid
     from .trainer.shapes import judge as judge_image
     from .trainer.shapes import read_scenes
@@ -506,7 +524,8 @@ def evaluate(
         path.parent.mkdir(exist_ok=True)
         sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
         written.append(path)
-    for path in (*written, write_evaluations(run, evaluations)):
+    report = Report(trained.step, weights, str(features), num_steps, seed, evaluations)
+    for path in (*written, report.write(run)):
         click.echo(path)
 
 
@@ -522,11 +541,11 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
       semroute plot runs/depth
     """
     from .trainer.checkpoint import load_run
-    from .trainer.evaluation import read_evaluations
+    from .trainer.evaluation import Report
     from .trainer.plots import plot_run
 
-    evaluations = read_evaluations(run)
-    for path in plot_run(load_run(run, step), out or run / "figures", evaluations=evaluations):
+    trained = load_run(run, step)
+    for path in plot_run(trained, out or run / "figures", report=Report.read(run)):
         click.echo(path)
 
 

@@ -54,7 +54,7 @@ class EncodedPrompts:
 
     Attributes:
         texts: entry 0 is the null caption.
-        rows: of all entries, in the bits that a store would hold.
+        rows: of all entries.
         layers: of ``rows``.
     """
 
@@ -123,11 +123,13 @@ def extract(
         layers: ``all``, ``every:3`` or ``5,11,17``.
         max_length: in tokens, the template included.
         keep_prefix: store the template's prefix rows for every caption.
-        dtype: in which the LLM runs; auto: bfloat16 on a GPU, float32 on a CPU.
+        dtype: in which the LLM runs; auto: as the store was begun, or for a new one bfloat16 on a
+            GPU and float32 on a CPU.
         limit: only the first samples.
         seed: of the order in which captions are dealt to shards.
         shard_bytes: size of a full shard.
-        batch_tokens: tokens a batch, padding included; default 512 on a CPU, 16,384 on a GPU.
+        batch_tokens: tokens a batch, padding included; default as the store was begun, or for a new
+            one 512 on a CPU and 16,384 on a GPU.
         workers: processes; default one a GPU, or one a CPU core up to 4; 0: this one, without Dask.
         threads: CPU threads a worker; default all cores over all workers. A store that is continued
             keeps the number it was begun with, so that its bytes do not depend on the workers.
@@ -170,6 +172,8 @@ def extract(
     begun = _begun(features)
     if begun is not None:
         threads = begun.manifest.layout.num_threads
+        batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
+        dtype = begun.manifest.identity.dtype if dtype == "auto" else dtype
     packing = pack(
         captions.num_tokens,
         bytes_per_row=2 * len(chosen) * identity.width,
@@ -249,7 +253,9 @@ def extract(
 
 
 def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
-    """Encode new texts exactly as a store's captions were: same LLM, template, layers and codec.
+    """Encode new texts as a store's captions were: same LLM, template, layers, dtype and codec.
+
+    Each text is a batch of its own, so it equals a stored caption but for rounding.
 
     Args:
         texts: entry i of the result is ``texts[i - 1]``.

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -90,11 +90,10 @@ def encode_images(
         store = LatentStore.create(latents, manifest, table)
     remaining = store.remaining()
     workers = min(num_workers(workers), len(remaining))
-    files: Sequence[bytes] = list(samples.image_files())
 
     def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
         entries = packing.entries(shard)
-        chosen = list(files[entries.start : entries.stop])
+        chosen = list(samples.slice(entries.start, entries.stop).image_files())
         return latents.resolve(), shard, chosen, images.shape
 
     report(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
@@ -41,6 +41,10 @@ class Samples:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def slice(self, start: int, stop: int) -> "Samples":
+        """Some of the rows."""
+        return replace(self, table=self.table.slice(start, stop - start))
 
     def texts(self) -> pa.ListArray:
         """Captions as ``list<string>``, one list a row.

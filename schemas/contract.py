@@ -16,7 +16,7 @@ class ContractError(InputError):
 class Contract(BaseModel):
     """Base of everything that is written to disk: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Difference(NamedTuple):

@@ -13,7 +13,7 @@ class ModelIdentity(Contract):
     """The frozen LLM. Files are compared by content, so the same weights elsewhere are the same."""
 
     architecture: str
-    """Class of the text decoder in transformers, for example ``LlamaModel``."""
+    """Model type of the text decoder in transformers, for example ``llama``."""
     num_layers: int = Field(ge=1)
     """Number of blocks of the LLM, whether or not all of them are stored."""
     width: int = Field(ge=1)
@@ -101,7 +101,7 @@ class Provenance(Contract):
     source: str
     """The captions or samples as named by the user."""
     model: str
-    """The model as named by the user: hub id, folder or file."""
+    """The LLM (hub id, folder or file) or the VAE, as the user would name it again."""
     created: str
     """UTC, ISO 8601."""
     versions: dict[str, str]

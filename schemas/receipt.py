@@ -24,7 +24,7 @@ class Receipt(Contract):
     three largest channels. Empty where nothing was coded."""
     warnings: list[str]
     seconds: dict[str, float]
-    """Where the time went: encode, write, total."""
+    """Where the time went: load (of the LLM), encode, write."""
     worker: str
 
 

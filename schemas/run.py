@@ -1,7 +1,9 @@
 """The configuration of a training run, and the record that a run directory keeps of itself.
 
-The defaults are the recipe of arXiv 2602.03510 and its reference code, but for three: phi_scale (1
-reproduces the reference), the router's own learning rate, and no weight decay on the router.
+The defaults are the recipe of arXiv 2602.03510 and its reference code, but for these: phi_scale (1
+reproduces the reference), the router's own learning rate and no weight decay on the router. And two
+things that are no setting: gates start at zero, as the paper's text and not its code has it, and
+the average of the weights starts gently (see :class:`EMAConfig`).
 """
 
 from typing import Annotated, Literal
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .contract import Contract
-from .manifest import FeatureIdentity, LatentIdentity
+from .manifest import Codec, FeatureIdentity, LatentIdentity
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -19,6 +21,7 @@ class RoutingConfig(Contract):
     """Which mix of LLM layers a block reads (design: alpha = softmax(z(t, d)))."""
 
     strategy: Literal["penultimate", "uniform", "static", "time", "depth", "joint"] = "depth"
+    """One layer, the plain mean, one learned mix, or a mix by noise level, by block, or by both."""
     phi_scale: float = Field(1000.0, gt=0)
     """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code."""
 
@@ -27,10 +30,13 @@ class ModelConfig(Contract):
     """The DiT. A named size, of which single numbers may be replaced."""
 
     size: Literal["nano", "small", "base", "paper"] = "paper"
+    """From 1.2 million to 2.25 billion parameters; ``paper``: 24 blocks of width 2048."""
     depth: Positive | None = None
     """Number of blocks (D)."""
     width: Positive | None = None
+    """Of the residual stream."""
     num_heads: Positive | None = None
+    """Of attention."""
     num_kv_heads: Positive | None = None
     """Grouped-query attention: divides num_heads."""
     head_dim: Positive | None = None
@@ -38,6 +44,7 @@ class ModelConfig(Contract):
     mlp_width: Positive | None = None
     """Hidden width of SwiGLU."""
     patch_size: Positive = 2
+    """Side of a patch, in latent pixels; divides the latent's height and width."""
     conditioning: Literal["none", "adaln"] = "none"
     """How blocks see the noise level: not at all, as in the paper, or by adaLN."""
 
@@ -46,9 +53,11 @@ class FlowConfig(Contract):
     """Rectified flow x_t = (1 - t) x_0 + t noise, t in [0, 1], 1 = pure noise."""
 
     prediction: Literal["velocity", "x0"] = "velocity"
+    """What the network gives: the velocity noise - x_0, or x_0 (with the velocity's loss)."""
     t_mean: float = 0.0
-    """Mean of the logit of t before the shift."""
+    """Mean of the logit of t, which is normal, before the shift."""
     t_std: float = Field(1.0, gt=0)
+    """Its standard deviation."""
     shift: float = Field(6.0, gt=0)
     """t <- shift t / (1 + (shift - 1) t), in training and in sampling."""
 
@@ -59,15 +68,19 @@ class OptimizerConfig(Contract):
     name: Literal["adamw", "muon"] = "adamw"
     """``muon``: torch.optim.Muon for the matrices of the blocks, AdamW for everything else."""
     lr: float = Field(1e-4, gt=0)
+    """Of AdamW."""
     muon_lr: float = Field(0.015, gt=0)
     """Of the matrices, where name is ``muon``."""
     router_lr: float = Field(1e-2, gt=0)
     """Adam moves a logit by about this much a step, so at 1e-4 a short run stays uniform."""
     weight_decay: float = Field(1e-4, ge=0)
     """Not applied to the router."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Of AdamW: decay of the mean of gradients."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Of AdamW: decay of the mean of squared gradients."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm, over all parameters, are scaled down to it."""
     warmup_steps: int = Field(0, ge=0)
     """Linear: step s of the warm-up, counted from 1, has s / (warmup_steps + 1) of the rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -108,11 +121,17 @@ class TrainConfig(Contract):
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the weights, and with a position of the order, caption dropout, t and noise."""
     steps: Positive = 500_000
+    """Of the optimizer. May grow when a run is continued, under a constant schedule."""
     grad_accum_steps: Positive = 1
+    """Parts that a rank's share of a batch is computed in; divides batch_size."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Autocast of matrix products; weights, residual stream and routing stay in fp32."""
     log_every: Positive = 10
+    """Steps between lines of metrics."""
     checkpoint_every: Positive = 5_000
+    """Steps between checkpoints; there is one at the end in any case."""
     keep_checkpoints: Positive = 3
+    """The newest that are kept."""
     tracker: Literal["none", "tensorboard"] = "none"
     """``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()
@@ -139,6 +158,7 @@ class RunRecord(Contract):
     format_version: Literal[1] = 1
     config: TrainConfig
     features: FeatureIdentity
+    codec: Codec
     latents: LatentIdentity
     model_source: str
     """The LLM as the extraction named it; needed only to encode new prompts."""

@@ -113,7 +113,9 @@ class TestPath:
         output = invoke("evaluate", world / "run", *options, "--num-steps", 2, "--cfg-scale", 1.5)
         assert "guidance 1.5, 12 images" in output
         assert "chance" in output
-        (entry,) = json.loads((world / "run" / "evaluation.json").read_text())
+        document = json.loads((world / "run" / "evaluation.json").read_text())
+        assert (document["step"], document["weights"], document["num_steps"]) == (6, "ema", 2)
+        (entry,) = document["scores"]
         assert entry["cfg_scale"] == 1.5
         assert {row["split"] for row in entry["scores"]} == {"test", "held-out"}
         assert (world / "run" / "figures" / "judged-cfg-1.5.png").exists()

@@ -15,7 +15,7 @@ from semroute.trainer.checkpoint import (
     save_checkpoint,
     write_record,
 )
-from semroute.trainer.evaluation import score
+from semroute.trainer.evaluation import Report, score
 from semroute.trainer.plots import (
     accuracy_bars,
     loss_curve,
@@ -229,6 +229,7 @@ def make_run(tmp_path, feature_store, latent_store):
         record = RunRecord(
             config=config,
             features=features.manifest.identity,
+            codec=features.manifest.codec,
             latents=latents.manifest.identity,
             model_source="tiny",
             versions={},
@@ -266,8 +267,9 @@ class TestPlotRun:
         assert all(path.stat().st_size > 5000 for path in paths)
 
     def test_adds_accuracy_for_each_guidance_scale(self, make_run, tmp_path):
-        evaluations = {1.0: evaluation(), 3.5: evaluation()}
-        paths = plot_run(make_run("depth"), tmp_path / "plots", evaluations=evaluations)
+        scores = {1.0: evaluation(), 3.5: evaluation()}
+        report = Report(10, "ema", "features", 50, 0, scores)
+        paths = plot_run(make_run("depth"), tmp_path / "plots", report=report)
         expected = ["loss.png", "routing.png", "accuracy-cfg-1.png", "accuracy-cfg-3.5.png"]
         assert [path.name for path in paths] == expected
         assert sorted(expected) == sorted(path.name for path in (tmp_path / "plots").iterdir())
@@ -284,7 +286,10 @@ def test_images_are_saved_with_their_captions(tmp_path):
     assert [path.name for path in paths] == ["grid.png", "captions.jsonl"]
     listed = [json.loads(line) for line in paths[1].read_text("utf-8").splitlines()]
     assert [row["caption"] for row in listed] == captions
+    assert sorted(p.name for p in (tmp_path / "out").glob("0*.png")) == ["000000.png", "000001.png"]
     for row, image in zip(listed, images, strict=True):
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / "out" / row["image"])), image
         )
+    save_images(tmp_path / "out", images[:1], captions[:1], sample_grid(images[:1], captions[:1]))
+    assert [p.name for p in (tmp_path / "out").glob("0*.png")] == ["000000.png"]

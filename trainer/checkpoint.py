@@ -47,6 +47,7 @@ METRICS_SCHEMA = pa.schema(
 since the line before; data_wait_share is the share of that time spent waiting for data; and
 routing_entropy is in nats over log L, so 1 is uniform."""
 
+_STORES = {"features", "codec", "latents"}  # keys of a record that say what it was trained on
 # Keys of a configuration that may change when a run continues: where things are (the stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
 _FREE: Any = {
@@ -241,8 +242,8 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         return record, None
     before = read_record(path)
     stores = differences(
-        {"features": record.features.model_dump(), "latents": record.latents.model_dump()},
-        {"features": before.features.model_dump(), "latents": before.latents.model_dump()},
+        record.model_dump(mode="json", include=_STORES),
+        before.model_dump(mode="json", include=_STORES),
     )
     changed = differences(_fixed(record.config), _fixed(before.config))
     if record.config.steps < before.config.steps or (

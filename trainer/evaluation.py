@@ -6,7 +6,7 @@ Shapes: N images or captions, C channels, h x w latent, S scenes.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from .flow import Flow
 from .sampling import sample
 from .shapes import SKILLS, Scene, judge_cells, read_cells, render
 
-EVALUATIONS = "evaluation.json"
+EVALUATION = "evaluation.json"
 NULL_CAPTION = 0
 """Entry of every feature store that holds the null caption."""
 NUM_SHIFTS = 10
@@ -115,6 +115,53 @@ class Evaluation:
                 for row in self.table.to_pylist()
             ),
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What ``semroute evaluate`` found of a run, and how; ``evaluation.json`` in its directory.
+
+    Attributes:
+        step, weights: the checkpoint, and ``ema`` or ``model``.
+        features: the store whose captions were drawn.
+        num_steps, seed: of sampling.
+        scores: by guidance scale.
+    """
+
+    step: int
+    weights: str
+    features: str
+    num_steps: int
+    seed: int
+    scores: Mapping[float, Evaluation]
+
+    def write(self, run: Path) -> Path:
+        """Write the file, whole or not at all."""
+        path = run / EVALUATION
+        unfinished = path.with_name(f"{path.name}.tmp")
+        scores = [
+            {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
+            for cfg_scale, evaluation in self.scores.items()
+        ]
+        document = {f.name: getattr(self, f.name) for f in fields(self)} | {"scores": scores}
+        unfinished.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, run: Path) -> "Report | None":
+        """What :meth:`write` wrote; None where the run was not evaluated."""
+        path = run / EVALUATION
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text("utf-8"))
+        scores = {
+            entry["cfg_scale"]: Evaluation(
+                pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
+            )
+            for entry in document["scores"]
+        }
+        return cls(**document | {"scores": scores})
 
 
 def score(
@@ -262,32 +309,6 @@ def evaluate(
     )
     images = decode(latents)
     return score(images, scenes, splits, seed=seed), images
-
-
-def write_evaluations(run: Path, evaluations: Mapping[float, Evaluation]) -> Path:
-    """Write ``evaluation.json`` into a run directory: scores by guidance scale."""
-    path = run / EVALUATIONS
-    unfinished = path.with_name(f"{path.name}.tmp")
-    document = [
-        {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
-        for cfg_scale, evaluation in evaluations.items()
-    ]
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    unfinished.replace(path)
-    return path
-
-
-def read_evaluations(run: Path) -> dict[float, Evaluation]:
-    """What :func:`write_evaluations` wrote; empty where the run was not evaluated."""
-    path = run / EVALUATIONS
-    if not path.exists():
-        return {}
-    return {
-        entry["cfg_scale"]: Evaluation(
-            pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
-        )
-        for entry in json.loads(path.read_text("utf-8"))
-    }
 
 
 def _chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, float]:

@@ -314,6 +314,7 @@ def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStor
     return RunRecord(
         config=config,
         features=features.manifest.identity,
+        codec=features.manifest.codec,
         latents=latents.manifest.identity,
         model_source=features.manifest.provenance.model,
         versions={

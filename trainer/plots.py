@@ -7,7 +7,7 @@ Shapes: D blocks, L layers, T noise levels, N images.
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..schemas import InputError
 from .checkpoint import Run
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Report
 
 COLOUR_MAP = "viridis"
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -292,13 +292,13 @@ def plot_run(
     run: Run,
     out: str | Path,
     *,
-    evaluations: Mapping[float, Evaluation] | None = None,
+    report: Report | None = None,
 ) -> list[Path]:
     """Write the figures of a run as PNG into the folder ``out``; their paths in the order written.
 
     ``loss.png`` once anything is logged, ``routing.png``, for strategies that depend on t
     ``routing-over-time.png``, and ``accuracy-cfg-S.png`` for each guidance scale S that
-    ``evaluations`` has scores of.
+    ``report`` has scores of.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -317,9 +317,10 @@ def plot_run(
     else:
         title = f"Routing weights, {strategy}"
         figures["routing"] = routing_heatmap(_rows(run.weights()[0]), run.layers, title)
-    for cfg_scale, evaluation in (evaluations or {}).items():
-        title = f"Accuracy by skill, {strategy}, guidance {cfg_scale:g}"
-        figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation, title)
+    if report is not None:
+        for cfg_scale, evaluation in report.scores.items():
+            title = f"Accuracy by skill, {strategy}, step {report.step:,}, guidance {cfg_scale:g}"
+            figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation, title)
     paths = [out / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=DPI)
@@ -339,12 +340,15 @@ def save_images(
         The grid, and the list of captions.
     """
     out.mkdir(parents=True, exist_ok=True)
+    listed = out / "captions.jsonl"
+    if listed.exists():  # of an earlier time, perhaps with more pictures
+        for line in listed.read_text("utf-8").splitlines():
+            (out / Path(json.loads(line)["image"]).name).unlink(missing_ok=True)
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"
         Image.fromarray(image).save(out / name)
         lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
-    listed = out / "captions.jsonl"
     listed.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     grid.savefig(out / "grid.png", dpi=DPI)
     return [out / "grid.png", listed]
