@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
+from .pipeline.cluster import DISK_FULL, Interrupted
 from .pipeline.layout import parse_bytes
 from .schemas import InputError, TrainConfig, parse
 
@@ -26,6 +27,13 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            raise click.ClickException(
+                f"the disk is full{where}. Free some space and run the same command again."
+            ) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,8 +56,6 @@ def _interruptible(command: F) -> F:
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from .pipeline.cluster import Interrupted
-
         try:
             return command(*args, **kwargs)
         except Interrupted:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 Outcome = tuple[int, R | BaseException]
 
+DISK_FULL = (ENOSPC, EDQUOT, EFBIG)
+"""Error numbers of a disk, a quota or a file-size limit that is reached."""
 IN_FLIGHT = 2
 """Shards a worker has at most: one at work, one waiting."""
 ATTEMPTS = 2
@@ -141,7 +143,7 @@ def _on_cluster(
 
 
 def _raise_if_full(error: BaseException) -> None:
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         raise DiskFullError(error.errno, error.strerror, error.filename) from error
 
 

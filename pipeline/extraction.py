@@ -236,8 +236,8 @@ def extract(
     report(
         f"{len(samples):,} samples, {len(captions):,} unique captions, "
         f"{packing.layout.num_rows:,} tokens x {len(chosen)} layers x {identity.width}: "
-        f"{format_bytes(packing.layout.num_rows * store.bytes_per_row())} in "
-        f"{packing.layout.num_shards} shards, {len(remaining)} to do, {name_workers(workers)}"
+        f"{format_bytes(packing.layout.num_rows * store.bytes_per_row())}; "
+        f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
     )
     fill(
         store,

@@ -98,8 +98,8 @@ def encode_images(
 
     report(
         f"{len(samples):,} images of {' x '.join(map(str, images.shape))}: "
-        f"{format_bytes(len(samples) * num_bytes)} in {packing.layout.num_shards} shards, "
-        f"{len(remaining)} to do, {name_workers(workers)}"
+        f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
+        f"to do: {len(remaining)}, {name_workers(workers)}"
     )
     fill(
         store,

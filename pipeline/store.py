@@ -394,12 +394,13 @@ class FeatureStore(_Store[FeatureManifest]):
         identity, layout = self.manifest.identity, self.manifest.layout
         num_bytes = self.num_bytes()
         cut = int(np.count_nonzero(self.captions["num_cut_tokens"].to_numpy()))
+        model = _last_part(self.manifest.provenance.model)
         items = {
-            "model": f"{self.manifest.provenance.model} ({identity.model.architecture}, "
-            f"{identity.model.num_layers} layers of {identity.model.width}, {identity.dtype})",
-            "template": f"{identity.template.text!r}, "
-            f"{len(identity.template.prefix_tokens)} prefix tokens "
-            f"{'kept' if identity.template.keep_prefix else 'dropped'}",
+            "model": f"{model} ({identity.model.architecture}, {identity.model.num_layers} layers "
+            f"of {identity.model.width}, {identity.dtype})",
+            "template": f"{identity.template.text!r}, prefix "
+            f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
+            f"{len(identity.template.prefix_tokens)})",
             "layers": _ranges(self.layers)
             + (", the last after the final norm" if identity.final_norm == "normed" else ""),
             "captions": f"{len(self):,} unique (the null caption included) of "
@@ -497,6 +498,11 @@ def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> Fea
 def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> LatentStore:
     """Open a latent store; see :meth:`_Store.open`."""
     return LatentStore.open(path, complete=complete)
+
+
+def _last_part(model: str) -> str:
+    """A hub id as it is; of a path the file or folder, as the manifest has the rest."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,7 +1,10 @@
 """The product's own path at its smallest, through the command line and real files; and nonsense."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -276,3 +279,27 @@ def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):
     options = ["--model", tiny_llm, "--workers", 0]
     output = invoke("extract", tmp_path / "c.parquet", tmp_path / "f", *options)
     assert "3 unique (the null caption included) of 2 samples" in output
+
+
+def test_a_full_disk_is_one_message_for_every_command(world, tmp_path):
+    """A limit on the size of a file stands for the full disk."""
+
+    def run(limit, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "semroute.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+
+    config = world / "run.yaml"
+    for limit, arguments in (
+        (10_000, ["shapes", tmp_path / "shapes", "--num", 4000]),
+        (200_000, ["train", config, f"output={tmp_path / 'run'}"]),
+    ):
+        result = run(limit, *arguments)
+        assert result.returncode == 1
+        assert "the disk is full" in result.stderr
+        assert "Traceback" not in result.stderr
+    invoke("train", config, f"output={tmp_path / 'run'}")  # and then it goes on

@@ -13,6 +13,7 @@ Shapes: D blocks, L layers.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -172,7 +174,7 @@ def save_checkpoint(
     unfinished.mkdir()
     for name, tensors in (("model", model), ("ema", ema), ("optimizer", optimizer)):
         whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, unfinished / f"{name}.safetensors")
+        _save_tensors(whole, unfinished / f"{name}.safetensors")
     (unfinished / "state.json").write_text(json.dumps({**state, "step": step}) + "\n", "utf-8")
     for file in (*unfinished.iterdir(), unfinished):
         _sync(file)
@@ -407,6 +409,17 @@ def load_run(
     model = build_model(record)
     model.load_state_dict(checkpoint.ema() if weights == "ema" else checkpoint.model())
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The number of the operating system's error, a full disk's above all, is in the text only.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _sync(path: Path) -> None:

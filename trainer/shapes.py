@@ -211,6 +211,13 @@ class WorldSummary:
     num_held_out_captions: int
     """With a held-out pair; one image each."""
 
+    def __str__(self) -> str:
+        return (
+            f"to train on: {self.num_train_images:,} images of {self.num_train_captions:,} "
+            f"captions; to test on: {self.num_test_captions:,} other captions of the same pairs "
+            f"of colour and shape, {self.num_held_out_captions:,} of held-out pairs"
+        )
+
 
 def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
     """Draw a scene.
