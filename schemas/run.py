@@ -73,6 +73,10 @@ class OptimizerConfig(Contract):
     """Of the matrices, where name is ``muon``."""
     router_lr: float = Field(1e-2, gt=0)
     """Adam moves a logit by about this much a step, so at 1e-4 a short run stays uniform."""
+    router_scaling: Literal["fan_in", "none"] = "fan_in"
+    """``fan_in``: matrices of gates learn at router_lr / fan-in, so that the line above is true of
+    every strategy. ``none``: as in the reference, all at router_lr; at 1e-2 a gate then collapses
+    onto one layer within a few steps."""
     weight_decay: float = Field(1e-4, ge=0)
     """Not applied to the router."""
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -331,6 +331,25 @@ class TestOptimizers:
         assert (router["lr"], router["weight_decay"]) == (0.03, 0.0)
         assert [id(p) for p in router["params"]] == [id(p) for p in dit.router_parameters()]
 
+    @pytest.mark.parametrize("strategy", ["static", "depth", "time", "joint"])
+    def test_a_logit_moves_by_about_the_routers_rate_whatever_the_strategy(
+        self, configure, strategy
+    ):
+        moved = {}
+        for scaling in ("fan_in", "none"):
+            dit = self.dit(configure, strategy)
+            options = {"router_lr": 1e-3, "router_scaling": scaling}
+            optimizer = make_optimizers(dit, configure(optimizer=options).optimizer)[0]
+            for _ in range(10):
+                logits = dit.router.logits(torch.linspace(0, 1, 16))
+                optimizer.zero_grad()
+                (logits[..., 0] - logits[..., 1:].mean(-1)).mean().neg().backward()
+                optimizer.step()
+            moved[scaling] = dit.router.logits(torch.linspace(0, 1, 16))[..., 0].mean().item() / 10
+        assert 0.5e-3 < moved["fan_in"] < 3e-3
+        if strategy in ("time", "joint"):
+            assert moved["none"] > 20e-3
+
     @pytest.mark.parametrize(
         ("schedule", "expected"),
         [

@@ -333,7 +333,13 @@ def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optim
     others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
     groups: list[dict[str, Any]] = [{"params": others}]
     if router:
-        groups.append({"params": router, "lr": config.router_lr, "weight_decay": 0.0})
+        shares = dit.router.parameter_groups()
+        if config.router_scaling == "none":
+            shares = [(router, 1.0)]
+        groups += [
+            {"params": part, "lr": config.router_lr * share, "weight_decay": 0.0}
+            for part, share in shares
+        ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             groups,

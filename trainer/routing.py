@@ -186,6 +186,15 @@ class Router(nn.Module):
         """softmax(z) over the layers: fp32 [B or 1, D or 1, L], as :meth:`logits`."""
         return self.logits(t).float().softmax(dim=-1)
 
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """All parameters, each group with its share of the router's learning rate.
+
+        Adam moves every parameter by about its rate a step. A logit that is a parameter moves by
+        that much; one that is a product moves by fan-in times as much, which the share takes back
+        (as muP does for Adam, arXiv 2203.03466).
+        """
+        return [(list(self.parameters()), 1.0)]
+
     def forward(
         self,
         hidden: Tensor,
@@ -282,6 +291,14 @@ class _Gated(Router):
         super().__init__(layers)
         self.phi_scale = phi_scale
         self.gates = Gates(num_gates, len(self.layers))
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        gates = self.gates
+        return [
+            ([gates.weight_in], 1 / PHI_WIDTH),
+            ([gates.weight_out], 1 / GATE_WIDTH),
+            ([gates.bias_in, gates.bias_out], 1.0),
+        ]
 
     def logits(self, t: Tensor | None = None) -> Tensor:
         if t is None:
