@@ -21,7 +21,7 @@ Sink = Callable[[int, torch.Tensor], None]
 
 ATTENTION = "sdpa"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_WEIGHTS = (".safetensors", ".gguf")
+_WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.name}: no tokenizer that transformers loads: {error}") from error
 
@@ -138,7 +138,11 @@ class Encoder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             model = AutoModel.from_pretrained(
-                source.folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
+                source.folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{source.name}: transformers cannot load it: {error}") from error
@@ -211,7 +215,8 @@ def _text_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.folder).get_text_config()
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.name}: no model that transformers knows: {error}") from error
     if not getattr(config, "num_hidden_layers", 0) or not getattr(config, "hidden_size", 0):
@@ -223,10 +228,10 @@ def _text_config(source: Source) -> Any:
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS or p.name == "config.json")
+    files = sorted(p for p in folder.iterdir() if p.suffix == _WEIGHTS or p.name == "config.json")
     if not any(file.name == "config.json" for file in files):
         raise InputError(f"--model {folder}: no config.json in this folder")
-    if not any(file.suffix in _WEIGHTS for file in files):
+    if not any(file.suffix == _WEIGHTS for file in files):
         raise InputError(f"--model {folder}: no .safetensors in this folder")
     return {file.name: _sha256(file) for file in files}
 

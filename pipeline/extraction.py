@@ -33,7 +33,7 @@ from .codecs import CODECS, CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
-from .store import MANIFEST, FeatureStore, Rows
+from .store import FeatureStore, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,8 @@ def extract(
         seed=seed,
     )
     on_gpu = torch.cuda.is_available()
-    begun = _begun(features)
+    workers = num_workers(workers, torch.cuda.device_count())
+    begun = FeatureStore.begun(features)
     if begun is not None:
         threads = begun.manifest.layout.num_threads
         batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
@@ -179,7 +180,7 @@ def extract(
         bytes_per_row=2 * len(chosen) * identity.width,
         shard_bytes=shard_bytes,
         batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
-        num_threads=threads or max(1, num_cpus() // max(1, num_workers(workers))),
+        num_threads=threads or max(1, num_cpus() // max(1, workers)),
     )
     manifest = FeatureManifest(
         status="extracting",
@@ -218,7 +219,7 @@ def extract(
     _report_cuts(captions, max_length, report)
 
     remaining = store.remaining()
-    workers = min(num_workers(workers), len(remaining))
+    workers = min(workers, len(remaining))
     job = _Job(features.resolve(), located)
 
     def arguments(shard: int) -> tuple[_Job, _Task]:
@@ -439,8 +440,3 @@ def _report_cuts(captions: Captions, max_length: int, report: Callable[[str], No
             text = captions.texts[entry]
             shown = text if len(text) <= 70 else f"{text[:67]}..."
             report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
-
-
-def _begun(features: Path) -> FeatureStore | None:
-    exists = (features / MANIFEST).exists()
-    return FeatureStore.open(features, complete=False) if exists else None

@@ -162,13 +162,9 @@ def check_space(target: Path, needed: int, force: bool) -> None:
         )
 
 
-def num_workers(workers: int | None) -> int:
+def num_workers(workers: int | None, gpus: int) -> int:
     """The number asked for, or one a GPU, or one a CPU core up to 4."""
-    if workers is not None:
-        return workers
-    import torch
-
-    return torch.cuda.device_count() or min(num_cpus(), 4)
+    return workers if workers is not None else gpus or min(num_cpus(), 4)
 
 
 def name_workers(workers: int) -> str:

@@ -15,7 +15,7 @@ from .filling import check_space, fill, name_workers, num_workers, provenance
 from .latents import describe_images, image_to_codes, pixel_codec
 from .layout import format_bytes, pack
 from .samples import read_samples
-from .store import MANIFEST, LatentStore
+from .store import LatentStore
 
 LATENT_CHUNK_BYTES = 16_384
 """Latents are read one at a time; smaller chunks would only make the shard's index longer."""
@@ -79,8 +79,9 @@ def encode_images(
         layout=packing.layout,
         provenance=provenance(source, vae),
     )
-    if (latents / MANIFEST).exists():
-        store = LatentStore.open(latents, complete=False)
+    begun = LatentStore.begun(latents)
+    if begun is not None:
+        store = begun
         store.check_same(manifest)
     else:
         check_space(latents, len(samples) * num_bytes, force)
@@ -89,7 +90,7 @@ def encode_images(
         table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
         store = LatentStore.create(latents, manifest, table)
     remaining = store.remaining()
-    workers = min(num_workers(workers), len(remaining))
+    workers = min(num_workers(workers, gpus=0), len(remaining))
 
     def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
         entries = packing.entries(shard)

@@ -137,6 +137,11 @@ class _Store(Generic[M]):
         return store
 
     @classmethod
+    def begun(cls, path: Path) -> Self | None:
+        """The store that was begun there, finished or not; None where there is none yet."""
+        return cls.open(path, complete=False) if (path / MANIFEST).exists() else None
+
+    @classmethod
     def _prepare(cls, path: Path, tables: Sequence[str]) -> None:
         """An empty folder to create a store in; what a creation that was killed left is removed."""
         own = {cls.group, *tables, *(f"{name}.tmp" for name in (*tables, MANIFEST))}

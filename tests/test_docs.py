@@ -262,7 +262,6 @@ class TestFiles:
         terms = re.findall(r"^`([\w.]+)`\n: ", page("architecture.md"), re.M)
         assert sorted(terms) == sorted(set.union(*floors))
 
-    @pytest.mark.xfail(reason="the demo's output is not on the pages yet", strict=True)
     def test_the_demos_output_is_in(self):
         marker = re.compile(r"<!-- (demo-results|output: \w+|picture: \w+) -->")
         assert [m for p in PAGES for m in marker.findall(p.read_text("utf-8"))] == []
