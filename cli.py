@@ -400,9 +400,7 @@ def sample(
     """
     if (features is None) == (not prompts):
         raise InputError("give either --features or --prompt")
-    from .trainer.checkpoint import load_run
-
-    trained = load_run(run, step, weights)
+    trained = _open_run(run, step, weights)
     if features is not None:
         from .pipeline.store import open_features
 
@@ -489,14 +487,13 @@ def evaluate(
     import pyarrow.parquet
 
     from .pipeline.store import open_features
-    from .trainer.checkpoint import load_run
     from .trainer.evaluation import Report
     from .trainer.evaluation import evaluate as judge
     from .trainer.plots import sample_grid
     from .trainer.shapes import judge as judge_image
     from .trainer.shapes import read_scenes
 
-    trained = load_run(run, step, weights)
+    trained = _open_run(run, step, weights)
     store = open_features(features)
     trained.check_features(store.manifest.identity)
     try:
@@ -553,6 +550,17 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     trained = load_run(run, step)
     for path in plot_run(trained, out or run / "figures", report=Report.read(run)):
         click.echo(path)
+
+
+def _open_run(path: Path, step: int | None, weights: Any) -> Any:
+    """A run to sample from, on the GPU where there is one."""
+    import torch
+
+    from .trainer.checkpoint import load_run
+
+    run = load_run(path, step, weights)
+    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return run
 
 
 def _decoder(run: Any) -> Callable[[Any], Any]:

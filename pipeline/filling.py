@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..schemas import InputError, Provenance, Quarantine, Receipt
 from .cluster import DiskFullError, Interrupted, num_cpus, run

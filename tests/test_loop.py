@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,6 @@ from semroute.trainer.checkpoint import latest_checkpoint, load_run, read_metric
 from semroute.trainer.dit import DiT
 from semroute.trainer.loop import TrainingInterrupted, make_optimizers, make_schedule, train
 
-HAS_TENSORBOARD = find_spec("tensorboard") is not None
 NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
 
 
@@ -215,15 +215,27 @@ class TestOutput:
             train(config)
         assert not Path(config.output).exists()
 
-    @pytest.mark.skipif(not HAS_TENSORBOARD, reason="needs tensorboard")
     def test_tensorboard_gets_the_same_numbers(self, configure):
-        path = train(configure(steps=2, tracker="tensorboard"))
-        assert list(path.rglob("events.out.tfevents*"))
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    @pytest.mark.skipif(HAS_TENSORBOARD, reason="tensorboard is installed")
-    def test_a_tracker_that_is_not_installed_is_named(self, configure):
+        path = train(configure(steps=4, log_every=2, tracker="tensorboard"))
+        found = {}
+        for file in path.rglob("events.out.tfevents*"):
+            for event in EventFileLoader(str(file)).Load():
+                for value in event.summary.value:
+                    if value.tag == "loss":
+                        found[event.step] = value.tensor.float_val[0]
+        expected = {line["step"]: line["loss"] for line in read_metrics(path)}
+        assert found == pytest.approx(expected, rel=1e-6)
+
+    def test_a_tracker_that_is_not_installed_is_named(self, configure, monkeypatch):
+        def find(name):
+            return None if name == "tensorboard" else find_spec(name)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+        config = configure(steps=2, tracker="tensorboard")
         with pytest.raises(InputError, match=r"pip install 'semroute\[tensorboard\]'"):
-            train(configure(steps=2, tracker="tensorboard"))
+            train(config)
 
 
 class TestTraining:
