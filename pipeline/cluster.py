@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 
 R = TypeVar("R")
 Outcome = tuple[int, R | BaseException]
+Progress = Callable[[int, int], None]
+"""Called with a shard and how many of its entries are done."""
 
 DISK_FULL = (ENOSPC, EDQUOT, EFBIG)
 """Error numbers of a disk, a quota or a file-size limit that is reached."""
+_TOPIC = "semroute-progress"
+_listener: Progress | None = None
 IN_FLIGHT = 2
 """Shards a worker has at most: one at work, one waiting."""
 ATTEMPTS = 2
@@ -40,6 +44,7 @@ def run(
     arguments: Callable[[int], tuple[Any, ...]],
     *,
     workers: int,
+    on_progress: Progress,
 ) -> Iterator[Outcome[R]]:
     """Call ``function(*arguments(shard))`` for every shard, in any order.
 
@@ -47,6 +52,7 @@ def run(
         function: importable by name, so that workers can find it.
         arguments: called when a shard's turn comes, so that what tasks carry is never all alive.
         workers: processes; 0 runs in this process, without Dask.
+        on_progress: gets what tasks tell by :func:`report_progress`, from another thread.
 
     Yields:
         Each shard with its result, or with the exception that ended its last attempt.
@@ -57,7 +63,24 @@ def run(
         DiskFullError: a task found the disk full; nothing further is begun.
     """
     execute = _in_process if workers == 0 else _on_cluster
-    yield from execute(shards, function, arguments, workers)
+    yield from execute(shards, function, arguments, workers, on_progress)
+
+
+def report_progress(shard: int, done: int) -> None:
+    """Tell the driver how many entries of a shard are done; called by a task, as often as it likes.
+
+    Nothing depends on it: it is lost where nobody listens.
+    """
+    if _listener is not None:
+        _listener(shard, done)
+        return
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # called outside run
+        return
+    worker.log_event(_TOPIC, (shard, done))
 
 
 def _in_process(
@@ -65,8 +88,9 @@ def _in_process(
     function: Callable[..., R],
     arguments: Callable[[int], tuple[Any, ...]],
     _workers: int,
+    on_progress: Progress,
 ) -> Iterator[Outcome[R]]:
-    with _draining() as stopped:
+    with _listening(on_progress), _draining() as stopped:
         for shard in shards:
             if stopped.is_set():
                 raise Interrupted
@@ -85,6 +109,7 @@ def _on_cluster(
     function: Callable[..., R],
     arguments: Callable[[int], tuple[Any, ...]],
     workers: int,
+    on_progress: Progress,
 ) -> Iterator[Outcome[R]]:
     import dask
     from distributed import Client, LocalCluster, as_completed
@@ -114,6 +139,7 @@ def _on_cluster(
         Client(cluster) as client,
         _draining() as stopped,
     ):
+        client.subscribe_topic(_TOPIC, lambda event: on_progress(*event[1]))
 
         def submit(shard: int, attempt: int = 1) -> Any:
             key = f"shard-{shard}-{attempt}"
@@ -145,6 +171,17 @@ def _on_cluster(
 def _raise_if_full(error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         raise DiskFullError(error.errno, error.strerror, error.filename) from error
+
+
+@contextmanager
+def _listening(on_progress: Progress) -> Iterator[None]:
+    """Hear tasks that run in this process."""
+    global _listener
+    _listener = on_progress
+    try:
+        yield
+    finally:
+        _listener = None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ..schemas import (
     differences,
 )
 from .captions import Captions, build_captions, read_template
-from .cluster import num_cpus
+from .cluster import num_cpus, report_progress
 from .codecs import CODECS, CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .layout import Packing, batches, format_bytes, pack
@@ -321,6 +321,7 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
     norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
     error = CodecError()
     lengths = np.array([len(sequence) for sequence in task.sequences])
+    done = 0
     for batch in batches(lengths, manifest.layout.batch_tokens):
         starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
@@ -332,6 +333,8 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
             norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
 
         encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), sink)
+        done += len(batch)
+        report_progress(task.shard, done)
     _check_finite(norms, layers, task)
     encoded = time.perf_counter()
     files = store.write_shard(task.shard, codes)

@@ -70,8 +70,18 @@ def fill(
         disable=not remaining,
     ) as bar:
         failed: dict[int, BaseException] = {}
+        partial: dict[int, int] = {}  # entries done of shards at work
+        over: set[int] = set()
+        finished = bar.n
+
+        def show(shard: int, done: int) -> None:
+            if shard not in over:
+                partial[shard] = done
+            bar.update(max(0, finished + sum([*partial.values()]) - bar.n))
+
+        outcomes = run(remaining, function, arguments, workers=workers, on_progress=show)
         try:
-            for shard, outcome in run(remaining, function, arguments, workers=workers):
+            for shard, outcome in outcomes:
                 if isinstance(outcome, Receipt):
                     written.add(outcome)
                     warnings.update(outcome.warnings)
@@ -85,7 +95,10 @@ def fill(
                             traceback="".join(traceback.format_exception(outcome)),
                         )
                     )
-                bar.update(sizes[shard])
+                over.add(shard)
+                partial.pop(shard, None)
+                finished += sizes[shard]
+                bar.update(finished + sum([*partial.values()]) - bar.n)
                 bar.set_postfix_str(written.describe(len(failed)))
         except DiskFullError as error:
             raise ExtractionError(

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -100,6 +101,15 @@ class TestStored:
     def test_workers_and_processes_do_not_change_a_byte(self, arguments, undisturbed):
         extract(**arguments | {"workers": 2})
         assert contents(arguments["features"]) == contents(undisturbed)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_progress_moves_within_a_shard_and_ends_at_all(self, arguments, workers, capfd):
+        extract(**arguments | {"workers": workers, "shard_bytes": 10**7, "batch_tokens": 64})
+        shown = [int(n) for n in re.findall(r"(\d+)/193 ", capfd.readouterr().err)]
+        assert shown[0] == 0
+        assert shown[-1] == 193
+        assert shown == sorted(shown)
+        assert workers == 0 or any(0 < n < 193 for n in shown)
 
     def test_receipts_say_what_the_codec_lost(self, undisturbed):
         receipts = semroute.open_features(undisturbed).receipts().values()
