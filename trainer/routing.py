@@ -9,6 +9,7 @@ L layers, H text width, D blocks, G gates, F gate width.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,7 +161,7 @@ class Gates(nn.Module):
             return torch.einsum("bgf,glf->bgl", x, self.weight_out) + self.bias_out  # [B, G, L]
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Base of the strategies. A router knows which layers it weighs and which it needs to read.
 
     Attributes:
@@ -178,9 +179,9 @@ class Router(nn.Module):
         self.layers = tuple(layers)
         self.layers_read = self.layers
 
+    @abstractmethod
     def logits(self, t: Tensor | None = None) -> Tensor:
         """z(t, d) as fp32 [B or 1, D or 1, L]; 1 where it does not depend on t, or on the block."""
-        raise NotImplementedError(f"{type(self).__name__} does not define its logits")
 
     def alpha(self, t: Tensor | None = None) -> Tensor:
         """softmax(z) over the layers: fp32 [B or 1, D or 1, L], as :meth:`logits`."""
