@@ -28,6 +28,7 @@ from ..schemas import (
     CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
+    Contract,
     Difference,
     Facts,
     FeatureManifest,
@@ -38,6 +39,8 @@ from ..schemas import (
     WrittenFile,
     differences,
     parse,
+    publish,
+    write_document,
 )
 from .codecs import CODECS
 from .layout import format_bytes
@@ -212,13 +215,13 @@ class _Store(Generic[M]):
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Record a shard as done, and lift its quarantine."""
-        _write_text(self._shard_file("receipts", receipt.shard), receipt.model_dump_json(indent=1))
+        _write_contract(self._shard_file("receipts", receipt.shard), receipt)
         self._shard_file("quarantine", receipt.shard).unlink(missing_ok=True)
 
     def write_quarantine(self, quarantine: Quarantine) -> None:
         """Record a shard as failed, with its entries and the reason."""
         path = self._shard_file("quarantine", quarantine.shard)
-        _write_text(path, quarantine.model_dump_json(indent=1))
+        _write_contract(path, quarantine)
 
     def quarantined(self) -> dict[int, Quarantine]:
         """Failed shards, by number."""
@@ -239,7 +242,7 @@ class _Store(Generic[M]):
         if remaining:
             raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
         self.manifest = self.manifest.model_copy(update={"status": "complete"})
-        _write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=1))
+        _write_contract(self.path / MANIFEST, self.manifest)
 
     def num_bytes(self) -> int:
         """Bytes of the shards written so far."""
@@ -292,7 +295,7 @@ class FeatureStore(_Store[FeatureManifest]):
             "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
         )
         layers[:] = np.array(identity.layers, np.int32)
-        _write_text(path / MANIFEST, manifest.model_dump_json(indent=1))
+        _write_contract(path / MANIFEST, manifest)
         return cls(path, manifest)
 
     @cached_property
@@ -442,7 +445,7 @@ class LatentStore(_Store[LatentManifest]):
             ("sample", "channel", "y", "x"),
             {"semroute": {"scale": identity.scale, "shift": identity.shift}},
         )
-        _write_text(path / MANIFEST, manifest.model_dump_json(indent=1))
+        _write_contract(path / MANIFEST, manifest)
         return cls(path, manifest)
 
     @cached_property
@@ -524,23 +527,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _write_table(path: Path, table: pa.Table) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     pyarrow.parquet.write_table(table, unfinished, compression="zstd")
-    _publish(unfinished, path)
+    publish(unfinished, path)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text + "\n", "utf-8")
-    _publish(unfinished, path)
-
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Rename when the bytes are on disk, so that a file is there whole or not at all."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _write_contract(path: Path, contract: Contract) -> None:
+    write_document(path, contract.model_dump_json(indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
 from .contract import Contract, ContractError, Difference, differences, parse
+from .document import publish, sync, write_document
 from .errors import InputError
 from .facts import Facts
 from .fingerprint import fingerprint
@@ -64,4 +65,7 @@ __all__ = [
     "differences",
     "fingerprint",
     "parse",
+    "publish",
+    "sync",
+    "write_document",
 ]

@@ -27,7 +27,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..schemas import Facts, FeatureIdentity, InputError, RunRecord, TrainConfig, differences, parse
+from ..schemas import (
+    Facts,
+    FeatureIdentity,
+    InputError,
+    RunRecord,
+    TrainConfig,
+    differences,
+    parse,
+    sync,
+    write_document,
+)
 from .dit import DiT
 from .flow import Flow
 
@@ -85,12 +95,7 @@ def build_model(record: RunRecord) -> DiT:
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Write ``run.json``, whole or not at all."""
-    path.mkdir(parents=True, exist_ok=True)
-    unfinished = path / f"{RECORD}.tmp"
-    unfinished.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
-    _sync(unfinished)
-    unfinished.replace(path / RECORD)
-    _sync(path)
+    write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(path: Path) -> RunRecord:
@@ -177,9 +182,9 @@ def save_checkpoint(
         _save_tensors(whole, unfinished / f"{name}.safetensors")
     (unfinished / "state.json").write_text(json.dumps({**state, "step": step}) + "\n", "utf-8")
     for file in (*unfinished.iterdir(), unfinished):
-        _sync(file)
+        sync(file)
     unfinished.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in list_checkpoints(path)[:-keep]:
         shutil.rmtree(old.path)
     return Checkpoint(final, step)
@@ -280,9 +285,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def trim_metrics(path: Path, step: int) -> None:
     """Remove lines after ``step``: a run that continues there writes them again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    unfinished = path / f"{METRICS}.tmp"
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-    unfinished.replace(path / METRICS)
+    write_document(path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -420,12 +423,3 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-
-
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..pipeline.store import Rows
-from ..schemas import InputError
+from ..schemas import InputError, write_document
 from .dit import DiT
 from .flow import Flow
 from .sampling import sample
@@ -138,14 +138,12 @@ class Report:
     def write(self, run: Path) -> Path:
         """Write the file, whole or not at all."""
         path = run / EVALUATION
-        unfinished = path.with_name(f"{path.name}.tmp")
         scores = [
             {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
             for cfg_scale, evaluation in self.scores.items()
         ]
         document = {f.name: getattr(self, f.name) for f in fields(self)} | {"scores": scores}
-        unfinished.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-        unfinished.replace(path)
+        write_document(path, json.dumps(document, indent=1) + "\n")
         return path
 
     @classmethod

@@ -1,0 +1,28 @@
+"""Files that are there whole or not at all, whatever dies while they are written."""
+
+import os
+from pathlib import Path
+
+
+def write_document(path: Path, text: str) -> None:
+    """Write a text file beside its place, then put it there; the folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, "utf-8")
+    publish(unfinished, path)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Rename a file when its bytes are on disk, and have the new name on disk too."""
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
