@@ -1,14 +1,27 @@
 """Hidden states <-> codes, and the error that this makes. Arithmetic only, no storage.
 
-A codec's codes are arrays of standard Zarr types, so that any Zarr implementation reads them.
+A codec turns the hidden states of a token, all layers, into *planes*: arrays of plain integers that
+standard Zarr codecs compress well and any Zarr implementation reads. Layers are coded from the
+lowest stored one up, each from what a reader will have of the layer below (a closed loop, so that
+errors do not pile up). Decoding exists twice, in numpy (kernels compiled by numba) and in torch, on
+any device.
+
+Shapes: R rows (tokens), L stored layers, H width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numba
+import numcodecs
 import numpy as np
+
+from .. import schemas
 
 if TYPE_CHECKING:
     import torch
@@ -17,79 +30,769 @@ LN_EPS = 1e-5
 """Of the parameter-free layer norm that routing applies (arXiv 2602.03510, reference code)."""
 NUM_LARGEST = 3
 """Channels left out of the second pair of errors: massive activations hide all others."""
+NUM_MASSIVE = 8
+"""Channels left out of the RMS that scales a vector's step: with them in, one massive activation
+makes the step of all ordinary channels coarse."""
+RIDGE = 3e-3
+"""Of the matrices of ``linear``, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""
+MAX_CODE = 32_767
+"""Codes are int16 before they are split; a larger one widens its vector's step instead."""
+LOWEST_SCALE = 24
+"""Scales are 2**(k / 8 - LOWEST_SCALE) for k in 0..255."""
+SCALES = np.exp2(np.arange(256) / 8 - LOWEST_SCALE).astype(np.float32)
+MIN_COUNT = 32
+"""Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""
+
+FIT_CHECKED = 2_048
+"""Rows of the sample on which codes of 4 and of 8 bits are compared."""
+
+Planes = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Bf16:
+class Plane:
+    """One array of codes, ``[R, L, size]``.
+
+    Attributes:
+        name: of the Zarr array.
+        dtype: of its values.
+        size: values a row and layer.
+        order: axes of (row, layer, value) as they lie in a chunk; None: uncompressed, as they are.
+        meaning: one line, for the array's attributes.
+    """
+
+    name: str
+    dtype: np.dtype
+    size: int
+    order: tuple[int, int, int] | None
+    meaning: str
+
+
+U1, U2 = np.dtype("u1"), np.dtype("<u2")
+LAYER_MAJOR = (1, 0, 2)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One layer of a batch, coded.
+
+    Attributes:
+        planes: by name, ``[R, size]``, on the device of the hidden states.
+        hidden: what a reader will get, bfloat16 ``[R, H]``.
+        state: what the layer above is coded from; None where layers stand alone.
+    """
+
+    planes: Mapping[str, torch.Tensor]
+    hidden: torch.Tensor
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """Hidden states of L layers of width H <-> planes.
+
+    Attributes:
+        num_layers, width: L and H.
+        parameters: fitted arrays by name, see :meth:`fit`.
+        quality: where it can be chosen, the step is 2**-quality.
+        code_bits: where it can be chosen, 4 or 8.
+    """
+
+    num_layers: int
+    width: int
+    parameters: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    quality: float | None = None
+    code_bits: Literal[4, 8] = 8
+
+    name: ClassVar[str]
+    fitted: ClassVar[bool] = False
+
+    @cached_property
+    @abstractmethod
+    def planes(self) -> tuple[Plane, ...]:
+        """What is stored."""
+
+    @abstractmethod
+    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        """Code one layer.
+
+        Args:
+            layer: position among the stored layers, from 0.
+            hidden: finite, any float dtype, ``[R, H]``.
+            below: of the position below, None for position 0.
+        """
+
+    @abstractmethod
+    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+        """Decode on the CPU.
+
+        Args:
+            planes: ``[R, L, size]`` each.
+            layers: positions wanted, in the order wanted.
+            out: takes the bits of bfloat16, uint16 ``[R, len(layers), H]``.
+        """
+
+    @abstractmethod
+    def decode_torch(
+        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
+    ) -> torch.Tensor:
+        """Decode where the planes are: bfloat16 ``[R, len(layers), H]``.
+
+        Args:
+            planes: ``[R, L, size]`` each.
+            layers: positions wanted, in the order wanted.
+        """
+
+    @classmethod
+    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+        """Parameters from a sample of hidden states, float ``[R, L, H]``."""
+        return {}
+
+    def _parameter(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """A fitted array as a tensor, kept a device."""
+        import torch
+
+        key = (name, device, dtype)
+        cache: dict[Any, torch.Tensor] = self.__dict__.setdefault("_tensors", {})
+        if key not in cache:
+            cache[key] = torch.from_numpy(np.ascontiguousarray(self.parameters[name])).to(
+                device, dtype
+            )
+        return cache[key]
+
+
+class Bf16(Codec):
     """bfloat16, stored as its bits in uint16: rounding to nearest even is the only loss.
 
     Never float16: hidden states of real LLMs exceed its largest value, 65,504.
     """
 
-    name: ClassVar[str] = "bf16"
-    dtype: ClassVar[np.dtype] = np.dtype("<u2")
+    name = "bf16"
 
-    def encode(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of any float dtype and shape -> their bfloat16 bits, uint16."""
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        return (Plane("hidden", U2, self.width, None, "bits of bfloat16"),)
+
+    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
         import torch
 
-        return hidden.to(torch.bfloat16).view(torch.uint16)
+        rounded = hidden.to(torch.bfloat16)
+        return Coded({"hidden": rounded.view(torch.uint16)}, rounded)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes uint16 of any shape -> float32 of that shape, exactly."""
-        return (codes.astype(np.uint32) << 16).view(np.float32)
+    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+        out[:] = planes["hidden"][:, list(layers)]
 
-    def decode_torch(self, codes: np.ndarray) -> torch.Tensor:
-        """Codes uint16 -> bfloat16 tensor that shares their memory (which must be writable)."""
+    def decode_torch(
+        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
+    ) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(codes).view(torch.bfloat16)
+        bits = planes["hidden"].view(torch.bfloat16)
+        return bits if list(layers) == list(range(bits.shape[1])) else bits[:, list(layers)]
+
+
+class Lossless(Codec):
+    """bfloat16 to the bit, the exponent apart from sign and mantissa, which are noise.
+
+    An exponent is coded as its distance from what usually stands there: ``base``, the median of
+    its layer and channel, plus ``follow``, how far the exponent was from its own base one layer
+    below -> how far it then is here. Both are fitted; all arithmetic is modulo 256, so that every
+    bit pattern comes back, whatever the fit.
+    """
+
+    name = "lossless"
+    fitted = True
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        half = (self.width + 1) // 2
+        return (
+            Plane("code", U1, half, LAYER_MAJOR, "two exponents a byte, 4 bits each; 15: escape"),
+            Plane("escape", U1, self.width, LAYER_MAJOR, "zigzag code - 14 where code is 15"),
+            Plane("mantissa", U1, self.width, None, "sign, then the 7 bits of the mantissa"),
+        )
+
+    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        import torch
+
+        rounded = hidden.to(torch.bfloat16)
+        bits = rounded.view(torch.int16).int() & 0xFFFF  # [R, H]
+        base = self._parameter("base", bits.device, torch.int32)[layer]
+        distance = _wrap(((bits >> 7) & 0xFF) - base)
+        if below is None:
+            residual = distance
+        else:
+            follow = self._parameter("follow", bits.device, torch.int32)[layer]
+            residual = _wrap(distance - follow[(below.state & 0xFF).long()])
+        zigzag = (residual << 1) ^ (residual >> 31)  # 0..255
+        narrow = zigzag.clamp_max(15)
+        planes = {
+            "code": _pair(narrow),
+            "escape": torch.where(zigzag >= 15, zigzag - 14, 0).to(torch.uint8),
+            "mantissa": ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8),
+        }
+        return Coded(planes, rounded, distance)
+
+    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+        wanted = _places(layers, self.num_layers)
+        _decode_lossless(
+            planes["code"],
+            planes["escape"],
+            planes["mantissa"],
+            self.parameters["base"],
+            self.parameters["follow"],
+            wanted,
+            out,
+        )
+
+    def decode_torch(
+        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
+    ) -> torch.Tensor:
+        import torch
+
+        device = planes["code"].device
+        base = self._parameter("base", device, torch.int32)
+        follow = self._parameter("follow", device, torch.int32)
+        found = {}
+        distance = torch.zeros(0)
+        for layer in range(max(layers) + 1):
+            narrow = _unpair(planes["code"][:, layer], self.width)
+            zigzag = torch.where(narrow == 15, 14 + planes["escape"][:, layer].int(), narrow)
+            residual = (zigzag >> 1) ^ -(zigzag & 1)
+            if layer:
+                residual = residual + follow[layer][(distance & 0xFF).long()]
+            distance = _wrap(residual)
+            if layer in layers:
+                exponent = (distance + base[layer]) & 0xFF
+                sign_mantissa = planes["mantissa"][:, layer].int()
+                bits = (sign_mantissa & 0x80) << 8 | exponent << 7 | sign_mantissa & 0x7F
+                found[layer] = _wrap(bits, 1 << 15).to(torch.int16).view(torch.bfloat16)
+        return torch.stack([found[layer] for layer in layers], 1)
+
+    @classmethod
+    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+        """``base`` ``[L, H]`` and ``follow`` ``[L, 256]``, by distance; uint8, modulo 256."""
+        import torch
+
+        bits = sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+        exponents = ((bits >> 7) & 0xFF).astype(np.int16)  # [R, L, H]
+        base = np.median(exponents, axis=0).astype(np.uint8)
+        distance = (exponents - base).astype(np.int8)
+        follow = np.zeros((sample.shape[1], 256), np.int8)
+        for layer in range(1, sample.shape[1]):
+            below = distance[:, layer - 1].ravel().astype(np.int32) + 128
+            here = distance[:, layer].ravel().astype(np.int32) + 128
+            joint = np.bincount(below * 256 + here, minlength=1 << 16).reshape(256, 256)
+            counts = joint.sum(1)
+            middle = (joint.cumsum(1) * 2 < counts[:, None]).sum(1)  # medians
+            known = np.flatnonzero(counts >= MIN_COUNT)
+            if len(known):
+                nearest = known[np.abs(np.arange(256)[:, None] - known).argmin(1)]
+                follow[layer] = np.roll(middle[nearest] - 128, 128).astype(np.int8)
+        return {"base": base, "follow": follow.view(np.uint8)}
+
+
+class Predictive(Codec):
+    """LN(h) predicted from the layer below, the residual on a uniform step.
+
+    ``LN(h) = (h - mean) / deviation``, deviation = sqrt(var + 1e-5), both kept in bfloat16 so that
+    h itself comes back. A vector's step is 2**-quality times its RMS without its 8 largest
+    channels, on a scale of 8 steps an octave. Codes that do not fit their 4 or 8 bits have an
+    escape, so that none is ever clipped.
+
+    Two codes of 4 bits share a byte: Huffman coding, which is all that zstd can do with noise,
+    wastes bits on alphabets of few symbols.
+    """
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        codes = {8: "zigzag code, 255: escape", 4: "two zigzag codes a byte, 15: escape"}
+        return (
+            Plane("code", U1, -(-self.width * self.code_bits // 8), LAYER_MAJOR,
+                  codes[self.code_bits]),
+            Plane("escape", U2, self.width, LAYER_MAJOR,
+                  f"zigzag code - {self._limit - 1} where code is {self._limit}"),
+            Plane("scalar", U1, 5, (2, 1, 0), "bfloat16 mean, bfloat16 deviation, scale number"),
+        )  # fmt: skip
+
+    @property
+    def _limit(self) -> int:
+        """The code that says escape."""
+        return 2**self.code_bits - 1
+
+    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        import torch
+
+        hidden = hidden.float()
+        mean = hidden.mean(-1, keepdim=True).to(torch.bfloat16)  # [R, 1]
+        variance = hidden.var(-1, unbiased=False, keepdim=True)
+        deviation = (variance + LN_EPS).sqrt().to(torch.bfloat16)
+        normed = (hidden - mean.float()) / deviation.float()
+        predicted = self._predict(layer, below)
+        residual = self._turn(layer, normed - predicted)
+        needed = torch.maximum(
+            robust_rms(normed)[:, None] * 2.0**-self._quality,
+            residual.abs().amax(-1, keepdim=True) / (MAX_CODE / 2**0.0625 - 1),
+        )
+        number = (8 * (needed.clamp_min(1e-30).log2() + LOWEST_SCALE)).round().clamp(0, 255).int()
+        scale = torch.from_numpy(SCALES).to(hidden.device)[number.long()]  # [R, 1]
+        codes = (residual / scale).round().clamp(-MAX_CODE, MAX_CODE)
+        state = predicted + self._turn_back(layer, codes * scale)
+        zigzag = codes.int()
+        zigzag = (zigzag << 1) ^ (zigzag >> 31)
+        low = zigzag.clamp_max(self._limit)
+        scalars = torch.cat([mean, deviation], 1).view(torch.uint8)  # little-endian, [R, 4]
+        escape = torch.where(zigzag >= self._limit, zigzag - (self._limit - 1), 0)
+        planes = {
+            "code": low.to(torch.uint8) if self.code_bits == 8 else _pair(low),
+            "escape": _wrap(escape, 1 << 15).to(torch.int16).view(torch.uint16),
+            "scalar": torch.cat([scalars, number.to(torch.uint8)], 1),
+        }
+        decoded = state * deviation.float() + mean.float()
+        return Coded(planes, decoded.to(torch.bfloat16), state)
+
+    @property
+    def _quality(self) -> float:
+        assert self.quality is not None
+        return self.quality
+
+    @abstractmethod
+    def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
+        """LN(h) of a layer from what a reader has of the layer below, fp32 ``[R or 1, H]``."""
+
+    def _turn(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        """The residual in the basis that is coded."""
+        return residual
+
+    def _turn_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        """And back."""
+        return residual
+
+    def decode_torch(
+        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
+    ) -> torch.Tensor:
+        import torch
+
+        device = planes["code"].device
+        scales = torch.from_numpy(SCALES).to(device)
+        found = {}
+        below: Coded | None = None
+        for layer in range(max(layers) + 1):
+            code = planes["code"][:, layer]
+            low = code.int() if self.code_bits == 8 else _unpair(code, self.width)
+            escape = planes["escape"][:, layer].view(torch.int16).int() & 0xFFFF
+            zigzag = torch.where(low == self._limit, self._limit - 1 + escape, low)
+            codes = ((zigzag >> 1) ^ -(zigzag & 1)).float()
+            scalar = planes["scalar"][:, layer]
+            scale = scales[scalar[:, 4:].long()]
+            state = self._predict(layer, below) + self._turn_back(layer, codes * scale)
+            below = Coded({}, state, state)
+            if layer in layers:
+                words = scalar[:, 1:4:2].int() << 8 | scalar[:, 0:4:2].int()
+                both = _wrap(words, 1 << 15).to(torch.int16).view(torch.bfloat16).float()
+                mean, deviation = both.split(1, 1)
+                found[layer] = (state * deviation + mean).to(torch.bfloat16)
+        return torch.stack([found[layer] for layer in layers], 1)
+
+
+class Delta(Predictive):
+    """Predicted by a slope and a bias a channel."""
+
+    name = "delta"
+    fitted = True
+
+    def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
+        import torch
+
+        device = torch.device("cpu") if below is None else below.state.device
+        bias = self._parameter("bias", device, torch.float32)[layer]
+        if below is None:
+            return bias
+        return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
+
+    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+        _decode_delta(
+            planes["code"],
+            planes["escape"],
+            planes["scalar"],
+            SCALES,
+            self.parameters["slope"],
+            self.parameters["bias"],
+            _places(layers, self.num_layers),
+            out,
+        )
+
+    @classmethod
+    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+        """``slope`` and ``bias``, float32 ``[L, H]``: least squares, weighted by 1 / RMS**2."""
+        import torch
+
+        slopes, biases = [], []
+        for weight, x, y in _pairs_of_layers(sample):
+            mean_x, mean_y = _average(weight, x), _average(weight, y)
+            x, y = x - mean_x, y - mean_y
+            slope = (weight * x * y).sum(0) / ((weight * x * x).sum(0) + 1e-6)
+            slopes.append(slope)
+            biases.append(mean_y - slope * mean_x)
+        return {
+            "slope": torch.stack(slopes).cpu().numpy(),
+            "bias": torch.stack(biases).cpu().numpy(),
+        }
+
+
+class Linear(Predictive):
+    """Predicted by a matrix and a bias a layer; the residual turned to its principal axes.
+
+    ``LN(h_l) = LN(h_(l-1)) @ matrix_l + bias_l + (codes * scale) @ rotation_l``. The rotation
+    (Karhunen-Loève) takes out what is left of correlation between channels, and puts the large
+    codes first, where they are wide. Decoding is two matrix products a layer.
+    """
+
+    name = "linear"
+    fitted = True
+
+    def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
+        import torch
+
+        device = torch.device("cpu") if below is None else below.state.device
+        bias = self._parameter("bias", device, torch.float32)[layer]
+        if below is None:
+            return bias
+        return below.state @ self._parameter("matrix", device, torch.float32)[layer] + bias
+
+    def _turn(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return residual @ self._parameter("rotation", residual.device, torch.float32)[layer].T
+
+    def _turn_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return residual @ self._parameter("rotation", residual.device, torch.float32)[layer]
+
+    @cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        matrix, rotation = self.parameters["matrix"], self.parameters["rotation"]
+        return matrix.astype(np.float32), rotation.astype(np.float32)
+
+    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+        matrix, rotation = self._matrices
+        wanted = _places(layers, self.num_layers)
+        state = np.zeros((len(out), self.width), np.float32)
+        residual = np.empty_like(state)
+        for layer in range(len(wanted)):
+            _decode_codes(
+                planes["code"],
+                planes["escape"],
+                planes["scalar"],
+                layer,
+                SCALES,
+                residual,
+            )
+            below = state @ matrix[layer] if layer else np.float32(0)
+            state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
+            if wanted[layer] >= 0:
+                _denormalise(state, planes["scalar"], layer, wanted[layer], out)
+
+    @classmethod
+    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+        """``matrix`` and ``rotation``, float16 ``[L, H, H]``, and ``bias``, float32 ``[L, H]``.
+
+        Ridge regression weighted by 1 / RMS**2, and the eigenvectors of what it leaves.
+        """
+        import torch
+
+        matrices, rotations, biases = [], [], []
+        for weight, x, y in _pairs_of_layers(sample):
+            mean_x, mean_y = _average(weight, x), _average(weight, y)
+            centred = x - mean_x
+            gram = ((centred * weight).T @ centred).double()
+            gram += (RIDGE * gram.diagonal().mean() + 1e-9) * torch.eye(len(gram)).to(gram)
+            cross = ((centred * weight).T @ (y - mean_y)).double()
+            matrix = torch.linalg.solve(gram, cross).half()
+            bias = mean_y - mean_x @ matrix.float()
+            left = (y - x @ matrix.float() - bias) * weight.sqrt()
+            axes = torch.linalg.eigh((left.T @ left).double()).eigenvectors  # ascending
+            matrices.append(matrix)
+            rotations.append(axes.flip(1).T.half())
+            biases.append(bias)
+        return {
+            "matrix": torch.stack(matrices).cpu().numpy(),
+            "rotation": torch.stack(rotations).cpu().numpy(),
+            "bias": torch.stack(biases).cpu().numpy(),
+        }
+
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Bf16, Lossless, Delta, Linear)}
+
+
+def open_codec(
+    spec: schemas.Codec, num_layers: int, width: int, parameters: Mapping[str, np.ndarray]
+) -> Codec:
+    """The codec that a manifest names, with its fitted parameters."""
+    return CODECS[spec.name](num_layers, width, parameters, spec.quality, spec.code_bits or 8)
+
+
+def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> tuple[Codec, float]:
+    """Fit a codec to a sample.
+
+    Args:
+        sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
+        quality: for ``delta`` and ``linear``.
+
+    Returns:
+        The codec, and how many bits a value it took for the first rows of the sample, with zstd,
+        in chunks of 8 rows.
+    """
+    num_layers, width = sample.shape[1:]
+    parameters = CODECS[name].fit(sample)
+    rows = sample[: min(len(sample), FIT_CHECKED)]
+    choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(CODECS[name], Predictive) else (8,)
+    best: tuple[Codec, float] | None = None
+    for code_bits in choices:
+        codec = CODECS[name](num_layers, width, parameters, quality, code_bits)
+        bits = _bits_per_value(codec, rows)
+        if best is None or bits < best[1]:
+            best = codec, bits
+    assert best is not None
+    return best
+
+
+def _bits_per_value(codec: Codec, rows: torch.Tensor) -> float:
+    zstd, num_bytes, coded = numcodecs.Zstd(1), 0, None
+    planes: dict[str, list[np.ndarray]] = {plane.name: [] for plane in codec.planes}
+    for layer in range(rows.shape[1]):
+        coded = codec.encode(layer, rows[:, layer], coded)
+        for name, codes in coded.planes.items():
+            planes[name].append(codes.cpu().numpy())
+    for plane in codec.planes:
+        whole = np.stack(planes[plane.name], 1)
+        for start in range(0, len(whole), 8):
+            part = whole[start : start + 8]
+            if plane.order is None:
+                num_bytes += part.nbytes
+            elif part.any():
+                num_bytes += len(zstd.encode(np.ascontiguousarray(part.transpose(plane.order))))
+    return 8 * num_bytes / rows.numel()
+
+
+def robust_rms(normed: torch.Tensor) -> torch.Tensor:
+    """RMS over the last axis without its 8 largest channels: ``[..., H]`` -> ``[...]``."""
+    squares = normed.square()
+    num = min(NUM_MASSIVE, squares.shape[-1] // 2)
+    rest = squares.sum(-1) - squares.topk(num, dim=-1).values.sum(-1)
+    return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
 
 
 @dataclass
 class CodecError:
-    """Relative L2 error of LN(h) per row and layer, gathered over a shard.
+    """Relative L2 error of LN(h), gathered over a shard.
 
     LN is the parameter-free layer norm of routing, in float32. ``bare`` leaves out the three
-    largest channels of each vector, from error and norm alike.
+    largest channels of each vector, from error and norm alike. Vectors without any variance have
+    no LN(h) and count as exact.
+
+    Attributes:
+        layers: LLM layers, in stored order.
     """
 
-    count: int = 0
-    total: float = 0.0
+    layers: Sequence[int]
+    counts: np.ndarray = field(init=False)
+    totals: np.ndarray = field(init=False)
     largest: float = 0.0
     bare_total: float = 0.0
     bare_largest: float = 0.0
 
-    def add(self, hidden: torch.Tensor, coded: torch.Tensor) -> None:
-        """Compare hidden states with what a reader will get, both float ``[rows, H]``."""
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(len(self.layers), np.int64)
+        self.totals = np.zeros(len(self.layers))
+
+    def add(self, layer: int, hidden: torch.Tensor, coded: torch.Tensor) -> None:
+        """Compare hidden states of a layer (position) with what a reader gets, ``[R, H]`` both."""
         import torch
 
-        self.count += hidden.shape[0]
-        if hidden.dtype == coded.dtype:
+        self.counts[layer] += hidden.shape[0]
+        if not len(hidden) or (hidden.dtype == coded.dtype and torch.equal(hidden, coded)):
             return
         width = hidden.shape[-1:]
         expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
         error = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS) - expected
         expected, error = expected.square(), error.square()
         largest = expected.topk(min(NUM_LARGEST, width[0] - 1), dim=-1)
-        relative = (error.sum(-1) / expected.sum(-1).clamp_min(1e-30)).sqrt()
-        bare_norm = (expected.sum(-1) - largest.values.sum(-1)).clamp_min(1e-30)
+        norm = expected.sum(-1)
+        known = norm > 1e-6
+        relative = (error.sum(-1) / norm.clamp_min(1e-6)).sqrt() * known
+        bare_norm = (norm - largest.values.sum(-1)).clamp_min(1e-6)
         bare_error = (error.sum(-1) - error.gather(-1, largest.indices).sum(-1)).clamp_min(0)
-        bare = (bare_error / bare_norm).sqrt()
-        self.total += float(relative.sum())
+        bare = (bare_error / bare_norm).sqrt() * known
+        self.totals[layer] += float(relative.sum())
         self.largest = max(self.largest, float(relative.max()))
         self.bare_total += float(bare.sum())
         self.bare_largest = max(self.bare_largest, float(bare.max()))
 
     def to_dict(self) -> dict[str, float]:
         """``mean``, ``max``, ``mean_without_top3``, ``max_without_top3``."""
-        count = max(self.count, 1)
+        count = max(int(self.counts.sum()), 1)
         return {
-            "mean": self.total / count,
+            "mean": float(self.totals.sum()) / count,
             "max": self.largest,
             "mean_without_top3": self.bare_total / count,
             "max_without_top3": self.bare_largest,
         }
 
+    def by_layer(self) -> dict[str, float]:
+        """LLM layer -> mean."""
+        means = self.totals / np.maximum(self.counts, 1)
+        return {str(layer): float(mean) for layer, mean in zip(self.layers, means, strict=True)}
 
-CODECS = {codec.name: codec for codec in (Bf16(),)}
+
+def _places(layers: Sequence[int], num_layers: int) -> np.ndarray:
+    """Position -> where it goes in the output, -1 where it is not wanted; up to the last wanted."""
+    places = np.full(max(layers) + 1, -1, np.int64)
+    places[list(layers)] = np.arange(len(layers))
+    return places
+
+
+def _pairs_of_layers(sample: torch.Tensor) -> Any:
+    """Weights ``[R, 1]``, LN(h) of the layer below (zeros for the first) and of the layer."""
+    import torch
+
+    below: torch.Tensor | None = None
+    for layer in range(sample.shape[1]):
+        hidden = sample[:, layer].float()
+        normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=LN_EPS)
+        weight = robust_rms(normed).clamp_min(1e-3)[:, None] ** -2
+        yield weight, torch.zeros_like(normed) if below is None else below, normed
+        below = normed
+
+
+def _average(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (weight * values).sum(0) / weight.sum()
+
+
+def _wrap(values: torch.Tensor, half: int = 128) -> torch.Tensor:
+    """Modulo 2 * half, into [-half, half)."""
+    return ((values + half) & (2 * half - 1)) - half
+
+
+def _pair(values: torch.Tensor) -> torch.Tensor:
+    """Numbers under 16, two a byte, the first in the low bits: ``[R, n]`` -> ``[R, ceil(n/2)]``."""
+    import torch
+
+    values = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).to(torch.uint8)
+    return values[:, ::2] | (values[:, 1::2] << 4)
+
+
+def _unpair(values: torch.Tensor, num: int) -> torch.Tensor:
+    import torch
+
+    values = values.int()
+    return torch.stack([values & 15, values >> 4], -1).flatten(1)[:, :num]
+
+
+@numba.njit(nogil=True, cache=True)
+def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
+    """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
+    width = len(out)
+    if len(code) == width and width > 1:
+        for channel in range(width):
+            out[channel] = code[channel]
+            if code[channel] == 255:
+                out[channel] = 254 + escape[channel]
+    else:
+        for pair in range(width // 2):
+            out[2 * pair] = code[pair] & 15
+            out[2 * pair + 1] = code[pair] >> 4
+        if width % 2:
+            out[width - 1] = code[width // 2] & 15
+        for channel in range(width):
+            if out[channel] == 15:
+                out[channel] = 14 + escape[channel]
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_lossless(code, escape, mantissa, base, follow, places, out):  # type: ignore[no-untyped-def]
+    rows, _, width = mantissa.shape
+    zigzag = np.empty(width, np.uint8)
+    distance = np.empty(width, np.uint8)
+    for row in range(rows):
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            for channel in range(width):
+                zigzag[channel] = (zigzag[channel] >> 1) ^ -(zigzag[channel] & 1)
+            if layer == 0:
+                distance[:] = zigzag
+            else:
+                known = follow[layer]
+                for channel in range(width):
+                    distance[channel] = zigzag[channel] + known[distance[channel]]
+            if places[layer] >= 0:
+                bits = out[row, places[layer]]
+                for channel in range(width):
+                    exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
+                    rest = np.uint16(mantissa[row, layer, channel])
+                    bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+
+
+@numba.njit(nogil=True, cache=True)
+def _scalars(scalar):  # type: ignore[no-untyped-def]
+    """Mean and deviation: uint8 [5] -> two float32."""
+    both = np.empty(2, np.uint32)
+    for i in range(2):
+        both[i] = (np.uint32(scalar[2 * i + 1]) << 24) | (np.uint32(scalar[2 * i]) << 16)
+    values = both.view(np.float32)
+    return values[0], values[1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
+    """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
+    width = len(values)
+    room = bits.view(np.float32)
+    for channel in range(width):
+        room[channel] = values[channel] * deviation + mean
+    for channel in range(width):
+        value = bits[channel]
+        rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
+        out[channel] = np.uint16(rounded >> np.uint32(16))
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # type: ignore[no-untyped-def]
+    rows, _, width = escape.shape
+    state = np.zeros(width, np.float32)
+    zigzag = np.empty(width, np.int32)
+    bits = np.empty(width, np.uint32)
+    for row in range(rows):
+        state[:] = 0
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            scale = scales[scalar[row, layer, 4]]
+            for channel in range(width):
+                number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                state[channel] = (
+                    state[channel] * slope[layer, channel] + bias[layer, channel]
+                ) + number * scale
+            if places[layer] >= 0:
+                mean, deviation = _scalars(scalar[row, layer])
+                _to_bits(state, mean, deviation, bits, out[row, places[layer]])
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
+    """Codes of one layer times their scale, float32 [R, H]."""
+    zigzag = np.empty(out.shape[1], np.int32)
+    for row in range(len(out)):
+        _unpack(code[row, layer], escape[row, layer], zigzag)
+        scale = scales[scalar[row, layer, 4]]
+        for channel in range(len(zigzag)):
+            number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+            out[row, channel] = number * scale
+
+
+@numba.njit(nogil=True, cache=True)
+def _denormalise(state, scalar, layer, place, out):  # type: ignore[no-untyped-def]
+    bits = np.empty(state.shape[1], np.uint32)
+    for row in range(len(state)):
+        mean, deviation = _scalars(scalar[row, layer])
+        _to_bits(state[row], mean, deviation, bits, out[row, place])

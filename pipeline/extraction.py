@@ -16,24 +16,28 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
+    MAX_QUALITY,
+    MIN_QUALITY,
     SAMPLES_SCHEMA,
     Codec,
     FeatureIdentity,
     FeatureManifest,
+    Fit,
     InputError,
     Receipt,
     differences,
 )
 from .captions import Captions, build_captions, read_template
-from .cluster import num_cpus, report_progress
-from .codecs import CODECS, CodecError
+from .cluster import num_cpus, report_progress, run
+from .codecs import CODECS, Bf16, CodecError, Coded, Predictive, fit_codec
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
-from .store import FeatureStore, Rows
+from .store import FeatureStore, Rows, digest_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +50,10 @@ attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 10
 CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
+DEFAULT_QUALITY = 4.0
+"""Error of LN(h) 1.1e-2; see docs/benchmarks/codecs.md."""
+MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL = 8_192, 8
+"""Tokens that a codec is fitted on: so many, and so many a channel of the LLM."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,26 @@ class _Task:
     row_start: np.ndarray
     has_null: bool
 
+    @classmethod
+    def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "_Task":
+        return cls(
+            shard=shard,
+            texts=captions.texts[chosen],
+            sequences=captions.sequences[chosen],
+            kept=captions.kept[chosen],
+            row_start=row_start,
+            has_null=chosen.start == 0,
+        )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What fitting a codec gave."""
+
+    spec: Codec
+    parameters: dict[str, np.ndarray]
+    bits_per_value: float
+
 
 def extract(
     source: str,
@@ -102,6 +130,8 @@ def extract(
     max_length: int = 512,
     keep_prefix: bool = False,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    codec: Literal["bf16", "lossless", "delta", "linear"] = "bf16",
+    quality: float | None = None,
     limit: int | None = None,
     seed: int = 0,
     shard_bytes: int = 256_000_000,
@@ -125,6 +155,10 @@ def extract(
         keep_prefix: store the template's prefix rows for every caption.
         dtype: in which the LLM runs; auto: as the store was begun, or for a new one bfloat16 on a
             GPU and float32 on a CPU.
+        codec: what is stored, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are fitted to a
+            sample of the captions first.
+        quality: of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the
+            default) gives an error of LN(h) of 1.1e-2, one more halves it and costs a bit a value.
         limit: only the first samples.
         seed: of the order in which captions are dealt to shards.
         shard_bytes: size of a full shard.
@@ -171,7 +205,10 @@ def extract(
     on_gpu = torch.cuda.is_available()
     workers = num_workers(workers, torch.cuda.device_count())
     begun = FeatureStore.begun(features)
+    spec = _requested_codec(codec, quality)
     if begun is not None:
+        asked = begun.manifest.codec
+        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
         threads = begun.manifest.layout.num_threads
         batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
         dtype = begun.manifest.identity.dtype if dtype == "auto" else dtype
@@ -197,15 +234,22 @@ def extract(
             samples=samples.identity(),
         ),
         layout=packing.layout,
-        codec=Codec(name="bf16"),
+        codec=spec,
         provenance=provenance(source, located.name),
     )
+    job = _Job(features.resolve(), located)
+    _report_cuts(captions, max_length, report)
     if begun is not None:
         store = begun
         store.check_same(manifest)
     else:
-        bytes_per_row = 2 * len(chosen) * identity.width
-        check_space(features, packing.layout.num_rows * bytes_per_row, force)
+        fitted = None
+        num_bytes = packing.layout.num_rows * 2 * len(chosen) * identity.width
+        if CODECS[codec].fitted:
+            fitted = _fit(job, manifest, captions, workers, report)
+            manifest = manifest.model_copy(update={"codec": fitted.spec})
+            num_bytes = int(num_bytes * fitted.bits_per_value / 16)
+        check_space(features, num_bytes, force)
         table = _captions_table(captions, packing)
         sample_table = pa.table(
             [
@@ -215,24 +259,17 @@ def extract(
             ],
             schema=SAMPLES_SCHEMA,
         )
-        store = FeatureStore.create(features, manifest, table, sample_table)
-    _report_cuts(captions, max_length, report)
+        parameters = fitted.parameters if fitted else None
+        store = FeatureStore.create(features, manifest, table, sample_table, parameters)
 
     remaining = store.remaining()
     workers = min(workers, len(remaining))
-    job = _Job(features.resolve(), located)
 
     def arguments(shard: int) -> tuple[_Job, _Task]:
         entries = packing.entries(shard)
         chosen = slice(entries.start, entries.stop)
-        return job, _Task(
-            shard=shard,
-            texts=captions.texts[chosen],
-            sequences=captions.sequences[chosen],
-            kept=captions.kept[chosen],
-            row_start=packing.row_start[chosen] - shard * packing.layout.rows_per_shard,
-            has_null=entries.start == 0,
-        )
+        row_start = packing.row_start[chosen] - shard * packing.layout.rows_per_shard
+        return job, _Task.of(captions, chosen, shard, row_start)
 
     report(
         f"{len(samples):,} samples, {len(captions):,} unique captions, "
@@ -254,9 +291,10 @@ def extract(
 
 
 def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
-    """Encode new texts as a store's captions were: same LLM, template, layers, dtype and codec.
+    """Encode new texts as a store's captions were: same LLM, template, layers and dtype.
 
-    Each text is a batch of its own, so it equals a stored caption but for rounding.
+    Each text is a batch of its own and kept in bfloat16, so it equals a stored caption but for
+    rounding and for the error of the store's codec.
 
     Args:
         texts: entry i of the result is ``texts[i - 1]``.
@@ -290,14 +328,14 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
     )
     encoder = Encoder(located, identity.layers, identity.dtype)
     entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
-    codec = CODECS["bf16"]
+    codec = Bf16(len(identity.layers), identity.model.width)
     codes: list[np.ndarray] = []
     for entry in entries:
         rows = int(captions.num_tokens[entry])
-        part = np.empty((rows, len(identity.layers), identity.model.width), codec.dtype)
+        part = np.empty((rows, len(identity.layers), identity.model.width), np.uint16)
 
         def sink(index: int, hidden: "torch.Tensor", part: np.ndarray = part) -> None:
-            part[:, index] = codec.encode(hidden).cpu().numpy()
+            part[:, index] = codec.encode(index, hidden, None).planes["hidden"].cpu().numpy()
 
         encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
         codes.append(part)
@@ -313,37 +351,37 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
     store = FeatureStore.open(job.store, complete=False)
     manifest = store.manifest
     torch.set_num_threads(manifest.layout.num_threads)
-    layers, width = manifest.identity.layers, manifest.identity.model.width
+    layers = manifest.identity.layers
     encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, _device())
     loaded = time.perf_counter()
-    codec = CODECS[manifest.codec.name]
-    codes = np.zeros((manifest.layout.rows_per_shard, len(layers), width), codec.dtype)
+    codec = store.codec
+    planes = {
+        plane.name: np.zeros((manifest.layout.rows_per_shard, len(layers), plane.size), plane.dtype)
+        for plane in codec.planes
+    }
     norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
-    error = CodecError()
-    lengths = np.array([len(sequence) for sequence in task.sequences])
-    done = 0
-    for batch in batches(lengths, manifest.layout.batch_tokens):
-        starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+    error = CodecError(layers)
+    coded: Coded | None = None
 
-        def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray = rows) -> None:
-            coded = codec.encode(hidden)
-            error.add(hidden, coded.view(torch.bfloat16))
-            codes[rows, index] = coded.cpu().numpy()
-            norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
+    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
+        nonlocal coded
+        norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
+        _check_finite(norms[index], layers[index], task)
+        coded = codec.encode(index, hidden, coded if index else None)
+        error.add(index, hidden, coded.hidden)
+        for name, codes in coded.planes.items():
+            planes[name][rows, index] = codes.cpu().numpy()
 
-        encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), sink)
-        done += len(batch)
-        report_progress(task.shard, done)
-    _check_finite(norms, layers, task)
+    _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
     encoded = time.perf_counter()
-    files = store.write_shard(task.shard, codes)
+    files = store.write_shard(task.shard, planes)
     receipt = Receipt(
         shard=task.shard,
-        num_rows=int((lengths - task.kept).sum()),
+        num_rows=sum(map(len, task.sequences)) - int(task.kept.sum()),
         num_entries=len(task.texts),
         files=files,
         codec_error=error.to_dict(),
+        layer_error=error.by_layer(),
         warnings=_sink_warnings(norms, layers, task),
         seconds={
             "load": loaded - started,
@@ -383,12 +421,117 @@ def _device() -> str:
         return "cuda:0"
 
 
-def _check_finite(norms: np.ndarray, layers: Sequence[int], task: _Task) -> None:
-    index, row = np.nonzero(~np.isfinite(norms))
-    if len(row):
-        entry = int(np.searchsorted(task.row_start, row[0], side="right")) - 1
+def _encode_batches(
+    encoder: "Encoder",
+    task: _Task,
+    batch_tokens: int,
+    sink: Callable[[int, "torch.Tensor", np.ndarray], None],
+) -> None:
+    """Run a task's captions through the LLM; the sink also gets the rows where they belong."""
+    lengths = np.array([len(sequence) for sequence in task.sequences])
+    done = 0
+    for batch in batches(lengths, batch_tokens):
+        starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+
+        def take(index: int, hidden: "torch.Tensor", rows: np.ndarray = rows) -> None:
+            sink(index, hidden, rows)
+
+        encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), take)
+        done += len(batch)
+        report_progress(task.shard, done)
+
+
+def _requested_codec(name: str, quality: float | None) -> Codec:
+    """The codec as asked for, not yet fitted."""
+    if not issubclass(CODECS[name], Predictive):
+        if quality is not None:
+            raise InputError(
+                f"--quality {quality:g} is for delta and linear; --codec {name} has no step"
+            )
+        return Codec(name=name)
+    quality = DEFAULT_QUALITY if quality is None else quality
+    if not MIN_QUALITY <= quality <= MAX_QUALITY:
+        raise InputError(
+            f"--quality {quality:g}: expected {MIN_QUALITY:g} (coarse) to {MAX_QUALITY:g} (finer "
+            "than bf16)"
+        )
+    return Codec(name=name, quality=quality)
+
+
+def _fit(
+    job: _Job,
+    manifest: FeatureManifest,
+    captions: Captions,
+    workers: int,
+    report: Callable[[str], None],
+) -> _Fitted:
+    """Fit the codec to the first captions in store order, in a worker, before anything is kept."""
+    wanted = max(MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL * manifest.identity.model.width)
+    stops = np.cumsum(captions.num_tokens)
+    num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
+    task = _Task.of(captions, slice(0, num), 0, stops[:num] - captions.num_tokens[:num])
+    name = manifest.codec.name
+    with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
+
+        def show(_: int, done: int) -> None:
+            bar.update(done - bar.n)
+
+        outcomes = run(
+            [0],
+            _fit_codec,
+            lambda _: (job, task, manifest),
+            workers=min(workers, 1),
+            on_progress=show,
+        )
+        ((_, fitted),) = outcomes
+    if isinstance(fitted, BaseException):
+        raise InputError(f"the codec could not be fitted: {fitted}") from fitted
+    report(
+        f"codec {name} fitted to {num:,} captions, {int(stops[num - 1]):,} tokens: "
+        f"{16 / fitted.bits_per_value:.2f}x smaller than bf16 there"
+    )
+    return fitted
+
+
+def _fit_codec(job: _Job, task: _Task, manifest: FeatureManifest) -> _Fitted:
+    """Encode a sample and fit the codec to it. Runs in a worker."""
+    import torch
+
+    torch.set_num_threads(manifest.layout.num_threads)
+    identity, device = manifest.identity, _device()
+    encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, device)
+    num_rows = sum(map(len, task.sequences)) - int(task.kept.sum())
+    shape = (num_rows, len(identity.layers), identity.model.width)
+    sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
+
+    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
+        norms = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
+        spread = np.zeros(num_rows, np.float32)
+        spread[rows] = norms
+        _check_finite(spread, identity.layers[index], task)
+        sample[torch.from_numpy(rows), index] = hidden.cpu()
+
+    _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
+    spec = manifest.codec
+    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
+    fit = Fit(
+        num_captions=len(task.texts),
+        num_rows=num_rows,
+        sha256=digest_parameters(codec.parameters),
+    )
+    code_bits = codec.code_bits if isinstance(codec, Predictive) else None
+    spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+    return _Fitted(spec, dict(codec.parameters), bits_per_value)
+
+
+def _check_finite(norms: np.ndarray, layer: int, task: _Task) -> None:
+    """Refuse NaN and infinity, by the norms of a layer's rows, before they are coded."""
+    rows = np.flatnonzero(~np.isfinite(norms))
+    if len(rows):
+        entry = int(np.searchsorted(task.row_start, rows[0], side="right")) - 1
         raise ValueError(
-            f"hidden states of layer {layers[index[0]]} are not finite for the caption "
+            f"hidden states of layer {layer} are not finite for the caption "
             f"{task.texts[entry]!r}; with --dtype bfloat16 try float32"
         )
 

@@ -1,23 +1,29 @@
 """One sharded Zarr array of rows: allocated whole, written a shard at a time, read in runs of rows.
 
 Written by zarr-python. Read straight from the shard files where the array has exactly the codecs
-that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at the end, a crc32c on
-every chunk and on the index), otherwise through zarr-python.
+that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at the end; in a chunk
+``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on the index), otherwise through
+zarr-python.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numcodecs
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from ..schemas import InputError, Layout, WrittenFile
 
+ZSTD_LEVEL = 1
+"""Codes are noise with a known histogram: higher levels search for matches that are not there, and
+came out larger."""
 _CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)  # offset and size of a chunk that the shard does not hold
 
@@ -46,7 +52,9 @@ class RowArray:
             raise CorruptShardError(
                 f"{path}: the array is {self.array.shape} but the manifest says {expected}"
             )
-        self.direct = _is_known_form(self.array) if direct is None else direct
+        form = _known_form(self.array)
+        self.direct = form is not None if direct is None else direct
+        self.order = form.order if form else None
         self._shards: dict[int, _ShardFile] = {}
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
@@ -86,7 +94,7 @@ class RowArray:
         """Copy runs of rows, one after the other, into ``out``.
 
         Args:
-            starts, stops: ``[runs]``; no run crosses a shard.
+            starts, stops: ``[runs]``.
             out: ``[sum(stops - starts), selected, ...]``.
             select: positions along the first axis of a row.
 
@@ -95,33 +103,103 @@ class RowArray:
                 first read.
             InputError: the shard is not there.
         """
-        filled = 0
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            target = out[filled : filled + stop - start]
-            filled += stop - start
-            if self.direct:
-                self._read_run(start, stop, target, select)
-            else:
-                # Two steps: zarr-python's orthogonal selection would be slower still.
-                target[:] = self.array[start:stop][:, select]
+        self.read_pieces(Pieces.of(starts, stops, self.layout.rows_per_chunk), out, select)
 
-    def _read_run(
-        self, start: int, stop: int, out: np.ndarray, select: Sequence[int] | slice
+    def read_pieces(
+        self, pieces: "Pieces", out: np.ndarray, select: Sequence[int] | slice = slice(None)
     ) -> None:
-        shard, row = divmod(start, self.layout.rows_per_shard)
+        """Copy pieces of chunks to their targets in ``out``; neighbours of one chunk read it once.
+
+        Args, errors: as for :meth:`read`.
+        """
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        last, rows = -1, np.empty(0)
+        for chunk, first, num, target in pieces:
+            if chunk != last:
+                rows = self._chunk(*divmod(chunk, num_chunks))
+                last = chunk
+            out[target : target + num] = rows[first : first + num, select]
+
+    def _chunk(self, shard: int, number: int) -> np.ndarray:
+        """One chunk ``[rows_per_chunk, *row_shape]``, perhaps a view of the mapped file."""
+        if not self.direct:
+            start = shard * self.layout.rows_per_shard + number * self.layout.rows_per_chunk
+            return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
         file = self._shards.get(shard)
         if file is None:
             name = _shard_name(shard, len(self.row_shape))
             chunk_shape = (self.layout.rows_per_chunk, *self.row_shape)
             num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-            file = _ShardFile(self.path / name, chunk_shape, self.dtype, num_chunks)
+            file = _ShardFile(self.path / name, chunk_shape, self.dtype, num_chunks, self.order)
             self._shards[shard] = file
-        filled, last = 0, row + stop - start
-        while row < last:
-            chunk, first = divmod(row, self.layout.rows_per_chunk)
-            num = min(self.layout.rows_per_chunk - first, last - row)
-            out[filled : filled + num] = file.chunk(chunk)[first : first + num, select]
-            filled, row = filled + num, row + num
+        return file.chunk(number)
+
+    def check_shard(self, shard: int) -> None:
+        """Read a whole shard, every checksum included.
+
+        Raises:
+            CorruptShardError: bytes that are not those that were written.
+            InputError: the shard is not there.
+        """
+        for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
+            self._chunk(shard, number)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts of chunks and where their rows go, ordered by chunk; int64 ``[pieces]`` each.
+
+    Attributes:
+        chunk: counted over all shards.
+        first: row in the chunk.
+        num: rows.
+        target: first row of the output.
+    """
+
+    chunk: np.ndarray
+    first: np.ndarray
+    num: np.ndarray
+    target: np.ndarray
+
+    @classmethod
+    def of(cls, starts: np.ndarray, stops: np.ndarray, rows_per_chunk: int) -> "Pieces":
+        """Cut runs of rows at the boundaries of chunks; neighbouring runs are one."""
+        if not len(starts):
+            return cls(*(np.empty(0, np.int64) for _ in range(4)))
+        apart = starts[1:] != stops[:-1]
+        starts = starts[np.concatenate([[True], apart])]
+        stops = stops[np.concatenate([apart, [True]])]
+        targets = np.cumsum(stops - starts) - (stops - starts)
+        first_chunk = starts // rows_per_chunk
+        counts = np.where(stops > starts, (stops - 1) // rows_per_chunk - first_chunk + 1, 0)
+        run = np.repeat(np.arange(len(starts)), counts)
+        chunk = first_chunk[run] + np.arange(len(run)) - (np.cumsum(counts) - counts)[run]
+        begin = np.maximum(starts[run], chunk * rows_per_chunk)
+        end = np.minimum(stops[run], (chunk + 1) * rows_per_chunk)
+        target = targets[run] + begin - starts[run]
+        order = np.argsort(chunk, kind="stable")
+        found = (chunk, begin - chunk * rows_per_chunk, end - begin, target)
+        return cls(*(values[order] for values in found))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        arrays = (self.chunk, self.first, self.num, self.target)
+        return zip(*(values.tolist() for values in arrays), strict=True)
+
+    def blocks(self, num_chunks: int) -> Iterator["Pieces"]:
+        """The same in parts of about so many chunks; no chunk is in two."""
+        starts = np.flatnonzero(np.diff(self.chunk, prepend=-1))[::num_chunks].tolist()
+        for start, stop in zip(starts, [*starts[1:], len(self.chunk)], strict=True):
+            part = slice(start, stop)
+            yield Pieces(self.chunk[part], self.first[part], self.num[part], self.target[part])
+
+    def packed(self) -> "Pieces":
+        """The same, with targets one after the other from 0."""
+        return Pieces(self.chunk, self.first, self.num, np.cumsum(self.num) - self.num)
+
+    def rows(self) -> np.ndarray:
+        """Target of every row, int64 ``[sum(num)]``."""
+        packed = np.cumsum(self.num) - self.num
+        return np.arange(int(self.num.sum())) + np.repeat(self.target - packed, self.num)
 
 
 def allocate(
@@ -132,8 +210,14 @@ def allocate(
     dtype: np.dtype,
     dimension_names: Sequence[str],
     attributes: Mapping[str, Any],
+    order: Sequence[int] | None = None,
 ) -> None:
-    """Create the metadata of an array in a Zarr group; no shard is written."""
+    """Create the metadata of an array in a Zarr group; no shard is written.
+
+    Args:
+        order: compress chunks by zstd with their axes in this order; None: as they are, without
+            compression.
+    """
     group.create_array(
         name,
         shape=(layout.num_shards * layout.rows_per_shard, *row_shape),
@@ -141,8 +225,8 @@ def allocate(
         shards=(layout.rows_per_shard, *row_shape),
         dtype=dtype,
         serializer=BytesCodec(endian="little") if dtype.itemsize > 1 else BytesCodec(),
-        filters=None,
-        compressors=[Crc32cCodec()],
+        filters=None if order is None else [TransposeCodec(order=tuple(order))],
+        compressors=[*([] if order is None else [ZstdCodec(level=ZSTD_LEVEL)]), Crc32cCodec()],
         fill_value=0,
         dimension_names=list(dimension_names),
         attributes=dict(attributes),
@@ -153,9 +237,14 @@ class _ShardFile:
     """A memory-mapped shard: chunks by number, each checked when first touched."""
 
     def __init__(
-        self, path: Path, chunk_shape: tuple[int, ...], dtype: np.dtype, num_chunks: int
+        self,
+        path: Path,
+        chunk_shape: tuple[int, ...],
+        dtype: np.dtype,
+        num_chunks: int,
+        order: tuple[int, ...] | None,
     ) -> None:
-        self.path, self.chunk_shape, self.dtype = path, chunk_shape, dtype
+        self.path, self.chunk_shape, self.dtype, self.order = path, chunk_shape, dtype, order
         try:
             self.bytes = np.memmap(path, np.uint8, mode="r")
         except FileNotFoundError as error:
@@ -183,7 +272,17 @@ class _ShardFile:
                     "fit)"
                 )
             self.checked[number] = True
-        return coded[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)
+        if self.order is None:
+            return coded[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)
+        rows = np.empty([self.chunk_shape[axis] for axis in self.order], self.dtype)
+        try:
+            _ZSTD.decode(coded[:-_CRC_BYTES], rows)
+        except RuntimeError as error:
+            raise CorruptShardError(f"{self.path}: chunk {number} is no zstd: {error}") from error
+        return rows.transpose(np.argsort(self.order))
+
+
+_ZSTD = numcodecs.Zstd(ZSTD_LEVEL)
 
 
 def _crc_fits(coded: np.ndarray) -> bool:
@@ -195,7 +294,15 @@ def _shard_name(shard: int, row_dimensions: int) -> str:
     return "/".join(["c", str(shard), *["0"] * row_dimensions])
 
 
-def _is_known_form(array: Any) -> bool:
+@dataclass(frozen=True)
+class _Form:
+    """How chunks of a known form are stored: axes in this order under zstd, or as they are."""
+
+    order: tuple[int, ...] | None
+
+
+def _known_form(array: Any) -> _Form | None:
+    """What this module can read itself, None for anything else."""
     metadata = array.metadata.to_dict()
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     values = little if array.dtype.itemsize > 1 else {"name": "bytes"}
@@ -203,16 +310,24 @@ def _is_known_form(array: Any) -> bool:
     try:
         (sharding,) = metadata["codecs"]
         configuration = sharding["configuration"]
-        return bool(
+        known = (
             sharding["name"] == "sharding_indexed"
             and configuration["index_location"] in ("end", None)
-            and [*map(_plain, configuration["codecs"])] == [values, crc]
             and [*map(_plain, configuration["index_codecs"])] == [little, crc]
             and metadata["chunk_key_encoding"]["name"] == "default"
             and isinstance(array.store, zarr.storage.LocalStore)
         )
+        codecs = [*map(_plain, configuration["codecs"])]
+        if not known or codecs[-1] != crc:
+            return None
+        if codecs[:-1] == [values]:
+            return _Form(None)
+        transpose, serializer, zstd = codecs[:-1]
+        if (transpose["name"], serializer, zstd["name"]) == ("transpose", values, "zstd"):
+            return _Form(tuple(transpose["configuration"]["order"]))
     except (KeyError, ValueError, TypeError):
-        return False
+        pass
+    return None
 
 
 def _plain(codec: Any) -> dict[str, Any]:

@@ -10,10 +10,12 @@ On disk (``docs/store-format.md``)::
     quarantine/        shards that could not be written, with the reason
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import zarr
+from zarr.codecs import Crc32cCodec
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
@@ -42,15 +45,17 @@ from ..schemas import (
     publish,
     write_document,
 )
-from .codecs import CODECS
+from .codecs import Codec, open_codec
 from .layout import format_bytes
-from .shards import RowArray, allocate
+from .shards import Pieces, RowArray, allocate
 
 if TYPE_CHECKING:
     import torch
 
 M = TypeVar("M", FeatureManifest, LatentManifest)
 MANIFEST = "manifest.json"
+BLOCK_BYTES = 4_000_000
+"""Decoded bytes that are read and decoded at a time by one thread."""
 _RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
 
 
@@ -89,11 +94,38 @@ class Rows:
 
     def numpy(self) -> np.ndarray:
         """float32 ``[rows, L, H]``, exactly."""
-        return CODECS["bf16"].decode(self.bits)
+        return (self.bits.astype(np.uint32) << 16).view(np.float32)
 
-    def tensor(self) -> "torch.Tensor":
-        """bfloat16 ``[rows, L, H]`` on the CPU, sharing memory with ``bits``."""
-        return CODECS["bf16"].decode_torch(self.bits)
+    def tensor(self, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """bfloat16 ``[rows, L, H]``; on the CPU it shares memory with ``bits``."""
+        import torch
+
+        return torch.from_numpy(self.bits).view(torch.bfloat16).to(device)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Packed codes of several captions: what is on disk, decompressed, to be decoded anywhere.
+
+    Attributes:
+        planes: by name, ``[rows, L, size]``; L are the stored layers up to the last one wanted.
+        offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
+        codec: that decodes them.
+        layers: positions of the layers wanted.
+    """
+
+    planes: dict[str, np.ndarray]
+    offsets: np.ndarray
+    codec: Codec
+    layers: list[int]
+
+    def tensor(self, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """Decoded on a device, to which only the codes are moved: bfloat16 ``[rows, L, H]``."""
+        import torch
+
+        planes = {name: torch.from_numpy(codes) for name, codes in self.planes.items()}
+        moved = {name: codes.to(device, non_blocking=True) for name, codes in planes.items()}
+        return self.codec.decode_torch(moved, self.layers)
 
 
 class _Store(Generic[M]):
@@ -271,26 +303,48 @@ class FeatureStore(_Store[FeatureManifest]):
     kind = "feature"
     manifest_type = FeatureManifest
     group = "hidden.zarr"
+    direct = True
+    """Read shard files of the known form without zarr-python; set it before the first read."""
+
+    @cached_property
+    def num_threads(self) -> int:
+        """Threads that :meth:`read` decodes with; may be set."""
+        return len(os.sched_getaffinity(0))
 
     @classmethod
     def create(
-        cls, path: Path, manifest: FeatureManifest, captions: pa.Table, samples: pa.Table
+        cls,
+        path: Path,
+        manifest: FeatureManifest,
+        captions: pa.Table,
+        samples: pa.Table,
+        parameters: Mapping[str, np.ndarray] | None = None,
     ) -> "FeatureStore":
-        """Write tables, array metadata and, last, the manifest; no shard."""
+        """Write tables, array metadata and, last, the manifest; no shard.
+
+        Args:
+            parameters: of the codec, where it has been fitted.
+        """
         cls._prepare(path, ("captions.parquet", "samples.parquet"))
         _write_table(path / "captions.parquet", captions.cast(CAPTIONS_SCHEMA))
         _write_table(path / "samples.parquet", samples.cast(SAMPLES_SCHEMA))
         identity = manifest.identity
+        num_layers, width = len(identity.layers), identity.model.width
+        codec = open_codec(manifest.codec, num_layers, width, parameters or {})
         group = zarr.open_group(path / cls.group, mode="w")
-        allocate(
-            group,
-            "hidden",
-            manifest.layout,
-            (len(identity.layers), identity.model.width),
-            CODECS[manifest.codec.name].dtype,
-            ("row", "layer", "channel"),
-            {"semroute": {"codec": manifest.codec.name, "logical_dtype": "bfloat16"}},
-        )
+        for plane in codec.planes:
+            values = "channel" if plane.size == width else f"{plane.name}_value"
+            allocate(
+                group,
+                plane.name,
+                manifest.layout,
+                (num_layers, plane.size),
+                plane.dtype,
+                ("row", "layer", values),
+                {"semroute": {"codec": codec.name, "meaning": plane.meaning}},
+                plane.order,
+            )
+        _write_parameters(group, codec.parameters)
         layers = group.create_array(
             "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
         )
@@ -299,9 +353,33 @@ class FeatureStore(_Store[FeatureManifest]):
         return cls(path, manifest)
 
     @cached_property
-    def array(self) -> RowArray:
-        """The stored codes."""
-        return RowArray(self.path / self.group / "hidden", self.manifest.layout)
+    def arrays(self) -> dict[str, RowArray]:
+        """The stored codes, an array a plane of the codec."""
+        root, layout = self.path / self.group, self.manifest.layout
+        direct = None if self.direct else False
+        return {
+            plane.name: RowArray(root / plane.name, layout, direct=direct)
+            for plane in self.codec.planes
+        }
+
+    @cached_property
+    def codec(self) -> Codec:
+        """What the codes mean.
+
+        Raises:
+            StoreError: its fitted parameters are not those that the manifest names.
+        """
+        spec, identity = self.manifest.codec, self.manifest.identity
+        parameters: dict[str, np.ndarray] = {}
+        if spec.fit is not None:
+            group = zarr.open_group(str(self.path / self.group / "parameters"), mode="r")
+            parameters = {name: np.asarray(array[...]) for name, array in group.arrays()}
+            if digest_parameters(parameters) != spec.fit.sha256:
+                raise StoreError(
+                    f"{self.path / self.group / 'parameters'} does not hold what the codec was "
+                    "fitted to (its sha256 is not the manifest's); put it back from a copy"
+                )
+        return open_codec(spec, len(identity.layers), identity.model.width, parameters)
 
     @cached_property
     def captions(self) -> pa.Table:
@@ -318,10 +396,13 @@ class FeatureStore(_Store[FeatureManifest]):
         """Stored layers, ascending."""
         return self.manifest.identity.layers
 
-    def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard of codes ``[rows_per_shard, L, H]``."""
-        written = self.array.write_shard(shard, codes)
-        return {f"{self.group}/hidden/{name}": file for name, file in written.items()}
+    def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
+        """Write one whole shard of codes, each plane ``[rows_per_shard, L, size]``."""
+        return {
+            f"{self.group}/{name}/{file}": written
+            for name, array in self.arrays.items()
+            for file, written in array.write_shard(shard, planes[name]).items()
+        }
 
     def __len__(self) -> int:
         return self.manifest.identity.captions.num_captions
@@ -352,29 +433,86 @@ class FeatureStore(_Store[FeatureManifest]):
         Raises:
             InputError: no such caption or layer, or its shard is not written.
         """
+        starts, stops, offsets = self._runs(ids)
+        positions = self._positions(layers)
+        shape = (len(positions), self.manifest.identity.model.width)
+        if out is None:
+            out = np.empty((offsets[-1], *shape), np.uint16)
+        elif out.dtype != np.uint16 or out.shape[1:] != shape:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}; expected uint16 [rows, {shape[0]}, {shape[1]}]"
+            )
+        elif len(out) < offsets[-1]:
+            raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
+        rows = out[: offsets[-1]]
+        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk)
+        if self.codec.name == "bf16":
+            everything = positions == list(range(len(self.layers)))
+            self.arrays["hidden"].read_pieces(
+                pieces, rows, slice(None) if everything else positions
+            )
+            return Rows(rows, offsets)
+
+        def decode(block: Pieces) -> None:
+            planes = self._planes(block.packed(), int(block.num.sum()), max(positions) + 1)
+            targets = block.rows()
+            if (np.diff(targets) == 1).all():
+                self.codec.decode(planes, positions, rows[targets[0] : targets[-1] + 1])
+            else:
+                decoded = np.empty((len(targets), *shape), np.uint16)
+                self.codec.decode(planes, positions, decoded)
+                rows[targets] = decoded
+
+        chunk_bytes = self.manifest.layout.rows_per_chunk * self.bytes_per_row()
+        blocks = [*pieces.blocks(max(1, BLOCK_BYTES // chunk_bytes))]
+        if self.num_threads > 1 and len(blocks) > 1:
+            with ThreadPoolExecutor(min(self.num_threads, len(blocks))) as pool:
+                for _ in pool.map(decode, blocks):
+                    pass
+        else:
+            for block in blocks:
+                decode(block)
+        return Rows(rows, offsets)
+
+    def read_codes(
+        self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None
+    ) -> Codes:
+        """What :meth:`read` reads, not yet decoded, for a device that decodes faster.
+
+        Args, errors: as for :meth:`read`.
+        """
+        starts, stops, offsets = self._runs(ids)
+        positions = self._positions(layers)
+        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk)
+        planes = self._planes(pieces, int(offsets[-1]), max(positions) + 1)
+        return Codes(planes, offsets, self.codec, positions)
+
+    def _planes(self, pieces: Pieces, num_rows: int, num_layers: int) -> dict[str, np.ndarray]:
+        """Codes of the lowest stored layers, ``[num_rows, num_layers, size]`` each."""
+        planes = {}
+        for name, array in self.arrays.items():
+            size = array.row_shape[1]
+            planes[name] = np.empty((num_rows, num_layers, size), array.dtype)
+            array.read_pieces(pieces, planes[name], slice(num_layers))
+        return planes
+
+    def _runs(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of captions, from and to, and where they go when they are packed."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise StoreError(
                 f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to "
                 f"{len(self) - 1}"
             )
-        select: list[int] | slice = slice(None)
-        if layers is not None and list(layers) != self.layers:
-            select = [self._layer_position(layer) for layer in layers]
         starts, stops = self._row_starts[ids], self._row_stops[ids]
-        offsets = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
-        num_layers = len(self.layers) if isinstance(select, slice) else len(select)
-        width = self.manifest.identity.model.width
-        if out is None:
-            out = np.empty((offsets[-1], num_layers, width), np.uint16)
-        elif out.dtype != np.uint16 or out.shape[1:] != (num_layers, width):
-            raise ValueError(f"out is {out.dtype} {out.shape}; expected uint16 [rows, {num_layers},"
-                             f" {width}]")  # fmt: skip
-        elif len(out) < offsets[-1]:
-            raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
-        rows = out[: offsets[-1]]
-        self.array.read(starts, stops, rows, select)
-        return Rows(rows, offsets)
+        return starts, stops, np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+
+    def _positions(self, layers: Sequence[int] | None) -> list[int]:
+        if layers is None:
+            return list(range(len(self.layers)))
+        if not len(layers):
+            raise StoreError("no layer asked for")
+        return [self._layer_position(layer) for layer in layers]
 
     def _layer_position(self, layer: int) -> int:
         if layer not in self.layers:
@@ -522,6 +660,43 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes, dtypes and values of fitted arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        array = np.ascontiguousarray(parameters[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+_PARAMETER_DIMENSIONS = {
+    "slope": ("layer", "channel"),
+    "bias": ("layer", "channel"),
+    "base": ("layer", "channel"),
+    "follow": ("layer", "distance"),
+    "matrix": ("layer", "channel_below", "channel"),
+    "rotation": ("layer", "axis", "channel"),
+}
+
+
+def _write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
+    if not parameters:
+        return
+    folder = group.create_group("parameters")
+    for name, values in parameters.items():
+        array = folder.create_array(
+            name,
+            shape=values.shape,
+            chunks=(1, *values.shape[1:]),
+            dtype=values.dtype,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=_PARAMETER_DIMENSIONS[name],
+        )
+        array[...] = values
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -6,10 +6,13 @@ from .errors import InputError
 from .facts import Facts
 from .fingerprint import fingerprint
 from .manifest import (
+    MAX_QUALITY,
+    MIN_QUALITY,
     CaptionsIdentity,
     Codec,
     FeatureIdentity,
     FeatureManifest,
+    Fit,
     LatentIdentity,
     LatentManifest,
     Layout,
@@ -34,6 +37,8 @@ from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 __all__ = [
     "CAPTIONS_SCHEMA",
     "LATENT_SAMPLES_SCHEMA",
+    "MAX_QUALITY",
+    "MIN_QUALITY",
     "SAMPLES_SCHEMA",
     "CaptionsIdentity",
     "Codec",
@@ -45,6 +50,7 @@ __all__ = [
     "Facts",
     "FeatureIdentity",
     "FeatureManifest",
+    "Fit",
     "FlowConfig",
     "InputError",
     "LatentIdentity",

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from .contract import Contract
 
+MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
 
 
@@ -89,10 +90,27 @@ class Layout(Contract):
     """CPU threads of a worker: another number can change the last bit of what a CPU computes."""
 
 
+class Fit(Contract):
+    """The sample on which a codec's parameters were fitted, and what came out."""
+
+    num_captions: int = Field(ge=1)
+    """The first so many in store order, which is a seeded random one."""
+    num_rows: int = Field(ge=1)
+    """Their tokens."""
+    sha256: str
+    """Of the fitted arrays in ``hidden.zarr/parameters``, by name."""
+
+
 class Codec(Contract):
     """What the stored codes mean (see ``pipeline.codecs``)."""
 
-    name: Literal["bf16"]
+    name: Literal["bf16", "lossless", "delta", "linear"]
+    quality: float | None = Field(None, ge=MIN_QUALITY, le=MAX_QUALITY)
+    """delta, linear: the step is 2**-quality; one more halves the error and costs a bit."""
+    code_bits: Literal[4, 8] | None = None
+    """delta, linear: of a code; larger ones have an escape."""
+    fit: Fit | None = None
+    """lossless, delta, linear: fitted before the first shard."""
 
 
 class Provenance(Contract):

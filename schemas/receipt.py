@@ -1,5 +1,7 @@
 """``receipts/`` and ``quarantine/``: one small file a shard, written after the shard itself."""
 
+from pydantic import Field
+
 from .contract import Contract
 
 
@@ -22,6 +24,8 @@ class Receipt(Contract):
     codec_error: dict[str, float]
     """Relative L2 error of LN(h) made by the codec, over the shard: mean, max, and both without the
     three largest channels. Empty where nothing was coded."""
+    layer_error: dict[str, float] = Field(default_factory=dict)
+    """LLM layer -> the mean of that error."""
     warnings: list[str]
     seconds: dict[str, float]
     """Where the time went: load (of the LLM), encode, write."""

@@ -179,7 +179,7 @@ def write_random_store(path: Path, samples_file: Path) -> None:
                 shard=shard,
                 num_rows=used,
                 num_entries=len(entries),
-                files=store.write_shard(shard, codes),
+                files=store.write_shard(shard, {"hidden": codes}),
                 codec_error=error,
                 warnings=[],
                 seconds={},
