@@ -12,7 +12,7 @@ import click
 from . import __version__
 from .pipeline.cluster import DISK_FULL, Interrupted
 from .pipeline.layout import parse_bytes
-from .schemas import InputError, TrainConfig, parse
+from .schemas import MAX_QUALITY, MIN_QUALITY, InputError, TrainConfig, parse
 
 NUM_JUDGED = 24
 """Images that evaluate shows."""
@@ -170,6 +170,19 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     show_default=True,
     type=click.Choice(["auto", "float32", "bfloat16"]),
     help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--codec",
+    default="bf16",
+    show_default=True,
+    type=click.Choice(["bf16", "lossless", "delta", "linear"]),
+    help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
+)
+@click.option(
+    "--quality",
+    type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
+    help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
+    "bit a value.",
 )
 @click.option(
     "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
