@@ -257,7 +257,8 @@ class Lossless(Codec):
         distance = torch.zeros(0)
         for layer in range(max(layers) + 1):
             narrow = _unpair(planes["code"][:, layer], self.width)
-            zigzag = torch.where(narrow == 15, 14 + planes["escape"][:, layer].int(), narrow)
+            escape = planes["escape"][:, layer].int()
+            zigzag = torch.where(narrow == 15, 14 + escape, narrow) & 0xFF
             residual = (zigzag >> 1) ^ -(zigzag & 1)
             if layer:
                 residual = residual + follow[layer][(distance & 0xFF).long()]

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class Pieces:
     def blocks(self, num_chunks: int) -> Iterator["Pieces"]:
         """The same in parts of about so many chunks; no chunk is in two."""
         starts = np.flatnonzero(np.diff(self.chunk, prepend=-1))[::num_chunks].tolist()
-        for start, stop in zip(starts, [*starts[1:], len(self.chunk)], strict=True):
+        for start, stop in pairwise([*starts, len(self.chunk)]):
             part = slice(start, stop)
             yield Pieces(self.chunk[part], self.first[part], self.num[part], self.target[part])
 

@@ -1,9 +1,11 @@
 """A tiny LLM with random weights, a table of captioned images, and stores made from both."""
 
+import functools
 import importlib.util
 import io
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +104,28 @@ def feature_store(
     return path
 
 
-def write_random_store(path: Path, samples_file: Path) -> None:
+@pytest.fixture(scope="session")
+def random_store(
+    tmp_path_factory: pytest.TempPathFactory, samples_file: Path
+) -> Callable[[str], Path]:
+    """Codec -> a complete store of random codes and parameters, written without torch."""
+
+    @functools.cache
+    def make(codec: str) -> Path:
+        path = tmp_path_factory.mktemp("random") / codec
+        write_random_store(path, samples_file, codec)
+        return path
+
+    return make
+
+
+def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16") -> None:
     """A feature store written with numpy alone: a token a byte, and one for BOS."""
+    from semroute.pipeline.codecs import open_codec
     from semroute.pipeline.filling import provenance
     from semroute.pipeline.layout import pack
     from semroute.pipeline.samples import read_samples
-    from semroute.pipeline.store import FeatureStore
+    from semroute.pipeline.store import FeatureStore, digest_parameters
     from semroute.schemas import (
         CAPTIONS_SCHEMA,
         SAMPLES_SCHEMA,
@@ -115,6 +133,7 @@ def write_random_store(path: Path, samples_file: Path) -> None:
         Codec,
         FeatureIdentity,
         FeatureManifest,
+        Fit,
         ModelIdentity,
         Receipt,
         Template,
@@ -126,6 +145,17 @@ def write_random_store(path: Path, samples_file: Path) -> None:
     texts = ["", *dict.fromkeys(rows)]
     lengths = np.array([max(1, len(text)) for text in texts])
     packing = pack(lengths, bytes_per_row=2 * 4 * 32, shard_bytes=300_000, batch_tokens=512)
+    rng = np.random.default_rng(0)
+    parameters = random_parameters(codec_name, rng)
+    spec = Codec(
+        name=codec_name,
+        quality=3.0 if codec_name in ("delta", "linear") else None,
+        code_bits={"delta": 8, "linear": 4}.get(codec_name),
+        fit=Fit(num_captions=1, num_rows=1, sha256=digest_parameters(parameters))
+        if parameters
+        else None,
+    )
+    codec = open_codec(spec, 4, 32, parameters)
     manifest = FeatureManifest(
         status="extracting",
         identity=FeatureIdentity(
@@ -145,7 +175,7 @@ def write_random_store(path: Path, samples_file: Path) -> None:
             samples=samples.identity(),
         ),
         layout=packing.layout,
-        codec=Codec(name="bf16"),
+        codec=spec,
         provenance=provenance(str(samples_file), "random"),
     )
     columns = [
@@ -166,20 +196,27 @@ def write_random_store(path: Path, samples_file: Path) -> None:
         manifest,
         pa.table(arrays, schema=CAPTIONS_SCHEMA),
         pa.table(sample_columns, schema=SAMPLES_SCHEMA),
+        parameters,
     )
-    rng = np.random.default_rng(0)
     error = {"mean": 1e-3, "max": 2e-3, "mean_without_top3": 1e-3, "max_without_top3": 2e-3}
     for shard in store.remaining():
         entries = packing.entries(shard)
-        codes = np.zeros((packing.layout.rows_per_shard, 4, 32), np.uint16)
         used = int(lengths[entries.start : entries.stop].sum())
-        codes[:used] = rng.integers(0, 0x3F80, (used, 4, 32))
+        planes = {
+            plane.name: np.zeros((packing.layout.rows_per_shard, 4, plane.size), plane.dtype)
+            for plane in codec.planes
+        }
+        for name, codes in planes.items():
+            codes[:used] = rng.integers(0, 0x3F80 if name == "hidden" else 256, codes[:used].shape)
+        if "scalar" in planes:  # numbers of a sensible size: means and deviations about 1
+            planes["scalar"][:used, :, 1:4:2] = 0x3F
+            planes["scalar"][:used, :, 4] = rng.integers(150, 190, (used, 4))
         store.write_receipt(
             Receipt(
                 shard=shard,
                 num_rows=used,
                 num_entries=len(entries),
-                files=store.write_shard(shard, {"hidden": codes}),
+                files=store.write_shard(shard, planes),
                 codec_error=error,
                 warnings=[],
                 seconds={},
@@ -187,6 +224,20 @@ def write_random_store(path: Path, samples_file: Path) -> None:
             )
         )
     store.finish()
+
+
+def random_parameters(codec: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Of 4 layers of width 32."""
+    if codec == "lossless":
+        base, follow = (rng.integers(0, 256, (4, n)).astype(np.uint8) for n in (32, 256))
+        return {"base": base, "follow": follow}
+    if codec not in ("delta", "linear"):
+        return {}
+    bias = rng.normal(size=(4, 32)).astype(np.float32)
+    if codec == "delta":
+        return {"slope": rng.uniform(0.5, 1, (4, 32)).astype(np.float32), "bias": bias}
+    matrix, rotation = ((rng.normal(size=(4, 32, 32)) / 8).astype(np.float16) for _ in range(2))
+    return {"matrix": matrix, "rotation": rotation, "bias": bias}
 
 
 @pytest.fixture(scope="session")

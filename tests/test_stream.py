@@ -127,6 +127,20 @@ class TestStream:
             dropped += not is_own
         assert 0 < dropped < 16
 
+    @pytest.mark.parametrize("codec", ["bf16", "lossless", "delta", "linear"])
+    def test_codes_are_decoded_where_the_batch_goes(self, codec, random_store, latent_store):
+        features, latents = open_features(random_store(codec)), open_latents(latent_store)
+        late, early = (
+            Stream(features, latents, DataConfig(batch_size=8), seed=0, layers=[2, 4], codes=codes)
+            for codes in (True, False)
+        )
+        cpu = torch.device("cpu")
+        found, expected = late.read(3).to(cpu).hidden, early.read(3).to(cpu).hidden
+        if codec == "linear":  # numpy and torch multiply matrices each in their own way
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
+        else:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
     def test_every_unique_caption_is_read_once(self, make):
         (batch,) = self.take(make(batch_size=32, caption_dropout=1.0), 1)
         assert len(batch.offsets) == 2

@@ -251,7 +251,7 @@ def generate(
     layers = model.router.layers_read
     null = None
     if cfg_scale != 1.0:
-        null = features.read([NULL_CAPTION], layers).tensor().to(device)
+        null = features.read([NULL_CAPTION], layers).tensor(device)
     latents = np.empty((len(caption_ids), *model.latent_shape), np.float32)
     with tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar:
         for first in range(0, len(caption_ids), batch_size):
@@ -260,7 +260,7 @@ def generate(
             latents[first : first + len(part)] = sample(
                 model,
                 flow,
-                rows.tensor().to(device),
+                rows.tensor(device),
                 torch.from_numpy(rows.offsets),
                 null,
                 num_steps=num_steps,

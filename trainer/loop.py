@@ -87,6 +87,7 @@ def train(config: TrainConfig) -> Path:
         world_size=accelerator.num_processes,
         grad_accum_steps=config.grad_accum_steps,
         start_step=0 if found is None else found.step,
+        codes=accelerator.device.type != "cpu",
     )
     # Every rank has looked at the directory before one of them writes to it.
     accelerator.wait_for_everyone()

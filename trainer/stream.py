@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pipeline.store import FeatureStore, LatentStore
+from ..pipeline.store import Codes, FeatureStore, LatentStore, Rows
 from ..schemas import DataConfig, InputError
 from .flow import Flow
 
@@ -101,7 +101,7 @@ class Batch:
         step, micro_step: which.
         position: global position of the first sample; the others follow.
         sample_ids: int64 [B].
-        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once.
+        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once; or their codes.
         offsets: int64 [U + 1], on the CPU.
         caption: int64 [B], index of each sample's caption among the unique ones, on the CPU.
         latents: fp32 [B, C, height, width].
@@ -111,14 +111,16 @@ class Batch:
     micro_step: int
     position: int
     sample_ids: np.ndarray
-    hidden: Tensor
+    hidden: Tensor | Codes
     offsets: Tensor
     caption: Tensor
     latents: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same with the large tensors on a device."""
-        return replace(self, hidden=self.hidden.to(device), latents=self.latents.to(device))
+        """The same with the large tensors on a device, where codes are decoded."""
+        hidden = self.hidden
+        moved = hidden.tensor(device) if isinstance(hidden, Codes) else hidden.to(device)
+        return replace(self, hidden=moved, latents=self.latents.to(device))
 
 
 class Stream:
@@ -131,6 +133,8 @@ class Stream:
         features, latents: complete stores of the same samples.
         layers: LLM layers to read, in this order (``router.layers_read``).
         start_step: the first step to deliver.
+        codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
+            decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
 
     Attributes:
         wait_seconds: how long the consumer waited for data so far.
@@ -152,6 +156,7 @@ class Stream:
         world_size: int = 1,
         grad_accum_steps: int = 1,
         start_step: int = 0,
+        codes: bool = False,
     ) -> None:
         check_joined(features, latents)
         parts = world_size * grad_accum_steps
@@ -168,6 +173,7 @@ class Stream:
         self.world_size = world_size
         self.grad_accum_steps = grad_accum_steps
         self.start_step = start_step
+        self.codes = codes
         self.wait_seconds = 0.0
         captions = features.samples["caption_ids"].combine_chunks()
         self._caption_ids = captions.values.to_numpy()
@@ -190,13 +196,17 @@ class Stream:
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         samples = self.order.samples(first, num)
         unique, caption = np.unique(self._captions_at(first, samples), return_inverse=True)
-        rows = self.features.read(unique, self.layers)
+        rows: Rows | Codes
+        if self.codes:
+            rows = self.features.read_codes(unique, self.layers)
+        else:
+            rows = self.features.read(unique, self.layers)
         return Batch(
             step=step,
             micro_step=micro_step,
             position=first,
             sample_ids=samples,
-            hidden=rows.tensor(),
+            hidden=rows if isinstance(rows, Codes) else rows.tensor(),
             offsets=torch.from_numpy(rows.offsets),
             caption=torch.from_numpy(caption),
             latents=torch.from_numpy(self.latents.read(samples)),
