@@ -105,7 +105,8 @@ class Codec(ABC):
     code_bits: Literal[4, 8] = 8
 
     name: ClassVar[str]
-    fitted: ClassVar[bool] = False
+    fitted: ClassVar[bool] = True
+    compressed: ClassVar[bool] = True
 
     @cached_property
     @abstractmethod
@@ -168,6 +169,8 @@ class Bf16(Codec):
     """
 
     name = "bf16"
+    fitted = False
+    compressed = False
 
     @cached_property
     def planes(self) -> tuple[Plane, ...]:
@@ -201,7 +204,6 @@ class Lossless(Codec):
     """
 
     name = "lossless"
-    fitted = True
 
     @cached_property
     def planes(self) -> tuple[Plane, ...]:
@@ -400,7 +402,6 @@ class Delta(Predictive):
     """Predicted by a slope and a bias a channel."""
 
     name = "delta"
-    fitted = True
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch
@@ -450,7 +451,6 @@ class Linear(Predictive):
     """
 
     name = "linear"
-    fitted = True
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch

@@ -8,8 +8,11 @@ import numpy as np
 
 from ..schemas import InputError, Layout
 
-ROWS_PER_CHUNK = 8
+MAX_ROWS_PER_CHUNK = 8
 """Unit of read: small against a caption of 5 to 100 tokens, so that little is read in vain."""
+CHUNK_BYTES = 262_144
+"""Uncompressed: a chunk's own cost (a table of zstd's, a look-up) is little against so much. Of a
+large LLM it is a token or two."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -66,7 +69,8 @@ def pack(
     bytes_per_row: int,
     shard_bytes: int,
     batch_tokens: int,
-    rows_per_chunk: int = ROWS_PER_CHUNK,
+    rows_per_chunk: int | None = None,
+    aligned: bool = False,
     num_threads: int = 1,
 ) -> Packing:
     """Deal entries to shards in the order given; a shard ends where the next does not fit.
@@ -77,8 +81,14 @@ def pack(
         shard_bytes: wanted size of a full shard; rounded down to whole chunks, and up to hold the
             longest entry.
         batch_tokens, num_threads: recorded in the layout, where workers find them.
+        rows_per_chunk: default as many as ``CHUNK_BYTES`` hold, at most 8.
+        aligned: begin every entry at a chunk. Zeros between entries are free under compression, and
+            no entry's chunk holds another's rows, which would be decompressed in vain.
     """
-    num_rows = np.asarray(num_rows, np.int64)
+    if rows_per_chunk is None:
+        rows_per_chunk = max(1, min(MAX_ROWS_PER_CHUNK, round(CHUNK_BYTES / bytes_per_row)))
+    used = np.asarray(num_rows, np.int64)
+    num_rows = -(-used // rows_per_chunk) * rows_per_chunk if aligned else used
     total = int(num_rows.sum())
     wanted = shard_bytes // (bytes_per_row * rows_per_chunk)
     needed = -(-int(num_rows.max()) // rows_per_chunk)
@@ -101,7 +111,7 @@ def pack(
         num_shards=num_shards,
         rows_per_shard=rows_per_shard,
         rows_per_chunk=rows_per_chunk,
-        num_rows=total,
+        num_rows=int(used.sum()),
         batch_tokens=batch_tokens,
         num_threads=num_threads,
     )

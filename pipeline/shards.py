@@ -8,6 +8,7 @@ zarr-python.
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numcodecs
 import numpy as np
 import zarr
+import zstandard
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from ..schemas import InputError, Layout, WrittenFile
@@ -246,8 +247,11 @@ class _ShardFile:
         order: tuple[int, ...] | None,
     ) -> None:
         self.path, self.chunk_shape, self.dtype, self.order = path, chunk_shape, dtype, order
+        self.stored_shape = tuple(chunk_shape[axis] for axis in order or ())
+        self.num_bytes = int(np.prod(chunk_shape)) * dtype.itemsize
+        self.back = tuple(np.argsort(order or ()).tolist())
         try:
-            self.bytes = np.memmap(path, np.uint8, mode="r")
+            self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
         except FileNotFoundError as error:
             raise InputError(
                 f"{path} is not written yet; run the command that makes this store again"
@@ -275,15 +279,22 @@ class _ShardFile:
             self.checked[number] = True
         if self.order is None:
             return coded[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)
-        rows = np.empty([self.chunk_shape[axis] for axis in self.order], self.dtype)
         try:
-            _ZSTD.decode(coded[:-_CRC_BYTES], rows)
-        except RuntimeError as error:
+            stored = _zstd().decompress(coded[:-_CRC_BYTES].data, self.num_bytes)
+            rows = np.frombuffer(stored, self.dtype).reshape(self.stored_shape)
+        except (zstandard.ZstdError, ValueError) as error:
             raise CorruptShardError(f"{self.path}: chunk {number} is no zstd: {error}") from error
-        return rows.transpose(np.argsort(self.order))
+        return rows.transpose(self.back)
 
 
-_ZSTD = numcodecs.Zstd(ZSTD_LEVEL)
+_threads = threading.local()
+
+
+def _zstd() -> zstandard.ZstdDecompressor:
+    """One a thread: it may not be shared, and to make one costs as much as a small chunk."""
+    if not hasattr(_threads, "zstd"):
+        _threads.zstd = zstandard.ZstdDecompressor()
+    return _threads.zstd
 
 
 def _crc_fits(coded: np.ndarray) -> bool:

@@ -144,7 +144,13 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
     rows = [row[0] for row in samples.texts().to_pylist()]
     texts = ["", *dict.fromkeys(rows)]
     lengths = np.array([max(1, len(text)) for text in texts])
-    packing = pack(lengths, bytes_per_row=2 * 4 * 32, shard_bytes=300_000, batch_tokens=512)
+    packing = pack(
+        lengths,
+        bytes_per_row=2 * 4 * 32,
+        shard_bytes=300_000,
+        batch_tokens=512,
+        aligned=codec_name != "bf16",
+    )
     rng = np.random.default_rng(0)
     parameters = random_parameters(codec_name, rng)
     spec = Codec(
@@ -201,20 +207,24 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
     error = {"mean": 1e-3, "max": 2e-3, "mean_without_top3": 1e-3, "max_without_top3": 2e-3}
     for shard in store.remaining():
         entries = packing.entries(shard)
-        used = int(lengths[entries.start : entries.stop].sum())
+        shard_rows = [
+            np.arange(packing.row_start[i], packing.row_start[i] + lengths[i]) for i in entries
+        ]
+        used = np.concatenate(shard_rows) - shard * packing.layout.rows_per_shard
         planes = {
             plane.name: np.zeros((packing.layout.rows_per_shard, 4, plane.size), plane.dtype)
             for plane in codec.planes
         }
         for name, codes in planes.items():
-            codes[:used] = rng.integers(0, 0x3F80 if name == "hidden" else 256, codes[:used].shape)
+            largest = 0x3F80 if name == "hidden" else 256
+            codes[used] = rng.integers(0, largest, codes[used].shape)
         if "scalar" in planes:  # numbers of a sensible size: means and deviations about 1
-            planes["scalar"][:used, :, 1:4:2] = 0x3F
-            planes["scalar"][:used, :, 4] = rng.integers(150, 190, (used, 4))
+            planes["scalar"][used, :, 1:4:2] = 0x3F
+            planes["scalar"][used, :, 4] = rng.integers(150, 190, (len(used), 4))
         store.write_receipt(
             Receipt(
                 shard=shard,
-                num_rows=used,
+                num_rows=len(used),
                 num_entries=len(entries),
                 files=store.write_shard(shard, planes),
                 codec_error=error,

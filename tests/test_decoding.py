@@ -76,9 +76,9 @@ class TestEveryCodec:
     def test_values_are_those_of_the_documented_formula(self, name, random_store):
         store = open_features(random_store(name))
         group = zarr.open_group(store.path / "hidden.zarr", mode="r")
-        rows = store.captions["row_start"][5].as_py(), store.captions["row_stop"][9].as_py()
-        expected = decode_as_documented(group, slice(*rows))
-        found = store.read(range(5, 10)).numpy()
+        caption = store.captions.slice(5, 1).to_pylist()[0]
+        expected = decode_as_documented(group, slice(caption["row_start"], caption["row_stop"]))
+        found = store.read([5]).numpy()
         if name in ("bf16", "lossless"):
             np.testing.assert_array_equal(found, expected)
         else:

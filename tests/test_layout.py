@@ -11,15 +11,30 @@ from semroute.schemas import InputError
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=200).map(np.array)
 
 
-@given(num_rows=lengths, bytes_per_row=st.integers(1, 5000), shard_bytes=st.integers(1, 10**6))
-def test_no_entry_straddles_a_shard_and_no_row_is_used_twice(num_rows, bytes_per_row, shard_bytes):
-    packing = pack(num_rows, bytes_per_row=bytes_per_row, shard_bytes=shard_bytes, batch_tokens=1)
+@given(
+    num_rows=lengths,
+    bytes_per_row=st.integers(1, 300_000),
+    shard_bytes=st.integers(1, 10**8),
+    aligned=st.booleans(),
+)
+def test_no_entry_straddles_a_shard_and_no_row_is_used_twice(
+    num_rows, bytes_per_row, shard_bytes, aligned
+):
+    packing = pack(
+        num_rows,
+        bytes_per_row=bytes_per_row,
+        shard_bytes=shard_bytes,
+        batch_tokens=1,
+        aligned=aligned,
+    )
     layout = packing.layout
     stops = packing.row_start + num_rows
     assert (packing.row_start // layout.rows_per_shard == packing.shard).all()
     assert ((stops - 1) // layout.rows_per_shard == packing.shard).all()
     assert (packing.row_start[1:] >= stops[:-1]).all()
     assert layout.num_rows == num_rows.sum()
+    assert 1 <= layout.rows_per_chunk <= 8
+    assert not aligned or (packing.row_start % layout.rows_per_chunk == 0).all()
     assert layout.rows_per_shard % layout.rows_per_chunk == 0
     entries = [list(packing.entries(shard)) for shard in range(layout.num_shards)]
     assert all(entries)
