@@ -64,11 +64,11 @@ def contents(store: Path) -> dict[str, bytes]:
     return found
 
 
-def start(samples_file, tiny_llm, features, workers=2):
+def start(samples_file, tiny_llm, features, *options, workers=2):
     command = [sys.executable, "-m", "semroute.cli", "extract", str(samples_file), str(features)]
     command += ["--model", str(tiny_llm), "--shard-size", str(SHARD_BYTES)]
     return subprocess.Popen(
-        [*command, "--workers", str(workers), "--threads", "1"],
+        [*command, "--workers", str(workers), "--threads", "1", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,6 +135,74 @@ class TestStored:
         assert all(row["num_tokens"] == 19 for row in cut.to_pylist())
         assert any(f"{cut.num_rows} captions are longer than 20 tokens" in line for line in lines)
         assert any(line.startswith("  -") and "seen from very far above" in line for line in lines)
+
+
+class TestCodecs:
+    @pytest.mark.parametrize(
+        ("codec", "quality", "largest"),
+        [("lossless", None, 0), ("delta", 4, 0.025), ("delta", 6, 0.012), ("linear", 4, 0.025)],
+    )
+    def test_a_reader_gets_what_the_receipts_promise(
+        self, arguments, undisturbed, codec, quality, largest
+    ):
+        store = extract(**arguments | {"codec": codec, "quality": quality})
+        exact = semroute.open_features(undisturbed).read(range(193))
+        found = store.read(range(193))
+        assert store.num_bytes() < semroute.open_features(undisturbed).num_bytes()
+        norm = torch.nn.functional.layer_norm
+        a, b = (norm(rows.tensor().float(), (32,)) for rows in (exact, found))
+        error = (b - a).norm(dim=-1) / a.norm(dim=-1)
+        promised = [receipt.codec_error["mean"] for receipt in store.receipts().values()]
+        if codec == "lossless":
+            # Batches are those of larger shards, which changes a last bit here and there.
+            assert (exact.bits != found.bits).mean() < 1e-2
+            assert max(promised) < 2**-8
+            return
+        assert float(error.mean()) < largest
+        assert 0.8 < np.mean(promised) / float(error.mean()) < 1.25
+        for receipt in store.receipts().values():
+            assert list(receipt.layer_error) == ["1", "2", "3", "4"]
+
+    def test_a_killed_driver_is_continued_to_the_same_bytes(
+        self, arguments, samples_file, tiny_llm, tmp_path
+    ):
+        whole = extract(**arguments | {"codec": "delta", "features": tmp_path / "whole"})
+        features = tmp_path / "killed"
+        process = start(samples_file, tiny_llm, features, "--codec", "delta")
+        wait_for_shards(process, features, 2)
+        process.kill()
+        process.communicate()
+        process = start(samples_file, tiny_llm, features, "--codec", "delta")
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert "fitted" not in output  # what was fitted is part of the store
+        assert contents(features) == contents(whole.path)
+
+    def test_another_codec_or_quality_is_refused(self, arguments):
+        extract(**arguments | {"codec": "delta"})
+        for change in ({"codec": "linear"}, {"codec": "delta", "quality": 3}, {}):
+            with pytest.raises(StoreError, match=r"codec\.(name|quality)"):
+                extract(**arguments | change)
+
+    def test_a_quality_that_means_nothing_is_refused(self, arguments):
+        with pytest.raises(InputError, match="--codec lossless has no step"):
+            extract(**arguments | {"codec": "lossless", "quality": 4})
+        with pytest.raises(InputError, match=r"expected 2 \(coarse\) to 8"):
+            extract(**arguments | {"codec": "delta", "quality": 9})
+        assert not arguments["features"].exists()
+
+    def test_a_sample_that_is_not_finite_names_caption_and_layer(
+        self, arguments, tiny_llm, tmp_path
+    ):
+        from safetensors.torch import load_file, save_file
+
+        broken = shutil.copytree(tiny_llm, tmp_path / "broken")
+        weights = load_file(broken / "model.safetensors")
+        weights["layers.2.mlp.down_proj.weight"][:] = torch.inf
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"layer 3 are not finite for the caption '"):
+            extract(**arguments | {"model": str(broken), "codec": "delta"})
+        assert not arguments["features"].exists()
 
 
 class TestContinuing:
