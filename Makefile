@@ -44,7 +44,7 @@ store-test:
 	$(STORE_PYTHON) -m venv $(VENV)-store
 	$(VENV)-store/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-store/bin/python -m pip install --quiet --no-deps --editable .
-	$(VENV)-store/bin/python -m pip install --quiet zarr zstandard numba numcodecs google-crc32c pyarrow pydantic \
+	$(VENV)-store/bin/python -m pip install --quiet zarr universal_pathlib zstandard numba numcodecs google-crc32c pyarrow pydantic \
 	  fsspec click numpy pillow tqdm tensorstore xarray pytest pytest-timeout hypothesis
 	$(VENV)-store/bin/python -m pip list 2>/dev/null | grep -iE '^(zarr|numcodecs|numpy|tensorstore) '
 	$(VENV)-store/bin/python -m pytest $(STORE_TESTS:%=tests/test_%.py)

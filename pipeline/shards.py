@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import google_crc32c
@@ -38,7 +38,7 @@ class RowArray:
     """Rows ``[num_shards * rows_per_shard, *row_shape]`` in shards.
 
     Args:
-        path: folder of the Zarr array.
+        path: folder of the Zarr array, or one behind a URL (``upath.UPath``), for reading.
         layout: of the store.
         direct: read the shard files themselves; None: where the array is of the known form.
     """
@@ -46,7 +46,8 @@ class RowArray:
     def __init__(self, path: Path, layout: Layout, *, direct: bool | None = None) -> None:
         self.path = path
         self.layout = layout
-        self.array: Any = zarr.open_array(store=path, mode="r+")
+        local = isinstance(path, PosixPath)
+        self.array: Any = zarr.open_array(store=str(path), mode="r+" if local else "r")
         self.row_shape: tuple[int, ...] = tuple(self.array.shape[1:])
         self.dtype: np.dtype = self.array.dtype
         expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)

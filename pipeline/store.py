@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -144,12 +144,14 @@ class _Store(Generic[M]):
         """Open a store.
 
         Args:
+            path: a folder, or the URL of one that fsspec knows (``s3://``, ``gs://``, ``hf://`` and
+                more, each with its own package), which is read through zarr-python.
             complete: refuse a store that is not finished.
 
         Raises:
             StoreError: no store of this kind there, or not finished.
         """
-        path = Path(path)
+        path = _locate(path)
         try:
             document = json.loads((path / MANIFEST).read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -384,12 +386,12 @@ class FeatureStore(_Store[FeatureManifest]):
     @cached_property
     def captions(self) -> pa.Table:
         """A row a unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
-        return pyarrow.parquet.read_table(self.path / "captions.parquet", memory_map=True)
+        return _read_table(self.path / "captions.parquet")
 
     @cached_property
     def samples(self) -> pa.Table:
         """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        return pyarrow.parquet.read_table(self.path / "samples.parquet", memory_map=True)
+        return _read_table(self.path / "samples.parquet")
 
     @property
     def layers(self) -> list[int]:
@@ -594,7 +596,7 @@ class LatentStore(_Store[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
-        return pyarrow.parquet.read_table(self.path / "samples.parquet", memory_map=True)
+        return _read_table(self.path / "samples.parquet")
 
     def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
         """Write one whole shard of codes ``[rows_per_shard, C, H, W]``."""
@@ -697,6 +699,25 @@ def _write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
             dimension_names=_PARAMETER_DIMENSIONS[name],
         )
         array[...] = values
+
+
+def _locate(path: str | os.PathLike[str]) -> Path:
+    """A local path, or one behind a URL, which has the methods of a Path that reading needs."""
+    if "://" not in str(path):
+        return Path(path)
+    from upath import UPath
+
+    try:
+        return UPath(path)  # type: ignore[return-value]
+    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
+        raise StoreError(f"{path}: {error}") from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    if isinstance(path, PosixPath):
+        return pyarrow.parquet.read_table(path, memory_map=True)
+    with path.open("rb") as file:
+        return pyarrow.parquet.read_table(file)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -71,6 +71,22 @@ def decode_as_documented(group, rows):
     return np.stack(out, 1)
 
 
+@pytest.fixture
+def memory_url():
+    """Put a folder where fsspec finds it, away from the disk: folder -> URL."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+
+    def put(folder):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                memory.pipe(f"/{folder.name}/{file.relative_to(folder)}", file.read_bytes())
+        return f"memory://{folder.name}"
+
+    yield put
+    memory.store.clear()
+
+
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryCodec:
     def test_values_are_those_of_the_documented_formula(self, name, random_store):
@@ -133,6 +149,16 @@ class TestEveryCodec:
             np.testing.assert_array_equal(data[plane][:40].values, expected)
             assert data[plane].dims[:2] == ("row", "layer")
 
+    def test_a_store_behind_a_url_reads_the_same(self, name, random_store, memory_url):
+        path = random_store(name)
+        expected, found = open_features(path), open_features(memory_url(path))
+        assert not any(array.direct for array in found.arrays.values())
+        ids = [5, 3, 4, 100]
+        np.testing.assert_array_equal(found.read(ids, [3]).bits, expected.read(ids, [3]).bits)
+        assert found[7].text == expected[7].text
+        assert found.num_bytes() == expected.num_bytes()
+        assert "complete" in repr(found)
+
     def test_a_flipped_bit_is_an_error_and_never_wrong_numbers(self, name, random_store, tmp_path):
         path = tmp_path / "store"
         shutil.copytree(random_store(name), path)
@@ -161,3 +187,8 @@ def test_other_parameters_are_refused(name, random_store, tmp_path):
     array[0] = array[1]
     with pytest.raises(StoreError, match="put it back from a copy"):
         open_features(path).read([1])
+
+
+def test_an_unknown_kind_of_url_is_said():
+    with pytest.raises(StoreError, match="nowhere"):
+        open_features("nowhere://features")
