@@ -150,15 +150,16 @@ class Codec(ABC):
         return {}
 
     def _parameter(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """A fitted array as a tensor, kept a device."""
+        """A fitted array as a tensor, kept a device; uint16 are bits of bfloat16."""
         import torch
 
         key = (name, device, dtype)
         cache: dict[Any, torch.Tensor] = self.__dict__.setdefault("_tensors", {})
         if key not in cache:
-            cache[key] = torch.from_numpy(np.ascontiguousarray(self.parameters[name])).to(
-                device, dtype
-            )
+            values = torch.from_numpy(np.ascontiguousarray(self.parameters[name]))
+            if values.dtype == torch.uint16:
+                values = values.view(torch.bfloat16)
+            cache[key] = values.to(device, dtype)
         return cache[key]
 
 
@@ -474,8 +475,9 @@ class Linear(Predictive):
 
     @cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        matrix, rotation = self.parameters["matrix"], self.parameters["rotation"]
-        return matrix.astype(np.float32), rotation.astype(np.float32)
+        bits = (self.parameters["matrix"], self.parameters["rotation"])
+        matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
+        return matrix, rotation
 
     def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
         matrix, rotation = self._matrices
@@ -498,7 +500,7 @@ class Linear(Predictive):
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
-        """``matrix`` and ``rotation``, float16 ``[L, H, H]``, and ``bias``, float32 ``[L, H]``.
+        """``matrix``, ``rotation``: bits of bfloat16 ``[L, H, H]``; ``bias``: float32 ``[L, H]``.
 
         Ridge regression weighted by 1 / RMS**2, and the eigenvectors of what it leaves.
         """
@@ -511,16 +513,16 @@ class Linear(Predictive):
             gram = ((centred * weight).T @ centred).double()
             gram += (RIDGE * gram.diagonal().mean() + 1e-9) * torch.eye(len(gram)).to(gram)
             cross = ((centred * weight).T @ (y - mean_y)).double()
-            matrix = torch.linalg.solve(gram, cross).half()
+            matrix = torch.linalg.solve(gram, cross).bfloat16()
             bias = mean_y - mean_x @ matrix.float()
             left = (y - x @ matrix.float() - bias) * weight.sqrt()
             axes = torch.linalg.eigh((left.T @ left).double()).eigenvectors  # ascending
             matrices.append(matrix)
-            rotations.append(axes.flip(1).T.half())
+            rotations.append(axes.flip(1).T.bfloat16())
             biases.append(bias)
         return {
-            "matrix": torch.stack(matrices).cpu().numpy(),
-            "rotation": torch.stack(rotations).cpu().numpy(),
+            "matrix": torch.stack(matrices).view(torch.uint16).cpu().numpy(),
+            "rotation": torch.stack(rotations).view(torch.uint16).cpu().numpy(),
             "bias": torch.stack(biases).cpu().numpy(),
         }
 

@@ -246,7 +246,8 @@ def random_parameters(codec: str, rng: np.random.Generator) -> dict[str, np.ndar
     bias = rng.normal(size=(4, 32)).astype(np.float32)
     if codec == "delta":
         return {"slope": rng.uniform(0.5, 1, (4, 32)).astype(np.float32), "bias": bias}
-    matrix, rotation = ((rng.normal(size=(4, 32, 32)) / 8).astype(np.float16) for _ in range(2))
+    values = (rng.normal(size=(2, 4, 32, 32)) / 8).astype(np.float32)
+    matrix, rotation = (values.view(np.uint32) >> 16).astype(np.uint16)
     return {"matrix": matrix, "rotation": rotation, "bias": bias}
 
 

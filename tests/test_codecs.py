@@ -91,7 +91,12 @@ class TestEveryCodec:
                     assert torch.equal(found, promised[:, wanted])
 
     @slow
-    @given(shape=shapes, kind=st.sampled_from(["residual", "massive"]), seed=st.integers(0, 99))
+    @given(
+        # Two channels that are nearly equal differ by less than bfloat16 can say.
+        shape=st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(8, 33)),
+        kind=st.sampled_from(["residual", "massive"]),
+        seed=st.integers(0, 99),
+    )
     def test_the_error_is_what_the_quality_promises(self, name, quality, shape, kind, seed):
         hidden = make_hidden(*shape, seed=seed, kind=kind)
         codec, _ = fit_codec(name, make_hidden(8, *shape[1:], seed=seed + 1), quality)

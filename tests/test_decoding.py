@@ -64,8 +64,8 @@ def decode_as_documented(group, rows):
         if "slope" in fitted:
             below, turned = state * fitted["slope"][layer], residual[:, layer]
         else:
-            below = state @ fitted["matrix"][layer].astype(float)
-            turned = residual[:, layer] @ fitted["rotation"][layer].astype(float)
+            below = state @ widen(fitted["matrix"][layer])
+            turned = residual[:, layer] @ widen(fitted["rotation"][layer])
         state = (below if layer else 0) + fitted["bias"][layer] + turned
         out.append(state * deviation[:, layer] + mean[:, layer])
     return np.stack(out, 1)
