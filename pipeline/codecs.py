@@ -92,6 +92,9 @@ class Codec(ABC):
     """Hidden states of L layers of width H <-> planes.
 
     Attributes:
+        name: in manifests.
+        fitted: whether there is anything to fit.
+        aligned: whether captions begin at chunks, for which every plane must be compressed.
         num_layers, width: L and H.
         parameters: fitted arrays by name, see :meth:`fit`.
         quality: where it can be chosen, the step is 2**-quality.
@@ -106,7 +109,7 @@ class Codec(ABC):
 
     name: ClassVar[str]
     fitted: ClassVar[bool] = True
-    compressed: ClassVar[bool] = True
+    aligned: ClassVar[bool] = True
 
     @cached_property
     @abstractmethod
@@ -171,7 +174,7 @@ class Bf16(Codec):
 
     name = "bf16"
     fitted = False
-    compressed = False
+    aligned = False
 
     @cached_property
     def planes(self) -> tuple[Plane, ...]:
@@ -205,6 +208,7 @@ class Lossless(Codec):
     """
 
     name = "lossless"
+    aligned = False
 
     @cached_property
     def planes(self) -> tuple[Plane, ...]:

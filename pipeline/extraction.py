@@ -217,7 +217,7 @@ def extract(
         bytes_per_row=2 * len(chosen) * identity.width,
         shard_bytes=shard_bytes,
         batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
-        aligned=CODECS[codec].compressed,
+        aligned=CODECS[codec].aligned,
         num_threads=threads or max(1, num_cpus() // max(1, workers)),
     )
     manifest = FeatureManifest(

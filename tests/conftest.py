@@ -121,7 +121,7 @@ def random_store(
 
 def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16") -> None:
     """A feature store written with numpy alone: a token a byte, and one for BOS."""
-    from semroute.pipeline.codecs import open_codec
+    from semroute.pipeline.codecs import CODECS, open_codec
     from semroute.pipeline.filling import provenance
     from semroute.pipeline.layout import pack
     from semroute.pipeline.samples import read_samples
@@ -149,7 +149,7 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
         bytes_per_row=2 * 4 * 32,
         shard_bytes=300_000,
         batch_tokens=512,
-        aligned=codec_name != "bf16",
+        aligned=CODECS[codec_name].aligned,
     )
     rng = np.random.default_rng(0)
     parameters = random_parameters(codec_name, rng)
