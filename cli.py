@@ -2,8 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ import click
 from . import __version__
 from .pipeline.cluster import DISK_FULL, Interrupted
 from .pipeline.layout import parse_bytes
-from .schemas import MAX_QUALITY, MIN_QUALITY, InputError, TrainConfig, parse
+from .schemas import MAX_QUALITY, MIN_QUALITY, InputError, read_config
 
 NUM_JUDGED = 24
 """Images that evaluate shows."""
@@ -261,6 +260,36 @@ def inspect(store: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def verify(store: Path, repair: bool, as_json: bool) -> None:
+    """Read the whole of STORE and compare it with what was written.
+
+    Every checksum, every range of rows, the manifest against arrays and tables, receipts against
+    shards. Ends with 1 where something is wrong, and says in which shard. After --repair, the
+    command that made the store writes just the bad shards anew.
+
+    \b
+    Example:
+      semroute verify features --repair
+    """
+    from .pipeline import verification
+
+    found = verification.verify(store, progress=not as_json)
+    click.echo(found.to_json() if as_json else found)
+    if repair:
+        marked = verification.repair(found)
+        if marked:
+            _report(
+                f"{len(marked)} shards are marked as not written: run the command that made "
+                f"{store} once more"
+            )
+    if found.problems:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(config: Path, overrides: tuple[str, ...]) -> None:
@@ -284,47 +313,6 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{path} is trained: semroute plot {path}")
-
-
-def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A training configuration from a YAML file, with ``a.b=value`` put in.
-
-    Raises:
-        InputError: no such file, no YAML, or not a valid configuration.
-    """
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} holds {type(document).__name__}; expected keys and values")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
-        *parents, last = key.split(".")
-        place = document
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise InputError(f"{override!r}: {parent} holds a value, not keys")
-        try:
-            place[last] = _number_or(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"{override!r}: the value is no YAML: {error}") from error
-    return parse(TrainConfig, document, str(path))
-
-
-def _number_or(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for a string; everybody else takes it for a number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
 
 
 def _sampling_options(command: F) -> F:

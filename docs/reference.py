@@ -10,7 +10,8 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
@@ -20,6 +21,7 @@ from semroute.trainer.dit import SIZES
 SCHEMAS: dict[str, type[BaseModel]] = {
     "feature-manifest": schemas.FeatureManifest,
     "latent-manifest": schemas.LatentManifest,
+    "checksums": schemas.Checksums,
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
@@ -70,13 +72,19 @@ def fields(
     texts = field_texts(model)
     for name, info in model.model_fields.items():
         nested = info.annotation
+        parts = [part for part in get_args(nested) if part is not type(None)]
+        nested = parts[0] if len(parts) == 1 and isinstance(nested, UnionType) else nested
         is_contract = isinstance(nested, type) and issubclass(nested, BaseModel)
         if is_contract and nested not in stop:
             yield from fields(nested, f"{prefix}{name}.", stop)
             continue
         described = schema["properties"][name]
         free = not info.is_required() and "const" not in described
-        default = json.dumps(info.get_default(), ensure_ascii=False) if free else None
+        default = (
+            json.dumps(info.get_default(call_default_factory=True), ensure_ascii=False)
+            if free
+            else None
+        )
         yield Field(prefix + name, describe(described), default, texts[name])
 
 

@@ -17,19 +17,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numba
-import numcodecs
 import numpy as np
 
 from .. import schemas
+from . import kernels
 
 if TYPE_CHECKING:
     import torch
 
 LN_EPS = 1e-5
 """Of the parameter-free layer norm that routing applies (arXiv 2602.03510, reference code)."""
-NUM_LARGEST = 3
-"""Channels left out of the second pair of errors: massive activations hide all others."""
 NUM_MASSIVE = 8
 """Channels left out of the RMS that scales a vector's step: with them in, one massive activation
 makes the step of all ordinary channels coarse."""
@@ -42,9 +39,6 @@ LOWEST_SCALE = 24
 SCALES = np.exp2(np.arange(256) / 8 - LOWEST_SCALE).astype(np.float32)
 MIN_COUNT = 32
 """Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""
-
-FIT_CHECKED = 2_048
-"""Rows of the sample on which codes of 4 and of 8 bits are compared."""
 
 Planes = Mapping[str, np.ndarray]
 
@@ -93,7 +87,7 @@ class Codec(ABC):
 
     Attributes:
         name: in manifests.
-        fitted: whether there is anything to fit.
+        fits: names of the fitted arrays.
         aligned: whether captions begin at chunks, for which every plane must be compressed.
         num_layers, width: L and H.
         parameters: fitted arrays by name, see :meth:`fit`.
@@ -108,7 +102,7 @@ class Codec(ABC):
     code_bits: Literal[4, 8] = 8
 
     name: ClassVar[str]
-    fitted: ClassVar[bool] = True
+    fits: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[bool] = True
 
     @cached_property
@@ -173,7 +167,6 @@ class Bf16(Codec):
     """
 
     name = "bf16"
-    fitted = False
     aligned = False
 
     @cached_property
@@ -208,6 +201,7 @@ class Lossless(Codec):
     """
 
     name = "lossless"
+    fits = ("base", "follow")
     aligned = False
 
     @cached_property
@@ -242,7 +236,7 @@ class Lossless(Codec):
 
     def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
         wanted = _places(layers, self.num_layers)
-        _decode_lossless(
+        kernels.decode_lossless(
             planes["code"],
             planes["escape"],
             planes["mantissa"],
@@ -408,6 +402,7 @@ class Delta(Predictive):
     """Predicted by a slope and a bias a channel."""
 
     name = "delta"
+    fits = ("slope", "bias")
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch
@@ -419,7 +414,7 @@ class Delta(Predictive):
         return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
 
     def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
-        _decode_delta(
+        kernels.decode_delta(
             planes["code"],
             planes["escape"],
             planes["scalar"],
@@ -457,6 +452,7 @@ class Linear(Predictive):
     """
 
     name = "linear"
+    fits = ("matrix", "rotation", "bias")
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch
@@ -489,7 +485,7 @@ class Linear(Predictive):
         state = np.zeros((len(out), self.width), np.float32)
         residual = np.empty_like(state)
         for layer in range(len(wanted)):
-            _decode_codes(
+            kernels.decode_codes(
                 planes["code"],
                 planes["escape"],
                 planes["scalar"],
@@ -500,7 +496,7 @@ class Linear(Predictive):
             below = state @ matrix[layer] if layer else np.float32(0)
             state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
             if wanted[layer] >= 0:
-                _denormalise(state, planes["scalar"], layer, wanted[layer], out)
+                kernels.denormalise(state, planes["scalar"], layer, wanted[layer], out)
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
@@ -541,117 +537,12 @@ def open_codec(
     return CODECS[spec.name](num_layers, width, parameters, spec.quality, spec.code_bits or 8)
 
 
-def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> tuple[Codec, float]:
-    """Fit a codec to a sample.
-
-    Args:
-        sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
-        quality: for ``delta`` and ``linear``.
-
-    Returns:
-        The codec, and how many bits a value it took for the first rows of the sample, with zstd,
-        in chunks of 8 rows.
-    """
-    num_layers, width = sample.shape[1:]
-    parameters = CODECS[name].fit(sample)
-    rows = sample[: min(len(sample), FIT_CHECKED)]
-    choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(CODECS[name], Predictive) else (8,)
-    best: tuple[Codec, float] | None = None
-    for code_bits in choices:
-        codec = CODECS[name](num_layers, width, parameters, quality, code_bits)
-        bits = _bits_per_value(codec, rows)
-        if best is None or bits < best[1]:
-            best = codec, bits
-    assert best is not None
-    return best
-
-
-def _bits_per_value(codec: Codec, rows: torch.Tensor) -> float:
-    zstd, num_bytes, coded = numcodecs.Zstd(1), 0, None
-    planes: dict[str, list[np.ndarray]] = {plane.name: [] for plane in codec.planes}
-    for layer in range(rows.shape[1]):
-        coded = codec.encode(layer, rows[:, layer], coded)
-        for name, codes in coded.planes.items():
-            planes[name].append(codes.cpu().numpy())
-    for plane in codec.planes:
-        whole = np.stack(planes[plane.name], 1)
-        for start in range(0, len(whole), 8):
-            part = whole[start : start + 8]
-            if plane.order is None:
-                num_bytes += part.nbytes
-            elif part.any():
-                num_bytes += len(zstd.encode(np.ascontiguousarray(part.transpose(plane.order))))
-    return 8 * num_bytes / rows.numel()
-
-
 def robust_rms(normed: torch.Tensor) -> torch.Tensor:
     """RMS over the last axis without its 8 largest channels: ``[..., H]`` -> ``[...]``."""
     squares = normed.square()
     num = min(NUM_MASSIVE, squares.shape[-1] // 2)
     rest = squares.sum(-1) - squares.topk(num, dim=-1).values.sum(-1)
     return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
-
-
-@dataclass
-class CodecError:
-    """Relative L2 error of LN(h), gathered over a shard.
-
-    LN is the parameter-free layer norm of routing, in float32. ``bare`` leaves out the three
-    largest channels of each vector, from error and norm alike. Vectors without any variance have
-    no LN(h) and count as exact.
-
-    Attributes:
-        layers: LLM layers, in stored order.
-    """
-
-    layers: Sequence[int]
-    counts: np.ndarray = field(init=False)
-    totals: np.ndarray = field(init=False)
-    largest: float = 0.0
-    bare_total: float = 0.0
-    bare_largest: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = np.zeros(len(self.layers), np.int64)
-        self.totals = np.zeros(len(self.layers))
-
-    def add(self, layer: int, hidden: torch.Tensor, coded: torch.Tensor) -> None:
-        """Compare hidden states of a layer (position) with what a reader gets, ``[R, H]`` both."""
-        import torch
-
-        self.counts[layer] += hidden.shape[0]
-        if not len(hidden) or (hidden.dtype == coded.dtype and torch.equal(hidden, coded)):
-            return
-        width = hidden.shape[-1:]
-        expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
-        error = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS) - expected
-        expected, error = expected.square(), error.square()
-        largest = expected.topk(min(NUM_LARGEST, width[0] - 1), dim=-1)
-        norm = expected.sum(-1)
-        known = norm > 1e-6
-        relative = (error.sum(-1) / norm.clamp_min(1e-6)).sqrt() * known
-        bare_norm = (norm - largest.values.sum(-1)).clamp_min(1e-6)
-        bare_error = (error.sum(-1) - error.gather(-1, largest.indices).sum(-1)).clamp_min(0)
-        bare = (bare_error / bare_norm).sqrt() * known
-        self.totals[layer] += float(relative.sum())
-        self.largest = max(self.largest, float(relative.max()))
-        self.bare_total += float(bare.sum())
-        self.bare_largest = max(self.bare_largest, float(bare.max()))
-
-    def to_dict(self) -> dict[str, float]:
-        """``mean``, ``max``, ``mean_without_top3``, ``max_without_top3``."""
-        count = max(int(self.counts.sum()), 1)
-        return {
-            "mean": float(self.totals.sum()) / count,
-            "max": self.largest,
-            "mean_without_top3": self.bare_total / count,
-            "max_without_top3": self.bare_largest,
-        }
-
-    def by_layer(self) -> dict[str, float]:
-        """LLM layer -> mean."""
-        means = self.totals / np.maximum(self.counts, 1)
-        return {str(layer): float(mean) for layer, mean in zip(self.layers, means, strict=True)}
 
 
 def _places(layers: Sequence[int], num_layers: int) -> np.ndarray:
@@ -696,111 +587,3 @@ def _unpair(values: torch.Tensor, num: int) -> torch.Tensor:
 
     values = values.int()
     return torch.stack([values & 15, values >> 4], -1).flatten(1)[:, :num]
-
-
-@numba.njit(nogil=True, cache=True)
-def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
-    """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
-    width = len(out)
-    if len(code) == width and width > 1:
-        for channel in range(width):
-            out[channel] = code[channel]
-            if code[channel] == 255:
-                out[channel] = 254 + escape[channel]
-    else:
-        for pair in range(width // 2):
-            out[2 * pair] = code[pair] & 15
-            out[2 * pair + 1] = code[pair] >> 4
-        if width % 2:
-            out[width - 1] = code[width // 2] & 15
-        for channel in range(width):
-            if out[channel] == 15:
-                out[channel] = 14 + escape[channel]
-
-
-@numba.njit(nogil=True, cache=True)
-def _decode_lossless(code, escape, mantissa, base, follow, places, out):  # type: ignore[no-untyped-def]
-    rows, _, width = mantissa.shape
-    zigzag = np.empty(width, np.uint8)
-    distance = np.empty(width, np.uint8)
-    for row in range(rows):
-        for layer in range(len(places)):
-            _unpack(code[row, layer], escape[row, layer], zigzag)
-            for channel in range(width):
-                zigzag[channel] = (zigzag[channel] >> 1) ^ -(zigzag[channel] & 1)
-            if layer == 0:
-                distance[:] = zigzag
-            else:
-                known = follow[layer]
-                for channel in range(width):
-                    distance[channel] = zigzag[channel] + known[distance[channel]]
-            if places[layer] >= 0:
-                bits = out[row, places[layer]]
-                for channel in range(width):
-                    exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
-                    rest = np.uint16(mantissa[row, layer, channel])
-                    bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
-
-
-@numba.njit(nogil=True, cache=True)
-def _scalars(scalar):  # type: ignore[no-untyped-def]
-    """Mean and deviation: uint8 [5] -> two float32."""
-    both = np.empty(2, np.uint32)
-    for i in range(2):
-        both[i] = (np.uint32(scalar[2 * i + 1]) << 24) | (np.uint32(scalar[2 * i]) << 16)
-    values = both.view(np.float32)
-    return values[0], values[1]
-
-
-@numba.njit(nogil=True, cache=True)
-def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
-    """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
-    width = len(values)
-    room = bits.view(np.float32)
-    for channel in range(width):
-        room[channel] = values[channel] * deviation + mean
-    for channel in range(width):
-        value = bits[channel]
-        rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
-        out[channel] = np.uint16(rounded >> np.uint32(16))
-
-
-@numba.njit(nogil=True, cache=True)
-def _decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # type: ignore[no-untyped-def]
-    rows, _, width = escape.shape
-    state = np.zeros(width, np.float32)
-    zigzag = np.empty(width, np.int32)
-    bits = np.empty(width, np.uint32)
-    for row in range(rows):
-        state[:] = 0
-        for layer in range(len(places)):
-            _unpack(code[row, layer], escape[row, layer], zigzag)
-            scale = scales[scalar[row, layer, 4]]
-            for channel in range(width):
-                number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
-                state[channel] = (
-                    state[channel] * slope[layer, channel] + bias[layer, channel]
-                ) + number * scale
-            if places[layer] >= 0:
-                mean, deviation = _scalars(scalar[row, layer])
-                _to_bits(state, mean, deviation, bits, out[row, places[layer]])
-
-
-@numba.njit(nogil=True, cache=True)
-def _decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
-    """Codes of one layer times their scale, float32 [R, H]."""
-    zigzag = np.empty(out.shape[1], np.int32)
-    for row in range(len(out)):
-        _unpack(code[row, layer], escape[row, layer], zigzag)
-        scale = scales[scalar[row, layer, 4]]
-        for channel in range(len(zigzag)):
-            number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
-            out[row, channel] = number * scale
-
-
-@numba.njit(nogil=True, cache=True)
-def _denormalise(state, scalar, layer, place, out):  # type: ignore[no-untyped-def]
-    bits = np.empty(state.shape[1], np.uint32)
-    for row in range(len(state)):
-        mean, deviation = _scalars(scalar[row, layer])
-        _to_bits(state[row], mean, deviation, bits, out[row, place])

@@ -33,8 +33,10 @@ from ..schemas import (
 )
 from .captions import Captions, build_captions, read_template
 from .cluster import num_cpus, report_progress, run
-from .codecs import CODECS, Bf16, CodecError, Coded, Predictive, fit_codec
+from .codecs import CODECS, Bf16, Coded, Predictive
+from .distortion import CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
+from .fitting import fit_codec
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
 from .store import FeatureStore, Rows, digest_parameters
@@ -246,7 +248,7 @@ def extract(
     else:
         fitted = None
         num_bytes = packing.layout.num_rows * 2 * len(chosen) * identity.width
-        if CODECS[codec].fitted:
+        if CODECS[codec].fits:
             fitted = _fit(job, manifest, captions, workers, report)
             manifest = manifest.model_copy(update={"codec": fitted.spec})
             num_bytes = int(num_bytes * fitted.bits_per_value / 16)

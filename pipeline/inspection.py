@@ -4,16 +4,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..schemas import Facts, Receipt
 from .layout import format_bytes
-from .store import MANIFEST, FeatureStore, LatentStore, StoreError
+from .store import FeatureStore, open_store
 
-STORES: dict[str, Any] = {"semroute.features": FeatureStore, "semroute.latents": LatentStore}
 _SHOWN = 5
 
 
@@ -45,21 +43,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         StoreError: no store there.
     """
-    path = Path(path)
-    try:
-        form = json.loads((path / MANIFEST).read_text("utf-8")).get("format")
-    except (OSError, json.JSONDecodeError, AttributeError):
-        form = "semroute.features"  # whose opening says what is wrong
-    if form not in STORES:
-        raise StoreError(
-            f"{path}: the manifest's format is {form!r}; expected {' or '.join(STORES)}"
-        )
-    store: FeatureStore | LatentStore = STORES[form].open(path, complete=False)
+    store = open_store(path)
     receipts = list(store.receipts().values())
     items = dict(store.facts().items)
     details = {
-        "path": str(path),
-        "format": form,
+        "path": str(store.path),
+        "format": store.manifest.format,
         "status": store.manifest.status,
         "shards": store.manifest.layout.num_shards,
         "shards_written": store.manifest.layout.num_shards - len(store.remaining()),
@@ -75,7 +64,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     if quarantined:
         shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
         items["quarantined"] = f"{len(quarantined)} shards: {shown}"
-    return Inspection(Facts(f"{type(store).__name__} {path}", items), details)
+    return Inspection(Facts(f"{type(store).__name__} {store.path}", items), details)
 
 
 def codec_error(receipts: list[Receipt]) -> dict[str, float]:

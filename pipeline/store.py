@@ -13,13 +13,12 @@ On disk (``docs/store-format.md``)::
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,36 +30,22 @@ from ..schemas import (
     CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
-    Contract,
-    Difference,
     Facts,
     FeatureManifest,
-    InputError,
     LatentManifest,
-    Quarantine,
-    Receipt,
     WrittenFile,
-    differences,
-    parse,
-    publish,
-    write_document,
 )
-from .codecs import Codec, open_codec
+from .codecs import CODECS, Codec, open_codec
 from .layout import format_bytes
+from .ledger import MANIFEST, Ledger, StoreError, locate, read_table, write_manifest, write_table
 from .shards import Pieces, RowArray, allocate
 
 if TYPE_CHECKING:
     import torch
 
-M = TypeVar("M", FeatureManifest, LatentManifest)
-MANIFEST = "manifest.json"
+FEATURES_FORMAT = "semroute.features"
 BLOCK_BYTES = 4_000_000
 """Decoded bytes that are read and decoded at a time by one thread."""
-_RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
-
-
-class StoreError(InputError):
-    """A store is not there, not finished, or not the one that is needed."""
 
 
 @dataclass(frozen=True)
@@ -128,178 +113,7 @@ class Codes:
         return self.codec.decode_torch(moved, self.layers)
 
 
-class _Store(Generic[M]):
-    """What both kinds of store share: manifest, receipts, quarantine, state."""
-
-    kind: ClassVar[str]
-    manifest_type: ClassVar[Any]
-    group: ClassVar[str]
-
-    def __init__(self, path: Path, manifest: M) -> None:
-        self.path = path
-        self.manifest: M = manifest
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, complete: bool = True) -> Self:
-        """Open a store.
-
-        Args:
-            path: a folder, or the URL of one that fsspec knows (``s3://``, ``gs://``, ``hf://`` and
-                more, each with its own package), which is read through zarr-python.
-            complete: refuse a store that is not finished.
-
-        Raises:
-            StoreError: no store of this kind there, or not finished.
-        """
-        path = _locate(path)
-        try:
-            document = json.loads((path / MANIFEST).read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(f"{path} is no {cls.kind} store: it has no {MANIFEST}") from error
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
-        wanted = cls.manifest_type.model_fields["format"].default
-        form = document.get("format") if isinstance(document, dict) else None
-        if form != wanted:
-            raise StoreError(
-                f"{path} is no {cls.kind} store: its manifest says {form!r} instead of {wanted!r}"
-            )
-        store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
-        if complete and not store.is_complete:
-            raise StoreError(
-                f"{path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards are not written. Run the command that "
-                "made it once more: it continues where it stopped."
-            )
-        return store
-
-    @classmethod
-    def begun(cls, path: Path) -> Self | None:
-        """The store that was begun there, finished or not; None where there is none yet."""
-        return cls.open(path, complete=False) if (path / MANIFEST).exists() else None
-
-    @classmethod
-    def _prepare(cls, path: Path, tables: Sequence[str]) -> None:
-        """An empty folder to create a store in; what a creation that was killed left is removed."""
-        own = {cls.group, *tables, *(f"{name}.tmp" for name in (*tables, MANIFEST))}
-        if path.exists() and not path.is_dir():
-            raise StoreError(f"{path} is a file; expected a new folder")
-        foreign = sorted({entry.name for entry in path.iterdir()} - own) if path.exists() else []
-        if foreign:
-            raise StoreError(
-                f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
-                "Name a new folder."
-            )
-        if any(path.glob(f"{cls.group}/*/c/*/*")):
-            raise StoreError(
-                f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
-                "continued. Put it back, or name a new folder."
-            )
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.manifest.status == "complete"
-
-    def check_same(self, manifest: M) -> None:
-        """Refuse to continue a store as another one.
-
-        Raises:
-            StoreError: with every key that differs, and both values.
-        """
-        found = self._compared(manifest)
-        different: list[Difference] = differences(found, self._compared(self.manifest))
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise StoreError(
-                f"{self.path} was made otherwise; what you asked for now, against what it holds:"
-                f"\n  {listed}\nRun the command as it was, or name a new folder."
-            )
-
-    @staticmethod
-    def _compared(manifest: M) -> dict[str, Any]:
-        return manifest.model_dump(mode="json", exclude=_RECORDED)
-
-    def receipts(self) -> dict[int, Receipt]:
-        """Receipts by shard."""
-        paths = sorted((self.path / "receipts").glob("shard-*.json"))
-        receipts = [parse(Receipt, json.loads(p.read_text("utf-8")), str(p)) for p in paths]
-        return {receipt.shard: receipt for receipt in receipts}
-
-    def remaining(self) -> list[int]:
-        """Shards without a receipt, or whose files are not there in full."""
-        receipts = self.receipts()
-        return [
-            shard
-            for shard in range(self.manifest.layout.num_shards)
-            if shard not in receipts or not self._present(receipts[shard])
-        ]
-
-    def _present(self, receipt: Receipt) -> bool:
-        sizes = {name: self._file_size(name) for name in receipt.files}
-        return all(sizes[name] == file.num_bytes for name, file in receipt.files.items())
-
-    def _file_size(self, name: str) -> int | None:
-        try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def write_receipt(self, receipt: Receipt) -> None:
-        """Record a shard as done, and lift its quarantine."""
-        _write_contract(self._shard_file("receipts", receipt.shard), receipt)
-        self._shard_file("quarantine", receipt.shard).unlink(missing_ok=True)
-
-    def write_quarantine(self, quarantine: Quarantine) -> None:
-        """Record a shard as failed, with its entries and the reason."""
-        path = self._shard_file("quarantine", quarantine.shard)
-        _write_contract(path, quarantine)
-
-    def quarantined(self) -> dict[int, Quarantine]:
-        """Failed shards, by number."""
-        paths = sorted((self.path / "quarantine").glob("shard-*.json"))
-        found = [parse(Quarantine, json.loads(p.read_text("utf-8")), str(p)) for p in paths]
-        return {quarantine.shard: quarantine for quarantine in found}
-
-    def _shard_file(self, folder: str, shard: int) -> Path:
-        return self.path / folder / f"shard-{shard:06d}.json"
-
-    def finish(self) -> None:
-        """Mark the store complete.
-
-        Raises:
-            StoreError: shards remain.
-        """
-        remaining = self.remaining()
-        if remaining:
-            raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
-        self.manifest = self.manifest.model_copy(update={"status": "complete"})
-        _write_contract(self.path / MANIFEST, self.manifest)
-
-    def num_bytes(self) -> int:
-        """Bytes of the shards written so far."""
-        return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
-
-    def facts(self) -> Facts:
-        """What this store is, for a repr; every kind of store has its own."""
-        return Facts(f"{type(self).__name__} {self.path}", {"state": self._state()})
-
-    def __repr__(self) -> str:
-        return str(self.facts())
-
-    def _repr_html_(self) -> str:
-        return self.facts()._repr_html_()
-
-    def _state(self) -> str:
-        if self.is_complete:
-            return "complete"
-        layout, remaining = self.manifest.layout, len(self.remaining())
-        return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
-
-
-class FeatureStore(_Store[FeatureManifest]):
+class FeatureStore(Ledger[FeatureManifest]):
     """Cached hidden states: ``len``, ``store[i]``, :meth:`read`, :attr:`captions`."""
 
     kind = "feature"
@@ -327,9 +141,9 @@ class FeatureStore(_Store[FeatureManifest]):
         Args:
             parameters: of the codec, where it has been fitted.
         """
-        cls._prepare(path, ("captions.parquet", "samples.parquet"))
-        _write_table(path / "captions.parquet", captions.cast(CAPTIONS_SCHEMA))
-        _write_table(path / "samples.parquet", samples.cast(SAMPLES_SCHEMA))
+        cls.prepare(path, ("captions.parquet", "samples.parquet"))
+        write_table(path / "captions.parquet", captions.cast(CAPTIONS_SCHEMA))
+        write_table(path / "samples.parquet", samples.cast(SAMPLES_SCHEMA))
         identity = manifest.identity
         num_layers, width = len(identity.layers), identity.model.width
         codec = open_codec(manifest.codec, num_layers, width, parameters or {})
@@ -351,7 +165,7 @@ class FeatureStore(_Store[FeatureManifest]):
             "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
         )
         layers[:] = np.array(identity.layers, np.int32)
-        _write_contract(path / MANIFEST, manifest)
+        write_manifest(path, manifest)
         return cls(path, manifest)
 
     @cached_property
@@ -374,8 +188,9 @@ class FeatureStore(_Store[FeatureManifest]):
         spec, identity = self.manifest.codec, self.manifest.identity
         parameters: dict[str, np.ndarray] = {}
         if spec.fit is not None:
-            group = zarr.open_group(str(self.path / self.group / "parameters"), mode="r")
-            parameters = {name: np.asarray(array[...]) for name, array in group.arrays()}
+            folder = self.path / self.group / "parameters"
+            for name in CODECS[spec.name].fits:
+                parameters[name] = np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
             if digest_parameters(parameters) != spec.fit.sha256:
                 raise StoreError(
                     f"{self.path / self.group / 'parameters'} does not hold what the codec was "
@@ -386,12 +201,12 @@ class FeatureStore(_Store[FeatureManifest]):
     @cached_property
     def captions(self) -> pa.Table:
         """A row a unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
-        return _read_table(self.path / "captions.parquet")
+        return read_table(self.path / "captions.parquet")
 
     @cached_property
     def samples(self) -> pa.Table:
         """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        return _read_table(self.path / "samples.parquet")
+        return read_table(self.path / "samples.parquet")
 
     @property
     def layers(self) -> list[int]:
@@ -563,7 +378,7 @@ class FeatureStore(_Store[FeatureManifest]):
         return Facts(f"FeatureStore {self.path}", items)
 
 
-class LatentStore(_Store[LatentManifest]):
+class LatentStore(Ledger[LatentManifest]):
     """Encoded images; latent i belongs to sample i."""
 
     kind = "latent"
@@ -573,8 +388,8 @@ class LatentStore(_Store[LatentManifest]):
     @classmethod
     def create(cls, path: Path, manifest: LatentManifest, samples: pa.Table) -> "LatentStore":
         """Write tables, array metadata and, last, the manifest; no shard."""
-        cls._prepare(path, ("samples.parquet",))
-        _write_table(path / "samples.parquet", samples.cast(LATENT_SAMPLES_SCHEMA))
+        cls.prepare(path, ("samples.parquet",))
+        write_table(path / "samples.parquet", samples.cast(LATENT_SAMPLES_SCHEMA))
         identity = manifest.identity
         allocate(
             zarr.open_group(path / cls.group, mode="w"),
@@ -585,7 +400,7 @@ class LatentStore(_Store[LatentManifest]):
             ("sample", "channel", "y", "x"),
             {"semroute": {"scale": identity.scale, "shift": identity.shift}},
         )
-        _write_contract(path / MANIFEST, manifest)
+        write_manifest(path, manifest)
         return cls(path, manifest)
 
     @cached_property
@@ -596,7 +411,7 @@ class LatentStore(_Store[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
-        return _read_table(self.path / "samples.parquet")
+        return read_table(self.path / "samples.parquet")
 
     def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
         """Write one whole shard of codes ``[rows_per_shard, C, H, W]``."""
@@ -639,12 +454,32 @@ class LatentStore(_Store[LatentManifest]):
 
 
 def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> FeatureStore:
-    """Open a feature store; see :meth:`_Store.open`."""
+    """Open a feature store; see :meth:`Ledger.open`."""
     return FeatureStore.open(path, complete=complete)
 
 
+def open_store(path: str | os.PathLike[str]) -> FeatureStore | LatentStore:
+    """Open a store of either kind, finished or not.
+
+    Raises:
+        StoreError: no store there.
+    """
+    path = locate(path)
+    try:
+        form = json.loads((path / MANIFEST).read_text("utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        form = FEATURES_FORMAT  # whose opening says what is wrong
+    kinds: dict[str, Any] = {FEATURES_FORMAT: FeatureStore, "semroute.latents": LatentStore}
+    if form not in kinds:
+        raise StoreError(
+            f"{path}: the manifest's format is {form!r}; expected {' or '.join(kinds)}"
+        )
+    store: FeatureStore | LatentStore = kinds[form].open(path, complete=False)
+    return store
+
+
 def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> LatentStore:
-    """Open a latent store; see :meth:`_Store.open`."""
+    """Open a latent store; see :meth:`Ledger.open`."""
     return LatentStore.open(path, complete=complete)
 
 
@@ -699,32 +534,3 @@ def _write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
             dimension_names=_PARAMETER_DIMENSIONS[name],
         )
         array[...] = values
-
-
-def _locate(path: str | os.PathLike[str]) -> Path:
-    """A local path, or one behind a URL, which has the methods of a Path that reading needs."""
-    if "://" not in str(path):
-        return Path(path)
-    from upath import UPath
-
-    try:
-        return UPath(path)  # type: ignore[return-value]
-    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
-        raise StoreError(f"{path}: {error}") from error
-
-
-def _read_table(path: Path) -> pa.Table:
-    if isinstance(path, PosixPath):
-        return pyarrow.parquet.read_table(path, memory_map=True)
-    with path.open("rb") as file:
-        return pyarrow.parquet.read_table(file)
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    pyarrow.parquet.write_table(table, unfinished, compression="zstd")
-    publish(unfinished, path)
-
-
-def _write_contract(path: Path, contract: Contract) -> None:
-    write_document(path, contract.model_dump_json(indent=1) + "\n")

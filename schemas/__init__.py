@@ -1,5 +1,7 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
+from .checksums import Checksums, digest, render
+from .configuration import read_config
 from .contract import Contract, ContractError, Difference, differences, parse
 from .document import publish, sync, write_document
 from .errors import InputError
@@ -41,6 +43,7 @@ __all__ = [
     "MIN_QUALITY",
     "SAMPLES_SCHEMA",
     "CaptionsIdentity",
+    "Checksums",
     "Codec",
     "Contract",
     "ContractError",
@@ -69,9 +72,12 @@ __all__ = [
     "TrainConfig",
     "WrittenFile",
     "differences",
+    "digest",
     "fingerprint",
     "parse",
     "publish",
+    "read_config",
+    "render",
     "sync",
     "write_document",
 ]

@@ -30,6 +30,8 @@ class Receipt(Contract):
     seconds: dict[str, float]
     """Where the time went: load (of the LLM), encode, write."""
     worker: str
+    sha256: str = ""
+    """Of the receipt as it is written, with this key empty. Empty in stores of early versions."""
 
 
 class Quarantine(Contract):

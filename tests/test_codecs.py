@@ -3,10 +3,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semroute.pipeline.codecs import CODECS, SCALES, Codec, CodecError
+from semroute.pipeline.codecs import CODECS, SCALES, Codec
+from semroute.pipeline.distortion import CodecError
 
 torch = pytest.importorskip("torch")
-from semroute.pipeline.codecs import fit_codec  # noqa: E402
+from semroute.pipeline.fitting import fit_codec  # noqa: E402
 
 NAMES = [("bf16", None), ("lossless", None), ("delta", 4.0), ("delta", 2.0), ("linear", 4.0),
          ("linear", 2.0)]  # fmt: skip

@@ -7,14 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"schemas"},
+    {"schemas", "pipeline.kernels"},
     {
         *("pipeline." + name for name in ("samples", "captions", "encoder", "codecs")),
-        *("pipeline." + name for name in ("latents", "layout", "shards", "cluster")),
+        *("pipeline." + name for name in ("latents", "layout", "shards", "cluster", "ledger")),
         *("trainer." + name for name in ("routing", "flow", "shapes")),
     },
-    {"pipeline.store", "trainer.dit", "trainer.sampling"},
-    {"pipeline.filling", "pipeline.inspection", "trainer.stream"},
+    {
+        *("pipeline." + name for name in ("store", "distortion", "fitting")),
+        *("trainer.dit", "trainer.sampling"),
+    },
+    {"pipeline.filling", "pipeline.inspection", "pipeline.verification", "trainer.stream"},
     {"pipeline.extraction", "pipeline.imaging", "trainer.evaluation"},
     {"trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},

@@ -89,14 +89,14 @@ class StoreContract:
     def test_a_foreign_folder_is_never_touched(self, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
         with pytest.raises(StoreError, match=r"is not empty.*precious\.txt"):
-            self.kind._prepare(tmp_path, ())
+            self.kind.prepare(tmp_path, ())
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
     def test_shards_without_a_manifest_are_never_deleted(self, store):
         (store / "manifest.json").unlink()
         shutil.rmtree(store / "receipts")
         with pytest.raises(StoreError, match=r"holds shards but no manifest"):
-            self.kind._prepare(store, ("captions.parquet", "samples.parquet"))
+            self.kind.prepare(store, ("captions.parquet", "samples.parquet"))
 
 
 class TestFeatureStore(StoreContract):

@@ -1,0 +1,79 @@
+"""What a codec does to LN(h), which is what routing reads: measured, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .codecs import LN_EPS
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_LARGEST = 3
+"""Channels left out of the second pair of errors: massive activations hide all others."""
+
+
+@dataclass
+class CodecError:
+    """Relative L2 error of LN(h), gathered over a shard.
+
+    LN is the parameter-free layer norm of routing, in float32. ``bare`` leaves out the three
+    largest channels of each vector, from error and norm alike. Vectors without any variance have
+    no LN(h) and count as exact.
+
+    Attributes:
+        layers: LLM layers, in stored order.
+    """
+
+    layers: Sequence[int]
+    counts: np.ndarray = field(init=False)
+    totals: np.ndarray = field(init=False)
+    largest: float = 0.0
+    bare_total: float = 0.0
+    bare_largest: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(len(self.layers), np.int64)
+        self.totals = np.zeros(len(self.layers))
+
+    def add(self, layer: int, hidden: torch.Tensor, coded: torch.Tensor) -> None:
+        """Compare hidden states of a layer (position) with what a reader gets, ``[R, H]`` both."""
+        import torch
+
+        self.counts[layer] += hidden.shape[0]
+        if not len(hidden) or (hidden.dtype == coded.dtype and torch.equal(hidden, coded)):
+            return
+        width = hidden.shape[-1:]
+        expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
+        error = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS) - expected
+        expected, error = expected.square(), error.square()
+        largest = expected.topk(min(NUM_LARGEST, width[0] - 1), dim=-1)
+        norm = expected.sum(-1)
+        known = norm > 1e-6
+        relative = (error.sum(-1) / norm.clamp_min(1e-6)).sqrt() * known
+        bare_norm = (norm - largest.values.sum(-1)).clamp_min(1e-6)
+        bare_error = (error.sum(-1) - error.gather(-1, largest.indices).sum(-1)).clamp_min(0)
+        bare = (bare_error / bare_norm).sqrt() * known
+        self.totals[layer] += float(relative.sum())
+        self.largest = max(self.largest, float(relative.max()))
+        self.bare_total += float(bare.sum())
+        self.bare_largest = max(self.bare_largest, float(bare.max()))
+
+    def to_dict(self) -> dict[str, float]:
+        """``mean``, ``max``, ``mean_without_top3``, ``max_without_top3``."""
+        count = max(int(self.counts.sum()), 1)
+        return {
+            "mean": float(self.totals.sum()) / count,
+            "max": self.largest,
+            "mean_without_top3": self.bare_total / count,
+            "max_without_top3": self.bare_largest,
+        }
+
+    def by_layer(self) -> dict[str, float]:
+        """LLM layer -> mean."""
+        means = self.totals / np.maximum(self.counts, 1)
+        return {str(layer): float(mean) for layer, mean in zip(self.layers, means, strict=True)}

@@ -1,0 +1,115 @@
+"""Loops of the codecs' decoders, compiled by numba on first use and kept beside this file.
+
+They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width.
+"""
+
+import numba
+import numpy as np
+
+
+@numba.njit(nogil=True, cache=True)
+def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
+    """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
+    width = len(out)
+    if len(code) == width and width > 1:
+        for channel in range(width):
+            out[channel] = code[channel]
+            if code[channel] == 255:
+                out[channel] = 254 + escape[channel]
+    else:
+        for pair in range(width // 2):
+            out[2 * pair] = code[pair] & 15
+            out[2 * pair + 1] = code[pair] >> 4
+        if width % 2:
+            out[width - 1] = code[width // 2] & 15
+        for channel in range(width):
+            if out[channel] == 15:
+                out[channel] = 14 + escape[channel]
+
+
+@numba.njit(nogil=True, cache=True)
+def decode_lossless(code, escape, mantissa, base, follow, places, out):  # type: ignore[no-untyped-def]
+    rows, _, width = mantissa.shape
+    zigzag = np.empty(width, np.uint8)
+    distance = np.empty(width, np.uint8)
+    for row in range(rows):
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            for channel in range(width):
+                zigzag[channel] = (zigzag[channel] >> 1) ^ -(zigzag[channel] & 1)
+            if layer == 0:
+                distance[:] = zigzag
+            else:
+                known = follow[layer]
+                for channel in range(width):
+                    distance[channel] = zigzag[channel] + known[distance[channel]]
+            if places[layer] >= 0:
+                bits = out[row, places[layer]]
+                for channel in range(width):
+                    exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
+                    rest = np.uint16(mantissa[row, layer, channel])
+                    bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+
+
+@numba.njit(nogil=True, cache=True)
+def _scalars(scalar):  # type: ignore[no-untyped-def]
+    """Mean and deviation: uint8 [5] -> two float32."""
+    both = np.empty(2, np.uint32)
+    for i in range(2):
+        both[i] = (np.uint32(scalar[2 * i + 1]) << 24) | (np.uint32(scalar[2 * i]) << 16)
+    values = both.view(np.float32)
+    return values[0], values[1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
+    """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
+    width = len(values)
+    room = bits.view(np.float32)
+    for channel in range(width):
+        room[channel] = values[channel] * deviation + mean
+    for channel in range(width):
+        value = bits[channel]
+        rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
+        out[channel] = np.uint16(rounded >> np.uint32(16))
+
+
+@numba.njit(nogil=True, cache=True)
+def decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # type: ignore[no-untyped-def]
+    rows, _, width = escape.shape
+    state = np.zeros(width, np.float32)
+    zigzag = np.empty(width, np.int32)
+    bits = np.empty(width, np.uint32)
+    for row in range(rows):
+        state[:] = 0
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            scale = scales[scalar[row, layer, 4]]
+            for channel in range(width):
+                number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                state[channel] = (
+                    state[channel] * slope[layer, channel] + bias[layer, channel]
+                ) + number * scale
+            if places[layer] >= 0:
+                mean, deviation = _scalars(scalar[row, layer])
+                _to_bits(state, mean, deviation, bits, out[row, places[layer]])
+
+
+@numba.njit(nogil=True, cache=True)
+def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
+    """Codes of one layer times their scale, float32 [R, H]."""
+    zigzag = np.empty(out.shape[1], np.int32)
+    for row in range(len(out)):
+        _unpack(code[row, layer], escape[row, layer], zigzag)
+        scale = scales[scalar[row, layer, 4]]
+        for channel in range(len(zigzag)):
+            number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+            out[row, channel] = number * scale
+
+
+@numba.njit(nogil=True, cache=True)
+def denormalise(state, scalar, layer, place, out):  # type: ignore[no-untyped-def]
+    bits = np.empty(state.shape[1], np.uint32)
+    for row in range(len(state)):
+        mean, deviation = _scalars(scalar[row, layer])
+        _to_bits(state[row], mean, deviation, bits, out[row, place])

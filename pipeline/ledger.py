@@ -1,0 +1,273 @@
+"""What a store says of itself: manifest, checksums, receipts, quarantine, and what remains."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PosixPath
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from ..schemas import (
+    Checksums,
+    Contract,
+    Difference,
+    Facts,
+    FeatureManifest,
+    InputError,
+    LatentManifest,
+    Quarantine,
+    Receipt,
+    differences,
+    digest,
+    parse,
+    publish,
+    render,
+    write_document,
+)
+
+C = TypeVar("C", bound=Contract)
+M = TypeVar("M", FeatureManifest, LatentManifest)
+MANIFEST = "manifest.json"
+CHECKSUMS = "checksums.json"
+_RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
+
+
+class StoreError(InputError):
+    """A store is not there, not finished, or not the one that is needed."""
+
+
+class Ledger(Generic[M]):
+    """What both kinds of store share: manifest, receipts, quarantine, state."""
+
+    kind: ClassVar[str]
+    manifest_type: ClassVar[Any]
+    group: ClassVar[str]
+
+    def __init__(self, path: Path, manifest: M) -> None:
+        self.path = path
+        self.manifest: M = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, complete: bool = True) -> Self:
+        """Open a store.
+
+        Args:
+            path: a folder, or the URL of one that fsspec knows (``s3://``, ``gs://``, ``hf://`` and
+                more, each with its own package), which is read through zarr-python.
+            complete: refuse a store that is not finished.
+
+        Raises:
+            StoreError: no store of this kind there, or not finished.
+        """
+        path = locate(path)
+        try:
+            document = json.loads((path / MANIFEST).read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(f"{path} is no {cls.kind} store: it has no {MANIFEST}") from error
+        except ValueError as error:  # no JSON, or no text
+            raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
+        wanted = cls.manifest_type.model_fields["format"].default
+        form = document.get("format") if isinstance(document, dict) else None
+        if form != wanted:
+            raise StoreError(
+                f"{path} is no {cls.kind} store: its manifest says {form!r} instead of {wanted!r}"
+            )
+        store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
+        if complete and not store.is_complete:
+            raise StoreError(
+                f"{path} is not finished: {len(store.remaining())} of "
+                f"{store.manifest.layout.num_shards} shards are not written. Run the command that "
+                "made it once more: it continues where it stopped."
+            )
+        return store
+
+    @classmethod
+    def begun(cls, path: Path) -> Self | None:
+        """The store that was begun there, finished or not; None where there is none yet."""
+        return cls.open(path, complete=False) if (path / MANIFEST).exists() else None
+
+    @classmethod
+    def prepare(cls, path: Path, tables: Sequence[str]) -> None:
+        """An empty folder to create a store in; what a creation that was killed left is removed."""
+        own = {cls.group, *tables, CHECKSUMS}
+        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)}
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; expected a new folder")
+        foreign = sorted({entry.name for entry in path.iterdir()} - own) if path.exists() else []
+        if foreign:
+            raise StoreError(
+                f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
+                "Name a new folder."
+            )
+        if any(path.glob(f"{cls.group}/*/c/*/*")):
+            raise StoreError(
+                f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
+                "continued. Put it back, or name a new folder."
+            )
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.manifest.status == "complete"
+
+    def check_same(self, manifest: M) -> None:
+        """Refuse to continue a store as another one.
+
+        Raises:
+            StoreError: with every key that differs, and both values.
+        """
+        found = self._compared(manifest)
+        different: list[Difference] = differences(found, self._compared(self.manifest))
+        if different:
+            listed = "\n  ".join(map(str, different))
+            raise StoreError(
+                f"{self.path} was made otherwise; what you asked for now, against what it holds:"
+                f"\n  {listed}\nRun the command as it was, or name a new folder."
+            )
+
+    @staticmethod
+    def _compared(manifest: M) -> dict[str, Any]:
+        return manifest.model_dump(mode="json", exclude=_RECORDED)
+
+    def receipts(self) -> dict[int, Receipt]:
+        """Receipts by shard."""
+        paths = sorted((self.path / "receipts").glob("shard-*.json"))
+        receipts = [_read_contract(path, Receipt) for path in paths]
+        return {receipt.shard: receipt for receipt in receipts}
+
+    def remaining(self) -> list[int]:
+        """Shards without a receipt, or whose files are not there in full."""
+        receipts = self.receipts()
+        return [
+            shard
+            for shard in range(self.manifest.layout.num_shards)
+            if shard not in receipts or not self._present(receipts[shard])
+        ]
+
+    def _present(self, receipt: Receipt) -> bool:
+        sizes = {name: self._file_size(name) for name in receipt.files}
+        return all(sizes[name] == file.num_bytes for name, file in receipt.files.items())
+
+    def _file_size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Record a shard as done, and lift its quarantine."""
+        sealed = receipt.model_copy(update={"sha256": ""})
+        sealed = receipt.model_copy(update={"sha256": digest(sealed)})
+        _write_contract(self._shard_file("receipts", receipt.shard), sealed)
+        self._shard_file("quarantine", receipt.shard).unlink(missing_ok=True)
+
+    def write_quarantine(self, quarantine: Quarantine) -> None:
+        """Record a shard as failed, with its entries and the reason."""
+        path = self._shard_file("quarantine", quarantine.shard)
+        _write_contract(path, quarantine)
+
+    def quarantined(self) -> dict[int, Quarantine]:
+        """Failed shards, by number."""
+        paths = sorted((self.path / "quarantine").glob("shard-*.json"))
+        found = [_read_contract(path, Quarantine) for path in paths]
+        return {quarantine.shard: quarantine for quarantine in found}
+
+    def _shard_file(self, folder: str, shard: int) -> Path:
+        return self.path / folder / f"shard-{shard:06d}.json"
+
+    def reopen(self, shards: Sequence[int]) -> None:
+        """Have shards written anew: the store is no longer complete, their receipts are gone."""
+        self.manifest = self.manifest.model_copy(update={"status": "extracting"})
+        _write_contract(self.path / MANIFEST, self.manifest)
+        for shard in shards:
+            self._shard_file("receipts", shard).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Mark the store complete.
+
+        Raises:
+            StoreError: shards remain.
+        """
+        remaining = self.remaining()
+        if remaining:
+            raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
+        self.manifest = self.manifest.model_copy(update={"status": "complete"})
+        _write_contract(self.path / MANIFEST, self.manifest)
+
+    def num_bytes(self) -> int:
+        """Bytes of the shards written so far."""
+        return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
+
+    def facts(self) -> Facts:
+        """What this store is, for a repr; every kind of store has its own."""
+        return Facts(f"{type(self).__name__} {self.path}", {"state": self._state()})
+
+    def __repr__(self) -> str:
+        return str(self.facts())
+
+    def _repr_html_(self) -> str:
+        return self.facts()._repr_html_()
+
+    def _state(self) -> str:
+        if self.is_complete:
+            return "complete"
+        layout, remaining = self.manifest.layout, len(self.remaining())
+        return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """A local path, or one behind a URL, which has the methods of a Path that reading needs."""
+    if "://" not in str(path):
+        return Path(path)
+    from upath import UPath
+
+    try:
+        return UPath(path)  # type: ignore[return-value]
+    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
+        raise StoreError(f"{path}: {error}") from error
+
+
+def read_table(path: Path) -> pa.Table:
+    if isinstance(path, PosixPath):
+        return pyarrow.parquet.read_table(path, memory_map=True)
+    with path.open("rb") as file:
+        return pyarrow.parquet.read_table(file)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    pyarrow.parquet.write_table(table, unfinished, compression="zstd")
+    publish(unfinished, path)
+
+
+def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
+    """The manifest, without which there is no store; before it the checksums of all else."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    checksums = {str(file.relative_to(path)): digest_file(file) for file in files}
+    _write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
+    _write_contract(path / MANIFEST, manifest)
+
+
+def _read_contract(path: Path, kind: type[C]) -> C:
+    try:
+        return parse(kind, json.loads(path.read_text("utf-8")), str(path))
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is damaged: {error}. semroute verify --repair has its shard written anew."
+        ) from error
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_contract(path: Path, contract: Contract) -> None:
+    write_document(path, render(contract))

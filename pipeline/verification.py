@@ -1,0 +1,397 @@
+"""Whether a store is what was written: every byte of it, shard by shard, and what to do if not."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import zarr
+from tqdm.auto import tqdm
+
+from ..schemas import (
+    Checksums,
+    Contract,
+    InputError,
+    Receipt,
+    digest,
+    fingerprint,
+    parse,
+)
+from .ledger import CHECKSUMS, MANIFEST, digest_file
+from .shards import RowArray
+from .store import FeatureStore, LatentStore, open_store
+
+T = TypeVar("T")
+_DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
+"""What reading damaged files raises, zarr's and Arrow's own errors included."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written.
+
+    Attributes:
+        where: file, relative to the store.
+        what: what was found, and what was expected.
+        shard: that can be written anew to mend it; None: that would not mend it.
+    """
+
+    where: str
+    what: str
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        path: of the store.
+        problems: in the order found; none, and every byte is as it was written.
+        unfinished: shards that are not written yet, which is no problem.
+        warnings: what could not be checked, and files that are not the store's.
+        num_bytes: that were read.
+    """
+
+    path: Path
+    problems: list[Problem]
+    unfinished: list[int]
+    warnings: list[str]
+    num_bytes: int
+
+    @property
+    def bad_shards(self) -> list[int]:
+        """That can be written anew."""
+        return sorted({p.shard for p in self.problems if p.shard is not None})
+
+    @property
+    def beyond_repair(self) -> list[Problem]:
+        """That no shard written anew would mend."""
+        return [problem for problem in self.problems if problem.shard is None]
+
+    def __str__(self) -> str:
+        state = f"{len(self.problems)} problems" if self.problems else "as it was written"
+        lines = [f"{self.path}: {state}; {self.num_bytes:,} bytes read"]
+        lines += [f"  {problem}" for problem in self.problems]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.unfinished:
+            lines.append(f"  not written yet: {len(self.unfinished)} shards")
+        if self.bad_shards:
+            shown = ", ".join(map(str, self.bad_shards))
+            lines.append(
+                f"Shards to be written anew: {shown}. verify --repair marks them as not written; "
+                "then run the command that made the store."
+            )
+        if self.beyond_repair:
+            lines.append(
+                "What is not in a shard cannot be written anew: put it back from a copy, or make "
+                "the store again."
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "path": str(self.path),
+                "intact": not self.problems,
+                "problems": [vars(problem) for problem in self.problems],
+                "bad_shards": self.bad_shards,
+                "unfinished": self.unfinished,
+                "warnings": self.warnings,
+                "bytes": self.num_bytes,
+            },
+            indent=1,
+        )
+
+
+def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verification:
+    """Read a whole store, finished or not, and compare it with all that it says of itself.
+
+    Args:
+        path: local folder of a feature or latent store.
+        progress: show a bar.
+
+    Raises:
+        StoreError: no store there.
+    """
+    path = Path(path)
+    found = _Findings(path)
+    try:
+        store = open_store(path)
+    except InputError as error:
+        if not (path / MANIFEST).exists():
+            raise
+        found.problem(MANIFEST, str(error))
+        return found.result([])
+    found.check_document(MANIFEST, type(store.manifest))
+    known = found.check_checksums(store)
+    found.attempt("tables", lambda: found.check_tables(store))
+    arrays = found.attempt(store.group, lambda: found.check_arrays(store)) or {}
+    entries = found.attempt("captions.parquet", lambda: _entries(store))
+    known |= found.check_shards(store, arrays, entries, progress)
+    found.check_strangers(known)
+    remaining = found.attempt("receipts", store.remaining) or []
+    return found.result([] if store.is_complete else remaining)
+
+
+def repair(verification: Verification) -> list[int]:
+    """Mark bad shards as not written; the command that made the store then writes just those.
+
+    Raises:
+        InputError: there is damage outside shards; nothing is changed.
+    """
+    if verification.beyond_repair:
+        listed = "\n  ".join(map(str, verification.beyond_repair))
+        raise InputError(
+            f"{verification.path} has damage that no shard written anew would mend:\n  {listed}\n"
+            "Put these files back from a copy first, or make the store again. Nothing was changed."
+        )
+    if verification.bad_shards:
+        open_store(verification.path).reopen(verification.bad_shards)
+    return verification.bad_shards
+
+
+class _Findings:
+    """The checks, each of which adds what it finds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.num_bytes = 0
+
+    def problem(self, where: str, what: str, shard: int | None = None) -> None:
+        self.problems.append(Problem(where, what, shard))
+
+    def attempt(self, where: str, check: Callable[[], T]) -> T | None:
+        """Run a check; that damage stops it is a problem like any other."""
+        try:
+            return check()
+        except _DAMAGE as error:
+            self.problem(where, f"cannot be read: {type(error).__name__}: {error}")
+            return None
+
+    def result(self, unfinished: list[int]) -> Verification:
+        return Verification(
+            self.path, self.problems, unfinished, sorted(self.warnings), self.num_bytes
+        )
+
+    def check_document(
+        self, name: str, kind: type[Contract], shard: int | None = None
+    ) -> Any | None:
+        """A JSON file that must be there to the letter: what it holds, or None."""
+        try:
+            raw = (self.path / name).read_bytes()
+            self.num_bytes += len(raw)
+            contract = parse(kind, json.loads(raw.decode("utf-8")), name)
+        except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+            self.problem(name, f"cannot be read: {error}", shard)
+            return None
+        except InputError as error:
+            self.problem(name, str(error), shard)
+            return None
+        # Keys that an early version did not have are not missing.
+        if raw != (contract.model_dump_json(indent=1, exclude_unset=True) + "\n").encode():
+            self.problem(name, "is not written as semroute writes it; a byte was changed", shard)
+            return None
+        return contract
+
+    def check_checksums(self, store: FeatureStore | LatentStore) -> set[str]:
+        """Everything but shards and receipts; returns the files that belong to the store."""
+        if not (self.path / CHECKSUMS).exists():
+            self.warnings.append(
+                f"{CHECKSUMS} is not there (a store of an early version): tables, manifest and "
+                "metadata could be compared with each other only"
+            )
+            return set()
+        checksums: Checksums | None = self.check_document(CHECKSUMS, Checksums)
+        if checksums is None:
+            return set()
+        begun = store.manifest.model_copy(update={"status": "extracting"})
+        if digest(begun) != checksums.manifest:
+            self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
+        for name, expected in checksums.files.items():
+            file = self.path / name
+            if not file.is_file():
+                self.problem(name, "is missing")
+                continue
+            self.num_bytes += file.stat().st_size
+            if digest_file(file) != expected:
+                self.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
+        return set(checksums.files)
+
+    def check_tables(self, store: FeatureStore | LatentStore) -> None:
+        """Tables against the manifest."""
+        num_samples, expected = store.samples.num_rows, store.manifest.identity.samples.num_samples
+        if num_samples != expected:
+            self.problem("samples.parquet", f"has {num_samples} rows; the manifest says {expected}")
+        if isinstance(store, FeatureStore):
+            for what in _caption_problems(store):
+                self.problem("captions.parquet", what)
+
+    def check_arrays(self, store: FeatureStore | LatentStore) -> dict[str, RowArray]:
+        """Metadata and parameters against the manifest; returns the arrays that can be read."""
+        if isinstance(store, LatentStore):
+            found = {"mean": store.array}
+        else:
+            found = store.arrays
+            layers = np.asarray(zarr.open_array(self.path / store.group / "layer", mode="r")[:])
+            if layers.tolist() != store.layers:
+                self.problem(
+                    f"{store.group}/layer",
+                    f"holds {layers.tolist()}; the manifest says {store.layers}",
+                )
+        for name, array in found.items():
+            if not array.direct:
+                self.problem(f"{store.group}/{name}/zarr.json", "is not of the documented form")
+        return {name: array for name, array in found.items() if array.direct}
+
+    def check_shards(
+        self,
+        store: FeatureStore | LatentStore,
+        arrays: dict[str, RowArray],
+        entries: Callable[[int], tuple[int, int]] | None,
+        progress: bool,
+    ) -> set[str]:
+        """Receipts, and the shards that they prove; returns the files that belong to the store."""
+        names = sorted(f"receipts/{file.name}" for file in (self.path / "receipts").glob("*"))
+        known = {*names, *(f"quarantine/{f.name}" for f in (self.path / "quarantine").glob("*"))}
+        receipts: dict[int, Receipt] = {}
+        unsealed_receipts = 0
+        for name in names:
+            shard = _shard_of(name, store.manifest.layout.num_shards)
+            if shard is None:
+                self.warnings.append(f"{name} is no receipt of this store")
+                continue
+            receipt: Receipt | None = self.check_document(name, Receipt, shard)
+            if receipt is None:
+                continue
+            unsealed = receipt.model_copy(update={"sha256": ""})
+            if not receipt.sha256:
+                unsealed_receipts += 1
+            elif digest(unsealed) != receipt.sha256:
+                self.problem(name, "its sha256 is not that of its contents", shard)
+                continue
+            if receipt.shard != shard:
+                self.problem(name, f"is about shard {receipt.shard}", shard)
+                continue
+            receipts[shard] = receipt
+        if unsealed_receipts:
+            self.warnings.append(
+                f"{unsealed_receipts} receipts have no sha256 of their own (an early version's)"
+            )
+        total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
+        ) as bar:
+            for shard, receipt in sorted(receipts.items()):
+                known |= set(receipt.files)
+                counted = (receipt.num_entries, receipt.num_rows)
+                expected = counted if entries is None else entries(shard)
+                if counted != expected:
+                    self.problem(f"receipts/shard-{shard:06d}.json", f"entries and rows are "
+                                 f"{counted}; the tables say {expected}", shard)  # fmt: skip
+                prefix = {f"{store.group}/{name}/" for name in arrays}
+                if arrays and {name.partition("c/")[0] for name in receipt.files} != prefix:
+                    self.problem(f"receipts/shard-{shard:06d}.json", "does not list a file of "
+                                 "every array", shard)  # fmt: skip
+                for name in receipt.files:
+                    self._check_file(name, receipt, shard)
+                    bar.update(receipt.files[name].num_bytes)
+                for name, array in arrays.items():
+                    self._check_chunks(f"{store.group}/{name}", array, shard)
+        missing = set(range(store.manifest.layout.num_shards)) - {*receipts}
+        reported = {problem.shard for problem in self.problems}
+        if store.is_complete:
+            for shard in sorted(missing - reported):
+                self.problem(f"receipts/shard-{shard:06d}.json", "is missing", shard)
+        return known
+
+    def _check_file(self, name: str, receipt: Receipt, shard: int) -> None:
+        file, written = self.path / name, receipt.files[name]
+        try:
+            size = file.stat().st_size
+            if size != written.num_bytes:
+                self.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
+                return
+            self.num_bytes += size
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            self.problem(name, f"cannot be read: {error.strerror}", shard)
+            return
+        if found != written.sha256:
+            self.problem(name, "its sha256 is not the one in the receipt", shard)
+
+    def _check_chunks(self, name: str, array: RowArray, shard: int) -> None:
+        """Index and chunks by their own checksums: says where in the shard the damage is."""
+        try:
+            array.check_shard(shard)
+        except _DAMAGE as error:
+            self.problem(name, str(error).removeprefix(f"{self.path}/"), shard)
+
+    def check_strangers(self, known: set[str]) -> None:
+        known |= {MANIFEST, CHECKSUMS}
+        if (self.path / CHECKSUMS).exists():
+            for file in sorted(self.path.rglob("*")):
+                name = str(file.relative_to(self.path))
+                if file.is_file() and name not in known:
+                    self.warnings.append(f"{name} does not belong to the store")
+
+
+def _shard_of(name: str, num_shards: int) -> int | None:
+    for shard in (int(digits) for digits in [name[-11:-5]] if digits.isdigit()):
+        if name == f"receipts/shard-{shard:06d}.json" and shard < num_shards:
+            return shard
+    return None
+
+
+def _entries(store: FeatureStore | LatentStore) -> Callable[[int], tuple[int, int]]:
+    """Shard -> entries and rows that the tables put there."""
+    layout = store.manifest.layout
+    if isinstance(store, LatentStore):
+
+        def count(shard: int) -> tuple[int, int]:
+            first = shard * layout.rows_per_shard
+            num = min(first + layout.rows_per_shard, layout.num_rows) - first
+            return num, num
+
+        return count
+    shards = store.captions["shard"].to_numpy()
+    rows = store.captions["num_tokens"].to_numpy()
+    entries = np.bincount(shards, minlength=layout.num_shards)
+    tokens = np.bincount(shards, weights=rows, minlength=layout.num_shards)
+    return lambda shard: (int(entries[shard]), int(tokens[shard]))
+
+
+def _caption_problems(store: FeatureStore) -> Iterator[str]:
+    captions, identity, layout = store.captions, store.manifest.identity, store.manifest.layout
+    if captions.num_rows != identity.captions.num_captions:
+        yield f"has {captions.num_rows} rows; the manifest says {identity.captions.num_captions}"
+        return
+    if fingerprint(captions["text"].to_pylist()) != identity.captions.fingerprint:
+        yield "its texts are not those of the manifest's fingerprint"
+    starts, stops, num, shards = (
+        captions[name].to_numpy() for name in ("row_start", "row_stop", "num_tokens", "shard")
+    )
+    if not np.array_equal(captions["caption_id"].to_numpy(), np.arange(len(store))):
+        yield "caption_id is not 0, 1, 2 and so on"
+    if not np.array_equal(stops - starts, num) or num.sum() != layout.num_rows:
+        yield f"rows do not add up to num_tokens, or not to the manifest's {layout.num_rows}"
+    if (starts[1:] < stops[:-1]).any() or starts.min() < 0:
+        yield "rows of two captions overlap"
+    if not np.array_equal(starts // layout.rows_per_shard, shards) or not np.array_equal(
+        (stops - 1) // layout.rows_per_shard, shards
+    ):
+        yield "rows lie in another shard than the one named"
+    ids = store.samples["caption_ids"].combine_chunks().values.to_numpy()
+    if len(ids) and not (ids.min() >= 0 and ids.max() < len(store)):
+        yield f"samples.parquet names captions {ids.min()} to {ids.max()}"

@@ -1,0 +1,51 @@
+"""A training configuration from a YAML file and the command line."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .contract import parse
+from .errors import InputError
+from .run import TrainConfig
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training configuration from a YAML file, with ``a.b=value`` put in.
+
+    Raises:
+        InputError: no such file, no YAML, or not a valid configuration.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds {type(document).__name__}; expected keys and values")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
+        *parents, last = key.split(".")
+        place = document
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{override!r}: {parent} holds a value, not keys")
+        try:
+            place[last] = _number_or(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise InputError(f"{override!r}: the value is no YAML: {error}") from error
+    return parse(TrainConfig, document, str(path))
+
+
+def _number_or(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for a string; everybody else takes it for a number."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
