@@ -73,32 +73,43 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def _work_options(command: F) -> F:
+_CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
+_quality_option = click.option(
+    "--quality",
+    type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
+    help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
+    "bit a value.",
+)
+
+
+def _work_options(*, limit: bool = True) -> Callable[[F], F]:
     """Options of every command that fills a store."""
-    for option in reversed(
-        [
-            click.option("--limit", type=click.IntRange(1), help="Only the first rows."),
-            click.option(
-                "--shard-size",
-                "shard_bytes",
-                type=_Size(),
-                default="256MB",
-                show_default=True,
-                help="Size of a shard: the unit of work and of writing.",
-            ),
-            click.option(
-                "--workers",
-                type=click.IntRange(0),
-                help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, "
-                "without Dask.",
-            ),
-            click.option(
-                "--force", is_flag=True, help="Begin although the disk has too little space."
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+    rows = [click.option("--limit", type=click.IntRange(1), help="Only the first rows.")]
+    options = [
+        *(rows if limit else []),
+        click.option(
+            "--shard-size",
+            "shard_bytes",
+            type=_Size(),
+            default="256MB",
+            show_default=True,
+            help="Size of a shard: the unit of work and of writing.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, "
+            "without Dask.",
+        ),
+        click.option("--force", is_flag=True, help="Begin although the disk has too little space."),
+    ]
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @cli.command()
@@ -174,15 +185,10 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     "--codec",
     default="bf16",
     show_default=True,
-    type=click.Choice(["bf16", "lossless", "delta", "linear"]),
+    type=_CODECS,
     help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
 )
-@click.option(
-    "--quality",
-    type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
-    help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
-    "bit a value.",
-)
+@_quality_option
 @click.option(
     "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
 )
@@ -196,7 +202,7 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     type=click.IntRange(1),
     help="CPU threads a worker, for a new store. Default: all cores over all workers.",
 )
-@_work_options
+@_work_options()
 @_interruptible
 def extract(captions: str, features: Path, **options: Any) -> None:
     """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
@@ -226,7 +232,7 @@ def extract(captions: str, features: Path, **options: Any) -> None:
 @click.option("--image-column", help="Column of images. Default: image.")
 @click.option("--text-column", help="Column of captions, by which latents and features are joined.")
 @click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
-@_work_options
+@_work_options()
 @_interruptible
 def latents(samples: str, latents: Path, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
@@ -260,15 +266,38 @@ def inspect(store: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--codec", type=_CODECS, help="Default: as it is.")
+@_quality_option
+@click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
+@click.option("--captions", help="Only those of this table, whose rows are the new samples.")
+@click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
+@_work_options(limit=False)
+@_interruptible
+def rewrite(features: Path, out: Path, **options: Any) -> None:
+    """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
+
+    The same command continues what was interrupted.
+
+    \b
+    Example:
+      semroute rewrite features smaller --codec linear --layers every:2
+    """
+    from .pipeline.rewriting import rewrite as run
+
+    click.echo(run(features, out, report=_report, **options))
+
+
+@cli.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def verify(store: Path, repair: bool, as_json: bool) -> None:
     """Read the whole of STORE and compare it with what was written.
 
-    Every checksum, every range of rows, the manifest against arrays and tables, receipts against
-    shards. Ends with 1 where something is wrong, and says in which shard. After --repair, the
-    command that made the store writes just the bad shards anew.
+    Every checksum, range of rows, receipt and key of the manifest. Ends with 1 where something is
+    wrong. After --repair, the command that made the store writes just the bad shards anew.
 
     \b
     Example:
@@ -278,13 +307,8 @@ def verify(store: Path, repair: bool, as_json: bool) -> None:
 
     found = verification.verify(store, progress=not as_json)
     click.echo(found.to_json() if as_json else found)
-    if repair:
-        marked = verification.repair(found)
-        if marked:
-            _report(
-                f"{len(marked)} shards are marked as not written: run the command that made "
-                f"{store} once more"
-            )
+    if repair and (marked := verification.repair(found)):
+        _report(f"{len(marked)} shards are marked as not written: run the command that made them")
     if found.problems:
         sys.exit(1)
 

@@ -23,6 +23,7 @@ run extract "$out/shapes/test.parquet" "$out/features-test" --model "$llm" --sha
 run latents "$out/shapes/train.parquet" "$out/latents" --vae pixels
 run inspect "$out/features"
 run verify "$out/features"
+run rewrite "$out/features" "$out/features-delta" --codec delta
 run train "$here/demo.yaml" "features=$out/features" "latents=$out/latents" "output=$out/run"
 run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 3
 run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet"

@@ -20,8 +20,6 @@ from tqdm.auto import tqdm
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
-    MAX_QUALITY,
-    MIN_QUALITY,
     SAMPLES_SCHEMA,
     Codec,
     FeatureIdentity,
@@ -36,7 +34,7 @@ from .cluster import num_cpus, report_progress, run
 from .codecs import CODECS, Bf16, Coded, Predictive
 from .distortion import CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
-from .fitting import fit_codec
+from .fitting import fit_codec, fit_rows, request_codec
 from .layout import Packing, batches, format_bytes, pack
 from .samples import read_samples
 from .store import FeatureStore, Rows, digest_parameters
@@ -52,10 +50,6 @@ attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 10
 CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
-DEFAULT_QUALITY = 4.0
-"""Error of LN(h) 1.1e-2; see docs/benchmarks/codecs.md."""
-MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL = 8_192, 8
-"""Tokens that a codec is fitted on: so many, and so many a channel of the LLM."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +201,7 @@ def extract(
     on_gpu = torch.cuda.is_available()
     workers = num_workers(workers, torch.cuda.device_count())
     begun = FeatureStore.begun(features)
-    spec = _requested_codec(codec, quality)
+    spec = request_codec(codec, quality)
     if begun is not None:
         asked = begun.manifest.codec
         spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
@@ -445,23 +439,6 @@ def _encode_batches(
         report_progress(task.shard, done)
 
 
-def _requested_codec(name: str, quality: float | None) -> Codec:
-    """The codec as asked for, not yet fitted."""
-    if not issubclass(CODECS[name], Predictive):
-        if quality is not None:
-            raise InputError(
-                f"--quality {quality:g} is for delta and linear; --codec {name} has no step"
-            )
-        return Codec(name=name)
-    quality = DEFAULT_QUALITY if quality is None else quality
-    if not MIN_QUALITY <= quality <= MAX_QUALITY:
-        raise InputError(
-            f"--quality {quality:g}: expected {MIN_QUALITY:g} (coarse) to {MAX_QUALITY:g} (finer "
-            "than bf16)"
-        )
-    return Codec(name=name, quality=quality)
-
-
 def _fit(
     job: _Job,
     manifest: FeatureManifest,
@@ -470,7 +447,7 @@ def _fit(
     report: Callable[[str], None],
 ) -> _Fitted:
     """Fit the codec to the first captions in store order, in a worker, before anything is kept."""
-    wanted = max(MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL * manifest.identity.model.width)
+    wanted = fit_rows(manifest.identity.model.width)
     stops = np.cumsum(captions.num_tokens)
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
     task = _Task.of(captions, slice(0, num), 0, stops[:num] - captions.num_tokens[:num])

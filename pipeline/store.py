@@ -354,7 +354,11 @@ class FeatureStore(Ledger[FeatureManifest]):
         return 2 * len(self.layers) * self.manifest.identity.model.width
 
     def facts(self) -> Facts:
-        identity, layout = self.manifest.identity, self.manifest.layout
+        identity, layout, codec = (
+            self.manifest.identity,
+            self.manifest.layout,
+            self.manifest.codec,
+        )
         num_bytes = self.num_bytes()
         cut = int(np.count_nonzero(self.captions["num_cut_tokens"].to_numpy()))
         model = _last_part(self.manifest.provenance.model)
@@ -369,7 +373,9 @@ class FeatureStore(Ledger[FeatureManifest]):
             "captions": f"{len(self):,} unique (the null caption included) of "
             f"{identity.samples.num_samples:,} samples",
             "tokens": f"{layout.num_rows:,}; {cut:,} captions cut at {identity.max_length} tokens",
-            "codec": self.manifest.codec.name,
+            "codec": codec.name
+            if codec.quality is None
+            else f"{codec.name}, quality {codec.quality:g}",
             "bytes": format_bytes(num_bytes),
             "state": self._state(),
         }

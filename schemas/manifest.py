@@ -113,6 +113,15 @@ class Codec(Contract):
     """lossless, delta, linear: fitted before the first shard."""
 
 
+class Derived(Contract):
+    """Of a store that was rewritten from another: what had been lost before."""
+
+    codec: Codec
+    """Of the store it was rewritten from."""
+    codec_error: float | None
+    """Mean error of LN(h) that was made there; it and this store's own add up at most."""
+
+
 class Provenance(Contract):
     """Recorded for people; never compared."""
 
@@ -135,6 +144,7 @@ class FeatureManifest(Contract):
     identity: FeatureIdentity
     layout: Layout
     codec: Codec
+    derived: Derived | None = None
     provenance: Provenance
 
 

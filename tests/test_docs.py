@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import UnionType
 from typing import get_args
 
 import pytest
@@ -73,6 +74,9 @@ def command_lines(text):
 def leaf_keys(model, prefix=""):
     for name, field in model.model_fields.items():
         kind = field.annotation
+        if isinstance(kind, UnionType):
+            parts = [part for part in get_args(kind) if part is not type(None)]
+            kind = parts[0] if len(parts) == 1 else kind
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from leaf_keys(kind, f"{prefix}{name}.")
         else:

@@ -18,7 +18,7 @@ FLOORS = [
         *("trainer.dit", "trainer.sampling"),
     },
     {"pipeline.filling", "pipeline.inspection", "pipeline.verification", "trainer.stream"},
-    {"pipeline.extraction", "pipeline.imaging", "trainer.evaluation"},
+    {"pipeline.extraction", "pipeline.imaging", "pipeline.rewriting", "trainer.evaluation"},
     {"trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
     {"cli"},

@@ -1,0 +1,306 @@
+"""Feature store -> feature store: another codec, fewer layers, fewer captions. No LLM is run."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..schemas import (
+    CAPTIONS_SCHEMA,
+    SAMPLES_SCHEMA,
+    CaptionsIdentity,
+    Derived,
+    FeatureManifest,
+    Fit,
+    InputError,
+    Receipt,
+    SamplesIdentity,
+    fingerprint,
+)
+from .cluster import report_progress
+from .codecs import CODECS, Coded, Predictive
+from .distortion import CodecError
+from .filling import check_space, fill, name_workers, num_workers, provenance
+from .fitting import fit_codec, fit_rows, request_codec
+from .inspection import codec_error
+from .layout import Packing, format_bytes, pack
+from .samples import read_samples
+from .store import FeatureStore, digest_parameters, open_features
+
+BATCH_BYTES = 64_000_000
+"""Decoded bytes of the source that a worker holds at a time."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every task of a rewriting shares."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Captions and samples of the new store; ids are numbered anew.
+
+    Attributes:
+        ids: captions of the source, ascending, the null caption first, int64 ``[captions]``.
+        samples: as in samples.parquet, with the new ids.
+    """
+
+    ids: np.ndarray
+    samples: pa.Table
+    identity: SamplesIdentity
+
+
+def rewrite(
+    features: str | Path,
+    out: str | Path,
+    *,
+    codec: str | None = None,
+    quality: float | None = None,
+    layers: str = "all",
+    captions: str | None = None,
+    text_column: str | None = None,
+    shard_bytes: int = 256_000_000,
+    workers: int | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = print,
+) -> FeatureStore:
+    """Write a complete feature store once more, otherwise.
+
+    Called again with the same arguments it continues where it was stopped. Receipts have what is
+    lost here; what the source had lost is in the manifest (``derived``); at most the two add up.
+
+    Args:
+        features: what to rewrite.
+        out: a new folder.
+        codec, quality: as for extraction; default the codec of the source.
+        layers: ``all`` of the source, ``every:3`` or ``5,11,17``, all of which it must hold.
+        captions: table of captions, all of which the source must hold; default all of them. The
+            samples of the new store are its rows.
+        text_column: of ``captions``.
+        shard_bytes: size of a full shard, uncompressed.
+        workers: processes; default one a CPU core up to 4; 0: this one, without Dask.
+        force: begin although the target has too little space.
+        report: takes one line of text at a time.
+
+    Raises:
+        InputError: bad input, before any work; or a store that was made otherwise.
+        ExtractionError: shards failed and are in quarantine.
+        Interrupted: Ctrl-C.
+    """
+    out = Path(out)
+    source = open_features(features)
+    if out.resolve() == Path(features).resolve():
+        raise InputError(f"{out} is the store itself; name a new folder")
+    identity = source.manifest.identity
+    chosen = _choose_layers(layers, source)
+    selection = _select(source, captions, text_column)
+    if codec is None:
+        codec = source.manifest.codec.name
+        quality = source.manifest.codec.quality if quality is None else quality
+    spec = request_codec(codec, quality)
+    begun = FeatureStore.begun(out)
+    if begun is not None:
+        asked = begun.manifest.codec
+        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
+    table = source.captions.take(pa.array(selection.ids))
+    num_tokens = table["num_tokens"].to_numpy()
+    bytes_per_row = 2 * len(chosen) * identity.model.width
+    packing = pack(
+        num_tokens,
+        bytes_per_row=bytes_per_row,
+        shard_bytes=shard_bytes,
+        batch_tokens=source.manifest.layout.batch_tokens,
+        aligned=CODECS[codec].aligned,
+    )
+    error = codec_error(list(source.receipts().values()))
+    manifest = FeatureManifest(
+        status="extracting",
+        identity=identity.model_copy(
+            update={
+                "layers": chosen,
+                "final_norm": identity.final_norm if chosen[-1] == source.layers[-1] else "absent",
+                "captions": CaptionsIdentity(
+                    num_captions=len(selection.ids),
+                    fingerprint=fingerprint(table["text"].to_pylist()),
+                    seed=identity.captions.seed,
+                ),
+                "samples": selection.identity,
+            }
+        ),
+        layout=packing.layout,
+        codec=spec,
+        derived=Derived(codec=source.manifest.codec, codec_error=error.get("mean")),
+        provenance=provenance(str(features), source.manifest.provenance.model),
+    )
+    if begun is not None:
+        store = begun
+        store.check_same(manifest)
+    else:
+        parameters: dict[str, np.ndarray] = {}
+        num_bytes = packing.layout.num_rows * bytes_per_row
+        if CODECS[codec].fits:
+            stops = np.cumsum(num_tokens)
+            num = min(len(stops), int(np.searchsorted(stops, fit_rows(identity.model.width))) + 1)
+            report(f"fitting {codec} to {num:,} captions, {int(stops[num - 1]):,} tokens")
+            sample = source.read(selection.ids[:num], chosen).tensor()
+            fitted, bits = fit_codec(codec, sample, spec.quality)
+            parameters = dict(fitted.parameters)
+            fit = Fit(num_captions=num, num_rows=len(sample), sha256=digest_parameters(parameters))
+            code_bits = fitted.code_bits if isinstance(fitted, Predictive) else None
+            spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+            manifest = manifest.model_copy(update={"codec": spec})
+            num_bytes = int(num_bytes * bits / 16)
+        check_space(out, num_bytes, force)
+        new = _captions_table(table, packing)
+        store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
+    remaining = store.remaining()
+    workers = min(num_workers(workers, 0), len(remaining))
+    job = _Job(Path(features).resolve(), out.resolve())
+    report(
+        f"{len(selection.ids):,} of {len(source):,} captions, {packing.layout.num_rows:,} tokens x "
+        f"{len(chosen)} of {len(source.layers)} layers: "
+        f"{format_bytes(packing.layout.num_rows * bytes_per_row)} before {codec}; shards: "
+        f"{packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
+    )
+
+    def arguments(shard: int) -> tuple[_Job, int, np.ndarray]:
+        entries = packing.entries(shard)
+        return job, shard, selection.ids[entries.start : entries.stop]
+
+    fill(
+        store,
+        remaining,
+        _rewrite_shard,
+        arguments,
+        packing,
+        workers=workers,
+        unit="captions",
+        report=report,
+    )
+    return store
+
+
+def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
+    """Read, encode and write one shard, then its receipt. Runs in a worker.
+
+    Args:
+        ids: captions of the source that go into this shard, in order.
+    """
+    import torch
+
+    started = time.perf_counter()
+    source, store = open_features(job.source), FeatureStore.open(job.target, complete=False)
+    layout, layers = store.manifest.layout, store.layers
+    torch.set_num_threads(layout.num_threads)
+    source.num_threads = 1
+    mine = store.captions.filter(pc.equal(store.captions["shard"], shard))
+    row_start = mine["row_start"].to_numpy() - shard * layout.rows_per_shard
+    counts = mine["num_tokens"].to_numpy()
+    codec, error = store.codec, CodecError(layers)
+    planes = {
+        plane.name: np.zeros((layout.rows_per_shard, len(layers), plane.size), plane.dtype)
+        for plane in codec.planes
+    }
+    per_batch = max(1, BATCH_BYTES // source.bytes_per_row())
+    stops = np.cumsum(counts)
+    first = 0
+    while first < len(ids):
+        before = stops[first] - counts[first]
+        stop = max(first + 1, int(np.searchsorted(stops, before + per_batch, side="right")))
+        hidden = source.read(ids[first:stop], layers).tensor()
+        starts = row_start[first:stop]
+        within = np.arange(len(hidden)) - np.repeat(stops[first:stop] - counts[first:stop] - before,
+                                                   counts[first:stop])  # fmt: skip
+        rows = np.repeat(starts, counts[first:stop]) + within
+        coded: Coded | None = None
+        for index in range(len(layers)):
+            one = hidden[:, index]
+            coded = codec.encode(index, one, coded)
+            error.add(index, one, coded.hidden)
+            for name, codes in coded.planes.items():
+                planes[name][rows, index] = codes.numpy()
+        first = stop
+        report_progress(shard, first)
+    encoded = time.perf_counter()
+    receipt = Receipt(
+        shard=shard,
+        num_rows=int(counts.sum()),
+        num_entries=len(ids),
+        files=store.write_shard(shard, planes),
+        codec_error=error.to_dict(),
+        layer_error=error.by_layer(),
+        warnings=[],
+        seconds={"encode": encoded - started, "write": time.perf_counter() - encoded},
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )
+    store.write_receipt(receipt)
+    return receipt
+
+
+def _choose_layers(text: str, source: FeatureStore) -> list[int]:
+    from .encoder import parse_layers
+
+    if text == "all":
+        return source.layers
+    num_layers = source.manifest.identity.model.num_layers
+    chosen = parse_layers(text, num_layers)
+    missing = sorted({*chosen} - {*source.layers})
+    if missing:
+        raise InputError(
+            f"--layers {text}: {source.path} does not hold {missing}; it has {source.layers}"
+        )
+    return chosen
+
+
+def _select(source: FeatureStore, file: str | None, text_column: str | None) -> _Selection:
+    """The captions that a file names, or all."""
+    if file is None:
+        ids = np.arange(len(source))
+        return _Selection(ids, source.samples, source.manifest.identity.samples)
+    samples = read_samples(file, text_column=text_column, need="text")
+    texts = samples.texts()
+    found = pc.index_in(texts.flatten(), value_set=source.captions["text"])
+    if found.null_count:
+        missing = texts.flatten().filter(pc.is_null(found))
+        raise InputError(
+            f"{file}: {found.null_count:,} captions are not in {source.path}, for example "
+            f"{missing[0].as_py()!r}. Name captions that were extracted, or extract these."
+        )
+    old = found.to_numpy().astype(np.int64)
+    ids = np.unique(np.concatenate([[0], old]))
+    counts = pc.list_value_length(texts).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    renumbered = pa.array(np.searchsorted(ids, old), pa.int64())
+    table = pa.table(
+        [
+            pa.array(range(len(samples)), pa.int64()),
+            pa.ListArray.from_arrays(offsets, renumbered),
+            samples.image_names(),
+        ],
+        schema=SAMPLES_SCHEMA,
+    )
+    return _Selection(ids, table, samples.identity())
+
+
+def _captions_table(table: pa.Table, packing: Packing) -> pa.Table:
+    num_tokens = table["num_tokens"].to_numpy()
+    placed = {
+        "caption_id": np.arange(table.num_rows),
+        "shard": packing.shard,
+        "row_start": packing.row_start,
+        "row_stop": packing.row_start + num_tokens,
+    }
+    for name, values in placed.items():
+        place = table.schema.get_field_index(name)
+        field = CAPTIONS_SCHEMA.field(name)
+        table = table.set_column(place, field, pa.array(values, field.type))
+    return table
