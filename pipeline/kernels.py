@@ -1,13 +1,24 @@
-"""Loops of the codecs' decoders, compiled by numba on first use and kept beside this file.
+"""Loops of the codecs' decoders, compiled by numba on first use and kept where it can write.
 
 They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 
 
-@numba.njit(nogil=True, cache=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled code is kept for the next process, where there is a folder to keep it in."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the home can be written
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
     """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
     width = len(out)
@@ -27,7 +38,7 @@ def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
                 out[channel] = 14 + escape[channel]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def decode_lossless(code, escape, mantissa, base, follow, places, out):  # type: ignore[no-untyped-def]
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
@@ -51,7 +62,7 @@ def decode_lossless(code, escape, mantissa, base, follow, places, out):  # type:
                     bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _scalars(scalar):  # type: ignore[no-untyped-def]
     """Mean and deviation: uint8 [5] -> two float32."""
     both = np.empty(2, np.uint32)
@@ -61,7 +72,7 @@ def _scalars(scalar):  # type: ignore[no-untyped-def]
     return values[0], values[1]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
     """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
     width = len(values)
@@ -74,7 +85,7 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
         out[channel] = np.uint16(rounded >> np.uint32(16))
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # type: ignore[no-untyped-def]
     rows, _, width = escape.shape
     state = np.zeros(width, np.float32)
@@ -95,7 +106,7 @@ def decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # typ
                 _to_bits(state, mean, deviation, bits, out[row, places[layer]])
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
     """Codes of one layer times their scale, float32 [R, H]."""
     zigzag = np.empty(out.shape[1], np.int32)
@@ -107,7 +118,7 @@ def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-u
             out[row, channel] = number * scale
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def denormalise(state, scalar, layer, place, out):  # type: ignore[no-untyped-def]
     bits = np.empty(state.shape[1], np.uint32)
     for row in range(len(state)):
