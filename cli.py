@@ -13,8 +13,6 @@ from .pipeline.cluster import DISK_FULL, Interrupted
 from .pipeline.layout import parse_bytes
 from .schemas import MAX_QUALITY, MIN_QUALITY, InputError, read_config
 
-NUM_JUDGED = 24
-"""Images that evaluate shows."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -408,13 +406,10 @@ def sample(
     num: int,
     prompts: tuple[str, ...],
     model: str | None,
-    cfg_scale: float,
     out: Path | None,
-    num_steps: int,
-    seed: int,
-    batch_size: int,
     weights: Any,
     step: int | None,
+    **how: Any,
 ) -> None:
     """Draw pictures with a trained RUN, from stored captions or new prompts.
 
@@ -442,22 +437,10 @@ def sample(
         source = encode_prompts(prompts, record.features, model or record.model_source)
         texts, ids = list(prompts), list(range(1, len(prompts) + 1))
 
-    from .trainer.evaluation import generate
-    from .trainer.plots import sample_grid, save_images
+    from .trainer.results import draw
 
-    latents = generate(
-        trained.model,
-        trained.flow,
-        source,
-        ids,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    images = _decoder(trained)(latents)
     out = out or run / "samples"
-    for path in save_images(out, images, texts, sample_grid(images, texts)):
+    for path in draw(trained, source, ids, texts, _decoder(trained), out, **how):
         click.echo(path)
 
 
@@ -489,16 +472,7 @@ def sample(
 )
 @_sampling_options
 def evaluate(
-    run: Path,
-    features: Path,
-    samples: str,
-    cfg_scales: tuple[float, ...],
-    images_per_caption: int,
-    num_steps: int,
-    seed: int,
-    batch_size: int,
-    weights: Any,
-    step: int | None,
+    run: Path, features: Path, samples: str, weights: Any, step: int | None, **how: Any
 ) -> None:
     """Score a RUN on the captions of a shapes world, skill by skill, with chance beside.
 
@@ -508,52 +482,13 @@ def evaluate(
     Example:
       semroute evaluate runs/depth --features features-test --samples shapes/test.parquet
     """
-    import numpy as np
-    import pyarrow.parquet
-
     from .pipeline.store import open_features
-    from .trainer.evaluation import Report
-    from .trainer.evaluation import evaluate as judge
-    from .trainer.plots import sample_grid
-    from .trainer.shapes import judge as judge_image
-    from .trainer.shapes import read_scenes
+    from .trainer.results import score_run
 
     trained = _open_run(run, step, weights)
     store = open_features(features)
     trained.check_features(store.manifest.identity)
-    try:
-        table = pyarrow.parquet.read_table(samples)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--samples {samples}: {error}") from error
-    scenes, splits = read_scenes(table), table["split"].to_pylist()
-    ids = [row[0] for row in store.samples["caption_ids"].to_pylist()]
-    if store.captions["text"].take(ids).to_pylist() != table["text"].to_pylist():
-        raise InputError(f"{features} was not extracted from {samples}: the captions differ")
-    evaluations, written = {}, []
-    for cfg_scale in cfg_scales:
-        evaluations[cfg_scale], images = judge(
-            trained.model,
-            trained.flow,
-            store,
-            ids * images_per_caption,
-            scenes * images_per_caption,
-            splits * images_per_caption,
-            _decoder(trained),
-            num_steps=num_steps,
-            cfg_scale=cfg_scale,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        click.echo(f"guidance {cfg_scale:g}, {len(images)} images\n{evaluations[cfg_scale]}\n")
-        shown = np.linspace(0, len(ids) - 1, min(NUM_JUDGED, len(ids))).astype(int)
-        marks = [judge_image(images[i], scenes[i])["all"] for i in shown]
-        texts = table["text"].take(shown).to_pylist()
-        path = run / "figures" / f"judged-cfg-{cfg_scale:g}.png"
-        path.parent.mkdir(exist_ok=True)
-        sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
-        written.append(path)
-    report = Report(trained.step, weights, str(features), num_steps, seed, evaluations)
-    for path in (*written, report.write(run)):
+    for path in score_run(trained, store, samples, _decoder(trained), report=click.echo, **how):
         click.echo(path)
 
 

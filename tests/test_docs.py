@@ -256,7 +256,7 @@ class TestFiles:
         assert missing == []
 
     def test_floors_are_those_of_the_test(self):
-        (code,) = [c for _, _, c in blocks(page("architecture.md"), "text") if "7  cli" in c]
+        (code,) = [c for _, _, c in blocks(page("architecture.md"), "text") if "  cli\n" in c]
         floors = runpy.run_path(str(ROOT / "tests" / "test_floors.py"))["FLOORS"]
         found = [set() for _ in floors]
         for line in code.strip().split("\n"):

@@ -21,6 +21,7 @@ FLOORS = [
     {"pipeline.extraction", "pipeline.imaging", "pipeline.rewriting", "trainer.evaluation"},
     {"trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
+    {"trainer.results"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,113 @@
+"""What is drawn and scored with a run: pictures and reports, written as files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+
+from ..pipeline.store import FeatureStore
+from ..schemas import InputError
+from .checkpoint import Run
+from .evaluation import Decode, Features, Report, evaluate, generate
+from .plots import sample_grid, save_images
+from .shapes import judge, read_scenes
+
+NUM_JUDGED = 24
+"""Images that an evaluation shows."""
+
+
+def draw(
+    run: Run,
+    features: Features,
+    caption_ids: Sequence[int],
+    texts: Sequence[str],
+    decode: Decode,
+    out: Path,
+    *,
+    num_steps: int,
+    cfg_scale: float,
+    seed: int,
+    batch_size: int,
+) -> list[Path]:
+    """A picture of each caption and a grid of them all, in ``out``.
+
+    Args:
+        caption_ids, texts: of the captions, in ``features`` and in words.
+        decode: latents -> images.
+        num_steps, cfg_scale, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
+    """
+    latents = generate(
+        run.model,
+        run.flow,
+        features,
+        caption_ids,
+        num_steps=num_steps,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    images = decode(latents)
+    return save_images(out, images, texts, sample_grid(images, texts))
+
+
+def score_run(
+    run: Run,
+    store: FeatureStore,
+    samples: str,
+    decode: Decode,
+    *,
+    cfg_scales: Sequence[float],
+    images_per_caption: int,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    report: Callable[[str], None] = print,
+) -> list[Path]:
+    """Score a run on a world of shapes at several guidance scales.
+
+    Writes ``evaluation.json`` and, into ``figures``, some judged images of each scale.
+
+    Args:
+        store: features of the captions to judge by.
+        samples: the test.parquet that they were extracted from.
+        decode: latents -> images.
+        num_steps, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
+        report: takes each scale's table of scores.
+
+    Raises:
+        InputError: the file is no world, or its captions are not those of the store.
+    """
+    try:
+        table = pyarrow.parquet.read_table(samples)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--samples {samples}: {error}") from error
+    scenes, splits = read_scenes(table), table["split"].to_pylist()
+    ids = [row[0] for row in store.samples["caption_ids"].to_pylist()]
+    if store.captions["text"].take(ids).to_pylist() != table["text"].to_pylist():
+        raise InputError(f"{store.path} was not extracted from {samples}: the captions differ")
+    evaluations, written = {}, []
+    for cfg_scale in cfg_scales:
+        evaluations[cfg_scale], images = evaluate(
+            run.model,
+            run.flow,
+            store,
+            ids * images_per_caption,
+            scenes * images_per_caption,
+            splits * images_per_caption,
+            decode,
+            num_steps=num_steps,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        report(f"guidance {cfg_scale:g}, {len(images)} images\n{evaluations[cfg_scale]}\n")
+        shown = np.linspace(0, len(ids) - 1, min(NUM_JUDGED, len(ids))).astype(int)
+        marks = [judge(images[i], scenes[i])["all"] for i in shown]
+        texts = table["text"].take(shown).to_pylist()
+        path = run.path / "figures" / f"judged-cfg-{cfg_scale:g}.png"
+        path.parent.mkdir(exist_ok=True)
+        sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
+        written.append(path)
+    made = Report(run.step, run.source, str(store.path), num_steps, seed, evaluations)
+    return [*written, made.write(run.path)]
