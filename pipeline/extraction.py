@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
-    SAMPLES_SCHEMA,
     Codec,
     FeatureIdentity,
     FeatureManifest,
@@ -29,14 +28,14 @@ from ..schemas import (
     Receipt,
     differences,
 )
-from .captions import Captions, build_captions, read_template
+from .captions import Captions, build_captions
 from .cluster import num_cpus, report_progress, run
 from .codecs import CODECS, Bf16, Coded, Predictive
 from .distortion import CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .layout import Packing, batches, format_bytes, pack
-from .samples import read_samples
+from .planning import make_plan
 from .store import FeatureStore, Rows, digest_parameters
 
 if TYPE_CHECKING:
@@ -173,91 +172,62 @@ def extract(
     """
     import torch
 
-    from .encoder import (
-        ATTENTION,
-        describe_model,
-        find_model,
-        load_tokenizer,
-        parse_layers,
-        tokenizer_digest,
-    )
-
     features = Path(features)
-    template_text = read_template(template)
-    samples = read_samples(source, text_column=text_column, limit=limit, need="text")
-    texts = samples.texts()
-    located = find_model(model)
-    identity = describe_model(located)
-    chosen = parse_layers(layers, identity.num_layers)
-    tokenizer = load_tokenizer(located)
-    captions = build_captions(
-        texts,
-        tokenizer,
-        template=template_text,
+    begun = FeatureStore.begun(features)
+    if begun is not None and dtype == "auto":
+        dtype = begun.manifest.identity.dtype
+    plan = make_plan(
+        source,
+        model=model,
+        template=template,
+        text_column=text_column,
+        layers=layers,
         max_length=max_length,
         keep_prefix=keep_prefix,
+        dtype=dtype,
+        limit=limit,
         seed=seed,
     )
-    on_gpu = torch.cuda.is_available()
+    captions, identity = plan.captions, plan.identity
+    bytes_per_row = 2 * len(identity.layers) * identity.model.width
     workers = num_workers(workers, torch.cuda.device_count())
-    begun = FeatureStore.begun(features)
     spec = request_codec(codec, quality)
     if begun is not None:
         asked = begun.manifest.codec
         spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
         threads = begun.manifest.layout.num_threads
         batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
-        dtype = begun.manifest.identity.dtype if dtype == "auto" else dtype
     packing = pack(
         captions.num_tokens,
-        bytes_per_row=2 * len(chosen) * identity.width,
+        bytes_per_row=bytes_per_row,
         shard_bytes=shard_bytes,
-        batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+        batch_tokens=batch_tokens or default_batch_tokens(),
         aligned=CODECS[codec].aligned,
         num_threads=threads or max(1, num_cpus() // max(1, workers)),
     )
     manifest = FeatureManifest(
         status="extracting",
-        identity=FeatureIdentity(
-            model=identity,
-            tokenizer=tokenizer_digest(tokenizer),
-            template=captions.template,
-            layers=chosen,
-            final_norm="normed" if chosen[-1] == identity.num_layers else "absent",
-            dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
-            attention=ATTENTION,
-            max_length=max_length,
-            captions=captions.identity,
-            samples=samples.identity(),
-        ),
+        identity=identity,
         layout=packing.layout,
         codec=spec,
-        provenance=provenance(source, located.name),
+        provenance=provenance(source, plan.model.name),
     )
-    job = _Job(features.resolve(), located)
-    _report_cuts(captions, max_length, report)
+    job = _Job(features.resolve(), plan.model)
+    plan.report_cuts(report)
     if begun is not None:
         store = begun
         store.check_same(manifest)
     else:
         fitted = None
-        num_bytes = packing.layout.num_rows * 2 * len(chosen) * identity.width
+        num_bytes = packing.layout.num_rows * bytes_per_row
         if CODECS[codec].fits:
             fitted = _fit(job, manifest, captions, workers, report)
             manifest = manifest.model_copy(update={"codec": fitted.spec})
             num_bytes = int(num_bytes * fitted.bits_per_value / 16)
         check_space(features, num_bytes, force)
         table = _captions_table(captions, packing)
-        sample_table = pa.table(
-            [
-                pa.array(range(len(samples)), pa.int64()),
-                captions.caption_ids,
-                samples.image_names(),
-            ],
-            schema=SAMPLES_SCHEMA,
-        )
         parameters = fitted.parameters if fitted else None
-        store = FeatureStore.create(features, manifest, table, sample_table, parameters)
+        store = FeatureStore.create(features, manifest, table, plan.samples_table(), parameters)
 
     remaining = store.remaining()
     workers = min(workers, len(remaining))
@@ -269,9 +239,9 @@ def extract(
         return job, _Task.of(captions, chosen, shard, row_start)
 
     report(
-        f"{len(samples):,} samples, {len(captions):,} unique captions, "
-        f"{packing.layout.num_rows:,} tokens x {len(chosen)} layers x {identity.width}: "
-        f"{format_bytes(packing.layout.num_rows * store.bytes_per_row())}; "
+        f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
+        f"{packing.layout.num_rows:,} tokens x {len(identity.layers)} layers x "
+        f"{identity.model.width}: {format_bytes(packing.layout.num_rows * bytes_per_row)}; "
         f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
     )
     fill(
@@ -285,6 +255,13 @@ def extract(
         report=report,
     )
     return store
+
+
+def default_batch_tokens() -> int:
+    """Tokens a batch on this machine, where nobody chose."""
+    import torch
+
+    return GPU_BATCH_TOKENS if torch.cuda.is_available() else CPU_BATCH_TOKENS
 
 
 def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
@@ -553,16 +530,3 @@ def _captions_table(captions: Captions, packing: Packing) -> pa.Table:
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, CAPTIONS_SCHEMA, strict=True)]
     return pa.table(arrays, schema=CAPTIONS_SCHEMA)
-
-
-def _report_cuts(captions: Captions, max_length: int, report: Callable[[str], None]) -> None:
-    cut = np.flatnonzero(captions.num_cut)
-    if len(cut):
-        report(
-            f"warning: {len(cut):,} captions are longer than {max_length} tokens and lose their "
-            f"end (captions.parquet has num_cut_tokens), for example:"
-        )
-        for entry in cut[np.argsort(-captions.num_cut[cut], kind="stable")[:3]]:
-            text = captions.texts[entry]
-            shown = text if len(text) <= 70 else f"{text[:67]}..."
-            report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")

@@ -14,7 +14,7 @@ FLOORS = [
         *("trainer." + name for name in ("routing", "flow", "shapes")),
     },
     {
-        *("pipeline." + name for name in ("store", "distortion", "fitting")),
+        *("pipeline." + name for name in ("store", "distortion", "fitting", "planning")),
         *("trainer.dit", "trainer.sampling"),
     },
     {"pipeline.filling", "pipeline.inspection", "pipeline.verification", "trainer.stream"},
