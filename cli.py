@@ -61,6 +61,11 @@ def _interruptible(command: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator."""
+    return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
+
+
 class _Size(click.ParamType):
     name = "size"
 
@@ -80,34 +85,69 @@ _quality_option = click.option(
 )
 
 
-def _work_options(*, limit: bool = True) -> Callable[[F], F]:
-    """Options of every command that fills a store."""
-    rows = [click.option("--limit", type=click.IntRange(1), help="Only the first rows.")]
-    options = [
-        *(rows if limit else []),
-        click.option(
-            "--shard-size",
-            "shard_bytes",
-            type=_Size(),
-            default="256MB",
-            show_default=True,
-            help="Size of a shard: the unit of work and of writing.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(0),
-            help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, "
-            "without Dask.",
-        ),
-        click.option("--force", is_flag=True, help="Begin although the disk has too little space."),
-    ]
+_plan_options = _together(
+    click.option(
+        "--model",
+        required=True,
+        help="The LLM: a hub id (org/name[@revision]), a folder or a GGUF file.",
+    ),
+    click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
+    click.option(
+        "--template",
+        default="bos",
+        show_default=True,
+        help="Preset (bos, describe, paper) or a file that holds {caption}.",
+    ),
+    click.option("--keep-prefix", is_flag=True, help="Store the template's prefix rows too."),
+    click.option(
+        "--layers",
+        default="all",
+        show_default=True,
+        help="all, every:3 (counted from the last), or 5,11,17.",
+    ),
+    click.option(
+        "--max-length",
+        default=512,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Tokens, the template included; longer captions are cut, counted and listed.",
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        help="Of the order in which captions are stored.",
+    ),
+)
+"""Of every command that plans an extraction."""
 
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return decorate
+_limit_option = click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
+_work_options = _together(
+    click.option(
+        "--shard-size",
+        "shard_bytes",
+        type=_Size(),
+        default="256MB",
+        show_default=True,
+        help="Size of a shard: the unit of work and of writing.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, without "
+        "Dask.",
+    ),
+    click.option("--force", is_flag=True, help="Begin although the disk has too little space."),
+)
+"""Of every command that fills a store."""
 
 
 @cli.command()
@@ -146,39 +186,7 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
 @cli.command()
 @click.argument("captions")
 @click.argument("features", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    required=True,
-    help="The LLM: a hub id (org/name[@revision]), a folder or a GGUF file.",
-)
-@click.option("--text-column", help="Column of captions. Default: text, prompt or caption.")
-@click.option(
-    "--template",
-    default="bos",
-    show_default=True,
-    help="Preset (bos, describe, paper) or a file that holds {caption}.",
-)
-@click.option("--keep-prefix", is_flag=True, help="Store the template's prefix rows too.")
-@click.option(
-    "--layers",
-    default="all",
-    show_default=True,
-    help="all, every:3 (counted from the last), or 5,11,17.",
-)
-@click.option(
-    "--max-length",
-    default=512,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Tokens, the template included; longer captions are cut, counted and listed.",
-)
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
-)
+@_plan_options
 @click.option(
     "--codec",
     default="bf16",
@@ -187,9 +195,6 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
 )
 @_quality_option
-@click.option(
-    "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
-)
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
@@ -200,7 +205,8 @@ def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: in
     type=click.IntRange(1),
     help="CPU threads a worker, for a new store. Default: all cores over all workers.",
 )
-@_work_options()
+@_limit_option
+@_work_options
 @_interruptible
 def extract(captions: str, features: Path, **options: Any) -> None:
     """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
@@ -218,6 +224,53 @@ def extract(captions: str, features: Path, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("captions")
+@_plan_options
+@_limit_option
+@click.option("--codec", type=_CODECS, help="Default: all, side by side.")
+@_quality_option
+@click.option(
+    "--samples-per-second",
+    default=100.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Speed of training, over all its devices.",
+)
+@click.option(
+    "--passes",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Times that the samples are trained on, over all epochs, seeds and ablations.",
+)
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Run the LLM for 20 seconds: measured sizes and errors, hours, and whether caching pays.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
+    """Say what caching CAPTIONS would take and save, before anything is written.
+
+    Tokens, bytes by codec and layers, what storage must deliver to train, hours of extraction on
+    this machine, and the break-even against running the LLM during training.
+
+    \b
+    Example:
+      semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
+    """
+    from .pipeline import estimation, extraction, planning, probing
+
+    names = ("codec", "quality", "samples_per_second", "passes")
+    how = {name: options.pop(name) for name in names}
+    plan = planning.make_plan(captions, **options)
+    plan.report_cuts(_report)
+    probed = probing.run_probe(plan, extraction.default_batch_tokens()) if probe else None
+    found = estimation.estimate(plan, probe=probed, **how)
+    click.echo(found.to_json() if as_json else found)
+
+
+@cli.command()
 @click.argument("samples")
 @click.argument("latents", type=click.Path(path_type=Path))
 @click.option(
@@ -230,7 +283,8 @@ def extract(captions: str, features: Path, **options: Any) -> None:
 @click.option("--image-column", help="Column of images. Default: image.")
 @click.option("--text-column", help="Column of captions, by which latents and features are joined.")
 @click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
-@_work_options()
+@_limit_option
+@_work_options
 @_interruptible
 def latents(samples: str, latents: Path, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
@@ -271,7 +325,7 @@ def inspect(store: Path, as_json: bool) -> None:
 @click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
 @click.option("--captions", help="Only those of this table, whose rows are the new samples.")
 @click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
-@_work_options(limit=False)
+@_work_options
 @_interruptible
 def rewrite(features: Path, out: Path, **options: Any) -> None:
     """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
@@ -337,39 +391,32 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{path} is trained: semroute plot {path}")
 
 
-def _sampling_options(command: F) -> F:
-    """Options of every command that samples from a run."""
-    for option in reversed(
-        [
-            click.option(
-                "--num-steps",
-                default=50,
-                show_default=True,
-                type=click.IntRange(1),
-                help="Of Euler's method.",
-            ),
-            click.option("--seed", default=0, show_default=True, help="Of the noise."),
-            click.option(
-                "--batch-size",
-                default=64,
-                show_default=True,
-                type=click.IntRange(1),
-                help="Images sampled at once.",
-            ),
-            click.option(
-                "--weights",
-                default="ema",
-                show_default=True,
-                type=click.Choice(["ema", "model"]),
-                help="The moving average, or the weights themselves.",
-            ),
-            click.option(
-                "--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+_sampling_options = _together(
+    click.option(
+        "--num-steps",
+        default=50,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Of Euler's method.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the noise."),
+    click.option(
+        "--batch-size",
+        default=64,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Images sampled at once.",
+    ),
+    click.option(
+        "--weights",
+        default="ema",
+        show_default=True,
+        type=click.Choice(["ema", "model"]),
+        help="The moving average, or the weights themselves.",
+    ),
+    click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."),
+)
+"""Of every command that samples from a run."""
 
 
 @cli.command()

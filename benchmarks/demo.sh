@@ -18,6 +18,7 @@ run() {
 started=$SECONDS
 mkdir -p "$out"
 [ -d "$out/shapes" ] || run shapes "$out/shapes" --num 16000 --num-test 400
+run estimate "$out/shapes/train.parquet" --model "$llm"
 run extract "$out/shapes/train.parquet" "$out/features" --model "$llm" --shard-size 64MB
 run extract "$out/shapes/test.parquet" "$out/features-test" --model "$llm" --shard-size 64MB
 run latents "$out/shapes/train.parquet" "$out/latents" --vae pixels

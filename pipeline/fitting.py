@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,6 +11,8 @@ import zstandard
 from .. import schemas
 from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError
 from .codecs import CODECS, Codec, Predictive
+from .distortion import CodecError
+from .layout import choose_rows_per_chunk
 from .shards import ZSTD_LEVEL
 
 if TYPE_CHECKING:
@@ -53,8 +56,7 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
         quality: for ``delta`` and ``linear``.
 
     Returns:
-        The codec, and how many bits a value it took for the first rows of the sample, with zstd,
-        in chunks of 8 rows.
+        The codec, and how many bits a value it took for the first rows of the sample.
     """
     num_layers, width = sample.shape[1:]
     parameters = CODECS[name].fit(sample)
@@ -71,19 +73,64 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
 
 
 def bits_per_value(codec: Codec, rows: torch.Tensor) -> float:
-    """Bits that a value of hidden states ``[R, L, H]`` takes, with zstd, in chunks of 8 rows."""
-    zstd, num_bytes, coded = zstandard.ZstdCompressor(ZSTD_LEVEL), 0, None
+    """Bits that a value of hidden states ``[R, L, H]`` takes in the chunks of a store."""
+    chunks = compress(codec, encode_rows(codec, rows))
+    return 8 * sum(len(chunk) for plane in chunks.values() for chunk in plane) / rows.numel()
+
+
+def encode_rows(
+    codec: Codec, rows: torch.Tensor, error: CodecError | None = None
+) -> dict[str, np.ndarray]:
+    """All layers of hidden states ``[R, L, H]`` as planes ``[R, L, size]``.
+
+    Args:
+        error: gathers what the codec does to LN(h).
+    """
+    coded = None
     planes: dict[str, list[np.ndarray]] = {plane.name: [] for plane in codec.planes}
     for layer in range(rows.shape[1]):
         coded = codec.encode(layer, rows[:, layer], coded)
+        if error is not None:
+            error.add(layer, rows[:, layer], coded.hidden)
         for name, codes in coded.planes.items():
             planes[name].append(codes.cpu().numpy())
+    return {name: np.stack(parts, 1) for name, parts in planes.items()}
+
+
+def compress(codec: Codec, planes: Mapping[str, np.ndarray]) -> dict[str, list[bytes]]:
+    """The chunks of planes ``[R, L, size]`` as a store has them; b"" is all zeros."""
+    zstd, size = zstandard.ZstdCompressor(ZSTD_LEVEL), _rows_per_chunk(codec)
+    chunks: dict[str, list[bytes]] = {}
     for plane in codec.planes:
-        whole = np.stack(planes[plane.name], 1)
-        for start in range(0, len(whole), 8):
-            part = whole[start : start + 8]
+        whole, chunks[plane.name] = planes[plane.name], []
+        for start in range(0, len(whole), size):
+            part = whole[start : start + size]
             if plane.order is None:
-                num_bytes += part.nbytes
-            elif part.any():
-                num_bytes += len(zstd.compress(part.transpose(plane.order).tobytes()))
-    return 8 * num_bytes / rows.numel()
+                chunk = part.tobytes()
+            else:
+                chunk = zstd.compress(part.transpose(plane.order).tobytes()) if part.any() else b""
+            chunks[plane.name].append(chunk)
+    return chunks
+
+
+def decompress(
+    codec: Codec, chunks: Mapping[str, list[bytes]], num_rows: int
+) -> dict[str, np.ndarray]:
+    """Planes of ``num_rows`` rows from what :func:`compress` gave."""
+    zstd, size = zstandard.ZstdDecompressor(), _rows_per_chunk(codec)
+    planes = {}
+    for plane in codec.planes:
+        shape = (num_rows, codec.num_layers, plane.size)
+        whole = planes[plane.name] = np.zeros(shape, plane.dtype)
+        for number, chunk in enumerate(chunks[plane.name]):
+            part = whole[number * size : (number + 1) * size]
+            if plane.order is None:
+                part[:] = np.frombuffer(chunk, plane.dtype).reshape(part.shape)
+            elif chunk:
+                view = part.transpose(plane.order)
+                view[:] = np.frombuffer(zstd.decompress(chunk), plane.dtype).reshape(view.shape)
+    return planes
+
+
+def _rows_per_chunk(codec: Codec) -> int:
+    return choose_rows_per_chunk(2 * codec.num_layers * codec.width)

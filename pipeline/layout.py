@@ -63,6 +63,11 @@ def format_bytes(num_bytes: float) -> str:
     raise AssertionError
 
 
+def choose_rows_per_chunk(bytes_per_row: int) -> int:
+    """As many rows as ``CHUNK_BYTES`` hold, at least 1, at most 8."""
+    return max(1, min(MAX_ROWS_PER_CHUNK, round(CHUNK_BYTES / bytes_per_row)))
+
+
 def pack(
     num_rows: np.ndarray,
     *,
@@ -81,12 +86,12 @@ def pack(
         shard_bytes: wanted size of a full shard; rounded down to whole chunks, and up to hold the
             longest entry.
         batch_tokens, num_threads: recorded in the layout, where workers find them.
-        rows_per_chunk: default as many as ``CHUNK_BYTES`` hold, at most 8.
+        rows_per_chunk: default as :func:`choose_rows_per_chunk`.
         aligned: begin every entry at a chunk. Zeros between entries are free under compression, and
             no entry's chunk holds another's rows, which would be decompressed in vain.
     """
     if rows_per_chunk is None:
-        rows_per_chunk = max(1, min(MAX_ROWS_PER_CHUNK, round(CHUNK_BYTES / bytes_per_row)))
+        rows_per_chunk = choose_rows_per_chunk(bytes_per_row)
     used = np.asarray(num_rows, np.int64)
     num_rows = -(-used // rows_per_chunk) * rows_per_chunk if aligned else used
     total = int(num_rows.sum())

@@ -14,12 +14,18 @@ FLOORS = [
         *("trainer." + name for name in ("routing", "flow", "shapes")),
     },
     {
-        *("pipeline." + name for name in ("store", "distortion", "fitting", "planning")),
+        *("pipeline." + name for name in ("store", "distortion", "planning")),
         *("trainer.dit", "trainer.sampling"),
     },
-    {"pipeline.filling", "pipeline.inspection", "pipeline.verification", "trainer.stream"},
-    {"pipeline.extraction", "pipeline.imaging", "pipeline.rewriting", "trainer.evaluation"},
-    {"trainer.checkpoint"},
+    {
+        *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
+        "trainer.stream",
+    },
+    {
+        *("pipeline." + name for name in ("extraction", "imaging", "rewriting", "probing")),
+        "trainer.evaluation",
+    },
+    {"pipeline.estimation", "trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
     {"trainer.results"},
     {"cli"},
