@@ -304,15 +304,27 @@ def latents(samples: str, latents: Path, **options: Any) -> None:
 @cli.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="For machines; the manifest included.")
-def inspect(store: Path, as_json: bool) -> None:
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with figures: norms, massive activations, similarity and error by layer, "
+    "lengths, and a search over captions.",
+)
+def inspect(store: Path, as_json: bool, html: Path | None) -> None:
     """Say what a feature or latent STORE holds, finished or not.
 
     \b
-    Example:
+    Examples:
       semroute inspect features --json
+      semroute inspect features --html features.html
     """
     from .pipeline.inspection import inspect as look
 
+    if html is not None:
+        from .pipeline.report import write_report
+
+        click.echo(write_report(store, html))
+        return
     found = look(store)
     click.echo(found.to_json() if as_json else found)
 

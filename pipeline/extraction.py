@@ -35,8 +35,9 @@ from .distortion import CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .layout import Packing, batches, format_bytes, pack
+from .parameters import digest_parameters
 from .planning import make_plan
-from .store import FeatureStore, Rows, digest_parameters
+from .store import FeatureStore, Rows
 
 if TYPE_CHECKING:
     import torch

@@ -78,12 +78,22 @@ def codec_error(receipts: list[Receipt]) -> dict[str, float]:
     }
 
 
+def layer_error(receipts: list[Receipt]) -> dict[int, float]:
+    """LLM layer -> mean error of LN(h) over all shards that tell it, weighted by rows."""
+    measured = [receipt for receipt in receipts if receipt.layer_error]
+    weights = [receipt.num_rows for receipt in measured]
+    return {
+        int(layer): float(np.average([r.layer_error[layer] for r in measured], weights=weights))
+        for layer in (measured[0].layer_error if measured else ())
+    }
+
+
 def _describe_features(
     store: FeatureStore, receipts: list[Receipt], items: dict[str, str], details: dict[str, Any]
 ) -> None:
     lengths = store.captions["num_tokens"].to_numpy()
     cut = store.captions["num_cut_tokens"].to_numpy()
-    error = codec_error(receipts)
+    error, by_layer = codec_error(receipts), layer_error(receipts)
     items["tokens"] += f"; {lengths.mean():.1f} a caption on average, at most {lengths.max()}"
     items["bytes a token"] = format_bytes(store.bytes_per_row())
     if error:
@@ -91,6 +101,9 @@ def _describe_features(
             f"LN(h) {error['mean']:.1e} mean, {error['max']:.1e} max; without the three largest "
             f"channels {error['mean_without_top3']:.1e}, {error['max_without_top3']:.1e}"
         )
+    if by_layer and max(by_layer.values()) > 0:
+        worst = max(by_layer, key=by_layer.__getitem__)
+        items["codec error"] += f"; worst in layer {worst}, {by_layer[worst]:.1e}"
     details |= {
         "model": store.manifest.provenance.model,
         "template": store.manifest.identity.template.text,
@@ -107,4 +120,5 @@ def _describe_features(
         ),
         "codec": store.manifest.codec.name,
         "codec_error": error,
+        "layer_error": by_layer,
     }

@@ -51,6 +51,10 @@ class Ledger(Generic[M]):
         self.path = path
         self.manifest: M = manifest
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, as Dask does, without what was read and opened here."""
+        return type(self), (self.path, self.manifest)
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, complete: bool = True) -> Self:
         """Open a store.

@@ -30,8 +30,9 @@ from .filling import check_space, fill, name_workers, num_workers, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .inspection import codec_error
 from .layout import Packing, format_bytes, pack
+from .parameters import digest_parameters
 from .samples import read_samples
-from .store import FeatureStore, digest_parameters, open_features
+from .store import FeatureStore, open_features
 
 BATCH_BYTES = 64_000_000
 """Decoded bytes of the source that a worker holds at a time."""

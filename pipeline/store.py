@@ -10,7 +10,6 @@ On disk (``docs/store-format.md``)::
     quarantine/        shards that could not be written, with the reason
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import zarr
-from zarr.codecs import Crc32cCodec
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
@@ -38,6 +37,7 @@ from ..schemas import (
 from .codecs import CODECS, Codec, open_codec
 from .layout import format_bytes
 from .ledger import MANIFEST, Ledger, StoreError, locate, read_table, write_manifest, write_table
+from .parameters import digest_parameters, read_parameters, write_parameters
 from .shards import Pieces, RowArray, allocate
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 FEATURES_FORMAT = "semroute.features"
 BLOCK_BYTES = 4_000_000
 """Decoded bytes that are read and decoded at a time by one thread."""
+DASK_BYTES = 64_000_000
+"""Of a block of a lazy array, in float32."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class FeatureStore(Ledger[FeatureManifest]):
                 {"semroute": {"codec": codec.name, "meaning": plane.meaning}},
                 plane.order,
             )
-        _write_parameters(group, codec.parameters)
+        write_parameters(group, codec.parameters)
         layers = group.create_array(
             "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
         )
@@ -188,9 +190,7 @@ class FeatureStore(Ledger[FeatureManifest]):
         spec, identity = self.manifest.codec, self.manifest.identity
         parameters: dict[str, np.ndarray] = {}
         if spec.fit is not None:
-            folder = self.path / self.group / "parameters"
-            for name in CODECS[spec.name].fits:
-                parameters[name] = np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
+            parameters = read_parameters(self.path / self.group, CODECS[spec.name].fits)
             if digest_parameters(parameters) != spec.fit.sha256:
                 raise StoreError(
                     f"{self.path / self.group / 'parameters'} does not hold what the codec was "
@@ -343,6 +343,82 @@ class FeatureStore(Ledger[FeatureManifest]):
     @cached_property
     def _row_stops(self) -> np.ndarray:
         return self.captions["row_stop"].to_numpy()
+
+    def search(self, text: str) -> pa.Table:
+        """Captions that hold every word of ``text``, in whatever case and order.
+
+        Returns:
+            The rows of :attr:`captions`; their ``caption_id`` are ids for :meth:`read`.
+        """
+        found = self.captions
+        for word in text.split():
+            found = found.filter(pc.match_substring(found["text"], word, ignore_case=True))
+        return found
+
+    def to_dask(self, layers: Sequence[int] | None = None) -> Any:
+        """All rows as a lazy dask array, float32 ``[rows, layers, H]``.
+
+        Rows are those of the captions in store order, without what lies between them; a block is
+        the captions of ``DASK_BYTES``, and is read and decoded when it is computed.
+
+        Args:
+            layers: LLM layers, default all that are stored.
+        """
+        import dask.array
+
+        shape = (len(self._positions(layers)), self.manifest.identity.model.width)
+        stops = np.cumsum(self._row_stops - self._row_starts)
+        rows = max(1, DASK_BYTES // (4 * shape[0] * shape[1]))
+        cuts = np.unique(np.searchsorted(stops, np.arange(0, stops[-1] + rows, rows), "right"))
+        cuts = np.unique(np.concatenate([[0], cuts, [len(self)]]))
+        counts = np.diff(np.concatenate([[0], stops])[cuts])
+
+        def read(block: np.ndarray, store: FeatureStore) -> np.ndarray:
+            return store.read(np.arange(*block[0, 0, 0]), layers).numpy()
+
+        ranges = np.stack([cuts[:-1], cuts[1:]], 1)[:, None, None]  # [blocks, 1, 1, 2]
+        blocks = dask.array.from_array(ranges, chunks=(1, 1, 1, 2))
+        return dask.array.map_blocks(
+            read,
+            blocks,
+            self,
+            dtype=np.float32,
+            chunks=(tuple(map(int, counts)), *((size,) for size in shape)),
+            drop_axis=3,
+            meta=np.empty((0, 0, 0), np.float32),
+        )
+
+    def to_xarray(self, layers: Sequence[int] | None = None) -> Any:
+        """All rows as a lazy xarray Dataset: ``hidden`` of :meth:`to_dask` with named dimensions.
+
+        Coordinates: ``layer`` (of the LLM), and of each ``row`` its ``caption`` (id), ``token``
+        (id) and ``position`` in the caption.
+
+        Args:
+            layers: LLM layers, default all that are stored.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        import xarray
+
+        counts = self._row_stops - self._row_starts
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        identity = self.manifest.identity
+        return xarray.Dataset(
+            {"hidden": (("row", "layer", "channel"), self.to_dask(layers))},
+            coords={
+                "layer": list(self.layers if layers is None else layers),
+                "caption": ("row", np.repeat(np.arange(len(self)), counts)),
+                "token": ("row", self.captions["token_ids"].combine_chunks().flatten().to_numpy()),
+                "position": ("row", np.arange(len(starts)) - starts),
+            },
+            attrs={
+                "model": self.manifest.provenance.model,
+                "template": identity.template.text,
+                "codec": self.manifest.codec.name,
+            },
+        )
 
     def padded_bytes(self) -> int:
         """Bytes of the same features in bf16, every caption padded to the longest."""
@@ -503,40 +579,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, shapes, dtypes and values of fitted arrays."""
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        array = np.ascontiguousarray(parameters[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
-_PARAMETER_DIMENSIONS = {
-    "slope": ("layer", "channel"),
-    "bias": ("layer", "channel"),
-    "base": ("layer", "channel"),
-    "follow": ("layer", "distance"),
-    "matrix": ("layer", "channel_below", "channel"),
-    "rotation": ("layer", "axis", "channel"),
-}
-
-
-def _write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
-    if not parameters:
-        return
-    folder = group.create_group("parameters")
-    for name, values in parameters.items():
-        array = folder.create_array(
-            name,
-            shape=values.shape,
-            chunks=(1, *values.shape[1:]),
-            dtype=values.dtype,
-            compressors=[Crc32cCodec()],
-            fill_value=0,
-            dimension_names=_PARAMETER_DIMENSIONS[name],
-        )
-        array[...] = values

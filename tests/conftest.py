@@ -124,8 +124,9 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
     from semroute.pipeline.codecs import CODECS, open_codec
     from semroute.pipeline.filling import provenance
     from semroute.pipeline.layout import pack
+    from semroute.pipeline.parameters import digest_parameters
     from semroute.pipeline.samples import read_samples
-    from semroute.pipeline.store import FeatureStore, digest_parameters
+    from semroute.pipeline.store import FeatureStore
     from semroute.schemas import (
         CAPTIONS_SCHEMA,
         SAMPLES_SCHEMA,

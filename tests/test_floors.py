@@ -7,10 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"schemas", "pipeline.kernels"},
+    {"schemas", "pipeline.kernels", "pipeline.style"},
     {
         *("pipeline." + name for name in ("samples", "captions", "encoder", "codecs")),
-        *("pipeline." + name for name in ("latents", "layout", "shards", "cluster", "ledger")),
+        *(
+            "pipeline." + name
+            for name in ("latents", "layout", "shards", "cluster", "ledger", "parameters")
+        ),
         *("trainer." + name for name in ("routing", "flow", "shapes")),
     },
     {
@@ -19,19 +22,26 @@ FLOORS = [
     },
     {
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
-        "trainer.stream",
+        *("pipeline.statistics", "trainer.stream"),
     },
     {
-        *("pipeline." + name for name in ("extraction", "imaging", "rewriting", "probing")),
+        *(
+            "pipeline." + name
+            for name in ("extraction", "imaging", "rewriting", "probing", "figures")
+        ),
         "trainer.evaluation",
     },
-    {"pipeline.estimation", "trainer.checkpoint"},
+    {"pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
     {"trainer.results"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-GATES = {"pipeline.store", "pipeline.inspection"}  # all that the trainer may use of the pipeline
+GATES = {
+    "pipeline.store",
+    "pipeline.inspection",
+    "pipeline.style",
+}  # all that the trainer may use of the pipeline
 
 
 def room_of(path: Path) -> str:

@@ -211,3 +211,55 @@ class TestLatentStore(StoreContract):
     def test_samples_that_do_not_exist_are_named(self, latent_store):
         with pytest.raises(StoreError, match="200 asked for; the store has 0 to 199"):
             semroute.open_latents(latent_store).read([200])
+
+
+class TestSearch:
+    def test_every_word_must_occur_in_any_order_and_case(self, feature_store):
+        store = semroute.open_features(feature_store)
+        found = store.search("SMALL red")
+        assert found["text"].to_pylist() == [
+            text for text in store.captions["text"].to_pylist() if "red small dog" in text
+        ]
+        assert found.num_rows == 4
+        caption = store[found["caption_id"][0].as_py()]
+        assert caption.text == found["text"][0].as_py()
+
+    def test_what_does_not_occur_is_not_found(self, feature_store):
+        store = semroute.open_features(feature_store)
+        assert store.search("re. d").num_rows == 0  # words are not patterns
+        assert store.search("").num_rows == len(store)
+
+
+class TestLazyArrays:
+    @pytest.fixture
+    def store(self, random_store, monkeypatch):
+        """Of a codec whose layers depend on each other, in blocks of few captions."""
+        pytest.importorskip("dask.array")
+        monkeypatch.setattr("semroute.pipeline.store.DASK_BYTES", 40_000)
+        return semroute.open_features(random_store("delta"))
+
+    @pytest.mark.parametrize("layers", [None, [3], [4, 2]])
+    def test_dask_gives_what_read_gives(self, store, layers):
+        lazy = store.to_dask(layers)
+        assert lazy.numblocks[0] > 5
+        assert lazy.dtype == np.float32
+        assert {max(block) for block in lazy.chunks[1:]} == {lazy.shape[1], 32}
+        expected = store.read(range(len(store)), layers).numpy()
+        np.testing.assert_array_equal(lazy.compute(scheduler="synchronous"), expected)
+        np.testing.assert_array_equal(lazy[100:200, 0].compute(), expected[100:200, 0])
+
+    def test_blocks_are_read_in_other_processes_too(self, store):
+        store.read([0])  # what it has opened is not sent along
+        mean = store.to_dask([1]).mean().compute(scheduler="processes", num_workers=1)
+        assert mean == pytest.approx(store.read(range(len(store)), [1]).numpy().mean(), rel=1e-4)
+
+    def test_xarray_names_what_a_row_is(self, store):
+        pytest.importorskip("xarray")
+        dataset = store.to_xarray([2, 4])
+        assert dataset.hidden.dims == ("row", "layer", "channel")
+        rows = dataset.sel(layer=4).isel(row=np.flatnonzero(dataset.caption == 7))
+        caption = store[7]
+        np.testing.assert_array_equal(rows.hidden.values, caption.hidden[:, 3])
+        assert rows.token.values.tolist() == caption.tokens
+        assert rows.position.values.tolist() == list(range(len(caption.tokens)))
+        assert dataset.attrs["codec"] == "delta"

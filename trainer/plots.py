@@ -7,7 +7,7 @@ Shapes: D blocks, L layers, T noise levels, N images.
 
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..pipeline.style import COLOUR_MAP, DPI, FAINT, INK, LINES, clean, layer_ticks
 from ..schemas import InputError
 from .checkpoint import Run
 from .evaluation import Evaluation, Report
 
-COLOUR_MAP = "viridis"
-INK, FAINT = "#1f2933", "#9aa5b1"
-LINES = ("#31688e", "#e07a5f", "#35b779", "#8e5ea2")
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
-DPI = 150
 NUM_T = 65
 """Noise levels at which ``plot_run`` evaluates weights that depend on t."""
 
@@ -76,9 +73,9 @@ def routing_heatmap(
     top.set_ylabel("weight" if single else "mean", color=INK)
     top.set_ylim(bottom=0)
     top.set_xlim(-0.5, num_layers - 0.5)
-    _clean(top)
+    clean(top)
     bottom = top if single else main
-    _layer_ticks(bottom, layers)
+    layer_ticks(bottom, layers)
     bottom.set_xlabel("LLM layer", color=INK)
     return figure
 
@@ -130,7 +127,7 @@ def routing_over_time(
         )
         if num_blocks > 1:
             axes.set_title(f"block {block + 1}", fontsize=9, color=INK)
-        _layer_ticks(axes, layers, most=12 if num_blocks == 1 else 6)
+        layer_ticks(axes, layers, most=12 if num_blocks == 1 else 6)
         axes.tick_params(colors=INK, labelsize=8)
     figure.supxlabel("LLM layer", color=INK, fontsize=10)
     figure.supylabel("t   (0 = image, 1 = noise)", color=INK, fontsize=10)
@@ -169,7 +166,7 @@ def loss_curve(metrics: pa.Table, title: str = "Training loss") -> Figure:
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
     axes.grid(axis="y", which="both", color=FAINT, alpha=0.3, linewidth=0.6)
-    _clean(axes)
+    clean(axes)
     return figure
 
 
@@ -274,7 +271,7 @@ def accuracy_bars(evaluation: Evaluation, title: str = "Accuracy by skill") -> F
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
-    _clean(axes)
+    clean(axes)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda number: labels[number] == "chance")
     figure.legend(
@@ -381,13 +378,6 @@ def _smoothed(values: NDArray[np.floating[Any]], half: int) -> NDArray[np.floati
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _layer_ticks(axes: Axes, layers: Sequence[int], most: int = 16) -> None:
-    step = -(-len(layers) // most)
-    places = range(0, len(layers), step)
-    axes.set_xticks(places, [str(layers[place]) for place in places])
-    axes.tick_params(colors=INK, labelsize=8)
-
-
 def _block_ticks(axes: Axes, num_blocks: int) -> None:
     step = -(-num_blocks // 12)
     places = range(0, num_blocks, step)
@@ -413,9 +403,3 @@ def _mark_uniform(bar: Any, num_layers: int) -> None:
         fontsize=7,
         color=INK,
     )
-
-
-def _clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
-    axes.spines[list(sides)].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(which="both", colors=INK, labelsize=8)

@@ -1,0 +1,56 @@
+"""The fitted arrays of a codec on disk: ``hidden.zarr/parameters``."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+FOLDER = "parameters"
+_DIMENSIONS = {
+    "slope": ("layer", "channel"),
+    "bias": ("layer", "channel"),
+    "base": ("layer", "channel"),
+    "follow": ("layer", "distance"),
+    "matrix": ("layer", "channel_below", "channel"),
+    "rotation": ("layer", "axis", "channel"),
+}
+
+
+def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes, dtypes and values of fitted arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        array = np.ascontiguousarray(parameters[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
+    """Write fitted arrays into a Zarr group, a chunk a layer; nothing where there are none."""
+    if not parameters:
+        return
+    folder = group.create_group(FOLDER)
+    for name, values in parameters.items():
+        array = folder.create_array(
+            name,
+            shape=values.shape,
+            chunks=(1, *values.shape[1:]),
+            dtype=values.dtype,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=_DIMENSIONS[name],
+        )
+        array[...] = values
+
+
+def read_parameters(group: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read them back, by name."""
+    return {
+        name: np.asarray(zarr.open_array(str(group / FOLDER / name), mode="r")[...])
+        for name in names
+    }
