@@ -41,6 +41,7 @@ MIN_COUNT = 32
 """Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""
 
 Planes = Mapping[str, np.ndarray]
+Layers = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(
-        self, planes: Planes, layers: Sequence[int], targets: np.ndarray, out: np.ndarray
-    ) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         """Decode on the CPU.
 
         Args:
@@ -134,9 +133,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         """Decode where the planes are: bfloat16 ``[R, len(layers), H]``.
 
         Args:
@@ -182,14 +179,10 @@ class Bf16(Codec):
         rounded = hidden.to(torch.bfloat16)
         return Coded({"hidden": rounded.view(torch.uint16)}, rounded)
 
-    def decode(
-        self, planes: Planes, layers: Sequence[int], targets: np.ndarray, out: np.ndarray
-    ) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         out[targets] = planes["hidden"][:, list(layers)]
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         bits = planes["hidden"].view(torch.bfloat16)
@@ -239,9 +232,7 @@ class Lossless(Codec):
         }
         return Coded(planes, rounded, distance)
 
-    def decode(
-        self, planes: Planes, layers: Sequence[int], targets: np.ndarray, out: np.ndarray
-    ) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         wanted = _places(layers, self.num_layers)
         kernels.decode_lossless(
             planes["code"],
@@ -254,9 +245,7 @@ class Lossless(Codec):
             out,
         )
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         device = planes["code"].device
@@ -379,9 +368,7 @@ class Predictive(Codec):
         """And back."""
         return residual
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         device = planes["code"].device
@@ -421,9 +408,7 @@ class Delta(Predictive):
             return bias
         return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
 
-    def decode(
-        self, planes: Planes, layers: Sequence[int], targets: np.ndarray, out: np.ndarray
-    ) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         kernels.decode_delta(
             planes["code"],
             planes["escape"],
@@ -490,9 +475,7 @@ class Linear(Predictive):
         matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
         return matrix, rotation
 
-    def decode(
-        self, planes: Planes, layers: Sequence[int], targets: np.ndarray, out: np.ndarray
-    ) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         matrix, rotation = self._matrices
         wanted = _places(layers, self.num_layers)
         state = np.zeros((len(targets), self.width), np.float32)
@@ -558,7 +541,7 @@ def robust_rms(normed: torch.Tensor) -> torch.Tensor:
     return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
 
 
-def _places(layers: Sequence[int], num_layers: int) -> np.ndarray:
+def _places(layers: Layers, num_layers: int) -> np.ndarray:
     """Position -> where it goes in the output, -1 where it is not wanted; up to the last wanted."""
     places = np.full(max(layers) + 1, -1, np.int64)
     places[list(layers)] = np.arange(len(layers))
