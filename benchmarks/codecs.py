@@ -100,8 +100,8 @@ def measure_codec(
     tensors = {plane: torch.stack(codes, 1) for plane, codes in planes.items()}
     arrays = {plane: codes.numpy() for plane, codes in tensors.items()}
     out = np.empty(hidden.shape, np.uint16)
-    layers = range(num_layers)
-    decode = best_of(lambda: codec.decode(arrays, layers, out))
+    layers, rows = range(num_layers), np.arange(len(out))
+    decode = best_of(lambda: codec.decode(arrays, layers, rows, out))
     decode_torch = best_of(lambda: codec.decode_torch(tensors, layers))
     error, mixed = errors(hidden, torch.from_numpy(out).view(torch.bfloat16))
     label = name if quality is None else f"{name}, quality {quality:g}"

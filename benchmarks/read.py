@@ -1,33 +1,104 @@
-"""Read random captions from feature stores and by other means: one run, interleaved, medians.
+"""Read captions from feature stores and by other means: one run, interleaved, medians.
 
-    pip install -r benchmarks/requirements-peers.txt
+    python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
+    peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
     semroute extract CAPTIONS features --model LLM
     semroute rewrite features features-delta --codec delta    (and lossless, linear)
-    python benchmarks/read.py features features-delta ... --work /tmp/peers
+    peers/bin/python benchmarks/read.py features features-delta ... --work /tmp/peers
 
-The first store must hold bf16. Peers get the same values, written once into the work folder. All
-run on one core, warm, one after the other in every round; a reader that is not installed is listed
-as such. What each reads is compared with the first store, outside of the timing.
+The first store must hold bf16. Peers get the same values, written once into the work folder, each
+as its documentation would have it. All run on one core, warm, one after the other in every round.
+What each reads is compared with the first store, outside of the timing. A peer that cannot be
+imported is skipped, with a line that says so.
+
+Batches are of 64 random captions; of readers that say *in order*, of the next 64 captions, as a
+format without an index reads them. Before that every reader has processes of its own, one at a
+time, which import nothing else: from the start of Python to the first batch, and the peak of memory
+(VmHWM, pages of mapped files included) after all batches.
 """
 
 import importlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
-import zarr
-from tqdm import tqdm
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from semroute.pipeline.store import FeatureStore, open_features
+BATCH = 64
+SHARD_BYTES = 64_000_000
 
 Read = Callable[[np.ndarray], np.ndarray]
 """Caption ids -> packed uint16 [rows, L, H]."""
+
+
+class Source:
+    """What peers are written from, and their work folder: captions one after the other in a file.
+
+    Imports nothing, as long as the folder is there.
+    """
+
+    def __init__(self, store: Path, work: Path) -> None:
+        self.work = work
+        if not (work / "source.npz").exists():
+            self._write(store)
+        with np.load(work / "source.npz") as source:
+            self.offsets: list[int] = source["offsets"].tolist()
+            self.row: tuple[int, int] = tuple(source["row"].tolist())
+
+    def _write(self, path: Path) -> None:
+        from semroute.pipeline.store import open_features
+
+        store = open_features(path)
+        if store.manifest.codec.name != "bf16":
+            raise click.ClickException(f"{path} holds {store.manifest.codec.name}, not bf16")
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "flat.u2").open("wb") as file:
+            for first in range(0, len(store), 256):
+                store.read(range(first, min(first + 256, len(store)))).bits.tofile(file)
+        offsets = np.cumsum([0, *store.captions["num_tokens"].to_pylist()])
+        row = (len(store.layers), store.manifest.identity.model.width)
+        np.savez(self.work / "source.npz", offsets=offsets, row=row)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        shape = (self.offsets[-1], *self.row)
+        return np.memmap(self.work / "flat.u2", "<u2", "r", shape=shape)
+
+    def captions(self) -> Iterator[np.ndarray]:
+        return (np.array(self.rows[slice(*self.run(number))]) for number in range(len(self)))
+
+    def run(self, number: int) -> tuple[int, int]:
+        return self.offsets[number], self.offsets[number + 1]
+
+    def batch(self, of: Callable[[int, int], np.ndarray]) -> Read:
+        """A reader of captions by their first row and the row after the last."""
+        return lambda ids: np.concatenate([of(*self.run(number)) for number in ids])
+
+    def decoded(self, of: Callable[[int], bytes]) -> Read:
+        """A reader of captions as bytes."""
+        return lambda ids: np.concatenate(
+            [np.frombuffer(of(number), "<u2").reshape(-1, *self.row) for number in ids.tolist()]
+        )
+
+    def buffer(self) -> np.ndarray:
+        return np.empty((BATCH * int(np.diff(self.offsets).max()), *self.row), np.uint16)
+
+
+Write = Callable[[Source, Path], None]
+"""Writes all captions to a file or folder that is not there yet."""
+Open = Callable[[Source, Path], Read]
 
 
 @dataclass
@@ -35,14 +106,415 @@ class Reader:
     """Something that reads captions.
 
     Attributes:
+        needs: modules.
+        file: what it reads, in the work folder, or a store.
         exact: whether it must give the bits of the first store.
+        in_order: whether it reads captions in the order they were written, from the first.
+        num_bytes, seconds: of all batches; seconds once a round.
+        first, peaks: of every process of its own, seconds to the first batch and MB.
     """
 
     name: str
-    read: Read | None
-    num_bytes: int = 0
+    needs: tuple[str, ...]
+    file: str
+    open: Open
+    write: Write | None = None
     exact: bool = True
+    in_order: bool = False
+    num_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+
+    def can_be_imported(self) -> bool:
+        try:
+            for module in self.needs:
+                importlib.import_module(module)
+        except Exception as error:  # whatever a broken installation raises
+            click.echo(f"skipped: {self.name} ({type(error).__name__}: {error})", err=True)
+            return False
+        return True
+
+    def path(self, source: Source) -> Path:
+        """What it reads, written first if need be."""
+        path = source.work / self.file  # a store's path is absolute
+        if not path.exists():
+            assert self.write is not None
+            unfinished = path.with_name(f"unfinished-{path.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            click.echo(f"writing {path.name}", err=True)
+            self.write(source, unfinished)
+            unfinished.rename(path)
+        return path
+
+    def batches(self, source: Source, num_batches: int) -> list[np.ndarray]:
+        if self.in_order:
+            return [*np.arange(num_batches * BATCH).reshape(num_batches, BATCH)]
+        rng = np.random.default_rng(0)
+        return [rng.integers(1, len(source), BATCH) for _ in range(num_batches)]
+
+
+def open_memmap(source: Source, path: Path) -> Read:
+    return source.batch(lambda start, stop: source.rows[start:stop])
+
+
+def open_memmap_buffer(source: Source, path: Path) -> Read:
+    rows, buffer = source.rows, source.buffer()
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        filled = 0
+        for start, stop in map(source.run, ids):
+            buffer[filled : filled + stop - start] = rows[start:stop]
+            filled += stop - start
+        return buffer[:filled]
+
+    return read
+
+
+def open_own(source: Source, path: Path, reused: bool) -> Read:
+    from semroute.pipeline.store import open_features
+
+    store = open_features(path)
+    store.num_threads = 1
+    buffer = source.buffer() if reused else None
+    return lambda ids: store.read(ids, out=buffer).bits
+
+
+def write_zarr(source: Source, path: Path, compressed: bool) -> None:
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+    shard = 8 * max(1, SHARD_BYTES // (16 * int(np.prod(source.row))))
+    array = zarr.create_array(
+        path,
+        shape=source.rows.shape,
+        chunks=(8, *source.row),
+        shards=(shard, *source.row),
+        dtype="<u2",
+        serializer=BytesCodec(),
+        compressors=[*([ZstdCodec(level=1)] if compressed else []), Crc32cCodec()],
+        filters=None,
+    )
+    for first in range(0, len(source.rows), shard):
+        array[first : first + shard] = source.rows[first : first + shard]
+
+
+def open_zarr(source: Source, path: Path, pipeline: str | None = None) -> Read:
+    import zarr
+
+    with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
+        array = zarr.open_array(path, mode="r")
+    return source.batch(lambda start, stop: np.asarray(array[start:stop]))
+
+
+def open_tensorstore(source: Source, path: Path) -> Read:
+    import tensorstore
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    limits = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+    context = tensorstore.Context(limits)
+    array = tensorstore.open(spec, read=True, context=context).result()
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        futures = [array[start:stop].read() for start, stop in map(source.run, ids)]
+        return np.concatenate([future.result() for future in futures])
+
+    return read
+
+
+def write_files(source: Source, path: Path, save: Callable[[Path, np.ndarray], Any]) -> None:
+    path.mkdir()
+    for number, caption in enumerate(source.captions()):
+        save(path / str(number), caption)
+
+
+def save_safetensors(path: Path, caption: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"h": caption}, path)
+
+
+def open_safetensors(source: Source, path: Path) -> Read:
+    from safetensors.numpy import load_file
+
+    return lambda ids: np.concatenate([load_file(path / str(number))["h"] for number in ids])
+
+
+def write_one_tensors(source: Source, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({str(number): caption for number, caption in enumerate(source.captions())}, path)
+
+
+def open_one_tensors(source: Source, path: Path) -> Read:
+    from safetensors import safe_open
+
+    file = safe_open(path, framework="np")
+    return lambda ids: np.concatenate([file.get_tensor(str(number)) for number in ids])
+
+
+def save_npz(path: Path, caption: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.savez(file, h=caption)
+
+
+def open_npz(source: Source, path: Path) -> Read:
+    def load(number: int) -> np.ndarray:
+        with np.load(path / str(number)) as file:
+            return np.asarray(file["h"])
+
+    return lambda ids: np.concatenate([load(number) for number in ids])
+
+
+def save_pt(path: Path, caption: np.ndarray) -> None:
+    import torch
+
+    torch.save(torch.from_numpy(caption), path)
+
+
+def open_pt(source: Source, path: Path) -> Read:
+    import torch
+
+    def load(number: int) -> np.ndarray:
+        return torch.load(path / str(number), weights_only=True).numpy()
+
+    return lambda ids: np.concatenate([load(number) for number in ids])
+
+
+def write_arrow(source: Source, path: Path) -> None:
+    import datasets
+
+    def rows() -> Iterator[dict[str, bytes]]:
+        return ({"h": caption.tobytes()} for caption in source.captions())
+
+    features = datasets.Features({"h": datasets.Value("binary")})
+    cache = str(source.work / "hf-cache")
+    table = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache)
+    table.save_to_disk(str(path))
+
+
+def open_arrow(source: Source, path: Path) -> Read:
+    import datasets
+
+    table = datasets.load_from_disk(str(path)).with_format("arrow")
+    return source.decoded(lambda number: table[number]["h"][0].as_buffer())
+
+
+def write_mds(source: Source, path: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(columns={"h": "ndarray:uint16"}, out=str(path)) as writer:
+        for caption in source.captions():
+            writer.write({"h": caption})
+
+
+def open_mds(source: Source, path: Path) -> Read:
+    from streaming import StreamingDataset
+
+    table = StreamingDataset(local=str(path), batch_size=BATCH)
+    return lambda ids: np.concatenate([table[number]["h"] for number in ids.tolist()])
+
+
+def write_litdata(source: Source, path: Path) -> None:
+    import litdata
+
+    litdata.optimize(
+        partial(caption_of, source),
+        [*range(len(source))],
+        str(path),
+        chunk_bytes=SHARD_BYTES,
+        num_workers=1,
+        verbose=False,
+    )
+
+
+def caption_of(source: Source, number: int) -> dict[str, np.ndarray]:
+    return {"h": np.array(source.rows[slice(*source.run(number))])}
+
+
+def open_litdata(source: Source, path: Path) -> Read:
+    import litdata
+
+    table = litdata.StreamingDataset(str(path))
+    return lambda ids: np.concatenate([table[number]["h"] for number in ids.tolist()])
+
+
+def open_litdata_in_order(source: Source, path: Path) -> Read:
+    import litdata
+
+    table = litdata.StreamingDataset(str(path))
+    return streamed(lambda: (sample["h"] for sample in table))
+
+
+def write_webdataset(source: Source, path: Path) -> None:
+    from webdataset import ShardWriter
+
+    path.mkdir()
+    with ShardWriter(f"{path}/%06d.tar", maxsize=SHARD_BYTES, verbose=0) as writer:
+        for number, caption in enumerate(source.captions()):
+            writer.write({"__key__": f"{number:08d}", "h.npy": caption})
+
+
+def open_webdataset(source: Source, path: Path) -> Read:
+    from webdataset import WebDataset
+
+    shards = sorted(map(str, path.glob("*.tar")))
+    table = WebDataset(shards, shardshuffle=False).decode()
+    return streamed(lambda: (sample["h.npy"] for sample in table))
+
+
+def streamed(captions: Callable[[], Iterator[np.ndarray]]) -> Read:
+    """A reader of what comes next; caption 0 is asked for to begin again."""
+    state = captions()
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        nonlocal state
+        if ids[0] == 0:
+            state = captions()
+        return np.concatenate([next(state) for _ in ids])
+
+    return read
+
+
+def write_lance(source: Source, path: Path) -> None:
+    import lance
+    import pyarrow as pa
+
+    schema = pa.schema({"h": pa.large_binary()})
+    batches = (
+        pa.record_batch([pa.array([caption.tobytes()], pa.large_binary())], schema)
+        for caption in source.captions()
+    )
+    lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(path))
+
+
+def open_lance(source: Source, path: Path) -> Read:
+    import lance
+
+    table = lance.dataset(str(path))
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        column = table.take(ids.tolist())["h"]
+        parts = [np.frombuffer(value.as_buffer(), "<u2") for value in column]
+        return np.concatenate(parts).reshape(-1, *source.row)
+
+    return read
+
+
+def codec_of(path: Path) -> tuple[str, str]:
+    """Name of a store's codec, and name and quality; without importing what reads it."""
+    codec = json.loads((path / "manifest.json").read_text())["codec"]
+    name, quality = codec["name"], codec["quality"]
+    return name, name if quality is None else f"{name}, quality {quality:g}"
+
+
+def own_readers(path: Path) -> list[Reader]:
+    """Ours: a fresh array for every batch, and a buffer that is used again."""
+    name, label = codec_of(path)
+    own = partial(
+        Reader, needs=(), file=str(path.resolve()), write=None, exact=name in ("bf16", "lossless")
+    )
+    readers = [
+        own(f"semroute {label}", open=partial(open_own, reused=False)),
+        own(f"semroute {label}, into a buffer", open=partial(open_own, reused=True)),
+    ]
+    if name == "bf16":
+        readers.append(own(f"semroute {label}, in order", open=readers[0].open, in_order=True))
+    return readers
+
+
+def all_readers(stores: Sequence[Path]) -> list[Reader]:
+    raw, zstd = (partial(write_zarr, compressed=compressed) for compressed in (False, True))
+    rust = partial(open_zarr, pipeline="zarrs.ZarrsCodecPipeline")
+    tensors, npz, pt = (partial(write_files, save=s) for s in (save_safetensors, save_npz, save_pt))
+    peers: list[tuple[str, str, str, Open, Write]] = [
+        ("zarr-python, no compressor", "zarr", "raw.zarr", open_zarr, raw),
+        ("zarr-python with zarrs, no compressor", "zarrs", "raw.zarr", rust, raw),
+        ("tensorstore, no compressor", "tensorstore", "raw.zarr", open_tensorstore, raw),
+        ("zarr-python, zstd", "zarr", "zstd.zarr", open_zarr, zstd),
+        ("zarr-python with zarrs, zstd", "zarrs", "zstd.zarr", rust, zstd),
+        ("tensorstore, zstd", "tensorstore", "zstd.zarr", open_tensorstore, zstd),
+        ("safetensors, a file a caption", "safetensors", "safetensors", open_safetensors, tensors),
+        ("safetensors, one file", "safetensors", "one", open_one_tensors, write_one_tensors),
+        ("npz, a file a caption", "numpy", "npz", open_npz, npz),
+        ("pt, a file a caption", "torch", "pt", open_pt, pt),
+        ("HF datasets (Arrow)", "datasets", "arrow", open_arrow, write_arrow),
+        ("MDS (mosaicml-streaming)", "streaming", "mds", open_mds, write_mds),
+        ("Lance (pylance)", "lance", "lance", open_lance, write_lance),
+        ("litdata", "litdata", "litdata", open_litdata, write_litdata),
+        ("litdata, in order", "litdata", "litdata", open_litdata_in_order, write_litdata),
+        ("webdataset, in order", "webdataset", "webdataset", open_webdataset, write_webdataset),
+    ]
+    return [
+        Reader("np.memmap, copied", (), "flat.u2", open_memmap),
+        Reader("np.memmap, into a buffer", (), "flat.u2", open_memmap_buffer),
+        *(reader for store in stores for reader in own_readers(store)),
+        *(
+            Reader(name, (needs,), file, open_, write, in_order=name.endswith("in order"))
+            for name, needs, file, open_, write in peers
+        ),
+    ]
+
+
+def run(
+    readers: Sequence[Reader], source: Source, first: Path, num_batches: int, rounds: int
+) -> None:
+    """Check what every reader reads, then time every reader once a round."""
+    expected = open_own(source, first, False)
+    opened = []
+    for reader in readers:  # warm, and right
+        batches = reader.batches(source, num_batches)
+        read = reader.open(source, reader.path(source))
+        for ids in batches:
+            found = read(ids)
+            assert not reader.exact or np.array_equal(found, expected(ids)), reader.name
+            reader.num_bytes += found.nbytes
+        opened.append((reader, read, batches))
+    for _ in range(rounds):
+        for reader, read, batches in opened:
+            began = time.perf_counter()
+            for ids in batches:
+                read(ids)
+            reader.seconds.append(time.perf_counter() - began)
+
+
+def run_alone(reader: Reader | None, source: Source, num_batches: int) -> None:
+    """What :func:`processes` starts; prints when the first batch was there, and the peak in MB."""
+    began = time.monotonic()
+    if reader:
+        read = reader.open(source, reader.path(source))
+        for number, ids in enumerate(reader.batches(source, num_batches)):
+            read(ids)
+            if number == 0:
+                began = time.monotonic()
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    click.echo(f"\n{began} {peak}", nl=False)
+    sys.stdout.flush()
+    os._exit(0)  # some leave threads that take seconds to stop
+
+
+def processes(readers: Sequence[Reader], arguments: Sequence[str], rounds: int) -> float:
+    """Each reader in processes of its own, once a round; returns the peak of one without a reader.
+
+    Not ``ru_maxrss``: that is inherited from the process that starts another.
+    """
+    bare = Reader("", (), "", open_memmap)
+    for _ in range(rounds):
+        for reader in [bare, *readers]:
+            began = time.monotonic()
+            command = [sys.executable, __file__, *arguments, f"--alone={reader.name}"]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            at, peak = map(float, out.splitlines()[-1].split())
+            reader.first.append(at - began)
+            reader.peaks.append(peak)
+    for reader in readers:
+        reader.peaks = [peak - median(bare.peaks) for peak in reader.peaks]
+    return median(bare.peaks)
+
+
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values))
 
 
 def size_of(path: Path) -> int:
@@ -50,281 +522,68 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def packed(runs: Sequence[tuple[int, int]], get: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    return np.concatenate([get(start, stop) for start, stop in runs])
-
-
-class Peers:
-    """The same hidden states, packed in caption order, in other formats."""
-
-    def __init__(self, source: FeatureStore, work: Path) -> None:
-        self.source, self.work = source, work
-        num_tokens = source.captions["num_tokens"].to_numpy()
-        self.offsets = np.concatenate([[0], np.cumsum(num_tokens)])
-        self.row = (len(source.layers), source.manifest.identity.model.width)
-        work.mkdir(parents=True, exist_ok=True)
-        self.flat = work / "flat.u2"
-        if not self.flat.exists():
-            unfinished = np.memmap(work / "tmp", "<u2", "w+", shape=(self.offsets[-1], *self.row))
-            for first in tqdm(range(0, len(source), 256), desc="memmap"):
-                ids = range(first, min(first + 256, len(source)))
-                rows = slice(self.offsets[ids.start], self.offsets[ids.stop])
-                unfinished[rows] = source.read(ids).bits
-            unfinished.flush()
-            (work / "tmp").rename(self.flat)
-        self.rows = np.memmap(self.flat, "<u2", "r", shape=(self.offsets[-1], *self.row))
-
-    def runs(self, ids: np.ndarray) -> list[tuple[int, int]]:
-        return [(int(self.offsets[i]), int(self.offsets[i + 1])) for i in ids]
-
-    def write(self, name: str, write: Callable[[Path], None]) -> Path:
-        """A folder or file of the work folder, written once."""
-        path, unfinished = self.work / name, self.work / f"{name}.tmp"
-        if not path.exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            write(unfinished)
-            unfinished.rename(path)
-        return path
-
-    def caption(self, number: int) -> np.ndarray:
-        return np.asarray(self.rows[self.offsets[number] : self.offsets[number + 1]])
-
-    def memmap(self) -> Reader:
-        def read(ids: np.ndarray) -> np.ndarray:
-            return packed(self.runs(ids), lambda a, b: self.rows[a:b])
-
-        return Reader("np.memmap, copied", read, size_of(self.flat))
-
-    def memmap_reused(self) -> Reader:
-        buffer = np.empty((64 * int(np.diff(self.offsets).max()), *self.row), np.uint16)
-
-        def read(ids: np.ndarray) -> np.ndarray:
-            filled = 0
-            for start, stop in self.runs(ids):
-                buffer[filled : filled + stop - start] = self.rows[start:stop]
-                filled += stop - start
-            return buffer[:filled]
-
-        return Reader("np.memmap, into a buffer", read, size_of(self.flat))
-
-    def zarr_array(self, compressed: bool) -> Path:
-        def write(path: Path) -> None:
-            shard = 8 * max(1, 64_000_000 // (16 * int(np.prod(self.row))))
-            array = zarr.create_array(
-                path,
-                shape=self.rows.shape,
-                chunks=(8, *self.row),
-                shards=(shard, *self.row),
-                dtype="<u2",
-                serializer=BytesCodec(),
-                compressors=[*([ZstdCodec(level=1)] if compressed else []), Crc32cCodec()],
-                filters=None,
-            )
-            for first in tqdm(range(0, len(self.rows), shard), desc=path.name):
-                array[first : first + shard] = self.rows[first : first + shard]
-
-        return self.write("zstd.zarr" if compressed else "raw.zarr", write)
-
-    def zarr_readers(self, compressed: bool) -> list[Reader]:
-        path, kind = self.zarr_array(compressed), "zstd" if compressed else "no compressor"
-        array = zarr.open_array(path, mode="r")
-        readers = [
-            Reader(
-                f"zarr-python, {kind}",
-                lambda ids: packed(self.runs(ids), lambda a, b: np.asarray(array[a:b])),
-                size_of(path),
-            )
-        ]
-        if importlib.util.find_spec("zarrs"):
-            with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-                rust = zarr.open_array(path, mode="r")
-            readers.append(
-                Reader(
-                    f"zarr-python with zarrs, {kind}",
-                    lambda ids: packed(self.runs(ids), lambda a, b: np.asarray(rust[a:b])),
-                    size_of(path),
-                )
-            )
-        else:
-            readers.append(Reader(f"zarr-python with zarrs, {kind}", None))
-        if importlib.util.find_spec("tensorstore"):
-            import tensorstore
-
-            context = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
-            opened = tensorstore.open(
-                spec, read=True, context=tensorstore.Context(context)
-            ).result()
-
-            def read(ids: np.ndarray) -> np.ndarray:
-                futures = [opened[a:b].read() for a, b in self.runs(ids)]
-                return np.concatenate([future.result() for future in futures])
-
-            readers.append(Reader(f"tensorstore, {kind}", read, size_of(path)))
-        return readers
-
-    def safetensors_files(self) -> Reader:
-        from safetensors.numpy import load_file, save_file
-
-        def write(path: Path) -> None:
-            path.mkdir()
-            for number in tqdm(range(len(self.source)), desc="safetensors"):
-                save_file({"h": self.caption(number)}, path / f"{number}.safetensors")
-
-        path = self.write("safetensors", write)
-
-        def read(ids: np.ndarray) -> np.ndarray:
-            return np.concatenate([load_file(path / f"{i}.safetensors")["h"] for i in ids])
-
-        return Reader("safetensors, a file a caption", read, size_of(path))
-
-    def npz_files(self) -> Reader:
-        def write(path: Path) -> None:
-            path.mkdir()
-            for number in tqdm(range(len(self.source)), desc="npz"):
-                np.savez(path / f"{number}.npz", h=self.caption(number))
-
-        path = self.write("npz", write)
-
-        def read(ids: np.ndarray) -> np.ndarray:
-            parts = []
-            for i in ids:
-                with np.load(path / f"{i}.npz") as file:
-                    parts.append(file["h"])
-            return np.concatenate(parts)
-
-        return Reader("npz, a file a caption", read, size_of(path))
-
-    def pt_files(self) -> Reader:
-        import torch
-
-        def write(path: Path) -> None:
-            path.mkdir()
-            for number in tqdm(range(len(self.source)), desc="pt"):
-                torch.save(torch.from_numpy(self.caption(number)), path / f"{number}.pt")
-
-        path = self.write("pt", write)
-
-        def read(ids: np.ndarray) -> np.ndarray:
-            parts = [torch.load(path / f"{i}.pt", weights_only=True).numpy() for i in ids]
-            return np.concatenate(parts)
-
-        return Reader("pt, a file a caption", read, size_of(path))
-
-    def arrow(self) -> Reader:
-        if not importlib.util.find_spec("datasets"):
-            return Reader("HF datasets (Arrow)", None)
-        import datasets
-
-        def write(path: Path) -> None:
-            def rows() -> object:
-                for number in range(len(self.source)):
-                    yield {"h": self.caption(number).tobytes()}
-
-            features = datasets.Features({"h": datasets.Value("binary")})
-            table = datasets.Dataset.from_generator(
-                rows, features=features, cache_dir=str(self.work / "hf-cache")
-            )
-            table.save_to_disk(str(path))
-
-        path = self.write("arrow", write)
-        table = datasets.load_from_disk(str(path)).with_format("arrow")
-
-        def read(ids: np.ndarray) -> np.ndarray:
-            parts = [table[int(i)]["h"][0].as_buffer() for i in ids]
-            return np.concatenate([np.frombuffer(p, "<u2").reshape(-1, *self.row) for p in parts])
-
-        return Reader("HF datasets (Arrow)", read, size_of(path))
-
-
-def own(store: FeatureStore) -> list[Reader]:
-    """Ours: a fresh array for every batch, and a buffer that is used again."""
-    store.num_threads = 1
-    codec, num_bytes = store.manifest.codec, store.num_bytes()
-    label = codec.name if codec.quality is None else f"{codec.name}, quality {codec.quality:g}"
-    exact = codec.name in ("bf16", "lossless")
-    longest = int(store.captions["num_tokens"].to_numpy().max())
-    width = store.manifest.identity.model.width
-    buffer = np.empty((64 * longest, len(store.layers), width), np.uint16)
-    return [
-        Reader(f"semroute {label}", lambda ids: store.read(ids).bits, num_bytes, exact),
-        Reader(
-            f"semroute {label}, into a buffer",
-            lambda ids: store.read(ids, out=buffer).bits,
-            num_bytes,
-            exact,
-        ),
-    ]
-
-
-def run(readers: list[Reader], batches: list[np.ndarray], expected: Read, rounds: int) -> int:
-    """Time every reader once a round; returns the bytes of a round."""
-    for reader in readers:
-        for ids in batches if reader.read else []:  # warm, and right
-            assert reader.read is not None
-            found = reader.read(ids)
-            assert not reader.exact or np.array_equal(found, expected(ids)), reader.name
-    num_bytes = sum(expected(ids).nbytes for ids in batches)
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for reader in readers:
-            if reader.read is None:
-                continue
-            began = time.perf_counter()
-            for ids in batches:
-                reader.read(ids)
-            reader.seconds.append(time.perf_counter() - began)
-    return num_bytes
-
-
 @click.command()
 @click.argument("stores", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Peers' files.")
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--num-batches", default=8, show_default=True, help="Of 64 captions.")
-def main(stores: tuple[Path, ...], work: Path, rounds: int, num_batches: int) -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    opened = [open_features(path) for path in stores]
-    first = opened[0]
-    if first.manifest.codec.name != "bf16":
-        raise click.ClickException(f"{stores[0]} holds {first.manifest.codec.name}, not bf16")
-    peers = Peers(first, work)
-    readers = [peers.memmap(), peers.memmap_reused()]
-    readers += [reader for store in opened for reader in own(store)]
-    readers += [*peers.zarr_readers(False), *peers.zarr_readers(True)]
-    readers += [peers.safetensors_files(), peers.npz_files(), peers.pt_files(), peers.arrow()]
-    rng = np.random.default_rng(0)
-    batches = [rng.integers(1, len(first), 64) for _ in range(num_batches)]
-    num_bytes = run(readers, batches, lambda ids: first.read(ids).bits, rounds)
-    ceiling = float(np.median(readers[0].seconds))
-    raw = peers.rows.nbytes
-    print(
-        "| reader | GB/s | x memmap | captions/s | bytes, x bf16 |\n| --- | --: | --: | --: | --: |"
-    )
+@click.option("--processes", "num_processes", default=3, show_default=True, help="Of each reader.")
+@click.option("--alone", hidden=True, help="One reader by name, timed by the process above.")
+def main(
+    stores: tuple[Path, ...],
+    work: Path,
+    rounds: int,
+    num_batches: int,
+    num_processes: int,
+    alone: str | None,
+) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) > 1:  # begin again on one: numpy has counted cores when it was imported
+        os.sched_setaffinity(0, {max(cores)})
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    source, readers = Source(stores[0], work), all_readers(stores)
+    if alone is not None:
+        run_alone(next((r for r in readers if r.name == alone), None), source, num_batches)
+    readers = [reader for reader in readers if reader.can_be_imported()]
     for reader in readers:
-        if reader.read is None:
-            print(f"| {reader.name} | not installed | | | |")
-            continue
-        seconds = float(np.median(reader.seconds))
+        reader.path(source)
+    arguments = [*map(str, stores), f"--work={work}", f"--num-batches={num_batches}"]
+    bare = processes(readers, arguments, num_processes)  # first: MDS bars others from its folder
+    run(readers, source, stores[0], num_batches, rounds)
+    ceiling = median(readers[0].seconds) / readers[0].num_bytes
+    print("| reader | GB/s | x memmap | MB on disk | first batch, s | peak, MB |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for reader in readers:
+        seconds = median(reader.seconds) / reader.num_bytes
         print(
-            f"| {reader.name} | {num_bytes / seconds / 1e9:.2f} | {ceiling / seconds:.2f} "
-            f"| {64 * num_batches / seconds:,.0f} | {raw / reader.num_bytes:.2f} |"
+            f"| {reader.name} | {1e-9 / seconds:.2f} | {ceiling / seconds:.2f} "
+            f"| {size_of(reader.path(source)) / 1e6:,.0f} | {median(reader.first):.2f} "
+            f"| {median(reader.peaks):,.0f} |"
         )
-    print("\n| store | all layers, GB/s | 1 layer, time of all |\n| --- | --: | --: |")
-    for store in opened:
+    print(f"\nPeaks are beyond the {bare:.0f} MB of a process that reads nothing.\n")
+    print_layers(stores, readers[0].batches(source, num_batches))
+
+
+def print_layers(stores: Sequence[Path], batches: Sequence[np.ndarray]) -> None:
+    """What it takes to read one layer in the middle."""
+    from semroute.pipeline.store import open_features
+
+    print("| store | all layers, GB/s | 1 layer, time of all |\n| --- | --: | --: |")
+    for path in stores:
+        store = open_features(path)
+        store.num_threads = 1
         middle = [store.layers[len(store.layers) // 2]]
-        everything, one = (
-            float(np.median([timed(store, batches, layers) for _ in range(5)]))
-            for layers in (None, middle)
+        everything, one, num_bytes = [], [], 0
+        for _ in range(5):
+            for layers, seconds in ((None, everything), (middle, one)):
+                began = time.perf_counter()
+                found = [store.read(ids, layers).bits.nbytes for ids in batches]
+                seconds.append(time.perf_counter() - began)
+                num_bytes = max(num_bytes, sum(found))
+        print(
+            f"| {codec_of(path)[1]} | {num_bytes / median(everything) / 1e9:.2f} "
+            f"| {median(one) / median(everything):.2f} |"
         )
-        print(f"| {store.manifest.codec.name} | {num_bytes / everything / 1e9:.2f} | "
-              f"{one / everything:.2f} |")  # fmt: skip
-
-
-def timed(store: FeatureStore, batches: list[np.ndarray], layers: list[int] | None) -> float:
-    began = time.perf_counter()
-    for ids in batches:
-        store.read(ids, layers)
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

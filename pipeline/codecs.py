@@ -41,6 +41,7 @@ MIN_COUNT = 32
 """Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""
 
 Planes = Mapping[str, np.ndarray]
+Layers = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,18 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         """Decode on the CPU.
 
         Args:
             planes: ``[R, L, size]`` each.
             layers: positions wanted, in the order wanted.
-            out: takes the bits of bfloat16, uint16 ``[R, len(layers), H]``.
+            targets: row of ``out`` that each row goes to, int64 ``[R]``.
+            out: takes the bits of bfloat16, uint16 ``[rows, len(layers), H]``.
         """
 
     @abstractmethod
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         """Decode where the planes are: bfloat16 ``[R, len(layers), H]``.
 
         Args:
@@ -179,12 +179,10 @@ class Bf16(Codec):
         rounded = hidden.to(torch.bfloat16)
         return Coded({"hidden": rounded.view(torch.uint16)}, rounded)
 
-    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
-        out[:] = planes["hidden"][:, list(layers)]
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
+        out[targets] = planes["hidden"][:, list(layers)]
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         bits = planes["hidden"].view(torch.bfloat16)
@@ -234,7 +232,7 @@ class Lossless(Codec):
         }
         return Coded(planes, rounded, distance)
 
-    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         wanted = _places(layers, self.num_layers)
         kernels.decode_lossless(
             planes["code"],
@@ -243,12 +241,11 @@ class Lossless(Codec):
             self.parameters["base"],
             self.parameters["follow"],
             wanted,
+            targets,
             out,
         )
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         device = planes["code"].device
@@ -371,9 +368,7 @@ class Predictive(Codec):
         """And back."""
         return residual
 
-    def decode_torch(
-        self, planes: Mapping[str, torch.Tensor], layers: Sequence[int]
-    ) -> torch.Tensor:
+    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
         device = planes["code"].device
@@ -413,7 +408,7 @@ class Delta(Predictive):
             return bias
         return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
 
-    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         kernels.decode_delta(
             planes["code"],
             planes["escape"],
@@ -422,6 +417,7 @@ class Delta(Predictive):
             self.parameters["slope"],
             self.parameters["bias"],
             _places(layers, self.num_layers),
+            targets,
             out,
         )
 
@@ -479,10 +475,10 @@ class Linear(Predictive):
         matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
         return matrix, rotation
 
-    def decode(self, planes: Planes, layers: Sequence[int], out: np.ndarray) -> None:
+    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         matrix, rotation = self._matrices
         wanted = _places(layers, self.num_layers)
-        state = np.zeros((len(out), self.width), np.float32)
+        state = np.zeros((len(targets), self.width), np.float32)
         residual = np.empty_like(state)
         for layer in range(len(wanted)):
             kernels.decode_codes(
@@ -496,7 +492,7 @@ class Linear(Predictive):
             below = state @ matrix[layer] if layer else np.float32(0)
             state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
             if wanted[layer] >= 0:
-                kernels.denormalise(state, planes["scalar"], layer, wanted[layer], out)
+                kernels.denormalise(state, planes["scalar"], layer, wanted[layer], targets, out)
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
@@ -545,7 +541,7 @@ def robust_rms(normed: torch.Tensor) -> torch.Tensor:
     return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
 
 
-def _places(layers: Sequence[int], num_layers: int) -> np.ndarray:
+def _places(layers: Layers, num_layers: int) -> np.ndarray:
     """Position -> where it goes in the output, -1 where it is not wanted; up to the last wanted."""
     places = np.full(max(layers) + 1, -1, np.int64)
     places[list(layers)] = np.arange(len(layers))

@@ -1,6 +1,7 @@
 """Loops of the codecs' decoders, compiled by numba on first use and kept where it can write.
 
-They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width.
+They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width. Row i of the
+codes is decoded to row ``targets[i]`` of ``out``.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def decode_lossless(code, escape, mantissa, base, follow, places, out):  # type: ignore[no-untyped-def]
+def decode_lossless(code, escape, mantissa, base, follow, places, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
     distance = np.empty(width, np.uint8)
@@ -55,7 +56,7 @@ def decode_lossless(code, escape, mantissa, base, follow, places, out):  # type:
                 for channel in range(width):
                     distance[channel] = zigzag[channel] + known[distance[channel]]
             if places[layer] >= 0:
-                bits = out[row, places[layer]]
+                bits = out[targets[row], places[layer]]
                 for channel in range(width):
                     exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
                     rest = np.uint16(mantissa[row, layer, channel])
@@ -86,7 +87,7 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
 
 
 @_compiled
-def decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # type: ignore[no-untyped-def]
+def decode_delta(code, escape, scalar, scales, slope, bias, places, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = escape.shape
     state = np.zeros(width, np.float32)
     zigzag = np.empty(width, np.int32)
@@ -103,7 +104,7 @@ def decode_delta(code, escape, scalar, scales, slope, bias, places, out):  # typ
                 ) + number * scale
             if places[layer] >= 0:
                 mean, deviation = _scalars(scalar[row, layer])
-                _to_bits(state, mean, deviation, bits, out[row, places[layer]])
+                _to_bits(state, mean, deviation, bits, out[targets[row], places[layer]])
 
 
 @_compiled
@@ -119,8 +120,8 @@ def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-u
 
 
 @_compiled
-def denormalise(state, scalar, layer, place, out):  # type: ignore[no-untyped-def]
+def denormalise(state, scalar, layer, place, targets, out):  # type: ignore[no-untyped-def]
     bits = np.empty(state.shape[1], np.uint32)
     for row in range(len(state)):
         mean, deviation = _scalars(scalar[row, layer])
-        _to_bits(state[row], mean, deviation, bits, out[row, place])
+        _to_bits(state[row], mean, deviation, bits, out[targets[row], place])

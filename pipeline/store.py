@@ -272,13 +272,7 @@ class FeatureStore(Ledger[FeatureManifest]):
 
         def decode(block: Pieces) -> None:
             planes = self._planes(block.packed(), int(block.num.sum()), max(positions) + 1)
-            targets = block.rows()
-            if (np.diff(targets) == 1).all():
-                self.codec.decode(planes, positions, rows[targets[0] : targets[-1] + 1])
-            else:
-                decoded = np.empty((len(targets), *shape), np.uint16)
-                self.codec.decode(planes, positions, decoded)
-                rows[targets] = decoded
+            self.codec.decode(planes, positions, block.rows(), rows)
 
         chunk_bytes = self.manifest.layout.rows_per_chunk * self.bytes_per_row()
         blocks = [*pieces.blocks(max(1, BLOCK_BYTES // chunk_bytes))]

@@ -50,7 +50,7 @@ def encode(codec: Codec, hidden):
 def decode(codec, planes, layers):
     rows = len(next(iter(planes.values())))
     out = np.full((rows, len(layers), codec.width), 0xFFFF, np.uint16)
-    codec.decode(planes, layers, out)
+    codec.decode(planes, layers, np.arange(len(out)), out)
     return torch.from_numpy(out).view(torch.bfloat16)
 
 
