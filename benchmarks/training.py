@@ -1,11 +1,10 @@
 """Which error of stored hidden states training bears: the same shapes, learnt from every codec.
 
-    python benchmarks/training.py OUT --model LLM [--seeds 4] [--steps 500]
+    python benchmarks/training.py OUT --model LLM [--seeds 4] [--steps 400]
 
 Everything is made in OUT, and nothing twice: the same command continues, and more seeds or steps
 add to what is there. Arms of a seed share world, order, t, noise and initial weights; each is
-trained and judged on stores of its own codec. Seeds come one after the other, and the tables are
-printed after each.
+trained and judged on stores of its own codec. Tables are printed after each seed.
 """
 
 import functools
@@ -14,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import click
@@ -39,14 +39,16 @@ from semroute.trainer.stream import draw
 
 SKILLS = ("all", "binding", "count", "shape", "colour")
 GUIDANCE = (1.0, 3.0)
-LAST = 4
-"""Lines of metrics, of ``LOG_EVERY`` steps each, that the final training loss is the mean of."""
 LOG_EVERY = 25
+LAST = 4
+"""Lines of metrics that the training loss is the mean of: the last 100 steps."""
 NUM_JUDGED = 400
 """Captions, the first of the test file: new ones, of pairs that training shows."""
 DRAWS = 4
 """Of t and noise for each test image, in the held-out loss."""
-HOW = {"shard_bytes": 64_000_000, "workers": 0, "report": functools.partial(click.echo, err=True)}
+HOW: dict[str, Any] = {
+    "shard_bytes": 64_000_000, "workers": 0, "report": functools.partial(click.echo, err=True)
+}  # fmt: skip
 
 Quantiser = Callable[[torch.Tensor], torch.Tensor]
 
@@ -135,15 +137,15 @@ def measure(out: Path, arm: Arm, seed: int, steps: int, config: Path) -> dict[st
 def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, float]:
     """Loss and accuracies on new captions of known pairs of colour and shape, noise by seed."""
     table = pq.read_table(out / "shapes" / "test.parquet")
-    num = NUM_JUDGED
-    ids = np.array([row[0] for row in store.samples["caption_ids"].to_pylist()[:num]])
+    scenes, splits = read_scenes(table)[:NUM_JUDGED], ["test"] * NUM_JUDGED
+    ids = np.array([row[0] for row in store.samples["caption_ids"].to_pylist()[:NUM_JUDGED]])
     result = {"held-out loss": held_out_loss(run, store, ids, out / "test-latents", seed)}
     identity = run.record.latents
     decode = functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)
     for scale in GUIDANCE:
         scores, _ = evaluate(
-            run.model, run.flow, store, ids, read_scenes(table)[:num], ["test"] * num, decode,
-            num_steps=16, cfg_scale=scale, seed=seed, batch_size=80, progress=False,
+            run.model, run.flow, store, ids, scenes, splits, decode, num_steps=16,
+            cfg_scale=scale, seed=seed, batch_size=80, progress=False,
         )  # fmt: skip
         found = scores.to_dict()["test"]
         result |= {f"{skill} at {scale:g}": found[skill]["accuracy"] for skill in SKILLS}
@@ -169,14 +171,14 @@ def held_out_loss(
 
 
 def compare(results: dict[str, list[dict[str, float]]], key: str) -> Iterator[str]:
-    """A cell an arm: its mean over seeds, and the difference from the first arm with 95 %.
+    """A cell an arm: its mean over seeds, and the paired difference from the first arm with 95 %.
 
     The interval is of a randomised block design, seeds being the blocks: the standard deviation is
     that of all arms together, without lossless (the same runs) and the penultimate layer.
     """
-    names = [name for name in results if not name.startswith(("lossless", "bf16, "))]
     values = {name: np.array([result[key] for result in found]) for name, found in results.items()}
-    block = np.stack([values[name] for name in names])  # [arms, seeds]
+    first, *names = (name for name in values if not name.startswith(("lossless", "bf16, ")))
+    block = np.stack([values[name] for name in (first, *names)])  # [arms, seeds]
     num_arms, num_seeds = block.shape
     left = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
     freedom = (num_arms - 1) * (num_seeds - 1)
@@ -186,30 +188,29 @@ def compare(results: dict[str, list[dict[str, float]]], key: str) -> Iterator[st
         half = t * np.sqrt(np.square(left).sum() / freedom * 2 / num_seeds)
     digits = 4 if "loss" in key else 3
     for name, of_seeds in values.items():
-        cell = f"{of_seeds.mean():.{digits}f}"
-        if name != names[0]:
-            cell += f" ({(of_seeds - values[names[0]]).mean():+.{digits}f} ± {half:.{digits}f})"
-        yield cell
+        mean, difference = of_seeds.mean(), (of_seeds - values[first]).mean()
+        against = f" ({difference:+.{digits}f} ± {half:.{digits}f})"
+        if results[name] == results[first]:
+            against = "" if name == first else " (the same)"
+        yield f"{mean:.{digits}f}{against}"
 
 
 def table(columns: dict[str, list[str]]) -> str:
-    lines = [
-        [*columns],
-        ["---"] + ["--:"] * (len(columns) - 1),
-        *zip(*columns.values(), strict=True),
-    ]
+    rule = ["---"] + ["--:"] * (len(columns) - 1)
+    lines = [[*columns], rule, *zip(*columns.values(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def tables(out: Path, tried: list[Arm], results: dict[str, list[dict[str, float]]]) -> None:
-    """Markdown: size, error and losses; then accuracies, a table a guidance scale."""
+    """Markdown: size, error beside the first's own and losses; accuracies by guidance scale."""
     sizes, errors, names = [], [], [arm.name for arm in tried]
     whole = open_features(out / "train" / "bf16")
     for arm in tried:
         store, _ = make_store(out / "train", arm)
         smaller = 16 / arm.bits if arm.bits else whole.num_bytes() / store.num_bytes()
+        error = codec_error([*store.receipts().values()])["mean"] if store.manifest.derived else 0
         sizes.append(f"{smaller:.2f}x")
-        errors.append(f"{codec_error([*store.receipts().values()]).get('mean', 0.0):.1e}")
+        errors.append(f"{error:.1e}")
     losses = {key: [*compare(results, key)] for key in ("training loss", "held-out loss")}
     print(f"\n{len(results['bf16'])} seeds")
     print(table({"arm": names, "smaller": sizes, "LN(h)": errors, **losses}))
@@ -222,7 +223,7 @@ def tables(out: Path, tried: list[Arm], results: dict[str, list[dict[str, float]
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The LLM; a small one does.")
 @click.option("--seeds", default=4, show_default=True)
-@click.option("--steps", default=500, show_default=True)
+@click.option("--steps", default=400, show_default=True)
 def main(out: Path, model: str, seeds: int, steps: int) -> None:
     torch.set_num_threads(1)
     world = out / "shapes"
@@ -232,8 +233,7 @@ def main(out: Path, model: str, seeds: int, steps: int) -> None:
         file = str(world / f"{split}.parquet")
         extract(file, out / split / "bf16", model=model, threads=1, **HOW)
         encode_images(file, out / f"{split}-latents", **HOW)
-    width = open_features(out / "train" / "bf16").manifest.identity.model.width
-    tried = arms(width)
+    tried = arms(open_features(out / "train" / "bf16").manifest.identity.model.width)
     config = Path(__file__).with_name("demo.yaml")
     results: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in tried}
     for seed in range(seeds):
