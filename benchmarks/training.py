@@ -1,6 +1,6 @@
 """Which error of stored hidden states training bears: the same shapes, learnt from every codec.
 
-    python benchmarks/training.py OUT --model LLM [--seeds 4] [--steps 400]
+    python benchmarks/training.py OUT --model LLM [--seeds 3] [--steps 400]
 
 Everything is made in OUT, and nothing twice: the same command continues, and more seeds or steps
 add to what is there. Arms of a seed share world, order, t, noise and initial weights; each is
@@ -173,26 +173,32 @@ def held_out_loss(
 def compare(results: dict[str, list[dict[str, float]]], key: str) -> Iterator[str]:
     """A cell an arm: its mean over seeds, and the paired difference from the first arm with 95 %.
 
-    The interval is of a randomised block design, seeds being the blocks: the standard deviation is
-    that of all arms together, without lossless (the same runs) and the penultimate layer.
+    Arms that differ by the error of their features make a randomised block design, seeds being the
+    blocks: they share one standard deviation. The penultimate layer has that of its own pairs.
     """
     values = {name: np.array([result[key] for result in found]) for name, found in results.items()}
     first, *names = (name for name in values if not name.startswith(("lossless", "bf16, ")))
-    block = np.stack([values[name] for name in (first, *names)])  # [arms, seeds]
-    num_arms, num_seeds = block.shape
-    left = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
-    freedom = (num_arms - 1) * (num_seeds - 1)
-    half = np.nan
-    if freedom:
-        t = np.quantile(np.random.default_rng(0).standard_t(freedom, 1_000_000), 0.975)
-        half = t * np.sqrt(np.square(left).sum() / freedom * 2 / num_seeds)
+    pooled = half_width(np.stack([values[name] for name in (first, *names)]))
     digits = 4 if "loss" in key else 3
     for name, of_seeds in values.items():
         mean, difference = of_seeds.mean(), (of_seeds - values[first]).mean()
+        half = pooled if name in names else half_width(np.stack([values[first], of_seeds]))
         against = f" ({difference:+.{digits}f} ± {half:.{digits}f})"
         if results[name] == results[first]:
             against = "" if name == first else " (the same)"
         yield f"{mean:.{digits}f}{against}"
+
+
+def half_width(block: NDArray[np.float64]) -> float:
+    """Of the 95 % interval of a difference of two rows of a block, [arms, seeds]; two rows alone
+    are a paired t-test."""
+    num_arms, num_seeds = block.shape
+    freedom = (num_arms - 1) * (num_seeds - 1)
+    if not freedom:
+        return np.nan
+    left = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
+    t = np.quantile(np.random.default_rng(0).standard_t(freedom, 1_000_000), 0.975)
+    return float(t * np.sqrt(np.square(left).sum() / freedom * 2 / num_seeds))
 
 
 def table(columns: dict[str, list[str]]) -> str:
@@ -222,7 +228,7 @@ def tables(out: Path, tried: list[Arm], results: dict[str, list[dict[str, float]
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The LLM; a small one does.")
-@click.option("--seeds", default=4, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=400, show_default=True)
 def main(out: Path, model: str, seeds: int, steps: int) -> None:
     torch.set_num_threads(1)
