@@ -17,7 +17,10 @@ FLOORS = [
         *("pipeline." + name for name in ("store", "distortion", "fitting")),
         *("trainer.dit", "trainer.sampling"),
     },
-    {"pipeline.filling", "pipeline.inspection", "pipeline.verification", "trainer.stream"},
+    {
+        *("pipeline." + name for name in ("filling", "inspection", "mixing", "verification")),
+        "trainer.stream",
+    },
     {"pipeline.extraction", "pipeline.imaging", "pipeline.rewriting", "trainer.evaluation"},
     {"trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
