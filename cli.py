@@ -271,21 +271,39 @@ def inspect(store: Path, as_json: bool) -> None:
 @click.option("--codec", type=_CODECS, help="Default: as it is.")
 @_quality_option
 @click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
+@click.option(
+    "--routing",
+    type=click.Path(path_type=Path),
+    help="A run: store only the mixes of layers that its blocks read.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",
+)
 @click.option("--captions", help="Only those of this table, whose rows are the new samples.")
 @click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
 @_work_options(limit=False)
 @_interruptible
-def rewrite(features: Path, out: Path, **options: Any) -> None:
+def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> None:
     """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
 
-    The same command continues what was interrupted.
+    With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
+    with routing.strategy=mixes can train. The same command continues what was interrupted.
 
     \b
-    Example:
+    Examples:
       semroute rewrite features smaller --codec linear --layers every:2
+      semroute rewrite features mixed --routing runs/depth
     """
     from .pipeline.rewriting import rewrite as run
 
+    if routing is not None:
+        from .pipeline.store import open_features
+        from .trainer.checkpoint import load_run
+
+        identity = open_features(features).manifest.identity
+        options["routing"] = load_run(routing).routing(identity)
     click.echo(run(features, out, report=_report, **options))
 
 
