@@ -125,6 +125,9 @@ class TrainConfig(Contract):
     """A complete latent store, made from the same samples."""
     output: str
     """The run directory."""
+    start: str | None = None
+    """A run whose moving average, at its newest checkpoint, is what this one's weights start from;
+    the router's too where the strategy is the same. By default weights are fresh."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the weights, and with a position of the order, caption dropout, t and noise."""
     steps: Positive = 500_000

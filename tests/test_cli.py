@@ -135,7 +135,7 @@ class TestPath:
         run = shutil.copytree(world / "run", tmp_path / "run")
         assert "12 images" in invoke("evaluate", run, *options, "--samples", shapes)
         tuned = tmp_path / "tuned"
-        changes = [f"features={tmp_path / 'train'}", "routing.strategy=mixes"]
+        changes = [f"features={tmp_path / 'train'}", "routing.strategy=mixes", f"start={run}"]
         invoke("train", world / "run.yaml", *changes, f"output={tuned}", "steps=2")
         invoke("sample", tuned, *options, "--num", 2)
         invoke("sample", tuned, "--prompt", "a red cup", "--num-steps", 2)

@@ -345,6 +345,28 @@ class TestTraining:
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
 
+    def test_it_starts_from_the_weights_of_the_run(self, configure, mixed, run_of):
+        origin = run_of("depth")
+        features, frozen = str(mixed("depth").path), {"lr": 1e-9, "weight_decay": 0}
+        config = configure(
+            "mixes", "tuned", features=features, start=str(origin.path), optimizer=frozen, steps=1
+        )
+        tuned = load_run(train(config), weights="model").model.state_dict()
+        expected = origin.model.state_dict()
+        assert expected.keys() - tuned.keys() == {"router.weight"}
+        for name, value in tuned.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-7)
+
+    def test_a_start_from_another_network_is_refused(self, configure, mixed, run_of):
+        features, start = str(mixed("depth").path), str(run_of("depth").path)
+        changes = {"features": features, "start": start, "flow": {"prediction": "x0"}}
+        message = r"is another network; .*\n  prediction: 'x0' instead of 'velocity'\nTrain with"
+        with pytest.raises(InputError, match=message):
+            train(configure("mixes", "refused", **changes))
+        other = changes | {"start": str(run_of("static").path)}
+        with pytest.raises(InputError, match=r"mixes.strategy: 'depth' instead of 'static'"):
+            train(configure("mixes", "refused", **other))
+
     def test_it_continues_bit_for_bit(self, run, configure):
         features = run.record.config.features
         part = configure("mixes", "parted", features=features, steps=3)

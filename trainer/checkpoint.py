@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from ..schemas import (
     sync,
     write_document,
 )
-from .dit import DiT
+from .dit import DiT, resolve_size
 from .flow import Flow
 
 RECORD = "run.json"
@@ -96,6 +96,41 @@ def build_model(record: RunRecord) -> DiT:
             text_width=llm.width,
             mixes=record.features.mixes,
         )
+
+
+def start_from(model: DiT, record: RunRecord) -> None:
+    """Give a new network the weights of the run that ``config.start`` names.
+
+    Raises:
+        InputError: no run with a checkpoint there, one that cannot read these features, or one of
+            another architecture; with every key that differs.
+    """
+    assert record.config.start is not None
+    start = load_run(record.config.start)
+    start.check_features(record.features)
+    different = differences(_network(record), _network(start.record))
+    if different:
+        listed = "\n  ".join(map(str, different))
+        raise InputError(
+            f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
+            "Train with its numbers, or leave start out."
+        )
+    kept = record.config.routing.strategy == start.record.config.routing.strategy
+    weights = start.model.state_dict()
+    names = [name for name in model.state_dict() if kept or not name.startswith("router.")]
+    model.load_state_dict({name: weights[name] for name in names}, strict=False)
+
+
+def _network(record: RunRecord) -> dict[str, Any]:
+    """What weights must agree in to be those of one network, but for its router."""
+    model = record.config.model
+    return {
+        **asdict(resolve_size(model)),
+        "patch_size": model.patch_size,
+        "conditioning": model.conditioning,
+        "prediction": record.config.flow.prediction,
+        "latents": [*record.latents.shape],
+    }
 
 
 def write_record(path: Path, record: RunRecord) -> None:
