@@ -120,10 +120,7 @@ _plan_options = _together(
         help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
     click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        help="Of the order in which captions are stored.",
+        "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
     ),
 )
 """Of every command that plans an extraction."""
@@ -335,21 +332,39 @@ def inspect(store: Path, as_json: bool, html: Path | None) -> None:
 @click.option("--codec", type=_CODECS, help="Default: as it is.")
 @_quality_option
 @click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
+@click.option(
+    "--routing",
+    type=click.Path(path_type=Path),
+    help="A run: store only the mixes of layers that its blocks read.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",
+)
 @click.option("--captions", help="Only those of this table, whose rows are the new samples.")
 @click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
 @_work_options
 @_interruptible
-def rewrite(features: Path, out: Path, **options: Any) -> None:
+def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> None:
     """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
 
-    The same command continues what was interrupted.
+    With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
+    with routing.strategy=mixes can train. The same command continues what was interrupted.
 
     \b
-    Example:
+    Examples:
       semroute rewrite features smaller --codec linear --layers every:2
+      semroute rewrite features mixed --routing runs/depth
     """
     from .pipeline.rewriting import rewrite as run
 
+    if routing is not None:
+        from .pipeline.store import open_features
+        from .trainer.checkpoint import load_run
+
+        identity = open_features(features).manifest.identity
+        options["routing"] = load_run(routing).routing(identity)
     click.echo(run(features, out, report=_report, **options))
 
 
@@ -479,7 +494,9 @@ def sample(
     """
     if (features is None) == (not prompts):
         raise InputError("give either --features or --prompt")
-    trained = _open_run(run, step, weights)
+    from .trainer.results import draw, open_run
+
+    trained = open_run(run, step, weights)
     if features is not None:
         from .pipeline.store import open_features
 
@@ -495,8 +512,6 @@ def sample(
         record = trained.record
         source = encode_prompts(prompts, record.features, model or record.model_source)
         texts, ids = list(prompts), list(range(1, len(prompts) + 1))
-
-    from .trainer.results import draw
 
     out = out or run / "samples"
     for path in draw(trained, source, ids, texts, _decoder(trained), out, **how):
@@ -542,9 +557,9 @@ def evaluate(
       semroute evaluate runs/depth --features features-test --samples shapes/test.parquet
     """
     from .pipeline.store import open_features
-    from .trainer.results import score_run
+    from .trainer.results import open_run, score_run
 
-    trained = _open_run(run, step, weights)
+    trained = open_run(run, step, weights)
     store = open_features(features)
     trained.check_features(store.manifest.identity)
     for path in score_run(trained, store, samples, _decoder(trained), report=click.echo, **how):
@@ -569,17 +584,6 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     trained = load_run(run, step)
     for path in plot_run(trained, out or run / "figures", report=Report.read(run)):
         click.echo(path)
-
-
-def _open_run(path: Path, step: int | None, weights: Any) -> Any:
-    """A run to sample from, on the GPU where there is one."""
-    import torch
-
-    from .trainer.checkpoint import load_run
-
-    run = load_run(path, step, weights)
-    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return run
 
 
 def _decoder(run: Any) -> Callable[[Any], Any]:

@@ -17,6 +17,27 @@ NUM_LARGEST = 3
 """Channels left out of the second pair of errors: massive activations hide all others."""
 
 
+def relative_errors(
+    expected: torch.Tensor, error: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative L2 error of each vector, whole and without the three largest channels.
+
+    Args:
+        expected, error: float32 ``[..., H]``.
+
+    Returns:
+        Twice ``[...]``; 0 where ``expected`` is zero.
+    """
+    expected, error = expected.square(), error.square()
+    largest = expected.topk(min(NUM_LARGEST, expected.shape[-1] - 1), dim=-1)
+    norm, total = expected.sum(-1), error.sum(-1)
+    known = norm > 1e-6
+    relative = (total / norm.clamp_min(1e-6)).sqrt() * known
+    bare_norm = (norm - largest.values.sum(-1)).clamp_min(1e-6)
+    bare_total = (total - error.gather(-1, largest.indices).sum(-1)).clamp_min(0)
+    return relative, (bare_total / bare_norm).sqrt() * known
+
+
 @dataclass
 class CodecError:
     """Relative L2 error of LN(h), gathered over a shard.
@@ -26,7 +47,7 @@ class CodecError:
     no LN(h) and count as exact.
 
     Attributes:
-        layers: LLM layers, in stored order.
+        layers: LLM layers, in stored order; or blocks, for what they read.
     """
 
     layers: Sequence[int]
@@ -44,20 +65,20 @@ class CodecError:
         """Compare hidden states of a layer (position) with what a reader gets, ``[R, H]`` both."""
         import torch
 
-        self.counts[layer] += hidden.shape[0]
-        if not len(hidden) or (hidden.dtype == coded.dtype and torch.equal(hidden, coded)):
+        if hidden.dtype == coded.dtype and torch.equal(hidden, coded):
+            self.counts[layer] += hidden.shape[0]
             return
         width = hidden.shape[-1:]
         expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
-        error = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS) - expected
-        expected, error = expected.square(), error.square()
-        largest = expected.topk(min(NUM_LARGEST, width[0] - 1), dim=-1)
-        norm = expected.sum(-1)
-        known = norm > 1e-6
-        relative = (error.sum(-1) / norm.clamp_min(1e-6)).sqrt() * known
-        bare_norm = (norm - largest.values.sum(-1)).clamp_min(1e-6)
-        bare_error = (error.sum(-1) - error.gather(-1, largest.indices).sum(-1)).clamp_min(0)
-        bare = (bare_error / bare_norm).sqrt() * known
+        found = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS)
+        self.add_normed(layer, expected, found)
+
+    def add_normed(self, layer: int, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """The same for what no LN is applied to any more, float32 ``[R, H]`` both."""
+        self.counts[layer] += len(expected)
+        if not len(expected):
+            return
+        relative, bare = relative_errors(expected, found - expected)
         self.totals[layer] += float(relative.sum())
         self.largest = max(self.largest, float(relative.max()))
         self.bare_total += float(bare.sum())

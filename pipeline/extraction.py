@@ -25,6 +25,7 @@ from ..schemas import (
     FeatureManifest,
     Fit,
     InputError,
+    Mixes,
     Receipt,
     differences,
 )
@@ -35,6 +36,7 @@ from .distortion import CodecError
 from .filling import check_space, fill, name_workers, num_workers, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .layout import Packing, batches, format_bytes, pack
+from .mixing import mix
 from .parameters import digest_parameters
 from .planning import make_plan
 from .store import FeatureStore, Rows
@@ -60,11 +62,13 @@ class EncodedPrompts:
         texts: entry 0 is the null caption.
         rows: of all entries.
         layers: of ``rows``.
+        mixes: what ``rows`` holds in place of layers, where it does.
     """
 
     texts: list[str]
     rows: Rows
     layers: list[int]
+    mixes: Mixes | None = None
 
     def read(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> Rows:
         """As :meth:`semroute.pipeline.store.FeatureStore.read`."""
@@ -279,6 +283,8 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
     Raises:
         InputError: no model there, or not the one of the identity.
     """
+    import torch
+
     from .encoder import Encoder, describe_model, find_model, load_tokenizer, tokenizer_digest
 
     located = find_model(model)
@@ -301,13 +307,14 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
         max_length=identity.max_length,
         keep_prefix=identity.template.keep_prefix,
     )
-    encoder = Encoder(located, identity.layers, identity.dtype)
+    layers = identity.llm_layers
+    encoder = Encoder(located, layers, identity.dtype)
     entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
-    codec = Bf16(len(identity.layers), identity.model.width)
+    codec = Bf16(len(layers), identity.model.width)
     codes: list[np.ndarray] = []
     for entry in entries:
         rows = int(captions.num_tokens[entry])
-        part = np.empty((rows, len(identity.layers), identity.model.width), np.uint16)
+        part = np.empty((rows, len(layers), identity.model.width), np.uint16)
 
         def sink(index: int, hidden: "torch.Tensor", part: np.ndarray = part) -> None:
             part[:, index] = codec.encode(index, hidden, None).planes["hidden"].cpu().numpy()
@@ -315,7 +322,11 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
         encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
         codes.append(part)
     offsets = np.cumsum([0, *map(len, codes)]).astype(np.int64)
-    return EncodedPrompts(["", *texts], Rows(np.concatenate(codes), offsets), identity.layers)
+    encoded = Rows(np.concatenate(codes), offsets)
+    if identity.mixes is not None:
+        mixed = mix(encoded.tensor(), identity.mixes.basis).bfloat16()
+        encoded = Rows(mixed.view(torch.uint16).numpy(), offsets)
+    return EncodedPrompts(["", *texts], encoded, identity.layers, identity.mixes)
 
 
 def _encode_shard(job: _Job, task: _Task) -> Receipt:

@@ -97,8 +97,9 @@ def _describe_features(
     items["tokens"] += f"; {lengths.mean():.1f} a caption on average, at most {lengths.max()}"
     items["bytes a token"] = format_bytes(store.bytes_per_row())
     if error:
+        what = "LN(h)" if store.mixes is None else "what blocks read"
         items["codec error"] = (
-            f"LN(h) {error['mean']:.1e} mean, {error['max']:.1e} max; without the three largest "
+            f"{what} {error['mean']:.1e} mean, {error['max']:.1e} max; without the three largest "
             f"channels {error['mean_without_top3']:.1e}, {error['max_without_top3']:.1e}"
         )
     if by_layer and max(by_layer.values()) > 0:
@@ -107,7 +108,8 @@ def _describe_features(
     details |= {
         "model": store.manifest.provenance.model,
         "template": store.manifest.identity.template.text,
-        "layers": store.layers,
+        "layers": store.manifest.identity.llm_layers,
+        "mixes": None if store.mixes is None else store.mixes.num_mixes,
         "captions": len(store),
         "samples": store.manifest.identity.samples.num_samples,
         "tokens": store.manifest.layout.num_rows,

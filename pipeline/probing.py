@@ -178,6 +178,6 @@ def _decode_speed(codec: Codec, chunks: dict[str, list[bytes]], num_rows: int) -
     seconds = []
     for _ in range(1 + REPEATS):  # the first time compiles
         started = time.perf_counter()
-        codec.decode(decompress(codec, chunks, num_rows), positions, out)
+        codec.decode(decompress(codec, chunks, num_rows), positions, np.arange(num_rows), out)
         seconds.append(time.perf_counter() - started)
     return out.nbytes / min(seconds)

@@ -1,11 +1,15 @@
-"""Feature store -> feature store: another codec, fewer layers, fewer captions. No LLM is run."""
+"""Feature store -> feature store: another codec, fewer layers, their mixes, fewer captions.
+
+No LLM is run. Shapes: R rows (tokens), L layers, K mixes of them, D blocks, H width.
+"""
 
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +20,15 @@ from ..schemas import (
     SAMPLES_SCHEMA,
     CaptionsIdentity,
     Derived,
+    FeatureIdentity,
     FeatureManifest,
     Fit,
     InputError,
+    Mixes,
     Receipt,
+    Routing,
     SamplesIdentity,
+    differences,
     fingerprint,
 )
 from .cluster import report_progress
@@ -30,9 +38,13 @@ from .filling import check_space, fill, name_workers, num_workers, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .inspection import codec_error
 from .layout import Packing, format_bytes, pack
+from .mixing import SAMPLE_ROWS, combine, find_mixes, mix
 from .parameters import digest_parameters
 from .samples import read_samples
 from .store import FeatureStore, open_features
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH_BYTES = 64_000_000
 """Decoded bytes of the source that a worker holds at a time."""
@@ -67,6 +79,8 @@ def rewrite(
     codec: str | None = None,
     quality: float | None = None,
     layers: str = "all",
+    routing: Routing | None = None,
+    rank: int | None = None,
     captions: str | None = None,
     text_column: str | None = None,
     shard_bytes: int = 256_000_000,
@@ -84,6 +98,9 @@ def rewrite(
         out: a new folder.
         codec, quality: as for extraction; default the codec of the source.
         layers: ``all`` of the source, ``every:3`` or ``5,11,17``, all of which it must hold.
+        routing: store only mixes of the layers, enough of them for what its blocks read. That the
+            source is of the run's LLM is for the caller to check.
+        rank: how many mixes; default the fewest whose mean error is under 1e-2.
         captions: table of captions, all of which the source must hold; default all of them. The
             samples of the new store are its rows.
         text_column: of ``captions``.
@@ -103,6 +120,7 @@ def rewrite(
         raise InputError(f"{out} is the store itself; name a new folder")
     identity = source.manifest.identity
     chosen = _choose_layers(layers, source)
+    _check_routing(routing, rank, layers, source)
     selection = _select(source, captions, text_column)
     if codec is None:
         codec = source.manifest.codec.name
@@ -114,6 +132,18 @@ def rewrite(
         spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
     table = source.captions.take(pa.array(selection.ids))
     num_tokens = table["num_tokens"].to_numpy()
+    first = _First(source, selection.ids, num_tokens)
+    mixes, final_layer = identity.mixes, identity.llm_layers[-1]
+    if routing is None:
+        last_layer = chosen[-1] if mixes is None else final_layer
+    else:
+        before = None if begun is None else begun.manifest.identity.mixes
+        mixes = before if _asked_for(before, routing, rank) else None
+        if mixes is None:
+            sample = first.read(SAMPLE_ROWS, routing.layers, None)
+            mixes = find_mixes(routing, sample, rank)
+        report(_describe_mixes(mixes))
+        chosen, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
     bytes_per_row = 2 * len(chosen) * identity.model.width
     packing = pack(
         num_tokens,
@@ -128,7 +158,8 @@ def rewrite(
         identity=identity.model_copy(
             update={
                 "layers": chosen,
-                "final_norm": identity.final_norm if chosen[-1] == source.layers[-1] else "absent",
+                "mixes": mixes,
+                "final_norm": identity.final_norm if last_layer == final_layer else "absent",
                 "captions": CaptionsIdentity(
                     num_captions=len(selection.ids),
                     fingerprint=fingerprint(table["text"].to_pylist()),
@@ -149,10 +180,11 @@ def rewrite(
         parameters: dict[str, np.ndarray] = {}
         num_bytes = packing.layout.num_rows * bytes_per_row
         if CODECS[codec].fits:
-            stops = np.cumsum(num_tokens)
-            num = min(len(stops), int(np.searchsorted(stops, fit_rows(identity.model.width))) + 1)
-            report(f"fitting {codec} to {num:,} captions, {int(stops[num - 1]):,} tokens")
-            sample = source.read(selection.ids[:num], chosen).tensor()
+            num = first.num_captions(fit_rows(identity.model.width))
+            report(f"fitting {codec} to {num:,} captions, {num_tokens[:num].sum():,} tokens")
+            sample = first.read(
+                fit_rows(identity.model.width), *_reading(source, manifest.identity)
+            )
             fitted, bits = fit_codec(codec, sample, spec.quality)
             parameters = dict(fitted.parameters)
             fit = Fit(num_captions=num, num_rows=len(sample), sha256=digest_parameters(parameters))
@@ -166,9 +198,12 @@ def rewrite(
     remaining = store.remaining()
     workers = min(num_workers(workers, 0), len(remaining))
     job = _Job(Path(features).resolve(), out.resolve())
+    kept = f"{len(chosen)} of {len(source.layers)} layers"
+    if mixes is not None:
+        kept = f"{len(chosen)} mixes of {len(mixes.layers)} layers"
     report(
         f"{len(selection.ids):,} of {len(source):,} captions, {packing.layout.num_rows:,} tokens x "
-        f"{len(chosen)} of {len(source.layers)} layers: "
+        f"{kept}: "
         f"{format_bytes(packing.layout.num_rows * bytes_per_row)} before {codec}; shards: "
         f"{packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
     )
@@ -200,37 +235,46 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
 
     started = time.perf_counter()
     source, store = open_features(job.source), FeatureStore.open(job.target, complete=False)
-    layout, layers = store.manifest.layout, store.layers
+    layout, layers, mixes = store.manifest.layout, store.layers, store.mixes
     torch.set_num_threads(layout.num_threads)
     source.num_threads = 1
     mine = store.captions.filter(pc.equal(store.captions["shard"], shard))
     row_start = mine["row_start"].to_numpy() - shard * layout.rows_per_shard
     counts = mine["num_tokens"].to_numpy()
-    codec, error = store.codec, CodecError(layers)
+    codec = store.codec
+    error = CodecError(layers if mixes is None else range(len(mixes.weights)))
     planes = {
         plane.name: np.zeros((layout.rows_per_shard, len(layers), plane.size), plane.dtype)
         for plane in codec.planes
     }
-    per_batch = max(1, BATCH_BYTES // source.bytes_per_row())
-    stops = np.cumsum(counts)
-    first = 0
-    while first < len(ids):
-        before = stops[first] - counts[first]
-        stop = max(first + 1, int(np.searchsorted(stops, before + per_batch, side="right")))
-        hidden = source.read(ids[first:stop], layers).tensor()
-        starts = row_start[first:stop]
-        within = np.arange(len(hidden)) - np.repeat(stops[first:stop] - counts[first:stop] - before,
-                                                   counts[first:stop])  # fmt: skip
-        rows = np.repeat(starts, counts[first:stop]) + within
+    read, basis = _reading(source, store.manifest.identity)
+    for part in _parts(counts, max(1, BATCH_BYTES // source.bytes_per_row())):
+        given = source.read(ids[part], read).tensor()  # [R, L or K, H]
+        hidden = given if basis is None else mix(given, basis)  # [R, L or K, H]
+        offsets = np.cumsum(counts[part]) - counts[part]
+        within = np.arange(len(hidden)) - np.repeat(offsets, counts[part])
+        rows = np.repeat(row_start[part], counts[part]) + within
+        decoded = []
         coded: Coded | None = None
         for index in range(len(layers)):
             one = hidden[:, index]
             coded = codec.encode(index, one, coded)
-            error.add(index, one, coded.hidden)
+            if mixes is None:
+                error.add(index, one, coded.hidden)
+            else:
+                decoded.append(coded.hidden)
             for name, codes in coded.planes.items():
                 planes[name][rows, index] = codes.numpy()
-        first = stop
-        report_progress(shard, first)
+        if mixes is not None:
+            before = source.mixes
+            if before is None:
+                wanted = mix(given, mixes.weights)  # [R, D, H]
+            else:
+                wanted = combine(given, before.coefficients)  # [R, D, H]
+            found = combine(torch.stack(decoded, 1), mixes.coefficients)  # [R, D, H]
+            for block in range(found.shape[1]):
+                error.add_normed(block, wanted[:, block], found[:, block])
+        report_progress(shard, part.stop)
     encoded = time.perf_counter()
     receipt = Receipt(
         shard=shard,
@@ -245,6 +289,104 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
     )
     store.write_receipt(receipt)
     return receipt
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first captions of a selection, a random sample of it.
+
+    Attributes:
+        ids: captions of the source, in the order of the new store, int64 ``[captions]``.
+        num_tokens: of each.
+    """
+
+    source: FeatureStore
+    ids: np.ndarray
+    num_tokens: np.ndarray
+
+    def num_captions(self, num_rows: int) -> int:
+        """How many captions have at least so many tokens, or all."""
+        stops = np.cumsum(self.num_tokens)
+        return min(len(stops), int(np.searchsorted(stops, num_rows)) + 1)
+
+    def read(
+        self, num_rows: int, layers: Sequence[int], basis: Sequence[Sequence[float]] | None
+    ) -> "torch.Tensor":
+        """Their hidden states, or mixes of them: bfloat16 ``[R, L or K, H]``."""
+        import torch
+
+        num = self.num_captions(num_rows)
+        if basis is None:
+            return self.source.read(self.ids[:num], layers).tensor()
+        parts = _parts(self.num_tokens[:num], max(1, BATCH_BYTES // self.source.bytes_per_row()))
+        read = (self.source.read(self.ids[part], layers).tensor() for part in parts)
+        return torch.cat([mix(hidden, basis).bfloat16() for hidden in read])
+
+
+def _parts(counts: np.ndarray, num_rows: int) -> Iterator[slice]:
+    """Captions of so many tokens each, in runs of at most ``num_rows`` tokens or one caption."""
+    stops = np.cumsum(counts)
+    first = 0
+    while first < len(counts):
+        before = stops[first] - counts[first]
+        stop = max(first + 1, int(np.searchsorted(stops, before + num_rows, side="right")))
+        yield slice(first, stop)
+        first = stop
+
+
+def _reading(
+    source: FeatureStore, identity: FeatureIdentity
+) -> tuple[list[int], list[list[float]] | None]:
+    """What a new store is made of: layers of the source, and how they are mixed, if they are."""
+    mixes = identity.mixes
+    if mixes is None or source.mixes is not None:
+        return identity.layers, None
+    return mixes.layers, mixes.basis
+
+
+def _check_routing(
+    routing: Routing | None, rank: int | None, layers: str, source: FeatureStore
+) -> None:
+    """Refuse what cannot be asked for together, or of this source."""
+    if source.mixes is not None and (routing is not None or layers != "all"):
+        raise InputError(
+            f"{source.path} holds mixes of layers {source.mixes.layers}, which cannot be chosen or "
+            "mixed again. Name the store that it was made from."
+        )
+    if routing is None:
+        if rank is not None:
+            raise InputError(f"--rank {rank} is the number of mixes: name a run with --routing")
+        return
+    if layers != "all":
+        raise InputError(
+            f"--layers {layers}: the layers that are mixed are those of the run of --routing; "
+            "leave --layers out"
+        )
+    missing = sorted({*routing.layers} - {*source.layers})
+    if missing:
+        raise InputError(
+            f"{source.path} does not hold layers {missing}, which the run reads; it has "
+            f"{source.layers}"
+        )
+
+
+def _asked_for(before: Mixes | None, routing: Routing, rank: int | None) -> bool:
+    """Whether mixes that were begun with are those asked for now."""
+    if before is None or (before.tolerance is None) != (rank is not None):
+        return False
+    keys = set(Routing.model_fields)
+    return rank in (None, before.num_mixes) and not differences(
+        before.model_dump(include=keys), routing.model_dump(include=keys)
+    )
+
+
+def _describe_mixes(mixes: Mixes) -> str:
+    errors = ", ".join(f"{rank}: {error:.1e}" for rank, error in enumerate(mixes.errors, 1))
+    blocks = "all blocks" if len(mixes.weights) == 1 else f"{len(mixes.weights)} blocks"
+    return (
+        f"{mixes.num_mixes} mixes of {len(mixes.layers)} layers for {blocks}, strategy "
+        f"{mixes.strategy}; mean error of what blocks read by number of mixes: {errors}"
+    )
 
 
 def _choose_layers(text: str, source: FeatureStore) -> list[int]:

@@ -32,6 +32,7 @@ from ..schemas import (
     Facts,
     FeatureManifest,
     LatentManifest,
+    Mixes,
     WrittenFile,
 )
 from .codecs import CODECS, Codec, open_codec
@@ -210,8 +211,13 @@ class FeatureStore(Ledger[FeatureManifest]):
 
     @property
     def layers(self) -> list[int]:
-        """Stored layers, ascending."""
+        """Stored layers, ascending; of a store of mixes their numbers, from 1."""
         return self.manifest.identity.layers
+
+    @property
+    def mixes(self) -> Mixes | None:
+        """What the positions are where they are mixes of layers; None where they are layers."""
+        return self.manifest.identity.mixes
 
     def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
         """Write one whole shard of codes, each plane ``[rows_per_shard, L, size]``."""
@@ -432,14 +438,22 @@ class FeatureStore(Ledger[FeatureManifest]):
         num_bytes = self.num_bytes()
         cut = int(np.count_nonzero(self.captions["num_cut_tokens"].to_numpy()))
         model = _last_part(self.manifest.provenance.model)
+        mixes = {}
+        if self.mixes is not None:
+            mixes["mixes"] = (
+                f"{self.mixes.num_mixes} of these layers, for the blocks of a run with strategy "
+                f"{self.mixes.strategy} (step {self.mixes.step:,}, {self.mixes.source}); error of "
+                f"what blocks read {self.mixes.error:.1e}"
+            )
         items = {
             "model": f"{model} ({identity.model.architecture}, {identity.model.num_layers} layers "
             f"of {identity.model.width}, {identity.dtype})",
             "template": f"{identity.template.text!r}, prefix "
             f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
             f"{len(identity.template.prefix_tokens)})",
-            "layers": _ranges(self.layers)
+            "layers": _ranges(identity.llm_layers)
             + (", the last after the final norm" if identity.final_norm == "normed" else ""),
+            **mixes,
             "captions": f"{len(self):,} unique (the null caption included) of "
             f"{identity.samples.num_samples:,} samples",
             "tokens": f"{layout.num_rows:,}; {cut:,} captions cut at {identity.max_length} tokens",

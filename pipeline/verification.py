@@ -21,6 +21,7 @@ from ..schemas import (
     digest,
     fingerprint,
     parse,
+    render,
 )
 from .ledger import CHECKSUMS, MANIFEST, digest_file
 from .shards import RowArray
@@ -199,7 +200,7 @@ class _Findings:
             self.problem(name, str(error), shard)
             return None
         # Keys that an early version did not have are not missing.
-        if raw != (contract.model_dump_json(indent=1, exclude_unset=True) + "\n").encode():
+        if raw != render(contract, early=True).encode():
             self.problem(name, "is not written as semroute writes it; a byte was changed", shard)
             return None
         return contract
@@ -216,7 +217,7 @@ class _Findings:
         if checksums is None:
             return set()
         begun = store.manifest.model_copy(update={"status": "extracting"})
-        if digest(begun) != checksums.manifest:
+        if digest(begun, early=True) != checksums.manifest:
             self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
         for name, expected in checksums.files.items():
             file = self.path / name

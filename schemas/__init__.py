@@ -24,6 +24,7 @@ from .manifest import (
     SamplesIdentity,
     Template,
 )
+from .mixes import SAME_WEIGHTS, Mixes, Routing
 from .receipt import Quarantine, Receipt, WrittenFile
 from .run import (
     DataConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "LATENT_SAMPLES_SCHEMA",
     "MAX_QUALITY",
     "MIN_QUALITY",
+    "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
     "CaptionsIdentity",
     "Checksums",
@@ -61,12 +63,14 @@ __all__ = [
     "LatentIdentity",
     "LatentManifest",
     "Layout",
+    "Mixes",
     "ModelConfig",
     "ModelIdentity",
     "OptimizerConfig",
     "Provenance",
     "Quarantine",
     "Receipt",
+    "Routing",
     "RoutingConfig",
     "RunRecord",
     "SamplesIdentity",

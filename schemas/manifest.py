@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .contract import Contract
+from .mixes import Mixes
 
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
@@ -63,7 +64,8 @@ class FeatureIdentity(Contract):
     """sha256 of the tokenizer's serialised state."""
     template: Template
     layers: list[int] = Field(min_length=1)
-    """Stored layers: 0 is the embedding output, l the output of block l."""
+    """Stored layers: 0 is the embedding output, l the output of block l. Where ``mixes`` is given
+    their numbers instead, from 1."""
     final_norm: Literal["normed", "absent"]
     """``normed``: the last layer is stored, after the final norm. ``absent``: it is not stored."""
     dtype: Literal["float32", "bfloat16"]
@@ -74,6 +76,22 @@ class FeatureIdentity(Contract):
     """Longest sequence, template included, in tokens; longer captions were cut at their end."""
     captions: CaptionsIdentity
     samples: SamplesIdentity
+    mixes: Mixes | None = None
+    """What is stored in place of layers, where it is mixes of them."""
+
+    @model_validator(mode="after")
+    def _numbered(self) -> "FeatureIdentity":
+        if self.mixes is not None and self.layers != [*range(1, self.mixes.num_mixes + 1)]:
+            raise ValueError(
+                f"layers is {self.layers}; expected 1 to {self.mixes.num_mixes}, the numbers of "
+                "the mixes"
+            )
+        return self
+
+    @property
+    def llm_layers(self) -> list[int]:
+        """LLM layers that are stored, or that were mixed."""
+        return self.layers if self.mixes is None else self.mixes.layers
 
 
 class Layout(Contract):

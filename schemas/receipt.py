@@ -23,9 +23,10 @@ class Receipt(Contract):
     """Path relative to the store -> what was written."""
     codec_error: dict[str, float]
     """Relative L2 error of LN(h) made by the codec, over the shard: mean, max, and both without the
-    three largest channels. Empty where nothing was coded."""
+    three largest channels. In a store of mixes: of what blocks read, that of the rank included.
+    Empty where nothing was coded."""
     layer_error: dict[str, float] = Field(default_factory=dict)
-    """LLM layer -> the mean of that error."""
+    """LLM layer -> the mean of that error. In a store of mixes: block, from 0 -> the mean."""
     warnings: list[str]
     seconds: dict[str, float]
     """Where the time went: load (of the LLM), encode, write."""

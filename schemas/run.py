@@ -20,8 +20,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class RoutingConfig(Contract):
     """Which mix of LLM layers a block reads (design: alpha = softmax(z(t, d)))."""
 
-    strategy: Literal["penultimate", "uniform", "static", "time", "depth", "joint"] = "depth"
-    """One layer, the plain mean, one learned mix, or a mix by noise level, by block, or by both."""
+    strategy: Literal["penultimate", "uniform", "static", "time", "depth", "joint", "mixes"] = (
+        "depth"
+    )
+    """One layer, the plain mean, one learned mix, or a mix by noise level, by block, or by both;
+    or ``mixes``, from a store that holds those of another run."""
     phi_scale: float = Field(1000.0, gt=0)
     """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code."""
 
@@ -122,6 +125,9 @@ class TrainConfig(Contract):
     """A complete latent store, made from the same samples."""
     output: str
     """The run directory."""
+    start: str | None = None
+    """A run whose moving average, at its newest checkpoint, is what this one's weights start from;
+    the router's too where the strategy is the same. By default weights are fresh."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the weights, and with a position of the order, caption dropout, t and noise."""
     steps: Positive = 500_000

@@ -124,6 +124,23 @@ class TestPath:
         assert (world / "run" / "figures" / "judged-cfg-1.5.png").exists()
         assert "accuracy-cfg-1.5.png" in invoke("plot", world / "run")
 
+    def test_mixes_of_a_run_are_sampled_evaluated_and_trained_from(self, world, tmp_path):
+        for name in ("train", "test"):
+            options = ["--routing", world / "run", "--rank", 2, "--workers", 0]
+            output = invoke("rewrite", world / name, tmp_path / name, *options)
+            assert "2 of these layers, for the blocks of a run with strategy depth" in output
+        shapes = world / "shapes" / "test.parquet"
+        options = ["--features", tmp_path / "test", "--num-steps", 2]
+        invoke("sample", world / "run", *options, "--num", 2, "--out", tmp_path / "pictures")
+        run = shutil.copytree(world / "run", tmp_path / "run")
+        assert "12 images" in invoke("evaluate", run, *options, "--samples", shapes)
+        tuned = tmp_path / "tuned"
+        changes = [f"features={tmp_path / 'train'}", "routing.strategy=mixes", f"start={run}"]
+        invoke("train", world / "run.yaml", *changes, f"output={tuned}", "steps=2")
+        invoke("sample", tuned, *options, "--num", 2)
+        invoke("sample", tuned, "--prompt", "a red cup", "--num-steps", 2)
+        assert "routing.png" in invoke("plot", tuned)
+
     def test_the_llm_of_new_prompts_must_be_the_runs(self, world, tiny_llm, tmp_path):
         other = shutil.copytree(tiny_llm, tmp_path / "other")
         weights = bytearray((other / "model.safetensors").read_bytes())

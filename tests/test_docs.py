@@ -199,7 +199,7 @@ class TestContracts:
             assert key in SECTIONS[section].model_fields, f"{section}.{key}"
 
     def test_strategies_are_those_of_the_schema(self):
-        rows = table_after(page("routing.md"), "## The six strategies")
+        rows = table_after(page("routing.md"), "## The strategies")
         names = get_args(RoutingConfig.model_fields["strategy"].annotation)
         assert [row[0] for row in rows] == list(names)
 

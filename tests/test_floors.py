@@ -22,7 +22,7 @@ FLOORS = [
     },
     {
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
-        *("pipeline.statistics", "trainer.stream"),
+        *("pipeline.statistics", "pipeline.mixing", "trainer.stream"),
     },
     {
         *(

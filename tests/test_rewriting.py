@@ -11,7 +11,7 @@ import pytest
 from semroute.pipeline.rewriting import rewrite
 from semroute.pipeline.store import StoreError, open_features
 from semroute.pipeline.verification import verify
-from semroute.schemas import InputError
+from semroute.schemas import InputError, Routing
 
 torch = pytest.importorskip("torch")
 
@@ -72,6 +72,150 @@ def test_a_subset_of_captions_with_samples_of_its_own(arguments, feature_store, 
         assert found[caption].text == text
         np.testing.assert_array_equal(found[caption].hidden, source[old].hidden)
     assert verify(found.path).problems == []
+
+
+def routing(**changes):
+    """Three blocks over the four layers, of two independent mixes."""
+    weights = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.4, 0.15, 0.2, 0.25]])
+    given = {"strategy": "depth", "step": 9, "source": "ema", "layers": [1, 2, 3, 4]}
+    return Routing.model_validate(given | {"weights": weights.tolist()} | changes)
+
+
+def read_by_blocks(store):
+    """What the blocks of ``routing()`` read of every caption, from layers or mixes: [R, D, H]."""
+    hidden = store.read(range(len(store))).tensor().float()
+    if store.mixes is not None:
+        return torch.tensor(store.mixes.coefficients) @ hidden
+    return torch.tensor(routing().weights) @ torch.nn.functional.layer_norm(hidden, (32,), eps=1e-5)
+
+
+def relative(found, expected):
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+
+
+def stated(store):
+    receipts = store.receipts().values()
+    weights = [r.num_rows for r in receipts]
+    return np.average([r.codec_error["mean"] for r in receipts], weights=weights)
+
+
+class TestMixes:
+    @pytest.mark.parametrize(
+        ("codec", "quality", "most"),
+        [("bf16", None, 3e-3), ("lossless", None, 3e-3), ("delta", 5, 3e-2), ("linear", 5, 3e-2)],
+    )
+    def test_under_every_codec_blocks_read_the_same_within_the_stated_error(
+        self, arguments, feature_store, codec, quality, most
+    ):
+        found = rewrite(
+            **arguments | {"routing": routing(), "rank": 2, "codec": codec, "quality": quality}
+        )
+        expected = read_by_blocks(open_features(feature_store))
+        assert stated(found) == pytest.approx(relative(read_by_blocks(found), expected), rel=0.01)
+        assert stated(found) < most
+        assert found.mixes.error < 1e-6
+        assert found.manifest.identity.llm_layers == [1, 2, 3, 4]
+        assert verify(found.path).problems == []
+        lengths = open_features(feature_store).captions["num_tokens"]
+        assert found.captions["num_tokens"] == lengths
+
+    def test_the_rank_costs_what_is_stated(self, arguments, feature_store):
+        found = rewrite(**arguments | {"routing": routing(), "rank": 1})
+        error = relative(read_by_blocks(found), read_by_blocks(open_features(feature_store)))
+        assert error > 0.01
+        assert stated(found) == pytest.approx(error, rel=0.01)
+        assert found.mixes.errors[0] == pytest.approx(error, rel=0.2)  # there, on a sample
+        assert found.mixes.tolerance is None
+
+    def test_the_lowest_rank_under_a_percent_is_chosen_and_said(self, arguments):
+        lines = []
+        found = rewrite(**arguments | {"routing": routing(), "report": lines.append})
+        assert found.mixes.num_mixes == 2
+        assert found.layers == [1, 2]
+        assert found.mixes.tolerance == 1e-2
+        assert "2 mixes of 4 layers for 3 blocks, strategy depth; mean error" in lines[0]
+        assert any("tokens x 2 mixes of 4 layers: " in line for line in lines)
+
+    def test_layers_of_no_weight_are_not_read(self, arguments):
+        few = rewrite(**arguments | {"layers": "2,3"})
+        one = routing(strategy="penultimate", layers=[3], weights=[[1.0]])
+        found = rewrite(**arguments | {
+            "features": few.path, "out": few.path.with_name("one"), "routing": one
+        })  # fmt: skip
+        expected = torch.nn.functional.layer_norm(
+            few.read(range(193), [3]).tensor().float(), (32,), eps=1e-5
+        )
+        read = torch.tensor(found.mixes.coefficients) @ found.read(range(193)).tensor().float()
+        assert relative(read, expected) < 3e-3
+        assert found.manifest.identity.final_norm == "absent"
+
+    def test_mixes_are_rewritten_as_layers_are(self, arguments, feature_store, tmp_path, texts):
+        file = tmp_path / "some.parquet"
+        pa.parquet.write_table(pa.table({"text": texts[:20]}), file)
+        first = rewrite(**arguments | {"routing": routing()})
+        again = rewrite(**arguments | {
+            "features": first.path, "out": tmp_path / "again", "codec": "delta",
+            "captions": str(file),
+        })  # fmt: skip
+        assert again.mixes == first.mixes
+        assert len(again) == 21
+        ids = [
+            first.captions["text"].to_pylist().index(t) for t in again.captions["text"].to_pylist()
+        ]
+        expected = torch.tensor(first.mixes.coefficients) @ first.read(ids).tensor().float()
+        assert stated(again) == pytest.approx(relative(read_by_blocks(again), expected), rel=0.01)
+        assert again.manifest.derived.codec_error == pytest.approx(stated(first))
+        assert verify(again.path).problems == []
+
+    def test_a_killed_rewriting_is_continued_to_the_same_bytes(self, arguments, tmp_path):
+        wanted = arguments | {"routing": routing(), "shard_bytes": 10_000, "codec": "delta"}
+        whole = rewrite(**wanted)
+        assert whole.manifest.layout.num_shards > 4
+        part = tmp_path / "part"
+        shutil.copytree(whole.path, part)
+        store = open_features(part)
+        store.reopen([1, 3])
+        for file in store.remaining():
+            shutil.rmtree(part / f"hidden.zarr/code/c/{file}")
+        lines = []
+        done = rewrite(**wanted | {"out": part, "report": lines.append})
+        assert any("to do: 2" in line for line in lines)
+        assert contents(part) == contents(whole.path)
+        assert done.is_complete
+
+    @pytest.mark.parametrize("change", [{"rank": 1}, {"rank": 2}, {"routing": routing(step=10)}])
+    def test_another_request_for_the_same_folder_is_refused(self, arguments, change):
+        rewrite(**arguments | {"routing": routing()})
+        with pytest.raises(StoreError, match=r"identity\.mixes\.(tolerance|step)"):
+            rewrite(**arguments | {"routing": routing()} | change)
+
+    def test_chosen_layers_are_refused(self, arguments):
+        with pytest.raises(
+            InputError, match="--layers 1,2: the layers that are mixed are those of"
+        ):
+            rewrite(**arguments | {"routing": routing(), "layers": "1,2"})
+
+    def test_a_rank_without_a_run_is_refused(self, arguments):
+        with pytest.raises(InputError, match="--rank 2 is the number of mixes: name a run"):
+            rewrite(**arguments | {"rank": 2})
+
+    def test_more_than_there_are_is_refused(self, arguments):
+        with pytest.raises(InputError, match=r"--rank 3: .* 2 independent mixes; expected 1 to 2"):
+            rewrite(**arguments | {"routing": routing(), "rank": 3})
+        assert not arguments["out"].exists()
+
+    def test_layers_that_are_not_there_are_refused(self, arguments):
+        few = rewrite(**arguments | {"layers": "2,3"})
+        with pytest.raises(InputError, match=r"does not hold layers \[1, 4\], which the run reads"):
+            rewrite(**arguments | {
+                "features": few.path, "out": few.path / "x", "routing": routing()
+            })  # fmt: skip
+
+    @pytest.mark.parametrize("change", [{"routing": routing()}, {"layers": "1"}])
+    def test_mixes_are_not_mixed_again(self, arguments, change):
+        found = rewrite(**arguments | {"routing": routing()})
+        with pytest.raises(InputError, match=r"holds mixes of layers \[1, 2, 3, 4\], which cannot"):
+            rewrite(**arguments | {"features": found.path, "out": found.path / "x"} | change)
 
 
 class TestRefused:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -142,6 +143,18 @@ class TestOtherDamage:
         found = verify(delta)
         assert found.problems == []
         assert found.warnings == ["notes.txt does not belong to the store"]
+
+    def test_keys_that_an_early_version_did_not_write_are_not_missing(self, delta):
+        manifest = json.loads((delta / "manifest.json").read_text())
+        assert manifest["identity"].pop("mixes") is None
+        begun = manifest | {"status": "extracting"}
+        checksums = json.loads((delta / "checksums.json").read_text())
+        text = json.dumps(begun, indent=1, ensure_ascii=False) + "\n"
+        checksums["manifest"] = hashlib.sha256(text.encode()).hexdigest()
+        for name, document in (("manifest", manifest), ("checksums", checksums)):
+            text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+            (delta / f"{name}.json").write_text(text)
+        assert verify(delta).problems == []
 
     def test_a_store_of_an_early_version_says_what_it_cannot_tell(self, delta):
         (delta / "checksums.json").unlink()

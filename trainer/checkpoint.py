@@ -12,11 +12,12 @@ Shapes: D blocks, L layers.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..schemas import (
+    SAME_WEIGHTS,
     Facts,
     FeatureIdentity,
     InputError,
+    Mixes,
+    Routing,
     RunRecord,
     TrainConfig,
     differences,
@@ -38,7 +42,7 @@ from ..schemas import (
     sync,
     write_document,
 )
-from .dit import DiT
+from .dit import DiT, resolve_size
 from .flow import Flow
 
 RECORD = "run.json"
@@ -90,7 +94,43 @@ def build_model(record: RunRecord) -> DiT:
             layers=record.features.layers,
             num_llm_layers=llm.num_layers,
             text_width=llm.width,
+            mixes=record.features.mixes,
         )
+
+
+def start_from(model: DiT, record: RunRecord) -> None:
+    """Give a new network the weights of the run that ``config.start`` names.
+
+    Raises:
+        InputError: no run with a checkpoint there, one that cannot read these features, or one of
+            another architecture; with every key that differs.
+    """
+    assert record.config.start is not None
+    start = load_run(record.config.start)
+    start.check_features(record.features)
+    different = differences(_network(record), _network(start.record))
+    if different:
+        listed = "\n  ".join(map(str, different))
+        raise InputError(
+            f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
+            "Train with its numbers, or leave start out."
+        )
+    kept = record.config.routing.strategy == start.record.config.routing.strategy
+    weights = start.model.state_dict()
+    names = [name for name in model.state_dict() if kept or not name.startswith("router.")]
+    model.load_state_dict({name: weights[name] for name in names}, strict=False)
+
+
+def _network(record: RunRecord) -> dict[str, Any]:
+    """What weights must agree in to be those of one network, but for its router."""
+    model = record.config.model
+    return {
+        **asdict(resolve_size(model)),
+        "patch_size": model.patch_size,
+        "conditioning": model.conditioning,
+        "prediction": record.config.flow.prediction,
+        "latents": [*record.latents.shape],
+    }
 
 
 def write_record(path: Path, record: RunRecord) -> None:
@@ -332,14 +372,45 @@ class Run:
         shape = (len(levels), self.model.size.depth, len(self.layers))
         return alpha.expand(shape).cpu().numpy().copy()
 
+    def routing(self, identity: FeatureIdentity | None = None) -> Routing:
+        """The weights that all of its blocks read with, to mix features by.
+
+        Args:
+            identity: of these features, if they are to be checked.
+
+        Raises:
+            InputError: the weights depend on t, or the features are of another LLM or template.
+        """
+        if identity is not None:
+            self._check_identity(identity, {"layers", "final_norm", "mixes"})
+        mixes = self.record.features.mixes
+        if mixes is not None:
+            return Routing(**mixes.model_dump(include=set(Routing.model_fields)))
+        layers, weights = self.model.router.fixed_weights()
+        values = {"step": self.step, "source": self.source, "layers": layers}
+        strategy = self.record.config.routing.strategy
+        return Routing.model_validate(values | {"strategy": strategy, "weights": weights.tolist()})
+
     def check_features(self, identity: FeatureIdentity) -> None:
         """Refuse features that this run cannot read: they must come from the same LLM, template,
-        layers and dtype; the captions may be others.
+        layers and dtype, or be mixes of its layers with its weights; the captions may be others.
 
         Raises:
             InputError: with every key that differs, and both values.
         """
-        free = {"captions", "samples", "max_length"}
+        if identity.mixes is not None:
+            self._check_identity(identity, {"layers", "final_norm", "mixes"})
+            self._check_mixes(identity.mixes)
+        elif self.record.features.mixes is not None:
+            raise InputError(
+                f"{self.path} was trained on mixes of layers, but these features hold layers: mix "
+                f"them with semroute rewrite --routing {self.path}"
+            )
+        else:
+            self._check_identity(identity, set())
+
+    def _check_identity(self, identity: FeatureIdentity, free: set[str]) -> None:
+        free = free | {"captions", "samples", "max_length"}
         different = differences(
             identity.model_dump(mode="json", exclude=free),
             self.record.features.model_dump(mode="json", exclude=free),
@@ -350,6 +421,25 @@ class Run:
                 f"{self.path} was trained on other features; those given, against its own:"
                 f"\n  {listed}\nExtract the captions with the run's model and options."
             )
+
+    def _check_mixes(self, mixes: Mixes) -> None:
+        own = self.routing()
+        distance = mixes.distance(own.layers, own.weights)
+        if distance <= SAME_WEIGHTS:
+            return
+        keys = {"strategy", "step", "source", "layers"}
+        different = differences(mixes.model_dump(include=keys), own.model_dump(include=keys))
+        apart = f"up to {distance:.1e} apart"
+        if math.isinf(distance):
+            apart = f"{len(mixes.weights)} blocks over {len(mixes.layers)} layers instead of "
+            apart += f"{len(own.weights)} over {len(own.layers)}"
+        lines = [*(f"mixes.{difference}" for difference in different), f"mixes.weights: {apart}"]
+        listed = "\n  ".join(lines)
+        raise InputError(
+            f"the features are mixes for another run, or for other weights of {self.path}; those "
+            f"given, against its own:\n  {listed}\n"
+            f"Rewrite the features with --routing {self.path}, or give those with all layers."
+        )
 
     def metrics(self) -> pa.Table:
         """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""

@@ -8,7 +8,8 @@ P pairs of a batch item and a row, U unique captions, T text tokens of the longe
 width, D blocks, L layers, A attention heads, G key/value heads, E head width, M SwiGLU width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..schemas import InputError, ModelConfig, RoutingConfig
-from .routing import make_router, phi
+from ..schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
+from .routing import Mixed, make_router, phi
 
 ROPE_THETA = 1e4
 T_SCALE = 1000.0
@@ -252,10 +253,11 @@ class DiT(nn.Module):
         layers: LLM layers in the feature store.
         num_llm_layers: number of blocks of the LLM.
         text_width: H.
+        mixes: what the feature store holds in place of layers, where it does.
 
     Raises:
-        InputError: latents that patches do not tile, an impossible size, or a strategy that needs a
-            layer that is not stored.
+        InputError: latents that patches do not tile, an impossible size, or a strategy that cannot
+            read what is stored.
     """
 
     def __init__(
@@ -267,6 +269,7 @@ class DiT(nn.Module):
         layers: Sequence[int],
         num_llm_layers: int,
         text_width: int,
+        mixes: Mixes | None = None,
     ) -> None:
         super().__init__()
         size = resolve_size(config)
@@ -283,7 +286,11 @@ class DiT(nn.Module):
         conditioned = config.conditioning == "adaln"
 
         self.router = make_router(
-            routing, layers=layers, num_llm_layers=num_llm_layers, num_blocks=size.depth
+            routing,
+            layers=layers,
+            num_llm_layers=num_llm_layers,
+            num_blocks=size.depth,
+            mixes=mixes,
         )
         self.context_norm = RMSNorm(text_width)
         self.context = nn.Linear(text_width, text_width)
@@ -369,6 +376,34 @@ class DiT(nn.Module):
             keys.append(_lay_out(k, index))  # [B, G, T, E]
             values.append(_lay_out(v, index))  # [B, G, T, E]
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
+
+    @contextmanager
+    def reading(self, mixes: Mixes | None) -> Iterator[None]:
+        """While it lasts, read features that hold these mixes; None: that hold layers.
+
+        Raises:
+            InputError: mixes of other weights than this network's; or a network of strategy
+                ``mixes`` and features that hold layers.
+        """
+        router = self.router
+        if mixes is None and isinstance(router, Mixed):
+            raise InputError(
+                "this network reads mixes of layers, but the features hold layers: rewrite them "
+                "with --routing of its run"
+            )
+        if mixes is not None:
+            layers, weights = router.fixed_weights()
+            distance = mixes.distance(layers, weights.tolist())
+            if distance > SAME_WEIGHTS:
+                raise InputError(
+                    f"the features hold mixes of layers {mixes.layers} under other weights than "
+                    "this network's: rewrite them with --routing of its run"
+                )
+            self.router = Mixed(mixes).to(self.context.weight.device)
+        try:
+            yield
+        finally:
+            self.router = router
 
     def _project(self, fused: Tensor) -> Tensor:
         return self.context(self.context_norm(fused))  # [R, H]

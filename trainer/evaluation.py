@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..pipeline.store import Rows
-from ..schemas import InputError, write_document
+from ..schemas import InputError, Mixes, write_document
 from .dit import DiT
 from .flow import Flow
 from .sampling import sample
@@ -51,6 +51,9 @@ Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 class Features(Protocol):
     """Where captions' hidden states come from: a feature store, or prompts encoded in memory."""
+
+    @property
+    def mixes(self) -> Mixes | None: ...
 
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], layers: Sequence[int] | None = None
@@ -243,17 +246,21 @@ def generate(
         batch_size: captions sampled at once; guidance runs them a second time.
 
     Raises:
-        InputError: a batch size below 1, or no such caption.
+        InputError: a batch size below 1, no such caption, or features that are mixes of other
+            weights than the model's.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
     device = next(model.parameters()).device
-    layers = model.router.layers_read
-    null = None
-    if cfg_scale != 1.0:
-        null = features.read([NULL_CAPTION], layers).tensor(device)
     latents = np.empty((len(caption_ids), *model.latent_shape), np.float32)
-    with tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar:
+    with (
+        model.reading(features.mixes),
+        tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar,
+    ):
+        layers = model.router.layers_read
+        null = None
+        if cfg_scale != 1.0:
+            null = features.read([NULL_CAPTION], layers).tensor(device)
         for first in range(0, len(caption_ids), batch_size):
             part = caption_ids[first : first + batch_size]
             rows = features.read(part, layers)

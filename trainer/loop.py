@@ -43,6 +43,7 @@ from .checkpoint import (
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
+    start_from,
     trim_metrics,
     write_record,
 )
@@ -73,6 +74,8 @@ def train(config: TrainConfig) -> Path:
     path = Path(config.output)
     record, found = find_run(path, make_record(config, features, latents))
     model = build_model(record)
+    if config.start is not None and found is None:
+        start_from(model, record)
     if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
 

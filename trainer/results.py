@@ -2,19 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet
+import torch
 
 from ..pipeline.store import FeatureStore
 from ..schemas import InputError
-from .checkpoint import Run
+from .checkpoint import Run, load_run
 from .evaluation import Decode, Features, Report, evaluate, generate
 from .plots import sample_grid, save_images
 from .shapes import judge, read_scenes
 
 NUM_JUDGED = 24
 """Images that an evaluation shows."""
+
+
+def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> Run:
+    """A run to sample from, on the GPU where there is one; see :func:`load_run`."""
+    run = load_run(path, step, weights)
+    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return run
 
 
 def draw(

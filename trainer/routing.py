@@ -2,10 +2,11 @@
 
 A strategy gives logits z(t, d); alpha(t, d) = softmax(z(t, d)) over the layers that are stored, and
 block d reads sum_l alpha_l(t, d) LN(H^(l)) (arXiv 2602.03510, section 3). All logits start at zero,
-so every learned strategy starts as ``uniform``.
+so every learned strategy starts as ``uniform``. ``mixes`` alone has fixed weights, and reads what
+was mixed with them before it was stored.
 
 Shapes: B batch, R rows (tokens of all captions, packed), P pairs of a batch item and a row,
-L layers, H text width, D blocks, G gates, F gate width.
+L layers, H text width, D blocks, G gates, F gate width, K mixes of layers.
 """
 
 import math
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..schemas import InputError, RoutingConfig
+from ..schemas import InputError, Mixes, RoutingConfig
 
 PHI_WIDTH = 128
 GATE_WIDTH = 512
@@ -166,7 +167,8 @@ class Router(nn.Module, ABC):
 
     Attributes:
         layers: the LLM layers that alpha weighs, in order (all that are stored).
-        layers_read: those of them whose hidden states are needed.
+        layers_read: those of them whose hidden states are needed; of a store of mixes their
+            numbers.
         depends_on_t: whether alpha changes with t.
         is_uniform: whether the mix over ``layers_read`` is the plain mean, whatever is learned.
     """
@@ -186,6 +188,15 @@ class Router(nn.Module, ABC):
     def alpha(self, t: Tensor | None = None) -> Tensor:
         """softmax(z) over the layers: fp32 [B or 1, D or 1, L], as :meth:`logits`."""
         return self.logits(t).float().softmax(dim=-1)
+
+    def fixed_weights(self) -> tuple[list[int], Tensor]:
+        """The layers that are read, and alpha over them: fp32 [D or 1, L].
+
+        Raises:
+            InputError: alpha depends on t.
+        """
+        positions = [self.layers.index(layer) for layer in self.layers_read]
+        return [*self.layers_read], self.alpha()[0][:, positions].detach()
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """All parameters, each group with its share of the router's learning rate.
@@ -213,16 +224,19 @@ class Router(nn.Module, ABC):
         Returns:
             fp32 [R or P, D or 1, H].
         """
-        if hidden.shape[1] != len(self.layers_read):
-            raise ValueError(
-                f"hidden states hold {hidden.shape[1]} layers, but this router reads "
-                f"{len(self.layers_read)}: read layers {list(self.layers_read)}"
-            )
+        self._check(hidden)
         if self.is_uniform:
             return fuse(hidden, None)
         if self.depends_on_t:
             return fuse(hidden, self.alpha(t), rows=rows, owners=owners)
         return fuse(hidden, self.alpha())
+
+    def _check(self, hidden: Tensor) -> None:
+        if hidden.shape[1] != len(self.layers_read):
+            raise ValueError(
+                f"hidden states hold {hidden.shape[1]} layers, but this router reads "
+                f"{len(self.layers_read)}: read layers {list(self.layers_read)}"
+            )
 
 
 class Penultimate(Router):
@@ -293,6 +307,13 @@ class _Gated(Router):
         self.phi_scale = phi_scale
         self.gates = Gates(num_gates, len(self.layers))
 
+    def fixed_weights(self) -> tuple[list[int], Tensor]:
+        raise InputError(
+            f"strategy {type(self).__name__.lower()} weighs layers anew at every noise level, so "
+            "no few mixes of them are all that its blocks read: keep the layers (strategies "
+            "penultimate, uniform, static and depth can be mixed)"
+        )
+
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         gates = self.gates
         return [
@@ -321,8 +342,44 @@ class Joint(_Gated):
         super().__init__(layers, num_blocks, phi_scale)
 
 
+class Mixed(Router):
+    """The fixed weights of another run, read from a store of its mixes; nothing is learned.
+
+    Block d reads ``sum_k C_dk M_k``: the mixes are of normalised layers, so no LN follows.
+    """
+
+    def __init__(self, mixes: Mixes) -> None:
+        super().__init__(mixes.layers)
+        self.layers_read = tuple(range(1, mixes.num_mixes + 1))
+        for name, rows in (("weights", mixes.weights), ("coefficients", mixes.coefficients)):
+            self.register_buffer(name, torch.tensor(rows), persistent=False)
+
+    def logits(self, t: Tensor | None = None) -> Tensor:
+        return self.get_buffer("weights").log()[None]
+
+    def fixed_weights(self) -> tuple[list[int], Tensor]:
+        return [*self.layers], self.get_buffer("weights")
+
+    def forward(
+        self,
+        hidden: Tensor,
+        t: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> Tensor:
+        self._check(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.get_buffer("coefficients") @ hidden.float()  # [D or 1, K], [R, K, H]
+
+
 def make_router(
-    config: RoutingConfig, *, layers: Sequence[int], num_llm_layers: int, num_blocks: int
+    config: RoutingConfig,
+    *,
+    layers: Sequence[int],
+    num_llm_layers: int,
+    num_blocks: int,
+    mixes: Mixes | None = None,
 ) -> Router:
     """The router of a configuration.
 
@@ -330,10 +387,15 @@ def make_router(
         layers: LLM layers in the feature store, as its manifest lists them.
         num_llm_layers: L of the LLM itself, stored or not; ``penultimate`` is layer L - 1 of it.
         num_blocks: D of the DiT.
+        mixes: what the store holds in place of layers, where it does.
 
     Raises:
-        InputError: ``penultimate`` on a store that does not hold that layer.
+        InputError: ``penultimate`` on a store that does not hold that layer; a store of mixes under
+            any strategy but ``mixes``, or for another number of blocks; ``mixes`` on other stores.
     """
+    if mixes is not None:
+        _check_mixes(config, mixes, num_blocks)
+        return Mixed(mixes)
     match config.strategy:
         case "penultimate":
             return Penultimate(layers, num_llm_layers)
@@ -347,6 +409,26 @@ def make_router(
             return Depth(layers, num_blocks)
         case "joint":
             return Joint(layers, num_blocks, config.phi_scale)
+        case "mixes":
+            raise InputError(
+                f"strategy mixes reads what semroute rewrite --routing RUN stored, but the store "
+                f"holds layers {list(layers)}: make one of it, or choose another strategy"
+            )
+
+
+def _check_mixes(config: RoutingConfig, mixes: Mixes, num_blocks: int) -> None:
+    if config.strategy != "mixes":
+        raise InputError(
+            f"strategy {config.strategy} weighs layers, but the store holds {mixes.num_mixes} "
+            f"mixes of them, made for a run with strategy {mixes.strategy}: train from the store "
+            "that it was made from, or with routing.strategy=mixes, which keeps that run's weights"
+        )
+    if len(mixes.weights) not in (1, num_blocks):
+        raise InputError(
+            f"the store holds mixes for {len(mixes.weights)} blocks, but the model has "
+            f"{num_blocks}: set model.depth={len(mixes.weights)}, or rewrite the features with "
+            "--routing of a run of that depth"
+        )
 
 
 def entropy(alpha: Tensor) -> Tensor:
