@@ -22,17 +22,18 @@ run estimate "$out/shapes/train.parquet" --model "$llm"
 run extract "$out/shapes/train.parquet" "$out/features" --model "$llm" --shard-size 64MB
 run extract "$out/shapes/test.parquet" "$out/features-test" --model "$llm" --shard-size 64MB
 run latents "$out/shapes/train.parquet" "$out/latents" --vae pixels
-run inspect "$out/features"
+run inspect "$out/features" --html "$out/features.html"
 run verify "$out/features"
-run rewrite "$out/features" "$out/features-delta" --codec delta
 run train "$here/demo.yaml" "features=$out/features" "latents=$out/latents" "output=$out/run"
 run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 3
 run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet"
 run plot "$out/run"
+run rewrite "$out/features" "$out/features-mixed" --routing "$out/run"
 
 printf '\nThe demo took %d minutes %d seconds. Look at\n' \
   $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 printf '  %-36s %s\n' \
+  "$out/features.html" "the cached layers: sizes, errors, norms, similarity" \
   "$out/run/samples/grid.png" "pictures under the captions they were drawn from" \
   "$out/run/figures/judged-cfg-3.png" "the same, each marked right or wrong by the judge" \
   "$out/run/figures/routing.png" "which LLM layers each block learned to read" \
