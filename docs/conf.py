@@ -21,15 +21,17 @@ version = release = semroute.__version__
 project_copyright = author
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_click",
 ]
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["_build", "_generated"]
 smartquotes = False  # it would make one dash of the two before an option
+
+nb_execution_mode = "off"  # notebooks hold what they showed; tests/test_notebooks.py runs them
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3

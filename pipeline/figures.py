@@ -1,17 +1,16 @@
 """Figures of a feature store. No global matplotlib state.
 
-Every function returns a ``matplotlib.figure.Figure``: show it in a notebook or ``savefig`` it.
+Every function returns a matplotlib ``Figure``: a notebook shows it, ``savefig`` writes it.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from .statistics import LayerStatistics
 from .store import FeatureStore
-from .style import COLOUR_MAP, FAINT, INK, LINES, clean, layer_ticks
+from .style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
 
 
 def norms(statistics: LayerStatistics) -> Figure:
@@ -88,18 +87,9 @@ def token_lengths(store: FeatureStore) -> Figure:
     names, values, colours = zip(*(kind for kind in kinds if len(kind[1])), strict=True)
     axes.hist(values, edges, stacked=True, color=colours, label=names)
     axes.axvline(lengths.mean(), color=INK, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"mean {lengths.mean():.1f}",
-        (lengths.mean(), 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -10),
-        textcoords="offset points",
-        color=INK,
-        fontsize=8,
-    )
     if cut.any():
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    axes.set_title("Tokens a caption", color=INK, fontsize=10)
+    axes.set_title(f"Tokens a caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
     axes.set_xlabel("tokens", color=INK)
     axes.set_ylabel("captions", color=INK)
     clean(axes)

@@ -15,7 +15,7 @@ from .store import FeatureStore, open_store
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What ``semroute inspect`` says about a store.
 
@@ -27,7 +27,7 @@ class Inspection:
     facts: Facts
     details: Mapping[str, Any]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return str(self.facts)
 
     def _repr_html_(self) -> str:

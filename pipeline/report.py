@@ -9,15 +9,15 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ..schemas import write_document
 from . import figures
 from .inspection import Inspection, inspect, layer_error
-from .latents import latents_to_images
+from .latents import latents_to_images, pixel_codec
 from .statistics import LayerStatistics, measure_layers
 from .store import FeatureStore, LatentStore, open_store
+from .style import Figure
 
 MAX_TEXT_BYTES = 4_000_000
 """Of captions that a page holds to be searched."""
@@ -112,11 +112,10 @@ def _search(store: FeatureStore) -> str:
 
 def _images(store: LatentStore) -> list[tuple[str, str]]:
     """The first images of a latent store, where latents are pixels and are written."""
-    identity = store.manifest.identity
-    if identity.vae != "pixels" or not store.is_complete:
+    if store.manifest.identity.vae != "pixels" or not store.is_complete:
         return []
-    latents = store.read(range(min(NUM_IMAGES, len(store))))
-    images = latents_to_images(latents, identity.scale, identity.shift)
+    codec = pixel_codec()
+    images = latents_to_images(store.read(store.ids[:NUM_IMAGES]), codec.scale, codec.shift)
     shown = "".join(f"<img class='sample' src='{_png(image)}' alt=''>" for image in images)
     return [("First images", shown)]
 

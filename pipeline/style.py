@@ -1,13 +1,25 @@
 """How every figure looks."""
 
+import io
 from collections.abc import Iterable, Sequence
 
+import matplotlib.figure
 from matplotlib.axes import Axes
 
 COLOUR_MAP = "viridis"
 INK, FAINT = "#1f2933", "#9aa5b1"
 LINES = ("#31688e", "#e07a5f", "#35b779", "#8e5ea2")
 DPI = 150
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows by itself, whether or not it uses pyplot."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=DPI)
+        width, height = (round(100 * inches) for inches in self.get_size_inches())
+        return file.getvalue(), {"width": width, "height": height}
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
