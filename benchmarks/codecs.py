@@ -1,6 +1,6 @@
 """What each codec makes of real hidden states: size, error, speed; beside what others do.
 
-    semroute extract CAPTIONS features --model LLM
+    semroute extract CAPTIONS features --model LLM --codec bf16
     python benchmarks/codecs.py features [--markdown]
 
 Codecs are fitted on captions that are not measured. Sizes are those of real zstd chunks of 8 full

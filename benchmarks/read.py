@@ -2,7 +2,7 @@
 
     python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
     peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
-    semroute extract CAPTIONS features --model LLM
+    semroute extract CAPTIONS features --model LLM --codec bf16
     semroute rewrite features features-delta --codec delta    (and lossless, linear)
     peers/bin/python benchmarks/read.py features features-delta ... --work /tmp/peers
 

@@ -237,7 +237,7 @@ def main(out: Path, model: str, seeds: int, steps: int) -> None:
         write_world(world, 16_000, seed=0, num_test=1_600)
     for split in ("train", "test"):
         file = str(world / f"{split}.parquet")
-        extract(file, out / split / "bf16", model=model, threads=1, **HOW)
+        extract(file, out / split / "bf16", model=model, codec="bf16", threads=1, **HOW)
         encode_images(file, out / f"{split}-latents", **HOW)
     tried = arms(open_features(out / "train" / "bf16").manifest.identity.model.width)
     config = Path(__file__).with_name("demo.yaml")

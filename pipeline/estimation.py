@@ -69,7 +69,7 @@ class Cell:
         return self.codec.name if quality is None else f"{self.codec.name} q{quality:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """What ``semroute estimate`` says.
 
@@ -85,7 +85,7 @@ class Estimate:
     advice: list[str]
     details: Mapping[str, Any]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parts = [str(self.facts)]
         for title, rows in self.tables.items():
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -95,15 +95,19 @@ def find_mixes(routing: Routing, sample: torch.Tensor, rank: int | None = None) 
 
 
 def _gram(sample: torch.Tensor) -> np.ndarray:
-    """Mean over rows and channels of products of LN(H^(l)): ``[R, L, H]`` -> float64 ``[L, L]``."""
+    """Mean over rows and channels of products of LN(H^(l)): ``[R, L, H]`` -> float64 ``[L, L]``.
+
+    In float64: a product in float32 need not be symmetric, and what it lacks looks like another
+    independent mix.
+    """
     import torch
 
     num_rows, num_layers, width = sample.shape
     total = torch.zeros(num_layers, num_layers, dtype=torch.float64)
     for part in sample.split(CHUNK_ROWS):
         normed = torch.nn.functional.layer_norm(part.float(), (width,), eps=LN_EPS)
-        flat = normed.transpose(0, 1).flatten(1)  # [L, R * H]
-        total += (flat @ flat.T).double()
+        flat = normed.transpose(0, 1).flatten(1).double()  # [L, R * H]
+        total += flat @ flat.T
     return total.numpy() / (num_rows * width)
 
 
