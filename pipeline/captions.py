@@ -1,7 +1,9 @@
 """Captions: templated, tokenised, deduplicated and fingerprinted, in a seeded order."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,34 @@ from ..schemas import CaptionsIdentity, InputError, Template, fingerprint
 
 PRESETS = {
     "bos": "{bos}{caption}",
+    "eos": "{caption}{eos}",
     "describe": "{bos}Describe this image. {caption}",
     "paper": "Describe this image.{caption}",
+    "qwen-image": (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+        "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+        "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "lumina2": (
+        "{bos}You are an assistant designed to generate superior images with the superior degree "
+        "of image-text alignment based on textual prompts or user prompts. <Prompt Start> {caption}"
+    ),
+    "z-image": "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n",
+    "flux2": (
+        "{bos}[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give "
+        "structured responses focusing on object relationships, object\nattribution and actions "
+        "without speculation.[/SYSTEM_PROMPT][INST]{caption}[/INST]"
+    ),
+    "flux2-klein": (
+        "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    ),
 }
-"""Named templates. ``paper``: as the reference code of arXiv 2602.03510, no space, no BOS."""
+"""Named templates. ``eos``: as T5 was trained. ``paper``: as the reference code of arXiv
+2602.03510, no space, no BOS. From ``qwen-image`` on: as the pipelines of diffusers 0.42 with these
+names put a prompt to their LLM, chat templates written out."""
 
 NULL_TEXT = ""
+_MARKER = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Captions:
         caption_ids: ``list<int64>``, for each sample the captions that it has.
         identity: what resume and training compare.
         template: the template as tokenised.
+        earlier: identities of the captions of each earlier generation, which come first here.
     """
 
     texts: list[str]
@@ -42,6 +67,7 @@ class Captions:
     caption_ids: pa.ListArray
     identity: CaptionsIdentity
     template: Template
+    earlier: list[CaptionsIdentity]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -76,6 +102,13 @@ def read_template(name: str) -> str:
     return text
 
 
+def foreign_markers(template: str, tokenizer: Any) -> list[str]:
+    """Markers of a chat template, ``<|word|>`` or ``[WORD]``, that are no single token."""
+    markers = list(dict.fromkeys(_MARKER.findall(template)))
+    tokens = _tokenize(tokenizer, markers) if markers else []
+    return [marker for marker, ids in zip(markers, tokens, strict=True) if len(ids) != 1]
+
+
 def build_captions(
     texts: pa.ListArray,
     tokenizer: Any,
@@ -83,37 +116,51 @@ def build_captions(
     template: str,
     max_length: int,
     keep_prefix: bool = False,
+    causal: bool = True,
     seed: int = 0,
+    earlier: Sequence[int] = (),
 ) -> Captions:
     """Deduplicate, order, template and tokenise.
 
     Args:
         texts: ``list<string>``, the captions of each sample.
         tokenizer: a tokenizer of transformers.
-        template: text with one ``{caption}``, and at most one ``{bos}``, at its start. ``{bos}`` is
-            the tokenizer's BOS token, or where it has none its EOS or padding token.
+        template: text with one ``{caption}``, and where wanted ``{bos}`` at its start and ``{eos}``
+            at its end. ``{bos}`` is the tokenizer's BOS token, or for a causal LLM whose tokenizer
+            has none its EOS or padding token.
         max_length: longest sequence in tokens; a longer caption loses its last tokens (the suffix
             stays), which is counted in ``num_cut``.
         keep_prefix: store the rows of the prefix for every caption.
+        causal: whether a token sees only those before it. Then something must stand in front of the
+            caption, to be the attention sink; otherwise something in front or behind is enough.
         seed: of the order in which captions are stored.
+        earlier: samples that a store had each time before it grew, ascending. Captions of the first
+            so many samples come first, in the order that they had then; each later generation has
+            an order of its own.
 
     A prefix row is dropped where the whole sequence starts with the prefix's own tokens; a token
     that the tokenizer merged across the boundary belongs to the caption and is kept.
 
     Raises:
-        InputError: the template has nothing in front of the caption, max_length leaves no room, or
-            a caption has no tokens.
+        InputError: the template has nothing in front of the caption (for an encoder: nothing but
+            the caption), the tokenizer lacks a token that it asks for, max_length leaves no room,
+            or a caption has no tokens.
     """
-    start, prefix, suffix = _split_template(template)
-    lead = [_bos_token(tokenizer)] if start else []
-    unique = pc.unique(texts.flatten())
-    unique = unique.filter(pc.not_equal(unique, NULL_TEXT))
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(unique))
-    ordered = [NULL_TEXT, *unique.take(pa.array(order)).to_pylist()]
+    start, prefix, suffix, end = _split_template(template)
+    lead = [_bos_token(tokenizer, causal)] if start else []
+    tail = [_eos_token(tokenizer)] if end else []
+    parts = _deal(texts, seed, earlier)
+    ordered = [NULL_TEXT, *chain.from_iterable(parts)]
+    ends = np.cumsum([len(part) for part in parts]) + 1
 
     prefix_tokens = [*lead, *_tokenize(tokenizer, [prefix])[0]]
-    suffix_tokens = _tokenize(tokenizer, [suffix])[0]
-    if not prefix_tokens:
+    suffix_tokens = [*_tokenize(tokenizer, [suffix])[0], *tail]
+    if not causal and not prefix_tokens and not suffix_tokens:
+        raise InputError(
+            f"the template {template!r} puts nothing around the caption: the null caption would "
+            "have no row. End it with {eos}, as --template eos does."
+        )
+    if causal and not prefix_tokens:
         raise InputError(
             f"the template {template!r} puts nothing in front of the caption: its first word would "
             "become the LLM's attention sink and lose its meaning, and the null caption would have "
@@ -126,7 +173,7 @@ def build_captions(
         )
     sequences, kept, num_cut = [], [], []
     for tokens in _tokenize(tokenizer, [prefix + text + suffix for text in ordered]):
-        whole = [*lead, *tokens]
+        whole = [*lead, *tokens, *tail]
         cut = max(0, len(whole) - max_length)
         if cut:
             whole = whole[: max_length - len(suffix_tokens)] + suffix_tokens
@@ -148,38 +195,69 @@ def build_captions(
         kept=np.array(kept, np.int64),
         num_cut=np.array(num_cut, np.int64),
         caption_ids=pa.ListArray.from_arrays(offsets, positions),
-        identity=CaptionsIdentity(
-            num_captions=len(ordered), fingerprint=fingerprint(ordered), seed=seed
-        ),
+        identity=_identify(ordered, seed),
         template=Template(
             text=template,
             prefix_tokens=prefix_tokens,
             suffix_tokens=suffix_tokens,
             keep_prefix=keep_prefix,
         ),
+        earlier=[_identify(ordered[:end], seed) for end in ends[:-1]],
     )
 
 
-def _split_template(text: str) -> tuple[bool, str, str]:
-    """Whether BOS comes first, the prefix and the suffix."""
-    body = text.removeprefix("{bos}")
-    if body.count("{caption}") != 1 or "{bos}" in body:
+def _deal(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> list[list[str]]:
+    """The unique captions of each generation, in its own seeded order."""
+    parts: list[list[str]] = []
+    done = 0
+    for number, stop in enumerate([*earlier, len(texts)]):
+        unique = pc.unique(texts.slice(0, stop).flatten())  # in the order of first occurrence
+        unique = unique.filter(pc.not_equal(unique, NULL_TEXT))
+        bits = np.random.PCG64([seed, number] if number else seed)
+        order = np.random.Generator(bits).permutation(len(unique) - done)
+        parts.append(unique.slice(done).take(pa.array(order)).to_pylist())
+        done = len(unique)
+    return parts
+
+
+def _identify(ordered: Sequence[str], seed: int) -> CaptionsIdentity:
+    return CaptionsIdentity(num_captions=len(ordered), fingerprint=fingerprint(ordered), seed=seed)
+
+
+def _split_template(text: str) -> tuple[bool, str, str, bool]:
+    """Whether BOS comes first, the prefix, the suffix, and whether EOS comes last."""
+    without_bos = text.removeprefix("{bos}")
+    body = without_bos.removesuffix("{eos}")
+    if body.count("{caption}") != 1 or "{bos}" in body or "{eos}" in body:
         raise InputError(
-            f"the template {text!r} must hold {{caption}} exactly once, and {{bos}} only at its "
-            "start"
+            f"the template {text!r} must hold {{caption}} exactly once, {{bos}} only at its start "
+            "and {eos} only at its end"
         )
     prefix, suffix = body.split("{caption}")
-    return body != text, prefix, suffix
+    return without_bos != text, prefix, suffix, body != without_bos
 
 
-def _bos_token(tokenizer: Any) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+def _bos_token(tokenizer: Any, causal: bool) -> int:
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    if not causal:
+        raise InputError(
+            "the template starts with {bos}, but the tokenizer of this encoder has no BOS token; "
+            "use --template eos"
+        )
+    for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return int(token)
     raise InputError(
         "the template starts with {bos}, but the tokenizer has neither a BOS, an EOS nor a padding "
         "token; use a template that starts with words"
     )
+
+
+def _eos_token(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise InputError("the template ends with {eos}, but the tokenizer has no EOS token")
+    return int(tokenizer.eos_token_id)
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

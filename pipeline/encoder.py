@@ -1,12 +1,14 @@
 """The frozen LLM: token batches -> hidden states of chosen layers, by forward hooks. No storage."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +21,62 @@ from ..schemas import InputError, ModelIdentity
 Dtype = Literal["float32", "bfloat16"]
 Sink = Callable[[int, torch.Tensor], None]
 
-ATTENTION = "sdpa"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a family of text towers in transformers calls its parts."""
+
+    embedding: str
+    blocks: str
+    norm: str
+
+
+FORMS = (
+    Form("embed_tokens", "layers", "norm"),  # Llama, Qwen, Gemma, Mistral and most since
+    Form("embed_tokens", "block", "final_layer_norm"),  # T5, mT5, UMT5
+    Form("embed_in", "layers", "final_layer_norm"),  # GPT-NeoX
+    Form("wte", "h", "ln_f"),  # GPT-2
+)
+"""The families that are known: a model can be used whose text tower has one of these forms."""
+
+_ENCODER_ONLY = {"t5", "mt5", "umt5"}
+"""Model types of which transformers has a class without the decoder."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The text tower of a model: of a vision-language model the language model, of an
+    encoder-decoder the encoder.
+
+    Attributes:
+        module: the tower; called with ``input_ids`` and ``attention_mask``.
+        name: its name inside the model, "" where the model is the tower.
+        form: what its parts are called.
+        causal: whether a token sees only those before it.
+    """
+
+    module: Any
+    name: str
+    form: Form
+    causal: bool
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        blocks: torch.nn.ModuleList = getattr(self.module, self.form.blocks)
+        return blocks
+
+    @property
+    def norm(self) -> torch.nn.Module:
+        norm: torch.nn.Module = getattr(self.module, self.form.norm)
+        return norm
+
+    def keep_blocks(self, number: int) -> None:
+        """Remove the blocks above the first ``number``."""
+        setattr(self.module, self.form.blocks, self.blocks[:number])
 
 
 @dataclass(frozen=True)
@@ -57,10 +112,11 @@ def find_model(name: str) -> Source:
                 f"--model {name}: a file must be a .gguf; for safetensors name the folder that "
                 "holds config.json"
             )
-        digest = _sha256(path)
+        digest = hash_file(path)
         return Source(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
-        return _download(name)
+    if is_hub_id(name):
+        folder = download(name, _HUB_FILES, "--model")
+        return Source(hub_name(name, folder), folder, _hash_files(folder))
     raise InputError(f"--model {name}: no such folder or file, and no hub id (org/name)")
 
 
@@ -82,18 +138,60 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def describe_model(source: Source) -> ModelIdentity:
-    """Identity of the text decoder, from its configuration; no weights are loaded.
+    """Identity of the text tower, from the model's configuration; no weights are loaded.
 
     Raises:
-        InputError: not a transformer that transformers knows.
+        InputError: not a model that transformers knows, or its text tower is of no known form.
     """
-    config = _text_config(source)
+    tower = _sketch(source)
+    config = tower.module.config
     return ModelIdentity(
         architecture=config.model_type,
-        num_layers=config.num_hidden_layers,
+        num_layers=len(tower.blocks),
         width=config.hidden_size,
+        causal=tower.causal,
         files=source.files,
     )
+
+
+def attention_of(source: Source) -> str:
+    """The attention implementation of transformers that the model runs with: ``sdpa`` where the
+    model's class has it, or ``eager`` (Gemma 2, whose scores have a soft cap).
+
+    Raises:
+        InputError: as :func:`describe_model`.
+    """
+    attention: str = _sketch(source).module.config._attn_implementation
+    return attention
+
+
+def find_tower(model: Any, name: str) -> Tower:
+    """Where in a model of transformers the text goes, and what the parts are called there.
+
+    Args:
+        name: of the model, for the error.
+
+    Raises:
+        InputError: no form in :data:`FORMS` fits; the nearest one is named, with what is lacking.
+    """
+    encoder = model.get_encoder()
+    module = model.get_decoder() if encoder is model else encoder
+    lacking = [
+        [part for part in dataclasses.astuple(form) if not hasattr(module, part)] for form in FORMS
+    ]
+    fewest = min(lacking, key=len)
+    form = FORMS[lacking.index(fewest)]
+    if fewest:
+        raise InputError(
+            f"{name}: {type(module).__name__}, the text tower of {type(model).__name__}, is of no "
+            f"known form; it lacks {', '.join(fewest)}. Expected a decoder LLM such as Llama, "
+            "Qwen, Gemma or Mistral, a vision-language model around one, or a T5 encoder."
+        )
+    (path,) = [path for path, part in model.named_modules() if part is module]
+    bidirectional = encoder is not model or (
+        getattr(module.config, "use_bidirectional_attention", None) is True  # EmbeddingGemma
+    )
+    return Tower(module, path, form, causal=not bidirectional)
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
@@ -120,7 +218,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 class Encoder:
-    """A loaded LLM that hands over one layer at a time.
+    """A loaded text tower that hands over one layer at a time.
 
     Args:
         source: from :func:`find_model`.
@@ -132,42 +230,28 @@ class Encoder:
     def __init__(
         self, source: Source, layers: Sequence[int], dtype: Dtype, device: str | None = None
     ) -> None:
-        from transformers import AutoModel
-
         self.layers = list(layers)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            model = AutoModel.from_pretrained(
-                source.folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation=ATTENTION,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{source.name}: transformers cannot load it: {error}") from error
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        missing = [
-            part for part in ("layers", "norm", "embed_tokens") if not hasattr(decoder, part)
-        ]
-        if missing:
-            raise InputError(
-                f"{source.name}: {type(decoder).__name__} is no decoder-only transformer of the "
-                f"known form; it lacks {', '.join(missing)}"
-            )
-        num_layers = len(decoder.layers)
-        if self.layers[-1] < num_layers:
-            decoder.layers = decoder.layers[: self.layers[-1]]
-            decoder.config.num_hidden_layers = self.layers[-1]
-        self.decoder = decoder.eval().requires_grad_(False).to(self.device)
-        self._modules = [
-            decoder.embed_tokens
-            if layer == 0
-            else decoder.norm
-            if layer == num_layers
-            else decoder.layers[layer - 1]
-            for layer in self.layers
-        ]
+        model, loaded = _make(
+            source,
+            "from_pretrained",
+            source.folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        self.tower = find_tower(model, source.name)
+        _refuse_missing(source, self.tower, loaded["missing_keys"])
+        num_layers = len(self.tower.blocks)
+        # What a first block receives: some models add to what their embedding gives, or scale it.
+        self._needs_input = self.layers[0] == 0
+        self.tower.keep_blocks(max(1, self.layers[-1]))
+        self.tower.module.eval().requires_grad_(False).to(self.device)
+        self._outputs = {
+            index: self.tower.norm if layer == num_layers else self.tower.blocks[layer - 1]
+            for index, layer in enumerate(self.layers)
+            if layer > 0
+        }
 
     @torch.inference_mode()
     def encode(self, sequences: Sequence[np.ndarray], kept: Sequence[int], sink: Sink) -> None:
@@ -190,7 +274,10 @@ class Encoder:
             wanted[row, first : len(sequence)] = True
         wanted = wanted.to(self.device)
 
-        def hook(index: int) -> Callable[[Any, Any, Any], None]:
+        def receive(_module: Any, inputs: Any) -> None:
+            sink(0, inputs[0][wanted])
+
+        def give(index: int) -> Callable[[Any, Any, Any], None]:
             def take(_module: Any, _inputs: Any, output: Any) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
                 sink(index, hidden[wanted])
@@ -198,10 +285,12 @@ class Encoder:
             return take
 
         handles = [
-            module.register_forward_hook(hook(index)) for index, module in enumerate(self._modules)
+            module.register_forward_hook(give(index)) for index, module in self._outputs.items()
         ]
+        if self._needs_input:
+            handles.append(self.tower.blocks[0].register_forward_pre_hook(receive))
         try:
-            self.decoder(
+            self.tower.module(
                 input_ids=tokens.to(self.device),
                 attention_mask=mask.to(self.device),
                 use_cache=False,
@@ -211,20 +300,48 @@ class Encoder:
                 handle.remove()
 
 
-def _text_config(source: Source) -> Any:
+def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        config = config.get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
         raise InputError(f"{source.name}: no model that transformers knows: {error}") from error
-    if not getattr(config, "num_hidden_layers", 0) or not getattr(config, "hidden_size", 0):
+
+
+@functools.lru_cache(maxsize=1)
+def _sketch(source: Source) -> Tower:
+    """The tower without weights."""
+    with torch.device("meta"):
+        return find_tower(_make(source, "from_config", _config(source)), source.name)
+
+
+def _make(source: Source, constructor: str, *arguments: Any, **options: Any) -> Any:
+    """The model without heads: ``from_config`` or ``from_pretrained`` of the class that fits."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.utils import logging
+
+    encoder_only = _config(source).model_type in _ENCODER_ONLY
+    auto = AutoModelForTextEncoding if encoder_only else AutoModel
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # heads are left out on purpose; transformers lists them
+    try:
+        return getattr(auto, constructor)(*arguments, trust_remote_code=False, **options)
+    except _LOAD_ERRORS as error:
+        raise InputError(f"{source.name}: transformers cannot load it: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _refuse_missing(source: Source, tower: Tower, missing: Iterable[str]) -> None:
+    """Weights that the files lack would be random numbers; transformers only warns."""
+    prefix = f"{tower.name}." if tower.name else ""
+    inside = sorted(name for name in missing if name.startswith(prefix))
+    if inside:
         raise InputError(
-            f"{source.name}: {type(config).__name__} has no num_hidden_layers and hidden_size; "
-            "expected a transformer"
+            f"{source.name}: {len(inside)} weights of {type(tower.module).__name__} are not in its "
+            f"files, the first is {inside[0]}; expected all of them"
         )
-    return config
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
@@ -233,10 +350,11 @@ def _hash_files(folder: Path) -> dict[str, str]:
         raise InputError(f"--model {folder}: no config.json in this folder")
     if not any(file.suffix == _WEIGHTS for file in files):
         raise InputError(f"--model {folder}: no .safetensors in this folder")
-    return {file.name: _sha256(file) for file in files}
+    return {file.name: hash_file(file) for file in files}
 
 
-def _sha256(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """sha256 of a model's file."""
     # The hub's cache names large files by their sha256, which saves reading them.
     target = file.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
@@ -245,20 +363,35 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(name: str) -> Source:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``org/name`` or ``org/name@revision``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
+
+
+def hub_name(name: str, folder: Path) -> str:
+    """A hub id with the commit that was fetched, which its folder is named after."""
+    return f"{name.partition('@')[0]}@{folder.name}"
+
+
+def download(name: str, files: Sequence[str], option: str) -> Path:
+    """The folder of a hub model with the files of these patterns, fetched where they are not here.
+
+    Args:
+        option: of the command line, named in messages.
+
+    Raises:
+        InputError: not to be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     hub_id, _, revision = name.partition("@")
     try:
-        folder = Path(
-            snapshot_download(hub_id, revision=revision or None, allow_patterns=_HUB_FILES)
-        )
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=[*files]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"--model {name}: no such folder here, and not to be had from the hub: {error}"
+            f"{option} {name}: no such folder here, and not to be had from the hub: {error}"
         ) from error
-    return Source(f"{hub_id}@{folder.name}", folder, _hash_files(folder))
 
 
 def _cache_folder() -> Path:

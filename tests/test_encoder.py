@@ -52,7 +52,7 @@ def test_every_layer_equals_what_transformers_returns(source):
 def test_blocks_above_the_last_layer_are_not_run(source):
     states = expected_states(source, SEQUENCES)
     encoder = Encoder(source, [1, 3], "float32", "cpu")
-    assert len(encoder.decoder.layers) == 3
+    assert len(encoder.tower.blocks) == 3
     found = encode(encoder, SEQUENCES, [0, 0, 0])
     for layer, rows in zip([1, 3], found, strict=True):
         expected = torch.cat([states[layer][i, : len(s)] for i, s in enumerate(SEQUENCES)])
@@ -133,7 +133,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_a_model_that_is_no_transformer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="has no num_hidden_layers and hidden_size"):
+    with pytest.raises(InputError, match=r"ResNetEncoder.* lacks embed_tokens, layers, norm"):
         describe_model(find_model(str(tmp_path)))
 
 
