@@ -4,36 +4,52 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..schemas import LATENT_SAMPLES_SCHEMA, LatentIdentity, LatentManifest, Receipt
-from .filling import check_space, fill, name_workers, num_workers, provenance
-from .latents import describe_images, image_to_codes, pixel_codec
+from ..schemas import LATENT_SAMPLES_SCHEMA, InputError, LatentIdentity, LatentManifest, Receipt
+from .autoencoder import Autoencoder, find_vae
+from .cluster import report_progress
+from .filling import at_work, check_space, fill, provenance
+from .latents import describe_images, image_to_codes, images_fingerprint, pixel_codec
 from .layout import format_bytes, pack
-from .samples import read_samples
+from .places import look_at_workers, own_device
+from .progress import Style
+from .samples import Samples, Unreadable, read_samples
 from .store import LatentStore
+
+if TYPE_CHECKING:
+    from .encoder import Source
 
 LATENT_CHUNK_BYTES = 16_384
 """Latents are read one at a time; smaller chunks would only make the shard's index longer."""
+PROGRESS = 64
+"""Images after which the driver is told."""
+BATCH_PIXELS = 2**20
+"""Of the images that a VAE encodes at once: one of 1024 x 1024."""
 
 
 def encode_images(
     source: str,
     latents: str | Path,
     *,
-    vae: Literal["pixels"] = "pixels",
+    vae: str = "pixels",
     image_column: str | None = None,
     text_column: str | None = None,
     size: int | None = None,
     limit: int | None = None,
+    drop_broken: bool = False,
     shard_bytes: int = 256_000_000,
     workers: int | None = None,
+    cluster: str = "local",
     force: bool = False,
     report: Callable[[str], None] = print,
+    progress: Style = "auto",
 ) -> LatentStore:
     """Encode the images of a table of samples into a latent store; latent i belongs to row i.
 
@@ -42,99 +58,246 @@ def encode_images(
     Args:
         source: the same table that the features were made from, with an image column.
         latents: folder of the store.
-        vae: ``pixels``: the image itself, scaled to [-1, 1].
+        vae: ``pixels``: the image itself, scaled to [-1, 1]; or a VAE of diffusers, see
+            :func:`semroute.pipeline.autoencoder.find_vae`.
         text_column: of the captions, which join latents with features.
         size: height and width in pixels; shorter side resized, then centre crop. Default: all
             images have one size already.
-        limit, shard_bytes, workers, force, report: as in :func:`extract`.
+        drop_broken: complete the store although images are missing or cannot be read; training
+            leaves their samples out.
+        limit, shard_bytes, workers, cluster, force, report, progress: as in :func:`extract`.
 
     Raises:
-        InputError, ExtractionError, Interrupted: as in :func:`extract`.
+        InputError: as in :func:`extract`; or images could not be read, after all others were
+            encoded.
+        ExtractionError, Interrupted: as in :func:`extract`.
     """
     latents = Path(latents)
-    samples = read_samples(
-        source, text_column=text_column, image_column=image_column, limit=limit, need="image"
-    )
-    images = describe_images(samples.image_files(), samples.source, size)
-    codec = pixel_codec()
-    num_bytes = int(np.prod(images.shape))
-    packing = pack(
-        np.ones(len(samples), np.int64),
-        bytes_per_row=num_bytes,
-        shard_bytes=shard_bytes,
-        batch_tokens=1,
-        rows_per_chunk=max(1, LATENT_CHUNK_BYTES // num_bytes),
-    )
-    manifest = LatentManifest(
-        status="extracting",
-        identity=LatentIdentity(
-            vae=vae,
-            shape=images.shape,
-            dtype="uint8",
-            scale=codec.scale,
-            shift=codec.shift,
-            images=images.fingerprint,
-            samples=samples.identity(),
-        ),
-        layout=packing.layout,
-        provenance=provenance(source, vae),
-    )
-    begun = LatentStore.begun(latents)
-    if begun is not None:
-        store = begun
-        store.check_same(manifest)
-    else:
-        check_space(latents, len(samples) * num_bytes, force)
-        columns = [range(len(samples)), samples.image_names(), images.digests]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
-        table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
-        store = LatentStore.create(latents, manifest, table)
-    remaining = store.remaining()
-    workers = min(num_workers(workers, gpus=0), len(remaining))
+    gpus = 0 if vae == "pixels" else None
+    with at_work(latents, cluster, workers, report, gpus=gpus) as machines:
+        begun = LatentStore.begun(latents)
+        samples = read_samples(
+            source, text_column=text_column, image_column=image_column, limit=limit, need="image"
+        )
+        images = describe_images(samples.image_files(), samples.source, size)
+        if images.broken:
+            report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")
+        located = None if vae == "pixels" else find_vae(vae)
+        there = look_at_workers(machines, str(latents), report)
+        threads = 1 if located is None else there.threads
+        if begun is not None:
+            threads = begun.manifest.layout.num_threads
+        digests = images.digests if begun is None else _since_begun(begun, images.digests)
+        identity = _identity(located, images.size, samples, digests)
+        latent_bytes = int(np.prod(identity.shape)) * np.dtype(identity.dtype).itemsize
+        num_bytes = latent_bytes * (1 + identity.deviation)
+        packing = pack(
+            np.ones(len(samples), np.int64),
+            bytes_per_row=num_bytes,
+            shard_bytes=shard_bytes,
+            batch_tokens=1
+            if located is None
+            else max(1, BATCH_PIXELS // int(np.prod(images.size))),
+            rows_per_chunk=max(1, LATENT_CHUNK_BYTES // latent_bytes),
+            num_threads=threads,
+        )
+        manifest = LatentManifest(
+            status="extracting",
+            identity=identity,
+            layout=packing.layout,
+            provenance=provenance(source, vae if located is None else located.name),
+        )
+        if begun is not None:
+            store = begun
+            store.check_same(manifest)
+        else:
+            check_space(latents, len(samples) * num_bytes, force)
+            columns = [range(len(samples)), samples.image_names(), digests]
+            arrays = [
+                pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)
+            ]
+            table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
+            store = LatentStore.create(latents, manifest, table)
+        store.drop_broken = drop_broken
+        remaining = store.remaining()
+        machines.limit(len(remaining))
 
-    def arguments(shard: int) -> tuple[Path, int, list[bytes], tuple[int, int, int]]:
-        entries = packing.entries(shard)
-        chosen = list(samples.slice(entries.start, entries.stop).image_files())
-        return latents.resolve(), shard, chosen, images.shape
+        def arguments(shard: int) -> tuple[_Task]:
+            entries = packing.entries(shard)
+            files = [*samples.slice(entries.start, entries.stop).image_files()]
+            return (_Task(latents.resolve(), located, shard, entries.start, files, images.size),)
 
-    report(
-        f"{len(samples):,} images of {' x '.join(map(str, images.shape))}: "
-        f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
-        f"to do: {len(remaining)}, {name_workers(workers)}"
-    )
-    fill(
-        store,
-        remaining,
-        _encode_images,
-        arguments,
-        packing,
-        workers=workers,
-        unit="images",
-        report=report,
-    )
+        report(
+            f"{len(samples):,} images as {identity.vae}, {' x '.join(map(str, identity.shape))}: "
+            f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
+            f"to do: {len(remaining)}, {machines}"
+        )
+        fill(
+            store,
+            remaining,
+            _encode_images,
+            arguments,
+            packing,
+            cluster=machines,
+            unit="images",
+            report=report,
+            style=progress,
+        )
+        if dropped := len(store.manifest.identity.dropped):
+            report(
+                f"warning: {dropped:,} of {len(samples):,} samples are dropped, for their images "
+                f"cannot be read; they are listed in {store.path / 'quarantine'}"
+            )
     return store
 
 
-def _encode_images(
-    path: Path, shard: int, files: list[bytes], shape: tuple[int, int, int]
-) -> Receipt:
-    """Decode and write one shard of images, then its receipt. Runs in a worker."""
+def _identity(
+    located: "Source | None",
+    size: tuple[int, int],
+    samples: Samples,
+    digests: list[str | None],
+) -> LatentIdentity:
+    """What the stored numbers depend on, known before any image is encoded."""
+    common: dict[str, Any] = {
+        "images": images_fingerprint(digests),
+        "samples": samples.identity(),
+    }
+    if located is None:
+        codec = pixel_codec()
+        return LatentIdentity(
+            vae="pixels",
+            shape=(3, *size),
+            dtype="uint8",
+            scale=codec.scale,
+            shift=codec.shift,
+            **common,
+        )
+    encoder = Autoencoder(located)
+    return LatentIdentity.model_validate(
+        common
+        | {
+            "vae": encoder.name,
+            "files": located.files,
+            "shape": encoder.latent_shape(*size),
+            "dtype": "float16",
+            "scale": encoder.scale,
+            "shift": encoder.shift,
+            "deviation": encoder.has_deviation,
+        }
+    )
+
+
+def _since_begun(store: LatentStore, digests: list[str | None]) -> list[str | None]:
+    """Digests of images, but for those that could not be read: they may be mended meanwhile, and
+    count as they were when the store was begun."""
+    before = store.samples["sha256"].to_pylist()
+    if len(before) != len(digests):
+        return digests  # which the comparison of identities then refuses
+    broken = store.broken()
+    return [
+        old if old is None or row in broken else new
+        for row, (old, new) in enumerate(zip(before, digests, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker needs to write one shard.
+
+    Attributes:
+        vae: None where latents are pixels.
+        first: sample_id of the first file.
+        size: height and width of images.
+    """
+
+    store: Path
+    vae: "Source | None"
+    shard: int
+    first: int
+    files: list[bytes | Unreadable]
+    size: tuple[int, int]
+
+
+def _encode_images(task: _Task) -> Receipt:
+    """Encode and write one shard of images, then its receipt. Runs in a worker."""
     started = time.perf_counter()
-    store = LatentStore.open(path, complete=False)
-    codes = np.zeros((store.manifest.layout.rows_per_shard, *shape), np.uint8)
-    for row, file in enumerate(files):
-        codes[row] = image_to_codes(file, shape[1:])
+    store = LatentStore.open(task.store, complete=False)
+    layout, identity = store.manifest.layout, store.manifest.identity
+    vae = None
+    if task.vae is not None:
+        import torch
+
+        torch.set_num_threads(layout.num_threads)
+        vae = _load_vae(task.vae, own_device())
+    loaded = time.perf_counter()
+    planes = {
+        name: np.zeros((layout.rows_per_shard, *identity.shape), identity.dtype)
+        for name in store.arrays
+    }
+    broken: dict[int, str] = {}
+    told = 0
+    for first in range(0, len(task.files), layout.batch_tokens):
+        files = task.files[first : first + layout.batch_tokens]
+        # A broken image leaves its place in the batch empty: the others' bits do not depend on it.
+        pixels = np.zeros((len(files), 3, *task.size), np.uint8)
+        good = []
+        for row, file in enumerate(files):
+            image = image_to_codes(file, task.size)
+            if isinstance(image, Unreadable):
+                broken[task.first + first + row] = image.reason
+            else:
+                pixels[row] = image
+                good.append(row)
+        if not good:
+            continue
+        for name, codes in _codes(vae, pixels).items():
+            planes[name][[first + row for row in good]] = _stored(codes[good], identity.dtype)
+        if first + len(files) - told >= PROGRESS:
+            told = first + len(files)
+            report_progress(task.shard, told)
     encoded = time.perf_counter()
-    written = store.write_shard(shard, codes)
+    written = store.write_shard(task.shard, planes)
     receipt = Receipt(
-        shard=shard,
-        num_rows=len(files),
-        num_entries=len(files),
+        shard=task.shard,
+        num_rows=len(task.files),
+        num_entries=len(task.files),
         files=written,
         codec_error={},
+        broken=broken,
         warnings=[],
-        seconds={"encode": encoded - started, "write": time.perf_counter() - encoded},
+        seconds={
+            "load": loaded - started,
+            "encode": encoded - loaded,
+            "write": time.perf_counter() - encoded,
+        },
         worker=f"{socket.gethostname()}:{os.getpid()}",
     )
     store.write_receipt(receipt)
+    if broken:
+        store.quarantine_images(task.shard, broken)
     return receipt
+
+
+def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """What is stored of images ``[n, 3, H, W]``, by array."""
+    if vae is None:
+        return {"mean": pixels}
+    mean, deviation = vae.encode(pixels)
+    return {"mean": mean} if deviation is None else {"mean": mean, "deviation": deviation}
+
+
+def _stored(codes: np.ndarray, dtype: str) -> np.ndarray:
+    """Codes in the type that is stored, all of them finite."""
+    with np.errstate(over="ignore"):
+        stored = codes.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise InputError(
+            f"the VAE gave numbers up to {np.abs(codes).max():g}, which {dtype} does not hold"
+        )
+    return stored
+
+
+@lru_cache(maxsize=1)
+def _load_vae(source: "Source", device: str) -> Autoencoder:
+    """The VAE, loaded once a worker."""
+    return Autoencoder(source, device)

@@ -1,4 +1,4 @@
-"""Images <-> latents. ``pixels`` is the identity: the image itself, scaled to [-1, 1]."""
+"""Files of images -> pixels, and pixels <-> latents: the image itself, scaled to [-1, 1]."""
 
 import hashlib
 import io
@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..schemas import InputError
+from .samples import Unreadable
+
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on an image lies on its side
 
 
 @dataclass(frozen=True)
@@ -26,58 +29,72 @@ def pixel_codec() -> PixelCodec:
 
 @dataclass(frozen=True)
 class Images:
-    """What all images of a table share.
+    """What was found when every file of a table was looked at.
 
     Attributes:
-        shape: channels, height and width after resizing.
-        digests: sha256 of each encoded file.
-        fingerprint: sha256 over the digests.
+        size: height and width that all have, or will have after resizing.
+        digests: sha256 of each encoded file; None where there is no file.
+        broken: row -> why its image cannot be read, as far as a look tells.
     """
 
-    shape: tuple[int, int, int]
-    digests: list[str]
-    fingerprint: str
+    size: tuple[int, int]
+    digests: list[str | None]
+    broken: dict[int, str]
 
 
-def describe_images(files: Iterable[bytes], source: str, size: int | None) -> Images:
+def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int | None) -> Images:
     """Look at every file once, before any work.
 
     Raises:
-        InputError: an image is missing or not readable, or sizes differ and none is asked for.
+        InputError: no image is readable, or sizes differ and none is asked for.
     """
-    digests: list[str] = []
-    broken: list[str] = []
+    digests: list[str | None] = []
+    broken: dict[int, str] = {}
     sizes: dict[tuple[int, int], int] = {}  # height and width -> first row that has it
-    digest = hashlib.sha256()
     for row, file in enumerate(files):
+        if isinstance(file, Unreadable):
+            digests.append(None)
+            broken[row] = file.reason
+            continue
         digests.append(hashlib.sha256(file).hexdigest())
-        digest.update(bytes.fromhex(digests[-1]))
         try:
             with Image.open(io.BytesIO(file)) as image:
-                sizes.setdefault((image.height, image.width), row)
-        except (UnidentifiedImageError, OSError) as error:
-            broken.append(f"row {row}: {error}")
-    if broken:
-        listed = "\n  ".join(broken[:5])
-        raise InputError(
-            f"{source}: {len(broken)} of {len(digests)} images cannot be read:\n  {listed}"
-        )
+                sideways = _orientation(image) > 4
+                shape = (image.height, image.width)
+                sizes.setdefault(shape[::-1] if sideways else shape, row)
+        except Exception as error:  # whatever a decoder makes of damaged bytes
+            broken[row] = _reason(error)
+    if not sizes:
+        listed = "\n  ".join(f"row {row}: {text}" for row, text in [*broken.items()][:5])
+        raise InputError(f"{source}: none of {len(digests)} images can be read:\n  {listed}")
     if size is None and len(sizes) > 1:
-        (first, _), (second, row) = list(sizes.items())[:2]
+        (first, start), (second, row) = list(sizes.items())[:2]
         raise InputError(
-            f"{source}: images have {len(sizes)} sizes (row 0 is {first[1]} x {first[0]}, row "
-            f"{row} is {second[1]} x {second[0]}); expected one. Name one with --size."
+            f"{source}: images have {len(sizes)} sizes (row {start} is {first[1]} x {first[0]}, "
+            f"row {row} is {second[1]} x {second[0]}); expected one. Name one with --size."
         )
-    height, width = (size, size) if size is not None else next(iter(sizes))
-    return Images((3, height, width), digests, digest.hexdigest())
+    return Images((size, size) if size is not None else next(iter(sizes)), digests, broken)
 
 
-def image_to_codes(file: bytes, size: tuple[int, ...]) -> np.ndarray:
-    """An encoded image -> RGB uint8 ``[3, H, W]``; resized on its shorter side, then cropped in the
-    centre, where it has not that size already."""
+def images_fingerprint(digests: Iterable[str | None]) -> str:
+    """sha256 over the digests; 32 zero bytes stand for a file that was not there."""
+    return hashlib.sha256(b"".join(bytes.fromhex(d or "00" * 32) for d in digests)).hexdigest()
+
+
+def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarray | Unreadable:
+    """An encoded image -> RGB uint8 ``[3, H, W]``, or why it cannot be read.
+
+    Upright (by its EXIF orientation), what is transparent on white; resized on its shorter side,
+    then cropped in the centre, where it has not that size already.
+    """
+    if isinstance(file, Unreadable):
+        return file
+    try:
+        with Image.open(io.BytesIO(file)) as opened:
+            image = _rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # whatever a decoder makes of damaged bytes
+        return Unreadable(_reason(error))
     height, width = size
-    with Image.open(io.BytesIO(file)) as opened:
-        image = opened.convert("RGB")
     if (image.height, image.width) != (height, width):
         factor = max(height / image.height, width / image.width)
         resized = (
@@ -88,6 +105,30 @@ def image_to_codes(file: bytes, size: tuple[int, ...]) -> np.ndarray:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     return np.asarray(image, np.uint8).transpose(2, 0, 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow decodes a PNG whole to look for a tag behind the pixels, where none is ever.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+        raise ValueError(f"pixels of mode {image.mode}; expected 8 bits a channel")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    # Of a file in memory Pillow names the object, with its address.
+    known = "cannot identify image file"
+    text = "no image of a known format" if known in str(error) else str(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def latents_to_images(latents: np.ndarray, scale: float, shift: float) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The user's captioned images: parquet, jsonl, csv, tsv or txt, local or any fsspec URL."""
+"""The user's captioned images: parquet, jsonl, csv, tsv, txt or webdataset tars, local or any
+fsspec URL."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,21 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ..schemas import InputError, SamplesIdentity, fingerprint
+from .tars import PLACE, TEXT, Reader, Tars
 
 TEXT_COLUMNS = ("text", "prompt", "caption")
 IMAGE_COLUMNS = ("image",)
-SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
+TAR = ".tar"
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt", TAR)
 T = TypeVar("T")
 _SHOWN = 5  # offending rows listed in a message
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image: why there is none."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -84,32 +94,43 @@ class Samples:
             return column.cast(pa.string())
         return pa.nulls(len(self), pa.string())
 
-    def image_files(self) -> Iterator[bytes]:
-        """The encoded bytes of every image, in order.
+    def image_files(self) -> Iterator[bytes | Unreadable]:
+        """The encoded bytes of every image, in order, or why there are none.
 
         The column holds paths (relative ones start at the file's folder), bytes, or structs of
-        ``bytes`` and ``path`` as HF datasets writes them.
+        ``bytes`` and ``path`` as HF datasets writes them; or places in tars.
+
+        Raises:
+            InputError: the column holds something else.
         """
         assert self.image_column is not None
+        with Reader() as tars:
+            for row, value in enumerate(_python_values(self.table[self.image_column])):
+                try:
+                    yield self._image_file(row, value, tars)
+                except FileNotFoundError:
+                    yield Unreadable(f"no such file: {_image_name(value)}")
+                except OSError as error:
+                    yield Unreadable(f"{_image_name(value)}: {error}")
+
+    def _image_file(self, row: int, value: Any, tars: Reader) -> bytes | Unreadable:
+        if isinstance(value, dict) and [*value] == PLACE.names:
+            return tars.read(value["tar"], value["start"], value["size"])
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if not value:
+            return Unreadable("the row names no image")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise InputError(
+                f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
+            )
+        if "://" in value:
+            with fsspec.open(value, "rb") as file:
+                return file.read()
         filesystem, path = fsspec.core.url_to_fs(self.source)
-        folder = PurePosixPath(path).parent
-        for row, value in enumerate(_python_values(self.table[self.image_column])):
-            if isinstance(value, dict):
-                value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-            try:
-                if isinstance(value, bytes):
-                    yield value
-                elif isinstance(value, str) and "://" in value:
-                    with fsspec.open(value, "rb") as file:
-                        yield file.read()
-                elif isinstance(value, str):
-                    yield filesystem.cat_file(str(folder / value))
-                else:
-                    raise InputError(
-                        f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
-                    )
-            except FileNotFoundError as error:
-                raise InputError(f"{self.source}: row {row}: no such image: {value}") from error
+        return filesystem.cat_file(str(PurePosixPath(path).parent / value))
 
     def identity(self) -> SamplesIdentity:
         """Number of rows and fingerprint of their captions, to join stores made from one file."""
@@ -131,23 +152,32 @@ def read_samples(
 
     Args:
         source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (a caption a line); a local
-            path or any URL that fsspec knows.
+            path or any URL that fsspec knows. Or ``.tar``, maybe several by a pattern, see
+            :meth:`semroute.pipeline.tars.Tars.open`.
         text_column: a column of strings or of lists of strings; default: the first of ``text``,
-            ``prompt``, ``caption`` that exists.
-        image_column: default: ``image`` if it exists.
+            ``prompt``, ``caption`` that exists. Of tars ``txt`` (files) or a key of their JSON.
+        image_column: default: ``image`` if it exists. Of tars an extension; default: the first of
+            jpg, jpeg, png, webp that a sample has.
         limit: only the first rows.
         need: ``"text"`` or ``"image"``: the column that must exist.
 
     Raises:
         InputError: no such file or format, not parseable, empty, or no such column.
     """
-    names = _parsed(source, _column_names)
-    text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", need == "text")
+    tars = Tars.open(source) if _suffix(source) == TAR else None
+    if tars is not None and not tars.samples:
+        raise InputError(f"{source} holds no samples; expected files such as 000.jpg and 000.txt")
+    names = _parsed(source, _column_names) if tars is None else tars.names()
+    defaults = TEXT_COLUMNS if tars is None else (TEXT, *TEXT_COLUMNS)
+    text = _find_column(names, source, text_column, defaults, "--text-column", need == "text")
     image = _find_column(
         names, source, image_column, IMAGE_COLUMNS, "--image-column", need == "image"
     )
     columns = [name for name in (text, image) if name is not None]
-    table = _parsed(source, partial(_read_columns, columns=columns))
+    if tars is not None:
+        table = tars.table(columns, limit)
+    else:
+        table = _parsed(source, partial(_read_columns, columns=columns))
     if limit is not None:
         table = table.slice(0, limit)
     if table.num_rows == 0:
@@ -162,8 +192,12 @@ def read_samples(
     return Samples(source, table, text, image)
 
 
+def _suffix(source: str) -> str:
+    return PurePosixPath(source).suffix.lower()
+
+
 def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
-    suffix = PurePosixPath(source).suffix.lower()
+    suffix = _suffix(source)
     if suffix not in SUFFIXES:
         raise InputError(
             f"{source}: cannot tell the format from {suffix or 'a name without suffix'!r}; "
@@ -253,6 +287,10 @@ def _find_column(
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _image_name(value: Any) -> str:
+    return str(value["path"]) if isinstance(value, dict) else str(value)
 
 
 def _python_values(column: pa.ChunkedArray) -> Iterator[Any]:

@@ -6,6 +6,8 @@ from contextlib import closing
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -254,6 +256,83 @@ class TestStream:
         assert stream.wait_seconds > 0
 
 
+@pytest.fixture(scope="module")
+def posterior(samples_file, tiny_vae, tmp_path_factory):
+    """A latent store of the samples by a VAE with a posterior."""
+    from semroute.pipeline.imaging import encode_images
+
+    path = tmp_path_factory.mktemp("posterior") / "store"
+    options = {"vae": str(tiny_vae("kl")), "workers": 0, "report": lambda _: None}
+    encode_images(str(samples_file), path, **options)
+    return path
+
+
+class TestLatents:
+    def stream(self, features, latents, take="sample", seed=0, **arguments):
+        data = DataConfig(batch_size=40, posterior=take)
+        stores = open_features(features), open_latents(latents)
+        return Stream(*stores, data, seed=seed, layers=[1], **arguments)
+
+    def test_draws_from_the_posterior_follow_from_seed_and_position(self, feature_store, posterior):
+        whole, again = (self.stream(feature_store, posterior).read(3) for _ in range(2))
+        assert torch.equal(whole.latents, again.latents)
+        ranks = [
+            self.stream(feature_store, posterior, rank=rank, world_size=2).read(3).latents
+            for rank in range(2)
+        ]
+        assert torch.equal(torch.cat(ranks), whole.latents)
+        noise = [
+            self.stream(feature_store, posterior, seed=seed)._posterior_noise(0, 2)
+            for seed in (0, 1)
+        ]
+        assert len(np.unique(np.concatenate(noise).reshape(4, -1), axis=0)) == 4
+
+    def test_draws_have_the_mean_and_the_deviation_that_are_stored(self, feature_store, posterior):
+        stream = self.stream(feature_store, posterior)
+        noise = torch.cat([torch.tensor(stream._posterior_noise(40 * n, 40)) for n in range(10)])
+        assert abs(noise.mean()) < 0.02
+        assert abs(noise.std() - 1) < 0.02
+        batch = stream.read(0)
+        mean = self.stream(feature_store, posterior, "mean").read(0).latents
+        assert torch.equal(mean, torch.tensor(stream.latents.read(batch.sample_ids)))
+        deviation = stream.latents._codes("deviation", batch.sample_ids) * 0.36  # scaling_factor
+        drawn = (batch.latents - mean).numpy() / deviation
+        np.testing.assert_allclose(drawn, noise[:40].numpy(), atol=1e-2)
+
+    def test_a_sample_is_drawn_anew_in_the_next_epoch(self, feature_store, posterior):
+        stream = self.stream(feature_store, posterior)
+        first, second = (
+            {s: b.latents[i] for b in map(stream.read, steps) for i, s in enumerate(b.sample_ids)}
+            for steps in (range(5), range(5, 10))
+        )
+        assert first.keys() == second.keys()
+        assert not any(torch.equal(first[sample], second[sample]) for sample in first)
+
+    def test_samples_without_a_latent_do_not_occur(self, feature_store, samples_file, tmp_path):
+        from semroute.pipeline.imaging import encode_images
+
+        table = pyarrow.parquet.read_table(samples_file)
+        images = table["image"].to_pylist()
+        for number in (0, 7, 199):
+            images[number] = {"bytes": b"broken", "path": None}
+        kind = table.schema.field("image").type
+        table = table.set_column(1, "image", pa.array(images, kind))
+        pyarrow.parquet.write_table(table, tmp_path / "samples.parquet")
+        options = {"workers": 0, "drop_broken": True, "report": lambda _: None}
+        latents = encode_images(str(tmp_path / "samples.parquet"), tmp_path / "store", **options)
+        stream = self.stream(feature_store, latents.path)
+        batches = [stream.read(step) for step in range(2 * 197)]
+        ids = np.concatenate([batch.sample_ids for batch in batches])
+        good = sorted({*range(200)} - {0, 7, 199})
+        assert all(sorted(epoch) == good for epoch in ids.reshape(-1, 197))
+        batch = batches[0]
+        assert np.array_equal(batch.latents.numpy(), latents.read(batch.sample_ids))
+        captions = stream.features.samples["caption_ids"].to_pylist()
+        own = [captions[sample] for sample in batch.sample_ids]
+        starts = np.unique([c for row in own for c in row])  # all of which are read, or null
+        assert len(batch.offsets) - 1 <= len(starts) + 1
+
+
 class TestJoin:
     def amended(self, store, folder, change):
         path = folder / "store"
@@ -261,6 +340,7 @@ class TestJoin:
         manifest = json.loads((path / "manifest.json").read_text())
         change(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "checksums.json").unlink()  # as if by an early version
         return path
 
     def stream(self, features, latents):

@@ -28,8 +28,10 @@ NULL_CAPTION = 0
 class Order:
     """Samples and captions by global position; epoch e is positions e * num_samples and on.
 
+    Samples are counted without those that have no latent (see :attr:`LatentStore.ids`).
+
     Args:
-        num_samples: in the stores.
+        num_samples: that have a latent.
         caption_counts: int64 [num_samples], how many captions each sample has, at least one.
         caption_dropout: share of positions that train the null caption.
     """
@@ -178,9 +180,10 @@ class Stream:
         captions = features.samples["caption_ids"].combine_chunks()
         self._caption_ids = captions.values.to_numpy()
         self._caption_starts = captions.offsets.to_numpy()[:-1].astype(np.int64)
+        counts = np.diff(captions.offsets.to_numpy()).astype(np.int64)
         self.order = Order(
-            len(latents),
-            np.diff(captions.offsets.to_numpy()).astype(np.int64),
+            len(latents.ids),
+            counts[latents.ids],
             seed=seed,
             caption_dropout=data.caption_dropout,
         )
@@ -194,8 +197,10 @@ class Stream:
         """One batch, read now."""
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
-        samples = self.order.samples(first, num)
-        unique, caption = np.unique(self._captions_at(first, samples), return_inverse=True)
+        places = self.order.samples(first, num)
+        samples = self.latents.ids[places]
+        choices = self.order.choices(first, places)
+        unique, caption = np.unique(self._captions(samples, choices), return_inverse=True)
         rows: Rows | Codes
         if self.codes:
             rows = self.features.read_codes(unique, self.layers)
@@ -209,12 +214,23 @@ class Stream:
             hidden=rows if isinstance(rows, Codes) else rows.tensor(),
             offsets=torch.from_numpy(rows.offsets),
             caption=torch.from_numpy(caption),
-            latents=torch.from_numpy(self.latents.read(samples)),
+            latents=torch.from_numpy(self.latents.read(samples, self._posterior_noise(first, num))),
         )
 
-    def _captions_at(self, first: int, samples: np.ndarray) -> np.ndarray:
-        """Caption ids of the samples at positions ``first`` and on."""
-        choice = self.order.choices(first, samples)
+    def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
+        """Standard normal float32 [num, C, height, width] of positions ``first`` and on, where
+        latents are draws from a posterior."""
+        if self.data.posterior == "mean" or not self.latents.has_deviation:
+            return None
+        shape = self.latents.manifest.identity.shape
+        keys = [(self.order.seed, 3, position) for position in range(first, first + num)]
+        generators = (
+            np.random.Generator(np.random.Philox(np.random.SeedSequence(k))) for k in keys
+        )
+        return np.stack([each.standard_normal(shape, np.float32) for each in generators])
+
+    def _captions(self, samples: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """Caption ids of samples, of which the choice says which."""
         captions = np.full(len(samples), NULL_CAPTION, np.int64)
         kept = choice >= 0
         captions[kept] = self._caption_ids[self._caption_starts[samples[kept]] + choice[kept]]
