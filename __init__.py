@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FeatureStore": "semroute.pipeline.store",
     "LatentStore": "semroute.pipeline.store",
+    "inspect": "semroute.pipeline.inspection",
+    "measure_layers": "semroute.pipeline.statistics",
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
     "load_run": "semroute.trainer.checkpoint",

@@ -1,13 +1,23 @@
-"""One task a shard, on Dask: back-pressure, retry, quarantine, draining on Ctrl-C."""
+"""One task a shard: in this process, on this machine's cores or GPUs, or on a Dask cluster.
 
+Back-pressure, retry, what kills its worker, and draining on Ctrl-C. Scheduling is Dask's.
+"""
+
+import asyncio
 import logging
 import os
+import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from errno import EDQUOT, EFBIG, ENOSPC
 from typing import Any, TypeVar
+
+from ..schemas import InputError
 
 R = TypeVar("R")
 Outcome = tuple[int, R | BaseException]
@@ -22,7 +32,10 @@ IN_FLIGHT = 2
 """Shards a worker has at most: one at work, one waiting."""
 ATTEMPTS = 2
 """Times that a shard is tried when its task raises. A worker that dies is Dask's affair: the shard
-goes to another worker, and is given up when it has killed three."""
+goes to another worker. One that was on three workers that died is tried once more at the end and
+alone, so that no shard is given up for what its neighbour did; then it is given up."""
+LOOK_SECONDS = 1.0
+"""How often workers are counted while tasks run."""
 
 
 class Interrupted(Exception):
@@ -33,37 +46,280 @@ class DiskFullError(OSError):
     """The target cannot take more bytes; to try another shard would be in vain."""
 
 
+class ClusterLostError(InputError):
+    """The scheduler is gone, and with it the knowledge of who does what."""
+
+
 def num_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def run(
-    shards: Sequence[int],
-    function: Callable[..., R],
-    arguments: Callable[[int], tuple[Any, ...]],
-    *,
-    workers: int,
-    on_progress: Progress,
-) -> Iterator[Outcome[R]]:
-    """Call ``function(*arguments(shard))`` for every shard, in any order.
+@dataclass
+class Cluster:
+    """Where tasks run. A context: workers are started when first needed, and stopped at its end.
 
-    Args:
-        function: importable by name, so that workers can find it.
-        arguments: called when a shard's turn comes, so that what tasks carry is never all alive.
-        workers: processes; 0 runs in this process, without Dask.
-        on_progress: gets what tasks tell by :func:`report_progress`, from another thread.
-
-    Yields:
-        Each shard with its result, or with the exception that ended its last attempt.
-
-    Raises:
-        Interrupted: after the first Ctrl-C, when the shards at work are done. The second Ctrl-C is
-            a KeyboardInterrupt.
-        DiskFullError: a task found the disk full; nothing further is begun.
+    Attributes:
+        workers: processes on this machine; 0: this process, without Dask; None: a Dask cluster has
+            as many as it has.
+        connect: makes the client of that cluster; for a cluster on this machine None.
+        name: how the place is put to people.
+        num_errors: attempts that failed, also of shards that were written in the end.
     """
-    execute = _in_process if workers == 0 else _on_cluster
-    yield from execute(shards, function, arguments, workers, on_progress)
+
+    workers: int | None
+    connect: Callable[[ExitStack], Any] | None = None
+    name: str = ""
+    num_errors: int = 0
+    _present: int = 0
+    _resources: ExitStack = field(default_factory=ExitStack, repr=False)
+    _client: Any = field(default=None, repr=False)
+    _stopped: threading.Event | None = field(default=None, repr=False)
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __str__(self) -> str:
+        if self.connect is not None:
+            return self.name
+        names = {0: "in this process", 1: "1 worker"}
+        return names.get(self.workers or 0, f"{self.workers} workers")
+
+    def limit(self, num: int) -> None:
+        """Start no more workers of this machine than there is work for."""
+        if self.workers is not None and self._client is None:
+            self.workers = min(self.workers, num)
+
+    def __exit__(self, *_exception: object) -> None:
+        self._resources.close()
+        self._client = None
+
+    @property
+    def client(self) -> Any:
+        """The Dask client; the first use starts the workers of this machine.
+
+        Raises:
+            InputError: there is no scheduler at the address.
+        """
+        if self._client is None:
+            with _ignoring_interrupts():
+                connect = self.connect or self._start
+                self._client = connect(self._resources)
+        return self._client
+
+    def _start(self, resources: ExitStack) -> Any:
+        """Processes of this machine."""
+        import dask
+        from distributed import Client, LocalCluster
+
+        settings = {
+            # A task may hold its worker for long, a model's loading above all.
+            "distributed.scheduler.worker-ttl": "30 minutes",
+            # Dask has glibc give memory back at every turn, and with that a model's activations
+            # are mapped, cleared and unmapped layer by layer: a quarter of the time went there.
+            "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**33),
+            "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**30),
+        }
+        resources.enter_context(dask.config.set(settings))
+        cluster = LocalCluster(
+            n_workers=self.workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,  # a model's weights would count against it
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        )
+        resources.enter_context(cluster)
+        return resources.enter_context(Client(cluster))
+
+    def num_workers(self) -> int:
+        """Workers that were there when they were last counted; 0 without Dask."""
+        return self._present
+
+    def ask(self, function: Callable[..., R], *arguments: Any) -> dict[str, R]:
+        """Call a function in every worker there is: address -> what it says."""
+        if self.workers == 0:
+            return {"": function(*arguments)}
+        found: dict[str, R] = self.client.run(function, *arguments)
+        return found
+
+    def run(
+        self,
+        shards: Sequence[int],
+        function: Callable[..., R],
+        arguments: Callable[[int], tuple[Any, ...]],
+        *,
+        on_progress: Progress,
+    ) -> Iterator[Outcome[R]]:
+        """Call ``function(*arguments(shard))`` for every shard, in any order.
+
+        Args:
+            function: importable by name, so that workers can find it.
+            arguments: called when a shard's turn comes, so that what tasks carry is never all
+                alive.
+            on_progress: gets what tasks tell by :func:`report_progress`, from another thread.
+
+        Yields:
+            Each shard with its result, or with the exception that ended its last attempt.
+
+        Raises:
+            Interrupted: after the first Ctrl-C, when the shards at work are done. The second
+                Ctrl-C is a KeyboardInterrupt.
+            DiskFullError: a task found the disk full; nothing further is begun.
+            ClusterLostError: the scheduler is gone.
+        """
+        execute = self._in_process if self.workers == 0 else self._on_dask
+        with _draining() as stopped:
+            self._stopped = stopped
+            yield from execute(shards, function, arguments, on_progress, stopped)
+
+    @property
+    def draining(self) -> bool:
+        """Ctrl-C was pressed, and shards at work are being finished."""
+        return self._stopped is not None and self._stopped.is_set()
+
+    def _in_process(
+        self,
+        shards: Sequence[int],
+        function: Callable[..., R],
+        arguments: Callable[[int], tuple[Any, ...]],
+        on_progress: Progress,
+        stopped: threading.Event,
+    ) -> Iterator[Outcome[R]]:
+        with _listening(on_progress):
+            for shard in shards:
+                if stopped.is_set():
+                    raise Interrupted
+                for attempt in range(1, ATTEMPTS + 1):
+                    try:
+                        yield shard, function(*arguments(shard))
+                        break
+                    except Exception as error:
+                        self.num_errors += 1
+                        _raise_if_full(error)
+                        if attempt == ATTEMPTS:
+                            yield shard, error
+
+    def _on_dask(
+        self,
+        shards: Sequence[int],
+        function: Callable[..., R],
+        arguments: Callable[[int], tuple[Any, ...]],
+        on_progress: Progress,
+        stopped: threading.Event,
+    ) -> Iterator[Outcome[R]]:
+        client = self.client
+        client.subscribe_topic(_TOPIC, lambda event: on_progress(*event[1]))
+        tasks = _Tasks(self, function, arguments)
+        try:
+            deadly: list[int] = []
+            for shard, outcome in tasks.run(shards, stopped):
+                if _kills_workers(outcome):
+                    deadly.append(shard)
+                else:
+                    yield shard, outcome
+            for shard in deadly:
+                yield from tasks.run([shard], stopped)
+        finally:
+            tasks.abandon()
+            client.unsubscribe_topic(_TOPIC)
+        if stopped.is_set():
+            raise Interrupted
+
+
+class _Tasks:
+    """Shards in flight on a Dask cluster."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        function: Callable[..., Any],
+        arguments: Callable[[int], tuple[Any, ...]],
+    ) -> None:
+        self.cluster, self.client = cluster, cluster.client
+        self.function, self.arguments = function, arguments
+        self.in_flight: dict[str, tuple[int, int, Any]] = {}  # key -> shard, attempt, future
+        self.done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.number = 0
+        self.looked = 0.0
+        self.room = IN_FLIGHT
+
+    def run(self, shards: Sequence[int], stopped: threading.Event) -> Iterator[Outcome[Any]]:
+        """Every shard with its outcome, until Ctrl-C."""
+        waiting = iter(shards)
+        while True:
+            while not stopped.is_set() and len(self.in_flight) < self._room():
+                shard = next(waiting, None)
+                if shard is None:
+                    break
+                self._submit(shard, 1)
+            if not self.in_flight:
+                return
+            try:
+                future = self.done.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                self._check_scheduler()
+                continue
+            shard, attempt, _ = self.in_flight.pop(future.key)
+            outcome = self._outcome(future)
+            future.release()
+            if isinstance(outcome, BaseException):
+                self.cluster.num_errors += 1
+                _raise_if_full(outcome)
+                again = attempt < ATTEMPTS and not _kills_workers(outcome)
+                if again and not stopped.is_set():
+                    self._submit(shard, attempt + 1)
+                    continue
+            yield shard, outcome
+
+    def abandon(self) -> None:
+        """Let go of what is still in flight."""
+        for _, _, future in self.in_flight.values():
+            future.cancel()
+        self.in_flight.clear()
+
+    def _submit(self, shard: int, attempt: int) -> None:
+        self.number += 1
+        key = f"shard-{shard}-{os.getpid()}-{self.number}"
+        future = self.client.submit(self.function, *self.arguments(shard), key=key, pure=False)
+        self.in_flight[key] = (shard, attempt, future)
+        future.add_done_callback(self.done.put)
+
+    def _room(self) -> int:
+        """How many shards may be in flight: workers come and go."""
+        if time.monotonic() - self.looked > LOOK_SECONDS:
+            self._check_scheduler()
+            try:
+                self.cluster._present = len(self.client.nthreads())
+            except (OSError, TimeoutError) as error:  # CommClosedError is an OSError
+                raise self._lost() from error
+            self.room = IN_FLIGHT * max(1, self.cluster._present)
+            self.looked = time.monotonic()
+        return self.room
+
+    def _outcome(self, future: Any) -> Any:
+        try:
+            error = future.exception()
+            return future.result() if error is None else error
+        except (CancelledError, asyncio.CancelledError) as error:
+            raise self._lost() from error
+
+    def _check_scheduler(self) -> None:
+        if self.client.status != "running":
+            raise self._lost()
+
+    def _lost(self) -> ClusterLostError:
+        return ClusterLostError(
+            f"the scheduler at {self.client.scheduler.address} is gone. What is written is whole "
+            "and kept; start a cluster and run the same command again."
+        )
+
+
+def _kills_workers(outcome: Any) -> bool:
+    from distributed import KilledWorker
+
+    return isinstance(outcome, KilledWorker)
 
 
 def report_progress(shard: int, done: int) -> None:
@@ -81,91 +337,6 @@ def report_progress(shard: int, done: int) -> None:
     except ValueError:  # called outside run
         return
     worker.log_event(_TOPIC, (shard, done))
-
-
-def _in_process(
-    shards: Sequence[int],
-    function: Callable[..., R],
-    arguments: Callable[[int], tuple[Any, ...]],
-    _workers: int,
-    on_progress: Progress,
-) -> Iterator[Outcome[R]]:
-    with _listening(on_progress), _draining() as stopped:
-        for shard in shards:
-            if stopped.is_set():
-                raise Interrupted
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    yield shard, function(*arguments(shard))
-                    break
-                except Exception as error:
-                    _raise_if_full(error)
-                    if attempt == ATTEMPTS:
-                        yield shard, error
-
-
-def _on_cluster(
-    shards: Sequence[int],
-    function: Callable[..., R],
-    arguments: Callable[[int], tuple[Any, ...]],
-    workers: int,
-    on_progress: Progress,
-) -> Iterator[Outcome[R]]:
-    import dask
-    from distributed import Client, LocalCluster, as_completed
-
-    settings = {
-        # A task may hold its worker for long, a model's loading above all.
-        "distributed.scheduler.worker-ttl": "30 minutes",
-        # Dask has glibc give memory back at every turn, and with that a model's activations are
-        # mapped, cleared and unmapped layer by layer: a quarter of the time went there.
-        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**33),
-        "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**30),
-    }
-    queue = iter(shards)
-    attempts: dict[str, tuple[int, int]] = {}
-    with (
-        dask.config.set(settings),
-        _ignoring_interrupts(),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-        _draining() as stopped,
-    ):
-        client.subscribe_topic(_TOPIC, lambda event: on_progress(*event[1]))
-
-        def submit(shard: int, attempt: int = 1) -> Any:
-            key = f"shard-{shard}-{attempt}"
-            attempts[key] = (shard, attempt)
-            return client.submit(function, *arguments(shard), key=key, pure=False)
-
-        def next_task() -> list[Any]:
-            shard = None if stopped.is_set() else next(queue, None)
-            return [] if shard is None else [submit(shard)]
-
-        pending = as_completed([task for _ in range(IN_FLIGHT * workers) for task in next_task()])
-        for future in pending:
-            shard, attempt = attempts.pop(future.key)
-            error = future.exception()
-            if error is None:
-                yield shard, future.result()
-            else:
-                _raise_if_full(error)
-                if attempt < ATTEMPTS and not stopped.is_set():
-                    pending.add(submit(shard, attempt + 1))
-                    continue
-                yield shard, error
-            future.release()
-            pending.update(next_task())
-        if stopped.is_set():
-            raise Interrupted
 
 
 def _raise_if_full(error: BaseException) -> None:

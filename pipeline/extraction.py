@@ -7,6 +7,7 @@ the same bytes. Work that remains is what has no receipt.
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,15 +31,18 @@ from ..schemas import (
     differences,
 )
 from .captions import Captions, build_captions
-from .cluster import num_cpus, report_progress, run
+from .cluster import Cluster, report_progress
 from .codecs import CODECS, Bf16, Coded, Predictive
 from .distortion import CodecError
-from .filling import check_space, fill, name_workers, num_workers, provenance
+from .filling import at_work, check_space, fill, provenance
 from .fitting import fit_codec, fit_rows, request_codec
+from .growth import added_bytes, check_rows, generations, grow
 from .layout import Packing, batches, format_bytes, pack
 from .mixing import mix
 from .parameters import digest_parameters
-from .planning import make_plan
+from .places import look_at_workers, own_device
+from .planning import default_batch_tokens, make_plan
+from .progress import Style
 from .store import FeatureStore, Rows
 
 if TYPE_CHECKING:
@@ -49,9 +53,8 @@ if TYPE_CHECKING:
 SINK_RATIO = 20.0
 """A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
 attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
-CPU_BATCH_TOKENS = 512
-"""Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
-GPU_BATCH_TOKENS = 16_384
+_model_in_use = threading.Lock()
+"""A model serves one task at a time, however many threads a worker was given."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def extract(
     max_length: int = 512,
     keep_prefix: bool = False,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    codec: Literal["bf16", "lossless", "delta", "linear"] = "bf16",
+    codec: Literal["bf16", "lossless", "delta", "linear"] = "delta",
     quality: float | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -138,12 +141,15 @@ def extract(
     batch_tokens: int | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    cluster: str = "local",
     force: bool = False,
     report: Callable[[str], None] = print,
+    progress: Style = "auto",
 ) -> FeatureStore:
     """Run an LLM over captions once and store the hidden states of its layers.
 
-    Called again with the same arguments it continues where it was stopped, by whatever.
+    Called again with the same arguments it continues where it was stopped, by whatever. Called with
+    a source that gained rows at its end, it adds new shards to the store and leaves the old ones.
 
     Args:
         source: table of captions, see :func:`semroute.pipeline.samples.read_samples`.
@@ -165,108 +171,117 @@ def extract(
         batch_tokens: tokens a batch, padding included; default as the store was begun, or for a new
             one 512 on a CPU and 16,384 on a GPU.
         workers: processes; default one a GPU, or one a CPU core up to 4; 0: this one, without Dask.
-        threads: CPU threads a worker; default all cores over all workers. A store that is continued
-            keeps the number it was begun with, so that its bytes do not depend on the workers.
+        threads: CPU threads a worker; default all cores over all workers, on a cluster as many as
+            the worker with the fewest has. A store that is continued keeps the number it was begun
+            with, so that its bytes do not depend on the workers.
+        cluster: where: ``local``, the address or the file of a Dask scheduler, or a job queue; see
+            :func:`semroute.pipeline.places.find_cluster`.
         force: begin although the target has too little space.
         report: takes one line of text at a time.
+        progress: ``json``: an object a line on standard output, once a second.
 
     Raises:
-        InputError: bad input, before any work; or a store that was made otherwise.
+        InputError: bad input, before any work; a store that was made otherwise, or that another
+            process fills; no such cluster.
         ExtractionError: shards failed and are in quarantine.
         Interrupted: Ctrl-C.
     """
-    import torch
-
     features = Path(features)
-    begun = FeatureStore.begun(features)
-    if begun is not None and dtype == "auto":
-        dtype = begun.manifest.identity.dtype
-    plan = make_plan(
-        source,
-        model=model,
-        template=template,
-        text_column=text_column,
-        layers=layers,
-        max_length=max_length,
-        keep_prefix=keep_prefix,
-        dtype=dtype,
-        limit=limit,
-        seed=seed,
-    )
-    captions, identity = plan.captions, plan.identity
-    bytes_per_row = 2 * len(identity.layers) * identity.model.width
-    workers = num_workers(workers, torch.cuda.device_count())
-    spec = request_codec(codec, quality)
-    if begun is not None:
-        asked = begun.manifest.codec
-        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
-        threads = begun.manifest.layout.num_threads
-        batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
-    packing = pack(
-        captions.num_tokens,
-        bytes_per_row=bytes_per_row,
-        shard_bytes=shard_bytes,
-        batch_tokens=batch_tokens or default_batch_tokens(),
-        aligned=CODECS[codec].aligned,
-        num_threads=threads or max(1, num_cpus() // max(1, workers)),
-    )
-    manifest = FeatureManifest(
-        status="extracting",
-        identity=identity,
-        layout=packing.layout,
-        codec=spec,
-        provenance=provenance(source, plan.model.name),
-    )
-    job = _Job(features.resolve(), plan.model)
-    plan.report_cuts(report)
-    if begun is not None:
-        store = begun
-        store.check_same(manifest)
-    else:
-        fitted = None
-        num_bytes = packing.layout.num_rows * bytes_per_row
-        if CODECS[codec].fits:
-            fitted = _fit(job, manifest, captions, workers, report)
-            manifest = manifest.model_copy(update={"codec": fitted.spec})
-            num_bytes = int(num_bytes * fitted.bits_per_value / 16)
-        check_space(features, num_bytes, force)
+    with at_work(features, cluster, workers, report) as machines:
+        begun = FeatureStore.begun(features)
+        there = look_at_workers(machines, str(features), report)
+        if dtype == "auto":
+            dtype = "bfloat16" if there.have_gpus else "float32"
+            dtype = begun.manifest.identity.dtype if begun is not None else dtype
+        plan = make_plan(
+            source,
+            model=model,
+            template=template,
+            text_column=text_column,
+            layers=layers,
+            max_length=max_length,
+            keep_prefix=keep_prefix,
+            dtype=dtype,
+            limit=limit,
+            seed=seed,
+            begun=begun.manifest if begun else None,
+        )
+        if begun is not None:
+            check_rows(begun, plan)
+        captions, identity = plan.captions, plan.identity
+        bytes_per_row = 2 * len(identity.layers) * identity.model.width
+        spec = request_codec(codec, quality)
+        if begun is not None:
+            asked = begun.manifest.codec
+            spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
+            threads = begun.manifest.layout.num_threads
+            batch_tokens = batch_tokens or begun.manifest.layout.batch_tokens
+        packing = pack(
+            captions.num_tokens,
+            bytes_per_row=bytes_per_row,
+            shard_bytes=shard_bytes,
+            batch_tokens=batch_tokens or default_batch_tokens(there.have_gpus),
+            aligned=CODECS[codec].aligned,
+            num_threads=threads or there.threads,
+            earlier=[earlier.num_captions for earlier in captions.earlier],
+        )
+        manifest = FeatureManifest(
+            status="extracting",
+            identity=identity,
+            layout=packing.layout,
+            codec=spec,
+            provenance=provenance(source, plan.model.name),
+            grown_from=generations(plan, packing, begun),
+        )
+        job = _Job(features.resolve(), plan.model)
+        plan.report_warnings(report)
         table = _captions_table(captions, packing)
-        parameters = fitted.parameters if fitted else None
-        store = FeatureStore.create(features, manifest, table, plan.samples_table(), parameters)
+        if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
+            begun.check_same(manifest.before_growth())
+            check_space(features, added_bytes(begun, manifest), force)
+            store = grow(begun, manifest, plan.samples_table(), table, report)
+        elif begun is not None:
+            store = begun
+            store.check_same(manifest)
+        else:
+            fitted = None
+            num_bytes = packing.layout.num_rows * bytes_per_row
+            if CODECS[codec].fits:
+                machines.limit(packing.layout.num_shards)
+                fitted = _fit(job, manifest, captions, machines, report)
+                manifest = manifest.model_copy(update={"codec": fitted.spec})
+                num_bytes = int(num_bytes * fitted.bits_per_value / 16)
+            check_space(features, num_bytes, force)
+            parameters = fitted.parameters if fitted else None
+            store = FeatureStore.create(features, manifest, table, plan.samples_table(), parameters)
 
-    remaining = store.remaining()
-    workers = min(workers, len(remaining))
+        remaining = store.remaining()
+        machines.limit(len(remaining))
 
-    def arguments(shard: int) -> tuple[_Job, _Task]:
-        entries = packing.entries(shard)
-        chosen = slice(entries.start, entries.stop)
-        row_start = packing.row_start[chosen] - shard * packing.layout.rows_per_shard
-        return job, _Task.of(captions, chosen, shard, row_start)
+        def arguments(shard: int) -> tuple[_Job, _Task]:
+            entries = packing.entries(shard)
+            chosen = slice(entries.start, entries.stop)
+            row_start = packing.row_start[chosen] - shard * packing.layout.rows_per_shard
+            return job, _Task.of(captions, chosen, shard, row_start)
 
-    report(
-        f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
-        f"{packing.layout.num_rows:,} tokens x {len(identity.layers)} layers x "
-        f"{identity.model.width}: {format_bytes(packing.layout.num_rows * bytes_per_row)}; "
-        f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
-    )
-    fill(
-        store,
-        remaining,
-        _encode_shard,
-        arguments,
-        packing,
-        workers=workers,
-        unit="captions",
-        report=report,
-    )
+        report(
+            f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
+            f"{packing.layout.num_rows:,} tokens x {len(identity.layers)} layers x "
+            f"{identity.model.width}: {format_bytes(packing.layout.num_rows * bytes_per_row)}; "
+            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {machines}"
+        )
+        fill(
+            store,
+            remaining,
+            _encode_shard,
+            arguments,
+            packing,
+            cluster=machines,
+            unit="captions",
+            report=report,
+            style=progress,
+        )
     return store
-
-
-def default_batch_tokens() -> int:
-    """Tokens a batch on this machine, where nobody chose."""
-    import torch
-
-    return GPU_BATCH_TOKENS if torch.cuda.is_available() else CPU_BATCH_TOKENS
 
 
 def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
@@ -306,6 +321,7 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
         template=identity.template.text,
         max_length=identity.max_length,
         keep_prefix=identity.template.keep_prefix,
+        causal=identity.model.causal,
     )
     layers = identity.llm_layers
     encoder = Encoder(located, layers, identity.dtype)
@@ -331,6 +347,11 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
 
 def _encode_shard(job: _Job, task: _Task) -> Receipt:
     """Encode and write one shard, then its receipt. Runs in a worker."""
+    with _model_in_use:
+        return _encode(job, task)
+
+
+def _encode(job: _Job, task: _Task) -> Receipt:
     import torch
 
     started = time.perf_counter()
@@ -338,7 +359,7 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
     manifest = store.manifest
     torch.set_num_threads(manifest.layout.num_threads)
     layers = manifest.identity.layers
-    encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, _device())
+    encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, own_device())
     loaded = time.perf_counter()
     codec = store.codec
     planes = {
@@ -384,27 +405,13 @@ def _encode_shard(job: _Job, task: _Task) -> Receipt:
 def _load_encoder(
     source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
 ) -> "Encoder":
-    """The model, loaded once a worker (which has one thread for tasks)."""
+    """The model, loaded once a worker."""
     from transformers.utils import logging
 
     from .encoder import Encoder
 
     logging.disable_progress_bar()
     return Encoder(source, layers, dtype, device)
-
-
-def _device() -> str:
-    """The worker's own GPU where there are GPUs (workers of a LocalCluster are named 0, 1, ...)."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    from distributed import get_worker
-
-    try:
-        return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
-    except ValueError:  # no worker: this is the driver's own process
-        return "cuda:0"
 
 
 def _encode_batches(
@@ -432,7 +439,7 @@ def _fit(
     job: _Job,
     manifest: FeatureManifest,
     captions: Captions,
-    workers: int,
+    machines: Cluster,
     report: Callable[[str], None],
 ) -> _Fitted:
     """Fit the codec to the first captions in store order, in a worker, before anything is kept."""
@@ -446,13 +453,7 @@ def _fit(
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)
 
-        outcomes = run(
-            [0],
-            _fit_codec,
-            lambda _: (job, task, manifest),
-            workers=min(workers, 1),
-            on_progress=show,
-        )
+        outcomes = machines.run([0], _fit_codec, lambda _: (job, task, manifest), on_progress=show)
         ((_, fitted),) = outcomes
     if isinstance(fitted, BaseException):
         raise InputError(f"the codec could not be fitted: {fitted}") from fitted
@@ -465,10 +466,15 @@ def _fit(
 
 def _fit_codec(job: _Job, task: _Task, manifest: FeatureManifest) -> _Fitted:
     """Encode a sample and fit the codec to it. Runs in a worker."""
+    with _model_in_use:
+        return _fit_to(job, task, manifest)
+
+
+def _fit_to(job: _Job, task: _Task, manifest: FeatureManifest) -> _Fitted:
     import torch
 
     torch.set_num_threads(manifest.layout.num_threads)
-    identity, device = manifest.identity, _device()
+    identity, device = manifest.identity, own_device()
     encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, device)
     num_rows = sum(map(len, task.sequences)) - int(task.kept.sum())
     shape = (num_rows, len(identity.layers), identity.model.width)

@@ -3,18 +3,20 @@
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..schemas import InputError, Provenance, Quarantine, Receipt
-from .cluster import DiskFullError, Interrupted, num_cpus, run
+from .cluster import Cluster, DiskFullError, Interrupted
 from .layout import Packing, format_bytes
+from .lock import locked
+from .places import find_cluster
+from .progress import Meter, Style
 from .store import FeatureStore, LatentStore
 
 _LIBRARIES = (
@@ -34,6 +36,27 @@ class ExtractionError(InputError):
     """Some shards could not be written; the store keeps all others."""
 
 
+@contextmanager
+def at_work(
+    store: Path,
+    cluster: str,
+    workers: int | None,
+    report: Callable[[str], None],
+    *,
+    gpus: int | None = None,
+) -> Iterator[Cluster]:
+    """Be the driver of a store, on the cluster that was named; its workers end with the block.
+
+    Args: as for :func:`semroute.pipeline.places.find_cluster`.
+
+    Raises:
+        LockedError: another process fills this store.
+        InputError: no such cluster.
+    """
+    with locked(store, report), find_cluster(cluster, workers, gpus) as found:
+        yield found
+
+
 def fill(
     store: FeatureStore | LatentStore,
     remaining: Sequence[int],
@@ -41,84 +64,67 @@ def fill(
     arguments: Callable[[int], tuple[Any, ...]],
     packing: Packing,
     *,
-    workers: int,
+    cluster: Cluster,
     unit: str,
     report: Callable[[str], None],
+    style: Style = "auto",
 ) -> None:
     """Run the remaining shards and finish the store.
 
     Args:
         function: writes one shard and its receipt, and returns the receipt; importable by name.
         arguments: shard -> what the function is called with.
-        workers: as for :func:`semroute.pipeline.cluster.run`.
-        unit: what entries are called in the progress bar.
+        cluster: where it is called.
+        unit: what entries are called in the progress line.
         report: takes one line of text at a time.
+        style: of the progress line.
 
     Raises:
         ExtractionError: shards failed, or the disk is full; all others are written.
         Interrupted: Ctrl-C.
+        ClusterLostError: the scheduler is gone.
     """
-    sizes = {shard: len(packing.entries(shard)) for shard in range(packing.layout.num_shards)}
-    total = sum(sizes.values())
+    meter = Meter(
+        store.path.name,
+        unit,
+        packing.work(),
+        list(remaining),
+        style,
+        workers=cluster.num_workers,
+        errors=lambda: cluster.num_errors,
+    )
     written, warnings = _Tally(), set()
-    with tqdm(
-        total=total,
-        initial=total - sum(sizes[shard] for shard in remaining),
-        unit=f" {unit}",
-        desc=store.path.name,
-        smoothing=0.1,
-        disable=not remaining,
-    ) as bar:
-        failed: dict[int, BaseException] = {}
-        partial: dict[int, int] = {}  # entries done of shards at work
-        over: set[int] = set()
-        finished = bar.n
-
-        def show(shard: int, done: int) -> None:
-            if shard not in over:
-                partial[shard] = done
-            bar.update(max(0, finished + sum([*partial.values()]) - bar.n))
-
-        outcomes = run(remaining, function, arguments, workers=workers, on_progress=show)
-        try:
+    failed: dict[int, BaseException] = {}
+    try:
+        with meter:
+            outcomes = cluster.run(remaining, function, arguments, on_progress=meter.advance)
             for shard, outcome in outcomes:
                 if isinstance(outcome, Receipt):
                     written.add(outcome)
                     warnings.update(outcome.warnings)
+                    meter.finish(shard, sum(file.num_bytes for file in outcome.files.values()))
                 else:
                     failed[shard] = outcome
-                    store.write_quarantine(
-                        Quarantine(
-                            shard=shard,
-                            entries=list(packing.entries(shard)),
-                            reason=f"{type(outcome).__name__}: {outcome}",
-                            traceback="".join(traceback.format_exception(outcome)),
-                        )
-                    )
-                over.add(shard)
-                partial.pop(shard, None)
-                finished += sizes[shard]
-                bar.update(finished + sum([*partial.values()]) - bar.n)
-                bar.set_postfix_str(written.describe(len(failed)))
-        except DiskFullError as error:
-            raise ExtractionError(
-                f"the disk of {store.path} is full ({error.strerror}). What is written is whole "
-                f"and kept: {len(store.remaining())} of {packing.layout.num_shards} shards remain. "
-                "Free some space and run the same command again."
-            ) from error
-        except (Interrupted, KeyboardInterrupt):
-            bar.close()
-            report(
-                f"stopped: {len(store.remaining())} of {packing.layout.num_shards} shards remain; "
-                "the same command continues"
-            )
-            raise
+                    entries = list(packing.entries(shard))
+                    store.write_quarantine(_quarantine(shard, entries, outcome))
+                    meter.finish(shard, None)
+    except DiskFullError as error:
+        raise ExtractionError(
+            f"the disk of {store.path} is full ({error.strerror}). What is written is whole "
+            f"and kept: {len(store.remaining())} of {packing.layout.num_shards} shards remain. "
+            "Free some space and run the same command again."
+        ) from error
+    except (Interrupted, KeyboardInterrupt):
+        report(
+            f"stopped: {len(store.remaining())} of {packing.layout.num_shards} shards remain; "
+            "the same command continues"
+        )
+        raise
     for warning in sorted(warnings):
         report(f"warning: {warning}")
     if failed:
         shown = "\n  ".join(
-            f"shard {shard}: {type(error).__name__}: {error}"
-            for shard, error in sorted(failed.items())[:5]
+            f"shard {shard}: {_reason(error)}" for shard, error in sorted(failed.items())[:5]
         )
         raise ExtractionError(
             f"{len(failed)} of {packing.layout.num_shards} shards failed and are listed with their "
@@ -130,25 +136,32 @@ def fill(
     report(written.summary(store))
 
 
+def _quarantine(shard: int, entries: list[int], error: BaseException) -> Quarantine:
+    trace = "".join(traceback.format_exception(error))
+    return Quarantine(shard=shard, entries=entries, reason=_reason(error), traceback=trace)
+
+
+def _reason(error: BaseException) -> str:
+    if type(error).__name__ == "KilledWorker":
+        return (
+            "every worker that took it died: out of memory, or killed by the batch system? Its "
+            "captions are listed beside; smaller --batch-tokens take less memory"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
 @dataclass
 class _Tally:
     """What was written in this run."""
 
     started: float = field(default_factory=time.perf_counter)
     rows: int = 0
-    num_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, receipt: Receipt) -> None:
         self.rows += receipt.num_rows
-        self.num_bytes += sum(file.num_bytes for file in receipt.files.values())
         for name, seconds in receipt.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def describe(self, num_failed: int) -> str:
-        rate = self.rows / (time.perf_counter() - self.started)
-        failed = f", {num_failed} failed" if num_failed else ""
-        return f"{rate:,.0f} rows/s, {format_bytes(self.num_bytes)}{failed}"
 
     def summary(self, store: FeatureStore | LatentStore) -> str:
         elapsed = time.perf_counter() - self.started
@@ -173,16 +186,6 @@ def check_space(target: Path, needed: int, force: bool) -> None:
             f"{target} needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free. "
             "Take fewer --layers or another disk, or begin all the same with --force."
         )
-
-
-def num_workers(workers: int | None, gpus: int) -> int:
-    """The number asked for, or one a GPU, or one a CPU core up to 4."""
-    return workers if workers is not None else gpus or min(num_cpus(), 4)
-
-
-def name_workers(workers: int) -> str:
-    """How a number of workers is put to people."""
-    return {0: "in this process", 1: "1 worker"}.get(workers, f"{workers} workers")
 
 
 def provenance(source: str, model: str) -> Provenance:

@@ -1,7 +1,8 @@
 """Where every row goes: captions -> shards, rows, chunks and batches. Pure arithmetic."""
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,16 +27,24 @@ class Packing:
         layout: shapes of the arrays.
         shard: shard of each entry, int32 ``[entries]``.
         row_start: first row of each entry, int64 ``[entries]``; its rows are consecutive.
+        num_rows: rows of each entry, int64 ``[entries]``.
     """
 
     layout: Layout
     shard: np.ndarray
     row_start: np.ndarray
+    num_rows: np.ndarray
 
     def entries(self, shard: int) -> range:
         """Entries of a shard; they are consecutive."""
         first, stop = np.searchsorted(self.shard, [shard, shard + 1])
         return range(int(first), int(stop))
+
+    def work(self) -> dict[int, tuple[int, int]]:
+        """Shard -> its entries and rows."""
+        entries = np.bincount(self.shard, minlength=self.layout.num_shards).tolist()
+        rows = np.bincount(self.shard, self.num_rows, minlength=self.layout.num_shards)
+        return dict(enumerate(zip(entries, rows.astype(np.int64).tolist(), strict=True)))
 
 
 def parse_bytes(text: str) -> int:
@@ -77,6 +86,7 @@ def pack(
     rows_per_chunk: int | None = None,
     aligned: bool = False,
     num_threads: int = 1,
+    earlier: Sequence[int] = (),
 ) -> Packing:
     """Deal entries to shards in the order given; a shard ends where the next does not fit.
 
@@ -89,16 +99,28 @@ def pack(
         rows_per_chunk: default as :func:`choose_rows_per_chunk`.
         aligned: begin every entry at a chunk. Zeros between entries are free under compression, and
             no entry's chunk holds another's rows, which would be decompressed in vain.
+        earlier: entries that there were each time before a store grew, ascending. The next entry
+            begins a shard, and the size of shards is that of the first generation.
+
+    Raises:
+        InputError: an entry of a later generation does not fit into a shard.
     """
     if rows_per_chunk is None:
         rows_per_chunk = choose_rows_per_chunk(bytes_per_row)
     used = np.asarray(num_rows, np.int64)
     num_rows = -(-used // rows_per_chunk) * rows_per_chunk if aligned else used
-    total = int(num_rows.sum())
+    stops_of_generations = [*earlier, len(num_rows)]
+    first_rows = num_rows[: stops_of_generations[0]]
+    total = int(first_rows.sum())
     wanted = shard_bytes // (bytes_per_row * rows_per_chunk)
-    needed = -(-int(num_rows.max()) // rows_per_chunk)
+    needed = -(-int(first_rows.max()) // rows_per_chunk)
     enough = -(-total // rows_per_chunk)
     rows_per_shard = max(needed, min(wanted, enough)) * rows_per_chunk
+    if num_rows.max() > rows_per_shard:
+        raise InputError(
+            f"an entry of {used[num_rows.argmax()]} rows does not fit into a shard, which has "
+            f"{rows_per_shard} rows since the store was begun; make a new store"
+        )
 
     stops = np.cumsum(num_rows)
     shard = np.empty(len(num_rows), np.int32)
@@ -106,7 +128,8 @@ def pack(
     first, num_shards = 0, 0
     while first < len(num_rows):
         before = stops[first] - num_rows[first]
-        stop = int(np.searchsorted(stops, before + rows_per_shard, side="right"))
+        end = stops_of_generations[bisect_right(stops_of_generations, first)]
+        stop = min(end, int(np.searchsorted(stops, before + rows_per_shard, side="right")))
         shard[first:stop] = num_shards
         row_start[first:stop] = (
             num_shards * rows_per_shard + stops[first:stop] - num_rows[first:stop] - before
@@ -120,7 +143,7 @@ def pack(
         batch_tokens=batch_tokens,
         num_threads=num_threads,
     )
-    return Packing(layout, shard, row_start)
+    return Packing(layout, shard, row_start, used)
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

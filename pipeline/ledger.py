@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PosixPath
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..schemas import (
+    DRIVER,
     Checksums,
     Contract,
     Difference,
@@ -27,12 +29,15 @@ from ..schemas import (
     publish,
     render,
     write_document,
+    write_whole,
 )
 
 C = TypeVar("C", bound=Contract)
 M = TypeVar("M", FeatureManifest, LatentManifest)
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+GROWING = "growing"
+"""Folder of what a store will be once it has grown: staged here whole, then put in its place."""
 _RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
 
 
@@ -65,7 +70,7 @@ class Ledger(Generic[M]):
             complete: refuse a store that is not finished.
 
         Raises:
-            StoreError: no store of this kind there, or not finished.
+            StoreError: no store of this kind there, or not finished, or its manifest is damaged.
         """
         path = locate(path)
         try:
@@ -80,25 +85,37 @@ class Ledger(Generic[M]):
             raise StoreError(
                 f"{path} is no {cls.kind} store: its manifest says {form!r} instead of {wanted!r}"
             )
+        if (path / GROWING / MANIFEST).exists():
+            raise StoreError(
+                f"{path} was growing when it was stopped. Run the command that makes it once more: "
+                "it continues where it stopped."
+            )
         store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
+        store._check_manifest()
         if complete and not store.is_complete:
             raise StoreError(
                 f"{path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards are not written. Run the command that "
-                "made it once more: it continues where it stopped."
+                f"{store.manifest.layout.num_shards} shards are to be written. Run the command "
+                "that made it once more: it continues where it stopped."
             )
         return store
 
     @classmethod
     def begun(cls, path: Path) -> Self | None:
-        """The store that was begun there, finished or not; None where there is none yet."""
-        return cls.open(path, complete=False) if (path / MANIFEST).exists() else None
+        """The store that was begun there, finished or not; None where there is none yet.
+
+        One that was stopped while it grew is put in order first.
+        """
+        if not (path / MANIFEST).exists():
+            return None
+        settle(path)
+        return cls.open(path, complete=False)
 
     @classmethod
     def prepare(cls, path: Path, tables: Sequence[str]) -> None:
         """An empty folder to create a store in; what a creation that was killed left is removed."""
         own = {cls.group, *tables, CHECKSUMS}
-        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)}
+        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)} | {DRIVER}
         if path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; expected a new folder")
         foreign = sorted({entry.name for entry in path.iterdir()} - own) if path.exists() else []
@@ -112,9 +129,58 @@ class Ledger(Generic[M]):
                 f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
                 "continued. Put it back, or name a new folder."
             )
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        for entry in path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != DRIVER:  # of the process that creates it
+                entry.unlink()
+
+    @cached_property
+    def checksums(self) -> Checksums | None:
+        """Of the files that are written once; None in a store of an early version."""
+        path = self.path / CHECKSUMS
+        return _read_contract(path, Checksums) if path.exists() else None
+
+    def _check_manifest(self) -> None:
+        begun = digest(self.manifest.begun(), early=True)
+        if self.checksums and self.checksums.manifest != begun:
+            raise StoreError(
+                f"{self.path} is damaged: {MANIFEST} and {CHECKSUMS} do not belong together. Put "
+                "both back from a copy."
+            )
+
+    def read_file(self, name: str) -> pa.Buffer:
+        """A file that is written once, of which every byte is as it was written.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            if isinstance(path, PosixPath):
+                content = pa.memory_map(str(path)).read_buffer()
+            else:
+                content = pa.py_buffer(path.read_bytes())
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+        known = self.checksums.files.get(name) if self.checksums else None
+        if known and hashlib.sha256(content).hexdigest() != known:
+            raise StoreError(
+                f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it back from a "
+                "copy; semroute verify says what else there is."
+            )
+        return content
+
+    def check_files(self, prefix: str) -> None:
+        """Read what is written once under a path; errors as for :meth:`read_file`."""
+        for name in self.checksums.files if self.checksums else ():
+            if name.startswith(prefix):
+                self.read_file(name)
+
+    def read_table(self, name: str) -> pa.Table:
+        """One of the Parquet tables, whole; errors as for :meth:`read_file`."""
+        return pyarrow.parquet.read_table(pa.BufferReader(self.read_file(name)))
 
     @property
     def is_complete(self) -> bool:
@@ -137,13 +203,17 @@ class Ledger(Generic[M]):
 
     @staticmethod
     def _compared(manifest: M) -> dict[str, Any]:
-        return manifest.model_dump(mode="json", exclude=_RECORDED)
+        return manifest.begun().model_dump(mode="json", exclude=_RECORDED)
 
     def receipts(self) -> dict[int, Receipt]:
         """Receipts by shard."""
         paths = sorted((self.path / "receipts").glob("shard-*.json"))
         receipts = [_read_contract(path, Receipt) for path in paths]
         return {receipt.shard: receipt for receipt in receipts}
+
+    def receipt_time(self, shard: int) -> float:
+        """When a shard's receipt was written, in seconds since 1970 by the file system's clock."""
+        return self._shard_file("receipts", shard).stat().st_mtime
 
     def remaining(self) -> list[int]:
         """Shards without a receipt, or whose files are not there in full."""
@@ -187,7 +257,7 @@ class Ledger(Generic[M]):
 
     def reopen(self, shards: Sequence[int]) -> None:
         """Have shards written anew: the store is no longer complete, their receipts are gone."""
-        self.manifest = self.manifest.model_copy(update={"status": "extracting"})
+        self.manifest = self.manifest.begun()
         _write_contract(self.path / MANIFEST, self.manifest)
         for shard in shards:
             self._shard_file("receipts", shard).unlink(missing_ok=True)
@@ -237,25 +307,49 @@ def locate(path: str | os.PathLike[str]) -> Path:
         raise StoreError(f"{path}: {error}") from error
 
 
-def read_table(path: Path) -> pa.Table:
-    if isinstance(path, PosixPath):
-        return pyarrow.parquet.read_table(path, memory_map=True)
-    with path.open("rb") as file:
-        return pyarrow.parquet.read_table(file)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    pyarrow.parquet.write_table(table, unfinished, compression="zstd")
-    publish(unfinished, path)
+def render_table(table: pa.Table) -> bytes:
+    """A table as the bytes of its Parquet file."""
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
 
 
 def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
     """The manifest, without which there is no store; before it the checksums of all else."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name != DRIVER)
     checksums = {str(file.relative_to(path)): digest_file(file) for file in files}
     _write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
     _write_contract(path / MANIFEST, manifest)
+
+
+def stage(store: Ledger[Any], manifest: FeatureManifest, files: Mapping[str, bytes]) -> None:
+    """Write what a store will be beside what it is; from the last rename on, it is decided.
+
+    Args:
+        manifest: of the store to be.
+        files: all others that are not as they were, by path relative to the store.
+    """
+    settle(store.path)
+    staged = store.path / GROWING
+    for name, content in files.items():
+        write_whole(staged / name, content)
+    if store.checksums is not None:
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        checksums = Checksums(manifest=digest(manifest), files=store.checksums.files | digests)
+        _write_contract(staged / CHECKSUMS, checksums)
+    _write_contract(staged / MANIFEST, manifest)
+
+
+def settle(path: Path) -> None:
+    """Put what is staged in its place, the manifest last; drop it where it was not decided."""
+    staged = path / GROWING
+    if not staged.exists():
+        return
+    if (staged / MANIFEST).exists():
+        names = sorted(str(f.relative_to(staged)) for f in staged.rglob("*") if f.is_file())
+        for name in sorted(names, key=lambda name: name == MANIFEST):
+            publish(staged / name, path / name)
+    shutil.rmtree(staged)
 
 
 def _read_contract(path: Path, kind: type[C]) -> C:
@@ -263,7 +357,7 @@ def _read_contract(path: Path, kind: type[C]) -> C:
         return parse(kind, json.loads(path.read_text("utf-8")), str(path))
     except ValueError as error:
         raise StoreError(
-            f"{path} is damaged: {error}. semroute verify --repair has its shard written anew."
+            f"{path} is damaged: {error}. semroute verify says what can be done."
         ) from error
 
 

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pyarrow as pa
 
-from ..schemas import SAMPLES_SCHEMA, FeatureIdentity
-from .captions import Captions, build_captions, read_template
+from ..schemas import SAMPLES_SCHEMA, FeatureIdentity, FeatureManifest, SamplesIdentity
+from .captions import Captions, build_captions, foreign_markers, read_template
 from .samples import Samples, read_samples
 
 if TYPE_CHECKING:
     from .encoder import Source
+
+CPU_BATCH_TOKENS = 512
+"""Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
+GPU_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,16 @@ class Plan:
         samples: the user's table.
         captions: unique, templated, tokenised, in store order.
         identity: what resume and training compare.
+        earlier: identities of the samples each time before the store grew.
+        foreign_markers: of the template, which the LLM has no token for.
     """
 
     model: Source
     samples: Samples
     captions: Captions
     identity: FeatureIdentity
+    earlier: list[SamplesIdentity]
+    foreign_markers: list[str]
 
     def samples_table(self) -> pa.Table:
         """samples.parquet: a row an input row."""
@@ -42,8 +50,13 @@ class Plan:
         ]
         return pa.table(columns, schema=SAMPLES_SCHEMA)
 
-    def report_cuts(self, report: Callable[[str], None]) -> None:
-        """Say which captions lose their end, the longest first."""
+    def report_warnings(self, report: Callable[[str], None]) -> None:
+        """Say whether the template is another LLM's, and which captions lose their end."""
+        if self.foreign_markers:
+            report(
+                f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
+                "tokenizer has no token for and spells out; it was made for another LLM"
+            )
         captions = self.captions
         cut = np.flatnonzero(captions.num_cut)
         if not len(cut):
@@ -70,11 +83,13 @@ def make_plan(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     limit: int | None = None,
     seed: int = 0,
+    begun: FeatureManifest | None = None,
 ) -> Plan:
     """Read, deduplicate and tokenise the captions; no weights are loaded.
 
     Args: as for :func:`semroute.pipeline.extraction.extract`; ``auto`` is bfloat16 on a GPU and
-    float32 on a CPU.
+    float32 on a CPU. ``begun`` is the manifest of the store that is to be continued: where it has
+    fewer samples than the file, its captions come first, in its order.
 
     Raises:
         InputError: bad input.
@@ -82,7 +97,7 @@ def make_plan(
     import torch
 
     from .encoder import (
-        ATTENTION,
+        attention_of,
         describe_model,
         find_model,
         load_tokenizer,
@@ -93,6 +108,8 @@ def make_plan(
     template_text = read_template(template)
     samples = read_samples(source, text_column=text_column, limit=limit, need="text")
     texts = samples.texts()
+    counts = [] if begun is None else [g.samples.num_samples for g in begun.generations]
+    earlier = [count for count in counts if count < len(samples)]
     located = find_model(model)
     described = describe_model(located)
     chosen = parse_layers(layers, described.num_layers)
@@ -103,7 +120,9 @@ def make_plan(
         template=template_text,
         max_length=max_length,
         keep_prefix=keep_prefix,
+        causal=described.causal,
         seed=seed,
+        earlier=earlier,
     )
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -114,9 +133,24 @@ def make_plan(
         layers=chosen,
         final_norm="normed" if chosen[-1] == described.num_layers else "absent",
         dtype=dtype,
-        attention=ATTENTION,
+        attention=attention_of(located),
         max_length=max_length,
         captions=captions.identity,
         samples=samples.identity(),
     )
-    return Plan(located, samples, captions, identity)
+    identities = [samples.slice(0, count).identity() for count in earlier]
+    markers = foreign_markers(template_text, tokenizer)
+    return Plan(located, samples, captions, identity, identities, markers)
+
+
+def default_batch_tokens(have_gpus: bool | None = None) -> int:
+    """Tokens a batch, where nobody chose.
+
+    Args:
+        have_gpus: whether the LLM runs on GPUs; default: whether this machine has any.
+    """
+    import torch
+
+    if have_gpus is None:
+        have_gpus = torch.cuda.is_available()
+    return GPU_BATCH_TOKENS if have_gpus else CPU_BATCH_TOKENS

@@ -34,12 +34,14 @@ from ..schemas import (
 from .cluster import report_progress
 from .codecs import CODECS, Coded, Predictive
 from .distortion import CodecError
-from .filling import check_space, fill, name_workers, num_workers, provenance
+from .filling import at_work, check_space, fill, provenance
 from .fitting import fit_codec, fit_rows, request_codec
 from .inspection import codec_error
 from .layout import Packing, format_bytes, pack
 from .mixing import SAMPLE_ROWS, combine, find_mixes, mix
 from .parameters import digest_parameters
+from .places import look_at_workers
+from .progress import Style
 from .samples import read_samples
 from .store import FeatureStore, open_features
 
@@ -85,8 +87,10 @@ def rewrite(
     text_column: str | None = None,
     shard_bytes: int = 256_000_000,
     workers: int | None = None,
+    cluster: str = "local",
     force: bool = False,
     report: Callable[[str], None] = print,
+    progress: Style = "auto",
 ) -> FeatureStore:
     """Write a complete feature store once more, otherwise.
 
@@ -106,8 +110,7 @@ def rewrite(
         text_column: of ``captions``.
         shard_bytes: size of a full shard, uncompressed.
         workers: processes; default one a CPU core up to 4; 0: this one, without Dask.
-        force: begin although the target has too little space.
-        report: takes one line of text at a time.
+        cluster, force, report, progress: as for extraction.
 
     Raises:
         InputError: bad input, before any work; or a store that was made otherwise.
@@ -126,102 +129,107 @@ def rewrite(
         codec = source.manifest.codec.name
         quality = source.manifest.codec.quality if quality is None else quality
     spec = request_codec(codec, quality)
-    begun = FeatureStore.begun(out)
-    if begun is not None:
-        asked = begun.manifest.codec
-        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
-    table = source.captions.take(pa.array(selection.ids))
-    num_tokens = table["num_tokens"].to_numpy()
-    first = _First(source, selection.ids, num_tokens)
-    mixes, final_layer = identity.mixes, identity.llm_layers[-1]
-    if routing is None:
-        last_layer = chosen[-1] if mixes is None else final_layer
-    else:
-        before = None if begun is None else begun.manifest.identity.mixes
-        mixes = before if _asked_for(before, routing, rank) else None
-        if mixes is None:
-            sample = first.read(SAMPLE_ROWS, routing.layers, None)
-            mixes = find_mixes(routing, sample, rank)
-        report(_describe_mixes(mixes))
-        chosen, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
-    bytes_per_row = 2 * len(chosen) * identity.model.width
-    packing = pack(
-        num_tokens,
-        bytes_per_row=bytes_per_row,
-        shard_bytes=shard_bytes,
-        batch_tokens=source.manifest.layout.batch_tokens,
-        aligned=CODECS[codec].aligned,
-    )
-    error = codec_error(list(source.receipts().values()))
-    manifest = FeatureManifest(
-        status="extracting",
-        identity=identity.model_copy(
-            update={
-                "layers": chosen,
-                "mixes": mixes,
-                "final_norm": identity.final_norm if last_layer == final_layer else "absent",
-                "captions": CaptionsIdentity(
-                    num_captions=len(selection.ids),
-                    fingerprint=fingerprint(table["text"].to_pylist()),
-                    seed=identity.captions.seed,
-                ),
-                "samples": selection.identity,
-            }
-        ),
-        layout=packing.layout,
-        codec=spec,
-        derived=Derived(codec=source.manifest.codec, codec_error=error.get("mean")),
-        provenance=provenance(str(features), source.manifest.provenance.model),
-    )
-    if begun is not None:
-        store = begun
-        store.check_same(manifest)
-    else:
-        parameters: dict[str, np.ndarray] = {}
-        num_bytes = packing.layout.num_rows * bytes_per_row
-        if CODECS[codec].fits:
-            num = first.num_captions(fit_rows(identity.model.width))
-            report(f"fitting {codec} to {num:,} captions, {num_tokens[:num].sum():,} tokens")
-            sample = first.read(
-                fit_rows(identity.model.width), *_reading(source, manifest.identity)
-            )
-            fitted, bits = fit_codec(codec, sample, spec.quality)
-            parameters = dict(fitted.parameters)
-            fit = Fit(num_captions=num, num_rows=len(sample), sha256=digest_parameters(parameters))
-            code_bits = fitted.code_bits if isinstance(fitted, Predictive) else None
-            spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
-            manifest = manifest.model_copy(update={"codec": spec})
-            num_bytes = int(num_bytes * bits / 16)
-        check_space(out, num_bytes, force)
-        new = _captions_table(table, packing)
-        store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
-    remaining = store.remaining()
-    workers = min(num_workers(workers, 0), len(remaining))
-    job = _Job(Path(features).resolve(), out.resolve())
-    kept = f"{len(chosen)} of {len(source.layers)} layers"
-    if mixes is not None:
-        kept = f"{len(chosen)} mixes of {len(mixes.layers)} layers"
-    report(
-        f"{len(selection.ids):,} of {len(source):,} captions, {packing.layout.num_rows:,} tokens x "
-        f"{kept}: "
-        f"{format_bytes(packing.layout.num_rows * bytes_per_row)} before {codec}; shards: "
-        f"{packing.layout.num_shards}, to do: {len(remaining)}, {name_workers(workers)}"
-    )
+    with at_work(out, cluster, workers, report, gpus=0) as machines:
+        look_at_workers(machines, str(out), report)
+        begun = FeatureStore.begun(out)
+        if begun is not None:
+            asked = begun.manifest.codec
+            spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
+        table = source.captions.take(pa.array(selection.ids))
+        num_tokens = table["num_tokens"].to_numpy()
+        first = _First(source, selection.ids, num_tokens)
+        mixes, final_layer = identity.mixes, identity.llm_layers[-1]
+        if routing is None:
+            last_layer = chosen[-1] if mixes is None else final_layer
+        else:
+            before = None if begun is None else begun.manifest.identity.mixes
+            mixes = before if _asked_for(before, routing, rank) else None
+            if mixes is None:
+                sample = first.read(SAMPLE_ROWS, routing.layers, None)
+                mixes = find_mixes(routing, sample, rank)
+            report(_describe_mixes(mixes))
+            chosen, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
+        bytes_per_row = 2 * len(chosen) * identity.model.width
+        packing = pack(
+            num_tokens,
+            bytes_per_row=bytes_per_row,
+            shard_bytes=shard_bytes,
+            batch_tokens=source.manifest.layout.batch_tokens,
+            aligned=CODECS[codec].aligned,
+        )
+        error = codec_error(list(source.receipts().values()))
+        manifest = FeatureManifest(
+            status="extracting",
+            identity=identity.model_copy(
+                update={
+                    "layers": chosen,
+                    "mixes": mixes,
+                    "final_norm": identity.final_norm if last_layer == final_layer else "absent",
+                    "captions": CaptionsIdentity(
+                        num_captions=len(selection.ids),
+                        fingerprint=fingerprint(table["text"].to_pylist()),
+                        seed=identity.captions.seed,
+                    ),
+                    "samples": selection.identity,
+                }
+            ),
+            layout=packing.layout,
+            codec=spec,
+            derived=Derived(codec=source.manifest.codec, codec_error=error.get("mean")),
+            provenance=provenance(str(features), source.manifest.provenance.model),
+        )
+        if begun is not None:
+            store = begun
+            store.check_same(manifest)
+        else:
+            parameters: dict[str, np.ndarray] = {}
+            num_bytes = packing.layout.num_rows * bytes_per_row
+            if CODECS[codec].fits:
+                num = first.num_captions(fit_rows(identity.model.width))
+                report(f"fitting {codec} to {num:,} captions, {num_tokens[:num].sum():,} tokens")
+                sample = first.read(
+                    fit_rows(identity.model.width), *_reading(source, manifest.identity)
+                )
+                fitted, bits = fit_codec(codec, sample, spec.quality)
+                parameters = dict(fitted.parameters)
+                fit = Fit(
+                    num_captions=num, num_rows=len(sample), sha256=digest_parameters(parameters)
+                )
+                code_bits = fitted.code_bits if isinstance(fitted, Predictive) else None
+                spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+                manifest = manifest.model_copy(update={"codec": spec})
+                num_bytes = int(num_bytes * bits / 16)
+            check_space(out, num_bytes, force)
+            new = _captions_table(table, packing)
+            store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
+        remaining = store.remaining()
+        machines.limit(len(remaining))
+        job = _Job(Path(features).resolve(), out.resolve())
+        kept = f"{len(chosen)} of {len(source.layers)} layers"
+        if mixes is not None:
+            kept = f"{len(chosen)} mixes of {len(mixes.layers)} layers"
+        tokens = f"{packing.layout.num_rows:,} tokens x {kept}"
+        size = format_bytes(packing.layout.num_rows * bytes_per_row)
+        report(
+            f"{len(selection.ids):,} of {len(source):,} captions, {tokens}: {size} before {codec}; "
+            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {machines}"
+        )
 
-    def arguments(shard: int) -> tuple[_Job, int, np.ndarray]:
-        entries = packing.entries(shard)
-        return job, shard, selection.ids[entries.start : entries.stop]
+        def arguments(shard: int) -> tuple[_Job, int, np.ndarray]:
+            entries = packing.entries(shard)
+            return job, shard, selection.ids[entries.start : entries.stop]
 
-    fill(
-        store,
-        remaining,
-        _rewrite_shard,
-        arguments,
-        packing,
-        workers=workers,
-        unit="captions",
-        report=report,
-    )
+        fill(
+            store,
+            remaining,
+            _rewrite_shard,
+            arguments,
+            packing,
+            cluster=machines,
+            unit="captions",
+            report=report,
+            style=progress,
+        )
     return store
 
 

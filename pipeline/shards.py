@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PosixPath
 from typing import Any
@@ -22,6 +22,7 @@ import zstandard
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from ..schemas import InputError, Layout, WrittenFile
+from .kernels import copy_runs
 
 ZSTD_LEVEL = 1
 """Codes are noise with a known histogram: higher levels search for matches that are not there, and
@@ -116,6 +117,13 @@ class RowArray:
         Args, errors: as for :meth:`read`.
         """
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        whole = select == slice(None) and out.shape[1:] == self.row_shape
+        if self.direct and self.order is None and whole and out.flags.c_contiguous:
+            if out.dtype != self.dtype or len(out) < (pieces.target + pieces.num).max(initial=0):
+                raise ValueError(f"out is {out.dtype} {out.shape}, which the rows do not fit")
+            for shard, part in pieces.by_shard(num_chunks):
+                self._shard(shard).copy(part, out)
+            return
         last, rows = -1, np.empty(0)
         for chunk, first, num, target in pieces:
             if chunk != last:
@@ -128,6 +136,9 @@ class RowArray:
         if not self.direct:
             start = shard * self.layout.rows_per_shard + number * self.layout.rows_per_chunk
             return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
+        return self._shard(shard).chunk(number)
+
+    def _shard(self, shard: int) -> "_ShardFile":
         file = self._shards.get(shard)
         if file is None:
             name = _shard_name(shard, len(self.row_shape))
@@ -135,7 +146,7 @@ class RowArray:
             num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
             file = _ShardFile(self.path / name, chunk_shape, self.dtype, num_chunks, self.order)
             self._shards[shard] = file
-        return file.chunk(number)
+        return file
 
     def check_shard(self, shard: int) -> None:
         """Read a whole shard, every checksum included.
@@ -188,12 +199,24 @@ class Pieces:
         arrays = (self.chunk, self.first, self.num, self.target)
         return zip(*(values.tolist() for values in arrays), strict=True)
 
+    def where(self, part: np.ndarray | slice) -> "Pieces":
+        """Some of them."""
+        return Pieces(self.chunk[part], self.first[part], self.num[part], self.target[part])
+
     def blocks(self, num_chunks: int) -> Iterator["Pieces"]:
         """The same in parts of about so many chunks; no chunk is in two."""
         starts = np.flatnonzero(np.diff(self.chunk, prepend=-1))[::num_chunks].tolist()
         for start, stop in pairwise([*starts, len(self.chunk)]):
-            part = slice(start, stop)
-            yield Pieces(self.chunk[part], self.first[part], self.num[part], self.target[part])
+            yield self.where(slice(start, stop))
+
+    def by_shard(self, num_chunks: int) -> Iterator[tuple[int, "Pieces"]]:
+        """Shard -> its pieces, whose chunks are counted within it."""
+        shard = self.chunk // num_chunks
+        starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+        for start, stop in pairwise([*starts, len(shard)]):
+            found = self.where(slice(start, stop))
+            number = int(shard[start])
+            yield number, replace(found, chunk=found.chunk - number * num_chunks)
 
     def packed(self) -> "Pieces":
         """The same, with targets one after the other from 0."""
@@ -266,7 +289,26 @@ class _ShardFile:
         self.offsets, self.sizes = table[:, 0].copy(), table[:, 1].copy()
         self.checked = np.zeros(num_chunks, bool)
 
+    def copy(self, pieces: Pieces, out: np.ndarray) -> None:
+        """Rows of chunks that are stored as they are, to their targets in a contiguous ``out``."""
+        for number in pieces.chunk[~self.checked[pieces.chunk]].tolist():
+            self.chunk(number)
+        absent = ~self.checked[pieces.chunk]
+        if absent.any():
+            for target, num in zip(pieces.target[absent], pieces.num[absent], strict=True):
+                out[target : target + num] = 0
+            pieces = pieces.where(~absent)
+        row_bytes = self.num_bytes // self.chunk_shape[0]
+        copy_runs(
+            self.bytes,
+            self.offsets[pieces.chunk].astype(np.int64) + pieces.first * row_bytes,
+            pieces.num * row_bytes,
+            pieces.target * row_bytes,
+            out.reshape(-1).view(np.uint8),
+        )
+
     def chunk(self, number: int) -> np.ndarray:
+        """Rows of a chunk; zeros where it is not stored, as no caption uses it."""
         if self.offsets[number] == _ABSENT:
             return np.zeros(self.chunk_shape, self.dtype)
         start, size = int(self.offsets[number]), int(self.sizes[number])
@@ -277,6 +319,8 @@ class _ShardFile:
                     f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not "
                     "fit)"
                 )
+            if self.order is None and size != self.num_bytes + _CRC_BYTES:
+                raise CorruptShardError(f"{self.path}: chunk {number} has {size} bytes")
             self.checked[number] = True
         if self.order is None:
             return coded[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)

@@ -1,4 +1,4 @@
-"""Feature and latent stores: create, write one shard, read, finish.
+"""Feature stores: create, write one shard, read, finish; and the doors to both kinds of store.
 
 On disk (``docs/store-format.md``)::
 
@@ -27,17 +27,17 @@ import zarr
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
-    LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
     Facts,
     FeatureManifest,
-    LatentManifest,
     Mixes,
     WrittenFile,
+    write_whole,
 )
 from .codecs import CODECS, Codec, open_codec
+from .latentstore import LatentStore
 from .layout import format_bytes
-from .ledger import MANIFEST, Ledger, StoreError, locate, read_table, write_manifest, write_table
+from .ledger import MANIFEST, Ledger, StoreError, locate, render_table, write_manifest
 from .parameters import digest_parameters, read_parameters, write_parameters
 from .shards import Pieces, RowArray, allocate
 
@@ -145,8 +145,8 @@ class FeatureStore(Ledger[FeatureManifest]):
             parameters: of the codec, where it has been fitted.
         """
         cls.prepare(path, ("captions.parquet", "samples.parquet"))
-        write_table(path / "captions.parquet", captions.cast(CAPTIONS_SCHEMA))
-        write_table(path / "samples.parquet", samples.cast(SAMPLES_SCHEMA))
+        write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
+        write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
         identity = manifest.identity
         num_layers, width = len(identity.layers), identity.model.width
         codec = open_codec(manifest.codec, num_layers, width, parameters or {})
@@ -176,6 +176,8 @@ class FeatureStore(Ledger[FeatureManifest]):
         """The stored codes, an array a plane of the codec."""
         root, layout = self.path / self.group, self.manifest.layout
         direct = None if self.direct else False
+        for plane in self.codec.planes:
+            self.check_files(f"{self.group}/{plane.name}/zarr.json")
         return {
             plane.name: RowArray(root / plane.name, layout, direct=direct)
             for plane in self.codec.planes
@@ -191,6 +193,7 @@ class FeatureStore(Ledger[FeatureManifest]):
         spec, identity = self.manifest.codec, self.manifest.identity
         parameters: dict[str, np.ndarray] = {}
         if spec.fit is not None:
+            self.check_files(f"{self.group}/parameters/")
             parameters = read_parameters(self.path / self.group, CODECS[spec.name].fits)
             if digest_parameters(parameters) != spec.fit.sha256:
                 raise StoreError(
@@ -202,12 +205,12 @@ class FeatureStore(Ledger[FeatureManifest]):
     @cached_property
     def captions(self) -> pa.Table:
         """A row a unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
-        return read_table(self.path / "captions.parquet")
+        return self.read_table("captions.parquet")
 
     @cached_property
     def samples(self) -> pa.Table:
         """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        return read_table(self.path / "samples.parquet")
+        return self.read_table("samples.parquet")
 
     @property
     def layers(self) -> list[int]:
@@ -414,7 +417,7 @@ class FeatureStore(Ledger[FeatureManifest]):
                 "position": ("row", np.arange(len(starts)) - starts),
             },
             attrs={
-                "model": self.manifest.provenance.model,
+                "model": _last_part(self.manifest.provenance.model),
                 "template": identity.template.text,
                 "codec": self.manifest.codec.name,
             },
@@ -466,81 +469,6 @@ class FeatureStore(Ledger[FeatureManifest]):
         if self.is_complete:
             items["bytes"] += f", {self.padded_bytes() / num_bytes:.2f}x less than padded bf16"
         return Facts(f"FeatureStore {self.path}", items)
-
-
-class LatentStore(Ledger[LatentManifest]):
-    """Encoded images; latent i belongs to sample i."""
-
-    kind = "latent"
-    manifest_type = LatentManifest
-    group = "latents.zarr"
-
-    @classmethod
-    def create(cls, path: Path, manifest: LatentManifest, samples: pa.Table) -> "LatentStore":
-        """Write tables, array metadata and, last, the manifest; no shard."""
-        cls.prepare(path, ("samples.parquet",))
-        write_table(path / "samples.parquet", samples.cast(LATENT_SAMPLES_SCHEMA))
-        identity = manifest.identity
-        allocate(
-            zarr.open_group(path / cls.group, mode="w"),
-            "mean",
-            manifest.layout,
-            identity.shape,
-            np.dtype(identity.dtype),
-            ("sample", "channel", "y", "x"),
-            {"semroute": {"scale": identity.scale, "shift": identity.shift}},
-        )
-        write_manifest(path, manifest)
-        return cls(path, manifest)
-
-    @cached_property
-    def array(self) -> RowArray:
-        """The stored codes."""
-        return RowArray(self.path / self.group / "mean", self.manifest.layout)
-
-    @cached_property
-    def samples(self) -> pa.Table:
-        """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
-        return read_table(self.path / "samples.parquet")
-
-    def write_shard(self, shard: int, codes: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard of codes ``[rows_per_shard, C, H, W]``."""
-        written = self.array.write_shard(shard, codes)
-        return {f"{self.group}/mean/{name}": file for name, file in written.items()}
-
-    def __len__(self) -> int:
-        return self.manifest.identity.samples.num_samples
-
-    def read(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Latents of samples, as the model sees them: float32 ``[n, C, H, W]``.
-
-        Raises:
-            InputError: no such sample, or its shard is not written.
-        """
-        ids = np.asarray(ids, np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise StoreError(
-                f"samples {ids.min()} to {ids.max()} asked for; the store has 0 to {len(self) - 1}"
-            )
-        identity = self.manifest.identity
-        codes = np.empty((len(ids), *identity.shape), identity.dtype)
-        self.array.read(ids, ids + 1, codes)
-        return codes.astype(np.float32) * np.float32(identity.scale) + np.float32(identity.shift)
-
-    def facts(self) -> Facts:
-        identity = self.manifest.identity
-        return Facts(
-            f"LatentStore {self.path}",
-            {
-                "vae": identity.vae,
-                "samples": f"{len(self):,}",
-                "shape": " x ".join(map(str, identity.shape)),
-                "codes": f"{identity.dtype}; latent = code * {identity.scale:.6g} + "
-                f"{identity.shift:.6g}",
-                "bytes": format_bytes(self.num_bytes()),
-                "state": self._state(),
-            },
-        )
 
 
 def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> FeatureStore:

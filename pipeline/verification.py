@@ -14,6 +14,7 @@ import zarr
 from tqdm.auto import tqdm
 
 from ..schemas import (
+    DRIVER,
     Checksums,
     Contract,
     InputError,
@@ -23,7 +24,7 @@ from ..schemas import (
     parse,
     render,
 )
-from .ledger import CHECKSUMS, MANIFEST, digest_file
+from .ledger import CHECKSUMS, GROWING, MANIFEST, digest_file
 from .shards import RowArray
 from .store import FeatureStore, LatentStore, open_store
 
@@ -50,7 +51,7 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What :func:`verify` found.
 
@@ -78,7 +79,7 @@ class Verification:
         """That no shard written anew would mend."""
         return [problem for problem in self.problems if problem.shard is None]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         state = f"{len(self.problems)} problems" if self.problems else "as it was written"
         lines = [f"{self.path}: {state}; {self.num_bytes:,} bytes read"]
         lines += [f"  {problem}" for problem in self.problems]
@@ -121,14 +122,14 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
         progress: show a bar.
 
     Raises:
-        StoreError: no store there.
+        StoreError: no store there, or it was stopped while it grew.
     """
     path = Path(path)
     found = _Findings(path)
     try:
         store = open_store(path)
     except InputError as error:
-        if not (path / MANIFEST).exists():
+        if not (path / MANIFEST).exists() or (path / GROWING / MANIFEST).exists():
             raise
         found.problem(MANIFEST, str(error))
         return found.result([])
@@ -216,8 +217,7 @@ class _Findings:
         checksums: Checksums | None = self.check_document(CHECKSUMS, Checksums)
         if checksums is None:
             return set()
-        begun = store.manifest.model_copy(update={"status": "extracting"})
-        if digest(begun, early=True) != checksums.manifest:
+        if digest(store.manifest.begun(), early=True) != checksums.manifest:
             self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
         for name, expected in checksums.files.items():
             file = self.path / name
@@ -240,10 +240,8 @@ class _Findings:
 
     def check_arrays(self, store: FeatureStore | LatentStore) -> dict[str, RowArray]:
         """Metadata and parameters against the manifest; returns the arrays that can be read."""
-        if isinstance(store, LatentStore):
-            found = {"mean": store.array}
-        else:
-            found = store.arrays
+        found = store.arrays
+        if isinstance(store, FeatureStore):
             layers = np.asarray(zarr.open_array(self.path / store.group / "layer", mode="r")[:])
             if layers.tolist() != store.layers:
                 self.problem(
@@ -278,7 +276,7 @@ class _Findings:
             unsealed = receipt.model_copy(update={"sha256": ""})
             if not receipt.sha256:
                 unsealed_receipts += 1
-            elif digest(unsealed) != receipt.sha256:
+            elif digest(unsealed, early=True) != receipt.sha256:
                 self.problem(name, "its sha256 is not that of its contents", shard)
                 continue
             if receipt.shard != shard:
@@ -311,6 +309,11 @@ class _Findings:
                     self._check_chunks(f"{store.group}/{name}", array, shard)
         missing = set(range(store.manifest.layout.num_shards)) - {*receipts}
         reported = {problem.shard for problem in self.problems}
+        if store.is_complete and isinstance(store, LatentStore):
+            lacking = sorted(sample for each in receipts.values() for sample in each.broken)
+            if not missing and lacking != store.manifest.identity.dropped:
+                self.problem(MANIFEST, f"drops {len(store.manifest.identity.dropped)} samples; "
+                             f"receipts say that {len(lacking)} have no latent")  # fmt: skip
         if store.is_complete:
             for shard in sorted(missing - reported):
                 self.problem(f"receipts/shard-{shard:06d}.json", "is missing", shard)
@@ -340,7 +343,7 @@ class _Findings:
             self.problem(name, str(error).removeprefix(f"{self.path}/"), shard)
 
     def check_strangers(self, known: set[str]) -> None:
-        known |= {MANIFEST, CHECKSUMS}
+        known |= {MANIFEST, CHECKSUMS, DRIVER}
         if (self.path / CHECKSUMS).exists():
             for file in sorted(self.path.rglob("*")):
                 name = str(file.relative_to(self.path))

@@ -3,10 +3,11 @@
 from .checksums import Checksums, digest, render
 from .configuration import read_config
 from .contract import Contract, ContractError, Difference, differences, parse
-from .document import publish, sync, write_document
+from .document import publish, sync, write_document, write_whole
 from .errors import InputError
 from .facts import Facts
 from .fingerprint import fingerprint
+from .jobs import DRIVER, Driver, JobQueue
 from .manifest import (
     MAX_QUALITY,
     MIN_QUALITY,
@@ -16,6 +17,7 @@ from .manifest import (
     FeatureIdentity,
     FeatureManifest,
     Fit,
+    Generation,
     LatentIdentity,
     LatentManifest,
     Layout,
@@ -40,6 +42,7 @@ from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 
 __all__ = [
     "CAPTIONS_SCHEMA",
+    "DRIVER",
     "LATENT_SAMPLES_SCHEMA",
     "MAX_QUALITY",
     "MIN_QUALITY",
@@ -53,13 +56,16 @@ __all__ = [
     "DataConfig",
     "Derived",
     "Difference",
+    "Driver",
     "EMAConfig",
     "Facts",
     "FeatureIdentity",
     "FeatureManifest",
     "Fit",
     "FlowConfig",
+    "Generation",
     "InputError",
+    "JobQueue",
     "LatentIdentity",
     "LatentManifest",
     "Layout",
@@ -86,4 +92,5 @@ __all__ = [
     "render",
     "sync",
     "write_document",
+    "write_whole",
 ]

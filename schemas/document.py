@@ -5,10 +5,15 @@ from pathlib import Path
 
 
 def write_document(path: Path, text: str) -> None:
-    """Write a text file beside its place, then put it there; the folder is made where missing."""
+    """As :func:`write_whole`, a text in UTF-8."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then put it there; the folder is made where missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, "utf-8")
+    unfinished.write_bytes(content)
     publish(unfinished, path)
 
 

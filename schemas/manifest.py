@@ -15,11 +15,13 @@ class ModelIdentity(Contract):
     """The frozen LLM. Files are compared by content, so the same weights elsewhere are the same."""
 
     architecture: str
-    """Model type of the text decoder in transformers, for example ``llama``."""
+    """Model type of the text tower in transformers, for example ``llama``."""
     num_layers: int = Field(ge=1)
     """Number of blocks of the LLM, whether or not all of them are stored."""
     width: int = Field(ge=1)
     """Width of the hidden states (H)."""
+    causal: bool = True
+    """Whether a token sees only those before it; false for encoders, such as T5's."""
     files: dict[str, str]
     """File name -> sha256, for the configuration and the weights."""
 
@@ -153,6 +155,17 @@ class Provenance(Contract):
     """Library -> version."""
 
 
+class Generation(Contract):
+    """What a store was before it grew."""
+
+    captions: CaptionsIdentity
+    samples: SamplesIdentity
+    num_shards: int = Field(ge=1)
+    """The next generation begins with the shard of this number."""
+    num_rows: int = Field(ge=1)
+    provenance: Provenance
+
+
 class FeatureManifest(Contract):
     """``manifest.json`` of a feature store."""
 
@@ -164,22 +177,71 @@ class FeatureManifest(Contract):
     codec: Codec
     derived: Derived | None = None
     provenance: Provenance
+    grown_from: list[Generation] = Field(default_factory=list)
+    """What the store was each time before it grew, oldest first; empty where it never did."""
+
+    @property
+    def generations(self) -> list[Generation]:
+        """What the store was each time before it grew, and what it is now."""
+        now = Generation(
+            captions=self.identity.captions,
+            samples=self.identity.samples,
+            num_shards=self.layout.num_shards,
+            num_rows=self.layout.num_rows,
+            provenance=self.provenance,
+        )
+        return [*self.grown_from, now]
+
+    def before_growth(self) -> "FeatureManifest":
+        """The manifest of the store before it grew last."""
+        *earlier, last = self.grown_from
+        identity = {"captions": last.captions, "samples": last.samples}
+        layout = {"num_shards": last.num_shards, "num_rows": last.num_rows}
+        return self.model_copy(
+            update={
+                "identity": self.identity.model_copy(update=identity),
+                "layout": self.layout.model_copy(update=layout),
+                "provenance": last.provenance,
+                "grown_from": earlier,
+            }
+        )
+
+    def begun(self) -> "FeatureManifest":
+        """As it was when the store was created."""
+        return self.model_copy(update={"status": "extracting"})
 
 
 class LatentIdentity(Contract):
     """Everything that decides the stored latents."""
 
-    vae: Literal["pixels"]
-    """``pixels``: the image itself."""
+    vae: Literal[
+        "pixels",
+        "AutoencoderKL",
+        "AutoencoderDC",
+        "AutoencoderTiny",
+        "AutoencoderKLQwenImage",
+        "AutoencoderKLWan",
+    ]
+    """``pixels``: the image itself. Otherwise a class of diffusers."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """File name -> sha256, for the configuration and the weights of the VAE."""
     shape: tuple[int, int, int]
     """Channels, height, width of one latent."""
-    dtype: Literal["uint8"]
+    dtype: Literal["uint8", "float16"]
     """Of the stored codes."""
-    scale: float
-    """Latent = code * scale + shift, in the units that the model is trained on."""
-    shift: float
+    scale: float | list[float]
+    """Latent = code * scale + shift, in the units that the model is trained on; a number, or one a
+    channel."""
+    shift: float | list[float]
+    deviation: bool = False
+    """Whether the deviation of the VAE's posterior is stored beside its mean; in a latent it is
+    deviation * scale."""
     images: str
-    """sha256 over the sha256 of every encoded image file in input order."""
+    """sha256 over the sha256 of every encoded image file in input order; 32 zero bytes stand for a
+    file that was not there."""
+    dropped: list[int] = Field(default_factory=list)
+    """Samples that have no latent, for their images could not be read: left out of training. Empty
+    until the store is complete."""
     samples: SamplesIdentity
 
 
@@ -192,3 +254,10 @@ class LatentManifest(Contract):
     identity: LatentIdentity
     layout: Layout
     provenance: Provenance
+
+    def begun(self) -> "LatentManifest":
+        """As it was when the store was created."""
+        update: dict[str, object] = {"status": "extracting"}
+        if self.identity.dropped:
+            update["identity"] = self.identity.model_copy(update={"dropped": []})
+        return self.model_copy(update=update)

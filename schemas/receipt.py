@@ -27,6 +27,8 @@ class Receipt(Contract):
     Empty where nothing was coded."""
     layer_error: dict[str, float] = Field(default_factory=dict)
     """LLM layer -> the mean of that error. In a store of mixes: block, from 0 -> the mean."""
+    broken: dict[int, str] = Field(default_factory=dict)
+    """sample_id -> why its image could not be read; its row is not to be used."""
     warnings: list[str]
     seconds: dict[str, float]
     """Where the time went: load (of the LLM), encode, write."""
@@ -36,10 +38,11 @@ class Receipt(Contract):
 
 
 class Quarantine(Contract):
-    """A shard that could not be written, and why."""
+    """A shard that could not be written, or the images that are missing from it, and why."""
 
     shard: int
     entries: list[int]
-    """caption_id (or sample_id) of everything in the shard."""
+    """caption_id (or sample_id) of everything in the shard; of a shard that is written but for
+    images that could not be read, those."""
     reason: str
     traceback: str

@@ -103,6 +103,9 @@ class DataConfig(Contract):
     """Pairs of t and noise drawn for each sample read; each is a row of the DiT's batch."""
     caption_dropout: Fraction = 0.1
     """Share of samples whose caption becomes the null caption."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Of latents that are stored with a deviation: a new draw each time that a sample is shown, or
+    always the mean."""
     prefetch: Positive = 4
     """Batches read ahead."""
 
@@ -172,5 +175,7 @@ class RunRecord(Contract):
     latents: LatentIdentity
     model_source: str
     """The LLM as the extraction named it; needed only to encode new prompts."""
+    vae_source: str = "pixels"
+    """The VAE as the latent store named it; needed only to decode what is sampled."""
     versions: dict[str, str]
     created: str

@@ -31,7 +31,7 @@ LATENT_SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.int64(), nullable=False),
         pa.field("image", pa.string()),
-        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
     ]
 )
 """``samples.parquet`` of a latent store: sample_id is also the row of its latent."""

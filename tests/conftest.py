@@ -99,8 +99,8 @@ def feature_store(
         return path
     from semroute.pipeline.extraction import extract
 
-    model = str(request.getfixturevalue("tiny_llm"))
-    extract(str(samples_file), path, model=model, shard_bytes=300_000, workers=0, report=_silent)
+    arguments = {"model": str(request.getfixturevalue("tiny_llm")), "codec": "bf16"}
+    extract(str(samples_file), path, shard_bytes=300_000, workers=0, report=_silent, **arguments)
     return path
 
 
@@ -250,6 +250,71 @@ def random_parameters(codec: str, rng: np.random.Generator) -> dict[str, np.ndar
     values = (rng.normal(size=(2, 4, 32, 32)) / 8).astype(np.float32)
     matrix, rotation = (values.view(np.uint32) >> 16).astype(np.uint16)
     return {"matrix": matrix, "rotation": rotation, "bias": bias}
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name -> a VAE of diffusers with random weights: 4 channels, 2 x 2 pixels a latent pixel."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+
+    two = {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+    }
+    film = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+        "latents_mean": [0.1, -0.2, 0.3, -0.4],
+        "latents_std": [2.0, 1.5, 2.5, 0.5],
+    }
+    known = {
+        "kl": (
+            diffusers.AutoencoderKL,
+            {
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "latent_channels": 4,
+                "norm_num_groups": 4,
+                "layers_per_block": 1,
+                "scaling_factor": 0.36,
+                "shift_factor": 0.12,
+            },
+        ),
+        "dc": (
+            diffusers.AutoencoderDC,
+            {
+                **two,
+                "attention_head_dim": 4,
+                "encoder_layers_per_block": (1, 1),
+                "decoder_layers_per_block": (1, 1),
+                "encoder_qkv_multiscales": ((), ()),
+                "decoder_qkv_multiscales": ((), ()),
+                "scaling_factor": 0.41,
+            },
+        ),
+        "tiny": (
+            diffusers.AutoencoderTiny,
+            {**two, "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
+        ),
+        "qwen": (diffusers.AutoencoderKLQwenImage, film),
+        "wan": (diffusers.AutoencoderKLWan, film),
+    }
+
+    @functools.cache
+    def make(name: str) -> Path:
+        path = tmp_path_factory.mktemp("vae") / name
+        kind, arguments = known[name]
+        torch.manual_seed(0)
+        kind(**arguments).save_pretrained(path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

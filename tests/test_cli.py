@@ -13,9 +13,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.numpy import load_file
 
-from semroute.cli import cli, read_config
-from semroute.schemas import InputError
+from semroute.cli import cli
+from semroute.schemas import InputError, read_config
 
 
 def invoke(*arguments, code=0):
@@ -60,6 +61,57 @@ def world(tmp_path_factory, tiny_llm):
     output = invoke("train", root / "run.yaml")
     assert f"semroute plot {root / 'run'}" in output
     return root
+
+
+class TestVAE:
+    """From images to pictures by way of a VAE."""
+
+    def test_the_whole_path(self, world, tiny_vae, tmp_path):
+        vae, run = shutil.copytree(tiny_vae("kl"), tmp_path / "vae"), tmp_path / "run"
+        file = world / "shapes" / "train.parquet"
+        invoke("latents", file, tmp_path / "latents", "--vae", vae, "--workers", 0)
+        config = CONFIG | {
+            "features": str(world / "train"),
+            "latents": str(tmp_path / "latents"),
+            "output": str(run),
+            "model": CONFIG["model"] | {"patch_size": 3},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        invoke("train", tmp_path / "run.yaml", "steps=2")
+        sample = ["sample", run, "--features", world / "test", "--num", 2, "--num-steps", 2]
+        invoke(*sample)
+        with Image.open(run / "samples" / "000000.png") as image:
+            assert image.size == (18, 18)
+
+        vae.rename(tmp_path / "elsewhere")
+        output = CliRunner().invoke(cli, [*map(str, sample), "--out", str(tmp_path / "out")])
+        assert output.exit_code == 0
+        assert "So latents are written, not pictures" in output.stderr
+        latents = load_file(tmp_path / "out" / "latents.safetensors")["latents"]
+        assert latents.shape == (2, 4, 9, 9)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["latents.safetensors"]
+
+        invoke(*sample, "--out", tmp_path / "pictures", "--vae", tmp_path / "elsewhere")
+        assert (tmp_path / "pictures" / "000001.png").exists()
+        output = invoke(*sample, "--vae", tiny_vae("tiny"), code=1)
+        assert "is not the VAE of these latents" in output
+        options = ["--features", world / "test", "--samples", world / "shapes" / "test.parquet"]
+        assert "no such folder" in invoke("evaluate", run, *options, code=1)
+
+    def test_images_that_cannot_be_read_fail_the_command(self, world, tmp_path):
+        table = pyarrow.parquet.read_table(world / "shapes" / "train.parquet")
+        images = table["image"].to_pylist()
+        images[3]["bytes"] = images[3]["bytes"][:60]
+        kind = table.schema.field("image").type
+        place = table.schema.get_field_index("image")
+        table = table.set_column(place, "image", pa.array(images, kind))
+        file = tmp_path / "broken.parquet"
+        pyarrow.parquet.write_table(table, file)
+        arguments = ["latents", file, tmp_path / "latents", "--workers", 0]
+        output = invoke(*arguments, code=1)
+        assert "1 of 80 images cannot be read" in output
+        assert "sample 3: OSError" in output
+        assert "80, 1 of them dropped" in invoke(*arguments, "--drop-broken")
 
 
 class TestPath:
@@ -184,15 +236,16 @@ class TestNonsense:
         invoke("extract", *arguments)
         file.write_text("a cup\na bush\n")
         output = invoke("extract", *arguments, code=1)
-        assert "was made otherwise" in output
-        assert "identity.captions.fingerprint" in output
+        assert "row 1, counted from 0, is 'a bush'" in output
+        assert "was made from 'a tree' there" in output
+        assert "name a new folder" in output
 
     def test_models(self, extract, tmp_path):
         assert "no such folder or file, and no hub id" in extract(model=tmp_path / "nope")
         assert "no config.json" in extract(model=tmp_path)
         (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
         (tmp_path / "model.safetensors").write_bytes(b"")
-        assert "expected a transformer" in extract(model=tmp_path)
+        assert "ResNetEncoder, the text tower of ResNetModel, is of no" in extract(model=tmp_path)
 
     @pytest.mark.parametrize(
         ("option", "value", "message"),

@@ -1,5 +1,6 @@
 """The documentation holds: its code runs, its commands parse, its tables are the contracts'."""
 
+import json
 import re
 import runpy
 import shlex
@@ -20,6 +21,7 @@ from semroute.schemas import (
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
     FeatureManifest,
+    JobQueue,
     LatentManifest,
     Quarantine,
     Receipt,
@@ -190,7 +192,8 @@ class TestContracts:
     @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
     def test_configurations_are_valid(self, path):
         for _, _, code in blocks(path.read_text("utf-8"), "yaml"):
-            TrainConfig.model_validate(yaml.safe_load(code))
+            document = yaml.safe_load(code)
+            (JobQueue if "kind" in document else TrainConfig).model_validate(document)
 
     @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
     def test_keys_exist(self, path):
@@ -206,8 +209,16 @@ class TestContracts:
     def test_templates_are_the_presets(self):
         from semroute.pipeline.captions import PRESETS
 
-        rows = table_after(page("data-model.md"), "## Templates and attention sinks")
-        assert {row[0].split("`")[0]: row[1] for row in rows} == PRESETS
+        text = page("data-model.md")
+        rows = table_after(text, "## Templates and attention sinks")
+        ((_, _, code),) = blocks(text, "json")
+        pipelines = json.loads(code)
+        assert {row[0].split("`")[0]: row[1] for row in rows} | pipelines == PRESETS
+        assert [row[0] for row in table_after(text, "### As diffusers puts prompts")] == [
+            *pipelines
+        ]
+        (option,) = [o for o in cli.commands["extract"].params if o.name == "template"]
+        assert option.help.startswith(f"Preset ({', '.join(PRESETS)}) or ")
 
     @pytest.mark.parametrize(
         ("heading", "schema"),

@@ -44,6 +44,25 @@ def test_no_entry_straddles_a_shard_and_no_row_is_used_twice(
     assert full <= max(shard_bytes, longest * bytes_per_row)
 
 
+@given(rows=lengths, cuts=st.tuples(st.integers(1, 40), st.integers(1, 40)), aligned=st.booleans())
+def test_what_was_packed_stays_where_it_is_when_entries_are_added(rows, cuts, aligned):
+    rows = np.concatenate([[rows.max()], rows])  # so that every entry fits
+    earlier = sorted({min(cut, len(rows)) for cut in cuts} - {len(rows)})
+    options = {"bytes_per_row": 10, "shard_bytes": 500, "batch_tokens": 64, "rows_per_chunk": 4}
+    options |= {"aligned": aligned}
+    whole = pack(rows, **options, earlier=earlier)
+    for number, stop in enumerate(earlier):
+        before = pack(rows[:stop], **options, earlier=earlier[:number])
+        assert whole.layout.rows_per_shard == before.layout.rows_per_shard
+        np.testing.assert_array_equal(whole.row_start[:stop], before.row_start)
+        np.testing.assert_array_equal(whole.shard[:stop], before.shard)
+        assert whole.shard[stop] == before.layout.num_shards
+    starts, stops = whole.row_start, whole.row_start + rows
+    assert (starts[1:] >= stops[:-1]).all()
+    np.testing.assert_array_equal(starts // whole.layout.rows_per_shard, whole.shard)
+    np.testing.assert_array_equal((stops - 1) // whole.layout.rows_per_shard, whole.shard)
+
+
 def test_small_stores_are_not_a_full_shard_long():
     layout = pack(np.array([5, 6]), bytes_per_row=2, shard_bytes=10**9, batch_tokens=1).layout
     assert (layout.num_shards, layout.rows_per_shard) == (1, 16)

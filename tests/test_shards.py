@@ -37,14 +37,26 @@ def test_runs_come_back_and_zarr_python_agrees(array):
     first, second = shard_rows(array), shard_rows(array, used=26, seed=1)
     array.write_shard(0, first)
     array.write_shard(1, second)
-    starts, stops = [3, 32 + 20, 8, 3], [21, 32 + 26, 9, 4]
-    expected = np.concatenate([first[3:21], second[20:26], first[8:9], first[3:4]])
+    starts, stops = [3, 32 + 20, 8, 3, 32 + 23], [21, 32 + 26, 9, 4, 32 + 32]  # the last: not used
+    parts = [first[3:21], second[20:26], first[8:9], first[3:4], second[23:32]]
+    expected = np.concatenate(parts)
     assert array.direct
     slow = RowArray(array.path, LAYOUT, direct=False)
     for select in (slice(None), [2, 0], [1]):
         np.testing.assert_array_equal(read(array, starts, stops, select), expected[:, select])
         np.testing.assert_array_equal(read(slow, starts, stops, select), expected[:, select])
     np.testing.assert_array_equal(zarr.open_array(array.path, mode="r")[32:64], second)
+
+
+def test_a_buffer_that_rows_do_not_fit_is_refused(array):
+    array.write_shard(0, shard_rows(array))
+    runs = np.array([0]), np.array([9])
+    for out in (np.empty((8, *ROW), array.dtype), np.empty((9, *ROW), np.uint64)):
+        with pytest.raises(ValueError, match="do not fit"):
+            array.read(*runs, out)
+    every_other = np.empty((18, *ROW), array.dtype)[::2]
+    array.read(*runs, every_other)
+    np.testing.assert_array_equal(every_other, read(array, [0], [9]))
 
 
 def test_unused_rows_cost_nothing(array):

@@ -321,6 +321,7 @@ def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStor
         codec=features.manifest.codec,
         latents=latents.manifest.identity,
         model_source=features.manifest.provenance.model,
+        vae_source=latents.manifest.provenance.model,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},

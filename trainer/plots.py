@@ -1,6 +1,6 @@
 """Figures of a run: what was learned, how, and what comes out. No global matplotlib state.
 
-Every function returns a ``matplotlib.figure.Figure``: show it in a notebook or ``savefig`` it.
+Every function returns a matplotlib ``Figure``: a notebook shows it, ``savefig`` writes it.
 
 Shapes: D blocks, L layers, T noise levels, N images.
 """
@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..pipeline.style import COLOUR_MAP, DPI, FAINT, INK, LINES, clean, layer_ticks
+from ..pipeline.style import COLOUR_MAP, DPI, FAINT, INK, LINES, Figure, clean, layer_ticks
 from ..schemas import InputError
 from .checkpoint import Run
 from .evaluation import Evaluation, Report

@@ -1,5 +1,6 @@
 """What is drawn and scored with a run: pictures and reports, written as files."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet
 import torch
+from safetensors.numpy import save_file
 
 from ..pipeline.store import FeatureStore
 from ..schemas import InputError
@@ -31,7 +33,7 @@ def draw(
     features: Features,
     caption_ids: Sequence[int],
     texts: Sequence[str],
-    decode: Decode,
+    decode: Decode | None,
     out: Path,
     *,
     num_steps: int,
@@ -39,11 +41,13 @@ def draw(
     seed: int,
     batch_size: int,
 ) -> list[Path]:
-    """A picture of each caption and a grid of them all, in ``out``.
+    """A picture of each caption and a grid of them all, in ``out``; or just their latents.
 
     Args:
         caption_ids, texts: of the captions, in ``features`` and in words.
-        decode: latents -> images.
+        decode: latents -> images. None: write ``latents.safetensors``, with the tensor ``latents``,
+            float32 [captions, C, height, width] in the units that the run was trained on, and the
+            captions as JSON in its metadata.
         num_steps, cfg_scale, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
     """
     latents = generate(
@@ -56,6 +60,11 @@ def draw(
         seed=seed,
         batch_size=batch_size,
     )
+    if decode is None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "latents.safetensors"
+        save_file({"latents": latents}, path, {"captions": json.dumps([*texts])})
+        return [path]
     images = decode(latents)
     return save_images(out, images, texts, sample_grid(images, texts))
 

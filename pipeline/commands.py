@@ -1,0 +1,372 @@
+"""The commands that make stores and look at them: parse, call, print. Imports stay inside."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError
+from .cluster import Interrupted
+from .layout import parse_bytes
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _is_json(options: dict[str, Any]) -> bool:
+    """Standard output is for machines."""
+    return bool(options["progress"] == "json")
+
+
+def _interruptible(command: F) -> F:
+    """Ctrl-C, once drained, ends a command with exit code 130."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except Interrupted:
+            sys.exit(130)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator."""
+    return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            return value if isinstance(value, int) else parse_bytes(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+_CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
+_quality_option = click.option(
+    "--quality",
+    type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
+    help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
+    "bit a value.",
+)
+
+
+_plan_options = _together(
+    click.option(
+        "--model",
+        required=True,
+        help="The LLM: a hub id (org/name[@revision]), a folder or a GGUF file.",
+    ),
+    click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
+    click.option(
+        "--template",
+        default="bos",
+        show_default=True,
+        help="Preset (bos, eos, describe, paper, qwen-image, lumina2, z-image, flux2, "
+        "flux2-klein) or a file that holds {caption}.",
+    ),
+    click.option("--keep-prefix", is_flag=True, help="Store the template's prefix rows too."),
+    click.option(
+        "--layers",
+        default="all",
+        show_default=True,
+        help="all, every:3 (counted from the last), or 5,11,17.",
+    ),
+    click.option(
+        "--max-length",
+        default=512,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Tokens, the template included; longer captions are cut, counted and listed.",
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
+    ),
+    click.option(
+        "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
+    ),
+)
+"""Of every command that plans an extraction."""
+
+
+_limit_option = click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
+_work_options = _together(
+    click.option(
+        "--shard-size",
+        "shard_bytes",
+        type=_Size(),
+        default="256MB",
+        show_default=True,
+        help="Size of a shard: the unit of work and of writing.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, without "
+        "Dask.",
+    ),
+    click.option(
+        "--cluster",
+        default="local",
+        show_default=True,
+        help="Where: local; a Dask scheduler, by address (tcp://...) or file (.json); or jobs of a "
+        "batch system (.yaml).",
+    ),
+    click.option("--force", is_flag=True, help="Begin although the disk has too little space."),
+    click.option(
+        "--json-progress",
+        "progress",
+        flag_value="json",
+        default="auto",
+        help="Progress as JSON, an object a line on standard output, all text on standard error.",
+    ),
+)
+"""Of every command that fills a store."""
+
+
+@click.command()
+@click.argument("captions")
+@click.argument("features", type=click.Path(path_type=Path))
+@_plan_options
+@click.option(
+    "--codec",
+    default="delta",
+    show_default=True,
+    type=_CODECS,
+    help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
+)
+@_quality_option
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(1),
+    help="Tokens a batch, padding included. Default: 512 on a CPU, 16384 on a GPU.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads a worker, for a new store. Default: all cores over all workers.",
+)
+@_limit_option
+@_work_options
+@_interruptible
+def extract(captions: str, features: Path, **options: Any) -> None:
+    """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
+
+    CAPTIONS is a parquet, jsonl, csv, tsv or txt file or URL, or webdataset tars, such as
+    x-{000..031}.tar. The same command continues what was interrupted, and refuses a store that was
+    made otherwise.
+
+    \b
+    Example:
+      semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    from .extraction import extract as run
+
+    click.echo(run(captions, features, report=_report, **options), err=_is_json(options))
+
+
+@click.command()
+@click.argument("captions")
+@_plan_options
+@_limit_option
+@click.option("--codec", type=_CODECS, help="Default: all, side by side.")
+@_quality_option
+@click.option(
+    "--samples-per-second",
+    default=100.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Speed of training, over all its devices.",
+)
+@click.option(
+    "--passes",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Times that the samples are trained on, over all epochs, seeds and ablations.",
+)
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Run the LLM for 20 seconds: measured sizes and errors, hours, and whether caching pays.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
+    """Say what caching CAPTIONS would take and save, before anything is written.
+
+    Tokens, bytes by codec and layers, what storage must deliver to train, hours of extraction on
+    this machine, and the break-even against running the LLM during training.
+
+    \b
+    Example:
+      semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
+    """
+    from . import estimation, planning, probing
+
+    names = ("codec", "quality", "samples_per_second", "passes")
+    how = {name: options.pop(name) for name in names}
+    plan = planning.make_plan(captions, **options)
+    plan.report_warnings(_report)
+    probed = probing.run_probe(plan, planning.default_batch_tokens()) if probe else None
+    found = estimation.estimate(plan, probe=probed, **how)
+    click.echo(found.to_json() if as_json else found)
+
+
+@click.command()
+@click.argument("samples")
+@click.argument("latents", type=click.Path(path_type=Path))
+@click.option(
+    "--vae",
+    default="pixels",
+    show_default=True,
+    help="pixels: the image itself, in [-1, 1]. Or a VAE of diffusers: a hub id or a folder.",
+)
+@click.option("--image-column", help="Column of images. Default: image.")
+@click.option("--text-column", help="Column of captions, by which latents and features are joined.")
+@click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
+@click.option(
+    "--drop-broken",
+    is_flag=True,
+    help="Complete LATENTS without images that cannot be read; training leaves them out.",
+)
+@_limit_option
+@_work_options
+@_interruptible
+def latents(samples: str, latents: Path, **options: Any) -> None:
+    """Encode the images of SAMPLES into LATENTS.
+
+    SAMPLES is the same file that the features were made from, with a column of images: paths,
+    bytes, or both as HF datasets writes them. Images that cannot be read are listed, and fail the
+    command when all others are encoded.
+
+    \b
+    Examples:
+      semroute latents shapes/train.parquet latents --vae pixels
+      semroute latents photos.parquet latents --vae black-forest-labs/FLUX.1-schnell --size 512
+    """
+    from .imaging import encode_images
+
+    click.echo(encode_images(samples, latents, report=_report, **options), err=_is_json(options))
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For machines; the manifest included.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with figures: norms, massive activations, similarity and error by layer, "
+    "lengths, and a search over captions.",
+)
+def inspect(store: Path, as_json: bool, html: Path | None) -> None:
+    """Say what a feature or latent STORE holds, finished or not.
+
+    \b
+    Examples:
+      semroute inspect features --json
+      semroute inspect features --html features.html
+    """
+    from .inspection import inspect as look
+
+    found = look(store)
+    click.echo(found.to_json() if as_json else found)
+    if html is not None:
+        from .report import write_report
+
+        click.echo(write_report(store, html), err=as_json)
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def status(store: Path, as_json: bool) -> None:
+    """Say how far a STORE is that is being written, by whom, how fast, and what failed.
+
+    \b
+    Example:
+      semroute status features
+    """
+    from .status import status as look
+
+    found = look(store)
+    click.echo(found.to_json() if as_json else found)
+
+
+@click.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--codec", type=_CODECS, help="Default: as it is.")
+@_quality_option
+@click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
+@click.option(
+    "--routing",
+    type=click.Path(path_type=Path),
+    help="A run: store only the mixes of layers that its blocks read.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",
+)
+@click.option("--captions", help="Only those of this table, whose rows are the new samples.")
+@click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
+@_work_options
+@_interruptible
+def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> None:
+    """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
+
+    With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
+    with routing.strategy=mixes can train. The same command continues what was interrupted.
+
+    \b
+    Examples:
+      semroute rewrite features smaller --codec linear --layers every:2
+      semroute rewrite features mixed --routing runs/depth
+    """
+    from .rewriting import rewrite as run
+
+    if routing is not None:
+        from ..trainer.checkpoint import load_run
+        from .store import open_features
+
+        identity = open_features(features).manifest.identity
+        options["routing"] = load_run(routing).routing(identity)
+    click.echo(run(features, out, report=_report, **options), err=_is_json(options))
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def verify(store: Path, repair: bool, as_json: bool) -> None:
+    """Read the whole of STORE and compare it with what was written.
+
+    Every checksum, range of rows, receipt and key of the manifest. Ends with 1 where something is
+    wrong. After --repair, the command that made the store writes just the bad shards anew.
+
+    \b
+    Example:
+      semroute verify features --repair
+    """
+    from . import verification
+
+    found = verification.verify(store, progress=not as_json)
+    click.echo(found.to_json() if as_json else found)
+    if repair and (marked := verification.repair(found)):
+        _report(f"{len(marked)} shards are marked as not written: run the command that made them")
+    if found.problems:
+        sys.exit(1)

@@ -1,0 +1,264 @@
+"""The commands that train and look at runs: parse, call, print. Imports stay inside."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..schemas import InputError, read_config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Images to train on."
+)
+@click.option(
+    "--num-test", default=600, show_default=True, type=click.IntRange(2), help="Test captions."
+)
+@click.option(
+    "--images-per-caption",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Drawn anew for each.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the whole world.")
+def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: int) -> None:
+    """Draw a world of captioned coloured shapes into OUT.
+
+    OUT/train.parquet is what to train on; OUT/test.parquet holds captions that do not occur in it,
+    half of them about combinations of colour and shape that do not either.
+
+    \b
+    Example:
+      semroute shapes shapes --num 20000 --seed 0
+    """
+    from .shapes import write_world
+
+    click.echo(
+        write_world(out, num, seed, images_per_caption=images_per_caption, num_test=num_test)
+    )
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
+
+    The LLM is never loaded. The same command continues what was stopped. On several GPUs:
+    accelerate launch -m semroute.cli train CONFIG
+
+    \b
+    Example:
+      semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
+    """
+    from .loop import TrainingInterrupted
+    from .loop import train as run
+
+    parsed = read_config(config, overrides)
+    try:
+        path = run(parsed)
+    except TrainingInterrupted:
+        sys.exit(130)
+    except FloatingPointError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{path} is trained: semroute plot {path}")
+
+
+_SAMPLING = (
+    click.option(
+        "--num-steps",
+        default=50,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Of Euler's method.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the noise."),
+    click.option(
+        "--batch-size",
+        default=64,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Images sampled at once.",
+    ),
+    click.option(
+        "--weights",
+        default="ema",
+        show_default=True,
+        type=click.Choice(["ema", "model"]),
+        help="The moving average, or the weights themselves.",
+    ),
+    click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."),
+)
+
+
+def _sampling_options(command: F) -> F:
+    """Of every command that samples from a run."""
+    return functools.reduce(lambda found, option: option(found), _SAMPLING[::-1], command)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    help="Take captions from this feature store; no LLM is needed.",
+)
+@click.option(
+    "--num",
+    default=18,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to take, the first ones of the store's samples.",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="A new prompt; may be given several times. The run's LLM is loaded to encode it.",
+)
+@click.option(
+    "--model", help="Where that LLM is now. Default: where it was when the features were extracted."
+)
+@click.option(
+    "--vae", help="Where the VAE of its latents is now. Default: where it was when they were made."
+)
+@click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance; 1 is none.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the pictures. Default: RUN/samples."
+)
+@_sampling_options
+def sample(
+    run: Path,
+    features: Path | None,
+    num: int,
+    prompts: tuple[str, ...],
+    model: str | None,
+    vae: str | None,
+    out: Path | None,
+    weights: Any,
+    step: int | None,
+    **how: Any,
+) -> None:
+    """Draw pictures with a trained RUN, from stored captions or new prompts.
+
+    Where the VAE of its latents is not to be had, latents are written instead.
+
+    \b
+    Examples:
+      semroute sample runs/depth --features features-test --cfg-scale 3
+      semroute sample runs/depth --prompt "two red circles"
+    """
+    if (features is None) == (not prompts):
+        raise InputError("give either --features or --prompt")
+    from .results import draw, open_run
+
+    trained = open_run(run, step, weights)
+    if features is not None:
+        from ..pipeline.store import open_features
+
+        store = open_features(features)
+        trained.check_features(store.manifest.identity)
+        rows = store.samples.slice(0, num)["caption_ids"].to_pylist()
+        ids = [row[0] for row in rows]
+        texts = store.captions["text"].take(ids).to_pylist()
+        source: Any = store
+    else:
+        from ..pipeline.extraction import encode_prompts
+
+        record = trained.record
+        source = encode_prompts(prompts, record.features, model or record.model_source)
+        texts, ids = list(prompts), list(range(1, len(prompts) + 1))
+
+    decode = None
+    try:
+        decode = _decoder(trained, vae)
+    except InputError as error:
+        if vae is not None:
+            raise
+        click.echo(f"{error}\nSo latents are written, not pictures. Name it with --vae.", err=True)
+    for path in draw(trained, source, ids, texts, decode, out or run / "samples", **how):
+        click.echo(path)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Feature store of the captions to judge by.",
+)
+@click.option(
+    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
+)
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    multiple=True,
+    default=(1.0, 3.0),
+    show_default=True,
+    help="Guidance; may be given several times.",
+)
+@click.option(
+    "--images-per-caption",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sampled from different noise.",
+)
+@_sampling_options
+def evaluate(
+    run: Path, features: Path, samples: str, weights: Any, step: int | None, **how: Any
+) -> None:
+    """Score a RUN on the captions of a shapes world, skill by skill, with chance beside.
+
+    Writes RUN/evaluation.json, and pictures of some judged images into RUN/figures.
+
+    \b
+    Example:
+      semroute evaluate runs/depth --features features-test --samples shapes/test.parquet
+    """
+    from ..pipeline.store import open_features
+    from .results import open_run, score_run
+
+    trained = open_run(run, step, weights)
+    store = open_features(features)
+    trained.check_features(store.manifest.identity)
+    for path in score_run(trained, store, samples, _decoder(trained), report=click.echo, **how):
+        click.echo(path)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/figures.")
+@click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest.")
+def plot(run: Path, out: Path | None, step: int | None) -> None:
+    """Draw what a RUN learned: routing weights, loss, and the scores of its evaluation.
+
+    \b
+    Example:
+      semroute plot runs/depth
+    """
+    from .checkpoint import load_run
+    from .evaluation import Report
+    from .plots import plot_run
+
+    trained = load_run(run, step)
+    for path in plot_run(trained, out or run / "figures", report=Report.read(run)):
+        click.echo(path)
+
+
+def _decoder(run: Any, vae: str | None = None) -> Callable[[Any], Any]:
+    """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
+    from ..pipeline.autoencoder import open_decoder
+
+    device = str(next(run.model.parameters()).device)
+    return open_decoder(run.record.latents, vae or run.record.vae_source, device)
