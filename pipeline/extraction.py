@@ -1,17 +1,11 @@
-"""Captions -> feature store: the plan, and the task that encodes one shard.
+"""Captions -> feature store: plan, fit the codec, deal out shards.
 
 Everything about a store is known before its first shard: the plan reads, deduplicates, tokenises
-and packs. A shard is one task; its batches are fixed by the plan, so that encoding it again gives
-the same bytes. Work that remains is what has no receipt.
+and packs. A shard is one task. Work that remains is what has no receipt.
 """
 
-import os
-import socket
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,40 +15,28 @@ from tqdm.auto import tqdm
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
-    Codec,
     FeatureIdentity,
     FeatureManifest,
-    Fit,
     InputError,
     Mixes,
-    Receipt,
     differences,
 )
 from .captions import Captions, build_captions
-from .cluster import Cluster, report_progress
-from .codecs import CODECS, Bf16, Coded, Predictive
-from .distortion import CodecError
+from .cluster import Cluster
+from .codecs import CODECS, Bf16
+from .encoding import Fitted, Job, Task, encode_shard, fit_sample
 from .filling import at_work, check_space, fill, provenance
-from .fitting import fit_codec, fit_rows, request_codec
+from .fitting import fit_rows, request_codec
 from .growth import added_bytes, check_rows, generations, grow
-from .layout import Packing, batches, format_bytes, pack
+from .layout import Packing, format_bytes, pack
 from .mixing import mix
-from .parameters import digest_parameters
-from .places import look_at_workers, own_device
+from .places import look_at_workers
 from .planning import default_batch_tokens, make_plan
 from .progress import Style
 from .store import FeatureStore, Rows
 
 if TYPE_CHECKING:
     import torch
-
-    from .encoder import Encoder, Source
-
-SINK_RATIO = 20.0
-"""A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
-attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
-_model_in_use = threading.Lock()
-"""A model serves one task at a time, however many threads a worker was given."""
 
 
 @dataclass(frozen=True)
@@ -80,46 +62,6 @@ class EncodedPrompts:
         parts = [self.rows.bits[offsets[i] : offsets[i + 1]][:, wanted] for i in ids]
         ends = np.cumsum([0, *map(len, parts)])
         return Rows(np.concatenate(parts), ends.astype(np.int64))
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every task of an extraction shares."""
-
-    store: Path
-    source: "Source"
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The captions of one shard; rows count from the shard's start."""
-
-    shard: int
-    texts: list[str]
-    sequences: list[np.ndarray]
-    kept: np.ndarray
-    row_start: np.ndarray
-    has_null: bool
-
-    @classmethod
-    def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "_Task":
-        return cls(
-            shard=shard,
-            texts=captions.texts[chosen],
-            sequences=captions.sequences[chosen],
-            kept=captions.kept[chosen],
-            row_start=row_start,
-            has_null=chosen.start == 0,
-        )
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What fitting a codec gave."""
-
-    spec: Codec
-    parameters: dict[str, np.ndarray]
-    bits_per_value: float
 
 
 def extract(
@@ -233,7 +175,7 @@ def extract(
             provenance=provenance(source, plan.model.name),
             grown_from=generations(plan, packing, begun),
         )
-        job = _Job(features.resolve(), plan.model)
+        job = Job(features.resolve(), plan.model)
         plan.report_warnings(report)
         table = _captions_table(captions, packing)
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
@@ -258,11 +200,11 @@ def extract(
         remaining = store.remaining()
         machines.limit(len(remaining))
 
-        def arguments(shard: int) -> tuple[_Job, _Task]:
+        def arguments(shard: int) -> tuple[Job, Task]:
             entries = packing.entries(shard)
             chosen = slice(entries.start, entries.stop)
             row_start = packing.row_start[chosen] - shard * packing.layout.rows_per_shard
-            return job, _Task.of(captions, chosen, shard, row_start)
+            return job, Task.of(captions, chosen, shard, row_start)
 
         report(
             f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
@@ -273,7 +215,7 @@ def extract(
         fill(
             store,
             remaining,
-            _encode_shard,
+            encode_shard,
             arguments,
             packing,
             cluster=machines,
@@ -345,193 +287,35 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
     return EncodedPrompts(["", *texts], encoded, identity.layers, identity.mixes)
 
 
-def _encode_shard(job: _Job, task: _Task) -> Receipt:
-    """Encode and write one shard, then its receipt. Runs in a worker."""
-    with _model_in_use:
-        return _encode(job, task)
-
-
-def _encode(job: _Job, task: _Task) -> Receipt:
-    import torch
-
-    started = time.perf_counter()
-    store = FeatureStore.open(job.store, complete=False)
-    manifest = store.manifest
-    torch.set_num_threads(manifest.layout.num_threads)
-    layers = manifest.identity.layers
-    encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, own_device())
-    loaded = time.perf_counter()
-    codec = store.codec
-    planes = {
-        plane.name: np.zeros((manifest.layout.rows_per_shard, len(layers), plane.size), plane.dtype)
-        for plane in codec.planes
-    }
-    norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
-    error = CodecError(layers)
-    coded: Coded | None = None
-
-    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
-        nonlocal coded
-        norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        _check_finite(norms[index], layers[index], task)
-        coded = codec.encode(index, hidden, coded if index else None)
-        error.add(index, hidden, coded.hidden)
-        for name, codes in coded.planes.items():
-            planes[name][rows, index] = codes.cpu().numpy()
-
-    _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
-    encoded = time.perf_counter()
-    files = store.write_shard(task.shard, planes)
-    receipt = Receipt(
-        shard=task.shard,
-        num_rows=sum(map(len, task.sequences)) - int(task.kept.sum()),
-        num_entries=len(task.texts),
-        files=files,
-        codec_error=error.to_dict(),
-        layer_error=error.by_layer(),
-        warnings=_sink_warnings(norms, layers, task),
-        seconds={
-            "load": loaded - started,
-            "encode": encoded - loaded,
-            "write": time.perf_counter() - encoded,
-        },
-        worker=f"{socket.gethostname()}:{os.getpid()}",
-    )
-    store.write_receipt(receipt)
-    return receipt
-
-
-@lru_cache(maxsize=1)
-def _load_encoder(
-    source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
-) -> "Encoder":
-    """The model, loaded once a worker."""
-    from transformers.utils import logging
-
-    from .encoder import Encoder
-
-    logging.disable_progress_bar()
-    return Encoder(source, layers, dtype, device)
-
-
-def _encode_batches(
-    encoder: "Encoder",
-    task: _Task,
-    batch_tokens: int,
-    sink: Callable[[int, "torch.Tensor", np.ndarray], None],
-) -> None:
-    """Run a task's captions through the LLM; the sink also gets the rows where they belong."""
-    lengths = np.array([len(sequence) for sequence in task.sequences])
-    done = 0
-    for batch in batches(lengths, batch_tokens):
-        starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
-
-        def take(index: int, hidden: "torch.Tensor", rows: np.ndarray = rows) -> None:
-            sink(index, hidden, rows)
-
-        encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), take)
-        done += len(batch)
-        report_progress(task.shard, done)
-
-
 def _fit(
-    job: _Job,
+    job: Job,
     manifest: FeatureManifest,
     captions: Captions,
     machines: Cluster,
     report: Callable[[str], None],
-) -> _Fitted:
+) -> Fitted:
     """Fit the codec to the first captions in store order, in a worker, before anything is kept."""
     wanted = fit_rows(manifest.identity.model.width)
     stops = np.cumsum(captions.num_tokens)
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
-    task = _Task.of(captions, slice(0, num), 0, stops[:num] - captions.num_tokens[:num])
+    task = Task.of(captions, slice(0, num), 0, stops[:num] - captions.num_tokens[:num])
     name = manifest.codec.name
     with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
 
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)
 
-        outcomes = machines.run([0], _fit_codec, lambda _: (job, task, manifest), on_progress=show)
+        outcomes = machines.run([0], fit_sample, lambda _: (job, task, manifest), on_progress=show)
         ((_, fitted),) = outcomes
     if isinstance(fitted, BaseException):
         raise InputError(f"the codec could not be fitted: {fitted}") from fitted
+    for warning in fitted.warnings:
+        report(f"warning: {warning}")
     report(
         f"codec {name} fitted to {num:,} captions, {int(stops[num - 1]):,} tokens: "
         f"{16 / fitted.bits_per_value:.2f}x smaller than bf16 there"
     )
     return fitted
-
-
-def _fit_codec(job: _Job, task: _Task, manifest: FeatureManifest) -> _Fitted:
-    """Encode a sample and fit the codec to it. Runs in a worker."""
-    with _model_in_use:
-        return _fit_to(job, task, manifest)
-
-
-def _fit_to(job: _Job, task: _Task, manifest: FeatureManifest) -> _Fitted:
-    import torch
-
-    torch.set_num_threads(manifest.layout.num_threads)
-    identity, device = manifest.identity, own_device()
-    encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, device)
-    num_rows = sum(map(len, task.sequences)) - int(task.kept.sum())
-    shape = (num_rows, len(identity.layers), identity.model.width)
-    sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
-
-    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
-        norms = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        spread = np.zeros(num_rows, np.float32)
-        spread[rows] = norms
-        _check_finite(spread, identity.layers[index], task)
-        sample[torch.from_numpy(rows), index] = hidden.cpu()
-
-    _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
-    spec = manifest.codec
-    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
-    fit = Fit(
-        num_captions=len(task.texts),
-        num_rows=num_rows,
-        sha256=digest_parameters(codec.parameters),
-    )
-    code_bits = codec.code_bits if isinstance(codec, Predictive) else None
-    spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
-    return _Fitted(spec, dict(codec.parameters), bits_per_value)
-
-
-def _check_finite(norms: np.ndarray, layer: int, task: _Task) -> None:
-    """Refuse NaN and infinity, by the norms of a layer's rows, before they are coded."""
-    rows = np.flatnonzero(~np.isfinite(norms))
-    if len(rows):
-        entry = int(np.searchsorted(task.row_start, rows[0], side="right")) - 1
-        raise ValueError(
-            f"hidden states of layer {layer} are not finite for the caption "
-            f"{task.texts[entry]!r}; with --dtype bfloat16 try float32"
-        )
-
-
-def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: _Task) -> list[str]:
-    """Whether first kept tokens look like attention sinks."""
-    counts = np.array([len(s) for s in task.sequences]) - task.kept
-    eligible = counts > 1
-    eligible[0] &= not task.has_null
-    if not eligible.any():
-        return []
-    first = task.row_start[eligible]
-    others = np.concatenate(
-        [np.arange(s + 1, s + n) for s, n in zip(first, counts[eligible], strict=True)]
-    )
-    ratios = np.median(norms[:, first], axis=1) / np.median(norms[:, others], axis=1)
-    worst = int(ratios.argmax())
-    if ratios[worst] < SINK_RATIO:
-        return []
-    return [
-        f"the first stored token of captions looks like the LLM's attention sink (from layer "
-        f"{layers[int((ratios >= SINK_RATIO).argmax())]} its norm is over {SINK_RATIO:.0f} times "
-        "that of other tokens): its meaning is lost. Put BOS or words in front with --template, "
-        "and leave --keep-prefix off."
-    ]
 
 
 def _captions_table(captions: Captions, packing: Packing) -> pa.Table:

@@ -3,6 +3,7 @@
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def fill(
         workers=cluster.num_workers,
         errors=lambda: cluster.num_errors,
     )
-    written, warnings = _Tally(), set()
+    written, warnings = _Tally(), Counter[str]()
     failed: dict[int, BaseException] = {}
     try:
         with meter:
@@ -120,8 +121,8 @@ def fill(
             "the same command continues"
         )
         raise
-    for warning in sorted(warnings):
-        report(f"warning: {warning}")
+    for warning, num in sorted(warnings.items()):
+        report(f"warning, of {num} of {packing.layout.num_shards} shards: {warning}")
     if failed:
         shown = "\n  ".join(
             f"shard {shard}: {_reason(error)}" for shard, error in sorted(failed.items())[:5]

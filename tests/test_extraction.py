@@ -326,6 +326,70 @@ class TestContinuing:
             extract(**changed)
 
 
+@pytest.fixture
+def memory_for(monkeypatch):
+    """A device on which the third layer of the LLM fits only so many captions at a time."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def make(most: int) -> None:
+        def limited(layer, hidden, *rest, **named):
+            if layer.self_attn.layer_idx == 2 and len(hidden) > most:
+                # What torch's allocator of a CPU raises: torch.empty(2**62, dtype=torch.uint8)
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+            return forward(layer, hidden, *rest, **named)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", limited)
+
+    return make
+
+
+class TestMemory:
+    def test_the_error_of_a_real_allocation_is_known(self):
+        from semroute.pipeline.encoding import OUT_OF_MEMORY
+
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(2**60, dtype=torch.uint8)
+        assert any(words in str(caught.value) for words in OUT_OF_MEMORY)
+
+    def test_a_batch_that_does_not_fit_is_halved(self, arguments, memory_for, tiny_llm, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        # A first layer without variance has no error, so that one counted twice would show.
+        model = shutil.copytree(tiny_llm, tmp_path / "flat")
+        weights = load_file(model / "model.safetensors")
+        weights["embed_tokens.weight"][:] = torch.randn(len(weights["embed_tokens.weight"]), 1)
+        weights["layers.0.self_attn.o_proj.weight"][:] = 0
+        weights["layers.0.mlp.down_proj.weight"][:] = 0
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        lines: list[str] = []
+        arguments |= {"model": str(model), "codec": "delta", "report": lines.append}
+        arguments |= {"shard_bytes": 10**6}
+        whole = extract(**arguments | {"features": tmp_path / "whole"})
+        assert "run in halves" not in " ".join(lines)
+        memory_for(3)
+        halved = extract(**arguments)
+        num = whole.manifest.layout.num_shards
+        assert f"warning, of {num} of {num} shards: batches did not fit" in "\n".join(lines)
+        ids = range(len(whole))
+        expected, found = (store.read(ids).tensor().float() for store in (whole, halved))
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+        for shard, receipt in halved.receipts().items():
+            before = whole.receipts()[shard]
+            assert receipt.layer_error["1"] == 0
+            assert receipt.codec_error["mean"] == pytest.approx(
+                before.codec_error["mean"], rel=0.01
+            )
+
+    def test_a_caption_that_does_not_fit_alone_is_quarantined(self, arguments, memory_for):
+        memory_for(0)
+        with pytest.raises(ExtractionError, match="can't allocate memory"):
+            extract(**arguments | {"shard_bytes": 10**7})
+        store = semroute.open_features(arguments["features"], complete=False)
+        assert list(store.quarantined()) == [0]
+
+
 class TestFailing:
     def test_hidden_states_that_are_not_finite_are_quarantined(self, arguments, tiny_llm, tmp_path):
         from safetensors.torch import load_file, save_file

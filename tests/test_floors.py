@@ -30,11 +30,11 @@ FLOORS = [
     {
         *(
             "pipeline." + name
-            for name in ("extraction", "imaging", "rewriting", "probing", "figures")
+            for name in ("encoding", "imaging", "rewriting", "probing", "figures")
         ),
         "trainer.evaluation",
     },
-    {"pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
+    {"pipeline.extraction", "pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
     {"trainer.results"},
     {"pipeline.commands", "trainer.commands"},
