@@ -158,8 +158,11 @@ def _answer(folder: str) -> _Answer:
 
 
 def _num_gpus() -> int:
-    import torch
-
+    """None where torch is not installed, which pixels do not need."""
+    try:
+        import torch
+    except ImportError:
+        return 0
     return torch.cuda.device_count()
 
 
