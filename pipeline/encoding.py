@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..schemas import Codec, FeatureManifest, Fit, Receipt
+from ..schemas import Codec, FeatureManifest, Receipt
 from .captions import Captions
 from .cluster import report_progress
-from .codecs import Coded, Predictive
+from .codecs import Coded
 from .distortion import CodecError
-from .fitting import fit_codec
+from .fitting import fit_codec, fitted_spec
 from .layout import batches
-from .parameters import digest_parameters
 from .places import own_device
 from .store import FeatureStore
 
@@ -116,7 +115,7 @@ def _encode(job: Job, task: Task) -> Receipt:
     def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
         nonlocal coded
         norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        _check_finite(norms[index], layers[index], task)
+        _check_finite(norms[index, rows], rows, layers[index], task)
         coded = codec.encode(index, hidden, coded if index else None)
         error.add(index, hidden, coded.hidden)
         for name, codes in coded.planes.items():
@@ -252,29 +251,21 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
 
     def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
         norms = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        spread = np.zeros(num_rows, np.float32)
-        spread[rows] = norms
-        _check_finite(spread, identity.layers[index], task)
+        _check_finite(norms, rows, identity.layers[index], task)
         sample[torch.from_numpy(rows), index] = hidden.cpu()
 
     warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
     spec = manifest.codec
     codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
-    fit = Fit(
-        num_captions=len(task.texts),
-        num_rows=num_rows,
-        sha256=digest_parameters(codec.parameters),
-    )
-    code_bits = codec.code_bits if isinstance(codec, Predictive) else None
-    spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+    spec = fitted_spec(spec, codec, len(task.texts), num_rows)
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
 
 
-def _check_finite(norms: np.ndarray, layer: int, task: Task) -> None:
-    """Refuse NaN and infinity, by the norms of a layer's rows, before they are coded."""
-    rows = np.flatnonzero(~np.isfinite(norms))
-    if len(rows):
-        entry = int(np.searchsorted(task.row_start, rows[0], side="right")) - 1
+def _check_finite(norms: np.ndarray, rows: np.ndarray, layer: int, task: Task) -> None:
+    """Refuse NaN and infinity, by the norms of some rows of a layer, before they are coded."""
+    bad = rows[~np.isfinite(norms)]
+    if len(bad):
+        entry = int(np.searchsorted(task.row_start, bad.min(), side="right")) - 1
         raise ValueError(
             f"hidden states of layer {layer} are not finite for the caption "
             f"{task.texts[entry]!r}; with --dtype bfloat16 try float32"

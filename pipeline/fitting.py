@@ -13,6 +13,7 @@ from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError
 from .codecs import CODECS, Codec, Predictive
 from .distortion import CodecError
 from .layout import choose_rows_per_chunk
+from .parameters import digest_parameters
 from .shards import ZSTD_LEVEL
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
             best = codec, bits
     assert best is not None
     return best
+
+
+def fitted_spec(spec: schemas.Codec, codec: Codec, captions: int, rows: int) -> schemas.Codec:
+    """What a manifest says of a codec once it is fitted to so many captions and rows."""
+    fit = schemas.Fit(
+        num_captions=captions, num_rows=rows, sha256=digest_parameters(codec.parameters)
+    )
+    code_bits = codec.code_bits if isinstance(codec, Predictive) else None
+    return spec.model_copy(update={"fit": fit, "code_bits": code_bits})
 
 
 def bits_per_value(codec: Codec, rows: torch.Tensor) -> float:

@@ -22,7 +22,6 @@ from ..schemas import (
     Derived,
     FeatureIdentity,
     FeatureManifest,
-    Fit,
     InputError,
     Mixes,
     Receipt,
@@ -32,14 +31,13 @@ from ..schemas import (
     fingerprint,
 )
 from .cluster import report_progress
-from .codecs import CODECS, Coded, Predictive
+from .codecs import CODECS, Coded
 from .distortion import CodecError
 from .filling import at_work, check_space, fill, provenance
-from .fitting import fit_codec, fit_rows, request_codec
+from .fitting import fit_codec, fit_rows, fitted_spec, request_codec
 from .inspection import codec_error
 from .layout import Packing, format_bytes, pack
 from .mixing import SAMPLE_ROWS, combine, find_mixes, mix
-from .parameters import digest_parameters
 from .places import look_at_workers
 from .progress import Style
 from .samples import read_samples
@@ -192,11 +190,7 @@ def rewrite(
                 )
                 fitted, bits = fit_codec(codec, sample, spec.quality)
                 parameters = dict(fitted.parameters)
-                fit = Fit(
-                    num_captions=num, num_rows=len(sample), sha256=digest_parameters(parameters)
-                )
-                code_bits = fitted.code_bits if isinstance(fitted, Predictive) else None
-                spec = spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+                spec = fitted_spec(spec, fitted, num, len(sample))
                 manifest = manifest.model_copy(update={"codec": spec})
                 num_bytes = int(num_bytes * bits / 16)
             check_space(out, num_bytes, force)
