@@ -4,8 +4,6 @@ They run in workers. Batches are fixed by the plan, so that encoding a shard aga
 bytes.
 """
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 
 from ..schemas import Codec, FeatureManifest, Receipt
 from .captions import Captions
-from .cluster import report_progress
+from .cluster import report_progress, worker_name
 from .codecs import Coded
 from .distortion import CodecError
 from .fitting import fit_codec, fitted_spec
@@ -148,7 +146,7 @@ def _encode(job: Job, task: Task) -> Receipt:
             "encode": encoded - loaded,
             "write": time.perf_counter() - encoded,
         },
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=worker_name(),
     )
     store.write_receipt(receipt)
     return receipt

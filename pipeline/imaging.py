@@ -1,7 +1,5 @@
 """Images -> latent store: the plan, and the task that encodes one shard."""
 
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import pyarrow as pa
 
 from ..schemas import LATENT_SAMPLES_SCHEMA, InputError, LatentIdentity, LatentManifest, Receipt
 from .autoencoder import Autoencoder, find_vae
-from .cluster import report_progress
+from .cluster import report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
 from .latents import describe_images, image_to_codes, images_fingerprint, pixel_codec
 from .layout import format_bytes, pack
@@ -270,7 +268,7 @@ def _encode_images(task: _Task) -> Receipt:
             "encode": encoded - loaded,
             "write": time.perf_counter() - encoded,
         },
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=worker_name(),
     )
     store.write_receipt(receipt)
     if broken:

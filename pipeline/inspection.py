@@ -1,43 +1,18 @@
 """Facts about a store, for people and for machines."""
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..schemas import Facts, Receipt
+from ..schemas import Facts, Findings, Receipt
 from .layout import format_bytes
 from .store import FeatureStore, open_store
 
 _SHOWN = 5
 
 
-@dataclass(frozen=True, repr=False)
-class Inspection:
-    """What ``semroute inspect`` says about a store.
-
-    Attributes:
-        facts: for people.
-        details: the same and more, for machines; plain JSON types.
-    """
-
-    facts: Facts
-    details: Mapping[str, Any]
-
-    def __repr__(self) -> str:
-        return str(self.facts)
-
-    def _repr_html_(self) -> str:
-        return self.facts._repr_html_()
-
-    def to_json(self) -> str:
-        return json.dumps(self.details, indent=1)
-
-
-def inspect(path: str | os.PathLike[str]) -> Inspection:
+def inspect(path: str | os.PathLike[str]) -> Findings:
     """Look at a feature or latent store, finished or not.
 
     Raises:
@@ -64,7 +39,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     if quarantined:
         shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
         items["quarantined"] = f"{len(quarantined)} shards: {shown}"
-    return Inspection(Facts(f"{type(store).__name__} {store.path}", items), details)
+    return Findings(Facts(f"{type(store).__name__} {store.path}", items), details)
 
 
 def codec_error(receipts: list[Receipt]) -> dict[str, float]:

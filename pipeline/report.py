@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..schemas import write_document
+from ..schemas import Findings, write_document
 from . import figures
-from .inspection import Inspection, inspect, layer_error
+from .inspection import inspect, layer_error
 from .latents import latents_to_images, pixel_codec
 from .statistics import LayerStatistics, measure_layers
 from .store import FeatureStore, LatentStore, open_store
@@ -133,7 +133,7 @@ def _svg(figure: Figure, name: str) -> str:
     return f"<img src='data:image/svg+xml;base64,{data}' alt='{escape(name)}'>"
 
 
-def _page(found: Inspection, sections: Mapping[str, str]) -> str:
+def _page(found: Findings, sections: Mapping[str, str]) -> str:
     title = escape(found.facts.title)
     body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
     return (

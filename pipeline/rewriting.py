@@ -3,8 +3,6 @@
 No LLM is run. Shapes: R rows (tokens), L layers, K mixes of them, D blocks, H width.
 """
 
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from ..schemas import (
     differences,
     fingerprint,
 )
-from .cluster import report_progress
+from .cluster import report_progress, worker_name
 from .codecs import CODECS, Coded
 from .distortion import CodecError
 from .filling import at_work, check_space, fill, provenance
@@ -287,7 +285,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
         layer_error=error.by_layer(),
         warnings=[],
         seconds={"encode": encoded - started, "write": time.perf_counter() - encoded},
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=worker_name(),
     )
     store.write_receipt(receipt)
     return receipt

@@ -1,14 +1,12 @@
 """How far a store is, from its files alone: to be asked from any shell, while others write."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from ..schemas import Facts
+from ..schemas import Facts, Findings
 from .layout import format_bytes
 from .lock import is_dead, read_driver
 from .store import FeatureStore, open_store
@@ -18,29 +16,7 @@ RECENT_SECONDS = 600.0
 _SHOWN = 5
 
 
-@dataclass(frozen=True, repr=False)
-class Status:
-    """What ``semroute status`` says about a store.
-
-    Attributes:
-        facts: for people.
-        details: the same for machines; plain JSON types.
-    """
-
-    facts: Facts
-    details: Mapping[str, Any]
-
-    def __repr__(self) -> str:
-        return str(self.facts)
-
-    def _repr_html_(self) -> str:
-        return self.facts._repr_html_()
-
-    def to_json(self) -> str:
-        return json.dumps(self.details, indent=1)
-
-
-def status(path: str | os.PathLike[str]) -> Status:
+def status(path: str | os.PathLike[str]) -> Findings:
     """Look at a store that is being filled, or was.
 
     Raises:
@@ -82,7 +58,7 @@ def status(path: str | os.PathLike[str]) -> Status:
         "driver": None if driver is None else driver.model_dump(exclude={"token", "begun"}),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
-    return Status(_facts(store.path, unit, details), details)
+    return Findings(_facts(store.path, unit, details), details)
 
 
 def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Facts:

@@ -5,7 +5,7 @@ from .configuration import read_config
 from .contract import Contract, ContractError, Difference, differences, parse
 from .document import publish, sync, write_document, write_whole
 from .errors import InputError
-from .facts import Facts
+from .facts import Facts, Findings
 from .fingerprint import fingerprint
 from .jobs import DRIVER, Driver, JobQueue
 from .manifest import (
@@ -61,6 +61,7 @@ __all__ = [
     "Facts",
     "FeatureIdentity",
     "FeatureManifest",
+    "Findings",
     "Fit",
     "FlowConfig",
     "Generation",

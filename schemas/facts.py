@@ -1,8 +1,10 @@
 """What a repr says: titled facts, the same in text and in HTML."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,25 @@ class Facts:
             for name, value in self.items.items()
         )
         return f"<div><strong>{escape(self.title)}</strong><table>{rows}</table></div>"
+
+
+@dataclass(frozen=True, repr=False)
+class Findings:
+    """What a look at a store found, twice.
+
+    Attributes:
+        facts: for people.
+        details: the same and more, for machines; plain JSON types.
+    """
+
+    facts: Facts
+    details: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return str(self.facts)
+
+    def _repr_html_(self) -> str:
+        return self.facts._repr_html_()
+
+    def to_json(self) -> str:
+        return json.dumps(self.details, indent=1)
