@@ -29,8 +29,8 @@ DISK_FULL = (ENOSPC, EDQUOT, EFBIG)
 """Error numbers of a disk, a quota or a file-size limit that is reached."""
 _TOPIC = "semroute-progress"
 _listener: Progress | None = None
-IN_FLIGHT = 2
-"""Shards a worker has at most: one at work, one waiting."""
+IN_FLIGHT = 3
+"""Shards a worker has at most: one at work, one being written, one waiting."""
 ATTEMPTS = 2
 """Times that a shard is tried when its task raises. A worker that dies is Dask's affair: the shard
 goes to another worker. One that was on three workers that died is tried once more at the end and
@@ -343,6 +343,20 @@ def report_progress(shard: int, done: int) -> None:
     except ValueError:  # called outside run
         return
     worker.log_event(_TOPIC, (shard, done))
+
+
+def let_next_begin() -> None:
+    """Let this worker begin another task: what is left of this one is writing.
+
+    A task that secedes gives its thread of the worker to another (distributed.secede).
+    """
+    from distributed import get_worker, secede
+
+    try:
+        get_worker()
+    except ValueError:  # called outside run, or in this process
+        return
+    secede()
 
 
 def _raise_if_full(error: BaseException) -> None:

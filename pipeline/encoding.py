@@ -18,7 +18,7 @@ import numpy as np
 
 from ..schemas import Codec, FeatureManifest, Receipt
 from .captions import Captions
-from .cluster import report_progress, worker_name
+from .cluster import let_next_begin, report_progress, worker_name
 from .codecs import Coded
 from .distortion import CodecError
 from .fitting import fit_codec, fitted_spec
@@ -87,19 +87,24 @@ class Fitted:
 
 def encode_shard(job: Job, task: Task) -> Receipt:
     """Encode and write one shard, then its receipt. Runs in a worker."""
+    store = FeatureStore.open(job.store, complete=False)
     with _model_in_use:
-        return _encode(job, task)
+        planes, receipt = _encode(store, job.source, task)
+    let_next_begin()
+    return store.complete_shard(planes, receipt)
 
 
-def _encode(job: Job, task: Task) -> Receipt:
+def _encode(
+    store: FeatureStore, source: "Source", task: Task
+) -> tuple[dict[str, np.ndarray], Receipt]:
+    """The codes of a shard, and its receipt but for what is known when they are written."""
     import torch
 
     started = time.perf_counter()
-    store = FeatureStore.open(job.store, complete=False)
     manifest = store.manifest
     torch.set_num_threads(manifest.layout.num_threads)
     layers = manifest.identity.layers
-    encoder = _load_encoder(job.source, tuple(layers), manifest.identity.dtype, own_device())
+    encoder = _load_encoder(source, tuple(layers), manifest.identity.dtype, own_device())
     loaded = time.perf_counter()
     codec = store.codec
     planes = {
@@ -131,25 +136,18 @@ def _encode(job: Job, task: Task) -> Receipt:
             raise
 
     warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink, attempt)
-    encoded = time.perf_counter()
-    files = store.write_shard(task.shard, planes)
     receipt = Receipt(
         shard=task.shard,
         num_rows=sum(map(len, task.sequences)) - int(task.kept.sum()),
         num_entries=len(task.texts),
-        files=files,
+        files={},
         codec_error=error.to_dict(),
         layer_error=error.by_layer(),
         warnings=[*warnings, *_sink_warnings(norms, layers, task)],
-        seconds={
-            "load": loaded - started,
-            "encode": encoded - loaded,
-            "write": time.perf_counter() - encoded,
-        },
+        seconds={"load": loaded - started, "encode": time.perf_counter() - loaded},
         worker=worker_name(),
     )
-    store.write_receipt(receipt)
-    return receipt
+    return planes, receipt
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..schemas import LATENT_SAMPLES_SCHEMA, InputError, LatentIdentity, LatentManifest, Receipt
 from .autoencoder import Autoencoder, find_vae
-from .cluster import report_progress, worker_name
+from .cluster import let_next_begin, report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
 from .latents import describe_images, image_to_codes, images_fingerprint, pixel_codec
 from .layout import format_bytes, pack
@@ -253,24 +253,19 @@ def _encode_images(task: _Task) -> Receipt:
         if first + len(files) - told >= PROGRESS:
             told = first + len(files)
             report_progress(task.shard, told)
-    encoded = time.perf_counter()
-    written = store.write_shard(task.shard, planes)
     receipt = Receipt(
         shard=task.shard,
         num_rows=len(task.files),
         num_entries=len(task.files),
-        files=written,
+        files={},
         codec_error={},
         broken=broken,
         warnings=[],
-        seconds={
-            "load": loaded - started,
-            "encode": encoded - loaded,
-            "write": time.perf_counter() - encoded,
-        },
+        seconds={"load": loaded - started, "encode": time.perf_counter() - loaded},
         worker=worker_name(),
     )
-    store.write_receipt(receipt)
+    let_next_begin()
+    receipt = store.complete_shard(planes, receipt)
     if broken:
         store.quarantine_images(task.shard, broken)
     return receipt

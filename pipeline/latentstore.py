@@ -19,7 +19,6 @@ from ..schemas import (
     Facts,
     LatentManifest,
     Quarantine,
-    WrittenFile,
     write_whole,
 )
 from .layout import format_bytes
@@ -81,14 +80,6 @@ class LatentStore(Ledger[LatentManifest]):
     @property
     def has_deviation(self) -> bool:
         return self.manifest.identity.deviation
-
-    def write_shard(self, shard: int, codes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
-        """Write one whole shard of codes, each array ``[rows_per_shard, C, h, w]``."""
-        return {
-            f"{self.group}/{name}/{file}": written
-            for name, array in self.arrays.items()
-            for file, written in array.write_shard(shard, codes[name]).items()
-        }
 
     def broken(self) -> dict[int, str]:
         """Samples of the shards written so far whose images could not be read, and why."""

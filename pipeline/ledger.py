@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PosixPath
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -23,6 +26,7 @@ from ..schemas import (
     LatentManifest,
     Quarantine,
     Receipt,
+    WrittenFile,
     differences,
     digest,
     parse,
@@ -51,6 +55,11 @@ class Ledger(Generic[M]):
     kind: ClassVar[str]
     manifest_type: ClassVar[Any]
     group: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def arrays(self) -> Mapping[str, Any]:
+        """The sharded arrays of codes, by name."""
 
     def __init__(self, path: Path, manifest: M) -> None:
         self.path = path
@@ -233,6 +242,23 @@ class Ledger(Generic[M]):
             return (self.path / name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
+        """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
+        return {
+            f"{self.group}/{name}/{file}": written
+            for name, array in self.arrays.items()
+            for file, written in array.write_shard(shard, planes[name]).items()
+        }
+
+    def complete_shard(self, planes: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:
+        """Write a shard, then its receipt, which gets the files and the seconds of writing."""
+        started = time.perf_counter()
+        files = self.write_shard(receipt.shard, planes)
+        seconds = {**receipt.seconds, "write": time.perf_counter() - started}
+        written = receipt.model_copy(update={"files": files, "seconds": seconds})
+        self.write_receipt(written)
+        return written
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Record a shard as done, and lift its quarantine."""

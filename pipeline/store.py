@@ -31,7 +31,6 @@ from ..schemas import (
     Facts,
     FeatureManifest,
     Mixes,
-    WrittenFile,
     write_whole,
 )
 from .codecs import CODECS, Codec, open_codec
@@ -221,14 +220,6 @@ class FeatureStore(Ledger[FeatureManifest]):
     def mixes(self) -> Mixes | None:
         """What the positions are where they are mixes of layers; None where they are layers."""
         return self.manifest.identity.mixes
-
-    def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
-        """Write one whole shard of codes, each plane ``[rows_per_shard, L, size]``."""
-        return {
-            f"{self.group}/{name}/{file}": written
-            for name, array in self.arrays.items()
-            for file, written in array.write_shard(shard, planes[name]).items()
-        }
 
     def __len__(self) -> int:
         return self.manifest.identity.captions.num_captions

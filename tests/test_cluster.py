@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from semroute.pipeline.cluster import ATTEMPTS, Cluster, DiskFullError, Interrupted
+from semroute.pipeline.cluster import ATTEMPTS, IN_FLIGHT, Cluster, DiskFullError, Interrupted
 
 
 def outcomes(cluster, function, shards=range(6)):
@@ -62,7 +62,7 @@ class TestRun:
 
         with Cluster(workers) as cluster, pytest.raises(Interrupted):
             interrupt(cluster)
-        assert 2 <= len(seen) <= 2 + 2 * max(1, workers)
+        assert 2 <= len(seen) <= 2 + IN_FLIGHT * max(1, workers)
         assert cluster.draining
 
 
