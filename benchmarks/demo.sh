@@ -28,8 +28,7 @@ run train "$here/demo.yaml" "features=$out/features" "latents=$out/latents" "out
 run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 3
 run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet"
 run plot "$out/run"
-run probe "$out/features" "$out/shapes/train.parquet" --label scene \
-  --routing "$out/run" --figure "$out/knowledge.png"
+run probe "$out/features" "$out/shapes/train.parquet" --label scene --routing "$out/run" --figure "$out/knowledge.png"
 run rewrite "$out/features" "$out/features-mixed" --routing "$out/run"
 
 printf '\nThe demo took %d minutes %d seconds. Look at\n' \
