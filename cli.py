@@ -46,6 +46,7 @@ for command in (
     pipeline.latents,
     pipeline.status,
     pipeline.inspect,
+    pipeline.probe,
     pipeline.verify,
     pipeline.rewrite,
     trainer.train,

@@ -28,6 +28,7 @@ run train "$here/demo.yaml" "features=$out/features" "latents=$out/latents" "out
 run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 3
 run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet"
 run plot "$out/run"
+run probe "$out/features" "$out/shapes/train.parquet" --label scene --routing "$out/run" --figure "$out/knowledge.png"
 run rewrite "$out/features" "$out/features-mixed" --routing "$out/run"
 
 printf '\nThe demo took %d minutes %d seconds. Look at\n' \
@@ -37,6 +38,7 @@ printf '  %-36s %s\n' \
   "$out/run/samples/grid.png" "pictures under the captions they were drawn from" \
   "$out/run/figures/judged-cfg-3.png" "the same, each marked right or wrong by the judge" \
   "$out/run/figures/routing.png" "which LLM layers each block learned to read" \
+  "$out/knowledge.png" "which LLM layer knows what, above what the run reads" \
   "$out/run/figures/loss.png" "the loss" \
   "$out/run/figures/accuracy-cfg-3.png" "accuracy by skill, next to chance"
 printf 'and at the tables above: accuracy by skill, with chance beside it.\n'

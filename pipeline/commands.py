@@ -291,6 +291,75 @@ def inspect(store: Path, as_json: bool, html: Path | None) -> None:
 
 
 @click.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.argument("labels")
+@click.option("--text-column", help="Of LABELS. Default: text, prompt or caption.")
+@click.option(
+    "--label",
+    "names",
+    multiple=True,
+    help="Column, with dots into JSON: scene.relation. May be given several times. Default: all "
+    "with few enough classes.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "last"]),
+    default="mean",
+    show_default=True,
+    help="Of a caption's tokens.",
+)
+@click.option(
+    "--num-captions",
+    type=click.IntRange(1),
+    default=5_000,
+    show_default=True,
+    help="Of the store at most.",
+)
+@click.option("--routing", type=click.Path(path_type=Path), help="A run, to draw what it reads.")
+@click.option(
+    "--figure", type=click.Path(path_type=Path, dir_okay=False), help="Draw accuracy by layer."
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def probe(
+    features: Path,
+    labels: str,
+    names: tuple[str, ...],
+    routing: Path | None,
+    figure: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say which layer of FEATURES knows what: linear probes for the LABELS of captions.
+
+    LABELS is a table with the captions and columns of labels. Probes are fitted in closed form to
+    three fifths of the captions, and judged on others. No LLM is run.
+
+    \b
+    Examples:
+      semroute probe features shapes/train.parquet --label scene --figure knowledge.png
+      semroute probe features partiprompts.tsv --text-column Prompt --label Category
+    """
+    if routing is not None and figure is None:
+        raise InputError("--routing is drawn: name a picture with --figure")
+    read = None
+    if routing is not None:
+        from ..trainer.checkpoint import load_run
+        from .store import open_features
+
+        read = load_run(routing).routing(open_features(features).manifest.identity)
+    from .knowledge import probe_layers
+
+    found = probe_layers(features, labels, labels=names, progress=not as_json, **options)
+    click.echo(found.to_json() if as_json else found)
+    if figure is not None:
+        from . import figures
+        from .style import DPI
+
+        figures.knowledge(found, read).savefig(figure, dpi=DPI)
+        click.echo(figure, err=as_json)
+
+
+@click.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def status(store: Path, as_json: bool) -> None:

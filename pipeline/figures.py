@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
+from ..schemas import Routing
+from .knowledge import Knowledge
 from .statistics import LayerStatistics
 from .store import FeatureStore
 from .style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
@@ -93,6 +96,45 @@ def token_lengths(store: FeatureStore) -> Figure:
     axes.set_xlabel("tokens", color=INK)
     axes.set_ylabel("captions", color=INK)
     clean(axes)
+    return figure
+
+
+def knowledge(found: Knowledge, routing: Routing | None = None) -> Figure:
+    """How well each layer tells labels, above what a router reads.
+
+    Bands are 95 % intervals over captions, dashed lines chance, the mark the best layer.
+
+    Args:
+        routing: of a run: its mean over blocks is drawn below.
+    """
+    num = len(found.probes)
+    columns = min(3, num)
+    rows = -(-num // columns) + (routing is not None)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"What layers know ({found.pool} over tokens)", color=INK)
+    grid = figure.add_gridspec(rows, columns)
+    places = range(len(found.layers))
+    for number, probe in enumerate(found.probes):
+        axes = figure.add_subplot(grid[divmod(number, columns)])
+        axes.fill_between(places, probe.low, probe.high, color=LINES[0], alpha=0.25, linewidth=0)
+        axes.plot(places, probe.accuracy, color=LINES[0], marker="o", markersize=2.5, linewidth=1)
+        axes.axhline(probe.chance, color=FAINT, linewidth=1, linestyle="--")
+        axes.plot(probe.best, probe.accuracy[probe.best], "o", color=LINES[1], markersize=5)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        clean(axes)
+        layer_ticks(axes, found.layers, most=8)
+        axes.set_title(f"{probe.label}, {probe.num_classes} classes", color=INK, fontsize=9)
+    if routing is not None:
+        axes = figure.add_subplot(grid[rows - 1, :])
+        mean = dict(zip(routing.layers, np.mean(routing.weights, axis=0), strict=True))
+        axes.bar(
+            places, [mean.get(layer, 0.0) for layer in found.layers], width=0.8, color=LINES[2]
+        )
+        axes.axhline(1 / len(mean), color=INK, linewidth=1, linestyle="--")
+        clean(axes)
+        layer_ticks(axes, found.layers)
+        axes.set_title("what the router reads, mean over blocks", color=INK, fontsize=9)
+    figure.supxlabel("LLM layer", color=INK, fontsize=9)
     return figure
 
 

@@ -192,6 +192,32 @@ def read_samples(
     return Samples(source, table, text, image)
 
 
+def read_table(
+    source: str, text_column: str | None = None, columns: Sequence[str] | None = None
+) -> tuple[str, pa.Table]:
+    """The name of the column of captions, and that column with others; of tables, not of tars.
+
+    Args:
+        source: see :func:`read_samples`.
+        text_column: default: the first of ``text``, ``prompt``, ``caption`` that exists.
+        columns: others to read; default all.
+
+    Raises:
+        InputError: no such file, format or column.
+    """
+    if _suffix(source) == TAR:
+        raise InputError(f"{source}: labels are read from a table, not from tars")
+    names = _parsed(source, _column_names)
+    text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", True)
+    missing = sorted({*(columns or ())} - {*names})
+    if missing:
+        raise InputError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(names)}"
+        )
+    wanted = [name for name in names if columns is None or name in columns or name == text]
+    return str(text), _parsed(source, partial(_read_columns, columns=wanted))
+
+
 def _suffix(source: str) -> str:
     return PurePosixPath(source).suffix.lower()
 

@@ -19,12 +19,18 @@ FLOORS = [
     {"pipeline.latentstore", "pipeline.samples"},
     {
         *("pipeline." + name for name in ("store", "distortion", "planning", "latents")),
-        *("pipeline." + name for name in ("places", "progress")),
+        *("pipeline." + name for name in ("places", "progress", "labels")),
         *("trainer.dit", "trainer.sampling"),
     },
     {
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
-        *("pipeline.statistics", "pipeline.mixing", "pipeline.status", "pipeline.autoencoder"),
+        *(
+            "pipeline.statistics",
+            "pipeline.knowledge",
+            "pipeline.mixing",
+            "pipeline.status",
+            "pipeline.autoencoder",
+        ),
         *("pipeline.growth", "trainer.stream"),
     },
     {
