@@ -16,9 +16,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
-from .routing import Mixed, make_router, phi
+from .gates import phi
+from .routing import Mixed, make_router
 
 ROPE_THETA = 1e4
 T_SCALE = 1000.0
@@ -154,10 +156,19 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice."""
-        v = self.text_v(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
-        k = self.text_k(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
+    def read(self, context: Tensor, before: nn.Linear | None = None) -> tuple[Tensor, Tensor]:
+        """Packed keys and values of rows: [R, H] -> [R, G, E] twice.
+
+        ``before`` is a projection that rows have yet to pass. It is multiplied with the matrices
+        of keys and values first: less work than with the rows where those are more than 2 G E.
+        """
+        if before is None:
+            k, v = self.text_k(context), self.text_v(context)  # [R, G*E] each
+        else:
+            weight = torch.cat([self.text_k.weight, self.text_v.weight])  # [2*G*E, H]
+            merged, bias = weight @ before.weight, weight @ before.bias
+            k, v = F.linear(context, merged, bias).chunk(2, dim=-1)  # [R, G*E] each
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))  # [R, G, E] each
         return self.k_norm(k).to(v.dtype), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -255,6 +266,9 @@ class DiT(nn.Module):
         text_width: H.
         mixes: what the feature store holds in place of layers, where it does.
 
+    Attributes:
+        gradient_checkpointing: keep only what enters each block for the backward pass.
+
     Raises:
         InputError: latents that patches do not tile, an impossible size, or a strategy that cannot
             read what is stored.
@@ -283,17 +297,22 @@ class DiT(nn.Module):
         self.latent_shape = (channels, height, width)
         self.patch_size = patch
         self.size = size
+        self.gradient_checkpointing = False
         conditioned = config.conditioning == "adaln"
 
-        self.router = make_router(
-            routing,
-            layers=layers,
-            num_llm_layers=num_llm_layers,
-            num_blocks=size.depth,
-            mixes=mixes,
-        )
-        self.context_norm = RMSNorm(text_width)
-        self.context = nn.Linear(text_width, text_width)
+        # A fork, so that the rest of the network starts with the same weights under any strategy.
+        with torch.random.fork_rng(devices=[]):
+            self.router = make_router(
+                routing,
+                layers=layers,
+                num_llm_layers=num_llm_layers,
+                num_blocks=size.depth,
+                text_width=text_width,
+                mixes=mixes,
+            )
+        width_read = self.router.width_read(text_width)
+        self.context_norm = RMSNorm(width_read)
+        self.context = nn.Linear(width_read, text_width)
         self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
         self.patch_in = nn.Linear(channels * patch * patch, size.width)
         self.rotary = RotaryPositions(height // patch, width // patch, size.head_dim)
@@ -304,10 +323,11 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Fresh weights from torch's default generator. The router is left alone: it has no Linear,
-        and its own zeros are what makes every strategy start as uniform."""
+        """Fresh weights from torch's default generator. The router is left alone: its own zeros are
+        what makes every strategy start as uniform."""
+        router = {*self.router.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in router:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -328,7 +348,7 @@ class DiT(nn.Module):
     # ------------------------------------------------------------------------------ parameters
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """What the routing strategy learns; empty for penultimate and uniform."""
+        """What the routing strategy learns; empty where its weights are fixed."""
         return list(self.router.parameters())
 
     def block_matrices(self) -> list[nn.Parameter]:
@@ -350,7 +370,7 @@ class DiT(nn.Module):
             offsets: int64 [U + 1]; caption u is rows offsets[u] to offsets[u + 1], at least one.
                 Best left on the CPU, with ``caption``: a GPU then waits for nothing.
             caption: int64 [B], which unique caption each batch item has.
-            t: [B]; needed by the strategies time and joint, ignored by the others.
+            t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
         """
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
         steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
@@ -368,11 +388,14 @@ class DiT(nn.Module):
 
         keys, values, shared = [], [], None
         for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            if fused.shape[1] > 1:
-                context = self._project(fused[:, number])  # [R or P, H]
-            else:
+            if fused.shape[1] == 1:
                 context = shared = self._project(fused[:, 0]) if shared is None else shared
-            k, v = block.cross_attention.read(context)  # [R or P, G, E] each
+                k, v = block.cross_attention.read(context)  # [R or P, G, E] each
+            elif len(fused) > 2 * self.size.num_kv_heads * self.size.head_dim:
+                normed = self.context_norm(fused[:, number])  # [R or P, H]
+                k, v = block.cross_attention.read(normed, self.context)
+            else:
+                k, v = block.cross_attention.read(self._project(fused[:, number]))
             keys.append(_lay_out(k, index))  # [B, G, T, E]
             values.append(_lay_out(v, index))  # [B, G, T, E]
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
@@ -420,7 +443,11 @@ class DiT(nn.Module):
         noise = None if self.noise_embedder is None else self.noise_embedder(t)  # [B, W]
         x = self.patch_in(self._patchify(x_t)).float()  # [B, N, W], the residual stream is fp32
         for block, k, v in zip(self.blocks, text.keys, text.values, strict=True):
-            x = block(x, noise, self.rotary, k, v, text.mask)  # [B, N, W]
+            inputs = (x, noise, self.rotary, k, v, text.mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)  # [B, N, W]
         x = self.norm_out(x)  # [B, N, W]
         if self.modulation_out is not None and noise is not None:
             shift, scale = self.modulation_out(F.silu(noise))[:, None].float().chunk(2, dim=-1)
