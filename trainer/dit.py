@@ -160,7 +160,7 @@ class CrossAttention(nn.Module):
         """Packed keys and values of rows: [R, H] -> [R, G, E] twice.
 
         ``before`` is a projection that rows have yet to pass. It is multiplied with the matrices
-        of keys and values first: less work than with the rows where those are more than 2 G E.
+        of keys and values first, which is less work where rows are many.
         """
         if before is None:
             k, v = self.text_k(context), self.text_v(context)  # [R, G*E] each
@@ -386,16 +386,17 @@ class DiT(nn.Module):
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = index.to(hidden.device)
 
-        keys, values, shared = [], [], None
+        # Projected are rows, or where they are fewer the matrices of all keys and values.
+        num_rows, num_mixes = fused.shape[:2]
+        num_matrix_rows = 2 * self.size.num_kv_heads * self.size.head_dim * self.size.depth
+        before = self.context if num_rows * num_mixes > num_matrix_rows else None
+        contexts = [self.context_norm(mix) for mix in fused.unbind(1)]  # [R or P, H] each
+        if before is None:
+            contexts = [self.context(context) for context in contexts]
+        keys, values = [], []
         for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            if fused.shape[1] == 1:
-                context = shared = self._project(fused[:, 0]) if shared is None else shared
-                k, v = block.cross_attention.read(context)  # [R or P, G, E] each
-            elif len(fused) > 2 * self.size.num_kv_heads * self.size.head_dim:
-                normed = self.context_norm(fused[:, number])  # [R or P, H]
-                k, v = block.cross_attention.read(normed, self.context)
-            else:
-                k, v = block.cross_attention.read(self._project(fused[:, number]))
+            context = contexts[number if num_mixes > 1 else 0]
+            k, v = block.cross_attention.read(context, before)  # [R or P, G, E] each
             keys.append(_lay_out(k, index))  # [B, G, T, E]
             values.append(_lay_out(v, index))  # [B, G, T, E]
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
@@ -427,9 +428,6 @@ class DiT(nn.Module):
             yield
         finally:
             self.router = router
-
-    def _project(self, fused: Tensor) -> Tensor:
-        return self.context(self.context_norm(fused))  # [R, H]
 
     # ----------------------------------------------------------------------------------- image
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+LN_EPS = 1e-5
 # Elements normalised at once: on a CPU what stays in its caches, on a GPU 256 MiB of fp32.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
@@ -20,7 +21,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 def layer_norm(h: Tensor) -> Tensor:
     """Parameter-free LN over the last axis: ``(h - mean) / sqrt(var + 1e-5)``, always in fp32."""
     with torch.autocast(h.device.type, enabled=False):
-        return F.layer_norm(h.float(), h.shape[-1:], eps=1e-5)
+        return F.layer_norm(h.float(), h.shape[-1:], eps=LN_EPS)
 
 
 def fuse(
@@ -34,8 +35,8 @@ def fuse(
 
     It is computed as ``mean_l LN_l + (alpha - 1/L) LN``: where alpha is uniform the second term is
     exactly zero, so every strategy at zero logits gives the bits of ``uniform`` whichever matrix
-    kernel its shape selects. Normalised layers are made chunk by chunk, in the forward and again in
-    the backward pass, and never kept: they are twice the size of the features themselves.
+    kernel its shape selects. Layers are normalised once, chunk by chunk, and never kept normalised,
+    which would be twice the size of the features themselves: the backward pass needs two moments.
 
     Args:
         hidden: [R, L, H], any float dtype, without gradient.
@@ -70,13 +71,15 @@ class _Fuse(torch.autograd.Function):
         rows: Tensor | None,
         owners: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, deviation, rows, owners)
         num_pairs = len(hidden) if rows is None else len(rows)
         num_blocks = 1 if deviation is None else deviation.shape[1]
         out = hidden.new_empty((num_pairs, num_blocks, hidden.shape[-1]), dtype=torch.float32)
+        moments = []
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, num_pairs):
-                normed = layer_norm(_take(hidden, rows, part))  # [C, L, H]
+                h = _take(hidden, rows, part).float()  # [C, L, H]
+                normed, *of_layers = torch.native_layer_norm(h, h.shape[-1:], None, None, LN_EPS)
+                moments.append(torch.stack(of_layers))  # [2, C, L, 1]
                 mean = normed.mean(1, keepdim=True)  # [C, 1, H]
                 if deviation is None:
                     out[part] = mean
@@ -87,19 +90,23 @@ class _Fuse(torch.autograd.Function):
                     else deviation[owners[part]]
                 )
                 torch.baddbmm(mean, mix, normed, out=out[part])  # [C, D, H]
+        ctx.save_for_backward(hidden, deviation, rows, owners, torch.cat(moments, dim=1))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
-        hidden, deviation, rows, owners = ctx.saved_tensors
+        hidden, deviation, rows, owners, moments = ctx.saved_tensors
         if deviation is None:
             return None, None, None, None
         total = torch.zeros_like(deviation)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, len(grad)):
-                normed = layer_norm(_take(hidden, rows, part))  # [C, L, H]
-                each = torch.bmm(grad[part], normed.mT)  # [C, D, L]
+                # grad . LN(h) without LN(h): products with h, then the mean and the scale.
+                h = _take(hidden, rows, part).float()  # [C, L, H]
+                mean, scale = moments[:, part].mT  # [C, 1, L] each
+                products = torch.bmm(grad[part], h.mT)  # [C, D, L]
+                each = scale * (products - mean * grad[part].sum(-1, keepdim=True))  # [C, D, L]
                 if owners is None:
                     total[0] += each.sum(0)
                 else:
