@@ -23,6 +23,7 @@ from .gates import phi
 from .routing import Mixed, make_router
 
 ROPE_THETA = 1e4
+RMS_EPS = 1e-6
 T_SCALE = 1000.0
 
 
@@ -82,7 +83,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / rms(x): [..., W] -> fp32 [..., 1]."""
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+        return (norm.square() / x.shape[-1] + RMS_EPS).rsqrt()
 
 
 class RotaryPositions(nn.Module):
@@ -156,24 +162,40 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def read(self, context: Tensor, before: nn.Linear | None = None) -> tuple[Tensor, Tensor]:
-        """Packed keys and values of rows: [R, H] -> [R, G, E] twice.
+    def read(self, context: Tensor, before: "Before | None" = None) -> tuple[Tensor, Tensor]:
+        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice.
 
-        ``before`` is a projection that rows have yet to pass. It is multiplied with the matrices
-        of keys and values first, which is less work where rows are many.
+        With ``before`` rows are not projected yet: its matrix is multiplied with those of keys and
+        values first, which is less work where rows are many.
         """
         if before is None:
             k, v = self.text_k(context), self.text_v(context)  # [R, G*E] each
         else:
             weight = torch.cat([self.text_k.weight, self.text_v.weight])  # [2*G*E, H]
-            merged, bias = weight @ before.weight, weight @ before.bias
-            k, v = F.linear(context, merged, bias).chunk(2, dim=-1)  # [R, G*E] each
+            product = F.linear(context, weight @ before.weight)  # [R, 2*G*E]
+            both = product * before.scale + weight @ before.bias
+            k, v = both.to(product.dtype).chunk(2, dim=-1)  # [R, G*E] each
         k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))  # [R, G, E] each
         return self.k_norm(k).to(v.dtype), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
         return self.out(attend(q, k, v, mask))  # [B, N, W]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The projection Linear(RMSNorm(x)) = (x weight^T) scale + bias of rows that it has yet to pass.
+
+    Attributes:
+        weight: [H, H], the gain of the norm in it.
+        bias: [H].
+        scale: fp32 [R, 1], one over the RMS of each row.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -387,15 +409,20 @@ class DiT(nn.Module):
         index = index.to(hidden.device)
 
         # Projected are rows, or where they are fewer the matrices of all keys and values.
-        num_rows, num_mixes = fused.shape[:2]
         num_matrix_rows = 2 * self.size.num_kv_heads * self.size.head_dim * self.size.depth
-        before = self.context if num_rows * num_mixes > num_matrix_rows else None
-        contexts = [self.context_norm(mix) for mix in fused.unbind(1)]  # [R or P, H] each
-        if before is None:
-            contexts = [self.context(context) for context in contexts]
+        contexts: list[tuple[Tensor, Before | None]]
+        if fused.shape[0] * fused.shape[1] > num_matrix_rows:
+            weight = self.context.weight * self.context_norm.weight  # [H, H]
+            scales = self.context_norm.scale(fused)  # [R or P, D or 1, 1]
+            contexts = [
+                (mix, Before(weight, self.context.bias, scale))
+                for mix, scale in zip(fused.unbind(1), scales.unbind(1), strict=True)
+            ]
+        else:
+            contexts = [(self.context(self.context_norm(mix)), None) for mix in fused.unbind(1)]
         keys, values = [], []
         for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            context = contexts[number if num_mixes > 1 else 0]
+            context, before = contexts[number if len(contexts) > 1 else 0]
             k, v = block.cross_attention.read(context, before)  # [R or P, G, E] each
             keys.append(_lay_out(k, index))  # [B, G, T, E]
             values.append(_lay_out(v, index))  # [B, G, T, E]
