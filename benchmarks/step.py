@@ -28,7 +28,7 @@ import pyarrow as pa
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from semroute.pipeline.captions import build_captions, read_template
+from semroute.pipeline.captions import build_captions
 from semroute.pipeline.encoder import Encoder, find_model, load_tokenizer
 from semroute.pipeline.store import FeatureStore, open_features
 from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
@@ -201,8 +201,9 @@ def online(
             results.append(json.loads(output.stdout))
     store = open_features(features)
     print(
-        f"{size}, {store.manifest.codec.name} store of {len(store.layers)} layers, {turns} turns of "
-        f"{steps} steps, {threads} threads, torch {torch.__version__}\n"
+        f"{size}, {store.manifest.codec.name} store of {len(store.layers)} layers, "
+        f"{len(store):,} captions of {store.captions['num_tokens'].to_numpy().mean():.1f} tokens, "
+        f"{turns} turns of {steps} steps, {threads} threads, torch {torch.__version__}\n"
     )
     print("| features | samples/s | text, share of a step | peak memory, MB |")
     print("| --- | --: | --: | --: |")
@@ -225,11 +226,11 @@ def measure(name: str, features: Path, model: str, size: str, steps: int) -> dic
     num = WORKLOADS[size]["samples"]
     identity = store.manifest.identity
     order = np.random.default_rng(0).permutation(np.arange(1, len(store)))
-    batches = cycle(np.array_split(order, max(1, len(order) // num)))
+    batches = cycle(order[first : first + num] for first in range(0, len(order) - num + 1, num))
     arm = Arm(
         size, ARMS["depth"], store.layers, identity.model.num_layers, identity.model.width
     )  # fmt: skip
-    texts = from_store(store, batches, num) if name == "cached" else from_llm(store, model, batches)
+    texts = from_store(store, batches) if name == "cached" else from_llm(store, model, batches)
     arm.step(next(texts))
     waited = total = 0.0
     for _ in range(steps):
@@ -245,30 +246,37 @@ def measure(name: str, features: Path, model: str, size: str, steps: int) -> dic
     }
 
 
-def from_store(store: FeatureStore, batches: Iterator[np.ndarray], num: int) -> Iterator[Text]:
+def from_store(store: FeatureStore, batches: Iterator[np.ndarray]) -> Iterator[Text]:
     """Read when asked for: training itself reads ahead, in a thread."""
     for ids in batches:
-        rows = store.read(ids[:num], store.layers)
+        rows = store.read(ids, store.layers)
         yield rows.tensor(), torch.from_numpy(rows.offsets)
 
 
 def from_llm(store: FeatureStore, model: str, batches: Iterator[np.ndarray]) -> Iterator[Text]:
-    """The same captions, tokenised beforehand, through the LLM in one batch."""
+    """The same captions, tokenised beforehand, through the LLM in one padded batch."""
     identity, source = store.manifest.identity, find_model(model)
-    encoder = Encoder(source, store.layers, "float32", "cpu")
-    texts = store.captions["text"].to_pylist()
+    encoder = Encoder(source, store.layers, identity.dtype, "cpu")
+    captions = build_captions(
+        pa.array([[text] for text in store.captions["text"].to_pylist()[1:]]),
+        load_tokenizer(source),
+        template=identity.template.text,
+        max_length=identity.max_length,
+        keep_prefix=identity.template.keep_prefix,
+        causal=identity.model.causal,
+    )
+    entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
+    layers: list[torch.Tensor] = [torch.empty(0)] * len(store.layers)
+
+    def sink(index: int, hidden: torch.Tensor) -> None:
+        layers[index] = hidden.bfloat16()
+
     for ids in batches:
-        chosen = build_captions(
-            pa.array([[texts[number]] for number in ids]), load_tokenizer(source),
-            template=read_template("plain"), max_length=identity.max_length,
-        )  # fmt: skip
-        layers: list[torch.Tensor] = [torch.empty(0)] * len(store.layers)
-
-        def sink(index: int, hidden: torch.Tensor, layers: list[torch.Tensor] = layers) -> None:
-            layers[index] = hidden.bfloat16()
-
-        encoder.encode(chosen.sequences, [int(kept) for kept in chosen.kept], sink)
-        yield torch.stack(layers, dim=1), torch.from_numpy(np.append(0, chosen.num_tokens.cumsum()))
+        chosen = [entries[number] for number in ids]
+        sequences = [captions.sequences[entry] for entry in chosen]
+        encoder.encode(sequences, [int(captions.kept[entry]) for entry in chosen], sink)
+        offsets = np.append(0, captions.num_tokens[chosen].cumsum())
+        yield torch.stack(layers, dim=1), torch.from_numpy(offsets)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Before:
-    """The projection Linear(RMSNorm(x)) = (x weight^T) scale + bias of rows that it has yet to pass.
+    """The projection Linear(RMSNorm(x)) = (x weight^T) scale + bias, of rows that are to pass it.
 
     Attributes:
         weight: [H, H], the gain of the norm in it.
