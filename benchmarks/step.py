@@ -3,12 +3,12 @@
     python benchmarks/step.py strategies [--size small] [--layers 30] [--only NAME ...]
     python benchmarks/step.py online FEATURES --model LLM [--size small]
 
-A step is forward, loss, backward, clipping and AdamW, in fp32. Arms take turns, step by step, so
-that what else the machine does falls on all alike; times are medians of the ratio to the first arm,
-of the same turn. ``strategies`` reads random features from memory; FLOPs are those of
-torch.utils.flop_counter, memory is what autograd keeps for the backward pass. ``online`` compares
-reading a store with running the LLM on the same captions at every step, each in a process of its
-own.
+A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm stands beside one
+of the first arm, now before and now after it, so that what else the machine does falls on both
+alike; printed are the median of the ratio and its middle half. ``strategies`` reads random features
+from memory; FLOPs are those of torch.utils.flop_counter, memory is what autograd keeps for the
+backward pass. ``online`` compares reading a store with running the LLM on the same captions at every
+step, each in a process of its own.
 """
 
 import json
@@ -159,20 +159,24 @@ def strategies(
     for name, arm in arms.items():
         arm.step(texts[name])
     took: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(turns):
-        for name, arm in arms.items():
-            took[name].append(seconds(lambda arm=arm, name=name: arm.step(texts[name])))
+    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(turns):
+        for name in arms:
+            pair = {}
+            for number in ((first, name), (name, first))[turn % 2]:
+                pair[number] = seconds(lambda number=number: arms[number].step(texts[number]))
+            took[name].append(pair[first])
+            ratios[name].append(pair[name] / pair[first])
     print(
         f"{size}: {workload['samples']} samples x {workload['draws']} draws, {rows} rows of "
-        f"{layers} layers of {width}, {turns} turns, {threads} threads, torch {torch.__version__}; "
-        f"a step of {first}: {statistics.median(took[first]):.3f} s\n"
+        f"{layers} layers of {width}, {turns} turns, {threads} threads, torch "
+        f"{torch.__version__}; a step of {first}: {statistics.median(took[first]):.3f} s\n"
     )
     print("| strategy | learned | step | GFLOP | kept MB |\n| --- | --: | --: | --: | --: |")
     for name, arm in arms.items():
-        ratios = [own / base for own, base in zip(took[name], took[first], strict=True)]
         learned = sum(p.numel() for p in arm.dit.router_parameters())
         print(
-            f"| {name} | {learned:,} | {spread(ratios)} | {arm.flops(texts[name]) / 1e9:.2f} | "
+            f"| {name} | {learned:,} | {spread(ratios[name])} | {arm.flops(texts[name]) / 1e9:.2f} | "
             f"{arm.kept_bytes(texts[name]) / 1e6:.1f} |"
         )
 
