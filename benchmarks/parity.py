@@ -18,7 +18,7 @@ from transformers import AutoModel
 import semroute
 from semroute.pipeline.encoder import find_model
 from semroute.pipeline.layout import batches
-from semroute.trainer.routing import fuse, layer_norm
+from semroute.trainer.fusion import fuse, layer_norm
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import matplotlib.figure
 from matplotlib.axes import Axes
 
 COLOUR_MAP = "viridis"
+SIGNED_COLOUR_MAP = "RdBu_r"
 INK, FAINT = "#1f2933", "#9aa5b1"
 LINES = ("#31688e", "#e07a5f", "#35b779", "#8e5ea2")
 DPI = 150

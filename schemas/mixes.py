@@ -17,7 +17,7 @@ SAME_WEIGHTS = 1e-5
 class Routing(Contract):
     """How the blocks of a run weigh the LLM's layers, where that does not change with t."""
 
-    strategy: Literal["penultimate", "uniform", "static", "depth"]
+    strategy: Literal["penultimate", "uniform", "static", "depth", "one-per-block"]
     step: int = Field(ge=0)
     """Of the run's checkpoint."""
     source: Literal["ema", "model"]

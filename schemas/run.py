@@ -18,15 +18,69 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class RoutingConfig(Contract):
-    """Which mix of LLM layers a block reads (design: alpha = softmax(z(t, d)))."""
+    """Which mix of LLM layers a block reads (design: weights alpha from logits z(t, d)).
 
-    strategy: Literal["penultimate", "uniform", "static", "time", "depth", "joint", "mixes"] = (
-        "depth"
-    )
-    """One layer, the plain mean, one learned mix, or a mix by noise level, by block, or by both;
-    or ``mixes``, from a store that holds those of another run."""
+    A key that the strategy has no use for is an error.
+    """
+
+    strategy: Literal[
+        "penultimate",
+        "uniform",
+        "static",
+        "time",
+        "depth",
+        "joint",
+        "token",
+        "one-per-block",
+        "concat",
+        "attention",
+        "mixes",
+    ] = "depth"
+    """One layer, the plain mean, one learned mix, or a mix by noise level, by block, by both, or by
+    token; a layer a block, layers side by side, or attention over layers, as deployed models do; or
+    ``mixes``, from a store that holds those of another run."""
     phi_scale: float = Field(1000.0, gt=0)
-    """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code."""
+    """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code. Of ``time`` and
+    ``joint``."""
+    weights: Literal["softmax", "signed"] = "softmax"
+    """Of learned logits z: softmax(z), or (1 + z) / L, which can be negative."""
+    top_k: Positive | None = None
+    """Keep only the k largest of learned weights; gradients still reach all."""
+    rank: Positive | None = None
+    """Of ``depth``: logits are a product of rank r, so blocks share r patterns of layers."""
+    layers: list[Positive] | None = None
+    """Of ``one-per-block``, one a block; of ``concat`` and ``attention``, those that are read. By
+    default what the deployed model does, scaled to this LLM."""
+    uniform_penalty: float = Field(0.0, ge=0)
+    """Added to the loss, times the chi-square distance of the weights from uniform."""
+    smooth_penalty: float = Field(0.0, ge=0)
+    """Added to the loss, times the same distance of neighbouring blocks. Of ``depth`` and
+    ``joint``."""
+
+    @model_validator(mode="after")
+    def _of_use(self) -> "RoutingConfig":
+        useful = _ROUTING_KEYS.get(self.strategy, set())
+        for name, field in type(self).model_fields.items():
+            if name in {"strategy", *useful} or getattr(self, name) == field.default:
+                continue
+            having = [strategy for strategy, keys in _ROUTING_KEYS.items() if name in keys]
+            raise ValueError(
+                f"{name} is {getattr(self, name)!r}, which strategy {self.strategy} has no use "
+                f"for: leave it out, or choose of {', '.join(having)}"
+            )
+        return self
+
+
+_ROUTING_KEYS = {
+    "static": {"weights", "top_k", "uniform_penalty"},
+    "time": {"phi_scale", "weights", "top_k", "uniform_penalty"},
+    "depth": {"weights", "top_k", "rank", "uniform_penalty", "smooth_penalty"},
+    "joint": {"phi_scale", "weights", "top_k", "uniform_penalty", "smooth_penalty"},
+    "token": {"weights", "top_k"},
+    "one-per-block": {"layers"},
+    "concat": {"layers"},
+    "attention": {"layers"},
+}
 
 
 class ModelConfig(Contract):
@@ -145,6 +199,11 @@ class TrainConfig(Contract):
     """Steps between checkpoints; there is one at the end in any case."""
     keep_checkpoints: Positive = 3
     """The newest that are kept."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again in the backward pass: less
+    memory for about a third more work, the same numbers."""
+    compile: bool = False
+    """Compile the blocks with ``torch.compile``: slow first steps, and other rounding."""
     tracker: Literal["none", "tensorboard"] = "none"
     """``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()

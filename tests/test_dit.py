@@ -10,7 +10,11 @@ from semroute.trainer.dit import SIZES, DiT, RotaryPositions, Size, resolve_size
 LAYERS = [1, 2, 3, 4]
 WIDTH = 32
 SHAPE = (3, 12, 12)
-STRATEGIES = ["penultimate", "uniform", "static", "time", "depth", "joint"]
+STRATEGIES = {
+    **{name: {} for name in ("penultimate", "uniform", "static", "time", "depth", "joint")},
+    **{name: {} for name in ("token", "one-per-block", "concat", "attention")},
+}
+STRATEGIES |= {"depth, signed": {"weights": "signed"}, "depth, rank": {"rank": 1, "top_k": 2}}
 
 
 def make(strategy="depth", conditioning="none", randomised=True, **model):
@@ -19,7 +23,7 @@ def make(strategy="depth", conditioning="none", randomised=True, **model):
     config = {"size": "nano", "depth": 2, "width": 24, "mlp_width": 32, "patch_size": 4, **model}
     dit = DiT(
         ModelConfig(conditioning=conditioning, **config),
-        RoutingConfig(strategy=strategy),
+        RoutingConfig(strategy=strategy.split(",")[0], **STRATEGIES[strategy]),
         latent_shape=SHAPE,
         layers=LAYERS,
         num_llm_layers=4,
@@ -118,6 +122,47 @@ class TestForward:
             assert parameter.grad.isfinite().all()
 
     @pytest.mark.parametrize("conditioning", ["none", "adaln"])
+    @pytest.mark.parametrize("strategy", ["depth", "joint", "token"])
+    def test_gradient_checkpointing_changes_no_number(self, strategy, conditioning):
+        found = []
+        for checkpointing in (False, True):
+            dit = make(strategy, conditioning)
+            dit.gradient_checkpointing = checkpointing
+            x, t = images()
+            out = dit(x, t, *rows_for(dit), CAPTION)
+            out.square().sum().backward()
+            found.append([out.detach(), *(p.grad for p in dit.parameters())])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+    def test_gradient_checkpointing_keeps_less(self):
+        kept = []
+        for checkpointing in (False, True):
+            dit, numbers = make(depth=4), []
+            dit.gradient_checkpointing = checkpointing
+            x, t = images()
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda saved, numbers=numbers: numbers.append(saved.numel()) or saved,
+                lambda saved: saved,
+            ):
+                dit(x, t, *rows_for(dit), CAPTION)
+            kept.append(sum(numbers))
+        assert kept[1] < 0.6 * kept[0]
+
+    @pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor:UserWarning"
+    )  # dynamo's own
+    @pytest.mark.parametrize("conditioning", ["none", "adaln"])
+    def test_blocks_compile_whole(self, conditioning):
+        """One graph a block, and the same numbers; what inductor makes of it is torch's."""
+        dit, x, t = make("depth", conditioning), *images()
+        hidden, offsets = rows_for(dit)
+        expected = dit(x, t, hidden, offsets, CAPTION)
+        for block in dit.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        found = dit(x, t, hidden, offsets, CAPTION)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("conditioning", ["none", "adaln"])
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_sees_the_noise_level_only_where_asked(self, strategy, conditioning):
         dit = make(strategy, conditioning)
@@ -179,11 +224,19 @@ class TestForward:
 
 
 class TestStart:
-    @pytest.mark.parametrize("strategy", ["static", "time", "depth", "joint"])
+    @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "concat"])
+    def test_the_rest_of_the_network_starts_with_the_same_weights(self, strategy):
+        uniform, other = (
+            make(name, randomised=False).state_dict() for name in ("uniform", strategy)
+        )
+        assert [name for name in {*uniform} ^ {*other} if not name.startswith("router.")] == []
+        assert all(torch.equal(uniform[name], other[name]) for name in uniform)
+
+    @pytest.mark.parametrize(
+        "strategy", ["static", "time", "depth", "joint", "token", "depth, signed", "depth, rank"]
+    )
     def test_learned_strategies_start_as_uniform(self, strategy):
         uniform, other = make("uniform"), make(strategy)
-        missing = other.load_state_dict(uniform.state_dict(), strict=False)
-        assert all(name.startswith("router.") for name in missing.missing_keys)
         hidden, offsets = rows_for(uniform)
         x, t = images()
         expected = uniform(x, t, hidden, offsets, CAPTION)
@@ -195,7 +248,9 @@ class TestStart:
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "depth", "time", "joint"])
+@pytest.mark.parametrize(
+    "strategy", ["uniform", "depth", "time", "joint", "token", "one-per-block", "concat"]
+)
 class TestText:
     def make(self, strategy):
         dit = make(strategy)
@@ -204,9 +259,20 @@ class TestText:
                 parameter.normal_()
         return dit
 
+    def test_many_rows_are_projected_as_few_are(self, strategy):
+        """Past 2 G E rows matrices are multiplied with each other first: other rounding only."""
+        dit = self.make(strategy)
+        hidden, offsets = rows_for(dit, (60, 40))
+        assert len(hidden) > 2 * dit.size.num_kv_heads * dit.size.head_dim > 40
+        t = torch.tensor([0.3, 0.3])
+        many = dit.encode_text(hidden, offsets, torch.tensor([0, 1]), t)
+        few = dit.encode_text(hidden[60:], torch.tensor([0, 40]), torch.tensor([0]), t[:1])
+        for one, other in zip(many.keys + many.values, few.keys + few.values, strict=True):
+            torch.testing.assert_close(one[1:, :, :40], other, rtol=1e-4, atol=1e-5)
+
     def test_unused_and_shared_captions_do_not_change_the_others(self, strategy):
         dit = self.make(strategy)
-        hidden, offsets = text((3, 5, 1))
+        hidden, offsets = rows_for(dit, (3, 5, 1))
         x, t = images(2)
         expected = dit(x, t, hidden, offsets, torch.tensor([1, 1]))
         alone = dit(x, t, hidden[3:8], torch.tensor([0, 5]), torch.tensor([0, 0]))
@@ -214,7 +280,7 @@ class TestText:
 
     def test_a_longer_caption_in_the_batch_changes_nothing(self, strategy):
         dit = self.make(strategy)
-        hidden, offsets = text((3, 5, 40))
+        hidden, offsets = rows_for(dit, (3, 5, 40))
         x, t = images(3)
         short = dit(x[:2], t[:2], hidden[:8], offsets[:3], torch.tensor([0, 1]))
         long = dit(x, t, hidden, offsets, torch.tensor([0, 1, 2]))
@@ -222,7 +288,7 @@ class TestText:
 
     def test_what_stands_in_the_padding_is_never_seen(self, strategy):
         dit = self.make(strategy)
-        hidden, offsets = text((3, 7))
+        hidden, offsets = rows_for(dit, (3, 7))
         x, t = images(2)
         conditioning = dit.encode_text(hidden, offsets, torch.tensor([0, 1]), t)
         expected = dit.denoise(x, t, conditioning)
@@ -232,7 +298,7 @@ class TestText:
 
     def test_the_mask_covers_each_caption_exactly(self, strategy):
         dit = self.make(strategy)
-        hidden, offsets = text((3, 5, 1))
+        hidden, offsets = rows_for(dit, (3, 5, 1))
         conditioning = dit.encode_text(hidden, offsets, CAPTION, torch.rand(4))
         assert conditioning.mask.shape == (4, 1, 1, 5)
         assert conditioning.mask.flatten(1).sum(1).tolist() == [5, 3, 1, 5]
@@ -240,7 +306,7 @@ class TestText:
 
     def test_text_encoded_once_serves_every_step(self, strategy):
         dit = self.make(strategy)
-        hidden, offsets = text()
+        hidden, offsets = rows_for(dit)
         x, t = images()
         conditioning = dit.encode_text(hidden, offsets, CAPTION, t)
         torch.testing.assert_close(

@@ -7,31 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"schemas", "pipeline.kernels", "pipeline.style"},
+    {"schemas", "pipeline.kernels", "pipeline.style", "trainer.fusion", "trainer.gates"},
     {
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
         *(
             "pipeline." + name
             for name in ("layout", "shards", "cluster", "ledger", "lock", "parameters")
         ),
-        *("trainer." + name for name in ("routing", "flow", "shapes")),
+        *("trainer." + name for name in ("router", "flow", "shapes")),
     },
-    {"pipeline.latentstore", "pipeline.samples"},
+    {"pipeline.latentstore", "pipeline.samples", "trainer.baselines"},
     {
         *("pipeline." + name for name in ("store", "distortion", "planning", "latents")),
         *("pipeline." + name for name in ("places", "progress", "labels")),
-        *("trainer.dit", "trainer.sampling"),
+        *("trainer.routing", "trainer.sampling"),
     },
     {
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
-        *(
-            "pipeline.statistics",
-            "pipeline.knowledge",
-            "pipeline.mixing",
-            "pipeline.status",
-            "pipeline.autoencoder",
-        ),
-        *("pipeline.growth", "trainer.stream"),
+        *("pipeline." + name for name in ("statistics", "knowledge", "mixing", "status")),
+        *("pipeline.autoencoder", "pipeline.growth", "trainer.stream", "trainer.dit"),
     },
     {
         *(

@@ -9,6 +9,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -258,6 +259,44 @@ class TestTraining:
             assert line["samples_per_second"] > 0
         alpha = load_run(path).weights()
         assert alpha.shape == (1, 2, 4)
+
+    @pytest.mark.parametrize(
+        "routing",
+        [
+            {"strategy": "token", "top_k": 2},
+            {"strategy": "depth", "weights": "signed", "rank": 2, "smooth_penalty": 0.1},
+            {"strategy": "one-per-block"},
+            {"strategy": "concat", "layers": [1, 3]},
+            {"strategy": "attention", "layers": [1, 3, 4]},
+        ],
+        ids=lambda routing: routing["strategy"],
+    )
+    def test_strategies_train_and_continue_bit_for_bit(self, configure, routing):
+        whole = train(configure("whole", routing=routing))
+        half = configure("parts", routing=routing, steps=4)
+        train(half)
+        train(configure("parts", routing=routing, gradient_checkpointing=True))
+        assert_same_bits(whole, Path(half.output))
+        weights = load_run(whole).weights()
+        assert weights.shape == (1, 2, 4)
+        assert np.isfinite(weights).all()
+
+    def test_a_penalty_acts_and_is_not_in_the_loss(self, configure):
+        routing = {"strategy": "depth", "uniform_penalty": 1e4}
+        optimizer = {"router_lr": 0.1}
+        free, held = (
+            train(configure(name, optimizer=optimizer, routing=changes, steps=30))
+            for name, changes in (("free", {}), ("held", routing))
+        )
+        spread = [load_run(path, weights="model").weights().std() for path in (free, held)]
+        assert spread[1] < 0.5 * spread[0]
+        losses = [read_metrics(path)[-1]["loss"] for path in (free, held)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.5)
+
+    def test_start_refuses_a_projection_of_another_width(self, configure):
+        start = str(train(configure("start", routing={"strategy": "concat", "layers": [1, 3]})))
+        with pytest.raises(InputError, match="width_read: 32 instead of 64"):
+            train(configure("other", start=start))
 
     def test_a_loss_that_is_not_finite_stops_with_the_samples(self, configure):
         config = configure(optimizer={"lr": 1e30, "warmup_steps": 0}, steps=50)

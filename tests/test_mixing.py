@@ -19,8 +19,8 @@ from semroute.schemas import (
 )
 from semroute.trainer.checkpoint import load_run
 from semroute.trainer.evaluation import generate
+from semroute.trainer.fusion import layer_norm
 from semroute.trainer.loop import train
-from semroute.trainer.routing import layer_norm
 
 L, H, D = 7, 48, 5
 
@@ -203,7 +203,9 @@ def run_of(configure):
 
     def run_of(strategy):
         if strategy not in found:
-            found[strategy] = load_run(train(configure(strategy)))
+            name, _, weights = strategy.partition(", ")
+            options = {"strategy": name} | ({"weights": weights} if weights else {})
+            found[strategy] = load_run(train(configure(strategy, routing=options)))
         return found[strategy]
 
     return run_of
@@ -239,7 +241,10 @@ def draw(run, features, ids=(1, 5, 9)):
 class TestRuns:
     @pytest.mark.parametrize(
         ("strategy", "rank"),
-        [("penultimate", 1), ("uniform", 1), ("static", 1), ("depth", 3), ("depth", 1)],
+        [
+            *(("penultimate", 1), ("uniform", 1), ("static", 1), ("depth", 3), ("depth", 1)),
+            *(("one-per-block", 3), ("depth, signed", 3), ("depth, signed", 2)),
+        ],
     )
     def test_blocks_read_the_same_within_the_stated_error(
         self, run_of, mixed, feature_store, strategy, rank
@@ -278,9 +283,16 @@ class TestRuns:
         assert np.abs(near - expected).max() < 0.03 * np.abs(expected).max()
         assert not np.array_equal(near, expected)  # it was read
 
-    @pytest.mark.parametrize("strategy", ["time", "joint"])
-    def test_weights_that_depend_on_t_are_refused(self, run_of, strategy):
-        with pytest.raises(InputError, match=rf"strategy {strategy} weighs layers anew at every"):
+    @pytest.mark.parametrize(
+        ("strategy", "reason"),
+        [
+            ("time", "weighs layers anew at every noise level"),
+            ("joint", "weighs layers anew at every noise level"),
+            ("token", "weighs layers anew for every token"),
+        ],
+    )
+    def test_weights_that_are_not_fixed_are_refused(self, run_of, strategy, reason):
+        with pytest.raises(InputError, match=rf"strategy {strategy} {reason}, so no few mixes"):
             run_of(strategy).routing()
 
     def test_features_of_another_llm_are_refused(self, run_of, feature_store):

@@ -216,14 +216,14 @@ class TestAccuracyBars:
 def make_run(tmp_path, feature_store, latent_store):
     """A run directory as training leaves it, with routing weights that are not uniform."""
 
-    def make(strategy, num_logged=50):
+    def make(strategy, num_logged=50, **routing):
         features, latents = open_features(feature_store), open_latents(latent_store)
         path = tmp_path / strategy
         config = TrainConfig(
             features=str(feature_store),
             latents=str(latent_store),
             output=str(path),
-            routing=RoutingConfig(strategy=strategy),
+            routing=RoutingConfig(strategy=strategy, **routing),
             model=ModelConfig(size="nano", depth=3, patch_size=6),
         )
         record = RunRecord(
@@ -249,10 +249,29 @@ def make_run(tmp_path, feature_store, latent_store):
     return make
 
 
+class TestSigned:
+    def test_colours_of_signed_weights_part_at_zero(self):
+        weights = np.array([[-0.5, 0.2, 0.1], [0.3, 0.2, 0.1]])
+        top, main, _ = routing_heatmap(weights, [1, 2, 3]).axes
+        assert main.images[0].get_clim() == (-2 / 3, 2 / 3)
+        assert top.get_ylim()[0] < -0.1
+        over_time = routing_over_time(np.stack([weights] * 2), np.array([0.0, 1.0]), [1, 2, 3])
+        assert over_time.axes[0].collections[0].get_clim() == (-2 / 3, 2 / 3)
+
+
 class TestPlotRun:
-    @pytest.mark.parametrize("strategy", ["penultimate", "uniform", "static", "depth"])
-    def test_writes_loss_and_routing(self, make_run, tmp_path, strategy):
-        paths = plot_run(make_run(strategy), tmp_path / "new" / "plots")
+    @pytest.mark.parametrize(
+        ("strategy", "routing"),
+        [
+            *((name, {}) for name in ("penultimate", "uniform", "static", "depth", "token")),
+            ("one-per-block", {}),
+            ("concat", {"layers": [1, 3]}),
+            ("attention", {"layers": [1, 3]}),
+            ("depth", {"weights": "signed"}),
+        ],
+    )
+    def test_writes_loss_and_routing(self, make_run, tmp_path, strategy, routing):
+        paths = plot_run(make_run(strategy, **routing), tmp_path / "new" / "plots")
         assert [path.name for path in paths] == ["loss.png", "routing.png"]
         for path in paths:
             with Image.open(path) as image:

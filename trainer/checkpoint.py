@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..pipeline.store import open_features
 from ..schemas import (
     SAME_WEIGHTS,
     Facts,
@@ -42,7 +43,7 @@ from ..schemas import (
     sync,
     write_document,
 )
-from .dit import DiT, resolve_size
+from .dit import DiT
 from .flow import Flow
 
 RECORD = "run.json"
@@ -74,6 +75,7 @@ _FREE: Any = {
     "log_every": True,
     "checkpoint_every": True,
     "keep_checkpoints": True,
+    "gradient_checkpointing": True,
     "tracker": True,
     "data": {"prefetch"},
 }
@@ -108,26 +110,27 @@ def start_from(model: DiT, record: RunRecord) -> None:
     assert record.config.start is not None
     start = load_run(record.config.start)
     start.check_features(record.features)
-    different = differences(_network(record), _network(start.record))
+    different = differences(_network(record, model), _network(start.record, start.model))
     if different:
         listed = "\n  ".join(map(str, different))
         raise InputError(
             f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
             "Train with its numbers, or leave start out."
         )
-    kept = record.config.routing.strategy == start.record.config.routing.strategy
+    own, other = record.config.routing, start.record.config.routing
+    kept = all(getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers"))
     weights = start.model.state_dict()
     names = [name for name in model.state_dict() if kept or not name.startswith("router.")]
     model.load_state_dict({name: weights[name] for name in names}, strict=False)
 
 
-def _network(record: RunRecord) -> dict[str, Any]:
+def _network(record: RunRecord, model: DiT) -> dict[str, Any]:
     """What weights must agree in to be those of one network, but for its router."""
-    model = record.config.model
     return {
-        **asdict(resolve_size(model)),
+        **asdict(model.size),
+        "width_read": model.context.in_features,
         "patch_size": model.patch_size,
-        "conditioning": model.conditioning,
+        "conditioning": record.config.model.conditioning,
         "prediction": record.config.flow.prediction,
         "latents": [*record.latents.shape],
     }
@@ -356,19 +359,36 @@ class Run:
         """LLM layers that alpha weighs, in its order."""
         return list(self.model.router.layers)
 
-    def weights(self, t: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
-        """The routing weights alpha: float32 [len(t), D, L], each row of L summing to 1.
+    def weights(
+        self,
+        t: Sequence[float] | np.ndarray | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> np.ndarray:
+        """The routing weights alpha: float32 [len(t), D, L], each row of L summing to 1 unless
+        weights are signed.
 
         Args:
             t: noise levels. By default 21 of them from 0 to 1 where alpha depends on t, and
                 otherwise one (any).
+            hidden: where tokens weigh layers each for itself, the tokens to take the mean over,
+                [R, L, H]. By default the first 64 captions of the store that the run was trained
+                on.
+
+        Raises:
+            InputError: that store is needed, and is not there or another by now.
         """
         router = self.model.router
         if t is None:
             t = np.linspace(0, 1, 21) if router.depends_on_t else [1.0]
         levels = torch.as_tensor(np.asarray(t, np.float32))
+        device = next(self.model.parameters()).device
+        if hidden is None and router.depends_on_content:
+            features = open_features(self.record.config.features)
+            self.check_features(features.manifest.identity)
+            ids = range(min(len(features), 64))
+            hidden = features.read(ids, router.layers_read).tensor()
         with torch.no_grad():
-            alpha = router.alpha(levels.to(next(self.model.parameters()).device))
+            alpha = router.alpha(levels.to(device), None if hidden is None else hidden.to(device))
         shape = (len(levels), self.model.size.depth, len(self.layers))
         return alpha.expand(shape).cpu().numpy().copy()
 

@@ -16,11 +16,14 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
-from .routing import Mixed, make_router, phi
+from .gates import phi
+from .routing import Mixed, make_router
 
 ROPE_THETA = 1e4
+RMS_EPS = 1e-6
 T_SCALE = 1000.0
 
 
@@ -80,7 +83,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / rms(x): [..., W] -> fp32 [..., 1]."""
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+        return (norm.square() / x.shape[-1] + RMS_EPS).rsqrt()
 
 
 class RotaryPositions(nn.Module):
@@ -154,15 +162,40 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice."""
-        v = self.text_v(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
-        k = self.text_k(context).unflatten(-1, (-1, self.head_dim))  # [R, G, E]
+    def read(self, context: Tensor, before: "Before | None" = None) -> tuple[Tensor, Tensor]:
+        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice.
+
+        With ``before`` rows are not projected yet: its matrix is multiplied with those of keys and
+        values first, which is less work where rows are many.
+        """
+        if before is None:
+            k, v = self.text_k(context), self.text_v(context)  # [R, G*E] each
+        else:
+            weight = torch.cat([self.text_k.weight, self.text_v.weight])  # [2*G*E, H]
+            product = F.linear(context, weight @ before.weight)  # [R, 2*G*E]
+            both = product * before.scale + weight @ before.bias
+            k, v = both.to(product.dtype).chunk(2, dim=-1)  # [R, G*E] each
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))  # [R, G, E] each
         return self.k_norm(k).to(v.dtype), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
         return self.out(attend(q, k, v, mask))  # [B, N, W]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The projection Linear(RMSNorm(x)) = (x weight^T) scale + bias, of rows that are to pass it.
+
+    Attributes:
+        weight: [H, H], the gain of the norm in it.
+        bias: [H].
+        scale: fp32 [R, 1], one over the RMS of each row.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -255,6 +288,9 @@ class DiT(nn.Module):
         text_width: H.
         mixes: what the feature store holds in place of layers, where it does.
 
+    Attributes:
+        gradient_checkpointing: keep only what enters each block for the backward pass.
+
     Raises:
         InputError: latents that patches do not tile, an impossible size, or a strategy that cannot
             read what is stored.
@@ -283,17 +319,22 @@ class DiT(nn.Module):
         self.latent_shape = (channels, height, width)
         self.patch_size = patch
         self.size = size
+        self.gradient_checkpointing = False
         conditioned = config.conditioning == "adaln"
 
-        self.router = make_router(
-            routing,
-            layers=layers,
-            num_llm_layers=num_llm_layers,
-            num_blocks=size.depth,
-            mixes=mixes,
-        )
-        self.context_norm = RMSNorm(text_width)
-        self.context = nn.Linear(text_width, text_width)
+        # A fork, so that the rest of the network starts with the same weights under any strategy.
+        with torch.random.fork_rng(devices=[]):
+            self.router = make_router(
+                routing,
+                layers=layers,
+                num_llm_layers=num_llm_layers,
+                num_blocks=size.depth,
+                text_width=text_width,
+                mixes=mixes,
+            )
+        width_read = self.router.width_read(text_width)
+        self.context_norm = RMSNorm(width_read)
+        self.context = nn.Linear(width_read, text_width)
         self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
         self.patch_in = nn.Linear(channels * patch * patch, size.width)
         self.rotary = RotaryPositions(height // patch, width // patch, size.head_dim)
@@ -304,10 +345,11 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Fresh weights from torch's default generator. The router is left alone: it has no Linear,
-        and its own zeros are what makes every strategy start as uniform."""
+        """Fresh weights from torch's default generator. The router is left alone: its own zeros are
+        what makes every strategy start as uniform."""
+        router = {*self.router.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in router:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -328,7 +370,7 @@ class DiT(nn.Module):
     # ------------------------------------------------------------------------------ parameters
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """What the routing strategy learns; empty for penultimate and uniform."""
+        """What the routing strategy learns; empty where its weights are fixed."""
         return list(self.router.parameters())
 
     def block_matrices(self) -> list[nn.Parameter]:
@@ -350,7 +392,7 @@ class DiT(nn.Module):
             offsets: int64 [U + 1]; caption u is rows offsets[u] to offsets[u + 1], at least one.
                 Best left on the CPU, with ``caption``: a GPU then waits for nothing.
             caption: int64 [B], which unique caption each batch item has.
-            t: [B]; needed by the strategies time and joint, ignored by the others.
+            t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
         """
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
         steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
@@ -366,13 +408,22 @@ class DiT(nn.Module):
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = index.to(hidden.device)
 
-        keys, values, shared = [], [], None
+        # Projected are rows, or where they are fewer the matrices of all keys and values.
+        num_matrix_rows = 2 * self.size.num_kv_heads * self.size.head_dim * self.size.depth
+        contexts: list[tuple[Tensor, Before | None]]
+        if fused.shape[0] * fused.shape[1] > num_matrix_rows:
+            weight = self.context.weight * self.context_norm.weight  # [H, H]
+            scales = self.context_norm.scale(fused)  # [R or P, D or 1, 1]
+            contexts = [
+                (mix, Before(weight, self.context.bias, scale))
+                for mix, scale in zip(fused.unbind(1), scales.unbind(1), strict=True)
+            ]
+        else:
+            contexts = [(self.context(self.context_norm(mix)), None) for mix in fused.unbind(1)]
+        keys, values = [], []
         for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            if fused.shape[1] > 1:
-                context = self._project(fused[:, number])  # [R or P, H]
-            else:
-                context = shared = self._project(fused[:, 0]) if shared is None else shared
-            k, v = block.cross_attention.read(context)  # [R or P, G, E] each
+            context, before = contexts[number if len(contexts) > 1 else 0]
+            k, v = block.cross_attention.read(context, before)  # [R or P, G, E] each
             keys.append(_lay_out(k, index))  # [B, G, T, E]
             values.append(_lay_out(v, index))  # [B, G, T, E]
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
@@ -405,9 +456,6 @@ class DiT(nn.Module):
         finally:
             self.router = router
 
-    def _project(self, fused: Tensor) -> Tensor:
-        return self.context(self.context_norm(fused))  # [R, H]
-
     # ----------------------------------------------------------------------------------- image
 
     def denoise(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
@@ -420,7 +468,11 @@ class DiT(nn.Module):
         noise = None if self.noise_embedder is None else self.noise_embedder(t)  # [B, W]
         x = self.patch_in(self._patchify(x_t)).float()  # [B, N, W], the residual stream is fp32
         for block, k, v in zip(self.blocks, text.keys, text.values, strict=True):
-            x = block(x, noise, self.rotary, k, v, text.mask)  # [B, N, W]
+            inputs = (x, noise, self.rotary, k, v, text.mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)  # [B, N, W]
         x = self.norm_out(x)  # [B, N, W]
         if self.modulation_out is not None and noise is not None:
             shift, scale = self.modulation_out(F.silu(noise))[:, None].float().chunk(2, dim=-1)

@@ -49,7 +49,7 @@ from .checkpoint import (
 )
 from .dit import DiT
 from .flow import Flow
-from .routing import entropy
+from .router import entropy
 from .stream import Batch, Stream, check_joined, draw
 
 
@@ -118,6 +118,10 @@ class Trainer:
         if found is not None:
             model.load_state_dict(found.model())
         self.dit = model.train().to(accelerator.device)
+        self.dit.gradient_checkpointing = config.gradient_checkpointing
+        if config.compile:
+            for block in self.dit.blocks:
+                block.compile()
         self.plain_optimizers = make_optimizers(self.dit, config.optimizer)
         # The stream is not prepared: it knows its rank. Neither are the schedules, which accelerate
         # would advance once for every rank.
@@ -145,21 +149,22 @@ class Trainer:
         self.window.start(stream)
         with progress, closing(iter(stream)) as batches, stop_signals() as received:
             while self.step < config.steps:
-                t, stopping = self.take_step(batches, bool(received))
+                seen, stopping = self.take_step(batches, bool(received))
                 progress.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    self.log(t, stream, progress)
+                    self.log(seen, stream, progress)
                 if stopping or self.step % config.checkpoint_every == 0:
                     self.save()
                 if stopping and self.step < config.steps:
                     self._stop(progress)
             self.save()
 
-    def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[Tensor, bool]:
+    def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[tuple[Tensor, Any], bool]:
         """One step of the optimizers, over all accumulation steps.
 
         Returns:
-            The last t [B * K], and whether any rank was asked to stop.
+            What the last weights were a function of, t [B * K] and hidden states [R, L, H]; and
+            whether any rank was asked to stop.
         """
         config, accelerator = self.config, self.accelerator
         own_loss, sample_ids = 0.0, []
@@ -168,7 +173,7 @@ class Trainer:
             sample_ids += batch.sample_ids.tolist()
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)
-                accelerator.backward(loss)
+                accelerator.backward(loss + self.dit.router.penalty(t))
             own_loss += loss.item() / config.grad_accum_steps
         parameters = self.dit.parameters()
         norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
@@ -184,7 +189,7 @@ class Trainer:
         if self.step % config.ema.every == 0:
             self._average()
         self.window.add(total_loss, norm)
-        return t, stopping > 0
+        return (t, batch.hidden), stopping > 0
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch, each sample under K draws of t and noise, and those t."""
@@ -205,13 +210,13 @@ class Trainer:
         return self.flow.loss(prediction, x0, noise, t).mean(), t
 
     @torch.no_grad()
-    def log(self, t: Tensor, stream: Stream, progress: tqdm) -> None:
+    def log(self, seen: tuple[Tensor, Any], stream: Stream, progress: tqdm) -> None:
         """A line of metrics: to the file, the tracker and the progress bar."""
         line = {
             "step": self.step,
             **self.window.summary(stream),
             "lr": self.schedules[0].get_last_lr()[0],
-            "routing_entropy": entropy(self.dit.router.alpha(t)).mean().item(),
+            "routing_entropy": entropy(self.dit.router.alpha(*seen)).mean().item(),
         }
         self.window = Window()
         self.window.start(stream)
@@ -332,13 +337,13 @@ def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStor
 
 def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW, with the router in a group of its own rate and no decay; and Muon where asked for."""
-    router = dit.router_parameters()
+    shares = dit.router.parameter_groups()
+    router = [parameter for part, _ in shares for parameter in part]
     matrices = dit.block_matrices() if config.name == "muon" else []
     apart = {id(parameter) for parameter in (*router, *matrices)}
     others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
     groups: list[dict[str, Any]] = [{"params": others}]
     if router:
-        shares = dit.router.parameter_groups()
         if config.router_scaling == "none":
             shares = [(router, 1.0)]
         groups += [

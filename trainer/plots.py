@@ -19,7 +19,17 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..pipeline.style import COLOUR_MAP, DPI, FAINT, INK, LINES, Figure, clean, layer_ticks
+from ..pipeline.style import (
+    COLOUR_MAP,
+    DPI,
+    FAINT,
+    INK,
+    LINES,
+    SIGNED_COLOUR_MAP,
+    Figure,
+    clean,
+    layer_ticks,
+)
 from ..schemas import InputError
 from .checkpoint import Run
 from .evaluation import Evaluation, Report
@@ -35,7 +45,8 @@ def routing_heatmap(
     """Which layers each block reads: weights alpha [D, L], above them their mean over the blocks.
 
     The weight that every layer has under ``uniform``, 1/L, is marked in the mean and on the colour
-    bar. With a single row only the mean is drawn.
+    bar. With a single row only the mean is drawn. Weights of both signs have colours that part at
+    zero.
 
     Raises:
         InputError: weights that are not [D, len(layers)].
@@ -51,9 +62,7 @@ def routing_heatmap(
         top = figure.add_subplot()
     else:
         top, main = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, height))
-        # Scaled to twice uniform at least, so that noise around uniform does not look like routing.
-        limit = max(float(weights.max()), 2 / num_layers)
-        drawn = main.imshow(weights, COLOUR_MAP, aspect="auto", vmin=0, vmax=limit)
+        drawn = main.imshow(weights, aspect="auto", **_colours(weights))
         _block_ticks(main, num_blocks)
         _mark_uniform(figure.colorbar(drawn, ax=main, pad=0.02), num_layers)
     top.bar(range(num_layers), weights.mean(0), width=0.8, color=LINES[0])
@@ -70,7 +79,10 @@ def routing_heatmap(
     )
     word.set_in_layout(single)  # else the colour bar would make room for it
     top.set_ylabel("weight" if single else "mean", color=INK)
-    top.set_ylim(bottom=0)
+    if weights.min() >= 0:
+        top.set_ylim(bottom=0)
+    else:
+        top.axhline(0, color=FAINT, linewidth=0.6)
     top.set_xlim(-0.5, num_layers - 0.5)
     clean(top)
     bottom = top if single else main
@@ -108,7 +120,6 @@ def routing_over_time(
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, color=INK)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    limit = max(float(weights.max()), 2 / num_layers)
     middles = (t[1:] + t[:-1]) / 2
     edges = np.concatenate([t[:1], middles, t[-1:]])
     for block, axes in enumerate(panels.flat):
@@ -119,10 +130,8 @@ def routing_over_time(
             np.arange(num_layers + 1) - 0.5,
             edges,
             weights[:, block],
-            cmap=COLOUR_MAP,
-            vmin=0,
-            vmax=limit,
             rasterized=True,
+            **_colours(weights),
         )
         if num_blocks > 1:
             axes.set_title(f"block {block + 1}", fontsize=9, color=INK)
@@ -382,6 +391,15 @@ def _block_ticks(axes: Axes, num_blocks: int) -> None:
     places = range(0, num_blocks, step)
     axes.set_yticks(places, [str(place + 1) for place in places])
     axes.set_ylabel("DiT block", color=INK)
+
+
+def _colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """Colour map and limits: to twice uniform at least, so that noise around uniform does not look
+    like routing."""
+    limit = max(float(np.abs(weights).max()), 2 / weights.shape[-1])
+    if weights.min() >= 0:
+        return {"cmap": COLOUR_MAP, "vmin": 0, "vmax": limit}
+    return {"cmap": SIGNED_COLOUR_MAP, "vmin": -limit, "vmax": limit}
 
 
 def _mark_uniform(bar: Any, num_layers: int) -> None:

@@ -1,0 +1,287 @@
+"""What a training step costs under each strategy, and what it costs with the LLM in the loop.
+
+    python benchmarks/step.py strategies [--size small] [--layers 30] [--only NAME ...]
+    python benchmarks/step.py online FEATURES --model LLM [--size small]
+
+A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm stands beside one
+of the first arm, now before and now after it, so that what else the machine does falls on both
+alike; printed are the median of the ratio and its middle half. ``strategies`` reads random features
+from memory; FLOPs are those of torch.utils.flop_counter, memory is what autograd keeps for the
+backward pass. ``online`` compares reading a store with running the LLM on the same captions at every
+step, each in a process of its own.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from semroute.pipeline.captions import build_captions
+from semroute.pipeline.encoder import Encoder, find_model, load_tokenizer
+from semroute.pipeline.store import FeatureStore, open_features
+from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
+from semroute.trainer.dit import DiT
+from semroute.trainer.flow import Flow
+from semroute.trainer.loop import make_optimizers
+
+ARMS: dict[str, dict[str, Any]] = {
+    **{name: {"strategy": name} for name in ("penultimate", "uniform", "static", "depth")},
+    "depth, signed": {"strategy": "depth", "weights": "signed"},
+    "depth, rank 2": {"strategy": "depth", "rank": 2},
+    "depth, top 4": {"strategy": "depth", "top_k": 4},
+    **{name: {"strategy": name} for name in ("time", "joint", "token", "one-per-block")},
+    **{name: {"strategy": name} for name in ("concat", "attention")},
+}
+"""The first is what the others are compared with."""
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "nano": {"shape": (3, 18, 18), "patch": 6, "samples": 16, "draws": 4, "tokens": 9},
+    "small": {"shape": (4, 32, 32), "patch": 2, "samples": 8, "draws": 1, "tokens": 32},
+}
+"""By size: ``nano`` is that of the demo, ``small`` latents of 256 x 256 pixels and longer captions.
+Samples of a step, each under so many draws of t; tokens of a caption."""
+
+Text = tuple[torch.Tensor, torch.Tensor]
+
+
+class Arm:
+    """A network and its optimizer; ``step`` takes the text of a batch."""
+
+    def __init__(
+        self, size: str, routing: dict[str, Any], layers: list[int], num_layers: int, width: int
+    ) -> None:
+        workload = WORKLOADS[size]
+        torch.manual_seed(0)
+        self.dit = DiT(
+            ModelConfig(size=size, patch_size=workload["patch"]),
+            RoutingConfig(**routing),
+            latent_shape=workload["shape"],
+            layers=layers,
+            num_llm_layers=num_layers,
+            text_width=width,
+        )  # fmt: skip
+        self.layers = self.dit.router.layers_read
+        self.optimizers = make_optimizers(self.dit, OptimizerConfig(lr=1e-5, router_lr=1e-3))
+        self.flow, self.generator = Flow(), torch.Generator().manual_seed(0)
+        self.caption = torch.arange(workload["samples"]).repeat_interleave(workload["draws"])
+        self.num = len(self.caption)
+
+    def loss(self, text: Text) -> torch.Tensor:
+        shape = (self.num, *self.dit.latent_shape)
+        x0, noise = (torch.randn(shape, generator=self.generator) for _ in range(2))
+        t = self.flow.sample_t(self.num, self.generator)
+        prediction = self.dit(self.flow.interpolate(x0, noise, t), t, *text, self.caption)
+        return self.flow.loss(prediction, x0, noise, t).mean() + self.dit.router.penalty(t)
+
+    def step(self, text: Text) -> None:
+        self.loss(text).backward()
+        torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def flops(self, text: Text) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self.loss(text).backward()
+        self.dit.zero_grad()
+        return counter.get_total_flops()
+
+    def kept_bytes(self, text: Text) -> int:
+        """Of storages that autograd holds between the passes, parameters and features left out."""
+        own = {p.untyped_storage().data_ptr() for p in (*self.dit.parameters(), text[0])}
+        sizes: dict[int, int] = {}
+
+        def pack(saved: torch.Tensor) -> torch.Tensor:
+            storage = saved.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            self.loss(text).backward()
+        self.dit.zero_grad()
+        return sum(sizes.values())
+
+
+def seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def spread(ratios: list[float]) -> str:
+    """Median, and the middle half."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+@click.group()
+def main() -> None:
+    """What a training step costs."""
+
+
+@main.command()
+@click.option("--size", type=click.Choice([*WORKLOADS]), default="small", show_default=True)
+@click.option("--layers", default=30, show_default=True)
+@click.option("--width", default=576, show_default=True)
+@click.option("--turns", default=7, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([*ARMS]), help="Besides the first.")
+def strategies(
+    size: str, layers: int, width: int, turns: int, threads: int, only: tuple[str, ...]
+) -> None:
+    """A table of all strategies at one size and number of layers."""
+    torch.set_num_threads(threads)
+    workload = WORKLOADS[size]
+    rows = workload["samples"] * workload["tokens"]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, layers, width, generator=generator).bfloat16()
+    offsets = torch.arange(workload["samples"] + 1) * workload["tokens"]
+    first = next(iter(ARMS))
+    chosen = {name: ARMS[name] for name in ARMS if not only or name in (first, *only)}
+    every = list(range(1, layers + 1))
+    arms = {name: Arm(size, routing, every, layers, width) for name, routing in chosen.items()}
+    texts = {
+        name: (hidden[:, [layer - 1 for layer in arm.layers]].contiguous(), offsets)
+        for name, arm in arms.items()
+    }
+    for name, arm in arms.items():
+        arm.step(texts[name])
+    took: dict[str, list[float]] = {name: [] for name in arms}
+    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(turns):
+        for name in arms:
+            pair = {}
+            for number in ((first, name), (name, first))[turn % 2]:
+                pair[number] = seconds(lambda number=number: arms[number].step(texts[number]))
+            took[name].append(pair[first])
+            ratios[name].append(pair[name] / pair[first])
+    print(
+        f"{size}: {workload['samples']} samples x {workload['draws']} draws, {rows} rows of "
+        f"{layers} layers of {width}, {turns} turns, {threads} threads, torch "
+        f"{torch.__version__}; a step of {first}: {statistics.median(took[first]):.3f} s\n"
+    )
+    print("| strategy | learned | step | GFLOP | kept MB |\n| --- | --: | --: | --: | --: |")
+    for name, arm in arms.items():
+        learned = sum(p.numel() for p in arm.dit.router_parameters())
+        print(
+            f"| {name} | {learned:,} | {spread(ratios[name])} | {arm.flops(texts[name]) / 1e9:.2f} | "
+            f"{arm.kept_bytes(texts[name]) / 1e6:.1f} |"
+        )
+
+
+@main.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The LLM of the features.")
+@click.option("--size", type=click.Choice([*WORKLOADS]), default="small", show_default=True)
+@click.option("--turns", default=3, show_default=True)
+@click.option("--steps", default=4, show_default=True, help="Of a turn.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--arm", type=click.Choice(["cached", "online"]), hidden=True)
+def online(
+    features: Path, model: str, size: str, turns: int, steps: int, threads: int, arm: str | None
+) -> None:
+    """Strategy ``depth`` from a store, and with the LLM run at every step."""
+    if arm is not None:
+        torch.set_num_threads(threads)
+        print(json.dumps(measure(arm, features, model, size, steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"cached": [], "online": []}
+    for _ in range(turns):
+        for name, results in found.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(output.stdout))
+    store = open_features(features)
+    print(
+        f"{size}, {store.manifest.codec.name} store of {len(store.layers)} layers, "
+        f"{len(store):,} captions of {store.captions['num_tokens'].to_numpy().mean():.1f} tokens, "
+        f"{turns} turns of {steps} steps, {threads} threads, torch {torch.__version__}\n"
+    )
+    print("| features | samples/s | text, share of a step | peak memory, MB |")
+    print("| --- | --: | --: | --: |")
+    for name, results in found.items():
+        speed, text, memory = (
+            statistics.median(result[key] for result in results)
+            for key in ("samples_per_second", "text_share", "peak_mb")
+        )
+        print(f"| {name} | {speed:.2f} | {text:.1%} | {memory:,.0f} |")
+    ratios = [
+        one["samples_per_second"] / other["samples_per_second"]
+        for one, other in zip(*found.values(), strict=True)
+    ]
+    print(f"\ncached to online: {spread(ratios)}")
+
+
+def measure(name: str, features: Path, model: str, size: str, steps: int) -> dict[str, float]:
+    """Some steps of one arm, after one that is not counted."""
+    store = open_features(features)
+    num = WORKLOADS[size]["samples"]
+    identity = store.manifest.identity
+    order = np.random.default_rng(0).permutation(np.arange(1, len(store)))
+    batches = cycle(order[first : first + num] for first in range(0, len(order) - num + 1, num))
+    arm = Arm(
+        size, ARMS["depth"], store.layers, identity.model.num_layers, identity.model.width
+    )  # fmt: skip
+    texts = from_store(store, batches) if name == "cached" else from_llm(store, model, batches)
+    arm.step(next(texts))
+    waited = total = 0.0
+    for _ in range(steps):
+        started = time.perf_counter()
+        text = next(texts)
+        waited += time.perf_counter() - started
+        arm.step(text)
+        total += time.perf_counter() - started
+    return {
+        "samples_per_second": steps * num / total,
+        "text_share": waited / total,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def from_store(store: FeatureStore, batches: Iterator[np.ndarray]) -> Iterator[Text]:
+    """Read when asked for: training itself reads ahead, in a thread."""
+    for ids in batches:
+        rows = store.read(ids, store.layers)
+        yield rows.tensor(), torch.from_numpy(rows.offsets)
+
+
+def from_llm(store: FeatureStore, model: str, batches: Iterator[np.ndarray]) -> Iterator[Text]:
+    """The same captions, tokenised beforehand, through the LLM in one padded batch."""
+    identity, source = store.manifest.identity, find_model(model)
+    encoder = Encoder(source, store.layers, identity.dtype, "cpu")
+    captions = build_captions(
+        pa.array([[text] for text in store.captions["text"].to_pylist()[1:]]),
+        load_tokenizer(source),
+        template=identity.template.text,
+        max_length=identity.max_length,
+        keep_prefix=identity.template.keep_prefix,
+        causal=identity.model.causal,
+    )
+    entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
+    layers: list[torch.Tensor] = [torch.empty(0)] * len(store.layers)
+
+    def sink(index: int, hidden: torch.Tensor) -> None:
+        layers[index] = hidden.bfloat16()
+
+    for ids in batches:
+        chosen = [entries[number] for number in ids]
+        sequences = [captions.sequences[entry] for entry in chosen]
+        encoder.encode(sequences, [int(captions.kept[entry]) for entry in chosen], sink)
+        offsets = np.append(0, captions.num_tokens[chosen].cumsum())
+        yield torch.stack(layers, dim=1), torch.from_numpy(offsets)
+
+
+if __name__ == "__main__":
+    main()
