@@ -7,8 +7,8 @@ A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each a
 of the first arm, now before and now after it, so that what else the machine does falls on both
 alike; printed are the median of the ratio and its middle half. ``strategies`` reads random features
 from memory; FLOPs are those of torch.utils.flop_counter, memory is what autograd keeps for the
-backward pass. ``online`` compares reading a store with running the LLM on the same captions at every
-step, each in a process of its own.
+backward pass. ``online`` compares reading a store with running the LLM on the same captions at
+every step, each in a process of its own.
 """
 
 import json
@@ -175,10 +175,8 @@ def strategies(
     print("| strategy | learned | step | GFLOP | kept MB |\n| --- | --: | --: | --: | --: |")
     for name, arm in arms.items():
         learned = sum(p.numel() for p in arm.dit.router_parameters())
-        print(
-            f"| {name} | {learned:,} | {spread(ratios[name])} | {arm.flops(texts[name]) / 1e9:.2f} | "
-            f"{arm.kept_bytes(texts[name]) / 1e6:.1f} |"
-        )
+        flops, kept = arm.flops(texts[name]) / 1e9, arm.kept_bytes(texts[name]) / 1e6
+        print(f"| {name} | {learned:,} | {spread(ratios[name])} | {flops:.2f} | {kept:.1f} |")
 
 
 @main.command()
