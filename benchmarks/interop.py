@@ -1,8 +1,8 @@
 """Open every array of feature stores with other Zarr implementations, and compare what they read.
 
     pip install tensorstore xarray zarrs
-    npm install --prefix /tmp/zarrita zarrita
-    python benchmarks/interop.py --zarrita /tmp/zarrita features features-delta ...
+    npm install --prefix node zarrita
+    python benchmarks/interop.py --zarrita node features features-delta ...
 
 A reader that is not installed is listed as such. Ends with 1 where one differs.
 """

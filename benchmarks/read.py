@@ -4,7 +4,7 @@
     peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
     semroute extract CAPTIONS features --model LLM --codec bf16
     semroute rewrite features features-delta --codec delta    (and lossless, linear)
-    peers/bin/python benchmarks/read.py features features-delta ... --work /tmp/peers
+    peers/bin/python benchmarks/read.py features features-delta ... --work peers-files
 
 The first store must hold bf16. Peers get the same values, written once into the work folder, each
 as its documentation would have it. All run on one core, warm, one after the other in every round.
