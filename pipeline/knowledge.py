@@ -11,12 +11,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..schemas import Facts, InputError
 from .codecs import LN_EPS
@@ -137,6 +136,8 @@ def probe_layers(
     Raises:
         InputError: as ``read_labels``; a shard is not written; a store of mixes.
     """
+    from tqdm.auto import tqdm  # in a notebook without widgets it warns where it is imported
+
     store = open_features(path)
     if store.mixes is not None:
         raise InputError(f"{path} holds mixes of layers; expected a store of layers, its source")
@@ -155,7 +156,7 @@ def probe_layers(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} < {remaining}",
     )
     with bar:
-        pooled, picked = _read(store, ids, places, pool, bar)
+        pooled, picked = _read(store, ids, places, pool, bar.update)
         words = [classify(name, values) for name, values in tokens.items()]
         subjects = [(label, pooled) for label in found]
         subjects += [(label, picked) for label in words if label is not None]
@@ -200,7 +201,11 @@ def _pick_tokens(
 
 
 def _read(
-    store: FeatureStore, ids: np.ndarray, places: Sequence[int], pool: Pool, bar: tqdm
+    store: FeatureStore,
+    ids: np.ndarray,
+    places: Sequence[int],
+    pool: Pool,
+    advance: Callable[[int], object],
 ) -> tuple[np.ndarray, np.ndarray]:
     """LN(h) of captions, pooled, and of one token of each: both float32 ``[L, N, H]``."""
     shape = (len(store.layers), len(ids), store.manifest.identity.model.width)
@@ -219,7 +224,7 @@ def _read(
             else:
                 pooled[layer, part] = hidden[rows.offsets[1:] - 1]
             picked[layer, part] = hidden[firsts + np.array(places[part])]
-        bar.update(part.stop - part.start)
+        advance(part.stop - part.start)
     return pooled, picked
 
 
