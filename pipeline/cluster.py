@@ -348,13 +348,16 @@ def report_progress(shard: int, done: int) -> None:
 def let_next_begin() -> None:
     """Let this worker begin another task: what is left of this one is writing.
 
-    A task that secedes gives its thread of the worker to another (distributed.secede).
+    A task that secedes gives its thread of the worker to another (distributed.secede). In the
+    driver's own process tasks follow each other, and Dask need not be installed.
     """
+    if _listener is not None:
+        return
     from distributed import get_worker, secede
 
     try:
         get_worker()
-    except ValueError:  # called outside run, or in this process
+    except ValueError:  # called outside run
         return
     secede()
 
