@@ -34,8 +34,8 @@ from semroute.schemas import read_config
 from semroute.trainer.checkpoint import Run, load_run
 from semroute.trainer.evaluation import evaluate
 from semroute.trainer.loop import train
-from semroute.trainer.shapes import read_scenes, write_world
 from semroute.trainer.stream import draw
+from semroute.trainer.world import read_scenes, write_world
 
 SKILLS = ("all", "binding", "count", "shape", "colour")
 GUIDANCE = (1.0, 3.0)

@@ -10,7 +10,8 @@ from semroute.schemas import InputError, ModelConfig, RoutingConfig
 from semroute.trainer.dit import DiT
 from semroute.trainer.evaluation import EVALUATION_SCHEMA, evaluate, generate, score
 from semroute.trainer.flow import Flow
-from semroute.trainer.shapes import IMAGE_PIXELS, SKILLS, Object, Scene, render, sample_scene
+from semroute.trainer.scenes import Object, Scene, sample_scene
+from semroute.trainer.shapes import IMAGE_PIXELS, SKILLS, render
 
 SIZE = (3, IMAGE_PIXELS, IMAGE_PIXELS)
 

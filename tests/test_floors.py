@@ -7,7 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"schemas", "pipeline.kernels", "pipeline.style", "trainer.fusion", "trainer.gates"},
+    {
+        "schemas",
+        "pipeline.kernels",
+        "pipeline.style",
+        "trainer.fusion",
+        "trainer.gates",
+        "trainer.scenes",
+    },
     {
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
         *(
@@ -16,7 +23,7 @@ FLOORS = [
         ),
         *("trainer." + name for name in ("router", "flow", "shapes")),
     },
-    {"pipeline.latentstore", "pipeline.samples", "trainer.baselines"},
+    {"pipeline.latentstore", "pipeline.samples", "trainer.baselines", "trainer.world"},
     {
         *("pipeline." + name for name in ("store", "distortion", "planning", "latents")),
         *("pipeline." + name for name in ("places", "progress", "labels")),

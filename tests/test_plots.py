@@ -25,7 +25,8 @@ from semroute.trainer.plots import (
     sample_grid,
     save_images,
 )
-from semroute.trainer.shapes import render, sample_scene
+from semroute.trainer.scenes import sample_scene
+from semroute.trainer.shapes import render
 
 
 def softmax(*shape, seed=0):

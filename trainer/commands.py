@@ -22,6 +22,13 @@ F = TypeVar("F", bound=Callable[..., Any])
     "--num-test", default=600, show_default=True, type=click.IntRange(2), help="Test captions."
 )
 @click.option(
+    "--num-dev",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to tune on.",
+)
+@click.option(
     "--images-per-caption",
     default=4,
     show_default=True,
@@ -29,21 +36,20 @@ F = TypeVar("F", bound=Callable[..., Any])
     help="Drawn anew for each.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the whole world.")
-def shapes(out: Path, num: int, num_test: int, images_per_caption: int, seed: int) -> None:
+def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """Draw a world of captioned coloured shapes into OUT.
 
     OUT/train.parquet is what to train on; OUT/test.parquet holds captions that do not occur in it,
-    half of them about combinations of colour and shape that do not either.
+    half of them about combinations of colour and shape that do not either. OUT/dev.parquet holds
+    yet others, to choose settings by.
 
     \b
     Example:
       semroute shapes shapes --num 20000 --seed 0
     """
-    from .shapes import write_world
+    from .world import write_world
 
-    click.echo(
-        write_world(out, num, seed, images_per_caption=images_per_caption, num_test=num_test)
-    )
+    click.echo(write_world(out, num, seed, **sizes))
 
 
 @click.command()

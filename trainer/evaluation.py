@@ -22,7 +22,8 @@ from ..schemas import InputError, Mixes, write_document
 from .dit import DiT
 from .flow import Flow
 from .sampling import sample
-from .shapes import SKILLS, Scene, judge_cells, read_cells, render
+from .scenes import Scene
+from .shapes import SKILLS, judge_cells, read_cells, render
 
 EVALUATION = "evaluation.json"
 NULL_CAPTION = 0

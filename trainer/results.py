@@ -15,7 +15,8 @@ from ..schemas import InputError
 from .checkpoint import Run, load_run
 from .evaluation import Decode, Features, Report, evaluate, generate
 from .plots import sample_grid, save_images
-from .shapes import judge, read_scenes
+from .shapes import judge
+from .world import read_scenes
 
 NUM_JUDGED = 24
 """Images that an evaluation shows."""

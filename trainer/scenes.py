@@ -1,0 +1,298 @@
+"""What captions of the world of shapes ask for, and how they put it.
+
+A scene is one object, several equal ones, or two objects or groups with something between them.
+Sentences name colours, shapes, numbers, sizes and places in many ways, some of which (``a square
+and a ring, red and blue respectively``; ``a ring with a square above it``) give no word its meaning
+by its place alone. A quarter of the pairs of colour and shape is held out of training, so that
+composition can be told from memory.
+"""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+COLOURS: dict[str, tuple[str, ...]] = {
+    "red": ("red", "crimson"),
+    "green": ("green", "emerald"),
+    "blue": ("blue",),
+    "yellow": ("yellow", "golden"),
+    "purple": ("purple", "violet"),
+    "white": ("white",),
+    "grey": ("grey", "gray"),
+    "cyan": ("cyan", "turquoise"),
+}
+"""Colour -> the words for it."""
+SHAPES: dict[str, tuple[str, ...]] = {
+    "square": ("square",),
+    "triangle": ("triangle",),
+    "cross": ("cross", "plus sign"),
+    "star": ("star",),
+    "moon": ("moon", "crescent"),
+    "ring": ("ring", "hoop"),
+    "heart": ("heart",),
+    "arch": ("arch", "gateway"),
+}
+"""Shape -> the words for it."""
+SIZES: dict[str, tuple[str, ...]] = {"small": ("small", "tiny"), "big": ("big", "large")}
+"""Size -> the words for it."""
+NUMBERS: dict[int, tuple[str, ...]] = {
+    1: ("one", "1", "exactly one", "a single"),
+    2: ("two", "2", "exactly two", "a pair of"),
+    3: ("three", "3", "exactly three", "a trio of"),
+    4: ("four", "4", "exactly four"),
+    5: ("five", "5", "exactly five"),
+}
+"""Count -> the words for it."""
+RELATIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "left of": (("left of", "to the left of"), "to its left"),
+    "right of": (("right of", "to the right of"), "to its right"),
+    "above": (("above", "over"), "above it"),
+    "below": (("below", "under"), "below it"),
+    "next to": (("next to", "beside"), "beside it"),
+    "far from": (("far from", "far away from"), "far away from it"),
+}
+"""Relation -> between the first object and the second; and after ``the second with the first``."""
+KINDS: dict[str, float] = {
+    "single": 0.05,
+    "count": 0.25,
+    "pair": 0.15,
+    "relation": 0.2,
+    "size": 0.15,
+    "groups": 0.2,
+}
+"""Kind of scene -> how often it is drawn."""
+MAX_COUNT = max(NUMBERS)
+MAX_GROUP = 4
+"""Objects of one of two groups: both together fit into nine cells."""
+HELD_OUT = frozenset(
+    (colour, tuple(SHAPES)[(number + shift) % len(SHAPES)])
+    for number, colour in enumerate(COLOURS)
+    for shift in (0, 3)
+)
+"""Colour-shape pairs that no training scene contains: two of each colour, and two of each shape."""
+
+T = TypeVar("T")
+
+_KIND_EDGES = tuple(itertools.accumulate(KINDS.values()))[:-1]
+_PAIRS = tuple(itertools.product(COLOURS, SHAPES))
+_SEEN = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
+_HELD_OUT = tuple(pair for pair in _PAIRS if pair in HELD_OUT)
+_SINGULAR, _PLURAL = "there is ", "there are "
+
+
+@dataclass(frozen=True)
+class Object:
+    """``count`` equal objects of a colour and a shape; with ``size`` None any size is right."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _check("colour", self.colour, COLOURS)
+        _check("shape", self.shape, SHAPES)
+        _check("size", self.size, (None, *SIZES))
+        _check("count", self.count, NUMBERS)
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Colour and shape."""
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption asks for.
+
+    ``kind`` is one of ``KINDS``: one object (``single``), a number of equal ones (``count``), or
+    two objects that differ in colour and in shape: just both (``pair``), one in a ``relation`` to
+    the other, one big and one small (``size``), or a number of each (``groups``).
+
+    Raises:
+        ValueError: the objects or the relation do not fit the kind.
+    """
+
+    kind: str
+    objects: tuple[Object, ...]
+    relation: str | None = None
+
+    def __post_init__(self) -> None:
+        _check("kind", self.kind, KINDS)
+        _check("relation", self.relation, RELATIONS if self.kind == "relation" else (None,))
+        expected = 1 if self.kind in ("single", "count") else 2
+        if len(self.objects) != expected:
+            raise ValueError(
+                f"a scene of kind {self.kind!r} has {expected} entries in objects, "
+                f"found {len(self.objects)}"
+            )
+        counts = [thing.count for thing in self.objects]
+        if self.kind not in ("count", "groups") and max(counts) > 1:
+            raise ValueError(
+                f"only kinds 'count' and 'groups' may ask for several objects, found {self.kind!r}"
+            )
+        if self.kind == "groups" and not 1 < max(counts) <= MAX_GROUP:
+            raise ValueError(f"groups are of up to {MAX_GROUP}, one above 1, found {counts}")
+        if expected == 2:
+            first, second = self.objects
+            if first.colour == second.colour or first.shape == second.shape:
+                raise ValueError(
+                    f"two objects differ in colour and in shape, found {first.pair} and "
+                    f"{second.pair}: choose others"
+                )
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a held-out colour-shape pair occurs."""
+        return any(thing.pair in HELD_OUT for thing in self.objects)
+
+    @property
+    def num_objects(self) -> int:
+        """How many objects an image of the scene shows."""
+        return sum(thing.count for thing in self.objects)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-able document; ``from_dict`` reads it."""
+        return {
+            "kind": self.kind,
+            "objects": [asdict(thing) for thing in self.objects],
+            "relation": self.relation,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Scene":
+        """The scene of a document of ``to_dict``; ValueError where it is not one."""
+        try:
+            objects = tuple(Object(**thing) for thing in document["objects"])
+            return cls(document["kind"], objects, document.get("relation"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{dict(document)!r} is not a scene ({error}); expected kind, objects, relation as "
+                "Scene.to_dict writes them"
+            ) from error
+
+    def captions(self) -> tuple[str, ...]:
+        """Every phrasing, each once, in a fixed order."""
+        return _captions(self)
+
+    def caption(self, rng: np.random.Generator) -> str:
+        """One phrasing, all equally likely."""
+        return choose(self.captions(), rng)
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
+    """Draw a scene.
+
+    Args:
+        held_out: whether the scene contains at least one held-out colour-shape pair (True) or none.
+    """
+    kind = tuple(KINDS)[bisect.bisect(_KIND_EDGES, rng.random())]
+    first = choose(_HELD_OUT if held_out else _SEEN, rng)
+    if kind in ("single", "count"):
+        size = choose([None, *SIZES], rng)
+        count = int(rng.integers(1, MAX_COUNT + 1)) if kind == "count" else 1
+        return Scene(kind, (Object(first[0], first[1], size, count),))
+    others = [
+        pair
+        for pair in (_PAIRS if held_out else _SEEN)
+        if pair[0] != first[0] and pair[1] != first[1]
+    ]
+    pairs = [first, choose(others, rng)]
+    sizes: list[str | None] = [None, None]
+    counts = [1, 1]
+    if kind == "size":
+        sizes = [str(size) for size in rng.permutation([*SIZES])]
+    while kind == "groups" and max(counts) == 1:
+        counts = [int(count) for count in rng.integers(1, MAX_GROUP + 1, 2)]
+    if rng.random() < 0.5:
+        pairs.reverse()  # else the held-out pair would always be named first
+    objects = tuple(
+        Object(colour, shape, size, count)
+        for (colour, shape), size, count in zip(pairs, sizes, counts, strict=True)
+    )
+    return Scene(kind, objects, choose(tuple(RELATIONS), rng) if kind == "relation" else None)
+
+
+def choose(options: Sequence[T], rng: np.random.Generator) -> T:
+    """One of them, all equally likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+# ----------------------------------------------------------------------------------- how it is said
+
+
+@functools.lru_cache(maxsize=4096)
+def _captions(scene: Scene) -> tuple[str, ...]:
+    several = scene.objects[0].count > 1
+    leads = (
+        "",
+        "a picture of ",
+        "an image with ",
+        _PLURAL if several else _SINGULAR,
+        "this image shows ",
+        "we see ",
+    )
+    return tuple(dict.fromkeys(lead + body for lead in leads for body in _bodies(scene)))
+
+
+def _bodies(scene: Scene) -> Iterator[str]:
+    """What is there, without a lead."""
+    if len(scene.objects) == 1:
+        yield from _groups(scene.objects[0], numbered=scene.kind == "count")
+        return
+    first, second = scene.objects
+    pairs = [
+        *itertools.product(
+            *(_groups(thing, numbered=scene.kind == "groups") for thing in scene.objects)
+        )
+    ]
+    if scene.relation is not None:
+        between, after = RELATIONS[scene.relation]
+        for one, other in pairs:
+            yield from (f"{one} {link} {other}" for link in between)
+            yield f"{other} with {one} {after}"
+        return
+    for one, other in pairs:
+        yield f"{one} and {other}"
+        yield f"{one} together with {other}"
+    if scene.kind == "pair":
+        for (a, b), (x, y) in itertools.product(
+            itertools.product(SHAPES[first.shape], SHAPES[second.shape]),
+            itertools.product(COLOURS[first.colour], COLOURS[second.colour]),
+        ):
+            yield f"{_article(a)} and {_article(b)}, {x} and {y} respectively"
+
+
+def _groups(thing: Object, *, numbered: bool) -> Iterator[str]:
+    """Phrases for equal objects: ``two big red squares`` and the like."""
+    for size, colour, word in itertools.product(
+        SIZES[thing.size] if thing.size else ("",), COLOURS[thing.colour], SHAPES[thing.shape]
+    ):
+        shape = word if thing.count == 1 else _plural(word)
+        if not numbered:
+            yield _article(f"{size} {colour} {shape}".strip())
+            yield f"{_article(f'{size} {shape}'.strip())} that is {colour}"
+            continue
+        for number in NUMBERS[thing.count]:
+            yield " ".join(filter(None, (number, size, colour, shape)))
+        verb = "is" if thing.count == 1 else "are"
+        plain = " ".join(filter(None, (NUMBERS[thing.count][0], size, shape)))
+        yield f"{plain} that {verb} {colour}"
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+
+
+def _check(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown, expected one of {list(known)}")
