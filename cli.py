@@ -53,6 +53,7 @@ for command in (
     trainer.sample,
     trainer.evaluate,
     trainer.plot,
+    trainer.study,
 ):
     cli.add_command(command)
 

@@ -1,7 +1,7 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
 from .checksums import Checksums, digest, render
-from .configuration import read_config
+from .configuration import read_config, read_yaml
 from .contract import Contract, ContractError, Difference, differences, parse
 from .document import publish, sync, write_document, write_whole
 from .errors import InputError
@@ -38,6 +38,7 @@ from .run import (
     RunRecord,
     TrainConfig,
 )
+from .study import Scoring, StudyConfig, Tuning
 from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 
 __all__ = [
@@ -81,8 +82,11 @@ __all__ = [
     "RoutingConfig",
     "RunRecord",
     "SamplesIdentity",
+    "Scoring",
+    "StudyConfig",
     "Template",
     "TrainConfig",
+    "Tuning",
     "WrittenFile",
     "differences",
     "digest",
@@ -90,6 +94,7 @@ __all__ = [
     "parse",
     "publish",
     "read_config",
+    "read_yaml",
     "render",
     "sync",
     "write_document",

@@ -16,6 +16,15 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         InputError: no such file, no YAML, or not a valid configuration.
     """
+    return parse(TrainConfig, read_yaml(path, overrides), str(path))
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML file holds, with ``a.b=value`` put in.
+
+    Raises:
+        InputError: no such file, no YAML, or no mapping.
+    """
     import yaml
 
     try:
@@ -30,17 +39,30 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
-        *parents, last = key.split(".")
-        place = document
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise InputError(f"{override!r}: {parent} holds a value, not keys")
         try:
-            place[last] = _number_or(yaml.safe_load(value))
+            put(document, key, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"{override!r}: the value is no YAML: {error}") from error
-    return parse(TrainConfig, document, str(path))
+    return document
+
+
+def put(document: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, such as ``routing.strategy``; a mapping is put in key by key.
+
+    Raises:
+        InputError: a part of the key before the last holds a value.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            put(document, f"{key}.{name}", inner)
+        return
+    *parents, last = key.split(".")
+    place = document
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise InputError(f"{key}={value}: {parent} holds a value, not keys")
+    place[last] = _number_or(value)
 
 
 def _number_or(value: Any) -> Any:

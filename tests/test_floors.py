@@ -11,6 +11,7 @@ FLOORS = [
         "schemas",
         "pipeline.kernels",
         "pipeline.style",
+        "trainer.claims",
         "trainer.fusion",
         "trainer.gates",
         "trainer.scenes",
@@ -43,7 +44,8 @@ FLOORS = [
     },
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
-    {"trainer.results"},
+    {"trainer.results", "trainer.study"},
+    {"trainer.panels"},
     {"pipeline.commands", "trainer.commands"},
     {"cli"},
 ]

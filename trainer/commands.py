@@ -262,6 +262,43 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
         click.echo(path)
 
 
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Runs at a time. Default: one a GPU, or one a core where there is none.",
+)
+@click.option(
+    "--report-only", is_flag=True, help="Only make the report, of the runs that are done."
+)
+def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_only: bool) -> None:
+    """Train and judge all arms and seeds of the YAML file CONFIG, and report.
+
+    The same command continues what was stopped. Into the study's folder go the runs, all judgements
+    as results.parquet, and the report with its figures.
+
+    \b
+    Example:
+      semroute study studies/smoke.yaml
+    """
+    from ..pipeline.autoencoder import open_decoder
+    from ..schemas import StudyConfig, parse, read_yaml
+    from .panels import write_report
+    from .study import run_study
+
+    parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
+    if not report_only:
+        try:
+            run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)
+        except KeyboardInterrupt:
+            click.echo("Stopped. Run the same command to continue.", err=True)
+            sys.exit(130)
+    for path in write_report(parsed):
+        click.echo(path)
+
+
 def _decoder(run: Any, vae: str | None = None) -> Callable[[Any], Any]:
     """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
     from ..pipeline.autoencoder import open_decoder

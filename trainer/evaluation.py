@@ -199,7 +199,7 @@ def score(
     rows = []
     for split in dict.fromkeys(splits):
         members = [number for number, name in enumerate(splits) if name == split]
-        chance = _chance([scenes[number] for number in members], rng)
+        lucky = chance([scenes[number] for number in members], rng)
         judged: dict[str, dict[Scene, list[bool]]] = defaultdict(lambda: defaultdict(list))
         for number in members:
             for skill, good in judge_cells(cells[number], scenes[number]).items():
@@ -217,7 +217,7 @@ def score(
                     "accuracy": float(right.sum() / asked.sum()),
                     "low": low,
                     "high": high,
-                    "chance": chance.get(skill),
+                    "chance": lucky.get(skill),
                     "num_images": int(asked.sum()),
                     "num_scenes": len(asked),
                 }
@@ -317,8 +317,11 @@ def evaluate(
     return score(images, scenes, splits, seed=seed), images
 
 
-def _chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, float]:
-    """Skill -> accuracy of true images of other scenes; empty where there is no other scene."""
+def chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, float]:
+    """Skill -> accuracy of true images of other scenes; empty where there is no other scene.
+
+    See :func:`score`.
+    """
     weights = Counter(scenes)
     unique = list(weights)
     cells = read_cells(np.stack([render(scene, rng) for scene in unique]))

@@ -57,11 +57,14 @@ class TrainingInterrupted(KeyboardInterrupt):
     """A signal stopped the run after a whole step; its checkpoint is written."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Train, or continue a run that was stopped, and return its directory.
 
     An output directory with a ``run.json`` is continued from its newest checkpoint, bit for bit on
     the same machine; ``steps`` may have grown.
+
+    Args:
+        progress: show a bar.
 
     Raises:
         InputError: before any work: a store that is unfinished or not the one that the run was
@@ -99,7 +102,7 @@ def train(config: TrainConfig) -> Path:
         trim_metrics(path, stream.start_step)
     trainer = Trainer(config, accelerator, model, found)
     if trainer.step < config.steps:
-        trainer.fit(stream)
+        trainer.fit(stream, progress)
     accelerator.end_training()
     return path
 
@@ -136,7 +139,7 @@ class Trainer:
         }
         self.window = Window() if found is None else Window(**found.state()["window"])
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, show: bool) -> None:
         """Take steps; once in a while log, and once in a while save."""
         config = self.config
         self._start_tracker()
@@ -144,7 +147,7 @@ class Trainer:
             total=config.steps,
             initial=self.step,
             unit="step",
-            disable=not self.accelerator.is_main_process,
+            disable=not (show and self.accelerator.is_main_process),
         )
         self.window.start(stream)
         with progress, closing(iter(stream)) as batches, stop_signals() as received:

@@ -1,0 +1,212 @@
+"""What a study found, as figures and as ``report.md`` beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.ticker import PercentFormatter
+
+from ..pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
+from ..schemas import StudyConfig, write_document
+from .claims import counting, make_claims
+from .evaluation import chance
+from .shapes import SKILLS
+from .study import RESULTS, TUNING, collect, read_captions
+
+REPORT = "report.md"
+Chance = Mapping[str, Mapping[str, float]]
+"""Split -> skill -> accuracy of true images of other captions."""
+
+
+def write_report(study: StudyConfig) -> list[Path]:
+    """Tables and figures of the runs that are done, into the folder of the study.
+
+    Raises:
+        InputError: none is done.
+    """
+    out = Path(study.output)
+    results, missing = collect(study)
+    claims = make_claims(results, study.reference)
+    lucky = chances(study)
+    (out / "figures").mkdir(exist_ok=True)
+    written = []
+    for name, figure in {
+        "scores": score_panels(claims, lucky, study),
+        "guidance": guidance_panels(claims, lucky, study),
+        "counting": counting_panels(counting(results), study),
+    }.items():
+        path = out / "figures" / f"{name}.png"
+        figure.savefig(path, dpi=DPI)
+        written.append(path)
+    write_document(out / REPORT, to_markdown(claims, lucky, study, missing))
+    return [out / RESULTS, out / REPORT, *written]
+
+
+def chances(study: StudyConfig) -> Chance:
+    """What pictures of other captions would score, by split and skill."""
+    table, scenes = read_captions(study.scoring)
+    splits = table["split"].to_pylist()
+    return {
+        split: chance(
+            [scene for scene, own in zip(scenes, splits, strict=True) if own == split],
+            np.random.default_rng(study.scoring.seed),
+        )
+        for split in dict.fromkeys(splits)
+    }
+
+
+def to_markdown(claims: pa.Table, lucky: Chance, study: StudyConfig, missing: Sequence[str]) -> str:
+    """A table a split and guidance scale: arms by skills, and differences to the reference.
+
+    Args:
+        missing: runs that are not done, which are listed.
+    """
+    num_seeds = len(study.seeds)
+    lines = [
+        f"# {Path(study.output).name}",
+        "",
+        f"{len(study.arms)} arms x {num_seeds} seeds. Accuracy is the mean over seeds, with its "
+        "95 % interval over seeds (Student's t). A difference is to "
+        f"`{study.reference}`, paired by seed and caption; *seeds* is its interval over seeds, "
+        "*captions* a bootstrap over captions of these runs. **Bold**: the interval over seeds "
+        "excludes zero. *Chance* is what true pictures of other captions score.",
+    ]
+    if missing:
+        lines += ["", f"Not done yet, and left out: {'; '.join(missing)}."]
+    tuned = Path(study.output) / TUNING
+    if study.tuning is not None and tuned.exists():
+        lines += ["", f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
+        lines += [
+            f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
+            for arm, scores in json.loads(tuned.read_text("utf-8")).items()
+        ]
+    head = ("skill", "asked", "chance", "arm", "accuracy", "difference", "seeds", "captions")
+    for split in lucky:
+        for cfg_scale in study.scoring.cfg_scales:
+            lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
+            lines += [f"| {' | '.join(head)} |", f"{'| --- ' * len(head)}|"]
+            for row in _rows(claims, split, cfg_scale):
+                base = lucky[split].get(row["skill"])
+                cells = [
+                    row["skill"],
+                    str(row["num_captions"]),
+                    "-" if base is None else f"{base:.3f}",
+                    row["arm"],
+                    f"{row['accuracy']:.3f} {_interval(row['low'], row['high'])}",
+                    *_contrast(row),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def score_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
+    """Accuracy of every arm at the last guidance scale: a panel a split and skill."""
+    cfg_scale = study.scoring.cfg_scales[-1]
+    skills = [skill for skill in SKILLS if skill in {*claims["skill"].to_pylist()}]
+    arms = [*study.arms]
+    size = (1.2 + 1.75 * len(skills), 0.8 + len(lucky) * (0.7 + 0.24 * len(arms)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(lucky), len(skills), sharey=True, squeeze=False)
+    figure.suptitle(f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over seeds", color=INK)
+    for line, split in zip(axes, lucky, strict=True):
+        rows = _rows(claims, split, cfg_scale)
+        for place, skill in zip(line, skills, strict=True):
+            clean(place)
+            place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+            for row in (row for row in rows if row["skill"] == skill):
+                height = arms.index(row["arm"])
+                colour = LINES[height % len(LINES)]
+                num = len(row["seeds"])
+                place.plot(row["seeds"], [height] * num, ".", color=colour, alpha=0.4)
+                if row["low"] is not None:
+                    place.plot([row["low"], row["high"]], [height] * 2, color=colour)
+                place.plot(row["accuracy"], height, "o", color=colour)
+            if (base := lucky[split].get(skill)) is not None:
+                place.axvline(base, color=FAINT, linestyle="--", linewidth=1)
+            place.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            place.tick_params(labelsize="x-small")
+        line[0].set_yticks(range(len(arms)), arms, fontsize="small")
+        line[0].set_ylim(len(arms) - 0.5, -0.5)
+    return figure
+
+
+def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
+    """Accuracy against the guidance scale: a line an arm, a panel a split and skill."""
+    skills = [s for s in ("count", "binding", "all") if s in {*claims["skill"].to_pylist()}]
+    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(lucky))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(lucky), len(skills), sharex=True, squeeze=False)
+    for line, split in zip(axes, lucky, strict=True):
+        for place, skill in zip(line, skills, strict=True):
+            clean(place)
+            place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+            for number, arm in enumerate(study.arms):
+                rows = [
+                    row
+                    for scale in study.scoring.cfg_scales
+                    for row in _rows(claims, split, scale)
+                    if (row["skill"], row["arm"]) == (skill, arm)
+                ]
+                place.plot(
+                    [row["cfg_scale"] for row in rows],
+                    [row["accuracy"] for row in rows],
+                    "o-",
+                    color=LINES[number % len(LINES)],
+                    label=arm,
+                )
+            if (base := lucky[split].get(skill)) is not None:
+                place.axhline(base, color=FAINT, linestyle="--", linewidth=1)
+            place.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for place in axes[-1]:
+        place.set_xlabel("guidance scale", color=INK)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
+    )
+    return figure
+
+
+def counting_panels(table: pa.Table, study: StudyConfig) -> Figure:
+    """Objects drawn against objects asked for: a panel a guidance scale, a line an arm."""
+    scales = study.scoring.cfg_scales
+    figure = Figure(figsize=(1.5 + 2.8 * len(scales), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    table = table.group_by(["arm", "cfg_scale", "num_asked"]).aggregate([("num_found", "mean")])
+    table = table.sort_by("num_asked")
+    for place, scale in zip(axes, scales, strict=True):
+        clean(place)
+        place.set_title(f"guidance {scale:g}", color=INK, fontsize="small")
+        place.set_xlabel("objects asked for", color=INK)
+        for number, arm in enumerate(study.arms):
+            mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
+            part = table.filter(mask)
+            asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
+            place.plot(asked, found, "o-", color=LINES[number % len(LINES)], label=arm)
+        place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
+    axes[0].set_ylabel("objects drawn", color=INK)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
+    """By skill in the order of ``SKILLS``, then by arm as they came."""
+    mask = pc.and_(pc.equal(claims["split"], split), pc.equal(claims["cfg_scale"], cfg_scale))
+    return sorted(claims.filter(mask).to_pylist(), key=lambda row: SKILLS.index(row["skill"]))
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"({low:.3f} to {high:.3f})"
+
+
+def _contrast(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    if row["difference"] is None:
+        return "", "", ""
+    text = f"{row['difference']:+.3f}"
+    low, high = row["seeds_low"], row["seeds_high"]
+    if low is not None and (low > 0 or high < 0):
+        text = f"**{text}**"
+    over_captions = _interval(row["captions_low"], row["captions_high"])
+    return text, _interval(low, high), over_captions
