@@ -1,0 +1,229 @@
+"""``semroute study`` on a world that the tiny LLM read, in real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from semroute.cli import cli
+from semroute.schemas import InputError, StudyConfig, parse
+from semroute.trainer.checkpoint import load_run
+
+TRAIN = {
+    "steps": 4,
+    "mixed_precision": "no",
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "model": {"size": "nano", "depth": 2, "patch_size": 6},
+    "flow": {"prediction": "x0", "shift": 1.0},
+    "optimizer": {"name": "muon"},
+    "data": {"batch_size": 4, "noise_draws": 2},
+}
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_llm):
+    root = tmp_path_factory.mktemp("study")
+    invoke("shapes", root / "shapes", "--num", 80, "--num-test", 12, "--num-dev", 6)
+    for name in ("train", "dev", "test"):
+        file = root / "shapes" / f"{name}.parquet"
+        invoke("extract", file, root / name, "--model", tiny_llm, "--workers", 0)
+    invoke("latents", root / "shapes" / "train.parquet", root / "latents", "--workers", 0)
+    return root
+
+
+def document(world, out, **changes):
+    """A study of two arms and two seeds that tunes the router's rate."""
+
+    def scoring(name):
+        return {
+            "features": str(world / name),
+            "samples": str(world / "shapes" / f"{name}.parquet"),
+            "cfg_scales": [1.0, 3.0],
+            "num_steps": 2,
+        }
+
+    return {
+        "output": str(out),
+        "train": {"features": str(world / "train"), "latents": str(world / "latents"), **TRAIN},
+        "arms": {
+            "uniform": {"routing.strategy": "uniform"},
+            "depth": {"routing.strategy": "depth"},
+        },
+        "reference": "uniform",
+        "seeds": [0, 1],
+        "scoring": scoring("test"),
+        "tuning": {
+            "values": [0.001, 0.1],
+            "steps": 2,
+            "seeds": [7],
+            "skill": "total",
+            "scoring": scoring("dev"),
+        },
+        **changes,
+    }
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(world):
+    """A study run to its end: its file, its folder, and what it printed."""
+    out = world / "done"
+    file = write(world / "done.yaml", document(world, out))
+    return file, out, invoke("study", file, "--jobs", 2)
+
+
+class TestStudy:
+    def test_every_run_is_trained_and_judged(self, done):
+        _, out, printed = done
+        table = pq.read_table(out / "results.parquet")
+        runs = set(zip(table["arm"].to_pylist(), table["seed"].to_pylist(), strict=True))
+        assert runs == {(arm, seed) for arm in ("uniform", "depth") for seed in (0, 1)}
+        assert set(table["cfg_scale"].to_pylist()) == {1.0, 3.0}
+        assert set(table["split"].to_pylist()) == {"test", "held-out"}
+        total = table.filter([skill == "total" for skill in table["skill"].to_pylist()])
+        assert total.num_rows == 2 * 2 * 2 * 12
+        for arm, seed in runs:
+            assert load_run(out / "runs" / arm / f"seed-{seed}").step == 4
+        for name in ("results.parquet", "report.md", "figures/scores.png"):
+            assert str(out / name) in printed
+            assert (out / name).stat().st_size > 0
+
+    def test_settings_are_chosen_on_dev_and_used(self, done):
+        _, out, printed = done
+        assert "uniform: nothing to tune" in printed
+        scores = json.loads((out / "tuning.json").read_text())
+        assert list(scores) == ["depth"]
+        assert set(scores["depth"]) == {"0.001", "0.1"}
+        best = float(max(scores["depth"], key=scores["depth"].get))
+        for seed in (0, 1):
+            config = load_run(out / "runs" / "depth" / f"seed-{seed}").record.config
+            assert config.optimizer.router_lr == best
+            assert config.seed == seed
+        tried = pq.read_table(out / "tuning" / "depth" / "0.1" / "seed-7" / "judged.parquet")
+        assert set(tried["split"].to_pylist()) == {"dev"}
+
+    def test_the_report_compares_with_the_reference(self, done):
+        report = (done[1] / "report.md").read_text()
+        assert "2 arms x 2 seeds" in report
+        assert "## held-out, guidance 3" in report
+        lines = [line.split("|") for line in report.splitlines() if line.startswith("| all |")]
+        assert {line[4].strip() for line in lines} == {"uniform", "depth"}
+        for line in lines:
+            assert bool(line[6].strip()) == (line[4].strip() == "depth")
+
+    def test_run_again_does_nothing(self, done):
+        file, out, _ = done
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        assert "study: 4 runs, to do: 0" in invoke("study", file)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+    def test_it_grows_and_says_what_is_missing(self, world, done):
+        _, out, _ = done
+        file = write(world / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
+        invoke("study", file, "--report-only")
+        report = (out / "report.md").read_text()
+        assert "Not done yet, and left out: uniform, seed 2; depth, seed 2." in report
+        printed = invoke("study", file)
+        assert "study: 6 runs, to do: 2" in printed
+        assert "Not done yet" not in (out / "report.md").read_text()
+
+    def test_judging_otherwise_judges_again_and_trains_nothing(self, world, done):
+        _, out, _ = done
+        changed = document(world, out)
+        changed["scoring"]["cfg_scales"] = [2.0]
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        assert "study: 4 runs, to do: 4" in invoke("study", write(world / "other.yaml", changed))
+        assert set(pq.read_table(out / "results.parquet")["cfg_scale"].to_pylist()) == {2.0}
+        after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        assert {path.parent.parent for path in after} == {path.parent.parent for path in before}
+
+    def test_killed_and_continued_gives_the_same_judgements(self, world, done, tmp_path):
+        content = document(world, tmp_path / "out", tuning=None)
+        del content["tuning"]
+        content["train"] = {**content["train"], "steps": 30}
+        file = write(tmp_path / "study.yaml", content)
+        command = [sys.executable, "-m", "semroute.cli", "study", str(file), "--jobs", "2"]
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not [*(tmp_path / "out").rglob("step-*")]:
+            assert child.poll() is None
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        invoke("study", file)
+        content["output"] = str(tmp_path / "whole")
+        invoke("study", write(tmp_path / "whole.yaml", content))
+        found, expected = (
+            pq.read_table(tmp_path / name / "results.parquet") for name in ("out", "whole")
+        )
+        assert found.equals(expected)
+
+    def test_a_run_that_fails_is_named_and_the_others_are_done(self, world, tmp_path):
+        content = document(world, tmp_path / "out")
+        del content["tuning"]
+        content["arms"]["wild"] = {"routing.strategy": "uniform", "optimizer.muon_lr": 1e30}
+        printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert "2 of 6 runs failed; the others are done" in printed
+        assert "wild/seed-0: FloatingPointError" in printed.replace("\n", "")
+        assert len([*(tmp_path / "out").rglob("judged.parquet")]) == 4
+
+
+class TestConfiguration:
+    def refused(self, world, message, **changes):
+        with pytest.raises(InputError, match=message):
+            self.parse_all(document(world, Path("out"), **changes))
+
+    def parse_all(self, content):
+        study = parse(StudyConfig, content, "study.yaml")
+        for arm in study.arms:
+            study.run(arm, 0, "out")
+
+    def test_refuses_what_cannot_be_compared(self, world):
+        self.refused(world, "reference 'best' is no arm: uniform, depth", reference="best")
+        self.refused(world, "repeat themselves", seeds=[1, 1])
+        self.refused(world, r"tuning.seeds shares \[7\] with seeds", seeds=[0, 7])
+        self.refused(world, "names a folder", arms={"uniform": {}, "a/b": {}})
+
+    def test_refuses_to_choose_by_what_it_is_judged_by(self, world):
+        content = document(world, Path("out"))
+        content["tuning"]["scoring"] = content["scoring"]
+        with pytest.raises(InputError, match="choose settings by other captions"):
+            parse(StudyConfig, content, "study.yaml")
+
+    def test_names_the_arm_that_is_wrong(self, world):
+        arms = {"uniform": {}, "depth": {"routing.strategi": "depth"}}
+        self.refused(world, "(?s)arm depth is not valid.*did you mean 'strategy'", arms=arms)
+        self.refused(world, "arm uniform sets seed", arms={"uniform": {"seed": 3}})
+
+    def test_refuses_before_any_run_is_begun(self, world, tmp_path):
+        content = document(world, tmp_path / "out")
+        content["scoring"]["samples"] = str(tmp_path / "nothing.parquet")
+        assert "nothing.parquet" in invoke("study", write(tmp_path / "a.yaml", content), code=1)
+        content = document(world, tmp_path / "out")
+        content["train"]["latents"] = str(tmp_path / "nothing")
+        assert "nothing" in invoke("study", write(tmp_path / "b.yaml", content), code=1)
+        assert not (tmp_path / "out").exists()
+        assert "no run of" in invoke("study", tmp_path / "a.yaml", "--report-only", code=1)
