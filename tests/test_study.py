@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,15 @@ TRAIN = {
     "optimizer": {"name": "muon"},
     "data": {"batch_size": 4, "noise_draws": 2},
 }
+
+
+def group_lives(group):
+    """Whether a process group has a process left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def invoke(*arguments, code=0):
@@ -171,8 +179,12 @@ class TestStudy:
         while not [*(tmp_path / "out").rglob("step-*")]:
             assert child.poll() is None
             time.sleep(0.05)
-        os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.wait()
+        deadline = time.monotonic() + 30
+        while group_lives(child.pid):  # the runs end with their driver
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         invoke("study", file)
         content["output"] = str(tmp_path / "whole")
         invoke("study", write(tmp_path / "whole.yaml", content))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib import colormaps
 from matplotlib.ticker import PercentFormatter
 
 from ..pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
@@ -119,7 +120,7 @@ def score_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
             place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
             for row in (row for row in rows if row["skill"] == skill):
                 height = arms.index(row["arm"])
-                colour = LINES[height % len(LINES)]
+                colour = _colour(height, study)
                 num = len(row["seeds"])
                 place.plot(row["seeds"], [height] * num, ".", color=colour, alpha=0.4)
                 if row["low"] is not None:
@@ -155,7 +156,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figu
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
                     "o-",
-                    color=LINES[number % len(LINES)],
+                    color=_colour(number, study),
                     label=arm,
                 )
             if (base := lucky[split].get(skill)) is not None:
@@ -184,11 +185,18 @@ def counting_panels(table: pa.Table, study: StudyConfig) -> Figure:
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            place.plot(asked, found, "o-", color=LINES[number % len(LINES)], label=arm)
+            place.plot(asked, found, "o-", color=_colour(number, study), label=arm)
         place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     axes[0].set_ylabel("objects drawn", color=INK)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
+
+
+def _colour(number: int, study: StudyConfig) -> Any:
+    """Of an arm: all differ, up to twenty."""
+    if len(study.arms) <= len(LINES):
+        return LINES[number]
+    return colormaps["tab10" if len(study.arms) <= 10 else "tab20"](number)
 
 
 def _rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:

@@ -14,6 +14,7 @@ same command continues a study that was stopped, and one that gained arms or see
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -349,6 +350,15 @@ def _settle(places: Any, num_gpus: int, threads: int) -> None:
     if num_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place % num_gpus)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+
+
+def _end_with_driver() -> None:
+    """A driver that was killed leaves no run behind that the next driver would begin beside."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
 
 
 def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
