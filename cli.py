@@ -54,6 +54,7 @@ for command in (
     trainer.evaluate,
     trainer.plot,
     trainer.study,
+    trainer.ablate,
 ):
     cli.add_command(command)
 

@@ -174,8 +174,12 @@ class TestCommands:
         """Command by command, in order, with the folder ``demo``."""
         demo = (ROOT / "benchmarks" / "demo.sh").read_text("utf-8")
         lines = re.findall(r"^(?:\[.*\|\| )?run (\w.*)$", demo, re.M)
-        # status is for another shell, and a study is hours of runs.
-        assert {line.split()[0] for line in lines} == {*cli.commands} - {"status", "study"}
+        # status is for another shell, and studies are hours of runs.
+        assert {line.split()[0] for line in lines} == {*cli.commands} - {
+            "status",
+            "study",
+            "ablate",
+        }
         values = {"$out": "demo", "$here": "benchmarks", "$llm": "$LLM"}
         expected = []
         for line in lines:

@@ -45,7 +45,7 @@ FLOORS = [
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
     {"trainer.loop", "trainer.plots"},
     {"trainer.results", "trainer.study"},
-    {"trainer.panels"},
+    {"trainer.panels", "trainer.ablation"},
     {"pipeline.commands", "trainer.commands"},
     {"cli"},
 ]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from semroute.cli import cli
 from semroute.schemas import InputError, StudyConfig, parse
+from semroute.trainer.ablation import reading, swaps
 from semroute.trainer.checkpoint import load_run
 
 TRAIN = {
@@ -25,6 +27,7 @@ TRAIN = {
     "flow": {"prediction": "x0", "shift": 1.0},
     "optimizer": {"name": "muon"},
     "data": {"batch_size": 4, "noise_draws": 2},
+    "ema": {"decay": 0.5, "every": 1},
 }
 
 
@@ -201,6 +204,63 @@ class TestStudy:
         assert "2 of 6 runs failed; the others are done" in printed
         assert "wild/seed-0: FloatingPointError" in printed.replace("\n", "")
         assert len([*(tmp_path / "out").rglob("judged.parquet")]) == 4
+
+
+class TestAblate:
+    def command(self, world, out, *runs):
+        options = ["--features", world / "test", "--samples", world / "shapes" / "test.parquet"]
+        return ["ablate", *runs, *options, "--num-steps", 2, "--out", out]
+
+    def test_runs_are_judged_under_other_weights(self, world, done, tmp_path):
+        runs = [done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1)]
+        printed = invoke(*self.command(world, tmp_path / "out", *runs), "--leave-one-out")
+        assert f"{runs[1]}: as trained, 1/10" in printed
+        table = pq.read_table(tmp_path / "out" / "results.parquet")
+        swapped = ["mean over blocks", "blocks reversed", "uniform", "top 3 layers"]
+        layers = [f"without layer {layer}" for layer in (1, 2, 3, 4)]
+        expected = ["as trained", *swapped, "another run's", *layers]
+        assert [*dict.fromkeys(table["arm"].to_pylist())] == expected
+        assert set(table["seed"].to_pylist()) == {0, 1}
+        report = (tmp_path / "out" / "report.md").read_text()
+        assert "10 arms x 2 runs" in report
+        assert (tmp_path / "out" / "figures" / "scores.png").stat().st_size > 0
+
+    def test_weights_are_put_in_place_and_taken_back(self, done):
+        run = load_run(done[1] / "runs" / "depth" / "seed-0")
+        other = load_run(done[1] / "runs" / "depth" / "seed-1")
+        alpha, given = (torch.from_numpy(each.weights()[0]) for each in (run, other))
+        found = swaps(alpha, given, run.layers, leave_one_out=True)
+        for name, weights in found.items():
+            assert torch.allclose(weights.sum(1), torch.ones(2)), name
+            with reading(run, weights):
+                assert torch.equal(torch.from_numpy(run.weights()[0]), weights)
+        assert torch.equal(torch.from_numpy(run.weights()[0]), alpha)
+        assert torch.equal(found["blocks reversed"], alpha[[1, 0]])
+        assert torch.equal(found["mean over blocks"][0], alpha.mean(0))
+        assert ((found["top 3 layers"] > 0).sum(1) == 3).all()
+        assert (found["without layer 3"][:, 2] == 0).all()
+
+    def test_swaps_that_change_nothing_are_left_out(self):
+        alpha = torch.full((3, 4), 0.25)
+        named = swaps(alpha, None, [1, 2, 3, 4], leave_one_out=False)
+        assert list(named) == ["as trained", "top 3 layers"]
+
+    def test_refuses_runs_that_cannot_be_compared(self, world, done, tmp_path):
+        run = done[1] / "runs" / "depth" / "seed-0"
+        content = document(world, tmp_path / "out")
+        arms = {"uniform": {}, "time": {"routing.strategy": "time"}}
+        arms["deep"] = {"routing.strategy": "depth", "model.depth": 3}
+        content |= {"arms": arms, "seeds": [0]}
+        del content["tuning"]
+        invoke("study", write(tmp_path / "study.yaml", content))
+        runs = tmp_path / "out" / "runs"
+        printed = invoke(*self.command(world, tmp_path / "a", runs / "time" / "seed-0"), code=1)
+        assert "strategy time has no one set of weights" in printed
+        printed = invoke(
+            *self.command(world, tmp_path / "a", run, runs / "deep" / "seed-0"), code=1
+        )
+        assert "compare runs of one arm" in printed
+        assert not (tmp_path / "a").exists()
 
 
 class TestConfiguration:

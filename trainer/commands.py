@@ -299,6 +299,78 @@ def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_onl
         click.echo(path)
 
 
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Feature store of the captions to judge by.",
+)
+@click.option(
+    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
+)
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    multiple=True,
+    default=(3.0,),
+    show_default=True,
+    help="Guidance; may be given several times.",
+)
+@click.option("--leave-one-out", is_flag=True, help="Each layer in turn without its weight, too.")
+@click.option(
+    "--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Of Euler's method."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
+def ablate(
+    runs: tuple[Path, ...],
+    features: Path,
+    samples: str,
+    cfg_scales: tuple[float, ...],
+    leave_one_out: bool,
+    num_steps: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Judge RUNS under other routing weights than they learned.
+
+    Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
+    three largest, and with several runs of one arm by those of the next.
+
+    \b
+    Example:
+      semroute ablate studies/shapes/runs/depth/seed-* --out ablation \\
+        --features world/features-test --samples world/shapes/test.parquet
+    """
+    import pyarrow.parquet as pq
+
+    from ..pipeline.autoencoder import open_decoder
+    from ..schemas import Scoring
+    from .ablation import TRAINED
+    from .ablation import ablate as swap
+    from .panels import Outline, write_comparison
+    from .results import open_run
+    from .study import RESULTS
+
+    scoring = Scoring(
+        features=str(features),
+        samples=samples,
+        cfg_scales=list(cfg_scales),
+        num_steps=num_steps,
+        seed=seed,
+    )
+    trained = [open_run(run, None, "ema") for run in runs]
+    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=click.echo)
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(results, out / RESULTS)
+    arms = list(dict.fromkeys(results["arm"].to_pylist()))
+    outline = Outline(out.name, arms, TRAINED, scoring, len(runs), unit="runs")
+    for path in [out / RESULTS, *write_comparison(results, outline, out)]:
+        click.echo(path)
+
+
 def _decoder(run: Any, vae: str | None = None) -> Callable[[Any], Any]:
     """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
     from ..pipeline.autoencoder import open_decoder

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import PercentFormatter
 
 from ..pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
-from ..schemas import StudyConfig, write_document
+from ..schemas import Scoring, StudyConfig, write_document
 from .claims import counting, make_claims
 from .evaluation import chance
 from .shapes import SKILLS
@@ -23,6 +24,26 @@ Chance = Mapping[str, Mapping[str, float]]
 """Split -> skill -> accuracy of true images of other captions."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is compared.
+
+    Attributes:
+        title: of the report.
+        unit: what a seed is called: ``seeds``, or ``runs`` where weights are swapped in them.
+        num_units: how many there are of an arm.
+        notes: further lines.
+    """
+
+    title: str
+    arms: Sequence[str]
+    reference: str
+    scoring: Scoring
+    num_units: int
+    unit: str = "seeds"
+    notes: Sequence[str] = ()
+
+
 def write_report(study: StudyConfig) -> list[Path]:
     """Tables and figures of the runs that are done, into the folder of the study.
 
@@ -31,63 +52,75 @@ def write_report(study: StudyConfig) -> list[Path]:
     """
     out = Path(study.output)
     results, missing = collect(study)
-    claims = make_claims(results, study.reference)
-    lucky = chances(study)
-    (out / "figures").mkdir(exist_ok=True)
+    notes = []
+    if missing:
+        notes += [f"Not done yet, and left out: {'; '.join(missing)}.", ""]
+    tuned = out / TUNING
+    if study.tuning is not None and tuned.exists():
+        notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
+        notes += [
+            f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
+            for arm, scores in json.loads(tuned.read_text("utf-8")).items()
+        ]
+    outline = Outline(
+        out.name,
+        [*study.arms],
+        study.reference,
+        study.scoring,
+        len(study.seeds),
+        notes=notes,
+    )
+    return [out / RESULTS, *write_comparison(results, outline, out)]
+
+
+def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Path]:
+    """Write ``report.md`` and the figures of judgements by arm and seed into a folder."""
+    claims = make_claims(results, outline.reference)
+    lucky = chances(outline.scoring)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in {
-        "scores": score_panels(claims, lucky, study),
-        "guidance": guidance_panels(claims, lucky, study),
-        "counting": counting_panels(counting(results), study),
+        "scores": score_panels(claims, lucky, outline),
+        "guidance": guidance_panels(claims, lucky, outline),
+        "counting": counting_panels(counting(results), outline),
     }.items():
         path = out / "figures" / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
-    write_document(out / REPORT, to_markdown(claims, lucky, study, missing))
-    return [out / RESULTS, out / REPORT, *written]
+    write_document(out / REPORT, to_markdown(claims, lucky, outline))
+    return [out / REPORT, *written]
 
 
-def chances(study: StudyConfig) -> Chance:
+def chances(scoring: Scoring) -> Chance:
     """What pictures of other captions would score, by split and skill."""
-    table, scenes = read_captions(study.scoring)
+    table, scenes = read_captions(scoring)
     splits = table["split"].to_pylist()
     return {
         split: chance(
             [scene for scene, own in zip(scenes, splits, strict=True) if own == split],
-            np.random.default_rng(study.scoring.seed),
+            np.random.default_rng(scoring.seed),
         )
         for split in dict.fromkeys(splits)
     }
 
 
-def to_markdown(claims: pa.Table, lucky: Chance, study: StudyConfig, missing: Sequence[str]) -> str:
-    """A table a split and guidance scale: arms by skills, and differences to the reference.
-
-    Args:
-        missing: runs that are not done, which are listed.
-    """
-    num_seeds = len(study.seeds)
+def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
+    """A table a split and guidance scale: arms by skills, and differences to the reference."""
+    unit = outline.unit
     lines = [
-        f"# {Path(study.output).name}",
+        f"# {outline.title}",
         "",
-        f"{len(study.arms)} arms x {num_seeds} seeds. Accuracy is the mean over seeds, with its "
-        "95 % interval over seeds (Student's t). A difference is to "
-        f"`{study.reference}`, paired by seed and caption; *seeds* is its interval over seeds, "
-        "*captions* a bootstrap over captions of these runs. **Bold**: the interval over seeds "
-        "excludes zero. *Chance* is what true pictures of other captions score.",
+        f"{len(outline.arms)} arms x {outline.num_units} {unit}. Accuracy is the mean over {unit}, "
+        f"with its 95 % interval over {unit} (Student's t). A difference is to "
+        f"`{outline.reference}`, paired by {unit} and captions; *{unit}* is its interval over "
+        f"{unit}, *captions* a bootstrap over captions of these runs. **Bold**: the interval over "
+        f"{unit} excludes zero. *Chance* is what true pictures of other captions score.",
     ]
-    if missing:
-        lines += ["", f"Not done yet, and left out: {'; '.join(missing)}."]
-    tuned = Path(study.output) / TUNING
-    if study.tuning is not None and tuned.exists():
-        lines += ["", f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
-        lines += [
-            f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
-            for arm, scores in json.loads(tuned.read_text("utf-8")).items()
-        ]
-    head = ("skill", "asked", "chance", "arm", "accuracy", "difference", "seeds", "captions")
+    if outline.notes:
+        lines += ["", *outline.notes]
+    head = ("skill", "asked", "chance", "arm", "accuracy", "difference", unit, "captions")
     for split in lucky:
-        for cfg_scale in study.scoring.cfg_scales:
+        for cfg_scale in outline.scoring.cfg_scales:
             lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
             lines += [f"| {' | '.join(head)} |", f"{'| --- ' * len(head)}|"]
             for row in _rows(claims, split, cfg_scale):
@@ -104,15 +137,16 @@ def to_markdown(claims: pa.Table, lucky: Chance, study: StudyConfig, missing: Se
     return "\n".join(lines) + "\n"
 
 
-def score_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
+def score_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
     """Accuracy of every arm at the last guidance scale: a panel a split and skill."""
-    cfg_scale = study.scoring.cfg_scales[-1]
+    cfg_scale = outline.scoring.cfg_scales[-1]
     skills = [skill for skill in SKILLS if skill in {*claims["skill"].to_pylist()}]
-    arms = [*study.arms]
+    arms = [*outline.arms]
     size = (1.2 + 1.75 * len(skills), 0.8 + len(lucky) * (0.7 + 0.24 * len(arms)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(lucky), len(skills), sharey=True, squeeze=False)
-    figure.suptitle(f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over seeds", color=INK)
+    title = f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over {outline.unit}"
+    figure.suptitle(title, color=INK)
     for line, split in zip(axes, lucky, strict=True):
         rows = _rows(claims, split, cfg_scale)
         for place, skill in zip(line, skills, strict=True):
@@ -120,7 +154,7 @@ def score_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
             place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
             for row in (row for row in rows if row["skill"] == skill):
                 height = arms.index(row["arm"])
-                colour = _colour(height, study)
+                colour = _colour(height, len(arms))
                 num = len(row["seeds"])
                 place.plot(row["seeds"], [height] * num, ".", color=colour, alpha=0.4)
                 if row["low"] is not None:
@@ -135,7 +169,7 @@ def score_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
     return figure
 
 
-def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figure:
+def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
     """Accuracy against the guidance scale: a line an arm, a panel a split and skill."""
     skills = [s for s in ("count", "binding", "all") if s in {*claims["skill"].to_pylist()}]
     size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(lucky))
@@ -145,10 +179,10 @@ def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figu
         for place, skill in zip(line, skills, strict=True):
             clean(place)
             place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
-            for number, arm in enumerate(study.arms):
+            for number, arm in enumerate(outline.arms):
                 rows = [
                     row
-                    for scale in study.scoring.cfg_scales
+                    for scale in outline.scoring.cfg_scales
                     for row in _rows(claims, split, scale)
                     if (row["skill"], row["arm"]) == (skill, arm)
                 ]
@@ -156,7 +190,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figu
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
                     "o-",
-                    color=_colour(number, study),
+                    color=_colour(number, len(outline.arms)),
                     label=arm,
                 )
             if (base := lucky[split].get(skill)) is not None:
@@ -170,9 +204,9 @@ def guidance_panels(claims: pa.Table, lucky: Chance, study: StudyConfig) -> Figu
     return figure
 
 
-def counting_panels(table: pa.Table, study: StudyConfig) -> Figure:
+def counting_panels(table: pa.Table, outline: Outline) -> Figure:
     """Objects drawn against objects asked for: a panel a guidance scale, a line an arm."""
-    scales = study.scoring.cfg_scales
+    scales = outline.scoring.cfg_scales
     figure = Figure(figsize=(1.5 + 2.8 * len(scales), 3.4), layout="constrained")
     axes = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     table = table.group_by(["arm", "cfg_scale", "num_asked"]).aggregate([("num_found", "mean")])
@@ -181,22 +215,22 @@ def counting_panels(table: pa.Table, study: StudyConfig) -> Figure:
         clean(place)
         place.set_title(f"guidance {scale:g}", color=INK, fontsize="small")
         place.set_xlabel("objects asked for", color=INK)
-        for number, arm in enumerate(study.arms):
+        for number, arm in enumerate(outline.arms):
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            place.plot(asked, found, "o-", color=_colour(number, study), label=arm)
+            place.plot(asked, found, "o-", color=_colour(number, len(outline.arms)), label=arm)
         place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     axes[0].set_ylabel("objects drawn", color=INK)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
-def _colour(number: int, study: StudyConfig) -> Any:
+def _colour(number: int, num_arms: int) -> Any:
     """Of an arm: all differ, up to twenty."""
-    if len(study.arms) <= len(LINES):
+    if num_arms <= len(LINES):
         return LINES[number]
-    return colormaps["tab10" if len(study.arms) <= 10 else "tab20"](number)
+    return colormaps["tab10" if num_arms <= 10 else "tab20"](number % 20)
 
 
 def _rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:

@@ -225,6 +225,26 @@ class Mixed(Router):
             return self.get_buffer("coefficients") @ hidden.float()  # [D or 1, K], [R, K, H]
 
 
+class Given(Router):
+    """Weights [D or 1, L] that are given, to see what becomes of a network that trained with
+    others; nothing is learned.
+
+    Raises:
+        InputError: weights of another number of layers.
+    """
+
+    def __init__(self, layers: Sequence[int], weights: Tensor) -> None:
+        super().__init__(layers)
+        if weights.ndim != 2 or weights.shape[1] != len(self.layers):
+            raise InputError(
+                f"found weights {list(weights.shape)}, expected [blocks, {len(self.layers)}]"
+            )
+        self.register_buffer("weights", weights.detach().float(), persistent=False)
+
+    def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        return self.get_buffer("weights")[None]
+
+
 def make_router(
     config: RoutingConfig,
     *,

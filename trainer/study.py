@@ -38,7 +38,7 @@ from ..schemas import (
     write_document,
     write_whole,
 )
-from .checkpoint import METRICS, build_model, latest_checkpoint, load_run
+from .checkpoint import METRICS, Run, build_model, latest_checkpoint, load_run
 from .evaluation import Decode, generate
 from .loop import make_record, train
 from .scenes import Scene
@@ -112,7 +112,7 @@ class Job:
         train(self.config, progress=False)
         checkpoint = latest_checkpoint(self.path)
         assert checkpoint is not None
-        table = judge_run(self.path, self.scoring, open_decoder)
+        table = judge_run(load_run(self.path), self.scoring, open_decoder)
         saying = {b"judged": json.dumps(self._identity()).encode()}
         sink = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(saying), sink)
@@ -123,9 +123,12 @@ def _said(table: pa.Table) -> Any:
     return json.loads((table.schema.metadata or {}).get(b"judged", b"null"))
 
 
-def judge_run(path: Path, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table:
-    """Draw a picture of every caption at every guidance scale and judge each: ``JUDGED_SCHEMA``."""
-    run = load_run(path)
+def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table:
+    """Draw a picture of every caption at every guidance scale and judge each: ``JUDGED_SCHEMA``.
+
+    Raises:
+        InputError: captions that the run cannot read, or that are no scenes of the world.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run.model.to(device)
     store = open_features(scoring.features)
@@ -377,10 +380,7 @@ def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
         if table is None:
             missing.append(f"{job.arm}, seed {job.seed}")
             continue
-        names = pa.array([job.arm] * table.num_rows, pa.string())
-        seeds = pa.array(np.full(table.num_rows, job.seed))
-        table = table.replace_schema_metadata(None)
-        tables.append(table.add_column(0, "seed", seeds).add_column(0, "arm", names))
+        tables.append(label(table, job.arm, job.seed))
     if not tables:
         raise InputError(f"no run of {study.output} is trained and judged yet: run the study first")
     results = pa.concat_tables(tables)
@@ -388,3 +388,11 @@ def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
     pq.write_table(results, sink)
     write_whole(Path(study.output) / RESULTS, sink.getvalue())
     return results, missing
+
+
+def label(table: pa.Table, arm: str, seed: int) -> pa.Table:
+    """Judgements with the columns ``arm`` and ``seed`` before them."""
+    names = pa.array([arm] * table.num_rows, pa.string())
+    seeds = pa.array(np.full(table.num_rows, seed))
+    table = table.replace_schema_metadata(None)
+    return table.add_column(0, "seed", seeds).add_column(0, "arm", names)
