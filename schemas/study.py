@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from .configuration import put
 from .contract import Contract, parse
 from .errors import InputError
-from .run import Positive, TrainConfig
+from .run import Fraction, Positive, TrainConfig
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -20,6 +20,8 @@ class Scoring(Contract):
     samples: str
     """The file that it was extracted from: ``dev.parquet`` or ``test.parquet`` of a world."""
     cfg_scales: Annotated[list[float], Field(min_length=1)]
+    cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Lowest and highest t that are guided."""
     images_per_caption: Positive = 1
     num_steps: Positive = 50
     """Of Euler's method."""

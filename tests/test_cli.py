@@ -186,6 +186,9 @@ class TestPath:
         invoke("sample", world / "run", *options, "--num", 2, "--out", tmp_path / "pictures")
         run = shutil.copytree(world / "run", tmp_path / "run")
         assert "12 images" in invoke("evaluate", run, *options, "--samples", shapes)
+        interval = ["--cfg-interval", 0.2, 0.8, "--cfg-scale", 3]
+        invoke("evaluate", run, *options, "--samples", shapes, *interval)
+        assert json.loads((run / "evaluation.json").read_text())["cfg_interval"] == [0.2, 0.8]
         tuned = tmp_path / "tuned"
         changes = [f"features={tmp_path / 'train'}", "routing.strategy=mixes", f"start={run}"]
         invoke("train", world / "run.yaml", *changes, f"output={tuned}", "steps=2")

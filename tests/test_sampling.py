@@ -80,6 +80,36 @@ class TestEuler:
         x0 = torch.zeros(1, *SHAPE)
         euler(Towards(flow), flow, lambda t: x0, fail, noise, num_steps=2, cfg_scale=1.0)
 
+    def test_steps_outside_the_interval_are_not_guided(self, prediction):
+        flow = Flow(prediction)
+        text, null = torch.full((1, *SHAPE), 1.0), torch.full((1, *SHAPE), 0.25)
+        noise = torch.randn(1, *SHAPE)
+
+        def draw(**how):
+            calls = []
+
+            def unguided(t):
+                calls.append(t.item())
+                return null
+
+            model = Towards(flow)
+            return euler(model, flow, lambda t: text, unguided, noise, num_steps=4, **how), calls
+
+        plain, _ = draw()
+        whole, calls = draw(cfg_scale=3.0)
+        assert calls == pytest.approx([1.0, 0.75, 0.5, 0.25])
+        never, calls = draw(cfg_scale=3.0, cfg_interval=(0.1, 0.2))
+        assert calls == []
+        assert torch.equal(never, plain)
+        # The last step of an exact model decides.
+        early, calls = draw(cfg_scale=3.0, cfg_interval=(0.5, 0.75))
+        assert calls == pytest.approx([0.75, 0.5])
+        torch.testing.assert_close(early, plain, rtol=1e-4, atol=1e-4)
+        late, calls = draw(cfg_scale=3.0, cfg_interval=(0.2, 0.5))
+        assert calls == pytest.approx([0.5, 0.25])
+        torch.testing.assert_close(late, whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(late, plain, atol=0.1)
+
     def test_callback_sees_every_step(self, prediction):
         flow = Flow(prediction)
         seen = []

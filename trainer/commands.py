@@ -86,6 +86,14 @@ _SAMPLING = (
         type=click.IntRange(1),
         help="Of Euler's method.",
     ),
+    click.option(
+        "--cfg-interval",
+        nargs=2,
+        default=(0.0, 1.0),
+        show_default=True,
+        type=click.FloatRange(0, 1),
+        help="Lowest and highest t that are guided.",
+    ),
     click.option("--seed", default=0, show_default=True, help="Of the noise."),
     click.option(
         "--batch-size",

@@ -130,6 +130,7 @@ class Report:
         features: the store whose captions were drawn.
         num_steps, seed: of sampling.
         scores: by guidance scale.
+        cfg_interval: lowest and highest t that were guided.
     """
 
     step: int
@@ -138,6 +139,7 @@ class Report:
     num_steps: int
     seed: int
     scores: Mapping[float, Evaluation]
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     def write(self, run: Path) -> Path:
         """Write the file, whole or not at all."""
@@ -235,6 +237,7 @@ def generate(
     cfg_scale: float,
     seed: int,
     batch_size: int,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     progress: bool = True,
 ) -> NDArray[np.float32]:
     """One latent a caption, float32 [N, C, h, w], in the units that the model was trained on.
@@ -245,6 +248,7 @@ def generate(
     Args:
         caption_ids: entries of ``features``; repeat one for several latents.
         batch_size: captions sampled at once; guidance runs them a second time.
+        cfg_interval: lowest and highest t that are guided.
 
     Raises:
         InputError: a batch size below 1, no such caption, or features that are mixes of other
@@ -273,6 +277,7 @@ def generate(
                 null,
                 num_steps=num_steps,
                 cfg_scale=cfg_scale,
+                cfg_interval=cfg_interval,
                 seed=seed,
                 first=first,
             ).numpy(force=True)
@@ -293,6 +298,7 @@ def evaluate(
     cfg_scale: float,
     seed: int,
     batch_size: int,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     progress: bool = True,
 ) -> tuple[Evaluation, NDArray[np.uint8]]:
     """Generate an image of every caption and score them: the scores, and the images judged.
@@ -300,7 +306,7 @@ def evaluate(
     Args:
         scenes, splits: of each caption, as in :func:`score`.
         decode: latents -> images.
-        num_steps, cfg_scale, seed, batch_size: as in :func:`generate`.
+        num_steps, cfg_scale, seed, batch_size, cfg_interval: as in :func:`generate`.
     """
     latents = generate(
         model,
@@ -311,6 +317,7 @@ def evaluate(
         cfg_scale=cfg_scale,
         seed=seed,
         batch_size=batch_size,
+        cfg_interval=cfg_interval,
         progress=progress,
     )
     images = decode(latents)

@@ -41,6 +41,7 @@ def draw(
     cfg_scale: float,
     seed: int,
     batch_size: int,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
 ) -> list[Path]:
     """A picture of each caption and a grid of them all, in ``out``; or just their latents.
 
@@ -49,7 +50,8 @@ def draw(
         decode: latents -> images. None: write ``latents.safetensors``, with the tensor ``latents``,
             float32 [captions, C, height, width] in the units that the run was trained on, and the
             captions as JSON in its metadata.
-        num_steps, cfg_scale, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
+        num_steps, cfg_scale, seed, batch_size, cfg_interval: as for
+            :func:`semroute.trainer.evaluation.generate`.
     """
     latents = generate(
         run.model,
@@ -60,6 +62,7 @@ def draw(
         cfg_scale=cfg_scale,
         seed=seed,
         batch_size=batch_size,
+        cfg_interval=cfg_interval,
     )
     if decode is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,7 @@ def score_run(
     num_steps: int,
     seed: int,
     batch_size: int,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Score a run on a world of shapes at several guidance scales.
@@ -91,7 +95,8 @@ def score_run(
         store: features of the captions to judge by.
         samples: the test.parquet that they were extracted from.
         decode: latents -> images.
-        num_steps, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
+        num_steps, seed, batch_size, cfg_interval: as for
+            :func:`semroute.trainer.evaluation.generate`.
         report: takes each scale's table of scores.
 
     Raises:
@@ -119,6 +124,7 @@ def score_run(
             cfg_scale=cfg_scale,
             seed=seed,
             batch_size=batch_size,
+            cfg_interval=cfg_interval,
         )
         report(f"guidance {cfg_scale:g}, {len(images)} images\n{evaluations[cfg_scale]}\n")
         shown = np.linspace(0, len(ids) - 1, min(NUM_JUDGED, len(ids))).astype(int)
@@ -128,5 +134,5 @@ def score_run(
         path.parent.mkdir(exist_ok=True)
         sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
         written.append(path)
-    made = Report(run.step, run.source, str(store.path), num_steps, seed, evaluations)
+    made = Report(run.step, run.source, str(store.path), num_steps, seed, evaluations, cfg_interval)
     return [*written, made.write(run.path)]

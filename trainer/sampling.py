@@ -55,12 +55,14 @@ def euler(
     *,
     num_steps: int,
     cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor:
     """Euler's method along the flow's schedule, from t = 1 to t = 0.
 
     Guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans 2022); at a scale
-    of 1 the null text is not computed at all.
+    of 1 the null text is not computed at all. Outside ``cfg_interval``, lowest and highest t, steps
+    are taken without guidance and without its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
     Args:
         text, null: what the captions and the null caption give at any t; null may be None at a
@@ -83,12 +85,13 @@ def euler(
     def velocity(x: Tensor, t: Tensor, reading: Conditioning) -> Tensor:
         return flow.to_velocity(model.denoise(x, t, reading(t)), x, t)
 
+    low, high = cfg_interval
     schedule = flow.schedule(num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
         t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
         v = velocity(x, t, text)
-        if cfg_scale != 1.0 and null is not None:
+        if cfg_scale != 1.0 and null is not None and low <= now <= high:
             v_null = velocity(x, t, null)
             v = v_null + cfg_scale * (v - v_null)
         x = x + (after - now) * v
@@ -120,6 +123,7 @@ def sample(
     *,
     num_steps: int = 50,
     cfg_scale: float = 6.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     first: int = 0,
     callback: Callable[[int, float, Tensor], None] | None = None,
@@ -132,6 +136,7 @@ def sample(
         offsets: int64 [U + 1].
         null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
             cfg_scale 1.
+        cfg_scale, cfg_interval: guidance, as in :func:`euler`.
         seed, first: the noise of sample i is a function of (seed, first + i): to sample a list in
             batches, pass where each begins.
         callback: as in :func:`euler`.
@@ -154,5 +159,6 @@ def sample(
         noise,
         num_steps=num_steps,
         cfg_scale=cfg_scale,
+        cfg_interval=cfg_interval,
         callback=callback,
     )

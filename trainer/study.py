@@ -148,6 +148,7 @@ def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table
             ids * num,
             num_steps=scoring.num_steps,
             cfg_scale=cfg_scale,
+            cfg_interval=scoring.cfg_interval,
             seed=scoring.seed,
             batch_size=BATCH,
             progress=False,
