@@ -19,7 +19,7 @@ _PUBLIC = {
     "measure_layers": "semroute.pipeline.statistics",
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
-    "load_run": "semroute.trainer.checkpoint",
+    "load_run": "semroute.trainer.run",
 }
 
 __all__ = ["__version__", *_PUBLIC]

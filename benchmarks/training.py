@@ -31,9 +31,9 @@ from semroute.pipeline.latents import latents_to_images
 from semroute.pipeline.rewriting import rewrite
 from semroute.pipeline.store import FeatureStore, open_features, open_latents
 from semroute.schemas import read_config
-from semroute.trainer.checkpoint import Run, load_run
 from semroute.trainer.evaluation import evaluate
 from semroute.trainer.loop import train
+from semroute.trainer.run import Run, load_run
 from semroute.trainer.stream import draw
 from semroute.trainer.world import read_scenes, write_world
 

@@ -343,7 +343,7 @@ def probe(
         raise InputError("--routing is drawn: name a picture with --figure")
     read = None
     if routing is not None:
-        from ..trainer.checkpoint import load_run
+        from ..trainer.run import load_run
         from .store import open_features
 
         read = load_run(routing).routing(open_features(features).manifest.identity)
@@ -409,7 +409,7 @@ def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> 
     from .rewriting import rewrite as run
 
     if routing is not None:
-        from ..trainer.checkpoint import load_run
+        from ..trainer.run import load_run
         from .store import open_features
 
         identity = open_features(features).manifest.identity

@@ -42,8 +42,10 @@ FLOORS = [
         ),
         "trainer.evaluation",
     },
-    {"pipeline.extraction", "pipeline.estimation", "pipeline.report", "trainer.checkpoint"},
-    {"trainer.loop", "trainer.plots"},
+    {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
+    | {"trainer.checkpoint", "trainer.plots"},
+    {"trainer.run"},
+    {"trainer.loop"},
     {"trainer.results", "trainer.study"},
     {"trainer.panels", "trainer.ablation"},
     {"pipeline.commands", "trainer.commands"},

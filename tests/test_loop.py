@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from semroute.schemas import InputError, TrainConfig
-from semroute.trainer.checkpoint import latest_checkpoint, load_run, read_metrics
+from semroute.trainer.checkpoint import latest_checkpoint, read_metrics
 from semroute.trainer.dit import DiT
 from semroute.trainer.loop import TrainingInterrupted, make_optimizers, make_schedule, train
+from semroute.trainer.run import load_run
 
 NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
 
@@ -336,7 +337,7 @@ class TestIsolation:
             "from semroute.schemas import TrainConfig\n"
             "from semroute.trainer.loop import train\n"
             "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
-            "from semroute.trainer.checkpoint import load_run\n"
+            "from semroute.trainer.run import load_run\n"
             "found = {name.partition('.')[0] for name in sys.modules}\n"
             "print(sorted(found & {'transformers', 'tokenizers', 'dask', 'distributed'}))\n"
         )

@@ -17,10 +17,10 @@ from semroute.schemas import (
     TrainConfig,
     parse,
 )
-from semroute.trainer.checkpoint import load_run
 from semroute.trainer.evaluation import generate
 from semroute.trainer.fusion import layer_norm
 from semroute.trainer.loop import train
+from semroute.trainer.run import load_run
 
 L, H, D = 7, 48, 5
 

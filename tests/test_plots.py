@@ -11,7 +11,6 @@ from semroute.trainer.checkpoint import (
     METRICS,
     METRICS_SCHEMA,
     build_model,
-    load_run,
     save_checkpoint,
     write_record,
 )
@@ -19,12 +18,13 @@ from semroute.trainer.evaluation import Report, score
 from semroute.trainer.plots import (
     accuracy_bars,
     loss_curve,
-    plot_run,
     routing_heatmap,
     routing_over_time,
     sample_grid,
     save_images,
 )
+from semroute.trainer.results import plot_run
+from semroute.trainer.run import load_run
 from semroute.trainer.scenes import sample_scene
 from semroute.trainer.shapes import render
 
@@ -288,8 +288,9 @@ class TestPlotRun:
 
     def test_adds_accuracy_for_each_guidance_scale(self, make_run, tmp_path):
         scores = {1.0: evaluation(), 3.5: evaluation()}
-        report = Report(10, "ema", "features", 50, 0, scores)
-        paths = plot_run(make_run("depth"), tmp_path / "plots", report=report)
+        run = make_run("depth")
+        Report(10, "ema", "features", 50, 0, scores).write(run.path)
+        paths = plot_run(run, tmp_path / "plots")
         expected = ["loss.png", "routing.png", "accuracy-cfg-1.png", "accuracy-cfg-3.5.png"]
         assert [path.name for path in paths] == expected
         assert sorted(expected) == sorted(path.name for path in (tmp_path / "plots").iterdir())

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from semroute.cli import cli
 from semroute.schemas import InputError, StudyConfig, parse
 from semroute.trainer.ablation import reading, swaps
-from semroute.trainer.checkpoint import load_run
+from semroute.trainer.run import load_run
 
 TRAIN = {
     "steps": 4,

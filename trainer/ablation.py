@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..schemas import InputError, Scoring
-from .checkpoint import Run
 from .routing import Given
+from .run import Run
 from .study import OpenDecoder, judge_run, label
 
 TRAINED = "as trained"

@@ -7,35 +7,25 @@ On disk::
     checkpoints/       step-00001000/: model, ema and optimizer as safetensors, state.json
 
 A checkpoint is written beside and renamed, so one that has its name is whole. Nothing is pickled.
-
-Shapes: D blocks, L layers.
 """
 
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..pipeline.store import open_features
 from ..schemas import (
-    SAME_WEIGHTS,
-    Facts,
-    FeatureIdentity,
     InputError,
-    Mixes,
-    Routing,
     RunRecord,
     TrainConfig,
     differences,
@@ -44,7 +34,6 @@ from ..schemas import (
     write_document,
 )
 from .dit import DiT
-from .flow import Flow
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
@@ -98,42 +87,6 @@ def build_model(record: RunRecord) -> DiT:
             text_width=llm.width,
             mixes=record.features.mixes,
         )
-
-
-def start_from(model: DiT, record: RunRecord) -> None:
-    """Give a new network the weights of the run that ``config.start`` names.
-
-    Raises:
-        InputError: no run with a checkpoint there, one that cannot read these features, or one of
-            another architecture; with every key that differs.
-    """
-    assert record.config.start is not None
-    start = load_run(record.config.start)
-    start.check_features(record.features)
-    different = differences(_network(record, model), _network(start.record, start.model))
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
-            "Train with its numbers, or leave start out."
-        )
-    own, other = record.config.routing, start.record.config.routing
-    kept = all(getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers"))
-    weights = start.model.state_dict()
-    names = [name for name in model.state_dict() if kept or not name.startswith("router.")]
-    model.load_state_dict({name: weights[name] for name in names}, strict=False)
-
-
-def _network(record: RunRecord, model: DiT) -> dict[str, Any]:
-    """What weights must agree in to be those of one network, but for its router."""
-    return {
-        **asdict(model.size),
-        "width_read": model.context.in_features,
-        "patch_size": model.patch_size,
-        "conditioning": record.config.model.conditioning,
-        "prediction": record.config.flow.prediction,
-        "latents": [*record.latents.shape],
-    }
 
 
 def write_record(path: Path, record: RunRecord) -> None:
@@ -329,199 +282,6 @@ def trim_metrics(path: Path, step: int) -> None:
     """Remove lines after ``step``: a run that continues there writes them again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_document(path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-# -------------------------------------------------------------------------------------- reading
-
-
-class Run:
-    """A training run, opened at one checkpoint: ``run.model``, ``run.flow``, ``run.weights()``.
-
-    Attributes:
-        path: the run directory.
-        record: its ``run.json``.
-        step: steps done at this checkpoint.
-        source: which weights the model has, ``ema`` or ``model``.
-        model: in evaluation mode, on the CPU.
-        flow: for :func:`semroute.trainer.sampling.sample`.
-    """
-
-    def __init__(self, path: Path, record: RunRecord, step: int, source: str, model: DiT) -> None:
-        self.path = path
-        self.record = record
-        self.step = step
-        self.source = source
-        self.model = model
-        self.flow = Flow.from_config(record.config.flow)
-
-    @property
-    def layers(self) -> list[int]:
-        """LLM layers that alpha weighs, in its order."""
-        return list(self.model.router.layers)
-
-    def weights(
-        self,
-        t: Sequence[float] | np.ndarray | None = None,
-        hidden: torch.Tensor | None = None,
-    ) -> np.ndarray:
-        """The routing weights alpha: float32 [len(t), D, L], each row of L summing to 1 unless
-        weights are signed.
-
-        Args:
-            t: noise levels. By default 21 of them from 0 to 1 where alpha depends on t, and
-                otherwise one (any).
-            hidden: where tokens weigh layers each for itself, the tokens to take the mean over,
-                [R, L, H]. By default the first 64 captions of the store that the run was trained
-                on.
-
-        Raises:
-            InputError: that store is needed, and is not there or another by now.
-        """
-        router = self.model.router
-        if t is None:
-            t = np.linspace(0, 1, 21) if router.depends_on_t else [1.0]
-        levels = torch.as_tensor(np.asarray(t, np.float32))
-        device = next(self.model.parameters()).device
-        if hidden is None and router.depends_on_content:
-            features = open_features(self.record.config.features)
-            self.check_features(features.manifest.identity)
-            ids = range(min(len(features), 64))
-            hidden = features.read(ids, router.layers_read).tensor()
-        with torch.no_grad():
-            alpha = router.alpha(levels.to(device), None if hidden is None else hidden.to(device))
-        shape = (len(levels), self.model.size.depth, len(self.layers))
-        return alpha.expand(shape).cpu().numpy().copy()
-
-    def routing(self, identity: FeatureIdentity | None = None) -> Routing:
-        """The weights that all of its blocks read with, to mix features by.
-
-        Args:
-            identity: of these features, if they are to be checked.
-
-        Raises:
-            InputError: the weights depend on t, or the features are of another LLM or template.
-        """
-        if identity is not None:
-            self._check_identity(identity, {"layers", "final_norm", "mixes"})
-        mixes = self.record.features.mixes
-        if mixes is not None:
-            return Routing(**mixes.model_dump(include=set(Routing.model_fields)))
-        layers, weights = self.model.router.fixed_weights()
-        values = {"step": self.step, "source": self.source, "layers": layers}
-        strategy = self.record.config.routing.strategy
-        return Routing.model_validate(values | {"strategy": strategy, "weights": weights.tolist()})
-
-    def check_features(self, identity: FeatureIdentity) -> None:
-        """Refuse features that this run cannot read: they must come from the same LLM, template,
-        layers and dtype, or be mixes of its layers with its weights; the captions may be others.
-
-        Raises:
-            InputError: with every key that differs, and both values.
-        """
-        if identity.mixes is not None:
-            self._check_identity(identity, {"layers", "final_norm", "mixes"})
-            self._check_mixes(identity.mixes)
-        elif self.record.features.mixes is not None:
-            raise InputError(
-                f"{self.path} was trained on mixes of layers, but these features hold layers: mix "
-                f"them with semroute rewrite --routing {self.path}"
-            )
-        else:
-            self._check_identity(identity, set())
-
-    def _check_identity(self, identity: FeatureIdentity, free: set[str]) -> None:
-        free = free | {"captions", "samples", "max_length"}
-        different = differences(
-            identity.model_dump(mode="json", exclude=free),
-            self.record.features.model_dump(mode="json", exclude=free),
-        )
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise InputError(
-                f"{self.path} was trained on other features; those given, against its own:"
-                f"\n  {listed}\nExtract the captions with the run's model and options."
-            )
-
-    def _check_mixes(self, mixes: Mixes) -> None:
-        own = self.routing()
-        distance = mixes.distance(own.layers, own.weights)
-        if distance <= SAME_WEIGHTS:
-            return
-        keys = {"strategy", "step", "source", "layers"}
-        different = differences(mixes.model_dump(include=keys), own.model_dump(include=keys))
-        apart = f"up to {distance:.1e} apart"
-        if math.isinf(distance):
-            apart = f"{len(mixes.weights)} blocks over {len(mixes.layers)} layers instead of "
-            apart += f"{len(own.weights)} over {len(own.layers)}"
-        lines = [*(f"mixes.{difference}" for difference in different), f"mixes.weights: {apart}"]
-        listed = "\n  ".join(lines)
-        raise InputError(
-            f"the features are mixes for another run, or for other weights of {self.path}; those "
-            f"given, against its own:\n  {listed}\n"
-            f"Rewrite the features with --routing {self.path}, or give those with all layers."
-        )
-
-    def metrics(self) -> pa.Table:
-        """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""
-        return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
-
-    def facts(self) -> Facts:
-        """What this run is, for a repr."""
-        config, model = self.record.config, self.model
-        last = next(reversed(read_metrics(self.path)), None)
-        size = model.size
-        items = {
-            "strategy": f"{config.routing.strategy}, over layers {self.layers[0]} to "
-            f"{self.layers[-1]} ({len(self.layers)} of {self.record.features.model.num_layers})",
-            "model": f"{config.model.size}: {size.depth} blocks of width {size.width}, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{sum(p.numel() for p in model.router_parameters()):,} of them routing",
-            "latents": " x ".join(map(str, self.record.latents.shape))
-            + f", {config.flow.prediction} prediction, shift {config.flow.shift:g}",
-            "step": f"{self.step:,} of {config.steps:,}, weights: {self.source}",
-            "text": self.record.model_source,
-        }
-        if last is not None:
-            items["loss"] = f"{last['loss']:.5g} at step {last['step']:,}"
-        return Facts(f"Run {self.path}", items)
-
-    def __repr__(self) -> str:
-        return str(self.facts())
-
-    def _repr_html_(self) -> str:
-        return self.facts()._repr_html_()
-
-
-def load_run(
-    path: str | os.PathLike[str],
-    step: int | None = None,
-    weights: Literal["ema", "model"] = "ema",
-) -> Run:
-    """Open a run to look at, sample from or plot.
-
-    Args:
-        step: which checkpoint, by default the newest.
-        weights: the exponential moving average, or the weights themselves.
-
-    Raises:
-        InputError: no run there, no such checkpoint, or no such weights.
-    """
-    if weights not in ("ema", "model"):
-        raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
-    path = Path(path)
-    record = read_record(path)
-    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
-    if not found:
-        raise InputError(
-            f"{path} has no checkpoint yet: the first is written after "
-            f"{min(record.config.checkpoint_every, record.config.steps):,} steps"
-        )
-    if step is not None and step not in found:
-        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(found)}")
-    checkpoint = found[max(found) if step is None else step]
-    model = build_model(record)
-    model.load_state_dict(checkpoint.ema() if weights == "ema" else checkpoint.model())
-    return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -261,12 +261,10 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     Example:
       semroute plot runs/depth
     """
-    from .checkpoint import load_run
-    from .evaluation import Report
-    from .plots import plot_run
+    from .results import plot_run
+    from .run import load_run
 
-    trained = load_run(run, step)
-    for path in plot_run(trained, out or run / "figures", report=Report.read(run)):
+    for path in plot_run(load_run(run, step), out or run / "figures"):
         click.echo(path)
 
 

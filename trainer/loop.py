@@ -43,13 +43,13 @@ from .checkpoint import (
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
-    start_from,
     trim_metrics,
     write_record,
 )
 from .dit import DiT
 from .flow import Flow
 from .router import entropy
+from .run import start_from
 from .stream import Batch, Stream, check_joined, draw
 
 

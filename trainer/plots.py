@@ -31,12 +31,9 @@ from ..pipeline.style import (
     layer_ticks,
 )
 from ..schemas import InputError
-from .checkpoint import Run
-from .evaluation import Evaluation, Report
+from .evaluation import Evaluation
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
-NUM_T = 65
-"""Noise levels at which ``plot_run`` evaluates weights that depend on t."""
 
 
 def routing_heatmap(
@@ -45,13 +42,14 @@ def routing_heatmap(
     """Which layers each block reads: weights alpha [D, L], above them their mean over the blocks.
 
     The weight that every layer has under ``uniform``, 1/L, is marked in the mean and on the colour
-    bar. With a single row only the mean is drawn. Weights of both signs have colours that part at
-    zero.
+    bar. Where every block reads the same mix only that is drawn. Weights of both signs have colours
+    that part at zero.
 
     Raises:
         InputError: weights that are not [D, len(layers)].
     """
     weights = _checked(weights, ("D", "L"), layers)
+    weights = weights[:1] if (weights == weights[:1]).all() else weights
     num_blocks, num_layers = weights.shape
     single = num_blocks == 1
     width = max(6.0, 2.2 + 0.2 * num_layers)
@@ -293,45 +291,6 @@ def accuracy_bars(evaluation: Evaluation, title: str = "Accuracy by skill") -> F
     return figure
 
 
-def plot_run(
-    run: Run,
-    out: str | Path,
-    *,
-    report: Report | None = None,
-) -> list[Path]:
-    """Write the figures of a run as PNG into the folder ``out``; their paths in the order written.
-
-    ``loss.png`` once anything is logged, ``routing.png``, for strategies that depend on t
-    ``routing-over-time.png``, and ``accuracy-cfg-S.png`` for each guidance scale S that
-    ``report`` has scores of.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    strategy = run.record.config.routing.strategy
-    figures: dict[str, Figure] = {}
-    metrics = run.metrics()
-    if metrics.num_rows:
-        figures["loss"] = loss_curve(metrics, f"Training loss, {strategy}")
-    if run.model.router.depends_on_t:
-        t = np.linspace(0, 1, NUM_T)
-        weights = run.weights(t)
-        title = f"Routing weights, {strategy}, mean over t"
-        figures["routing"] = routing_heatmap(_rows(weights.mean(0)), run.layers, title)
-        title = f"Routing weights over the noise level, {strategy}"
-        figures["routing-over-time"] = routing_over_time(weights, t, run.layers, title)
-    else:
-        title = f"Routing weights, {strategy}"
-        figures["routing"] = routing_heatmap(_rows(run.weights()[0]), run.layers, title)
-    if report is not None:
-        for cfg_scale, evaluation in report.scores.items():
-            title = f"Accuracy by skill, {strategy}, step {report.step:,}, guidance {cfg_scale:g}"
-            figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation, title)
-    paths = [out / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=DPI)
-    return paths
-
-
 def save_images(
     out: Path, images: NDArray[np.uint8], captions: Sequence[str], grid: Figure
 ) -> list[Path]:
@@ -357,11 +316,6 @@ def save_images(
     listed.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     grid.savefig(out / "grid.png", dpi=DPI)
     return [out / "grid.png", listed]
-
-
-def _rows(weights: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """[D, L] -> [1, L] where every block reads the same mix."""
-    return weights[:1] if (weights == weights[:1]).all() else weights
 
 
 def _checked(

@@ -11,10 +11,11 @@ import torch
 from safetensors.numpy import save_file
 
 from ..pipeline.store import FeatureStore
+from ..pipeline.style import DPI
 from ..schemas import InputError
-from .checkpoint import Run, load_run
 from .evaluation import Decode, Features, Report, evaluate, generate
 from .plots import sample_grid, save_images
+from .run import Run, load_run
 from .shapes import judge
 from .world import read_scenes
 
@@ -27,6 +28,18 @@ def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> 
     run = load_run(path, step, weights)
     run.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return run
+
+
+def plot_run(run: Run, out: str | Path) -> list[Path]:
+    """Write the figures of a run as PNG into the folder ``out``; their paths in the order
+    written."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = run.figures()
+    paths = [out / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=DPI)
+    return paths
 
 
 def draw(

@@ -38,9 +38,10 @@ from ..schemas import (
     write_document,
     write_whole,
 )
-from .checkpoint import METRICS, Run, build_model, latest_checkpoint, load_run
+from .checkpoint import METRICS, build_model, latest_checkpoint
 from .evaluation import Decode, generate
 from .loop import make_record, train
+from .run import Run, load_run
 from .scenes import Scene
 from .shapes import EMPTY, judge_cells, read_cells
 from .world import read_scenes
