@@ -130,12 +130,12 @@ class TestEuler:
 
 class TestStartingNoise:
     def test_is_a_function_of_seed_and_number(self):
-        together = starting_noise(SHAPE, seed=3, first=0, num=6)
-        parts = [starting_noise(SHAPE, seed=3, first=first, num=2) for first in (0, 2, 4)]
+        together = starting_noise(SHAPE, seed=3, numbers=range(6))
+        parts = [starting_noise(SHAPE, seed=3, numbers=(i, i + 1)) for i in (0, 2, 4)]
         assert torch.equal(together, torch.cat(parts))
 
     def test_seeds_and_numbers_do_not_share_noise(self):
-        noise = torch.cat([starting_noise(SHAPE, seed=seed, first=0, num=8) for seed in range(4)])
+        noise = torch.cat([starting_noise(SHAPE, seed=seed, numbers=range(8)) for seed in range(4)])
         assert len(noise.flatten(1).unique(dim=0)) == 32
 
 
@@ -155,7 +155,7 @@ class TestSample:
             num_steps=3,
             cfg_scale=2.0,
             seed=5,
-            first=1,
+            numbers=[1],
         )
         torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
 

@@ -238,17 +238,19 @@ def generate(
     seed: int,
     batch_size: int,
     cfg_interval: tuple[float, float] = (0.0, 1.0),
+    numbers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> NDArray[np.float32]:
     """One latent a caption, float32 [N, C, h, w], in the units that the model was trained on.
 
     Only the layers that the model reads are read, a batch at a time. The noise of latent i is a
-    function of (seed, i): a latent depends on the batch size only by rounding.
+    function of (seed, its number): a latent depends on the batch size only by rounding.
 
     Args:
         caption_ids: entries of ``features``; repeat one for several latents.
         batch_size: captions sampled at once; guidance runs them a second time.
         cfg_interval: lowest and highest t that are guided.
+        numbers: of the latents, by default 0, 1, 2 and so on.
 
     Raises:
         InputError: a batch size below 1, no such caption, or features that are mixes of other
@@ -258,6 +260,7 @@ def generate(
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
     device = next(model.parameters()).device
     latents = np.empty((len(caption_ids), *model.latent_shape), np.float32)
+    numbers = range(len(caption_ids)) if numbers is None else numbers
     with (
         model.reading(features.mixes),
         tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar,
@@ -279,7 +282,7 @@ def generate(
                 cfg_scale=cfg_scale,
                 cfg_interval=cfg_interval,
                 seed=seed,
-                first=first,
+                numbers=numbers[first : first + len(part)],
             ).numpy(force=True)
             bar.update(len(part))
     return latents

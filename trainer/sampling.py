@@ -4,7 +4,7 @@ Shapes: B batch, C channels, R rows (tokens of all captions, packed), U captions
 width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -100,15 +100,15 @@ def euler(
     return x
 
 
-def starting_noise(shape: tuple[int, ...], *, seed: int, first: int, num: int) -> Tensor:
-    """Noise of samples ``first`` to ``first + num``: fp32 [num, *shape] on the CPU.
+def starting_noise(shape: tuple[int, ...], *, seed: int, numbers: Sequence[int]) -> Tensor:
+    """Noise of samples: fp32 [len(numbers), *shape] on the CPU.
 
     Each sample's noise is a function of (seed, its number) alone, so that neither batches nor
     devices change a picture.
     """
     draws = []
-    for index in range(first, first + num):
-        state = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+    for number in numbers:
+        state = int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
         draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(state)))
     return torch.stack(draws)
 
@@ -125,7 +125,7 @@ def sample(
     cfg_scale: float = 6.0,
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor:
     """One latent a caption.
@@ -137,8 +137,8 @@ def sample(
         null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
             cfg_scale 1.
         cfg_scale, cfg_interval: guidance, as in :func:`euler`.
-        seed, first: the noise of sample i is a function of (seed, first + i): to sample a list in
-            batches, pass where each begins.
+        seed, numbers: the noise of sample i is a function of (seed, numbers[i]), by default of
+            (seed, i): to sample a list in batches, pass the numbers of each.
         callback: as in :func:`euler`.
 
     Returns:
@@ -150,7 +150,8 @@ def sample(
     if null_hidden is not None and cfg_scale != 1.0:
         ends = torch.tensor([0, len(null_hidden)])
         null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
-    noise = starting_noise(model.latent_shape, seed=seed, first=first, num=num).to(hidden.device)
+    numbers = range(num) if numbers is None else numbers
+    noise = starting_noise(model.latent_shape, seed=seed, numbers=numbers).to(hidden.device)
     return euler(
         model,
         flow,
