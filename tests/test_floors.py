@@ -46,7 +46,7 @@ FLOORS = [
     | {"trainer.checkpoint", "trainer.plots"},
     {"trainer.run"},
     {"trainer.loop"},
-    {"trainer.results", "trainer.study"},
+    {"trainer.results", "trainer.study", "trainer.plan"},
     {"trainer.panels", "trainer.ablation"},
     {"pipeline.commands", "trainer.commands"},
     {"cli"},

@@ -55,20 +55,56 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what it will take, and train nothing.")
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Of a dry run: processes to plan for. Default: 1."
+)
+@click.option(
+    "--step-seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Of a dry run: what a step takes, to say what the stores must deliver.",
+)
+@click.option(
+    "--measure",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Of a dry run: take so many steps here, to see what one takes, and forget them.",
+)
+def train(
+    config: Path,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    ranks: int | None,
+    step_seconds: float | None,
+    measure: int | None,
+) -> None:
     """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
 
     The LLM is never loaded. The same command continues what was stopped. On several GPUs:
     accelerate launch -m semroute.cli train CONFIG
 
     \b
-    Example:
+    Examples:
       semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
+      semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
     """
+    parsed = read_config(config, overrides)
+    if dry_run:
+        if step_seconds is not None and measure is not None:
+            raise InputError("give either --step-seconds or --measure")
+        from .plan import plan
+
+        click.echo(
+            plan(
+                parsed, num_ranks=ranks or 1, step_seconds=step_seconds, measure_steps=measure or 0
+            )
+        )
+        return
+    if not (ranks is None and step_seconds is None and measure is None):
+        raise InputError("--ranks, --step-seconds and --measure are of a --dry-run")
     from .loop import TrainingInterrupted
     from .loop import train as run
 
-    parsed = read_config(config, overrides)
     try:
         path = run(parsed)
     except TrainingInterrupted:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +49,7 @@ from .checkpoint import (
 from .dit import DiT
 from .flow import Flow
 from .router import entropy
-from .run import start_from
+from .run import Run, open_start, start_from
 from .stream import Batch, Stream, check_joined, draw
 
 
@@ -72,20 +72,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         FloatingPointError: loss or gradient is not finite; with the sample ids of the batch.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written first.
     """
-    features, latents = open_features(config.features), open_latents(config.latents)
-    check_joined(features, latents)
-    path = Path(config.output)
-    record, found = find_run(path, make_record(config, features, latents))
-    model = build_model(record)
-    if config.start is not None and found is None:
-        start_from(model, record)
-    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
-
+    setup = prepare(config)
+    model, record, found, path = setup.model, setup.record, setup.found, Path(config.output)
+    if setup.start is not None:
+        start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
     stream = Stream(
-        features,
-        latents,
+        setup.features,
+        setup.latents,
         config.data,
         seed=config.seed,
         layers=model.router.layers_read,
@@ -105,6 +99,44 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         trainer.fit(stream, progress)
     accelerator.end_training()
     return path
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, everything checked and nothing written.
+
+    Attributes:
+        found: the checkpoint to continue from; None: from the start.
+        model: fresh weights.
+        start: the run that ``config.start`` names, where the run is new.
+    """
+
+    features: FeatureStore
+    latents: LatentStore
+    record: RunRecord
+    found: Checkpoint | None
+    model: DiT
+    start: Run | None
+
+
+def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
+    """Open and check all that training needs.
+
+    Args:
+        building: entered while the network is made.
+
+    Raises:
+        InputError: as :func:`train`.
+    """
+    features, latents = open_features(config.features), open_latents(config.latents)
+    check_joined(features, latents)
+    record, found = find_run(Path(config.output), make_record(config, features, latents))
+    with building or nullcontext():
+        model = build_model(record)
+    start = open_start(model, record) if found is None else None
+    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
+    return Setup(features, latents, record, found, model, start)
 
 
 class Trainer:

@@ -255,14 +255,18 @@ def load_run(
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
 
 
-def start_from(model: DiT, record: RunRecord) -> None:
-    """Give a new network the weights of the run that ``config.start`` names.
+def open_start(model: DiT, record: RunRecord) -> Run | None:
+    """The run that ``config.start`` names, its moving average; None where it names none.
+
+    Args:
+        model: the network that is to start from it; only its numbers are looked at.
 
     Raises:
         InputError: no run with a checkpoint there, one that cannot read these features, or one of
             another architecture; with every key that differs.
     """
-    assert record.config.start is not None
+    if record.config.start is None:
+        return None
     start = load_run(record.config.start)
     start.check_features(record.features)
     different = differences(_network(record, model), _network(start.record, start.model))
@@ -272,6 +276,11 @@ def start_from(model: DiT, record: RunRecord) -> None:
             f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
             "Train with its numbers, or leave start out."
         )
+    return start
+
+
+def start_from(model: DiT, record: RunRecord, start: Run) -> None:
+    """Give a new network the weights of :func:`open_start`'s; the router's where it is alike."""
     own, other = record.config.routing, start.record.config.routing
     kept = all(getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers"))
     weights = start.model.state_dict()

@@ -217,6 +217,12 @@ class Stream:
             latents=torch.from_numpy(self.latents.read(samples, self._posterior_noise(first, num))),
         )
 
+    def captions(self, first: int, num: int) -> np.ndarray:
+        """Ids of the captions that positions ``first`` to ``first + num`` show, each once."""
+        places = self.order.samples(first, num)
+        samples = self.latents.ids[places]
+        return np.unique(self._captions(samples, self.order.choices(first, places)))
+
     def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of positions ``first`` and on, where
         latents are draws from a posterior."""
