@@ -58,7 +58,7 @@ def similarity(statistics: LayerStatistics) -> Figure:
     for axes, (name, values) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
         least = min(0.0, float(np.nanmin(values, initial=0.0)))
         drawn = axes.imshow(values, COLOUR_MAP, vmin=least, vmax=1, origin="lower")
-        layer_ticks(axes, statistics.layers, most=8)
+        layer_ticks(axes.xaxis, statistics.layers, most=8)
         axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
         axes.set_title(name, color=INK, fontsize=9)
         axes.set_xlabel("LLM layer", color=INK)
@@ -122,7 +122,7 @@ def knowledge(found: Knowledge, routing: Routing | None = None) -> Figure:
         axes.plot(probe.best, probe.accuracy[probe.best], "o", color=LINES[1], markersize=5)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         clean(axes)
-        layer_ticks(axes, found.layers, most=8)
+        layer_ticks(axes.xaxis, found.layers, most=8)
         axes.set_title(f"{probe.label}, {probe.num_classes} classes", color=INK, fontsize=9)
     if routing is not None:
         axes = figure.add_subplot(grid[rows - 1, :])
@@ -132,7 +132,7 @@ def knowledge(found: Knowledge, routing: Routing | None = None) -> Figure:
         )
         axes.axhline(1 / len(mean), color=INK, linewidth=1, linestyle="--")
         clean(axes)
-        layer_ticks(axes, found.layers)
+        layer_ticks(axes.xaxis, found.layers)
         axes.set_title("what the router reads, mean over blocks", color=INK, fontsize=9)
     figure.supxlabel("LLM layer", color=INK, fontsize=9)
     return figure
@@ -142,7 +142,7 @@ def _finish(axes: Axes, layers: Sequence[int], title: str, label: str) -> None:
     """Titles, and layers below."""
     axes.figure.suptitle(title, color=INK, fontsize=10)
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    layer_ticks(axes, layers)
+    layer_ticks(axes.xaxis, layers)
     axes.set_xlabel("LLM layer", color=INK)
     axes.set_ylabel(label, color=INK, fontsize=8)
     clean(axes)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import matplotlib.figure
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 
 COLOUR_MAP = "viridis"
 SIGNED_COLOUR_MAP = "RdBu_r"
@@ -30,9 +31,9 @@ def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
     axes.tick_params(which="both", colors=INK, labelsize=8)
 
 
-def layer_ticks(axes: Axes, layers: Sequence[int], most: int = 16) -> None:
-    """LLM layers along the x axis, which counts positions; not every one where they are many."""
+def layer_ticks(axis: Axis, layers: Sequence[int], most: int = 16) -> None:
+    """LLM layers along an axis, which counts positions; not every one where they are many."""
     step = -(-len(layers) // most)
     places = range(0, len(layers), step)
-    axes.set_xticks(places, [str(layers[place]) for place in places])
-    axes.tick_params(colors=INK, labelsize=8)
+    axis.set_ticks(places, [str(layers[place]) for place in places])
+    axis.set_tick_params(colors=INK, labelsize=8)

@@ -37,6 +37,7 @@ from .run import (
     RoutingConfig,
     RunRecord,
     TrainConfig,
+    ValidationConfig,
 )
 from .study import Scoring, StudyConfig, Tuning
 from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
@@ -87,6 +88,7 @@ __all__ = [
     "Template",
     "TrainConfig",
     "Tuning",
+    "ValidationConfig",
     "WrittenFile",
     "differences",
     "digest",

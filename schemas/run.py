@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .contract import Contract
-from .manifest import Codec, FeatureIdentity, LatentIdentity
+from .manifest import Codec, FeatureIdentity, LatentIdentity, SamplesIdentity
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -173,6 +173,34 @@ class EMAConfig(Contract):
     """Steps between updates."""
 
 
+class ValidationConfig(Contract):
+    """What is never trained on, and measured by: a share of the samples, or a second pair of
+    stores. By default nothing is."""
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples that are held out. Other images of their captions are not."""
+    features: str | None = None
+    """A second feature store to measure by instead, of the same LLM, template and layers."""
+    latents: str | None = None
+    """Its latent store."""
+    every: Positive = 500
+    """Steps between measurements; there is one at the end in any case."""
+    num_samples: Positive = 256
+    """At most so many samples are measured by."""
+    num_bins: Positive = 8
+    """Equal parts of t from 0 to 1; each sample is shown once in each, at a t of its own."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the choice of samples, their t and their noise. Runs compare where it is the same."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "ValidationConfig":
+        if (self.features is None) != (self.latents is None):
+            raise ValueError("features and latents belong together: give both or neither")
+        if self.features is not None and self.share:
+            raise ValueError("give either share or a second pair of stores")
+        return self
+
+
 class TrainConfig(Contract):
     """Everything that ``semroute train`` needs."""
 
@@ -212,6 +240,7 @@ class TrainConfig(Contract):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     ema: EMAConfig = EMAConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":
@@ -232,6 +261,8 @@ class RunRecord(Contract):
     features: FeatureIdentity
     codec: Codec
     latents: LatentIdentity
+    validation: SamplesIdentity | None = None
+    """Of the second pair of stores, where the run is measured by one."""
     model_source: str
     """The LLM as the extraction named it; needed only to encode new prompts."""
     vae_source: str = "pixels"

@@ -131,6 +131,7 @@ class TestRunDirectory:
         assert sorted(p.name for p in run_path.iterdir()) == [
             "checkpoints",
             "metrics.jsonl",
+            "routing.jsonl",
             "run.json",
         ]
         for checkpoint in list_checkpoints(run_path):

@@ -213,7 +213,7 @@ class TestContracts:
 
     @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
     def test_keys_exist(self, path):
-        pattern = rf"`({'|'.join(SECTIONS)})\.(?!png)(\w+)(?:[:=][^`]*)?`"
+        pattern = rf"`({'|'.join(SECTIONS)})\.(?!png|jsonl)(\w+)(?:[:=][^`]*)?`"
         for section, key in re.findall(pattern, path.read_text("utf-8")):
             assert key in SECTIONS[section].model_fields, f"{section}.{key}"
 

@@ -40,7 +40,7 @@ FLOORS = [
             "pipeline." + name
             for name in ("encoding", "imaging", "rewriting", "probing", "figures")
         ),
-        "trainer.evaluation",
+        *("trainer.evaluation", "trainer.validation"),
     },
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
     | {"trainer.checkpoint", "trainer.plots"},

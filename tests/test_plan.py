@@ -10,6 +10,14 @@ from semroute.trainer.loop import Trainer, make_accelerator, prepare, train
 from semroute.trainer.plan import make_stream, plan
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def configure(feature_store, latent_store, tmp_path):
     def configure(strategy="depth", **changes):

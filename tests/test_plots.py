@@ -19,9 +19,11 @@ from semroute.trainer.plots import (
     accuracy_bars,
     loss_curve,
     routing_heatmap,
+    routing_over_steps,
     routing_over_time,
     sample_grid,
     save_images,
+    validation_curves,
 )
 from semroute.trainer.results import plot_run
 from semroute.trainer.run import load_run
@@ -41,11 +43,18 @@ def texts(figure):
     return [artist.get_text() for artist in found]
 
 
-def metrics(num=200):
+def metrics(num=200, validate_every=None):
     step = np.arange(1, num + 1) * 10
     loss = 1 + np.random.default_rng(0).normal(0, 0.1, num)
-    columns = {field.name: np.zeros(num) for field in METRICS_SCHEMA} | {"step": step, "loss": loss}
-    return pa.table(columns, schema=METRICS_SCHEMA)
+    lines = [
+        {f.name: 0 for f in METRICS_SCHEMA if not f.nullable} | {"step": s, "loss": x}
+        for s, x in zip(step.tolist(), loss.tolist(), strict=True)
+    ]
+    for number in range(0, num, validate_every or num + 1):
+        by_t = [2.0 + 0.1 * k - 0.005 * number for k in range(4)]
+        if validate_every:
+            lines[number] |= {"validation_loss": sum(by_t) / 4, "validation_by_t": by_t}
+    return pa.Table.from_pylist(lines, schema=METRICS_SCHEMA)
 
 
 def evaluation(num=120):
@@ -159,6 +168,41 @@ class TestLossCurve:
     def test_refuses_empty_metrics(self):
         with pytest.raises(InputError, match="hold no rows"):
             loss_curve(METRICS_SCHEMA.empty_table())
+
+
+class TestValidationCurves:
+    def test_a_line_each_part_of_t_and_their_mean(self):
+        figure = validation_curves(metrics(validate_every=20))
+        (axes,) = figure.axes
+        assert [line.get_label() for line in axes.lines] == [
+            "t 0.75 to 1",
+            "t 0.5 to 0.75",
+            "t 0.25 to 0.5",
+            "t 0 to 0.25",
+            "mean",
+        ]
+        np.testing.assert_allclose(axes.lines[0].get_ydata()[:2], [2.3, 2.2])
+        assert axes.lines[-1].get_xdata().tolist() == [*range(10, 2010, 200)]
+        assert "mean" in texts(figure)
+
+    def test_refuses_what_was_never_measured(self):
+        with pytest.raises(InputError, match=r"no validation: train with validation\.share"):
+            validation_curves(metrics())
+
+
+class TestRoutingOverSteps:
+    def test_a_panel_a_block_with_steps_along_x(self):
+        figure = routing_over_steps(softmax(5, 6, 8), np.arange(5) * 100, range(1, 9))
+        panels = figure.axes[:6]
+        assert [axes.get_title() for axes in panels] == [f"block {n}" for n in range(1, 7)]
+        assert panels[0].get_xlim() == (0, 400)
+        assert panels[0].get_ylim() == (-0.5, 7.5)
+        assert len({axes.collections[0].get_clim() for axes in panels}) == 1
+        assert {"step", "LLM layer"} <= {*texts(figure)}
+
+    def test_refuses_a_single_step(self):
+        with pytest.raises(InputError, match="at least two, ascending"):
+            routing_over_steps(softmax(1, 6, 8), np.array([1]), range(1, 9))
 
 
 class TestSampleGrid:

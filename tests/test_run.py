@@ -79,6 +79,19 @@ class TestLoadRun:
         assert np.array_equal(alpha[0], alpha[1]) != changing
         alpha[0, 0, 0] = 2.0  # an array of one's own
 
+    @pytest.mark.parametrize("strategy", ["depth", "joint"])
+    def test_history_is_alpha_while_it_was_learned(self, configure, strategy):
+        run = load_run(train(configure(strategy)), weights="model")
+        steps, levels, weights = run.history()
+        assert steps.tolist() == [2, 4]
+        assert levels == ([1.0] if strategy == "depth" else [0.1, 0.3, 0.5, 0.7, 0.9])
+        assert weights.shape == (2, len(levels), 3, 4)
+        np.testing.assert_allclose(weights[1], run.weights(levels), atol=1e-6)
+
+    def test_fixed_weights_have_no_history(self, configure):
+        steps, _, weights = load_run(train(configure("uniform"))).history()
+        assert (len(steps), weights.shape) == (0, (0, 1, 3, 4))
+
     def test_does_not_touch_the_global_generator(self, run_path):
         torch.manual_seed(5)
         expected = torch.rand(1)

@@ -4,6 +4,7 @@ On disk::
 
     run.json           configuration, identity of the stores, versions
     metrics.jsonl      a line every log_every steps
+    routing.jsonl      the weights of layers, about 200 times a run
     checkpoints/       step-00001000/: model, ema and optimizer as safetensors, state.json
 
 A checkpoint is written beside and renamed, so one that has its name is whole. Nothing is pickled.
@@ -37,6 +38,7 @@ from .dit import DiT
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
+WEIGHTS = "routing.jsonl"
 CHECKPOINTS = "checkpoints"
 METRICS_SCHEMA = pa.schema(
     [
@@ -47,13 +49,17 @@ METRICS_SCHEMA = pa.schema(
         pa.field("samples_per_second", pa.float64(), nullable=False),
         pa.field("data_wait_share", pa.float64(), nullable=False),
         pa.field("routing_entropy", pa.float64(), nullable=False),
+        pa.field("validation_loss", pa.float64()),
+        pa.field("validation_by_t", pa.list_(pa.float64())),
     ]
 )
 """A line of ``metrics.jsonl``: after ``step`` steps. Loss and grad_norm (before clipping) are means
 since the line before; data_wait_share is the share of that time spent waiting for data; and
-routing_entropy is in nats over log L, so 1 is uniform."""
+routing_entropy is in nats over log L, so 1 is uniform. Where it was measured, validation_by_t is
+the loss on held-out samples in equal parts of t from 0 to 1, and validation_loss their mean."""
 
-_STORES = {"features", "codec", "latents"}  # keys of a record that say what it was trained on
+# Keys of a record that say what it was trained on, and measured by.
+_STORES = {"features", "codec", "latents", "validation"}
 # Keys of a configuration that may change when a run continues: where things are (the stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
 _FREE: Any = {
@@ -67,6 +73,7 @@ _FREE: Any = {
     "gradient_checkpointing": True,
     "tracker": True,
     "data": {"prefetch"},
+    "validation": {"every", "features", "latents"},
 }
 
 
@@ -271,17 +278,26 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- metrics
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-    file = path / METRICS
+def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl``, or of ``routing.jsonl``; a last line that was cut off by a kill
+    is left out."""
+    file = path / name
     lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
+def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:
+    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``."""
+    with (path / name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def trim_metrics(path: Path, step: int) -> None:
     """Remove lines after ``step``: a run that continues there writes them again."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    write_document(path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+    for name in (METRICS, WEIGHTS):
+        if name == METRICS or (path / name).exists():
+            kept = [line for line in read_metrics(path, name) if line["step"] <= step]
+            write_document(path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

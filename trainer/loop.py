@@ -9,7 +9,6 @@ Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 import platform
 import signal
@@ -36,7 +35,9 @@ from ..pipeline.store import FeatureStore, LatentStore, open_features, open_late
 from ..schemas import InputError, OptimizerConfig, RunRecord, TrainConfig
 from .checkpoint import (
     METRICS,
+    WEIGHTS,
     Checkpoint,
+    add_line,
     build_model,
     find_run,
     latest_checkpoint,
@@ -51,6 +52,10 @@ from .flow import Flow
 from .router import entropy
 from .run import Run, open_start, start_from
 from .stream import Batch, Stream, check_joined, draw
+from .validation import Validation, held_out, open_validation
+
+HISTORY_T = [0.1, 0.3, 0.5, 0.7, 0.9]
+"""Noise levels at which weights that depend on t are logged."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -86,6 +91,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         grad_accum_steps=config.grad_accum_steps,
+        held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if found is None else found.step,
         codes=accelerator.device.type != "cpu",
     )
@@ -94,7 +100,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if accelerator.is_main_process:
         write_record(path, record)
         trim_metrics(path, stream.start_step)
-    trainer = Trainer(config, accelerator, model, found)
+    trainer = Trainer(config, accelerator, model, found, setup.validation)
     if trainer.step < config.steps:
         trainer.fit(stream, progress)
     accelerator.end_training()
@@ -109,6 +115,7 @@ class Setup:
         found: the checkpoint to continue from; None: from the start.
         model: fresh weights.
         start: the run that ``config.start`` names, where the run is new.
+        validation: what the run is measured by.
     """
 
     features: FeatureStore
@@ -117,6 +124,7 @@ class Setup:
     found: Checkpoint | None
     model: DiT
     start: Run | None
+    validation: Validation | None
 
 
 def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
@@ -136,16 +144,23 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     start = open_start(model, record) if found is None else None
     if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
-    return Setup(features, latents, record, found, model, start)
+    validation = open_validation(config, features, latents, model.router.layers_read)
+    return Setup(features, latents, record, found, model, start, validation)
 
 
 class Trainer:
     """One run in memory: the network, its optimizers and average, and how to take a step."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: DiT, found: Checkpoint | None
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        model: DiT,
+        found: Checkpoint | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self.config = config
+        self.validation = validation
         self.accelerator = accelerator
         self.path = Path(config.output)
         self.flow = Flow.from_config(config.flow)
@@ -172,8 +187,8 @@ class Trainer:
         self.window = Window() if found is None else Window(**found.state()["window"])
 
     def fit(self, stream: Stream, show: bool) -> None:
-        """Take steps; once in a while log, and once in a while save."""
-        config = self.config
+        """Take steps; once in a while log, once in a while validate, and once in a while save."""
+        config, every = self.config, self.config.validation.every
         self._start_tracker()
         progress = tqdm(
             total=config.steps,
@@ -186,8 +201,10 @@ class Trainer:
             while self.step < config.steps:
                 seen, stopping = self.take_step(batches, bool(received))
                 progress.update()
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    self.log(seen, stream, progress)
+                last = self.step == config.steps
+                validating = self.validation is not None and (self.step % every == 0 or last)
+                if self.step % config.log_every == 0 or validating or last:
+                    self.log(seen, stream, progress, self.validate() if validating else {})
                 if stopping or self.step % config.checkpoint_every == 0:
                     self.save()
                 if stopping and self.step < config.steps:
@@ -244,22 +261,37 @@ class Trainer:
         prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption)  # [B*K, C, h, w]
         return self.flow.loss(prediction, x0, noise, t).mean(), t
 
+    def validate(self) -> dict[str, Any]:
+        """The loss on what is never trained on, as metrics; its time is not the steps'."""
+        assert self.validation is not None
+        with self.window.paused():
+            losses = self.validation.measure(self.model, self.flow, self.accelerator)
+        return {"validation_loss": math.fsum(losses) / len(losses), "validation_by_t": losses}
+
     @torch.no_grad()
-    def log(self, seen: tuple[Tensor, Any], stream: Stream, progress: tqdm) -> None:
-        """A line of metrics: to the file, the tracker and the progress bar."""
+    def log(
+        self, seen: tuple[Tensor, Any], stream: Stream, progress: tqdm, measured: dict[str, Any]
+    ) -> None:
+        """A line of metrics: to the file, the tracker and the progress bar; now and then the
+        weights of layers to a file of their own."""
         line = {
             "step": self.step,
             **self.window.summary(stream),
             "lr": self.schedules[0].get_last_lr()[0],
             "routing_entropy": entropy(self.dit.router.alpha(*seen)).mean().item(),
+            **measured,
         }
         self.window = Window()
         self.window.start(stream)
         if not self.accelerator.is_main_process:
             return
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+        add_line(self.path, METRICS, line)
+        self.log_weights(seen[1])
+        numbers = {k: v for k, v in line.items() if k not in ("step", "validation_by_t")}
+        for number, loss in enumerate(line.get("validation_by_t", [])):
+            low, high = (place / len(line["validation_by_t"]) for place in (number, number + 1))
+            numbers[f"validation_loss/t {low:.3g} to {high:.3g}"] = loss
+        self.accelerator.log(numbers, step=self.step)
         progress.set_postfix(
             {
                 "loss": f"{line['loss']:.4g}",
@@ -268,6 +300,23 @@ class Trainer:
                 "routing entropy": f"{line['routing_entropy']:.3f}",
             }
         )
+
+    @torch.no_grad()
+    def log_weights(self, hidden: Any) -> None:
+        """The weights of layers as they are now, where they are learned; about 200 times a run.
+
+        Args:
+            hidden: [R, L, H], tokens to take the mean over where each weighs for itself.
+        """
+        config, router = self.config, self.dit.router
+        gap = config.log_every * math.ceil(config.steps / 200 / config.log_every)
+        due = self.step % gap == 0 or self.step == config.steps
+        if not (due and self.dit.router_parameters()):
+            return
+        levels = HISTORY_T if router.depends_on_t else [1.0]
+        alpha = router.alpha(torch.tensor(levels, device=self.accelerator.device), hidden)
+        rounded = [[[round(w, 6) for w in row] for row in rows] for rows in alpha.tolist()]
+        add_line(self.path, WEIGHTS, {"step": self.step, "t": levels, "weights": rounded})
 
     def save(self) -> None:
         """Write a checkpoint; the main process writes, the others wait."""
@@ -336,6 +385,13 @@ class Window:
         self._began, self._waited = time.perf_counter(), stream.wait_seconds
         self._untimed = len(self.losses)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
     def add(self, loss: float, norm: float) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
@@ -355,11 +411,13 @@ class Window:
 def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStore) -> RunRecord:
     """What ``run.json`` says of a run that starts now."""
     names = ("torch", "accelerate", "numpy")
+    second = config.validation.features
     return RunRecord(
         config=config,
         features=features.manifest.identity,
         codec=features.manifest.codec,
         latents=latents.manifest.identity,
+        validation=None if second is None else open_features(second).manifest.identity.samples,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
         versions={

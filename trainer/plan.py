@@ -18,6 +18,7 @@ from ..schemas import Facts, Findings, TrainConfig
 from .dit import DiT
 from .loop import Setup, Trainer, make_accelerator, make_optimizers, prepare
 from .stream import Stream
+from .validation import held_out
 
 NUM_LOOKED_AT = 32
 """Steps whose captions are counted, from the first."""
@@ -103,6 +104,7 @@ def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[s
     parameters, memory = details["parameters"], details["memory_bytes"]
     layers, stored = details["layers_read"], setup.features.layers
     num_ranks, accumulated = details["ranks"], config.grad_accum_steps
+    held = setup.validation
     each = format_bytes(details["read_bytes_per_step"])
     needs = f"{each} a step of all ranks; --step-seconds or --measure says how fast"
     if details["step_seconds"] is not None:
@@ -121,7 +123,8 @@ def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[s
         f"{parameters['total']:,} parameters, {parameters['routing']:,} of them routing",
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
         f"{len(stored)} stored), codec {setup.features.codec.name}",
-        "data": f"{stream.order.num_samples:,} samples, {len(setup.features):,} captions",
+        "data": f"{stream.order.num_samples:,} samples, {len(setup.features):,} captions"
+        + (f"; validated by {len(held.samples):,} others" if held is not None else ""),
         "batch": f"{batch['samples']} samples x {batch['noise_draws']} of t and noise; "
         f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} of {batch['samples_of_rank']}{parts}",
         "steps": f"{steps['total']:,}, {steps['done']:,} of them done; an epoch is "
@@ -156,6 +159,7 @@ def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> Stream:
         layers=setup.model.router.layers_read,
         world_size=num_ranks,
         grad_accum_steps=config.grad_accum_steps,
+        held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if setup.found is None else setup.found.step,
     )
 
@@ -267,7 +271,7 @@ def measure(config: TrainConfig, num_steps: int) -> float:
     setup = prepare(config)
     accelerator = make_accelerator(config.model_copy(update={"tracker": "none"}))
     stream = make_stream(setup, config, accelerator.num_processes)
-    trainer = Trainer(config, accelerator, setup.model, None)
+    trainer = Trainer(config, accelerator, setup.model)
     seconds = []
     with closing(iter(stream)) as batches:
         for _ in range(num_steps + 1):

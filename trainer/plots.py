@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -84,7 +86,7 @@ def routing_heatmap(
     top.set_xlim(-0.5, num_layers - 0.5)
     clean(top)
     bottom = top if single else main
-    layer_ticks(bottom, layers)
+    layer_ticks(bottom.xaxis, layers)
     bottom.set_xlabel("LLM layer", color=INK)
     return figure
 
@@ -109,6 +111,48 @@ def routing_over_time(
             f"found t of shape {list(t.shape)} for {len(weights)} rows of weights, expected as "
             "many, at least two, ascending"
         )
+    figure = _block_panels(weights, t, layers, along_x=False)
+    figure.suptitle(title, color=INK)
+    figure.supxlabel("LLM layer", color=INK, fontsize=10)
+    figure.supylabel("t   (0 = image, 1 = noise)", color=INK, fontsize=10)
+    return figure
+
+
+def routing_over_steps(
+    weights: NDArray[np.floating[Any]],
+    steps: NDArray[np.integer[Any]],
+    layers: Sequence[int],
+    title: str = "Routing weights over the steps",
+) -> Figure:
+    """How the mix was learned: weights alpha [S, D, L] after ascending steps [S].
+
+    A panel a block, all on one colour scale; one panel where every block reads the same mix.
+
+    Raises:
+        InputError: weights that are not [S, D, len(layers)], or fewer than two steps.
+    """
+    weights = _checked(weights, ("S", "D", "L"), layers)
+    places = np.asarray(steps, np.float64)
+    if places.shape != weights.shape[:1] or len(places) < 2 or (np.diff(places) <= 0).any():
+        raise InputError(
+            f"found steps of shape {list(places.shape)} for {len(weights)} rows of weights, "
+            "expected as many, at least two, ascending"
+        )
+    figure = _block_panels(weights, places, layers, along_x=True)
+    figure.suptitle(title, color=INK)
+    figure.supxlabel("step", color=INK, fontsize=10)
+    figure.supylabel("LLM layer", color=INK, fontsize=10)
+    return figure
+
+
+def _block_panels(
+    weights: NDArray[np.floating[Any]],
+    places: NDArray[np.floating[Any]],
+    layers: Sequence[int],
+    *,
+    along_x: bool,
+) -> Figure:
+    """Weights [P, D, L] at ascending places, a panel a block: layers along x, or places."""
     if (weights == weights[:, :1]).all():
         weights = weights[:, :1]
     num_blocks, num_layers = weights.shape[1:]
@@ -116,27 +160,21 @@ def routing_over_time(
     rows = -(-num_blocks // columns)
     size = (6.5, 4.0) if num_blocks == 1 else (1.2 + 2.6 * columns, 1.2 + 1.9 * rows)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, color=INK)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    middles = (t[1:] + t[:-1]) / 2
-    edges = np.concatenate([t[:1], middles, t[-1:]])
+    edges = np.concatenate([places[:1], (places[1:] + places[:-1]) / 2, places[-1:]])
+    of_layers = np.arange(num_layers + 1) - 0.5
     for block, axes in enumerate(panels.flat):
         if block >= num_blocks:
             axes.set_visible(False)
             continue
-        drawn = axes.pcolormesh(
-            np.arange(num_layers + 1) - 0.5,
-            edges,
-            weights[:, block],
-            rasterized=True,
-            **_colours(weights),
-        )
+        grid = weights[:, block].T if along_x else weights[:, block]
+        sides = (edges, of_layers) if along_x else (of_layers, edges)
+        drawn = axes.pcolormesh(*sides, grid, rasterized=True, **_colours(weights))
         if num_blocks > 1:
             axes.set_title(f"block {block + 1}", fontsize=9, color=INK)
-        layer_ticks(axes, layers, most=12 if num_blocks == 1 else 6)
+        axis = axes.yaxis if along_x else axes.xaxis
+        layer_ticks(axis, layers, most=12 if num_blocks == 1 else 6)
         axes.tick_params(colors=INK, labelsize=8)
-    figure.supxlabel("LLM layer", color=INK, fontsize=10)
-    figure.supylabel("t   (0 = image, 1 = noise)", color=INK, fontsize=10)
     _mark_uniform(figure.colorbar(drawn, ax=panels, pad=0.02, aspect=10 + 10 * rows), num_layers)
     return figure
 
@@ -162,17 +200,45 @@ def loss_curve(metrics: pa.Table, title: str = "Training loss") -> Figure:
     if half:
         axes.plot(step, smooth, color=LINES[0], linewidth=2, label=f"mean of {2 * half + 1}")
         axes.legend(frameon=False, labelcolor=INK)
-    if loss.min() > 0 and loss.max() > 5 * loss.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(
-            lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""
-        )
+    _log_scale(axes, loss)
     axes.set_title(title, color=INK)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
     axes.grid(axis="y", which="both", color=FAINT, alpha=0.3, linewidth=0.6)
     clean(axes)
+    return figure
+
+
+def validation_curves(metrics: pa.Table, title: str = "Loss on held-out samples") -> Figure:
+    """The loss of each part of t by step, noisier ones darker, and their mean; from columns
+    ``step``, ``validation_loss`` and ``validation_by_t``, where these are not null.
+
+    Raises:
+        InputError: it was never measured.
+    """
+    measured = metrics.filter(pc.is_valid(metrics["validation_loss"]))
+    if not measured.num_rows:
+        raise InputError("the metrics hold no validation: train with validation.share")
+    step, mean = (measured[name].to_numpy() for name in ("step", "validation_loss"))
+    by_t = np.array(measured["validation_by_t"].to_pylist())  # [S, K]
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    num = by_t.shape[1]
+    colours = colormaps[COLOUR_MAP](np.linspace(0.15, 0.85, num))
+    for number in range(num - 1, -1, -1):
+        label = f"t {number / num:.3g} to {(number + 1) / num:.3g}"
+        dot = "." if len(step) == 1 else None
+        axes.plot(
+            step, by_t[:, number], color=colours[number], linewidth=1, marker=dot, label=label
+        )
+    axes.plot(step, mean, color=INK, linewidth=2, marker=dot, label="mean")
+    _log_scale(axes, by_t)
+    axes.set_title(title, color=INK)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("loss", color=INK)
+    axes.grid(axis="y", which="both", color=FAINT, alpha=0.3, linewidth=0.6)
+    clean(axes)
+    figure.legend(loc="outside right center", frameon=False, labelcolor=INK, fontsize=8)
     return figure
 
 
@@ -328,6 +394,17 @@ def _checked(
             f"[{', '.join(axes)}] with L = {len(layers)}"
         )
     return weights
+
+
+def _log_scale(axes: Axes, values: NDArray[np.floating[Any]]) -> None:
+    """A logarithmic axis where values fall far, with numbers that are read as numbers."""
+    if values.min() <= 0 or values.max() <= 5 * values.min():
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""
+    )
 
 
 def _smoothed(values: NDArray[np.floating[Any]], half: int) -> NDArray[np.floating[Any]]:

@@ -25,7 +25,14 @@ from ..schemas import (
     RunRecord,
     differences,
 )
-from .checkpoint import METRICS_SCHEMA, build_model, list_checkpoints, read_metrics, read_record
+from .checkpoint import (
+    METRICS_SCHEMA,
+    WEIGHTS,
+    build_model,
+    list_checkpoints,
+    read_metrics,
+    read_record,
+)
 from .dit import DiT
 from .evaluation import Report
 from .flow import Flow
@@ -168,10 +175,27 @@ class Run:
         """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""
         return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
 
+    def history(self) -> tuple[np.ndarray, list[float], np.ndarray]:
+        """Routing weights while they were learned, whatever the checkpoint; of the weights
+        themselves, not of their average.
+
+        Returns:
+            Steps int64 [S], noise levels (one, any, where weights do not depend on t), and alpha
+            float32 [S, T, D, L]. S is 0 where weights are not learned.
+        """
+        lines = read_metrics(self.path, WEIGHTS)
+        levels = lines[0]["t"] if lines else [1.0]
+        shape = (len(lines), len(levels), self.model.size.depth, len(self.layers))
+        weights = np.empty(shape, np.float32)
+        for number, line in enumerate(lines):
+            weights[number] = np.asarray(line["weights"], np.float32)
+        return np.array([line["step"] for line in lines], np.int64), levels, weights
+
     def figures(self) -> "dict[str, Figure]":
-        """Name -> figure: ``loss`` once anything is logged, ``routing``, for strategies that depend
-        on t ``routing-over-time``, and once it was evaluated ``accuracy-cfg-S`` for each guidance
-        scale S."""
+        """Name -> figure: ``loss`` once anything is logged, ``validation`` where it was measured,
+        ``routing``, for strategies that depend on t ``routing-over-time``, where weights are
+        learned ``routing-over-steps``, and once it was evaluated ``accuracy-cfg-S`` for each
+        guidance scale S."""
         from . import plots
 
         strategy = self.record.config.routing.strategy
@@ -179,6 +203,9 @@ class Run:
         metrics = self.metrics()
         if metrics.num_rows:
             figures["loss"] = plots.loss_curve(metrics, f"Training loss, {strategy}")
+        if metrics["validation_loss"].null_count < metrics.num_rows:
+            title = f"Loss on held-out samples, {strategy}"
+            figures["validation"] = plots.validation_curves(metrics, title)
         title = f"Routing weights, {strategy}"
         if self.model.router.depends_on_t:
             t = np.linspace(0, 1, NUM_T)
@@ -189,6 +216,12 @@ class Run:
             figures["routing-over-time"] = plots.routing_over_time(weights, t, self.layers, over)
         else:
             figures["routing"] = plots.routing_heatmap(self.weights()[0], self.layers, title)
+        steps, _, weights = self.history()
+        if len(steps) > 1:
+            over = f"Routing weights over the steps, {strategy}"
+            figures["routing-over-steps"] = plots.routing_over_steps(
+                weights.mean(1), steps, self.layers, over
+            )
         report = Report.read(self.path)
         for cfg_scale, evaluation in ({} if report is None else report.scores).items():
             assert report is not None

@@ -134,6 +134,7 @@ class Stream:
     Args:
         features, latents: complete stores of the same samples.
         layers: LLM layers to read, in this order (``router.layers_read``).
+        held_out: samples that are never delivered, int64.
         start_step: the first step to deliver.
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
             decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
@@ -157,6 +158,7 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         grad_accum_steps: int = 1,
+        held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
         codes: bool = False,
     ) -> None:
@@ -181,9 +183,10 @@ class Stream:
         self._caption_ids = captions.values.to_numpy()
         self._caption_starts = captions.offsets.to_numpy()[:-1].astype(np.int64)
         counts = np.diff(captions.offsets.to_numpy()).astype(np.int64)
+        self.ids = np.setdiff1d(latents.ids, held_out, assume_unique=True)
         self.order = Order(
-            len(latents.ids),
-            counts[latents.ids],
+            len(self.ids),
+            counts[self.ids],
             seed=seed,
             caption_dropout=data.caption_dropout,
         )
@@ -198,7 +201,7 @@ class Stream:
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         places = self.order.samples(first, num)
-        samples = self.latents.ids[places]
+        samples = self.ids[places]
         choices = self.order.choices(first, places)
         unique, caption = np.unique(self._captions(samples, choices), return_inverse=True)
         rows: Rows | Codes
@@ -220,7 +223,7 @@ class Stream:
     def captions(self, first: int, num: int) -> np.ndarray:
         """Ids of the captions that positions ``first`` to ``first + num`` show, each once."""
         places = self.order.samples(first, num)
-        samples = self.latents.ids[places]
+        samples = self.ids[places]
         return np.unique(self._captions(samples, self.order.choices(first, places)))
 
     def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
