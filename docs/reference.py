@@ -25,6 +25,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
+    "pictures": schemas.PicturesRecord,
     "train-config": schemas.TrainConfig,
 }
 """Documents on disk -> their contract; each becomes a JSON Schema and a table of keys."""

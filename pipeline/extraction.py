@@ -5,7 +5,6 @@ and packs. A shard is one task. Work that remains is what has no receipt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +17,6 @@ from ..schemas import (
     FeatureIdentity,
     FeatureManifest,
     InputError,
-    Mixes,
     differences,
 )
 from .captions import Captions, build_captions
@@ -38,30 +36,60 @@ from .store import FeatureStore, Rows
 if TYPE_CHECKING:
     import torch
 
+    from .encoder import Encoder
 
-@dataclass(frozen=True)
+
 class EncodedPrompts:
-    """Hidden states of a few texts in memory, read as a feature store is.
+    """Hidden states of texts, read as a feature store is; see :func:`encode_prompts`.
+
+    The LLM runs when a text is read. What the last reading asked for is kept, and the null caption.
 
     Attributes:
-        texts: entry 0 is the null caption.
-        rows: of all entries.
-        layers: of ``rows``.
-        mixes: what ``rows`` holds in place of layers, where it does.
+        layers: LLM layers that can be read, ascending; of mixes their numbers, from 1.
+        mixes: what these are where they are mixes of layers.
     """
 
-    texts: list[str]
-    rows: Rows
-    layers: list[int]
-    mixes: Mixes | None = None
+    def __init__(self, captions: Captions, encoder: "Encoder", identity: FeatureIdentity) -> None:
+        self.layers = identity.layers
+        self.mixes = identity.mixes
+        self._captions = captions
+        self._encoder = encoder
+        self._width = identity.model.width
+        self._entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
+        self._kept: dict[int, np.ndarray] = {}
 
     def read(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> Rows:
-        """As :meth:`semroute.pipeline.store.FeatureStore.read`."""
-        offsets = self.rows.offsets
+        """As :meth:`semroute.pipeline.store.FeatureStore.read`; 0 is the null caption, text i is
+        i + 1."""
         wanted = [self.layers.index(layer) for layer in (layers or self.layers)]
-        parts = [self.rows.bits[offsets[i] : offsets[i + 1]][:, wanted] for i in ids]
+        entries = [self._entries[i] for i in ids]
+        encoded = {
+            entry: self._kept[entry] if entry in self._kept else self._encode(entry)
+            for entry in dict.fromkeys(entries)
+        }
+        null = {0: self._kept[0]} if 0 in self._kept else {}
+        self._kept = null | encoded
+        parts = [encoded[entry][:, wanted] for entry in entries]
         ends = np.cumsum([0, *map(len, parts)])
         return Rows(np.concatenate(parts), ends.astype(np.int64))
+
+    def _encode(self, entry: int) -> np.ndarray:
+        """A batch of its own: bfloat16 bits, [T, L, H]."""
+        import torch
+
+        captions = self._captions
+        shape = (len(self._encoder.layers), self._width)
+        codec = Bf16(*shape)
+        rows = np.empty((int(captions.num_tokens[entry]), *shape), np.uint16)
+
+        def sink(index: int, hidden: "torch.Tensor") -> None:
+            rows[:, index] = codec.encode(index, hidden, None).planes["hidden"].cpu().numpy()
+
+        self._encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
+        if self.mixes is None:
+            return rows
+        mixed = mix(torch.from_numpy(rows).view(torch.bfloat16), self.mixes.basis).bfloat16()
+        return mixed.view(torch.uint16).numpy()
 
 
 def extract(
@@ -226,22 +254,23 @@ def extract(
     return store
 
 
-def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) -> EncodedPrompts:
+def encode_prompts(
+    texts: Sequence[str], identity: FeatureIdentity, model: str, device: str | None = None
+) -> EncodedPrompts:
     """Encode new texts as a store's captions were: same LLM, template, layers and dtype.
 
     Each text is a batch of its own and kept in bfloat16, so it equals a stored caption but for
-    rounding and for the error of the store's codec.
+    rounding and for the error of the store's codec, and does not depend on the other texts.
 
     Args:
         texts: entry i of the result is ``texts[i - 1]``.
         identity: of the store whose features the reader was made for.
         model: where the LLM is, see :func:`semroute.pipeline.encoder.find_model`.
+        device: where it runs; default: the first GPU, or the CPU.
 
     Raises:
         InputError: no model there, or not the one of the identity.
     """
-    import torch
-
     from .encoder import Encoder, describe_model, find_model, load_tokenizer, tokenizer_digest
 
     located = find_model(model)
@@ -265,26 +294,8 @@ def encode_prompts(texts: Sequence[str], identity: FeatureIdentity, model: str) 
         keep_prefix=identity.template.keep_prefix,
         causal=identity.model.causal,
     )
-    layers = identity.llm_layers
-    encoder = Encoder(located, layers, identity.dtype)
-    entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
-    codec = Bf16(len(layers), identity.model.width)
-    codes: list[np.ndarray] = []
-    for entry in entries:
-        rows = int(captions.num_tokens[entry])
-        part = np.empty((rows, len(layers), identity.model.width), np.uint16)
-
-        def sink(index: int, hidden: "torch.Tensor", part: np.ndarray = part) -> None:
-            part[:, index] = codec.encode(index, hidden, None).planes["hidden"].cpu().numpy()
-
-        encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
-        codes.append(part)
-    offsets = np.cumsum([0, *map(len, codes)]).astype(np.int64)
-    encoded = Rows(np.concatenate(codes), offsets)
-    if identity.mixes is not None:
-        mixed = mix(encoded.tensor(), identity.mixes.basis).bfloat16()
-        encoded = Rows(mixed.view(torch.uint16).numpy(), offsets)
-    return EncodedPrompts(["", *texts], encoded, identity.layers, identity.mixes)
+    encoder = Encoder(located, identity.llm_layers, identity.dtype, device)
+    return EncodedPrompts(captions, encoder, identity)
 
 
 def _fit(

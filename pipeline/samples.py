@@ -167,7 +167,7 @@ def read_samples(
     tars = Tars.open(source) if _suffix(source) == TAR else None
     if tars is not None and not tars.samples:
         raise InputError(f"{source} holds no samples; expected files such as 000.jpg and 000.txt")
-    names = _parsed(source, _column_names) if tars is None else tars.names()
+    names = column_names(source) if tars is None else tars.names()
     defaults = TEXT_COLUMNS if tars is None else (TEXT, *TEXT_COLUMNS)
     text = _find_column(names, source, text_column, defaults, "--text-column", need == "text")
     image = _find_column(
@@ -207,7 +207,7 @@ def read_table(
     """
     if _suffix(source) == TAR:
         raise InputError(f"{source}: labels are read from a table, not from tars")
-    names = _parsed(source, _column_names)
+    names = column_names(source)
     text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", True)
     missing = sorted({*(columns or ())} - {*names})
     if missing:
@@ -216,6 +216,15 @@ def read_table(
         )
     wanted = [name for name in names if columns is None or name in columns or name == text]
     return str(text), _parsed(source, partial(_read_columns, columns=wanted))
+
+
+def column_names(source: str) -> list[str]:
+    """Of a table: its columns; of a jsonl the keys of its first object; of a txt ``text``.
+
+    Raises:
+        InputError: no such file or format, or it is empty.
+    """
+    return _parsed(source, _column_names)
 
 
 def _suffix(source: str) -> str:

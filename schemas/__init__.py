@@ -27,6 +27,7 @@ from .manifest import (
     Template,
 )
 from .mixes import SAME_WEIGHTS, Mixes, Routing
+from .pictures import LayoutName, PicturesRecord, Prompt
 from .receipt import Quarantine, Receipt, WrittenFile
 from .run import (
     DataConfig,
@@ -72,10 +73,13 @@ __all__ = [
     "LatentIdentity",
     "LatentManifest",
     "Layout",
+    "LayoutName",
     "Mixes",
     "ModelConfig",
     "ModelIdentity",
     "OptimizerConfig",
+    "PicturesRecord",
+    "Prompt",
     "Provenance",
     "Quarantine",
     "Receipt",

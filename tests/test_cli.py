@@ -322,7 +322,7 @@ class TestNonsense:
             if command == "evaluate":
                 options += ["--samples", world / "shapes" / "test.parquet"]
             assert "is no run: it has no run.json" in invoke(command, tmp_path, *options, code=1)
-        assert "either --features or --prompt" in invoke("sample", world / "run", code=1)
+        assert "either --features, --prompt or --prompts" in invoke("sample", world / "run", code=1)
         assert "no checkpoint of step 4" in invoke("plot", world / "run", "--step", 4, code=1)
 
     def test_a_world_is_not_written_over_another(self, world):

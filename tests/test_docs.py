@@ -23,6 +23,7 @@ from semroute.schemas import (
     FeatureManifest,
     JobQueue,
     LatentManifest,
+    PicturesRecord,
     Quarantine,
     Receipt,
     RoutingConfig,
@@ -314,6 +315,7 @@ class TestBuild:
             ("store-format", LatentManifest),
             ("store-format", Receipt),
             ("store-format", Quarantine),
+            ("evaluation", PicturesRecord),
         ],
     )
     def test_every_key_is_listed(self, built, name, model):

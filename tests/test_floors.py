@@ -22,12 +22,12 @@ FLOORS = [
             "pipeline." + name
             for name in ("layout", "shards", "cluster", "ledger", "lock", "parameters")
         ),
-        *("trainer." + name for name in ("router", "flow", "shapes")),
+        *("trainer." + name for name in ("router", "flow", "shapes", "layouts")),
     },
     {"pipeline.latentstore", "pipeline.samples", "trainer.baselines", "trainer.world"},
     {
         *("pipeline." + name for name in ("store", "distortion", "planning", "latents")),
-        *("pipeline." + name for name in ("places", "progress", "labels")),
+        *("pipeline." + name for name in ("places", "progress", "labels", "prompts")),
         *("trainer.routing", "trainer.sampling"),
     },
     {
@@ -46,7 +46,7 @@ FLOORS = [
     | {"trainer.checkpoint", "trainer.plots"},
     {"trainer.run"},
     {"trainer.loop"},
-    {"trainer.results", "trainer.study", "trainer.plan"},
+    {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},
     {"trainer.panels", "trainer.ablation"},
     {"pipeline.commands", "trainer.commands"},
     {"cli"},

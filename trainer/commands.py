@@ -4,11 +4,11 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
-from ..schemas import InputError, read_config
+from ..schemas import InputError, LayoutName, read_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,16 +163,38 @@ def _sampling_options(command: F) -> F:
 )
 @click.option(
     "--num",
-    default=18,
-    show_default=True,
     type=click.IntRange(1),
-    help="Captions to take, the first ones of the store's samples.",
+    help="Captions to take, the first ones. Default: 18 of a store, all of --prompts.",
 )
 @click.option(
     "--prompt",
-    "prompts",
+    "texts",
     multiple=True,
     help="A new prompt; may be given several times. The run's LLM is loaded to encode it.",
+)
+@click.option(
+    "--prompts",
+    "file",
+    help="A benchmark's file of prompts. The run's LLM is loaded, or give --features that were "
+    "extracted from it.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(LayoutName)),
+    help="Of --prompts: whose scorer the folder is for. Default: plain.",
+)
+@click.option(
+    "--images-per-prompt",
+    type=click.IntRange(1),
+    help="Of --prompts. Default: as many as the benchmark has; 4 for geneval, 10 for "
+    "t2i-compbench, otherwise 1.",
+)
+@click.option("--text-column", help="Of --prompts. Default: prompt, prompts, text or caption.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Of --prompts: only part I of N, from 0. Default: the process's own under torchrun or "
+    "accelerate launch, otherwise all.",
 )
 @click.option(
     "--model", help="Where that LLM is now. Default: where it was when the features were extracted."
@@ -182,60 +204,132 @@ def _sampling_options(command: F) -> F:
 )
 @click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance; 1 is none.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the pictures. Default: RUN/samples."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the pictures. Default: RUN/samples, or RUN/pictures/FILE of --prompts FILE.",
 )
 @_sampling_options
 def sample(
     run: Path,
     features: Path | None,
-    num: int,
-    prompts: tuple[str, ...],
+    num: int | None,
+    texts: tuple[str, ...],
+    file: str | None,
     model: str | None,
     vae: str | None,
     out: Path | None,
     weights: Any,
     step: int | None,
+    layout: LayoutName | None,
+    images_per_prompt: int | None,
+    text_column: str | None,
+    shard: str | None,
     **how: Any,
 ) -> None:
     """Draw pictures with a trained RUN, from stored captions or new prompts.
 
     Where the VAE of its latents is not to be had, latents are written instead.
 
+    With --prompts, pictures of a benchmark are laid out for its own scorer. The same command
+    continues what was stopped; several processes may draw a shard each.
+
     \b
     Examples:
       semroute sample runs/depth --features features-test --cfg-scale 3
       semroute sample runs/depth --prompt "two red circles"
+      semroute sample runs/depth --prompts evaluation_metadata.jsonl --layout geneval
     """
-    if (features is None) == (not prompts):
-        raise InputError("give either --features or --prompt")
+    if bool(texts) + (file is not None or features is not None) != 1:
+        raise InputError("give either --features, --prompt or --prompts")
+    benchmark = {
+        "--layout": layout,
+        "--images-per-prompt": images_per_prompt,
+        "--text-column": text_column,
+        "--shard": shard,
+    }
+    lost = [option for option, value in benchmark.items() if value is not None and file is None]
+    if lost:
+        raise InputError(f"{lost[0]} belongs to --prompts FILE")
     from .results import draw, open_run
 
     trained = open_run(run, step, weights)
+    if file is not None:
+        from ..pipeline.prompts import read_prompts
+        from .gallery import draw_gallery, find_shard, finish_gallery, open_gallery
+        from .layouts import LAYOUTS
+
+        part = find_shard(shard)
+        prompts = read_prompts(file, text_column)[:num]
+        wanted = [prompt.text for prompt in prompts]
+        decode = _decoder(trained, vae)
+        source, ids = _conditions(trained, wanted, features, file, model)
+        gallery = open_gallery(
+            out or run / "pictures" / Path(file).stem,
+            prompts,
+            trained,
+            layout=layout or "plain",
+            num_images=images_per_prompt or LAYOUTS[layout or "plain"].num_images,
+            codec="none" if features is None else source.manifest.codec.name,
+            sampling={key: value for key, value in how.items() if key != "batch_size"},
+        )
+        drawn = draw_gallery(gallery, trained, source, ids, decode, shard=part, **how)
+        missing = len(gallery.missing())
+        click.echo(
+            f"{gallery.out}: {drawn:,} pictures drawn, {len(gallery) - missing:,} of "
+            f"{len(gallery):,} are there"
+        )
+        if not missing:
+            click.echo(finish_gallery(gallery))
+        return
     if features is not None:
         from ..pipeline.store import open_features
 
         store = open_features(features)
         trained.check_features(store.manifest.identity)
-        rows = store.samples.slice(0, num)["caption_ids"].to_pylist()
+        rows = store.samples.slice(0, num or 18)["caption_ids"].to_pylist()
         ids = [row[0] for row in rows]
-        texts = store.captions["text"].take(ids).to_pylist()
-        source: Any = store
+        wanted = store.captions["text"].take(ids).to_pylist()
+        source = store
     else:
-        from ..pipeline.extraction import encode_prompts
-
-        record = trained.record
-        source = encode_prompts(prompts, record.features, model or record.model_source)
-        texts, ids = list(prompts), list(range(1, len(prompts) + 1))
-
-    decode = None
+        wanted = list(texts[:num])
+        source, ids = _conditions(trained, wanted, None, None, model)
+    decoder = None
     try:
-        decode = _decoder(trained, vae)
+        decoder = _decoder(trained, vae)
     except InputError as error:
         if vae is not None:
             raise
         click.echo(f"{error}\nSo latents are written, not pictures. Name it with --vae.", err=True)
-    for path in draw(trained, source, ids, texts, decode, out or run / "samples", **how):
+    for path in draw(trained, source, ids, wanted, decoder, out or run / "samples", **how):
         click.echo(path)
+
+
+def _conditions(
+    run: Any, texts: list[str], features: Path | None, file: str | None, model: str | None
+) -> tuple[Any, list[int]]:
+    """Where the hidden states of prompts come from, and which entry each is.
+
+    Raises:
+        InputError: the features are not those of the file, or not the run's.
+    """
+    device = str(next(run.model.parameters()).device)
+    if features is None:
+        from ..pipeline.extraction import encode_prompts
+
+        source = model or run.record.model_source
+        encoded = encode_prompts(texts, run.record.features, source, device)
+        return encoded, list(range(1, len(texts) + 1))
+    from ..pipeline.store import open_features
+
+    store = open_features(features)
+    run.check_features(store.manifest.identity)
+    ids = [row[0] for row in store.samples.slice(0, len(texts))["caption_ids"].to_pylist()]
+    if store.captions["text"].take(ids).to_pylist() != texts:
+        raise InputError(
+            f"{features} was not extracted from {file}: the prompts differ. Run semroute extract "
+            f"{file}, or leave --features out to have the LLM encode them."
+        )
+    return store, ids
 
 
 @click.command()

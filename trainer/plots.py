@@ -36,6 +36,8 @@ from ..schemas import InputError
 from .evaluation import Evaluation
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
+CAPTIONS = "captions.jsonl"
+"""In a folder of pictures: a line a picture, its file and its caption."""
 
 
 def routing_heatmap(
@@ -370,7 +372,7 @@ def save_images(
         The grid, and the list of captions.
     """
     out.mkdir(parents=True, exist_ok=True)
-    listed = out / "captions.jsonl"
+    listed = out / CAPTIONS
     if listed.exists():  # of an earlier time, perhaps with more pictures
         for line in listed.read_text("utf-8").splitlines():
             (out / Path(json.loads(line)["image"]).name).unlink(missing_ok=True)

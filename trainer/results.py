@@ -1,6 +1,7 @@
 """What is drawn and scored with a run: pictures and reports, written as files."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,16 @@ NUM_JUDGED = 24
 
 
 def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> Run:
-    """A run to sample from, on the GPU where there is one; see :func:`load_run`."""
+    """A run to sample from, on the GPU where there is one; see :func:`load_run`.
+
+    Of several GPUs it is that of ``LOCAL_RANK``, which torchrun and ``accelerate launch`` set.
+    """
     run = load_run(path, step, weights)
-    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    run.model.to(device)
     return run
 
 
