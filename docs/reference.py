@@ -26,6 +26,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
     "pictures": schemas.PicturesRecord,
+    "judge": schemas.JudgeRecord,
     "train-config": schemas.TrainConfig,
 }
 """Documents on disk -> their contract; each becomes a JSON Schema and a table of keys."""

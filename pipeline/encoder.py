@@ -94,30 +94,34 @@ class Source:
     files: dict[str, str] = field(hash=False)
 
 
-def find_model(name: str) -> Source:
+def find_model(name: str, option: str = "--model", with_code: bool = False) -> Source:
     """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
 
     A hub id may carry a revision: ``org/name@revision``. Of a hub model only configuration,
     tokenizer and safetensors are fetched.
+
+    Args:
+        option: of the command line, named in messages.
+        with_code: fetch the code of a hub model too.
 
     Raises:
         InputError: nothing there, or nothing that transformers could load.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Source(str(path.resolve()), path.resolve(), _hash_files(path))
+        return Source(str(path.resolve()), path.resolve(), _hash_files(path, option))
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(
-                f"--model {name}: a file must be a .gguf; for safetensors name the folder that "
+                f"{option} {name}: a file must be a .gguf; for safetensors name the folder that "
                 "holds config.json"
             )
         digest = hash_file(path)
         return Source(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
     if is_hub_id(name):
-        folder = download(name, _HUB_FILES, "--model")
-        return Source(hub_name(name, folder), folder, _hash_files(folder))
-    raise InputError(f"--model {name}: no such folder or file, and no hub id (org/name)")
+        folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
+        return Source(hub_name(name, folder), folder, _hash_files(folder, option))
+    raise InputError(f"{option} {name}: no such folder or file, and no hub id (org/name)")
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -344,12 +348,12 @@ def _refuse_missing(source: Source, tower: Tower, missing: Iterable[str]) -> Non
         )
 
 
-def _hash_files(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path, option: str) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix == _WEIGHTS or p.name == "config.json")
     if not any(file.name == "config.json" for file in files):
-        raise InputError(f"--model {folder}: no config.json in this folder")
+        raise InputError(f"{option} {folder}: no config.json in this folder")
     if not any(file.suffix == _WEIGHTS for file in files):
-        raise InputError(f"--model {folder}: no .safetensors in this folder")
+        raise InputError(f"{option} {folder}: no .safetensors in this folder")
     return {file.name: hash_file(file) for file in files}
 
 

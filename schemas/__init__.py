@@ -27,7 +27,7 @@ from .manifest import (
     Template,
 )
 from .mixes import SAME_WEIGHTS, Mixes, Routing
-from .pictures import LayoutName, PicturesRecord, Prompt
+from .pictures import JudgeRecord, LayoutName, PicturesRecord, Prompt
 from .receipt import Quarantine, Receipt, WrittenFile
 from .run import (
     DataConfig,
@@ -70,6 +70,7 @@ __all__ = [
     "Generation",
     "InputError",
     "JobQueue",
+    "JudgeRecord",
     "LatentIdentity",
     "LatentManifest",
     "Layout",

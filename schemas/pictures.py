@@ -47,3 +47,17 @@ class PicturesRecord(Contract):
     """Of the features; ``none`` where the LLM encoded the prompts."""
     sampling: dict[str, int | float | str | list[float] | None]
     """Seed, steps and guidance."""
+
+
+class JudgeRecord(Contract):
+    """``judge.json``: who says what pictures show, and how it is asked."""
+
+    format: Literal["semroute.judge"] = "semroute.judge"
+    format_version: Literal[1] = 1
+    judge: str
+    """As it was named, of a hub id with the commit."""
+    files: dict[str, str]
+    """sha256 of its configuration and weights."""
+    dtype: Literal["float32", "bfloat16"]
+    question: str
+    """With ``{}`` where the caption goes."""

@@ -22,6 +22,7 @@ from semroute.schemas import (
     SAMPLES_SCHEMA,
     FeatureManifest,
     JobQueue,
+    JudgeRecord,
     LatentManifest,
     PicturesRecord,
     Quarantine,
@@ -316,6 +317,7 @@ class TestBuild:
             ("store-format", Receipt),
             ("store-format", Quarantine),
             ("evaluation", PicturesRecord),
+            ("evaluation", JudgeRecord),
         ],
     )
     def test_every_key_is_listed(self, built, name, model):

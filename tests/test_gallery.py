@@ -90,7 +90,7 @@ class TestSample:
         assert listed[4] == {
             "image": "00001/samples/00001.png",
             "caption": TEXTS[1],
-            "prompt": 1,
+            "number": 1,
             "group": "counting",
         }
 

@@ -4,11 +4,20 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import click
 
-from ..schemas import InputError, LayoutName, read_config
+from ..schemas import InputError, read_config
+from .benchmarking import (
+    conditions,
+    draw_file,
+    judge_options,
+    judge_source,
+    prompts_options,
+    take_judge_options,
+    take_prompts_options,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -172,30 +181,7 @@ def _sampling_options(command: F) -> F:
     multiple=True,
     help="A new prompt; may be given several times. The run's LLM is loaded to encode it.",
 )
-@click.option(
-    "--prompts",
-    "file",
-    help="A benchmark's file of prompts. The run's LLM is loaded, or give --features that were "
-    "extracted from it.",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(get_args(LayoutName)),
-    help="Of --prompts: whose scorer the folder is for. Default: plain.",
-)
-@click.option(
-    "--images-per-prompt",
-    type=click.IntRange(1),
-    help="Of --prompts. Default: as many as the benchmark has; 4 for geneval, 10 for "
-    "t2i-compbench, otherwise 1.",
-)
-@click.option("--text-column", help="Of --prompts. Default: prompt, prompts, text or caption.")
-@click.option(
-    "--shard",
-    metavar="I/N",
-    help="Of --prompts: only part I of N, from 0. Default: the process's own under torchrun or "
-    "accelerate launch, otherwise all.",
-)
+@prompts_options
 @click.option(
     "--model", help="Where that LLM is now. Default: where it was when the features were extracted."
 )
@@ -220,10 +206,6 @@ def sample(
     out: Path | None,
     weights: Any,
     step: int | None,
-    layout: LayoutName | None,
-    images_per_prompt: int | None,
-    text_column: str | None,
-    shard: str | None,
     **how: Any,
 ) -> None:
     """Draw pictures with a trained RUN, from stored captions or new prompts.
@@ -241,45 +223,14 @@ def sample(
     """
     if bool(texts) + (file is not None or features is not None) != 1:
         raise InputError("give either --features, --prompt or --prompts")
-    benchmark = {
-        "--layout": layout,
-        "--images-per-prompt": images_per_prompt,
-        "--text-column": text_column,
-        "--shard": shard,
-    }
-    lost = [option for option, value in benchmark.items() if value is not None and file is None]
-    if lost:
-        raise InputError(f"{lost[0]} belongs to --prompts FILE")
+    benchmark = take_prompts_options(how, file)
     from .results import draw, open_run
 
     trained = open_run(run, step, weights)
     if file is not None:
-        from ..pipeline.prompts import read_prompts
-        from .gallery import draw_gallery, find_shard, finish_gallery, open_gallery
-        from .layouts import LAYOUTS
-
-        part = find_shard(shard)
-        prompts = read_prompts(file, text_column)[:num]
-        wanted = [prompt.text for prompt in prompts]
+        out = out or run / "pictures" / Path(file).stem
         decode = _decoder(trained, vae)
-        source, ids = _conditions(trained, wanted, features, file, model)
-        gallery = open_gallery(
-            out or run / "pictures" / Path(file).stem,
-            prompts,
-            trained,
-            layout=layout or "plain",
-            num_images=images_per_prompt or LAYOUTS[layout or "plain"].num_images,
-            codec="none" if features is None else source.manifest.codec.name,
-            sampling={key: value for key, value in how.items() if key != "batch_size"},
-        )
-        drawn = draw_gallery(gallery, trained, source, ids, decode, shard=part, **how)
-        missing = len(gallery.missing())
-        click.echo(
-            f"{gallery.out}: {drawn:,} pictures drawn, {len(gallery) - missing:,} of "
-            f"{len(gallery):,} are there"
-        )
-        if not missing:
-            click.echo(finish_gallery(gallery))
+        draw_file(trained, file, num, features, model, decode, out, benchmark, how)
         return
     if features is not None:
         from ..pipeline.store import open_features
@@ -292,7 +243,7 @@ def sample(
         source = store
     else:
         wanted = list(texts[:num])
-        source, ids = _conditions(trained, wanted, None, None, model)
+        source, ids = conditions(trained, wanted, None, None, model)
     decoder = None
     try:
         decoder = _decoder(trained, vae)
@@ -304,45 +255,15 @@ def sample(
         click.echo(path)
 
 
-def _conditions(
-    run: Any, texts: list[str], features: Path | None, file: str | None, model: str | None
-) -> tuple[Any, list[int]]:
-    """Where the hidden states of prompts come from, and which entry each is.
-
-    Raises:
-        InputError: the features are not those of the file, or not the run's.
-    """
-    device = str(next(run.model.parameters()).device)
-    if features is None:
-        from ..pipeline.extraction import encode_prompts
-
-        source = model or run.record.model_source
-        encoded = encode_prompts(texts, run.record.features, source, device)
-        return encoded, list(range(1, len(texts) + 1))
-    from ..pipeline.store import open_features
-
-    store = open_features(features)
-    run.check_features(store.manifest.identity)
-    ids = [row[0] for row in store.samples.slice(0, len(texts))["caption_ids"].to_pylist()]
-    if store.captions["text"].take(ids).to_pylist() != texts:
-        raise InputError(
-            f"{features} was not extracted from {file}: the prompts differ. Run semroute extract "
-            f"{file}, or leave --features out to have the LLM encode them."
-        )
-    return store, ids
-
-
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN")
 @click.option(
     "--features",
-    required=True,
     type=click.Path(path_type=Path),
     help="Feature store of the captions to judge by.",
 )
-@click.option(
-    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
-)
+@click.option("--samples", help="The test.parquet of the shapes that they were extracted from.")
+@judge_options
 @click.option(
     "--cfg-scale",
     "cfg_scales",
@@ -360,20 +281,37 @@ def _conditions(
 )
 @_sampling_options
 def evaluate(
-    run: Path, features: Path, samples: str, weights: Any, step: int | None, **how: Any
+    run: str,
+    features: Path | None,
+    samples: str | None,
+    judge: str | None,
+    weights: Any,
+    step: int | None,
+    **how: Any,
 ) -> None:
     """Score a RUN on the captions of a shapes world, skill by skill, with chance beside.
 
     Writes RUN/evaluation.json, and pictures of some judged images into RUN/figures.
 
+    With --judge, RUN is a folder of pictures that semroute sample wrote, a run of which that is
+    RUN/samples, or a table of captions and images; and a vision-language model is asked whether
+    each picture shows its caption.
+
     \b
-    Example:
+    Examples:
       semroute evaluate runs/depth --features features-test --samples shapes/test.parquet
+      semroute evaluate geneval --judge Qwen/Qwen2.5-VL-7B-Instruct
     """
+    options = take_judge_options(how, judge)
+    if judge is not None:
+        judge_source(run, judge, options)
+        return
+    if features is None or samples is None:
+        raise InputError("give --judge, or --features and --samples")
     from ..pipeline.store import open_features
     from .results import open_run, score_run
 
-    trained = open_run(run, step, weights)
+    trained = open_run(Path(run), step, weights)
     store = open_features(features)
     trained.check_features(store.manifest.identity)
     for path in score_run(trained, store, samples, _decoder(trained), report=click.echo, **how):

@@ -83,15 +83,7 @@ class Evaluation:
 
     def to_text(self) -> str:
         """An aligned table; a line a split and skill."""
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if number < 2 else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return align(self._rows(), num_words=2)
 
     __str__ = to_text
     __repr__ = to_text
@@ -211,7 +203,7 @@ def score(
                 continue
             right = np.array([sum(each) for each in judged[skill].values()])
             asked = np.array([len(each) for each in judged[skill].values()])
-            low, high = _interval(right, asked, rng)
+            low, high = interval(right, asked, rng)
             rows.append(
                 {
                     "split": split,
@@ -349,11 +341,24 @@ def chance(scenes: Sequence[Scene], rng: np.random.Generator) -> Mapping[str, fl
     return {skill: right[skill] / asked[skill] for skill in asked}
 
 
-def _interval(
-    right: NDArray[np.int64], asked: NDArray[np.int64], rng: np.random.Generator
+def align(rows: Sequence[Sequence[str]], num_words: int) -> str:
+    """A table as text: the first columns, of words, to the left, and all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < num_words else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def interval(
+    totals: NDArray[Any], counts: NDArray[np.int64], rng: np.random.Generator
 ) -> tuple[float, float]:
-    """95 % of the accuracy over resampled scenes: right and asked images of each, [S]."""
-    num = len(right)
+    """95 % of a mean over resampled scenes: what the images of each add up to, and how many there
+    are, [S]."""
+    num = len(totals)
     times = rng.multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES)  # (resamples, S)
-    low, high = np.percentile((times @ right) / (times @ asked), [2.5, 97.5])
+    low, high = np.percentile((times @ totals) / (times @ counts), [2.5, 97.5])
     return float(low), float(high)

@@ -120,7 +120,7 @@ def open_gallery(
     _check_folder(out, record)
     gallery = Gallery(out, prompts, places, record)
     lines = [
-        {"image": file, "caption": prompt.text, "prompt": number, "group": prompt.group}
+        {"image": file, "caption": prompt.text, "number": number, "group": prompt.group}
         for number, (prompt, files) in enumerate(zip(prompts, places.pictures, strict=True))
         for file in files
     ]
