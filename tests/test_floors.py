@@ -22,7 +22,7 @@ FLOORS = [
             "pipeline." + name
             for name in ("layout", "shards", "cluster", "ledger", "lock", "parameters")
         ),
-        *("trainer." + name for name in ("router", "flow", "shapes", "layouts")),
+        *("trainer." + name for name in ("router", "flow", "shapes", "layouts", "order")),
     },
     {"pipeline.latentstore", "pipeline.samples", "trainer.baselines", "trainer.world"},
     {

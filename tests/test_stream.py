@@ -16,62 +16,13 @@ from hypothesis import strategies as st
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.flow import Flow
-from semroute.trainer.stream import Order, Stream, draw
+from semroute.trainer.stream import Stream, draw
 
 NUM_SAMPLES = 200
 
 
-def order(num_samples=10, seed=0, dropout=0.1, counts=None):
-    counts = np.ones(num_samples, np.int64) if counts is None else np.asarray(counts)
-    return Order(num_samples, counts, seed=seed, caption_dropout=dropout)
-
-
 def reading():
     return [t for t in threading.enumerate() if t.name.startswith("semroute-stream")]
-
-
-class TestOrder:
-    @settings(deadline=None)
-    @given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 100))
-    def test_an_epoch_holds_every_sample_once(self, num_samples, epoch, seed):
-        samples = order(num_samples, seed).samples(epoch * num_samples, num_samples)
-        assert sorted(samples) == list(range(num_samples))
-
-    @settings(deadline=None)
-    @given(st.integers(1, 30), st.integers(0, 100), st.lists(st.integers(1, 40), max_size=6))
-    def test_it_does_not_matter_how_it_is_cut(self, num_samples, first, lengths):
-        whole = order(num_samples)
-        samples = whole.samples(first, sum(lengths) + 1)
-        choices = whole.choices(first, samples)
-        start = first
-        for length in lengths:
-            cut = order(num_samples)  # no memory of what came before
-            here = slice(start - first, start - first + length)
-            assert np.array_equal(cut.samples(start, length), samples[here])
-            assert np.array_equal(cut.choices(start, samples[here]), choices[here])
-            start += length
-
-    def test_epochs_and_seeds_differ(self):
-        epochs = [tuple(order(50, seed).samples(e * 50, 50)) for seed in (0, 1) for e in (0, 1)]
-        assert len(set(epochs)) == 4
-
-    def test_dropout_is_the_share_that_was_asked_for(self):
-        samples = np.zeros(20_000, np.int64)
-        share = np.mean(order(dropout=0.1).choices(0, samples) == -1)
-        assert share == pytest.approx(0.1, abs=0.01)
-        assert not (order(dropout=0.0).choices(0, samples) == -1).any()
-        assert (order(dropout=1.0).choices(0, samples) == -1).all()
-
-    def test_captions_of_a_sample_are_chosen_evenly(self):
-        samples = np.tile([0, 1], 15_000)
-        choice = order(2, dropout=0.0, counts=[1, 3]).choices(0, samples)
-        assert (choice[samples == 0] == 0).all()
-        shares = np.bincount(choice[samples == 1]) / 15_000
-        assert shares == pytest.approx([1 / 3] * 3, abs=0.02)
-
-    def test_a_sample_is_not_dropped_at_every_epoch(self):
-        lone = order(1, dropout=0.5)
-        assert len(set(lone.choices(0, np.zeros(64, np.int64)))) == 2
 
 
 class TestDraw:

@@ -1,4 +1,4 @@
-"""Which sample comes when, and a loader that obeys it.
+"""A loader that obeys an order: batches of features and latents, read ahead.
 
 The order is arithmetic and the reading is input/output, and they are apart: what a step trains on,
 noise included, is a pure function of (seed, position), whoever reads it, in however many parts, and
@@ -15,67 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ..pipeline.store import Codes, FeatureStore, LatentStore, Rows
 from ..schemas import DataConfig, InputError
 from .flow import Flow
-
-NULL_CAPTION = 0
-
-
-class Order:
-    """Samples and captions by global position; epoch e is positions e * num_samples and on.
-
-    Samples are counted without those that have no latent (see :attr:`LatentStore.ids`).
-
-    Args:
-        num_samples: that have a latent.
-        caption_counts: int64 [num_samples], how many captions each sample has, at least one.
-        caption_dropout: share of positions that train the null caption.
-    """
-
-    def __init__(
-        self, num_samples: int, caption_counts: np.ndarray, *, seed: int, caption_dropout: float
-    ) -> None:
-        self.num_samples = num_samples
-        self.caption_counts = caption_counts
-        self.seed = seed
-        self.caption_dropout = caption_dropout
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Every sample once: int64 [num_samples], a function of (seed, epoch)."""
-        if epoch not in self._epochs:
-            key = np.random.SeedSequence((self.seed, 0, epoch))
-            order = np.random.Generator(np.random.Philox(key)).permutation(self.num_samples)
-            kept = {e: p for e, p in self._epochs.items() if e == epoch - 1}
-            self._epochs = {**kept, epoch: order}
-        return self._epochs[epoch]
-
-    def samples(self, first: int, num: int) -> np.ndarray:
-        """Samples at positions ``first`` to ``first + num``: int64 [num]."""
-        parts = []
-        while num > 0:
-            epoch, start = divmod(first, self.num_samples)
-            part = self.permutation(epoch)[start : start + num]
-            parts.append(part)
-            first, num = first + len(part), num - len(part)
-        return np.concatenate(parts)
-
-    def choices(self, first: int, samples: np.ndarray) -> np.ndarray:
-        """Which of its captions each sample shows: int64 [num], -1 for the null caption.
-
-        Philox is counted by position: four words a position, of which the first decides dropout and
-        the second the choice.
-        """
-        key = np.random.SeedSequence((self.seed, 1))
-        words = np.random.Philox(key).advance(first).random_raw(4 * len(samples)).reshape(-1, 4)
-        counts = self.caption_counts[samples]
-        dropped = (words[:, 0] >> 11) * 2.0**-53 < self.caption_dropout
-        choice = (words[:, 1] % counts.astype(np.uint64)).astype(np.int64)
-        return np.where(dropped, -1, choice)
+from .order import Order, Source
 
 
 def draw(
@@ -179,14 +126,8 @@ class Stream:
         self.start_step = start_step
         self.codes = codes
         self.wait_seconds = 0.0
-        captions = features.samples["caption_ids"].combine_chunks()
-        self._caption_ids = captions.values.to_numpy()
-        self._caption_starts = captions.offsets.to_numpy()[:-1].astype(np.int64)
-        counts = np.diff(captions.offsets.to_numpy()).astype(np.int64)
-        self.ids = np.setdiff1d(latents.ids, held_out, assume_unique=True)
         self.order = Order(
-            len(self.ids),
-            counts[self.ids],
+            [source_of(features, latents, held_out)],
             seed=seed,
             caption_dropout=data.caption_dropout,
         )
@@ -200,10 +141,9 @@ class Stream:
         """One batch, read now."""
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
-        places = self.order.samples(first, num)
-        samples = self.ids[places]
-        choices = self.order.choices(first, places)
-        unique, caption = np.unique(self._captions(samples, choices), return_inverse=True)
+        places = self.order.places(first, num)
+        samples = places.sample
+        unique, caption = np.unique(places.caption, return_inverse=True)
         rows: Rows | Codes
         if self.codes:
             rows = self.features.read_codes(unique, self.layers)
@@ -222,9 +162,7 @@ class Stream:
 
     def captions(self, first: int, num: int) -> np.ndarray:
         """Ids of the captions that positions ``first`` to ``first + num`` show, each once."""
-        places = self.order.samples(first, num)
-        samples = self.ids[places]
-        return np.unique(self._captions(samples, self.order.choices(first, places)))
+        return np.unique(self.order.places(first, num).caption)
 
     def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of positions ``first`` and on, where
@@ -237,13 +175,6 @@ class Stream:
             np.random.Generator(np.random.Philox(np.random.SeedSequence(k))) for k in keys
         )
         return np.stack([each.standard_normal(shape, np.float32) for each in generators])
-
-    def _captions(self, samples: np.ndarray, choice: np.ndarray) -> np.ndarray:
-        """Caption ids of samples, of which the choice says which."""
-        captions = np.full(len(samples), NULL_CAPTION, np.int64)
-        kept = choice >= 0
-        captions[kept] = self._caption_ids[self._caption_starts[samples[kept]] + choice[kept]]
-        return captions
 
     def __iter__(self) -> Generator[Batch]:
         """Batches without end, in order; closing the iterator stops the reading.
@@ -270,6 +201,17 @@ class Stream:
             for micro_step in range(self.grad_accum_steps):
                 yield step, micro_step
             step += 1
+
+
+def source_of(
+    features: FeatureStore, latents: LatentStore, held_out: Sequence[int] | np.ndarray = ()
+) -> Source:
+    """Samples that have a latent and are not held out, and their captions."""
+    ids = np.setdiff1d(latents.ids, held_out, assume_unique=True)
+    lists = features.samples["caption_ids"].combine_chunks().take(pa.array(ids))
+    shards = features.captions["shard"].to_numpy().astype(np.int64)
+    captions = lists.values.to_numpy()
+    return Source(ids, lists.offsets.to_numpy().astype(np.int64), captions, shards=shards[captions])
 
 
 def check_joined(features: FeatureStore, latents: LatentStore) -> None:

@@ -1,0 +1,262 @@
+"""Which sample and which caption comes when. Arithmetic: nothing is read.
+
+What stands at a position is a pure function of (seed, position). Into how many parts the positions
+are cut, who reads them and after how many restarts make no difference.
+
+Shapes: P positions, N samples, M captions of all samples, S sources.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from ..schemas import InputError
+
+NULL_CAPTION = 0
+BLOCK = 1024
+"""Positions over which a mixture keeps its proportions, to a sample."""
+# What a generator is for, the second word of its seed. flow's noise has 2 and the posterior's 3.
+_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE = 0, 1, 4, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Samples to train on, of one pair of stores.
+
+    Attributes:
+        samples: ids, ascending: int64 ``[N]``.
+        starts: int64 ``[N + 1]``; sample n has captions ``starts[n]:starts[n + 1]``, at least one.
+        captions: ids, int64 ``[M]``.
+        weights: how often each caption is shown, against the others of its sample: positive,
+            float64 ``[M]``. None: all alike.
+        shards: in which each caption lies, int64 ``[M]``; for an order by shards.
+    """
+
+    samples: np.ndarray
+    starts: np.ndarray
+    captions: np.ndarray
+    weights: np.ndarray | None = None
+    shards: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def _below(self) -> np.ndarray:
+        """Share of its sample's weight that captions before each one have: float64 ``[M]``."""
+        assert self.weights is not None
+        first, counts = self.starts[:-1], np.diff(self.starts)
+        before = np.cumsum(self.weights) - self.weights
+        sums = np.add.reduceat(self.weights, first)
+        return np.asarray((before - np.repeat(before[first], counts)) / np.repeat(sums, counts))
+
+    def choose(self, places: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """A caption of each sample: places in :attr:`captions`, int64 ``[P]``.
+
+        Args:
+            places: in :attr:`samples`, int64 ``[P]``.
+            words: random bits that decide, uint64 ``[P]``.
+        """
+        first = self.starts[places]
+        counts = self.starts[places + 1] - first
+        if self.weights is None:
+            return np.asarray(first + (words % counts.astype(np.uint64)).astype(np.int64))
+        choice, drawn = np.zeros(len(places), np.int64), _uniform(words)
+        for number in range(1, int(counts.max(initial=1))):
+            some = np.flatnonzero(counts > number)
+            choice[some] += drawn[some] >= self._below[first[some] + number]
+        return np.asarray(first + choice)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What stands at positions, int64 ``[P]`` each.
+
+    Attributes:
+        source: number of the pair of stores.
+        sample: id in those stores.
+        caption: id in those stores, :data:`NULL_CAPTION` where it is dropped.
+    """
+
+    source: np.ndarray
+    sample: np.ndarray
+    caption: np.ndarray
+
+
+class Order:
+    """Samples and captions by position.
+
+    Positions are dealt to sources in their proportions. Each source deals its own out to its
+    epochs: epoch e of N samples is those from e * N on, and holds every sample once.
+
+    Args:
+        sources: at least one, none of them empty.
+        caption_dropout: share of positions that train the null caption.
+        proportions: share of positions of every source but the first, which has the rest.
+        window: None: any sample may follow any other. Otherwise samples come shard by shard, and
+            each shard's are spread over those of so many shards: see :class:`Epochs`.
+
+    Raises:
+        InputError: proportions leave too little for the first source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        seed: int,
+        caption_dropout: float,
+        proportions: Sequence[float] = (),
+        window: int | None = None,
+    ) -> None:
+        self.sources = list(sources)
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.proportions = [1.0 - sum(proportions), *proportions]
+        self.epochs = [
+            Epochs(source, seed, number, window) for number, source in enumerate(sources)
+        ]
+        if len(sources) * 2 > BLOCK * self.proportions[0]:
+            raise InputError(
+                f"the proportions of a mixture, {', '.join(map(str, proportions))}, leave "
+                f"{self.proportions[0]:.3g} of all samples for the first source; give them less"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Of all sources."""
+        return sum(map(len, self.sources))
+
+    def places(self, first: int, num: int) -> Places:
+        """What stands at positions ``first`` to ``first + num``.
+
+        Philox is counted by position: four words a position, of which the first decides dropout and
+        the second the caption.
+        """
+        words = _philox(self.seed, _CHOICE).advance(first).random_raw(4 * num).reshape(-1, 4)
+        source, turn = self.turns(first, num)
+        sample, caption = np.empty(num, np.int64), np.empty(num, np.int64)
+        for number, epochs in enumerate(self.epochs):
+            here = source == number
+            sample[here], caption[here] = epochs.places(turn[here], words[here, 1])
+        caption[_uniform(words[:, 0]) < self.caption_dropout] = NULL_CAPTION
+        return Places(source, sample, caption)
+
+    def turns(self, first: int, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which source each position is dealt to, and how many it was dealt before: int64 ``[P]``.
+
+        In blocks of :data:`BLOCK` positions sources have their proportions, rounded so that over
+        all blocks nothing is lost, in an order that is a function of (seed, block).
+        """
+        if len(self.sources) == 1:
+            return np.zeros(num, np.int64), np.arange(first, first + num)
+        blocks = range(first // BLOCK, -(-(first + num) // BLOCK))
+        sources, turns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for block in blocks:
+            before = self._dealt(block)
+            counts = self._dealt(block + 1) - before
+            source = np.repeat(np.arange(len(counts)), counts)
+            turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
+            mixed = _generator(self.seed, _MIXTURE, block).permutation(BLOCK)
+            place = np.argsort(source[mixed], kind="stable")  # of each source in turn
+            sources.append(source[mixed])
+            turns.append(np.empty(BLOCK, np.int64))
+            turns[-1][place] = turn
+        start = first - blocks.start * BLOCK
+        here = slice(start, start + num)
+        return np.concatenate(sources)[here], np.concatenate(turns)[here]
+
+    def _dealt(self, block: int) -> np.ndarray:
+        """Positions dealt to each source before a block: int64 ``[S]``."""
+        others = [int(block * BLOCK * share) for share in self.proportions[1:]]
+        return np.array([block * BLOCK - sum(others), *others], np.int64)
+
+
+class Epochs:
+    """The samples of one source, again and again in another order.
+
+    By default an epoch is a permutation. With a window w it comes shard by shard, for disks and
+    object stores that read whole shards faster than samples here and there: shards in a random
+    order, counted from 0 to n, and each sample of shard s at a random place between s and s + w,
+    modulo n. So everywhere w shards are mixed, one of them begins when another ends, and at w = n
+    this is a permutation again. The caption, which decides the shard, is then a function of epoch
+    and sample instead of the position.
+
+    Args:
+        number: of the source.
+    """
+
+    def __init__(self, source: Source, seed: int, number: int, window: int | None) -> None:
+        self.source = source
+        self.seed = seed
+        self.window = window
+        self._key = (number,) if number else ()
+        self._known: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._lock = threading.Lock()
+
+    def places(self, turns: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample and caption ids, int64 ``[P]`` each.
+
+        Args:
+            turns: how many samples came before, ascending.
+            words: random bits that choose among captions, uint64 ``[P]``.
+        """
+        places = np.empty(len(turns), np.int64)
+        captions = np.empty(len(turns), np.int64)
+        epoch, within = np.divmod(turns, len(self.source))
+        numbers, starts = np.unique(epoch, return_index=True)
+        for number, (start, stop) in zip(
+            numbers.tolist(), pairwise([*starts.tolist(), len(turns)]), strict=True
+        ):
+            here = slice(start, stop)
+            order, chosen = self.epoch(number)
+            places[here] = order[within[here]]
+            if chosen is None:
+                captions[here] = self.source.choose(places[here], words[here])
+            else:
+                captions[here] = chosen[places[here]]
+        return self.source.samples[places], self.source.captions[captions]
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Every sample once, int64 ``[N]``, and by shards the caption of each, int64 ``[N]``; both
+        as places in the source."""
+        with self._lock:
+            if epoch not in self._known:
+                kept = {e: known for e, known in self._known.items() if e == epoch - 1}
+                made = self._random(epoch) if self.window is None else self._by_shards(epoch)
+                self._known = {**kept, epoch: made}
+            return self._known[epoch]
+
+    def _random(self, epoch: int) -> tuple[np.ndarray, None]:
+        generator = _generator(self.seed, _PERMUTATION, epoch, *self._key)
+        return generator.permutation(len(self.source)), None
+
+    def _by_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.window is not None
+        assert self.source.shards is not None
+        bits = _philox(self.seed, _SHARDS, epoch, *self._key)
+        generator = np.random.Generator(bits)
+        num = len(self.source)
+        chosen = self.source.choose(np.arange(num), bits.random_raw(num))
+        shards, shard = np.unique(self.source.shards[chosen], return_inverse=True)
+        turn = generator.permutation(len(shards))[shard]
+        window = min(self.window, len(shards))
+        place = (turn + window * generator.random(num)) % len(shards)
+        return np.argsort(place, kind="stable"), chosen
+
+
+def _philox(*words: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(words))
+
+
+def _generator(*words: int) -> np.random.Generator:
+    return np.random.Generator(_philox(*words))
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    """Random bits as numbers in [0, 1): uint64 -> float64 of 53 bits."""
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53)
