@@ -9,6 +9,7 @@ from .pipeline import commands as pipeline
 from .pipeline.cluster import DISK_FULL
 from .schemas import InputError
 from .trainer import commands as trainer
+from .trainer import experiments
 
 
 class _Commands(click.Group):
@@ -53,8 +54,9 @@ for command in (
     trainer.sample,
     trainer.evaluate,
     trainer.plot,
-    trainer.study,
-    trainer.ablate,
+    experiments.study,
+    experiments.ablate,
+    experiments.lag,
 ):
     cli.add_command(command)
 

@@ -34,6 +34,7 @@ from semroute.schemas import read_config
 from semroute.trainer.evaluation import evaluate
 from semroute.trainer.loop import train
 from semroute.trainer.run import Run, load_run
+from semroute.trainer.sampling import Solver
 from semroute.trainer.stream import draw
 from semroute.trainer.world import read_scenes, write_world
 
@@ -144,8 +145,8 @@ def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, floa
     decode = functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)
     for scale in GUIDANCE:
         scores, _ = evaluate(
-            run.model, run.flow, store, ids, scenes, splits, decode, num_steps=16,
-            cfg_scale=scale, seed=seed, batch_size=80, progress=False,
+            run.model, run.flow, store, ids, scenes, splits, decode, Solver(16, scale),
+            seed=seed, batch_size=80, progress=False,
         )  # fmt: skip
         found = scores.to_dict()["test"]
         result |= {f"{skill} at {scale:g}": found[skill]["accuracy"] for skill in SKILLS}

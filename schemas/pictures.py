@@ -46,7 +46,7 @@ class PicturesRecord(Contract):
     codec: str
     """Of the features; ``none`` where the LLM encoded the prompts."""
     sampling: dict[str, int | float | str | list[float] | None]
-    """Seed, steps and guidance."""
+    """Seed, steps, solver, guidance and clock."""
 
 
 class JudgeRecord(Contract):

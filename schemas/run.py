@@ -42,6 +42,9 @@ class RoutingConfig(Contract):
     phi_scale: float = Field(1000.0, gt=0)
     """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code. Of ``time`` and
     ``joint``."""
+    t_jitter: float = Field(0.0, ge=0)
+    """Standard deviation of the noise on the t that gates are told in training, clipped to [0, 1].
+    Of ``time`` and ``joint``."""
     weights: Literal["softmax", "signed"] = "softmax"
     """Of learned logits z: softmax(z), or (1 + z) / L, which can be negative."""
     top_k: Positive | None = None
@@ -73,9 +76,12 @@ class RoutingConfig(Contract):
 
 _ROUTING_KEYS = {
     "static": {"weights", "top_k", "uniform_penalty"},
-    "time": {"phi_scale", "weights", "top_k", "uniform_penalty"},
+    "time": {"phi_scale", "t_jitter", "weights", "top_k", "uniform_penalty"},
     "depth": {"weights", "top_k", "rank", "uniform_penalty", "smooth_penalty"},
-    "joint": {"phi_scale", "weights", "top_k", "uniform_penalty", "smooth_penalty"},
+    "joint": {
+        *("phi_scale", "t_jitter", "weights", "top_k"),
+        *("uniform_penalty", "smooth_penalty"),
+    },
     "token": {"weights", "top_k"},
     "one-per-block": {"layers"},
     "concat": {"layers"},

@@ -63,6 +63,48 @@ def world(tmp_path_factory, tiny_llm):
     return root
 
 
+@pytest.fixture(scope="module")
+def timed(world):
+    """A run whose routing depends on t."""
+    run = world / "timed"
+    invoke("train", world / "run.yaml", f"output={run}", "routing.strategy=time")
+    return run
+
+
+class TestClock:
+    """Routing by t under clocks, and what they read."""
+
+    def test_lag(self, world, timed):
+        options = ["--features", world / "test", "--num", 3, "--num-steps", 4]
+        output = invoke("lag", timed, *options, "--cfg-scale", 1, "--cfg-scale", 3)
+        table = pyarrow.parquet.read_table(timed / "lag.parquet")
+        assert table.num_rows == 2 * 2 * 3
+        assert output.splitlines()[0].split() == [
+            *("guidance", "solver", "lag", "largest", "estimated", "as", "shift", "apart"),
+            "outside",
+        ]
+        assert (timed / "figures" / "lag.png").stat().st_size > 0
+        first = (timed / "clock.safetensors").read_bytes()
+        assert invoke("lag", timed, *options, "--cfg-scale", 1, "--cfg-scale", 3) == output
+        assert (timed / "clock.safetensors").read_bytes() == first
+
+    def test_pictures_differ_by_clock_and_solver(self, world, timed, tmp_path):
+        options = ["--features", world / "test", "--num", 1, "--num-steps", 4]
+        found = set()
+        for name in ("nominal", "shift:0.2", "estimated"):
+            for solver in ("euler", "heun"):
+                out = tmp_path / f"{name}-{solver}"
+                clock = ["--clock", name, "--solver", solver]
+                invoke("sample", timed, *options, *clock, "--out", out, "--weights", "model")
+                found.add((out / "000000.png").read_bytes())
+        assert len(found) >= 2  # after six steps, gates have hardly learned
+
+    def test_a_clock_is_refused_where_it_changes_nothing(self, world):
+        options = ["--features", world / "test", "--clock", "estimated"]
+        output = invoke("sample", world / "run", *options, code=1)
+        assert "strategy depth does not depend on t, so clock estimated" in output
+
+
 class TestVAE:
     """From images to pictures by way of a VAE."""
 

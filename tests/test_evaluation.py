@@ -10,6 +10,7 @@ from semroute.schemas import InputError, ModelConfig, RoutingConfig
 from semroute.trainer.dit import DiT
 from semroute.trainer.evaluation import EVALUATION_SCHEMA, evaluate, generate, score
 from semroute.trainer.flow import Flow
+from semroute.trainer.sampling import Solver
 from semroute.trainer.scenes import Object, Scene, sample_scene
 from semroute.trainer.shapes import IMAGE_PIXELS, SKILLS, render
 
@@ -156,9 +157,10 @@ def network(features, strategy="depth"):
     return model
 
 
-def run(model, features, ids, **options):
-    given = {"num_steps": 3, "cfg_scale": 2.0, "seed": 0, "batch_size": 4, "progress": False}
-    return generate(model, Flow(shift=3.0), features, ids, **given | options)
+def run(model, features, ids, cfg_scale=2.0, **options):
+    given = {"seed": 0, "batch_size": 4, "progress": False}
+    how = Solver(3, cfg_scale)
+    return generate(model, Flow(shift=3.0), features, ids, how, **given | options)
 
 
 class TestGenerate:
@@ -217,8 +219,7 @@ class TestEvaluate:
             scenes,
             ["test"] * 6,
             decode,
-            num_steps=3,
-            cfg_scale=2.0,
+            Solver(3, 2.0),
             seed=0,
             batch_size=4,
             progress=False,

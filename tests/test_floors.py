@@ -33,7 +33,8 @@ FLOORS = [
     {
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
         *("pipeline." + name for name in ("statistics", "knowledge", "mixing", "status")),
-        *("pipeline.autoencoder", "pipeline.growth", "trainer.stream", "trainer.dit"),
+        *("pipeline.autoencoder", "pipeline.growth"),
+        *("trainer.stream", "trainer.dit", "trainer.clock", "trainer.options"),
     },
     {
         *(
@@ -45,10 +46,10 @@ FLOORS = [
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
     | {"trainer.checkpoint", "trainer.plots"},
     {"trainer.run", "trainer.judging"},
-    {"trainer.loop"},
+    {"trainer.loop", "trainer.lag"},
     {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},
     {"trainer.panels", "trainer.ablation", "trainer.benchmarking"},
-    {"pipeline.commands", "trainer.commands"},
+    {"pipeline.commands", "trainer.commands", "trainer.experiments"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -62,6 +63,7 @@ BOTH = {
     "pipeline.commands",
     "trainer.commands",
     "trainer.benchmarking",
+    "trainer.experiments",
 }  # the command line, which uses both halves
 
 

@@ -266,6 +266,7 @@ class TestTraining:
         [
             {"strategy": "token", "top_k": 2},
             {"strategy": "depth", "weights": "signed", "rank": 2, "smooth_penalty": 0.1},
+            {"strategy": "time", "t_jitter": 0.1},
             {"strategy": "one-per-block"},
             {"strategy": "concat", "layers": [1, 3]},
             {"strategy": "attention", "layers": [1, 3, 4]},
@@ -279,8 +280,20 @@ class TestTraining:
         train(configure("parts", routing=routing, gradient_checkpointing=True))
         assert_same_bits(whole, Path(half.output))
         weights = load_run(whole).weights()
-        assert weights.shape == (1, 2, 4)
+        assert weights.shape == (21 if routing["strategy"] == "time" else 1, 2, 4)
         assert np.isfinite(weights).all()
+
+    def test_a_jitter_is_told_to_the_gates_alone(self, configure):
+        runs = [
+            train(configure(name, routing={"strategy": "time", **changes}, steps=3))
+            for name, changes in (("exact", {}), ("jittered", {"t_jitter": 0.2}))
+        ]
+        # Gates start as uniform whatever they are told: the first loss is the same.
+        losses = [read_metrics(path)[0]["loss"] for path in runs]
+        assert losses[0] == losses[1]
+        # And the network's first prediction is zero whatever it reads: then they learn apart.
+        gates = [tensors(path)["model/router.gates.weight_out"] for path in runs]
+        assert not torch.equal(*gates)
 
     def test_a_penalty_acts_and_is_not_in_the_loss(self, configure):
         routing = {"strategy": "depth", "uniform_penalty": 1e4}

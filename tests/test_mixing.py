@@ -21,6 +21,7 @@ from semroute.trainer.evaluation import generate
 from semroute.trainer.fusion import layer_norm
 from semroute.trainer.loop import train
 from semroute.trainer.run import load_run
+from semroute.trainer.sampling import Solver
 
 L, H, D = 7, 48, 5
 
@@ -234,8 +235,8 @@ def mixed(run_of, feature_store, tmp_path_factory):
 
 
 def draw(run, features, ids=(1, 5, 9)):
-    options = {"num_steps": 3, "cfg_scale": 2.0, "seed": 0, "batch_size": 2, "progress": False}
-    return generate(run.model, run.flow, features, ids, **options)
+    options = {"seed": 0, "batch_size": 2, "progress": False}
+    return generate(run.model, run.flow, features, ids, Solver(3, 2.0), **options)
 
 
 class TestRuns:

@@ -10,7 +10,7 @@ from semroute.schemas import ContractError, InputError, TrainConfig
 from semroute.trainer.checkpoint import latest_checkpoint
 from semroute.trainer.loop import train
 from semroute.trainer.run import load_run
-from semroute.trainer.sampling import sample
+from semroute.trainer.sampling import Solver, sample
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class TestLoadRun:
         run = load_run(run_path)
         assert run.step == 4
         hidden = torch.randn(3, 4, 32)
-        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), num_steps=2, cfg_scale=1.0)
+        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), how=Solver(2, 1.0))
         assert out.shape == (1, 3, 12, 12)
         assert not any(p.requires_grad for p in run.model.parameters())
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.flow import Flow
-from semroute.trainer.stream import Stream, draw
+from semroute.trainer.stream import Stream, draw, jitter
 
 NUM_SAMPLES = 200
 
@@ -331,3 +331,21 @@ class TestJoin:
         other = self.amended(feature_store, tmp_path, lambda m: m.update(status="extracting"))
         with pytest.raises(InputError, match=r"is not finished: .* continues where it stopped"):
             self.stream(other, latent_store)
+
+
+class TestJitter:
+    def test_is_a_function_of_seed_and_position(self):
+        t = torch.linspace(0, 1, 24)
+        whole = jitter(t, 0.1, seed=3, first=10, draws=2)
+        parts = [
+            jitter(t[2 * i : 2 * i + 8], 0.1, seed=3, first=10 + i, draws=2) for i in (0, 4, 8)
+        ]
+        assert torch.equal(whole, torch.cat(parts))
+        assert not torch.equal(whole, jitter(t, 0.1, seed=4, first=10, draws=2))
+
+    def test_has_its_deviation_and_stays_a_noise_level(self):
+        told = jitter(torch.full((4000,), 0.5), 0.1, seed=0, first=0, draws=1)
+        assert (told - 0.5).std().item() == pytest.approx(0.1, rel=0.05)
+        assert (told.mean() - 0.5).abs() < 0.01
+        wide = jitter(torch.full((400,), 0.9), 1.0, seed=0, first=0, draws=1)
+        assert (wide.min(), wide.max()) == (0.0, 1.0)

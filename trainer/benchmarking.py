@@ -120,7 +120,9 @@ def draw_file(
     decode: Callable[[Any], Any],
     out: Path,
     options: dict[str, Any],
-    how: dict[str, Any],
+    how: Any,
+    said: dict[str, Any],
+    **drawing: Any,
 ) -> None:
     """``semroute sample --prompts``: the pictures of a file that are not there yet.
 
@@ -130,7 +132,8 @@ def draw_file(
         features: extracted from the file; None: the LLM encodes the prompts.
         model: where it is; default: where it was.
         options: from :func:`take_prompts_options`.
-        how: of :func:`semroute.trainer.gallery.draw_gallery`.
+        how, said: the solver, and what was said of it.
+        drawing: of :func:`semroute.trainer.gallery.draw_gallery`.
     """
     from ..pipeline.prompts import read_prompts
     from .gallery import draw_gallery, find_shard, finish_gallery, open_gallery
@@ -147,9 +150,9 @@ def draw_file(
         layout=layout,
         num_images=options["images_per_prompt"] or LAYOUTS[layout].num_images,
         codec="none" if features is None else source.manifest.codec.name,
-        sampling={key: value for key, value in how.items() if key != "batch_size"},
+        sampling=said,
     )
-    drawn = draw_gallery(gallery, run, source, ids, decode, shard=shard, **how)
+    drawn = draw_gallery(gallery, run, source, ids, decode, how, shard=shard, **drawing)
     missing = len(gallery.missing())
     click.echo(
         f"{gallery.out}: {drawn:,} pictures drawn, {len(gallery) - missing:,} of "

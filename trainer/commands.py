@@ -1,10 +1,9 @@
 """The commands that train and look at runs: parse, call, print. Imports stay inside."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -18,8 +17,7 @@ from .benchmarking import (
     take_judge_options,
     take_prompts_options,
 )
-
-F = TypeVar("F", bound=Callable[..., Any])
+from .options import clock_option, sampling_options, take_solver
 
 
 @click.command()
@@ -123,46 +121,6 @@ def train(
     click.echo(f"{path} is trained: semroute plot {path}")
 
 
-_SAMPLING = (
-    click.option(
-        "--num-steps",
-        default=50,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Of Euler's method.",
-    ),
-    click.option(
-        "--cfg-interval",
-        nargs=2,
-        default=(0.0, 1.0),
-        show_default=True,
-        type=click.FloatRange(0, 1),
-        help="Lowest and highest t that are guided.",
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the noise."),
-    click.option(
-        "--batch-size",
-        default=64,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Images sampled at once.",
-    ),
-    click.option(
-        "--weights",
-        default="ema",
-        show_default=True,
-        type=click.Choice(["ema", "model"]),
-        help="The moving average, or the weights themselves.",
-    ),
-    click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."),
-)
-
-
-def _sampling_options(command: F) -> F:
-    """Of every command that samples from a run."""
-    return functools.reduce(lambda found, option: option(found), _SAMPLING[::-1], command)
-
-
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
@@ -194,7 +152,8 @@ def _sampling_options(command: F) -> F:
     type=click.Path(path_type=Path),
     help="Folder of the pictures. Default: RUN/samples, or RUN/pictures/FILE of --prompts FILE.",
 )
-@_sampling_options
+@sampling_options
+@clock_option
 def sample(
     run: Path,
     features: Path | None,
@@ -227,10 +186,12 @@ def sample(
     from .results import draw, open_run
 
     trained = open_run(run, step, weights)
+    said = {key: value for key, value in how.items() if key != "batch_size"}
+    solver = take_solver(trained, how)
     if file is not None:
         out = out or run / "pictures" / Path(file).stem
         decode = _decoder(trained, vae)
-        draw_file(trained, file, num, features, model, decode, out, benchmark, how)
+        draw_file(trained, file, num, features, model, decode, out, benchmark, solver, said, **how)
         return
     if features is not None:
         from ..pipeline.store import open_features
@@ -251,7 +212,8 @@ def sample(
         if vae is not None:
             raise
         click.echo(f"{error}\nSo latents are written, not pictures. Name it with --vae.", err=True)
-    for path in draw(trained, source, ids, wanted, decoder, out or run / "samples", **how):
+    folder = out or run / "samples"
+    for path in draw(trained, source, ids, wanted, decoder, folder, solver, **how):
         click.echo(path)
 
 
@@ -279,7 +241,8 @@ def sample(
     type=click.IntRange(1),
     help="Sampled from different noise.",
 )
-@_sampling_options
+@sampling_options
+@clock_option
 def evaluate(
     run: str,
     features: Path | None,
@@ -314,7 +277,9 @@ def evaluate(
     trained = open_run(Path(run), step, weights)
     store = open_features(features)
     trained.check_features(store.manifest.identity)
-    for path in score_run(trained, store, samples, _decoder(trained), report=click.echo, **how):
+    solver = take_solver(trained, how)
+    decode = _decoder(trained)
+    for path in score_run(trained, store, samples, decode, solver, report=click.echo, **how):
         click.echo(path)
 
 
@@ -333,115 +298,6 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     from .run import load_run
 
     for path in plot_run(load_run(run, step), out or run / "figures"):
-        click.echo(path)
-
-
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--jobs",
-    type=click.IntRange(1),
-    help="Runs at a time. Default: one a GPU, or one a core where there is none.",
-)
-@click.option(
-    "--report-only", is_flag=True, help="Only make the report, of the runs that are done."
-)
-def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_only: bool) -> None:
-    """Train and judge all arms and seeds of the YAML file CONFIG, and report.
-
-    The same command continues what was stopped. Into the study's folder go the runs, all judgements
-    as results.parquet, and the report with its figures.
-
-    \b
-    Example:
-      semroute study studies/smoke.yaml
-    """
-    from ..pipeline.autoencoder import open_decoder
-    from ..schemas import StudyConfig, parse, read_yaml
-    from .panels import write_report
-    from .study import run_study
-
-    parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
-    if not report_only:
-        try:
-            run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)
-        except KeyboardInterrupt:
-            click.echo("Stopped. Run the same command to continue.", err=True)
-            sys.exit(130)
-    for path in write_report(parsed):
-        click.echo(path)
-
-
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--features",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Feature store of the captions to judge by.",
-)
-@click.option(
-    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
-)
-@click.option(
-    "--cfg-scale",
-    "cfg_scales",
-    multiple=True,
-    default=(3.0,),
-    show_default=True,
-    help="Guidance; may be given several times.",
-)
-@click.option("--leave-one-out", is_flag=True, help="Each layer in turn without its weight, too.")
-@click.option(
-    "--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Of Euler's method."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the noise.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
-def ablate(
-    runs: tuple[Path, ...],
-    features: Path,
-    samples: str,
-    cfg_scales: tuple[float, ...],
-    leave_one_out: bool,
-    num_steps: int,
-    seed: int,
-    out: Path,
-) -> None:
-    """Judge RUNS under other routing weights than they learned.
-
-    Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
-    three largest, and with several runs of one arm by those of the next.
-
-    \b
-    Example:
-      semroute ablate studies/shapes/runs/depth/seed-* --out ablation \\
-        --features world/features-test --samples world/shapes/test.parquet
-    """
-    import pyarrow.parquet as pq
-
-    from ..pipeline.autoencoder import open_decoder
-    from ..schemas import Scoring
-    from .ablation import TRAINED
-    from .ablation import ablate as swap
-    from .panels import Outline, write_comparison
-    from .results import open_run
-    from .study import RESULTS
-
-    scoring = Scoring(
-        features=str(features),
-        samples=samples,
-        cfg_scales=list(cfg_scales),
-        num_steps=num_steps,
-        seed=seed,
-    )
-    trained = [open_run(run, None, "ema") for run in runs]
-    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=click.echo)
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(results, out / RESULTS)
-    arms = list(dict.fromkeys(results["arm"].to_pylist()))
-    outline = Outline(out.name, arms, TRAINED, scoring, len(runs), unit="runs")
-    for path in [out / RESULTS, *write_comparison(results, outline, out)]:
         click.echo(path)
 
 

@@ -480,13 +480,20 @@ class DiT(nn.Module):
         return self._unpatchify(self.patch_out(x).float())  # [B, C, h, w]
 
     def forward(
-        self, x_t: Tensor, t: Tensor, hidden: Tensor, offsets: Tensor, caption: Tensor
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        hidden: Tensor,
+        offsets: Tensor,
+        caption: Tensor,
+        told: Tensor | None = None,
     ) -> Tensor:
         """Training in one call, so that wrappers of ``forward`` see every parameter used.
 
         x_t [B, C, h, w], t [B], and text as :meth:`encode_text` takes it -> fp32 [B, C, h, w].
+        ``told`` [B] is the t that routing is told, by default t.
         """
-        text = self.encode_text(hidden, offsets, caption, t)
+        text = self.encode_text(hidden, offsets, caption, t if told is None else told)
         return self.denoise(x_t, t, text)  # [B, C, h, w]
 
     def _patchify(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..pipeline.store import Rows
 from ..schemas import InputError, Mixes, write_document
 from .dit import DiT
 from .flow import Flow
-from .sampling import sample
+from .sampling import Callback, Solver, sample
 from .scenes import Scene
 from .shapes import SKILLS, judge_cells, read_cells, render
 
@@ -224,14 +224,13 @@ def generate(
     flow: Flow,
     features: Features,
     caption_ids: Sequence[int] | NDArray[np.int64],
+    how: Solver,
     *,
-    num_steps: int,
-    cfg_scale: float,
     seed: int,
     batch_size: int,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
     numbers: Sequence[int] | None = None,
     progress: bool = True,
+    callback: Callback | None = None,
 ) -> NDArray[np.float32]:
     """One latent a caption, float32 [N, C, h, w], in the units that the model was trained on.
 
@@ -241,8 +240,8 @@ def generate(
     Args:
         caption_ids: entries of ``features``; repeat one for several latents.
         batch_size: captions sampled at once; guidance runs them a second time.
-        cfg_interval: lowest and highest t that are guided.
         numbers: of the latents, by default 0, 1, 2 and so on.
+        callback: called after each step of each batch, as :func:`.sampling.solve` does.
 
     Raises:
         InputError: a batch size below 1, no such caption, or features that are mixes of other
@@ -259,7 +258,7 @@ def generate(
     ):
         layers = model.router.layers_read
         null = None
-        if cfg_scale != 1.0:
+        if how.cfg_scale != 1.0:
             null = features.read([NULL_CAPTION], layers).tensor(device)
         for first in range(0, len(caption_ids), batch_size):
             part = caption_ids[first : first + batch_size]
@@ -270,11 +269,10 @@ def generate(
                 rows.tensor(device),
                 torch.from_numpy(rows.offsets),
                 null,
-                num_steps=num_steps,
-                cfg_scale=cfg_scale,
-                cfg_interval=cfg_interval,
+                how,
                 seed=seed,
                 numbers=numbers[first : first + len(part)],
+                callback=callback,
             ).numpy(force=True)
             bar.update(len(part))
     return latents
@@ -288,12 +286,10 @@ def evaluate(
     scenes: Sequence[Scene],
     splits: Sequence[str],
     decode: Decode,
+    how: Solver,
     *,
-    num_steps: int,
-    cfg_scale: float,
     seed: int,
     batch_size: int,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
     progress: bool = True,
 ) -> tuple[Evaluation, NDArray[np.uint8]]:
     """Generate an image of every caption and score them: the scores, and the images judged.
@@ -301,18 +297,16 @@ def evaluate(
     Args:
         scenes, splits: of each caption, as in :func:`score`.
         decode: latents -> images.
-        num_steps, cfg_scale, seed, batch_size, cfg_interval: as in :func:`generate`.
+        how, seed, batch_size: as in :func:`generate`.
     """
     latents = generate(
         model,
         flow,
         features,
         caption_ids,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
+        how,
         seed=seed,
         batch_size=batch_size,
-        cfg_interval=cfg_interval,
         progress=progress,
     )
     images = decode(latents)

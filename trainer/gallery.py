@@ -33,6 +33,7 @@ from .evaluation import Decode, Features, generate
 from .layouts import Places, lay_out
 from .plots import CAPTIONS, sample_grid
 from .run import Run
+from .sampling import Solver
 
 RECORD = "pictures.json"
 UNFINISHED = "unfinished"
@@ -163,11 +164,11 @@ def draw_gallery(
     features: Features,
     caption_ids: Sequence[int],
     decode: Decode,
+    how: Solver,
     *,
     shard: tuple[int, int] = (0, 1),
     batch_size: int,
     seed: int,
-    **how: Any,
 ) -> int:
     """Draw the pictures of one shard that are not there yet.
 
@@ -177,7 +178,7 @@ def draw_gallery(
         shard: which of how many, the first being 0. Shards take whole batches in turn, and may run
             at the same time.
         batch_size: pictures sampled at once.
-        seed, how: as for :func:`semroute.trainer.evaluation.generate`.
+        how, seed: as for :func:`semroute.trainer.evaluation.generate`.
 
     Returns:
         How many were drawn.
@@ -206,11 +207,11 @@ def draw_gallery(
                 run.flow,
                 features,
                 [caption_ids[number] for number, _ in pairs],
+                how,
                 numbers=[picture_number(number, image) for number, image in pairs],
                 batch_size=len(batch),
                 seed=seed,
                 progress=False,
-                **how,
             )
             images = decode(latents)
             for picture in wanted:

@@ -51,7 +51,7 @@ from .dit import DiT
 from .flow import Flow
 from .router import entropy
 from .run import Run, open_start, start_from
-from .stream import Batch, Stream, check_joined, draw
+from .stream import Batch, Stream, check_joined, draw, jitter
 from .validation import Validation, held_out, open_validation
 
 HISTORY_T = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -244,7 +244,8 @@ class Trainer:
         return (t, batch.hidden), stopping > 0
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of a batch, each sample under K draws of t and noise, and those t."""
+        """Mean loss of a batch, each sample under K draws of t and noise, and the t that routing
+        was told."""
         draws = self.config.data.noise_draws
         t, noise = draw(
             self.flow,
@@ -254,12 +255,15 @@ class Trainer:
             num=len(batch.sample_ids),
             draws=draws,
         )
-        t, noise = t.to(batch.latents.device), noise.to(batch.latents.device)
+        told = t
+        if deviation := self.config.routing.t_jitter:
+            told = jitter(t, deviation, seed=self.config.seed, first=batch.position, draws=draws)
+        t, told, noise = (each.to(batch.latents.device) for each in (t, told, noise))
         x0 = batch.latents.repeat_interleave(draws, dim=0)  # [B*K, C, h, w]
         caption = batch.caption.repeat_interleave(draws)  # [B*K]
         x_t = self.flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
-        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption)  # [B*K, C, h, w]
-        return self.flow.loss(prediction, x0, noise, t).mean(), t
+        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption, told)
+        return self.flow.loss(prediction, x0, noise, t).mean(), told
 
     def validate(self) -> dict[str, Any]:
         """The loss on what is never trained on, as metrics; its time is not the steps'."""

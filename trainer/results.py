@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from ..schemas import InputError
 from .evaluation import Decode, Features, Report, evaluate, generate
 from .plots import sample_grid, save_images
 from .run import Run, load_run
+from .sampling import Solver
 from .shapes import judge
 from .world import read_scenes
 
@@ -57,12 +59,10 @@ def draw(
     texts: Sequence[str],
     decode: Decode | None,
     out: Path,
+    how: Solver,
     *,
-    num_steps: int,
-    cfg_scale: float,
     seed: int,
     batch_size: int,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
 ) -> list[Path]:
     """A picture of each caption and a grid of them all, in ``out``; or just their latents.
 
@@ -71,19 +71,10 @@ def draw(
         decode: latents -> images. None: write ``latents.safetensors``, with the tensor ``latents``,
             float32 [captions, C, height, width] in the units that the run was trained on, and the
             captions as JSON in its metadata.
-        num_steps, cfg_scale, seed, batch_size, cfg_interval: as for
-            :func:`semroute.trainer.evaluation.generate`.
+        how, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
     """
     latents = generate(
-        run.model,
-        run.flow,
-        features,
-        caption_ids,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        seed=seed,
-        batch_size=batch_size,
-        cfg_interval=cfg_interval,
+        run.model, run.flow, features, caption_ids, how, seed=seed, batch_size=batch_size
     )
     if decode is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,13 +90,12 @@ def score_run(
     store: FeatureStore,
     samples: str,
     decode: Decode,
+    how: Solver,
     *,
     cfg_scales: Sequence[float],
     images_per_caption: int,
-    num_steps: int,
     seed: int,
     batch_size: int,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Score a run on a world of shapes at several guidance scales.
@@ -116,8 +106,8 @@ def score_run(
         store: features of the captions to judge by.
         samples: the test.parquet that they were extracted from.
         decode: latents -> images.
-        num_steps, seed, batch_size, cfg_interval: as for
-            :func:`semroute.trainer.evaluation.generate`.
+        how, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`; its guidance
+            scale is replaced by each of ``cfg_scales``.
         report: takes each scale's table of scores.
 
     Raises:
@@ -141,11 +131,9 @@ def score_run(
             scenes * images_per_caption,
             splits * images_per_caption,
             decode,
-            num_steps=num_steps,
-            cfg_scale=cfg_scale,
+            replace(how, cfg_scale=cfg_scale),
             seed=seed,
             batch_size=batch_size,
-            cfg_interval=cfg_interval,
         )
         report(f"guidance {cfg_scale:g}, {len(images)} images\n{evaluations[cfg_scale]}\n")
         shown = np.linspace(0, len(ids) - 1, min(NUM_JUDGED, len(ids))).astype(int)
@@ -155,5 +143,13 @@ def score_run(
         path.parent.mkdir(exist_ok=True)
         sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
         written.append(path)
-    made = Report(run.step, run.source, str(store.path), num_steps, seed, evaluations, cfg_interval)
+    made = Report(
+        run.step,
+        run.source,
+        str(store.path),
+        how.num_steps,
+        seed,
+        evaluations,
+        how.cfg_interval,
+    )
     return [*written, made.write(run.path)]

@@ -33,9 +33,11 @@ from .checkpoint import (
     read_metrics,
     read_record,
 )
+from .clock import make_clock
 from .dit import DiT
 from .evaluation import Report
 from .flow import Flow
+from .sampling import Clock
 
 if TYPE_CHECKING:
     from ..pipeline.style import Figure
@@ -170,6 +172,21 @@ class Run:
             f"given, against its own:\n  {listed}\n"
             f"Rewrite the features with --routing {self.path}, or give those with all layers."
         )
+
+    def clock(self, name: str) -> Clock | None:
+        """What gates are told in place of the nominal t; see :func:`.clock.make_clock`.
+
+        Raises:
+            InputError: a clock where routing does not depend on t, an unknown name, or a store that
+                is needed to calibrate it and is not there.
+        """
+        config = self.record.config
+        if name != "nominal" and not self.model.router.depends_on_t:
+            raise InputError(
+                f"{self.path}: strategy {config.routing.strategy} does not depend on t, so clock "
+                f"{name} would change nothing: leave it out"
+            )
+        return make_clock(name, self.path, config.latents)
 
     def metrics(self) -> pa.Table:
         """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""

@@ -5,8 +5,9 @@ width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,35 @@ class Model(Protocol):
 Conditioning = Callable[[Tensor], Any]
 """t [B] -> what the model's ``denoise`` reads as text at that t."""
 
+Clock = Callable[[Tensor, Tensor], Tensor]
+"""x_t [B, C, h, w] and nominal t [B] -> the t that gates are told, [B]; see ``trainer.clock``."""
+
+Callback = Callable[[int, float, Tensor], None]
+"""Called after each step with the number of steps done, t and x_t [B, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the way from noise to data is gone.
+
+    Attributes:
+        num_steps: of the schedule.
+        cfg_scale: guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans
+            2022); at 1 the null text is not computed at all.
+        cfg_interval: lowest and highest t that are guided. Outside it, steps are taken without
+            guidance and without its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        method: ``euler``, one evaluation a step; or ``heun``, two, of second order (Karras et al.
+            2022, arXiv 2206.00364, algorithm 1), whose last step is Euler's.
+        clock: what gates of the noise level are told in place of the nominal t, which network and
+            solver keep. None: the nominal t. Of no effect where routing does not depend on t.
+    """
+
+    num_steps: int = 50
+    cfg_scale: float = 6.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    method: Literal["euler", "heun"] = "euler"
+    clock: Clock | None = None
+
 
 def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
     """The text of a batch for any t: computed once and kept, unless the routing depends on t.
@@ -46,29 +76,21 @@ def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor)
     return lambda t: text
 
 
-def euler(
+def solve(
     model: Model,
     flow: Flow,
     text: Conditioning,
     null: Conditioning | None,
     noise: Tensor,
-    *,
-    num_steps: int,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    how: Solver,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method along the flow's schedule, from t = 1 to t = 0.
-
-    Guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans 2022); at a scale
-    of 1 the null text is not computed at all. Outside ``cfg_interval``, lowest and highest t, steps
-    are taken without guidance and without its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """Along the flow's schedule, from t = 1 to t = 0.
 
     Args:
         text, null: what the captions and the null caption give at any t; null may be None at a
             scale of 1.
         noise: [B, C, h, w], x at t = 1.
-        callback: called after each step with the number of steps done, t and x_t.
 
     Returns:
         latents [B, C, h, w].
@@ -76,24 +98,28 @@ def euler(
     Raises:
         ValueError: guidance without the null text.
     """
-    if cfg_scale != 1.0 and null is None:
+    if how.cfg_scale != 1.0 and null is None:
         raise ValueError(
-            f"cfg_scale is {cfg_scale} but there is no null text to guide away from: pass the null "
-            "caption's features, or cfg_scale=1"
+            f"cfg_scale is {how.cfg_scale} but there is no null text to guide away from: pass the "
+            "null caption's features, or cfg_scale=1"
         )
+    low, high = how.cfg_interval
 
-    def velocity(x: Tensor, t: Tensor, reading: Conditioning) -> Tensor:
-        return flow.to_velocity(model.denoise(x, t, reading(t)), x, t)
+    def velocity(x: Tensor, now: float) -> Tensor:
+        t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
+        told = t if how.clock is None else how.clock(x, t)
+        v = flow.to_velocity(model.denoise(x, t, text(told)), x, t)
+        if null is None or how.cfg_scale == 1.0 or not low <= now <= high:
+            return v
+        v_null = flow.to_velocity(model.denoise(x, t, null(told)), x, t)
+        return v_null + how.cfg_scale * (v - v_null)
 
-    low, high = cfg_interval
-    schedule = flow.schedule(num_steps).tolist()
+    schedule = flow.schedule(how.num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
-        t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
-        v = velocity(x, t, text)
-        if cfg_scale != 1.0 and null is not None and low <= now <= high:
-            v_null = velocity(x, t, null)
-            v = v_null + cfg_scale * (v - v_null)
+        v = velocity(x, now)
+        if how.method == "heun" and step < how.num_steps:
+            v = (v + velocity(x + (after - now) * v, after)) / 2
         x = x + (after - now) * v
         if callback is not None:
             callback(step, after, x)
@@ -120,13 +146,11 @@ def sample(
     hidden: Tensor,
     offsets: Tensor,
     null_hidden: Tensor | None = None,
+    how: Solver = Solver(),
     *,
-    num_steps: int = 50,
-    cfg_scale: float = 6.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     numbers: Sequence[int] | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """One latent a caption.
 
@@ -136,10 +160,8 @@ def sample(
         offsets: int64 [U + 1].
         null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
             cfg_scale 1.
-        cfg_scale, cfg_interval: guidance, as in :func:`euler`.
         seed, numbers: the noise of sample i is a function of (seed, numbers[i]), by default of
             (seed, i): to sample a list in batches, pass the numbers of each.
-        callback: as in :func:`euler`.
 
     Returns:
         fp32 [U, C, h, w] on the device of ``hidden``, in the units the model was trained on.
@@ -147,19 +169,9 @@ def sample(
     num = len(offsets) - 1
     text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device))
     null = None
-    if null_hidden is not None and cfg_scale != 1.0:
+    if null_hidden is not None and how.cfg_scale != 1.0:
         ends = torch.tensor([0, len(null_hidden)])
         null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
     numbers = range(num) if numbers is None else numbers
     noise = starting_noise(model.latent_shape, seed=seed, numbers=numbers).to(hidden.device)
-    return euler(
-        model,
-        flow,
-        text,
-        null,
-        noise,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        cfg_interval=cfg_interval,
-        callback=callback,
-    )
+    return solve(model, flow, text, null, noise, how, callback)

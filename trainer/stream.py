@@ -42,6 +42,18 @@ def draw(
     return torch.cat(t), torch.cat(noise)
 
 
+def jitter(t: Tensor, deviation: float, *, seed: int, first: int, draws: int) -> Tensor:
+    """The t that gates are told in training: t [num * draws], with noise, in [0, 1].
+
+    A function of seed and position as :func:`draw`, whose numbers it leaves alone.
+    """
+    noise = []
+    for position in range(first, first + len(t) // draws):
+        key = np.random.SeedSequence((seed, 4, position))
+        noise.append(np.random.Generator(np.random.Philox(key)).standard_normal(draws, np.float32))
+    return (t + deviation * torch.from_numpy(np.concatenate(noise))).clamp(0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one rank trains on in one accumulation step.

@@ -42,6 +42,7 @@ from .checkpoint import METRICS, build_model, latest_checkpoint
 from .evaluation import Decode, generate
 from .loop import make_record, train
 from .run import Run, load_run
+from .sampling import Solver
 from .scenes import Scene
 from .shapes import EMPTY, judge_cells, read_cells
 from .world import read_scenes
@@ -147,9 +148,7 @@ def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table
             run.flow,
             store,
             ids * num,
-            num_steps=scoring.num_steps,
-            cfg_scale=cfg_scale,
-            cfg_interval=scoring.cfg_interval,
+            Solver(scoring.num_steps, cfg_scale, scoring.cfg_interval),
             seed=scoring.seed,
             batch_size=BATCH,
             progress=False,

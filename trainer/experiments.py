@@ -1,0 +1,187 @@
+"""The commands that ask many runs, or one run many questions: parse, call, print."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import clock_option
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Runs at a time. Default: one a GPU, or one a core where there is none.",
+)
+@click.option(
+    "--report-only", is_flag=True, help="Only make the report, of the runs that are done."
+)
+def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_only: bool) -> None:
+    """Train and judge all arms and seeds of the YAML file CONFIG, and report.
+
+    The same command continues what was stopped. Into the study's folder go the runs, all judgements
+    as results.parquet, and the report with its figures.
+
+    \b
+    Example:
+      semroute study studies/smoke.yaml
+    """
+    from ..pipeline.autoencoder import open_decoder
+    from ..schemas import StudyConfig, parse, read_yaml
+    from .panels import write_report
+    from .study import run_study
+
+    parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
+    if not report_only:
+        try:
+            run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)
+        except KeyboardInterrupt:
+            click.echo("Stopped. Run the same command to continue.", err=True)
+            sys.exit(130)
+    for path in write_report(parsed):
+        click.echo(path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Feature store of the captions to judge by.",
+)
+@click.option(
+    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
+)
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    multiple=True,
+    default=(3.0,),
+    show_default=True,
+    help="Guidance; may be given several times.",
+)
+@click.option("--leave-one-out", is_flag=True, help="Each layer in turn without its weight, too.")
+@click.option(
+    "--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Of Euler's method."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
+def ablate(
+    runs: tuple[Path, ...],
+    features: Path,
+    samples: str,
+    cfg_scales: tuple[float, ...],
+    leave_one_out: bool,
+    num_steps: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Judge RUNS under other routing weights than they learned.
+
+    Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
+    three largest, and with several runs of one arm by those of the next.
+
+    \b
+    Example:
+      semroute ablate studies/shapes/runs/depth/seed-* --out ablation \\
+        --features world/features-test --samples world/shapes/test.parquet
+    """
+    import pyarrow.parquet as pq
+
+    from ..pipeline.autoencoder import open_decoder
+    from ..schemas import Scoring
+    from .ablation import TRAINED
+    from .ablation import ablate as swap
+    from .panels import Outline, write_comparison
+    from .results import open_run
+    from .study import RESULTS
+
+    scoring = Scoring(
+        features=str(features),
+        samples=samples,
+        cfg_scales=list(cfg_scales),
+        num_steps=num_steps,
+        seed=seed,
+    )
+    trained = [open_run(run, None, "ema") for run in runs]
+    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=click.echo)
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(results, out / RESULTS)
+    arms = list(dict.fromkeys(results["arm"].to_pylist()))
+    outline = Outline(out.name, arms, TRAINED, scoring, len(runs), unit="runs")
+    for path in [out / RESULTS, *write_comparison(results, outline, out)]:
+        click.echo(path)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--features",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Feature store whose captions are drawn.",
+)
+@click.option(
+    "--num",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to draw, the first ones of the store's samples.",
+)
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    multiple=True,
+    default=(1.0, 1.5, 3.0, 6.0),
+    show_default=True,
+    help="Guidance; may be given several times.",
+)
+@click.option(
+    "--solver",
+    "methods",
+    multiple=True,
+    default=("euler", "heun"),
+    show_default=True,
+    type=click.Choice(["euler", "heun"]),
+    help="May be given several times.",
+)
+@click.option(
+    "--num-steps", default=50, show_default=True, type=click.IntRange(2), help="Of the solver."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--batch-size",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images sampled at once.",
+)
+@clock_option
+def lag(
+    run: Path, features: Path, num: int, num_steps: int, clock: str, seed: int, **how: Any
+) -> None:
+    """Measure how noisy latents really are on the way of a RUN, against the nominal noise level.
+
+    By the oracle, which knows where each trajectory ended, and by an estimate from x_t alone that
+    is calibrated on forward-noised latents. Writes RUN/lag.parquet and RUN/figures/lag.png.
+
+    \b
+    Example:
+      semroute lag runs/time --features features-test --cfg-scale 1 --cfg-scale 6
+    """
+    from ..pipeline.store import open_features
+    from .lag import report_lag
+    from .results import open_run
+    from .sampling import Solver
+
+    trained = open_run(run, None, "ema")
+    store = open_features(features)
+    trained.check_features(store.manifest.identity)
+    solver = Solver(num_steps, clock=trained.clock(clock))
+    for line in report_lag(trained, store, num, solver, seed=seed, **how):
+        click.echo(line)
