@@ -387,6 +387,12 @@ def status(store: Path, as_json: bool) -> None:
     help="A run: store only the mixes of layers that its blocks read.",
 )
 @click.option(
+    "--shuffle-layers",
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="A control: within each caption, layers change places at random. For --codec bf16.",
+)
+@click.option(
     "--rank",
     type=click.IntRange(1),
     help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",

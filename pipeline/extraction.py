@@ -269,10 +269,15 @@ def encode_prompts(
         device: where it runs; default: the first GPU, or the CPU.
 
     Raises:
-        InputError: no model there, or not the one of the identity.
+        InputError: no model there, or not the one of the identity; or its layers are shuffled.
     """
     from .encoder import Encoder, describe_model, find_model, load_tokenizer, tokenizer_digest
 
+    if identity.shuffled is not None:
+        raise InputError(
+            "the reader was made for layers in random order, a control, which new texts are not "
+            "encoded for: give it stored captions"
+        )
     located = find_model(model)
     tokenizer = load_tokenizer(located)
     found = {"model": describe_model(located), "tokenizer": tokenizer_digest(tokenizer)}

@@ -79,6 +79,7 @@ def rewrite(
     layers: str = "all",
     routing: Routing | None = None,
     rank: int | None = None,
+    shuffle_layers: int | None = None,
     captions: str | None = None,
     text_column: str | None = None,
     shard_bytes: int = 256_000_000,
@@ -101,6 +102,9 @@ def rewrite(
         routing: store only mixes of the layers, enough of them for what its blocks read. That the
             source is of the run's LLM is for the caller to check.
         rank: how many mixes; default the fewest whose mean error is under 1e-2.
+        shuffle_layers: a seed: within each caption its layers change places at random, so that no
+            layer can be told from another. A control: what routing still gains on such features
+            does not come from choosing layers. Of codec ``bf16``.
         captions: table of captions, all of which the source must hold; default all of them. The
             samples of the new store are its rows.
         text_column: of ``captions``.
@@ -120,6 +124,8 @@ def rewrite(
     identity = source.manifest.identity
     chosen = _choose_layers(layers, source)
     _check_routing(routing, rank, layers, source)
+    if shuffle_layers is not None:
+        _check_shuffle(codec or source.manifest.codec.name, routing, source)
     selection = _select(source, captions, text_column)
     if codec is None:
         codec = source.manifest.codec.name
@@ -160,6 +166,7 @@ def rewrite(
                 update={
                     "layers": chosen,
                     "mixes": mixes,
+                    "shuffled": identity.shuffled if shuffle_layers is None else shuffle_layers,
                     "final_norm": identity.final_norm if last_layer == final_layer else "absent",
                     "captions": CaptionsIdentity(
                         num_captions=len(selection.ids),
@@ -250,6 +257,9 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
     read, basis = _reading(source, store.manifest.identity)
     for part in _parts(counts, max(1, BATCH_BYTES // source.bytes_per_row())):
         given = source.read(ids[part], read).tensor()  # [R, L or K, H]
+        seed = store.manifest.identity.shuffled
+        if seed is not None and source.manifest.identity.shuffled is None:
+            given = _shuffle(given, ids[part], counts[part], seed)
         hidden = given if basis is None else mix(given, basis)  # [R, L or K, H]
         offsets = np.cumsum(counts[part]) - counts[part]
         within = np.arange(len(hidden)) - np.repeat(offsets, counts[part])
@@ -288,6 +298,37 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
     )
     let_next_begin()
     return store.complete_shard(planes, receipt)
+
+
+def _shuffle(
+    hidden: "torch.Tensor", ids: np.ndarray, counts: np.ndarray, seed: int
+) -> "torch.Tensor":
+    """Rows [R, L, H] of captions with their layers in random order, a function of (seed, caption)
+    that all rows of a caption share."""
+    import torch
+
+    orders = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, caption)))).permutation(
+            hidden.shape[1]
+        )
+        for caption in ids.tolist()
+    ]
+    order = torch.from_numpy(np.repeat(np.stack(orders), counts, axis=0))  # [R, L]
+    return hidden.gather(1, order[..., None].expand_as(hidden))
+
+
+def _check_shuffle(codec: str, routing: Routing | None, source: FeatureStore) -> None:
+    if CODECS[codec].fits:
+        raise InputError(
+            f"codec {codec} is fitted to what each layer is, which shuffled layers do not allow: "
+            "choose --codec bf16"
+        )
+    identity = source.manifest.identity
+    if routing is not None or identity.mixes is not None or identity.shuffled is not None:
+        raise InputError(
+            "layers are shuffled in a store that holds them in order, and not together with "
+            f"--routing: rewrite {source.path} before it was mixed or shuffled"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """``manifest.json``: what a store holds, how it was made, and how its bytes are laid out."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -80,6 +80,8 @@ class FeatureIdentity(Contract):
     samples: SamplesIdentity
     mixes: Mixes | None = None
     """What is stored in place of layers, where it is mixes of them."""
+    shuffled: Annotated[int, Field(ge=0)] | None = None
+    """Seed by which each caption's layers changed places, where they did (a control)."""
 
     @model_validator(mode="after")
     def _numbered(self) -> "FeatureIdentity":

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from semroute.pipeline.extraction import encode_prompts
 from semroute.pipeline.rewriting import rewrite
 from semroute.pipeline.store import StoreError, open_features
 from semroute.pipeline.verification import verify
@@ -41,6 +42,31 @@ def test_exact_codecs_change_no_bit(arguments, feature_store, codec):
     assert found.manifest.derived.codec_error > 1e-4
     assert all(r.codec_error["mean"] == 0 for r in found.receipts().values())
     assert verify(found.path).problems == []
+
+
+def test_shuffled_layers_are_the_same_ones_in_an_order_of_each_caption(arguments, feature_store):
+    given = {"codec": "bf16", "shuffle_layers": 3}
+    source, found = open_features(feature_store), rewrite(**arguments | given)
+    assert found.manifest.identity.shuffled == 3
+    orders = set()
+    for caption in range(40):
+        before, after = source.read([caption]).bits, found.read([caption]).bits
+        order = [next(i for i in range(4) if (before[:, i] == after[:, j]).all()) for j in range(4)]
+        assert sorted(order) == [0, 1, 2, 3]
+        orders.add(tuple(order))
+    assert len(orders) > 10
+    # Shards and batches do not matter, and a store is continued as it was begun.
+    larger = {"out": arguments["out"].with_name("b"), "shard_bytes": 400_000}
+    other = rewrite(**arguments | given | larger)
+    np.testing.assert_array_equal(other.read(range(193)).bits, found.read(range(193)).bits)
+    with pytest.raises(InputError, match="shuffled: 4 instead of 3"):
+        rewrite(**arguments | given | {"shuffle_layers": 4})
+    with pytest.raises(InputError, match="in a store that holds them in order"):
+        rewrite(**arguments | given | {"features": found.path, "out": found.path.with_name("c")})
+    with pytest.raises(InputError, match="codec delta is fitted to what each layer is"):
+        rewrite(**arguments | given | {"codec": "delta", "out": found.path.with_name("d")})
+    with pytest.raises(InputError, match="layers in random order, a control"):
+        encode_prompts(["a cat"], found.manifest.identity, "nowhere")
 
 
 @pytest.mark.parametrize("codec", ["delta", "linear"])

@@ -1,0 +1,31 @@
+"""A control: an LLM of the same architecture and tokenizer, with weights that were never trained.
+
+    python benchmarks/random_llm.py MODEL OUT [--seed 0]
+
+MODEL is what ``semroute extract --model`` takes; OUT a folder that it takes likewise.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from semroute.pipeline.encoder import find_model, load_tokenizer
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--seed", default=0, show_default=True)
+def main(model: str, out: Path, seed: int) -> None:
+    located = find_model(model)
+    config = AutoConfig.from_pretrained(located.folder, trust_remote_code=False)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+    load_tokenizer(located).save_pretrained(out)
+    click.echo(f"{out}: {config.model_type} with {config.num_hidden_layers} random layers")
+
+
+if __name__ == "__main__":
+    main()
