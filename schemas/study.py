@@ -1,6 +1,6 @@
 """What ``study.yaml`` says: which arms are trained, how often, and by what they are judged."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,10 @@ class Scoring(Contract):
     """Lowest and highest t that are guided."""
     images_per_caption: Positive = 1
     num_steps: Positive = 50
-    """Of Euler's method."""
+    """Of the solver."""
+    solver: Literal["euler", "heun"] = "euler"
+    clock: str = "nominal"
+    """What routing by t is told: ``nominal``, ``shift:K`` or ``estimated``."""
     seed: int = 0
     """Of the noise, the same for every run, so that runs are compared picture by picture."""
 
@@ -43,6 +46,24 @@ class Tuning(Contract):
     scoring: Scoring
 
 
+_SHARED = ("samples", "cfg_scales", "images_per_caption", "seed")
+
+
+class Arm(Contract):
+    """What differs in one arm of a study; in the file, with the dotted keys beside these."""
+
+    of: str | None = None
+    """Another arm, whose runs this one judges otherwise: nothing is trained."""
+    seeds: Seeds | None = None
+    """Those of the study's that this arm has; by default all."""
+    scoring: dict[str, Any] = Field(default_factory=dict)
+    """What is judged otherwise: features, num_steps, solver, clock, cfg_interval."""
+    tuning: dict[str, Any] = Field(default_factory=dict)
+    """The same of the scoring of trials."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of ``semroute train``."""
+
+
 class StudyConfig(Contract):
     """Arms x seeds over one pair of stores."""
 
@@ -51,7 +72,8 @@ class StudyConfig(Contract):
     train: dict[str, Any]
     """What all runs share: a configuration of ``semroute train`` without output and seed."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """Name -> what differs, as dotted keys: ``{routing.strategy: depth}``."""
+    """Name -> what differs, as dotted keys: ``{routing.strategy: depth}``. Besides, ``seeds``,
+    ``scoring`` and ``tuning`` say what else differs, and ``of`` names an arm to judge otherwise."""
     reference: str
     """The arm that the others are compared with."""
     seeds: Seeds
@@ -68,6 +90,8 @@ class StudyConfig(Contract):
                 raise ValueError(f"arm {name!r} names a folder: use letters, digits, - _ .")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat themselves")
+        for name in self.arms:
+            self._check(name)
         if self.tuning is not None:
             shared = sorted({*self.seeds} & {*self.tuning.seeds})
             if shared:
@@ -79,19 +103,66 @@ class StudyConfig(Contract):
                 )
         return self
 
+    def _check(self, name: str) -> None:
+        arm = self.arm(name)
+        if arm.seeds is not None and not {*arm.seeds} <= {*self.seeds}:
+            raise ValueError(f"arm {name} has seeds {arm.seeds}, of which the study has not all")
+        for place, changes in (("scoring", arm.scoring), ("tuning", arm.tuning)):
+            if found := sorted({*changes} & {*_SHARED}):
+                raise ValueError(
+                    f"arm {name} changes {place}.{found[0]}, by which all arms are compared: "
+                    "leave it out"
+                )
+        if arm.tuning and self.tuning is None:
+            raise ValueError(f"arm {name} changes the tuning of a study that has none")
+        if arm.of is None:
+            return
+        if arm.of not in self.arms or "of" in self.arms[arm.of]:
+            raise ValueError(f"arm {name} is of {arm.of!r}, which is no arm with runs of its own")
+        if arm.train or arm.tuning:
+            raise ValueError(
+                f"arm {name} judges the runs of {arm.of} and trains none: it may have seeds and "
+                "scoring only"
+            )
+
+    def arm(self, name: str) -> Arm:
+        """What differs in an arm."""
+        given = self.arms[name]
+        own = {key: given[key] for key in given if key in Arm.model_fields and key != "train"}
+        train = {key: given[key] for key in given if key not in own}
+        return Arm.model_validate({**own, "train": train})
+
+    def seeds_of(self, name: str) -> list[int]:
+        """Seeds of an arm."""
+        return self.arm(name).seeds or self.seeds
+
+    def scoring_of(self, name: str) -> Scoring:
+        """How an arm is judged."""
+        return _changed(self.scoring, self.arm(name).scoring, f"arm {name}, scoring")
+
+    def trials_of(self, name: str) -> Scoring:
+        """How trials of an arm are judged, where the study tunes."""
+        assert self.tuning is not None
+        return _changed(self.tuning.scoring, self.arm(name).tuning, f"arm {name}, tuning")
+
     def run(self, arm: str, seed: int, output: str, **changes: Any) -> TrainConfig:
         """The configuration of one run.
 
         Args:
+            arm: one that trains.
             changes: dotted key -> value, put in last.
 
         Raises:
             InputError: what the study says of this arm is no valid configuration.
         """
         document: dict[str, Any] = {}
-        for key, value in {**self.train, **self.arms[arm], **changes}.items():
+        for key, value in {**self.train, **self.arm(arm).train, **changes}.items():
             put(document, key, value)
         for key in ("output", "seed"):
             if key in document:
                 raise InputError(f"arm {arm} sets {key}, which the study sets for every run")
         return parse(TrainConfig, {**document, "output": output, "seed": seed}, f"arm {arm}")
+
+
+def _changed(scoring: Scoring, changes: dict[str, Any], source: str) -> Scoring:
+    return parse(Scoring, {**scoring.model_dump(), **changes}, source)

@@ -167,6 +167,28 @@ class TestStudy:
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert {path.parent.parent for path in after} == {path.parent.parent for path in before}
 
+    def test_an_arm_of_another_judges_its_runs_and_trains_nothing(self, world, done):
+        _, out, _ = done
+        changed = document(world, out)
+        changed["arms"] |= {
+            "late": {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}},
+            "once": {"routing.strategy": "static", "seeds": [1], "scoring": {"solver": "heun"}},
+        }
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        printed = invoke("study", write(world / "others.yaml", changed))
+        assert "judged otherwise: 2 runs, to do: 2" in printed
+        after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+        assert {path: after[path] for path in before if "static" not in path.parts} == before
+        assert {path.name for path in (out / "runs").iterdir()} == {"uniform", "depth", "once"}
+        table = pq.read_table(out / "results.parquet")
+        runs = set(zip(table["arm"].to_pylist(), table["seed"].to_pylist(), strict=True))
+        assert {seed for arm, seed in runs if arm == "late"} == {0, 1}
+        assert {seed for arm, seed in runs if arm == "once"} == {1}
+        report = (out / "report.md").read_text()
+        assert "Arms that have fewer seeds, of which differences are paired: `once`: 1." in report
+        assert "`late`: depth with cfg_interval [0.0, 0.5]" in report
+        assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
+
     def test_killed_and_continued_gives_the_same_judgements(self, world, done, tmp_path):
         content = document(world, tmp_path / "out", tuning=None)
         del content["tuning"]
@@ -248,19 +270,29 @@ class TestAblate:
     def test_refuses_runs_that_cannot_be_compared(self, world, done, tmp_path):
         run = done[1] / "runs" / "depth" / "seed-0"
         content = document(world, tmp_path / "out")
-        arms = {"uniform": {}, "time": {"routing.strategy": "time"}}
+        arms = {"uniform": {}, "token": {"routing.strategy": "token"}}
+        arms["time"] = {"routing.strategy": "time"}
         arms["deep"] = {"routing.strategy": "depth", "model.depth": 3}
         content |= {"arms": arms, "seeds": [0]}
         del content["tuning"]
         invoke("study", write(tmp_path / "study.yaml", content))
         runs = tmp_path / "out" / "runs"
-        printed = invoke(*self.command(world, tmp_path / "a", runs / "time" / "seed-0"), code=1)
-        assert "strategy time has no one set of weights" in printed
+        printed = invoke(*self.command(world, tmp_path / "a", runs / "token" / "seed-0"), code=1)
+        assert "strategy token has no one set of weights" in printed
+        printed = invoke(
+            *self.command(world, tmp_path / "a", run, runs / "time" / "seed-0"), code=1
+        )
+        assert "compare runs of one arm" in printed
         printed = invoke(
             *self.command(world, tmp_path / "a", run, runs / "deep" / "seed-0"), code=1
         )
         assert "compare runs of one arm" in printed
         assert not (tmp_path / "a").exists()
+        invoke(*self.command(world, tmp_path / "a", runs / "time" / "seed-0"))
+        table = pq.read_table(tmp_path / "a" / "results.parquet")
+        swapped = {*table["arm"].to_pylist()}
+        assert "mean over t" in swapped
+        assert not {"blocks reversed", "mean over blocks"} & swapped
 
 
 class TestConfiguration:
@@ -271,13 +303,30 @@ class TestConfiguration:
     def parse_all(self, content):
         study = parse(StudyConfig, content, "study.yaml")
         for arm in study.arms:
-            study.run(arm, 0, "out")
+            study.run(study.arm(arm).of or arm, 0, "out")
+            study.scoring_of(arm)
+            study.trials_of(arm)
 
     def test_refuses_what_cannot_be_compared(self, world):
         self.refused(world, "reference 'best' is no arm: uniform, depth", reference="best")
         self.refused(world, "repeat themselves", seeds=[1, 1])
         self.refused(world, r"tuning.seeds shares \[7\] with seeds", seeds=[0, 7])
         self.refused(world, "names a folder", arms={"uniform": {}, "a/b": {}})
+
+    @pytest.mark.parametrize(
+        ("arm", "message"),
+        [
+            ({"of": "best"}, "arm late is of 'best', which is no arm with runs of its own"),
+            ({"of": "later"}, "arm late is of 'later', which is no arm with runs of its own"),
+            ({"of": "depth", "steps": 3}, "judges the runs of depth and trains none"),
+            ({"seeds": [0, 5]}, r"seeds \[0, 5\], of which the study has not all"),
+            ({"scoring": {"cfg_scales": [2.0]}}, "changes scoring.cfg_scales, by which all arms"),
+            ({"scoring": {"sampler": "x"}}, "(?s)arm late, scoring.*sampler"),
+        ],
+    )
+    def test_refuses_arms_that_are_not_clear(self, world, arm, message):
+        arms = {"depth": {}, "later": {"of": "depth"}, "late": arm}
+        self.refused(world, message, arms=arms, reference="depth")
 
     def test_refuses_to_choose_by_what_it_is_judged_by(self, world):
         content = document(world, Path("out"))

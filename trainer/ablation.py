@@ -8,7 +8,7 @@ replaced by their mean, against the same weights in reverse order, against anoth
 Shapes: D blocks, L layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -56,6 +56,15 @@ def swaps(
     }
 
 
+def swaps_of_t(alpha: Tensor) -> dict[str, Tensor | None]:
+    """The same of weights that depend on t, by their mean over t, [D, L]: do they need to?"""
+    found: dict[str, Tensor | None] = {TRAINED: None, "mean over t": alpha}
+    blocks = alpha.mean(0, keepdim=True).expand_as(alpha)
+    if not torch.allclose(blocks, alpha, atol=1e-6):
+        found["mean over t and blocks"] = blocks
+    return found | {"uniform": torch.full_like(alpha, 1 / alpha.shape[1])}
+
+
 def _share(weights: Tensor) -> Tensor:
     """Rows that sum to one."""
     return weights / weights.sum(1, keepdim=True)
@@ -75,21 +84,27 @@ def ablate(
         Judgements as a study has them: ``arm`` is the swap, ``seed`` the number of the run.
 
     Raises:
-        InputError: weights that depend on t or on the token, or runs that differ in blocks or
+        InputError: weights that depend on the token, or runs that differ in strategy, blocks or
             layers.
     """
-    weights = [_weights(run) for run in runs]
-    for run, alpha in zip(runs, weights, strict=True):
-        if run.layers != runs[0].layers or alpha.shape != weights[0].shape:
+    weights = [_weights(run, scoring.num_steps) for run in runs]
+    kinds = [
+        f"{run.record.config.routing.strategy} of {len(alpha)} blocks over layers {run.layers}"
+        for run, alpha in zip(runs, weights, strict=True)
+    ]
+    for run, kind in zip(runs, kinds, strict=True):
+        if kind != kinds[0]:
             raise InputError(
-                f"{run.path} routes {list(alpha.shape)} blocks and layers {run.layers}, but "
-                f"{runs[0].path} {list(weights[0].shape)}, {runs[0].layers}: compare runs of one "
-                "arm"
+                f"{run.path} is {kind}, but {runs[0].path} is {kinds[0]}: compare runs of one arm"
             )
     tables = []
     for number, run in enumerate(runs):
         other = weights[(number + 1) % len(runs)] if len(runs) > 1 else None
-        found = swaps(weights[number], other, run.layers, leave_one_out=leave_one_out)
+        found: Mapping[str, Tensor | None]
+        if run.model.router.depends_on_t:
+            found = swaps_of_t(weights[number])
+        else:
+            found = swaps(weights[number], other, run.layers, leave_one_out=leave_one_out)
         for done, (name, alpha) in enumerate(found.items(), start=1):
             with reading(run, alpha):
                 table = judge_run(run, scoring, open_decoder)
@@ -98,21 +113,22 @@ def ablate(
     return pa.concat_tables(tables)
 
 
-def _weights(run: Run) -> Tensor:
-    router = run.model.router
-    if router.depends_on_t or router.depends_on_content or run.record.features.mixes is not None:
+def _weights(run: Run, num_steps: int) -> Tensor:
+    """What the run learned, [D, L]; where it depends on t the mean over the t of sampling."""
+    if run.model.router.depends_on_content or run.record.features.mixes is not None:
         raise InputError(
             f"{run.path}: strategy {run.record.config.routing.strategy} has no one set of weights "
-            "over layers to swap; expected static, depth or another fixed one"
+            "over layers to swap; expected static, depth, time, joint or a fixed one"
         )
-    return torch.from_numpy(run.weights()[0])
+    t = run.flow.schedule(num_steps)[:-1].numpy() if run.model.router.depends_on_t else None
+    return torch.from_numpy(run.weights(t)).mean(0)
 
 
 @contextmanager
-def reading(run: Run, alpha: Tensor) -> Iterator[None]:
-    """The network with these weights."""
+def reading(run: Run, alpha: Tensor | None) -> Iterator[None]:
+    """The network with these weights; None: its own."""
     own = run.model.router
-    run.model.router = Given(run.layers, alpha)
+    run.model.router = own if alpha is None else Given(run.layers, alpha)
     try:
         yield
     finally:

@@ -84,7 +84,8 @@ def ablate(
     """Judge RUNS under other routing weights than they learned.
 
     Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
-    three largest, and with several runs of one arm by those of the next.
+    three largest, and with several runs of one arm by those of the next. Where they depend on t,
+    they are replaced by their mean over t.
 
     \b
     Example:

@@ -55,6 +55,17 @@ def write_report(study: StudyConfig) -> list[Path]:
     notes = []
     if missing:
         notes += [f"Not done yet, and left out: {'; '.join(missing)}.", ""]
+    fewer = {arm: study.seeds_of(arm) for arm in study.arms if study.arm(arm).seeds is not None}
+    if fewer:
+        listed = "; ".join(f"`{arm}`: {', '.join(map(str, each))}" for arm, each in fewer.items())
+        notes += [f"Arms that have fewer seeds, of which differences are paired: {listed}.", ""]
+    judged = {arm: study.arm(arm) for arm in study.arms if study.arm(arm).of is not None}
+    if judged:
+        listed = "; ".join(
+            f"`{name}`: {arm.of} with " + ", ".join(f"{k} {v}" for k, v in arm.scoring.items())
+            for name, arm in judged.items()
+        )
+        notes += [f"Runs of one arm, judged otherwise: {listed}.", ""]
     tuned = out / TUNING
     if study.tuning is not None and tuned.exists():
         notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]

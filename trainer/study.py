@@ -4,7 +4,8 @@ On disk::
 
     tuning/ARM/VALUE/seed-0/   runs that chose a setting, judged on dev captions
     tuning.json                mean score of each value, by arm
-    runs/ARM/seed-0/           a run directory each, and judged.parquet
+    runs/ARM/seed-0/           a run directory each, and judged.parquet; with judged-OTHER.parquet
+                               of an arm that judges these runs otherwise
     results.parquet            every judgement of every run
 
 Nothing else is kept: what remains to do follows from the runs and judgements that are there, so the
@@ -17,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from ..pipeline.store import open_features, open_latents
@@ -79,6 +81,7 @@ class Job:
     Attributes:
         arm, seed: which.
         value: of the setting that is tuned; None where the study's own runs are meant.
+        name: of the file of its judgements.
     """
 
     arm: str
@@ -86,6 +89,7 @@ class Job:
     config: TrainConfig
     scoring: Scoring
     value: Any = None
+    name: str = JUDGED
 
     @property
     def path(self) -> Path:
@@ -94,11 +98,11 @@ class Job:
 
     def judged(self) -> pa.Table | None:
         """Its judgements, where it was trained to its end and judged as the study says now."""
-        path = self.path / JUDGED
+        path = self.path / self.name
         if not path.exists():
             return None
         table = pq.read_table(path)
-        return table if _said(table) == self._identity() else None
+        return table if _said(table) == (self.config.steps, self.scoring) else None
 
     def num_steps(self) -> int:
         """Steps of it that are done, as far as its metrics say."""
@@ -106,23 +110,27 @@ class Job:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
-    def _identity(self) -> dict[str, Any]:
-        return {"steps": self.config.steps, **self.scoring.model_dump(mode="json")}
-
     def run(self, open_decoder: OpenDecoder) -> None:
         """Train what is left, and judge; called in a process of its own."""
         train(self.config, progress=False)
         checkpoint = latest_checkpoint(self.path)
         assert checkpoint is not None
         table = judge_run(load_run(self.path), self.scoring, open_decoder)
-        saying = {b"judged": json.dumps(self._identity()).encode()}
+        said = {"steps": self.config.steps, **self.scoring.model_dump(mode="json")}
+        saying = {b"judged": json.dumps(said).encode()}
         sink = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(saying), sink)
-        write_whole(self.path / JUDGED, sink.getvalue())
+        write_whole(self.path / self.name, sink.getvalue())
 
 
-def _said(table: pa.Table) -> Any:
-    return json.loads((table.schema.metadata or {}).get(b"judged", b"null"))
+def _said(table: pa.Table) -> tuple[int, Scoring] | None:
+    """Steps and scoring that judgements are of; None where they do not say."""
+    said = json.loads((table.schema.metadata or {}).get(b"judged", b"{}"))
+    steps = said.pop("steps", None)
+    try:
+        return steps, Scoring.model_validate(said)
+    except ValidationError:
+        return None
 
 
 def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table:
@@ -140,6 +148,12 @@ def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table
     if store.captions["text"].take(ids).to_pylist() != table["text"].to_pylist():
         raise InputError(f"{scoring.features} was not extracted from {scoring.samples}")
     decode = open_decoder(run.record.latents, run.record.vae_source, device)
+    how = Solver(
+        scoring.num_steps,
+        cfg_interval=scoring.cfg_interval,
+        method=scoring.solver,
+        clock=run.clock(scoring.clock),
+    )
     splits, num = table["split"].to_pylist(), scoring.images_per_caption
     rows = []
     for cfg_scale in scoring.cfg_scales:
@@ -148,7 +162,7 @@ def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table
             run.flow,
             store,
             ids * num,
-            Solver(scoring.num_steps, cfg_scale, scoring.cfg_interval),
+            replace(how, cfg_scale=cfg_scale),
             seed=scoring.seed,
             batch_size=BATCH,
             progress=False,
@@ -200,12 +214,16 @@ def run_study(
     num_jobs = num_jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
     for job in list_jobs(study):
         check_stores(job.config)
+        open_features(job.scoring.features)
     read_captions(study.scoring)
 
     def run(jobs: Sequence[Job], name: str) -> None:
         run_jobs(jobs, num_jobs, open_decoder, name, report)
 
-    run(list_jobs(study, tune(study, run, report)), "study")
+    jobs = list_jobs(study, tune(study, run, report))
+    run([job for job in jobs if job.name == JUDGED], "study")
+    if others := [job for job in jobs if job.name != JUDGED]:
+        run(others, "judged otherwise")
 
 
 def list_jobs(study: StudyConfig, chosen: Mapping[str, dict[str, Any]] | None = None) -> list[Job]:
@@ -214,8 +232,12 @@ def list_jobs(study: StudyConfig, chosen: Mapping[str, dict[str, Any]] | None = 
     Args:
         chosen: arm -> dotted key and value that tuning chose.
     """
-    pairs = [(arm, seed) for seed in study.seeds for arm in study.arms]
-    return [_job(study, arm, seed, (chosen or {}).get(arm, {})) for arm, seed in pairs]
+    pairs = [
+        (arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)
+    ]
+    chosen = chosen or {}
+    trained = {arm: study.arm(arm).of or arm for arm in study.arms}
+    return [_job(study, arm, seed, chosen.get(trained[arm], {})) for arm, seed in pairs]
 
 
 def check_stores(config: TrainConfig) -> None:
@@ -232,8 +254,9 @@ def tune(
     chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
     if tuning is None:
         return chosen
-    arms = [arm for arm in study.arms if has_router(study, arm)]
-    for arm in sorted({*study.arms} - {*arms}):
+    training = [arm for arm in study.arms if study.arm(arm).of is None]
+    arms = [arm for arm in training if has_router(study, arm)]
+    for arm in sorted({*training} - {*arms}):
         report(f"{arm}: nothing to tune, its weights are fixed")
     jobs = [
         _job(study, arm, seed, {tuning.key: value}, value)
@@ -275,13 +298,15 @@ def _accuracy(table: pa.Table, skill: str) -> float:
 
 def _job(study: StudyConfig, arm: str, seed: int, chosen: dict[str, Any], value: Any = None) -> Job:
     """A run of the study, or with a value one of its tuning."""
-    out, tuning = Path(study.output), study.tuning
+    out, tuning, of = Path(study.output), study.tuning, study.arm(arm).of
     if value is None or tuning is None:
-        output = str(out / "runs" / arm / f"seed-{seed}")
-        return Job(arm, seed, study.run(arm, seed, output, **chosen), study.scoring)
+        output = str(out / "runs" / (of or arm) / f"seed-{seed}")
+        config = study.run(of or arm, seed, output, **chosen)
+        name = JUDGED if of is None else f"judged-{arm}.parquet"
+        return Job(arm, seed, config, study.scoring_of(arm), name=name)
     output = str(out / "tuning" / arm / f"{value:g}" / f"seed-{seed}")
     config = study.run(arm, seed, output, **{**chosen, "steps": tuning.steps})
-    return Job(arm, seed, config, tuning.scoring, value)
+    return Job(arm, seed, config, study.trials_of(arm), value)
 
 
 def run_jobs(
