@@ -5,6 +5,7 @@ and packs. A shard is one task. Work that remains is what has no receipt.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,18 +43,21 @@ if TYPE_CHECKING:
 class EncodedPrompts:
     """Hidden states of texts, read as a feature store is; see :func:`encode_prompts`.
 
-    The LLM runs when a text is read. What the last reading asked for is kept, and the null caption.
+    The LLM is loaded when the first text is read, and runs when one is. What the last reading asked
+    for is kept, and the null caption.
 
     Attributes:
         layers: LLM layers that can be read, ascending; of mixes their numbers, from 1.
         mixes: what these are where they are mixes of layers.
     """
 
-    def __init__(self, captions: Captions, encoder: "Encoder", identity: FeatureIdentity) -> None:
+    def __init__(
+        self, captions: Captions, load: Callable[[], "Encoder"], identity: FeatureIdentity
+    ) -> None:
         self.layers = identity.layers
         self.mixes = identity.mixes
         self._captions = captions
-        self._encoder = encoder
+        self._load = load
         self._width = identity.model.width
         self._entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
         self._kept: dict[int, np.ndarray] = {}
@@ -72,6 +76,10 @@ class EncodedPrompts:
         parts = [encoded[entry][:, wanted] for entry in entries]
         ends = np.cumsum([0, *map(len, parts)])
         return Rows(np.concatenate(parts), ends.astype(np.int64))
+
+    @cached_property
+    def _encoder(self) -> "Encoder":
+        return self._load()
 
     def _encode(self, entry: int) -> np.ndarray:
         """A batch of its own: bfloat16 bits, [T, L, H]."""
@@ -299,8 +307,11 @@ def encode_prompts(
         keep_prefix=identity.template.keep_prefix,
         causal=identity.model.causal,
     )
-    encoder = Encoder(located, identity.llm_layers, identity.dtype, device)
-    return EncodedPrompts(captions, encoder, identity)
+
+    def load() -> Encoder:
+        return Encoder(located, identity.llm_layers, identity.dtype, device)
+
+    return EncodedPrompts(captions, load, identity)
 
 
 def _fit(

@@ -335,6 +335,13 @@ class TestRefusals:
         assert "Name another folder with --out" in output
         evaluate(folder, "--judge", tiny_vlm, *question, "--out", folder / "other")
 
+    def test_a_damaged_record(self, folder, tiny_vlm):
+        out = folder / "out"
+        out.mkdir()
+        (out / "judge.json").write_text("{")
+        output = evaluate(folder, "--judge", tiny_vlm, "--out", out, code=1)
+        assert "judge.json is damaged" in output
+
     def test_a_question_without_a_caption(self, folder, tiny_vlm):
         output = evaluate(folder, "--judge", tiny_vlm, "--question", "Is this good?", code=1)
         assert "must hold {} once, where the caption goes" in output

@@ -201,7 +201,16 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
     from ..pipeline.encoder import find_model
     from ..pipeline.samples import read_samples
     from ..schemas import JudgeRecord
-    from .judging import ANSWERS_EXPECTED, QUESTION, Judge, default_dtype, judge_pictures
+    from .judging import (
+        ANSWERS_EXPECTED,
+        FIGURE,
+        JUDGEMENTS,
+        QUESTION,
+        SCORES,
+        Judge,
+        default_dtype,
+        judge_pictures,
+    )
 
     question = options["question"] or QUESTION
     if question.count("{}") != 1:
@@ -242,8 +251,8 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
         click.echo("Stopped. Run the same command to continue.", err=True)
         sys.exit(130)
     click.echo(verdict)
-    for path in sorted(out.iterdir()):
-        click.echo(path)
+    for file in (JUDGEMENTS, SCORES, FIGURE):
+        click.echo(out / file)
     if verdict.answered < ANSWERS_EXPECTED:
         click.echo(
             f"warning: {name} says Yes or No with a probability of {verdict.answered:.2f} only: it "

@@ -445,7 +445,10 @@ def _check_judge(out: Path, record: JudgeRecord) -> None:
     if not file.exists():
         write_document(file, record.model_dump_json(indent=1) + "\n")
         return
-    before = parse(JudgeRecord, json.loads(file.read_text("utf-8")), str(file))
+    try:
+        before = parse(JudgeRecord, json.loads(file.read_text("utf-8")), str(file))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
     same = {"judge"}  # where it is may change; its files may not
     different = differences(record.model_dump(exclude=same), before.model_dump(exclude=same))
     if different:
