@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet
@@ -15,6 +16,7 @@ from semroute.trainer.judging import (
     JUDGEMENTS_SCHEMA,
     SCORES_SCHEMA,
     Judge,
+    Verdict,
     summarise,
 )
 
@@ -326,6 +328,14 @@ class TestEvaluate:
         assert table["sample"].to_pylist() == [0, 2, 3, 5, 6, 7]
 
 
+def test_a_verdict_says_the_same_in_html(folder, tiny_vlm):
+    evaluate(folder, "--judge", tiny_vlm)
+    table = pyarrow.parquet.read_table(folder / "judged" / "tiny-llava" / "judgements.parquet")
+    verdict = Verdict(table, [])
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", verdict._repr_html_())
+    assert "".join("".join(cells).split()) == "".join(verdict.to_text().split())
+
+
 class TestRefusals:
     def test_another_question_or_judge(self, folder, tiny_vlm, tmp_path):
         evaluate(folder, "--judge", tiny_vlm)
@@ -334,6 +344,12 @@ class TestRefusals:
         assert "question: 'Is this" in output
         assert "Name another folder with --out" in output
         evaluate(folder, "--judge", tiny_vlm, *question, "--out", folder / "other")
+
+    def test_several_processes(self, folder, tiny_vlm, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        output = evaluate(folder, "--judge", tiny_vlm, code=1)
+        assert "evaluate --judge runs in one process" in output
 
     def test_a_damaged_record(self, folder, tiny_vlm):
         out = folder / "out"

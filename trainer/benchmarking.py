@@ -201,6 +201,7 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
     from ..pipeline.encoder import find_model
     from ..pipeline.samples import read_samples
     from ..schemas import JudgeRecord
+    from .gallery import find_shard
     from .judging import (
         ANSWERS_EXPECTED,
         FIGURE,
@@ -212,6 +213,10 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
         judge_pictures,
     )
 
+    if find_shard(None)[1] > 1:
+        raise InputError(
+            "evaluate --judge runs in one process; start it without torchrun or accelerate launch"
+        )
     question = options["question"] or QUESTION
     if question.count("{}") != 1:
         raise InputError(f"--question {question!r} must hold {{}} once, where the caption goes")

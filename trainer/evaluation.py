@@ -89,10 +89,7 @@ class Evaluation:
     __repr__ = to_text
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
-        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        return to_html(self._rows())
 
     def _rows(self) -> list[list[str]]:
         head = ["split", "skill", "accuracy", "95 % interval", "chance", "images", "scenes"]
@@ -345,6 +342,15 @@ def align(rows: Sequence[Sequence[str]], num_words: int) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def to_html(rows: Sequence[Sequence[str]]) -> str:
+    """The same as HTML, the first row being the head; every cell is escaped."""
+    lines = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    ]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def interval(

@@ -257,7 +257,8 @@ def find_shard(text: str | None) -> tuple[int, int]:
         InputError: another form, or no such shard.
     """
     if text is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        return int(os.environ["RANK"]) if num_processes > 1 else 0, num_processes
     index, slash, num = text.partition("/")
     if not (slash and index.isdecimal() and num.isdecimal() and int(index) < int(num)):
         raise InputError(

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from ..schemas import (
     write_document,
     write_whole,
 )
-from .evaluation import align, interval
+from .evaluation import align, interval, to_html
 from .plots import sample_grid
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -246,10 +245,7 @@ class Verdict:
     __repr__ = to_text
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
-        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        return to_html(self._rows())
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -319,7 +315,9 @@ def judge_pictures(
     def judge_waiting() -> None:
         nonlocal loaded, saved
         if waiting:
-            loaded = loaded or judge()
+            if loaded is None:
+                loaded = judge()
+                write_document(out / RECORD, record.model_dump_json(indent=1) + "\n")
             questions = [record.question.replace("{}", row["asked"]) for row, _ in waiting]
             answers = loaded.ask([image for _, image in waiting], questions)
             for (row, _), (yes, no) in zip(waiting, answers.tolist(), strict=True):
@@ -440,10 +438,9 @@ def _open(file: Any, what: str, unreadable: list[str]) -> Image.Image | None:
 
 
 def _check_judge(out: Path, record: JudgeRecord) -> None:
-    """Begin the folder of results, or refuse that of another judge or question."""
+    """Refuse the results of another judge or question."""
     file = out / RECORD
     if not file.exists():
-        write_document(file, record.model_dump_json(indent=1) + "\n")
         return
     try:
         before = parse(JudgeRecord, json.loads(file.read_text("utf-8")), str(file))
