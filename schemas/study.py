@@ -78,7 +78,8 @@ class StudyConfig(Contract):
     """The arm that the others are compared with."""
     seeds: Seeds
     """Runs of an arm. Arms of one seed share initial weights, order of samples, t and noise."""
-    scoring: Scoring
+    scoring: Scoring | None = None
+    """None: runs are trained only, to be judged by other means."""
     tuning: Tuning | None = None
 
     @model_validator(mode="after")
@@ -96,9 +97,10 @@ class StudyConfig(Contract):
             shared = sorted({*self.seeds} & {*self.tuning.seeds})
             if shared:
                 raise ValueError(f"tuning.seeds shares {shared} with seeds: choose others")
-            if self.tuning.scoring.samples == self.scoring.samples:
+            judged_by = None if self.scoring is None else self.scoring.samples
+            if self.tuning.scoring.samples == judged_by:
                 raise ValueError(
-                    f"tuning.scoring.samples is {self.scoring.samples}, which the study is judged "
+                    f"tuning.scoring.samples is {judged_by}, which the study is judged "
                     "by: choose settings by other captions"
                 )
         return self
@@ -113,6 +115,8 @@ class StudyConfig(Contract):
                     f"arm {name} changes {place}.{found[0]}, by which all arms are compared: "
                     "leave it out"
                 )
+        if self.scoring is None and (arm.of is not None or arm.scoring):
+            raise ValueError(f"arm {name} is judged otherwise, in a study that judges nothing")
         if arm.tuning and self.tuning is None:
             raise ValueError(f"arm {name} changes the tuning of a study that has none")
         if arm.of is None:
@@ -136,8 +140,10 @@ class StudyConfig(Contract):
         """Seeds of an arm."""
         return self.arm(name).seeds or self.seeds
 
-    def scoring_of(self, name: str) -> Scoring:
-        """How an arm is judged."""
+    def scoring_of(self, name: str) -> Scoring | None:
+        """How an arm is judged, where the study judges."""
+        if self.scoring is None:
+            return None
         return _changed(self.scoring, self.arm(name).scoring, f"arm {name}, scoring")
 
     def trials_of(self, name: str) -> Scoring:

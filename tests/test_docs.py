@@ -214,7 +214,8 @@ class TestContracts:
     def test_studies_are_valid(self, path):
         study = parse(StudyConfig, read_yaml(path), str(path))
         for arm in study.arms:
-            assert study.run(arm, 0, "out").routing
+            assert study.run(study.arm(arm).of or arm, 0, "out").routing
+            assert study.scoring is None or study.scoring_of(arm)
 
     @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
     def test_keys_exist(self, path):

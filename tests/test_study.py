@@ -218,6 +218,18 @@ class TestStudy:
         )
         assert found.equals(expected)
 
+    def test_without_scoring_runs_are_only_trained(self, world, tmp_path):
+        content = document(world, tmp_path / "out", seeds=[0])
+        del content["scoring"], content["tuning"]
+        file = write(tmp_path / "study.yaml", content)
+        assert str(tmp_path / "out" / "runs" / "depth" / "seed-0") in invoke("study", file)
+        assert load_run(tmp_path / "out" / "runs" / "depth" / "seed-0").step == 4
+        assert "study: 2 runs, to do: 0" in invoke("study", file)
+        assert "no scoring, so there is no report" in invoke("study", file, "--report-only", code=1)
+        content["arms"]["late"] = {"of": "depth"}
+        printed = invoke("study", write(tmp_path / "other.yaml", content), code=1)
+        assert "in a study that judges nothing" in printed
+
     def test_a_run_that_fails_is_named_and_the_others_are_done(self, world, tmp_path):
         content = document(world, tmp_path / "out")
         del content["tuning"]

@@ -24,7 +24,7 @@ def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_onl
     """Train and judge all arms and seeds of the YAML file CONFIG, and report.
 
     The same command continues what was stopped. Into the study's folder go the runs, all judgements
-    as results.parquet, and the report with its figures.
+    as results.parquet, and the report with its figures. Without scoring, runs are only trained.
 
     \b
     Example:
@@ -33,7 +33,7 @@ def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_onl
     from ..pipeline.autoencoder import open_decoder
     from ..schemas import StudyConfig, parse, read_yaml
     from .panels import write_report
-    from .study import run_study
+    from .study import list_jobs, run_study
 
     parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
     if not report_only:
@@ -42,6 +42,10 @@ def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_onl
         except KeyboardInterrupt:
             click.echo("Stopped. Run the same command to continue.", err=True)
             sys.exit(130)
+    if parsed.scoring is None and not report_only:
+        for job in list_jobs(parsed):
+            click.echo(job.path)
+        return
     for path in write_report(parsed):
         click.echo(path)
 

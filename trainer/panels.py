@@ -52,6 +52,7 @@ def write_report(study: StudyConfig) -> list[Path]:
     """
     out = Path(study.output)
     results, missing = collect(study)
+    assert study.scoring is not None
     notes = []
     if missing:
         notes += [f"Not done yet, and left out: {'; '.join(missing)}.", ""]

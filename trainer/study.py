@@ -81,13 +81,14 @@ class Job:
     Attributes:
         arm, seed: which.
         value: of the setting that is tuned; None where the study's own runs are meant.
+        scoring: None where it is only trained.
         name: of the file of its judgements.
     """
 
     arm: str
     seed: int
     config: TrainConfig
-    scoring: Scoring
+    scoring: Scoring | None
     value: Any = None
     name: str = JUDGED
 
@@ -104,6 +105,13 @@ class Job:
         table = pq.read_table(path)
         return table if _said(table) == (self.config.steps, self.scoring) else None
 
+    def is_done(self) -> bool:
+        """Whether it is trained to its end, and judged where it is to be."""
+        if self.scoring is not None:
+            return self.judged() is not None
+        checkpoint = latest_checkpoint(self.path) if self.path.exists() else None
+        return checkpoint is not None and checkpoint.step >= self.config.steps
+
     def num_steps(self) -> int:
         """Steps of it that are done, as far as its metrics say."""
         path = self.path / METRICS
@@ -113,8 +121,8 @@ class Job:
     def run(self, open_decoder: OpenDecoder) -> None:
         """Train what is left, and judge; called in a process of its own."""
         train(self.config, progress=False)
-        checkpoint = latest_checkpoint(self.path)
-        assert checkpoint is not None
+        if self.scoring is None:
+            return
         table = judge_run(load_run(self.path), self.scoring, open_decoder)
         said = {"steps": self.config.steps, **self.scoring.model_dump(mode="json")}
         saying = {b"judged": json.dumps(said).encode()}
@@ -214,8 +222,10 @@ def run_study(
     num_jobs = num_jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
     for job in list_jobs(study):
         check_stores(job.config)
-        open_features(job.scoring.features)
-    read_captions(study.scoring)
+        if job.scoring is not None:
+            open_features(job.scoring.features)
+    if study.scoring is not None:
+        read_captions(study.scoring)
 
     def run(jobs: Sequence[Job], name: str) -> None:
         run_jobs(jobs, num_jobs, open_decoder, name, report)
@@ -321,7 +331,7 @@ def run_jobs(
     Raises:
         InputError: some failed; all others were run to their end first.
     """
-    left = [job for job in jobs if job.judged() is None]
+    left = [job for job in jobs if not job.is_done()]
     report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
     failed: list[str] = []
     total = sum(job.config.steps for job in left)
@@ -398,8 +408,10 @@ def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
         That table, and the runs that are not done yet.
 
     Raises:
-        InputError: none is done.
+        InputError: none is done, or the study judges nothing.
     """
+    if study.scoring is None:
+        raise InputError(f"the study of {study.output} has no scoring, so there is no report of it")
     tables, missing = [], []
     for job in list_jobs(study):
         table = job.judged()
