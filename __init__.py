@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FeatureStore": "semroute.pipeline.store",
     "LatentStore": "semroute.pipeline.store",
+    "compare": "semroute.trainer.comparison",
     "inspect": "semroute.pipeline.inspection",
     "measure_layers": "semroute.pipeline.statistics",
     "open_features": "semroute.pipeline.store",

@@ -54,6 +54,7 @@ for command in (
     trainer.sample,
     trainer.evaluate,
     trainer.plot,
+    trainer.compare,
     experiments.study,
     experiments.ablate,
     experiments.lag,

@@ -2,7 +2,7 @@
 
 from .checksums import Checksums, digest, render
 from .configuration import read_config, read_yaml
-from .contract import Contract, ContractError, Difference, differences, parse
+from .contract import Contract, ContractError, Difference, differences, flat, parse
 from .document import publish, sync, write_document, write_whole
 from .errors import InputError
 from .facts import Facts, Findings
@@ -98,6 +98,7 @@ __all__ = [
     "differences",
     "digest",
     "fingerprint",
+    "flat",
     "parse",
     "publish",
     "read_config",

@@ -65,6 +65,17 @@ def differences(found: Any, expected: Any, prefix: str = "") -> list[Difference]
     return [] if found == expected else [Difference(prefix, found, expected)]
 
 
+def flat(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a contract or plain document by dotted key; lists are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in _plain(document).items():
+        if isinstance(value, Mapping):
+            leaves |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+        else:
+            leaves[key] = value
+    return leaves
+
+
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 

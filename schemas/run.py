@@ -8,13 +8,26 @@ the average of the weights starts gently (see :class:`EMAConfig`).
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .contract import Contract
 from .manifest import Codec, FeatureIdentity, LatentIdentity, SamplesIdentity
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Tracker = Literal[
+    "none",
+    "tensorboard",
+    "wandb",
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "trackio",
+]
+"""Those that Accelerate knows, by the name of their package."""
 
 
 class RoutingConfig(Contract):
@@ -238,8 +251,8 @@ class TrainConfig(Contract):
     memory for about a third more work, the same numbers."""
     compile: bool = False
     """Compile the blocks with ``torch.compile``: slow first steps, and other rounding."""
-    tracker: Literal["none", "tensorboard"] = "none"
-    """``metrics.jsonl`` is always written."""
+    tracker: Tracker = "none"
+    """Gets every line of metrics too, through Accelerate. ``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
@@ -247,6 +260,16 @@ class TrainConfig(Contract):
     data: DataConfig = DataConfig()
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value == "fp16":
+            raise ValueError(
+                "fp16 ends at 65,504, which hidden states of LLMs exceed, and needs a loss scaler, "
+                "which would make steps that are skipped: use bf16, or no"
+            )
+        return value
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

@@ -184,6 +184,7 @@ class TestCommands:
             "study",
             "ablate",
             "lag",
+            "compare",
         }
         values = {"$out": "demo", "$here": "benchmarks", "$llm": "$LLM"}
         expected = []

@@ -45,10 +45,10 @@ FLOORS = [
     },
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
     | {"trainer.checkpoint", "trainer.plots"},
-    {"trainer.run", "trainer.judging"},
+    {"trainer.run", "trainer.judging", "trainer.overlays"},
     {"trainer.loop", "trainer.lag"},
     {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},
-    {"trainer.panels", "trainer.ablation", "trainer.benchmarking"},
+    {"trainer.panels", "trainer.ablation", "trainer.benchmarking", "trainer.comparison"},
     {"pipeline.commands", "trainer.commands", "trainer.experiments"},
     {"cli"},
 ]

@@ -8,8 +8,10 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -232,12 +234,21 @@ class TestOutput:
 
     def test_a_tracker_that_is_not_installed_is_named(self, configure, monkeypatch):
         def find(name):
-            return None if name == "tensorboard" else find_spec(name)
+            return None if name == "comet_ml" else find_spec(name)
 
         monkeypatch.setattr(importlib.util, "find_spec", find)
-        config = configure(steps=2, tracker="tensorboard")
-        with pytest.raises(InputError, match=r"pip install 'semroute\[tensorboard\]'"):
-            train(config)
+        with pytest.raises(InputError, match=r"comet_ml is not installed: pip install comet-ml"):
+            train(configure(steps=2, tracker="comet_ml"))
+
+    def test_trackers_are_those_of_accelerate(self):
+        from accelerate.utils import LoggerType
+
+        known = {*get_args(TrainConfig.model_fields["tracker"].annotation)}
+        assert known - {"none"} <= {*map(str, LoggerType)} - {"all"}
+
+    def test_fp16_is_refused_with_a_reason(self, configure):
+        with pytest.raises(ValueError, match=r"65,504.*use bf16"):
+            configure(mixed_precision="fp16")
 
 
 class TestTraining:
@@ -317,28 +328,87 @@ class TestTraining:
         with pytest.raises(FloatingPointError, match=r"samples of this rank: \[\d+, .*learning"):
             train(config)
 
-    def test_ranks_are_as_one(self, configure, tmp_path):
-        changes = {"steps": 3, "mixed_precision": "no", "optimizer": {"name": "adamw"}}
-        one = train(configure("one", **changes))
-        config = configure("two", **changes)
-        (tmp_path / "config.json").write_text(config.model_dump_json())
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import sys, torch\n"
-            "torch.set_num_threads(1)\n"
-            "from semroute.schemas import TrainConfig\n"
-            "from semroute.trainer.loop import train\n"
-            "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+
+class TestRanks:
+    """Real processes, started by torchrun: accelerate's own launcher runs only one on a CPU."""
+
+    @pytest.fixture
+    def launch(self, tmp_path):
+        def launch(config):
+            (tmp_path / "config.json").write_text(config.model_dump_json())
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+            command += ["--standalone", "-m", "semroute.cli", "train"]
+            return subprocess.Popen(
+                [*command, str(tmp_path / "config.json")],
+                env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+        return launch
+
+    def wait_for(self, path, step, process):
+        """Until that step is logged."""
+        while process.poll() is None:
+            if any(line["step"] >= step for line in read_metrics(Path(path))):
+                return
+            time.sleep(0.02)
+        raise AssertionError(process.communicate()[0])
+
+    def test_killed_in_mid_epoch_and_continued_by_one_rank(self, configure, launch):
+        """What a sample adds to the loss is a function of its position, its t and noise included:
+        equal losses, step by step, are equal samples. An epoch has 25 steps."""
+        changes = {"log_every": 1, "steps": 40, "checkpoint_every": 4}
+        changes["validation"] = {"share": 0.1, "every": 4, "num_samples": 12, "num_bins": 4}
+        whole, config = train(configure("whole", **changes)), configure("two", **changes)
+        process = launch(config)
+        try:
+            self.wait_for(config.output, 11, process)
+        finally:
+            # Torchrun gives each rank a session of its own, so that all must be named.
+            ranks = psutil.Process(process.pid).children(recursive=True)
+            for one in (process, *ranks):
+                one.kill()
+            psutil.wait_procs(ranks)
+            process.communicate()
+        killed = latest_checkpoint(Path(config.output)).step
+        assert 8 <= killed < 40
+        by_two = read_metrics(Path(config.output))
+        train(config)
+        expected, found = (
+            {line["step"]: line for line in read_metrics(Path(path))}
+            for path in (whole, config.output)
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        command += ["--standalone", str(script), str(tmp_path / "config.json")]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        first, second = tensors(one), tensors(config.output)
+        assert [*found] == [*range(1, 41)]
+        for step, line in found.items():
+            assert line["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4), step
+        losses = [line["loss"] for line in expected.values()]
+        assert len({round(loss, 3) for loss in losses}) > 20
+        for line in by_two[:killed]:
+            assert line["loss"] == pytest.approx(expected[line["step"]]["loss"], rel=1e-4)
+            if "validation_by_t" in line:
+                assert line["validation_by_t"] == pytest.approx(
+                    expected[line["step"]]["validation_by_t"], rel=1e-3
+                )
+        first, second = tensors(whole), tensors(config.output)
         for name in first:
-            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-5)
-        assert len(read_metrics(Path(config.output))) == 2
+            torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_saves_on_all_ranks(self, configure, launch, sign):
+        config = configure(sign.name, steps=5000, log_every=1, checkpoint_every=5000)
+        process = launch(config)
+        self.wait_for(config.output, 2, process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for one in (process, *(ranks if sign == signal.SIGINT else ())):
+            one.send_signal(sign)  # Ctrl-C comes to every process, and from torchrun once more
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode != 0
+        stopped = latest_checkpoint(Path(config.output)).step
+        assert f"Stopped after step {stopped} of 5000" in output
+        assert read_metrics(Path(config.output))[-1]["step"] == stopped
 
 
 class TestIsolation:

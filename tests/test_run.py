@@ -92,6 +92,18 @@ class TestLoadRun:
         steps, _, weights = load_run(train(configure("uniform"))).history()
         assert (len(steps), weights.shape) == (0, (0, 1, 3, 4))
 
+    def test_weights_are_labelled(self, configure):
+        pytest.importorskip("xarray")
+        run = load_run(train(configure("joint")))
+        alpha = run.to_xarray([0.1, 0.5])
+        assert alpha.dims == ("block", "layer", "t")
+        assert alpha.coords["block"].values.tolist() == [1, 2, 3]
+        assert alpha.coords["layer"].values.tolist() == [1, 2, 3, 4]
+        expected = run.weights([0.1, 0.5])[1, 2, 3]
+        assert alpha.sel(block=3, layer=4, t=0.5).item() == expected
+        assert alpha.attrs["strategy"] == "joint"
+        assert load_run(run.path).to_xarray().sizes["t"] == 21
+
     def test_does_not_touch_the_global_generator(self, run_path):
         torch.manual_seed(5)
         expected = torch.rand(1)

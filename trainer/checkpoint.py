@@ -62,7 +62,7 @@ the loss on held-out samples in equal parts of t from 0 to 1, and validation_los
 _STORES = {"features", "codec", "latents", "validation"}
 # Keys of a configuration that may change when a run continues: where things are (the stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
-_FREE: Any = {
+FREE: Any = {
     "features": True,
     "latents": True,
     "output": True,
@@ -272,7 +272,7 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=_FREE)
+    return config.model_dump(mode="json", exclude=FREE)
 
 
 # -------------------------------------------------------------------------------------- metrics

@@ -301,6 +301,25 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
         click.echo(path)
 
 
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with figures, too.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Put RUNS beside each other: settings that differ, loss, scores, routing, speed.
+
+    \b
+    Example:
+      semroute compare runs/* --html runs.html
+    """
+    from .comparison import compare as look
+
+    found = look(runs)
+    click.echo(found.to_json() if as_json else found)
+    if html is not None:
+        click.echo(found.write_html(html), err=as_json)
+
+
 def _decoder(run: Any, vae: str | None = None) -> Callable[[Any], Any]:
     """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
     from ..pipeline.autoencoder import open_decoder

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ..pipeline.store import FeatureStore, LatentStore, open_features, open_latents
-from ..schemas import InputError, OptimizerConfig, RunRecord, TrainConfig
+from ..schemas import InputError, OptimizerConfig, RunRecord, TrainConfig, flat
 from .checkpoint import (
     METRICS,
     WEIGHTS,
@@ -54,6 +54,8 @@ from .run import Run, open_start, start_from
 from .stream import Batch, Stream, check_joined, draw, jitter
 from .validation import Validation, held_out, open_validation
 
+AGAIN_SECONDS = 1.0
+"""A second Ctrl-C that comes later than this means it."""
 HISTORY_T = [0.1, 0.3, 0.5, 0.7, 0.9]
 """Noise levels at which weights that depend on t are logged."""
 
@@ -142,8 +144,11 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     with building or nullcontext():
         model = build_model(record)
     start = open_start(model, record) if found is None else None
-    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tracker tensorboard needs: pip install 'semroute[tensorboard]'")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        package = config.tracker.replace("_", "-")
+        raise InputError(
+            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
+        )
     validation = open_validation(config, features, latents, model.router.layers_read)
     return Setup(features, latents, record, found, model, start, validation)
 
@@ -346,11 +351,20 @@ class Trainer:
             self.ema[name].lerp_(parameter.float(), 1 - decay)
 
     def _start_tracker(self) -> None:
-        if self.config.tracker == "none":
+        config, name = self.config, self.config.tracker
+        if name == "none":
             return
-        # Steps that a stopped run had logged beyond its checkpoint are taken back.
-        purge = {"tensorboard": {"purge_step": self.step + 1}}
-        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        if name == "tensorboard":
+            # Steps that a stopped run had logged beyond its checkpoint are taken back.
+            purge = {name: {"purge_step": self.step + 1}}
+            self.accelerator.init_trackers(name, init_kwargs=purge)
+            return
+        # Trackers want numbers, strings and nothing else.
+        said = {k: v if isinstance(v, (int, float)) else str(v) for k, v in flat(config).items()}
+        options = {"wandb": {"name": self.path.name, "dir": config.output}}
+        self.accelerator.init_trackers(
+            "semroute", config=said, init_kwargs={name: options.get(name, {})}
+        )
 
     def _stop(self, progress: tqdm) -> None:
         message = (
@@ -500,20 +514,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying; the second Ctrl-C interrupts at once.
+def stop_signals() -> Iterator[list[float]]:
+    """Collect when SIGTERM and Ctrl-C came instead of dying; the second Ctrl-C interrupts at once.
+
+    One that follows within a second is the same: the terminal gives Ctrl-C to every process, and a
+    launcher hands it on to its own.
 
     Outside the main thread Python cannot handle signals, and the list stays empty.
     """
-    received: list[int] = []
+    received: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        now = time.monotonic()
+        if received and number == signal.SIGINT and now - received[-1] > AGAIN_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(now)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

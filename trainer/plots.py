@@ -64,9 +64,9 @@ def routing_heatmap(
         top = figure.add_subplot()
     else:
         top, main = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, height))
-        drawn = main.imshow(weights, aspect="auto", **_colours(weights))
+        drawn = main.imshow(weights, aspect="auto", **weight_colours(weights))
         _block_ticks(main, num_blocks)
-        _mark_uniform(figure.colorbar(drawn, ax=main, pad=0.02), num_layers)
+        mark_uniform(figure.colorbar(drawn, ax=main, pad=0.02), num_layers)
     top.bar(range(num_layers), weights.mean(0), width=0.8, color=LINES[0])
     top.axhline(1 / num_layers, color=INK, linewidth=1, linestyle="--")
     word = top.annotate(
@@ -171,13 +171,13 @@ def _block_panels(
             continue
         grid = weights[:, block].T if along_x else weights[:, block]
         sides = (edges, of_layers) if along_x else (of_layers, edges)
-        drawn = axes.pcolormesh(*sides, grid, rasterized=True, **_colours(weights))
+        drawn = axes.pcolormesh(*sides, grid, rasterized=True, **weight_colours(weights))
         if num_blocks > 1:
             axes.set_title(f"block {block + 1}", fontsize=9, color=INK)
         axis = axes.yaxis if along_x else axes.xaxis
         layer_ticks(axis, layers, most=12 if num_blocks == 1 else 6)
         axes.tick_params(colors=INK, labelsize=8)
-    _mark_uniform(figure.colorbar(drawn, ax=panels, pad=0.02, aspect=10 + 10 * rows), num_layers)
+    mark_uniform(figure.colorbar(drawn, ax=panels, pad=0.02, aspect=10 + 10 * rows), num_layers)
     return figure
 
 
@@ -197,12 +197,12 @@ def loss_curve(metrics: pa.Table, title: str = "Training loss") -> Figure:
     half = len(loss) // 40
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    smooth = _smoothed(loss, half)
+    smooth = smoothed(loss, half)
     axes.plot(step, loss, color=LINES[0], alpha=0.3, linewidth=0.8, label="logged")
     if half:
         axes.plot(step, smooth, color=LINES[0], linewidth=2, label=f"mean of {2 * half + 1}")
         axes.legend(frameon=False, labelcolor=INK)
-    _log_scale(axes, loss)
+    log_scale(axes, loss)
     axes.set_title(title, color=INK)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
@@ -212,7 +212,7 @@ def loss_curve(metrics: pa.Table, title: str = "Training loss") -> Figure:
 
 
 def validation_curves(metrics: pa.Table, title: str = "Loss on held-out samples") -> Figure:
-    """The loss of each part of t by step, noisier ones darker, and their mean; from columns
+    """The loss of each part of t by step, noisier ones lighter, and their mean; from columns
     ``step``, ``validation_loss`` and ``validation_by_t``, where these are not null.
 
     Raises:
@@ -234,7 +234,7 @@ def validation_curves(metrics: pa.Table, title: str = "Loss on held-out samples"
             step, by_t[:, number], color=colours[number], linewidth=1, marker=dot, label=label
         )
     axes.plot(step, mean, color=INK, linewidth=2, marker=dot, label="mean")
-    _log_scale(axes, by_t)
+    log_scale(axes, by_t)
     axes.set_title(title, color=INK)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss", color=INK)
@@ -398,7 +398,7 @@ def _checked(
     return weights
 
 
-def _log_scale(axes: Axes, values: NDArray[np.floating[Any]]) -> None:
+def log_scale(axes: Axes, values: NDArray[np.floating[Any]]) -> None:
     """A logarithmic axis where values fall far, with numbers that are read as numbers."""
     if values.min() <= 0 or values.max() <= 5 * values.min():
         return
@@ -409,7 +409,7 @@ def _log_scale(axes: Axes, values: NDArray[np.floating[Any]]) -> None:
     )
 
 
-def _smoothed(values: NDArray[np.floating[Any]], half: int) -> NDArray[np.floating[Any]]:
+def smoothed(values: NDArray[np.floating[Any]], half: int) -> NDArray[np.floating[Any]]:
     """Mean over ``half`` neighbours on either side: fewer where the values end, and as few after as
     before where they begin, for there a loss falls too steeply to look ahead."""
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -426,7 +426,7 @@ def _block_ticks(axes: Axes, num_blocks: int) -> None:
     axes.set_ylabel("DiT block", color=INK)
 
 
-def _colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
+def weight_colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
     """Colour map and limits: to twice uniform at least, so that noise around uniform does not look
     like routing."""
     limit = max(float(np.abs(weights).max()), 2 / weights.shape[-1])
@@ -435,7 +435,7 @@ def _colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
     return {"cmap": SIGNED_COLOUR_MAP, "vmin": -limit, "vmax": limit}
 
 
-def _mark_uniform(bar: Any, num_layers: int) -> None:
+def mark_uniform(bar: Any, num_layers: int) -> None:
     """A line and a word at 1/L on a colour bar."""
     bar.outline.set_visible(False)
     bar.ax.axhline(1 / num_layers, color="white", linewidth=1.5)

@@ -104,6 +104,37 @@ class Run:
         shape = (len(levels), self.model.size.depth, len(self.layers))
         return alpha.expand(shape).cpu().numpy().copy()
 
+    def to_xarray(self, t: Sequence[float] | np.ndarray | None = None) -> Any:
+        """:meth:`weights` as an xarray DataArray with the dimensions ``block`` (from 1), ``layer``
+        (of the LLM) and ``t``.
+
+        Args:
+            t: as for :meth:`weights`; where they do not depend on it there is one, 1.0.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        import xarray
+
+        if t is None:
+            t = np.linspace(0, 1, 21) if self.model.router.depends_on_t else [1.0]
+        alpha = self.weights(t)  # [T, D, L]
+        return xarray.DataArray(
+            alpha.transpose(1, 2, 0),
+            name="alpha",
+            dims=("block", "layer", "t"),
+            coords={
+                "block": np.arange(1, alpha.shape[1] + 1),
+                "layer": self.layers,
+                "t": np.asarray(t, np.float64),
+            },
+            attrs={
+                "strategy": self.record.config.routing.strategy,
+                "step": self.step,
+                "weights": self.source,
+            },
+        )
+
     def routing(self, identity: FeatureIdentity | None = None) -> Routing:
         """The weights that all of its blocks read with, to mix features by.
 
