@@ -18,9 +18,11 @@ _PUBLIC = {
     "compare": "semroute.trainer.comparison",
     "inspect": "semroute.pipeline.inspection",
     "measure_layers": "semroute.pipeline.statistics",
+    "load_router": "semroute.trainer.export",
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
     "load_run": "semroute.trainer.run",
+    "SemanticRoutingPipeline": "semroute.trainer.diffusion",
 }
 
 __all__ = ["__version__", *_PUBLIC]

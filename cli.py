@@ -55,6 +55,7 @@ for command in (
     trainer.evaluate,
     trainer.plot,
     trainer.compare,
+    trainer.export,
     experiments.study,
     experiments.ablate,
     experiments.lag,

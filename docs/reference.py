@@ -25,6 +25,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
+    "router": schemas.RouterRecord,
     "pictures": schemas.PicturesRecord,
     "judge": schemas.JudgeRecord,
     "train-config": schemas.TrainConfig,

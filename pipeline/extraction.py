@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class EncodedPrompts:
-    """Hidden states of texts, read as a feature store is; see :func:`encode_prompts`.
+    """Hidden states of texts, read as a feature store is; see :class:`PromptEncoder`.
 
     The LLM is loaded when the first text is read, and runs when one is. What the last reading asked
     for is kept, and the null caption.
@@ -262,16 +262,14 @@ def extract(
     return store
 
 
-def encode_prompts(
-    texts: Sequence[str], identity: FeatureIdentity, model: str, device: str | None = None
-) -> EncodedPrompts:
-    """Encode new texts as a store's captions were: same LLM, template, layers and dtype.
+class PromptEncoder:
+    """The LLM of a store, kept to encode new texts as its captions were: same template, layers and
+    dtype.
 
     Each text is a batch of its own and kept in bfloat16, so it equals a stored caption but for
     rounding and for the error of the store's codec, and does not depend on the other texts.
 
     Args:
-        texts: entry i of the result is ``texts[i - 1]``.
         identity: of the store whose features the reader was made for.
         model: where the LLM is, see :func:`semroute.pipeline.encoder.find_model`.
         device: where it runs; default: the first GPU, or the CPU.
@@ -279,39 +277,61 @@ def encode_prompts(
     Raises:
         InputError: no model there, or not the one of the identity; or its layers are shuffled.
     """
-    from .encoder import Encoder, describe_model, find_model, load_tokenizer, tokenizer_digest
 
-    if identity.shuffled is not None:
-        raise InputError(
-            "the reader was made for layers in random order, a control, which new texts are not "
-            "encoded for: give it stored captions"
+    def __init__(self, identity: FeatureIdentity, model: str, device: str | None = None) -> None:
+        from .encoder import describe_model, find_model, load_tokenizer, tokenizer_digest
+
+        if identity.shuffled is not None:
+            raise InputError(
+                "the reader was made for layers in random order, a control, which new texts are "
+                "not encoded for: give it stored captions"
+            )
+        located = find_model(model)
+        self._tokenizer = load_tokenizer(located)
+        found = {"model": describe_model(located), "tokenizer": tokenizer_digest(self._tokenizer)}
+        different = [
+            difference
+            for key, value in found.items()
+            for difference in differences(value, getattr(identity, key), key)
+        ]
+        if different:
+            listed = "\n  ".join(map(str, different))
+            raise InputError(
+                f"--model {model} is not the LLM of the features:\n  {listed}\nName that one."
+            )
+        self._identity, self._located, self._device = identity, located, device
+        self._encoder: Encoder | None = None
+
+    def __call__(self, texts: Sequence[str]) -> EncodedPrompts:
+        """Entry i of the result is ``texts[i - 1]``; 0 is the null caption."""
+        identity = self._identity
+        captions = build_captions(
+            pa.array([[text] for text in texts], pa.list_(pa.string())),
+            self._tokenizer,
+            template=identity.template.text,
+            max_length=identity.max_length,
+            keep_prefix=identity.template.keep_prefix,
+            causal=identity.model.causal,
         )
-    located = find_model(model)
-    tokenizer = load_tokenizer(located)
-    found = {"model": describe_model(located), "tokenizer": tokenizer_digest(tokenizer)}
-    different = [
-        difference
-        for key, value in found.items()
-        for difference in differences(value, getattr(identity, key), key)
-    ]
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"--model {model} is not the LLM of the features:\n  {listed}\nName that one."
-        )
-    captions = build_captions(
-        pa.array([[text] for text in texts], pa.list_(pa.string())),
-        tokenizer,
-        template=identity.template.text,
-        max_length=identity.max_length,
-        keep_prefix=identity.template.keep_prefix,
-        causal=identity.model.causal,
-    )
+        return EncodedPrompts(captions, self._load, identity)
 
-    def load() -> Encoder:
-        return Encoder(located, identity.llm_layers, identity.dtype, device)
+    def _load(self) -> "Encoder":
+        """When the first text is read, and kept."""
+        from .encoder import Encoder
 
-    return EncodedPrompts(captions, load, identity)
+        if self._encoder is None:
+            identity = self._identity
+            self._encoder = Encoder(
+                self._located, identity.llm_layers, identity.dtype, self._device
+            )
+        return self._encoder
+
+
+def encode_prompts(
+    texts: Sequence[str], identity: FeatureIdentity, model: str, device: str | None = None
+) -> EncodedPrompts:
+    """Encode new texts once, see :class:`PromptEncoder`."""
+    return PromptEncoder(identity, model, device)(texts)
 
 
 def _fit(

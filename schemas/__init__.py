@@ -29,6 +29,7 @@ from .manifest import (
 from .mixes import SAME_WEIGHTS, Mixes, Routing
 from .pictures import JudgeRecord, LayoutName, PicturesRecord, Prompt
 from .receipt import Quarantine, Receipt, WrittenFile
+from .router import RouterRecord
 from .run import (
     DataConfig,
     EMAConfig,
@@ -84,6 +85,7 @@ __all__ = [
     "Provenance",
     "Quarantine",
     "Receipt",
+    "RouterRecord",
     "Routing",
     "RoutingConfig",
     "RunRecord",

@@ -185,6 +185,7 @@ class TestCommands:
             "ablate",
             "lag",
             "compare",
+            "export",
         }
         values = {"$out": "demo", "$here": "benchmarks", "$llm": "$LLM"}
         expected = []

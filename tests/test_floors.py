@@ -46,7 +46,7 @@ FLOORS = [
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
     | {"trainer.checkpoint", "trainer.plots"},
     {"trainer.run", "trainer.judging", "trainer.overlays"},
-    {"trainer.loop", "trainer.lag"},
+    {"trainer.loop", "trainer.lag", "trainer.export", "trainer.diffusion"},
     {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},
     {"trainer.panels", "trainer.ablation", "trainer.benchmarking", "trainer.comparison"},
     {"pipeline.commands", "trainer.commands", "trainer.experiments"},
@@ -64,7 +64,8 @@ BOTH = {
     "trainer.commands",
     "trainer.benchmarking",
     "trainer.experiments",
-}  # the command line, which uses both halves
+    "trainer.diffusion",
+}  # the command line and a pipeline of diffusers, which use both halves
 
 
 def room_of(path: Path) -> str:
