@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..schemas import (
     InputError,
@@ -209,6 +210,22 @@ def optimizer_tensors(
     }
 
 
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same whole, where FSDP2 has cut them up among ranks; all of which must call it."""
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor cut up as a parameter of its shape is, or as it is where that is whole."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)
+
+
 def load_optimizer_tensors(
     model: nn.Module,
     optimizers: Iterable[torch.optim.Optimizer],
@@ -223,7 +240,7 @@ def load_optimizer_tensors(
     for optimizer in optimizers:
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         state = {
-            number: by_name[names[parameter]]
+            number: {k: cut_like(v, parameter) for k, v in by_name[names[parameter]].items()}
             for number, parameter in enumerate(ordered)
             if names[parameter] in by_name
         }

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
@@ -39,7 +40,9 @@ from .checkpoint import (
     Checkpoint,
     add_line,
     build_model,
+    cut_like,
     find_run,
+    gather,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -184,10 +187,13 @@ class Trainer:
         if found is not None:
             load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
-        average = dict(self.dit.named_parameters()) if found is None else found.ema()
+        parameters = dict(self.dit.named_parameters())
+        average = parameters if found is None else found.ema()
         self.ema = {
-            name: value.detach().to(accelerator.device, torch.float32, copy=True)
-            for name, value in average.items()
+            name: cut_like(average[name].detach(), parameter.detach()).to(
+                accelerator.device, torch.float32, copy=True
+            )
+            for name, parameter in parameters.items()
         }
         self.window = Window() if found is None else Window(**found.state()["window"])
 
@@ -230,6 +236,7 @@ class Trainer:
             sample_ids += batch.sample_ids.tolist()
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)
+                self.put_router_together()
                 accelerator.backward(loss + self.dit.router.penalty(t))
             own_loss += loss.item() / config.grad_accum_steps
         parameters = self.dit.parameters()
@@ -283,11 +290,15 @@ class Trainer:
     ) -> None:
         """A line of metrics: to the file, the tracker and the progress bar; now and then the
         weights of layers to a file of their own."""
+        self.put_router_together()
+        alpha, weights = self.dit.router.alpha(*seen), self.weights(seen[1])
+        if isinstance(self.dit, FSDPModule):
+            self.dit.reshard()
         line = {
             "step": self.step,
             **self.window.summary(stream),
             "lr": self.schedules[0].get_last_lr()[0],
-            "routing_entropy": entropy(self.dit.router.alpha(*seen)).mean().item(),
+            "routing_entropy": entropy(alpha).mean().item(),
             **measured,
         }
         self.window = Window()
@@ -295,7 +306,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         add_line(self.path, METRICS, line)
-        self.log_weights(seen[1])
+        if weights is not None:
+            add_line(self.path, WEIGHTS, weights)
         numbers = {k: v for k, v in line.items() if k not in ("step", "validation_by_t")}
         for number, loss in enumerate(line.get("validation_by_t", [])):
             low, high = (place / len(line["validation_by_t"]) for place in (number, number + 1))
@@ -310,8 +322,7 @@ class Trainer:
             }
         )
 
-    @torch.no_grad()
-    def log_weights(self, hidden: Any) -> None:
+    def weights(self, hidden: Any) -> dict[str, Any] | None:
         """The weights of layers as they are now, where they are learned; about 200 times a run.
 
         Args:
@@ -321,25 +332,32 @@ class Trainer:
         gap = config.log_every * math.ceil(config.steps / 200 / config.log_every)
         due = self.step % gap == 0 or self.step == config.steps
         if not (due and self.dit.router_parameters()):
-            return
+            return None
         levels = HISTORY_T if router.depends_on_t else [1.0]
         alpha = router.alpha(torch.tensor(levels, device=self.accelerator.device), hidden)
         rounded = [[[round(w, 6) for w in row] for row in rows] for rows in alpha.tolist()]
-        add_line(self.path, WEIGHTS, {"step": self.step, "t": levels, "weights": rounded})
+        return {"step": self.step, "t": levels, "weights": rounded}
 
     def save(self) -> None:
         """Write a checkpoint; the main process writes, the others wait."""
+        model, ema = gather(self.dit.state_dict()), gather(self.ema)
+        optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers))
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.path,
                 self.step,
-                model=self.dit.state_dict(),
-                ema=self.ema,
-                optimizer=optimizer_tensors(self.dit, self.plain_optimizers),
+                model=model,
+                ema=ema,
+                optimizer=optimizer,
                 state={"window": {"losses": self.window.losses, "norms": self.window.norms}},
                 keep=self.config.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
+
+    def put_router_together(self) -> None:
+        """FSDP2 has it whole in ``forward`` alone, and again up to the end of a backward pass."""
+        if isinstance(self.dit, FSDPModule):
+            self.dit.unshard()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -498,12 +516,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: i
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this configuration."""
+    """Accelerate for this configuration.
+
+    Raises:
+        InputError: a launcher that asks for what checkpoints cannot hold.
+    """
     # A process keeps the settings of its first Accelerator and refuses others: a notebook that
     # trains twice needs them forgotten. The process group stays.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.grad_accum_steps, sync_with_dataloader=False
@@ -511,6 +533,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
     )
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise InputError(
+            f"{kind} keeps the states of optimisers in parts of its own, which checkpoints here "
+            "would not hold: use FSDP with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
+        )
+    return accelerator
 
 
 @contextmanager
