@@ -71,16 +71,17 @@ class Cluster:
         connect: makes the client of that cluster; for a cluster on this machine None.
         name: how the place is put to people.
         num_errors: attempts that failed, also of shards that were written in the end.
+        stop: set, by Ctrl-C or by others, no further shard is begun.
     """
 
     workers: int | None
     connect: Callable[[ExitStack], Any] | None = None
     name: str = ""
     num_errors: int = 0
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)
     _present: int = 0
     _resources: ExitStack = field(default_factory=ExitStack, repr=False)
     _client: Any = field(default=None, repr=False)
-    _stopped: threading.Event | None = field(default=None, repr=False)
 
     def __enter__(self) -> "Cluster":
         return self
@@ -176,14 +177,13 @@ class Cluster:
             ClusterLostError: the scheduler is gone.
         """
         execute = self._in_process if self.workers == 0 else self._on_dask
-        with _draining() as stopped:
-            self._stopped = stopped
-            yield from execute(shards, function, arguments, on_progress, stopped)
+        with _draining(self.stop):
+            yield from execute(shards, function, arguments, on_progress, self.stop)
 
     @property
     def draining(self) -> bool:
         """Ctrl-C was pressed, and shards at work are being finished."""
-        return self._stopped is not None and self._stopped.is_set()
+        return self.stop.is_set()
 
     def _in_process(
         self,
@@ -393,11 +393,10 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _draining() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one raises KeyboardInterrupt."""
-    stopped = threading.Event()
+def _draining(stopped: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C sets an event; the second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield
         return
 
     def handle(_signal: int, _frame: Any) -> None:
@@ -407,6 +406,6 @@ def _draining() -> Iterator[threading.Event]:
 
     previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield stopped
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)

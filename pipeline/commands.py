@@ -140,7 +140,7 @@ _work_options = _together(
 
 @click.command()
 @click.argument("captions")
-@click.argument("features", type=click.Path(path_type=Path))
+@click.argument("features")
 @_plan_options
 @click.option(
     "--codec",
@@ -163,7 +163,7 @@ _work_options = _together(
 @_limit_option
 @_work_options
 @_interruptible
-def extract(captions: str, features: Path, **options: Any) -> None:
+def extract(captions: str, features: str, **options: Any) -> None:
     """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
 
     CAPTIONS is a parquet, jsonl, csv, tsv or txt file or URL, or webdataset tars, such as
@@ -228,7 +228,7 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("samples")
-@click.argument("latents", type=click.Path(path_type=Path))
+@click.argument("latents")
 @click.option(
     "--vae",
     default="pixels",
@@ -246,7 +246,7 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
 @_limit_option
 @_work_options
 @_interruptible
-def latents(samples: str, latents: Path, **options: Any) -> None:
+def latents(samples: str, latents: str, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
 
     SAMPLES is the same file that the features were made from, with a column of images: paths,
@@ -264,7 +264,7 @@ def latents(samples: str, latents: Path, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="For machines; the manifest included.")
 @click.option(
     "--html",
@@ -272,7 +272,7 @@ def latents(samples: str, latents: Path, **options: Any) -> None:
     help="Write a page with figures: norms, massive activations, similarity and error by layer, "
     "lengths, and a search over captions.",
 )
-def inspect(store: Path, as_json: bool, html: Path | None) -> None:
+def inspect(store: str, as_json: bool, html: Path | None) -> None:
     """Say what a feature or latent STORE holds, finished or not.
 
     \b
@@ -291,7 +291,7 @@ def inspect(store: Path, as_json: bool, html: Path | None) -> None:
 
 
 @click.command()
-@click.argument("features", type=click.Path(path_type=Path))
+@click.argument("features")
 @click.argument("labels")
 @click.option("--text-column", help="Of LABELS. Default: text, prompt or caption.")
 @click.option(
@@ -321,7 +321,7 @@ def inspect(store: Path, as_json: bool, html: Path | None) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def probe(
-    features: Path,
+    features: str,
     labels: str,
     names: tuple[str, ...],
     routing: Path | None,
@@ -360,9 +360,9 @@ def probe(
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def status(store: Path, as_json: bool) -> None:
+def status(store: str, as_json: bool) -> None:
     """Say how far a STORE is that is being written, by whom, how fast, and what failed.
 
     \b
@@ -376,8 +376,8 @@ def status(store: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("features", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("features")
+@click.argument("out")
 @click.option("--codec", type=_CODECS, help="Default: as it is.")
 @_quality_option
 @click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
@@ -401,7 +401,7 @@ def status(store: Path, as_json: bool) -> None:
 @click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
 @_work_options
 @_interruptible
-def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> None:
+def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> None:
     """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
 
     With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
@@ -424,10 +424,10 @@ def rewrite(features: Path, out: Path, routing: Path | None, **options: Any) -> 
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def verify(store: Path, repair: bool, as_json: bool) -> None:
+def verify(store: str, repair: bool, as_json: bool) -> None:
     """Read the whole of STORE and compare it with what was written.
 
     Every checksum, range of rows, receipt and key of the manifest. Ends with 1 where something is

@@ -20,6 +20,7 @@ from ..schemas import (
     InputError,
     differences,
 )
+from ..schemas.files import locate
 from .captions import Captions, build_captions
 from .cluster import Cluster
 from .codecs import CODECS, Bf16
@@ -131,7 +132,7 @@ def extract(
 
     Args:
         source: table of captions, see :func:`semroute.pipeline.samples.read_samples`.
-        features: folder of the store.
+        features: folder of the store, or the URL of one in an object store that fsspec knows.
         model: hub id, folder or GGUF file, see :func:`semroute.pipeline.encoder.find_model`.
         template: preset or file, see :mod:`semroute.pipeline.captions`.
         layers: ``all``, ``every:3`` or ``5,11,17``.
@@ -164,7 +165,7 @@ def extract(
         ExtractionError: shards failed and are in quarantine.
         Interrupted: Ctrl-C.
     """
-    features = Path(features)
+    features = locate(features)
     with at_work(features, cluster, workers, report) as machines:
         begun = FeatureStore.begun(features)
         there = look_at_workers(machines, str(features), report)

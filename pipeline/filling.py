@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..schemas import InputError, Provenance, Quarantine, Receipt
+from ..schemas.files import is_local
 from .cluster import Cluster, DiskFullError, Interrupted
 from .layout import Packing, format_bytes
-from .lock import locked
+from .lock import LockedError, locked
 from .places import find_cluster
 from .progress import Meter, Style
 from .store import FeatureStore, LatentStore
@@ -54,8 +55,17 @@ def at_work(
         LockedError: another process fills this store.
         InputError: no such cluster.
     """
-    with locked(store, report), find_cluster(cluster, workers, gpus) as found:
-        yield found
+    with locked(store, report) as lock, find_cluster(cluster, workers, gpus) as found:
+        found.stop = lock.stop
+        try:
+            yield found
+        except Interrupted as error:
+            if not lock.lost:
+                raise
+            raise LockedError(
+                f"another driver took this one for dead and has taken over {store}; semroute "
+                f"status {store} shows it"
+            ) from error
 
 
 def fill(
@@ -174,12 +184,14 @@ class _Tally:
 
 
 def check_space(target: Path, needed: int, force: bool) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to begin what the disk cannot hold. Of an object store nothing is asked.
 
     Args:
         needed: bytes.
         force: begin all the same.
     """
+    if not is_local(target):  # an object store tells no end
+        return
     existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free and not force:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..schemas import LATENT_SAMPLES_SCHEMA, InputError, LatentIdentity, LatentManifest, Receipt
+from ..schemas.files import locate
 from .autoencoder import Autoencoder, find_vae
 from .cluster import let_next_begin, report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
@@ -55,7 +56,7 @@ def encode_images(
 
     Args:
         source: the same table that the features were made from, with an image column.
-        latents: folder of the store.
+        latents: folder of the store, or the URL of one in an object store that fsspec knows.
         vae: ``pixels``: the image itself, scaled to [-1, 1]; or a VAE of diffusers, see
             :func:`semroute.pipeline.autoencoder.find_vae`.
         text_column: of the captions, which join latents with features.
@@ -70,7 +71,7 @@ def encode_images(
             encoded.
         ExtractionError, Interrupted: as in :func:`extract`.
     """
-    latents = Path(latents)
+    latents = locate(latents)
     gpus = 0 if vae == "pixels" else None
     with at_work(latents, cluster, workers, report, gpus=gpus) as machines:
         begun = LatentStore.begun(latents)

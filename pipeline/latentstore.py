@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import zarr
 
 from ..schemas import (
     LATENT_SAMPLES_SCHEMA,
@@ -23,7 +22,7 @@ from ..schemas import (
 )
 from .layout import format_bytes
 from .ledger import Ledger, StoreError, render_table, write_manifest
-from .shards import RowArray, allocate
+from .shards import RowArray, allocate, new_group
 
 _SHOWN = 5  # broken images named in a message
 
@@ -44,17 +43,17 @@ class LatentStore(Ledger[LatentManifest]):
         cls.prepare(path, ("samples.parquet",))
         write_whole(path / "samples.parquet", render_table(samples.cast(LATENT_SAMPLES_SCHEMA)))
         identity = manifest.identity
-        group = zarr.open_group(path / cls.group, mode="w")
-        for name in _names(manifest):
-            allocate(
-                group,
-                name,
-                manifest.layout,
-                identity.shape,
-                np.dtype(identity.dtype),
-                ("sample", "channel", "y", "x"),
-                {"semroute": {"scale": identity.scale, "shift": identity.shift}},
-            )
+        with new_group(path / cls.group) as group:
+            for name in _names(manifest):
+                allocate(
+                    group,
+                    name,
+                    manifest.layout,
+                    identity.shape,
+                    np.dtype(identity.dtype),
+                    ("sample", "channel", "y", "x"),
+                    {"semroute": {"scale": identity.scale, "shift": identity.shift}},
+                )
         write_manifest(path, manifest)
         return cls(path, manifest)
 

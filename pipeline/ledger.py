@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from functools import cached_property
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -35,6 +36,16 @@ from ..schemas import (
     write_document,
     write_whole,
 )
+from ..schemas.files import (
+    PlaceError,
+    is_local,
+    list_files,
+    list_names,
+    locate,
+    read_file,
+    read_files,
+    remove,
+)
 
 C = TypeVar("C", bound=Contract)
 M = TypeVar("M", FeatureManifest, LatentManifest)
@@ -42,6 +53,7 @@ MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
 GROWING = "growing"
 """Folder of what a store will be once it has grown: staged here whole, then put in its place."""
+_SHARD_FILE = re.compile(r"/shard-(\d{6,})\.json$")
 _RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
 
 
@@ -82,12 +94,7 @@ class Ledger(Generic[M]):
             StoreError: no store of this kind there, or not finished, or its manifest is damaged.
         """
         path = locate(path)
-        try:
-            document = json.loads((path / MANIFEST).read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(f"{path} is no {cls.kind} store: it has no {MANIFEST}") from error
-        except ValueError as error:  # no JSON, or no text
-            raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
+        document = read_manifest(path, cls.kind)
         wanted = cls.manifest_type.model_fields["format"].default
         form = document.get("format") if isinstance(document, dict) else None
         if form != wanted:
@@ -125,25 +132,28 @@ class Ledger(Generic[M]):
         """An empty folder to create a store in; what a creation that was killed left is removed."""
         own = {cls.group, *tables, CHECKSUMS}
         own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)} | {DRIVER}
-        if path.exists() and not path.is_dir():
+        if is_local(path) and path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; expected a new folder")
-        foreign = sorted({entry.name for entry in path.iterdir()} - own) if path.exists() else []
+        held = list_names(path)
+        if MANIFEST in held:
+            raise StoreError(f"{path} was begun by another process meanwhile")
+        foreign = sorted(held - own)
         if foreign:
             raise StoreError(
                 f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
                 "Name a new folder."
             )
-        if any(path.glob(f"{cls.group}/*/c/*/*")):
+        if any(
+            fnmatch(name, f"{cls.group}/*/c/*/*") and "/parameters/" not in name
+            for name in list_files(path, cls.group)
+        ):
             raise StoreError(
                 f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
                 "continued. Put it back, or name a new folder."
             )
         path.mkdir(parents=True, exist_ok=True)
-        for entry in path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != DRIVER:  # of the process that creates it
-                entry.unlink()
+        for name in held - {DRIVER}:  # that is of the process that creates it
+            remove(path / name)
 
     @cached_property
     def checksums(self) -> Checksums | None:
@@ -167,25 +177,33 @@ class Ledger(Generic[M]):
         """
         path = self.path / name
         try:
-            if isinstance(path, PosixPath):
+            if is_local(path):
                 content = pa.memory_map(str(path)).read_buffer()
             else:
-                content = pa.py_buffer(path.read_bytes())
+                content = pa.py_buffer(read_file(path))
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
+        self._check_digest(name, content)
+        return content
+
+    def _check_digest(self, name: str, content: Any) -> None:
         known = self.checksums.files.get(name) if self.checksums else None
         if known and hashlib.sha256(content).hexdigest() != known:
             raise StoreError(
-                f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it back from a "
-                "copy; semroute verify says what else there is."
+                f"{self.path / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it "
+                "back from a copy; semroute verify says what else there is."
             )
-        return content
 
     def check_files(self, prefix: str) -> None:
         """Read what is written once under a path; errors as for :meth:`read_file`."""
-        for name in self.checksums.files if self.checksums else ():
-            if name.startswith(prefix):
-                self.read_file(name)
+        known = self.checksums.files if self.checksums else {}
+        names = [name for name in known if name.startswith(prefix)]
+        try:
+            contents = read_files(self.path, names)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error}") from error
+        for name, content in contents.items():
+            self._check_digest(name, content)
 
     def read_table(self, name: str) -> pa.Table:
         """One of the Parquet tables, whole; errors as for :meth:`read_file`."""
@@ -216,32 +234,29 @@ class Ledger(Generic[M]):
 
     def receipts(self) -> dict[int, Receipt]:
         """Receipts by shard."""
-        paths = sorted((self.path / "receipts").glob("shard-*.json"))
-        receipts = [_read_contract(path, Receipt) for path in paths]
-        return {receipt.shard: receipt for receipt in receipts}
+        return {receipt.shard: receipt for receipt in self._read_each("receipts", Receipt)}
 
-    def receipt_time(self, shard: int) -> float:
-        """When a shard's receipt was written, in seconds since 1970 by the file system's clock."""
-        return self._shard_file("receipts", shard).stat().st_mtime
+    def receipt_times(self) -> dict[int, float]:
+        """When receipts were written, by shard: seconds since 1970 by the file system's clock."""
+        entries = list_files(self.path, "receipts")
+        return {s: e.changed for n, e in entries.items() if (s := _shard_of(n)) is not None}
 
     def remaining(self) -> list[int]:
         """Shards without a receipt, or whose files are not there in full."""
         receipts = self.receipts()
+        sizes = {name: e.num_bytes for name, e in list_files(self.path, self.group).items()}
         return [
             shard
             for shard in range(self.manifest.layout.num_shards)
-            if shard not in receipts or not self._present(receipts[shard])
+            if shard not in receipts
+            or any(sizes.get(n) != f.num_bytes for n, f in receipts[shard].files.items())
         ]
 
-    def _present(self, receipt: Receipt) -> bool:
-        sizes = {name: self._file_size(name) for name in receipt.files}
-        return all(sizes[name] == file.num_bytes for name, file in receipt.files.items())
-
-    def _file_size(self, name: str) -> int | None:
-        try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError:
-            return None
+    def _read_each(self, folder: str, kind: type[C]) -> list[C]:
+        """The files of a folder that are about a shard each."""
+        names = [n for n in list_files(self.path, folder) if _shard_of(n) is not None]
+        contents = read_files(self.path, names)
+        return [_parse_contract(self.path / name, contents[name], kind) for name in names]
 
     def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
         """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
@@ -274,9 +289,7 @@ class Ledger(Generic[M]):
 
     def quarantined(self) -> dict[int, Quarantine]:
         """Failed shards, by number."""
-        paths = sorted((self.path / "quarantine").glob("shard-*.json"))
-        found = [_read_contract(path, Quarantine) for path in paths]
-        return {quarantine.shard: quarantine for quarantine in found}
+        return {found.shard: found for found in self._read_each("quarantine", Quarantine)}
 
     def _shard_file(self, folder: str, shard: int) -> Path:
         return self.path / folder / f"shard-{shard:06d}.json"
@@ -297,6 +310,7 @@ class Ledger(Generic[M]):
         remaining = self.remaining()
         if remaining:
             raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
+        check_unchanged(self)
         self.manifest = self.manifest.model_copy(update={"status": "complete"})
         _write_contract(self.path / MANIFEST, self.manifest)
 
@@ -321,16 +335,23 @@ class Ledger(Generic[M]):
         return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
-    """A local path, or one behind a URL, which has the methods of a Path that reading needs."""
-    if "://" not in str(path):
-        return Path(path)
-    from upath import UPath
+def read_manifest(path: Path, kind: str) -> Any:
+    """The document that a store's manifest holds, whatever kind of store it is.
 
+    Raises:
+        StoreError: there is none, or it is damaged.
+        PlaceError: the place cannot be read.
+    """
     try:
-        return UPath(path)  # type: ignore[return-value]
-    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
-        raise StoreError(f"{path}: {error}") from error
+        return json.loads(read_file(path / MANIFEST).decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(f"{path} is no {kind} store: it has no {MANIFEST}") from error
+    except ValueError as error:  # no JSON, or no text
+        raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
+    except Exception as error:  # no rights, no network: each package of fsspec has its own
+        if is_local(path):
+            raise
+        raise PlaceError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def render_table(table: pa.Table) -> bytes:
@@ -342,10 +363,24 @@ def render_table(table: pa.Table) -> bytes:
 
 def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
     """The manifest, without which there is no store; before it the checksums of all else."""
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name != DRIVER)
-    checksums = {str(file.relative_to(path)): digest_file(file) for file in files}
+    names = [name for name in list_files(path) if name != DRIVER]
+    checksums = {name: digest_file(path / name) for name in names}
     _write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
     _write_contract(path / MANIFEST, manifest)
+
+
+def check_unchanged(store: Ledger[Any]) -> None:
+    """Refuse to go on where another process has changed what the store is.
+
+    Raises:
+        StoreError: its manifest is not the one that was read or written here.
+    """
+    now = parse(store.manifest_type, read_manifest(store.path, store.kind), str(store.path))
+    if now.begun().model_dump() != store.manifest.begun().model_dump():
+        raise StoreError(
+            f"{store.path} was changed by another process meanwhile, such as a driver that took "
+            "this one for dead. Look at it with semroute status, and run the command again."
+        )
 
 
 def stage(store: Ledger[Any], manifest: FeatureManifest, files: Mapping[str, bytes]) -> None:
@@ -356,6 +391,7 @@ def stage(store: Ledger[Any], manifest: FeatureManifest, files: Mapping[str, byt
         files: all others that are not as they were, by path relative to the store.
     """
     settle(store.path)
+    check_unchanged(store)
     staged = store.path / GROWING
     for name, content in files.items():
         write_whole(staged / name, content)
@@ -369,22 +405,30 @@ def stage(store: Ledger[Any], manifest: FeatureManifest, files: Mapping[str, byt
 def settle(path: Path) -> None:
     """Put what is staged in its place, the manifest last; drop it where it was not decided."""
     staged = path / GROWING
-    if not staged.exists():
-        return
-    if (staged / MANIFEST).exists():
-        names = sorted(str(f.relative_to(staged)) for f in staged.rglob("*") if f.is_file())
+    names = list_files(staged)
+    if MANIFEST in names:
         for name in sorted(names, key=lambda name: name == MANIFEST):
             publish(staged / name, path / name)
-    shutil.rmtree(staged)
+    remove(staged)
 
 
 def _read_contract(path: Path, kind: type[C]) -> C:
+    return _parse_contract(path, read_file(path), kind)
+
+
+def _parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
     try:
-        return parse(kind, json.loads(path.read_text("utf-8")), str(path))
+        return parse(kind, json.loads(content.decode("utf-8")), str(path))
     except ValueError as error:
         raise StoreError(
             f"{path} is damaged: {error}. semroute verify says what can be done."
         ) from error
+
+
+def _shard_of(name: str) -> int | None:
+    """Which shard a receipt or a quarantine is about, by its file's name; None for other files."""
+    found = _SHARD_FILE.search(name)
+    return int(found[1]) if found else None
 
 
 def digest_file(path: Path) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from zarr.codecs import Crc32cCodec
+
+from .shards import open_array
 
 FOLDER = "parameters"
 _DIMENSIONS = {
@@ -50,7 +51,4 @@ def write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
 
 def read_parameters(group: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read them back, by name."""
-    return {
-        name: np.asarray(zarr.open_array(str(group / FOLDER / name), mode="r")[...])
-        for name in names
-    }
+    return {name: np.asarray(open_array(group / FOLDER / name)[...]) for name in names}

@@ -28,6 +28,7 @@ from ..schemas import (
     differences,
     fingerprint,
 )
+from ..schemas.files import locate
 from .cluster import let_next_begin, report_progress, worker_name
 from .codecs import CODECS, Coded
 from .distortion import CodecError
@@ -96,7 +97,7 @@ def rewrite(
 
     Args:
         features: what to rewrite.
-        out: a new folder.
+        out: a new folder, or a URL.
         codec, quality: as for extraction; default the codec of the source.
         layers: ``all`` of the source, ``every:3`` or ``5,11,17``, all of which it must hold.
         routing: store only mixes of the layers, enough of them for what its blocks read. That the
@@ -117,9 +118,9 @@ def rewrite(
         ExtractionError: shards failed and are in quarantine.
         Interrupted: Ctrl-C.
     """
-    out = Path(out)
+    out = locate(out)
     source = open_features(features)
-    if out.resolve() == Path(features).resolve():
+    if str(out.resolve()) == str(source.path.resolve()):
         raise InputError(f"{out} is the store itself; name a new folder")
     identity = source.manifest.identity
     chosen = _choose_layers(layers, source)
@@ -203,7 +204,7 @@ def rewrite(
             store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
         remaining = store.remaining()
         machines.limit(len(remaining))
-        job = _Job(Path(features).resolve(), out.resolve())
+        job = _Job(source.path.resolve(), out.resolve())
         kept = f"{len(chosen)} of {len(source.layers)} layers"
         if mixes is not None:
             kept = f"{len(chosen)} mixes of {len(mixes.layers)} layers"

@@ -1,18 +1,19 @@
 """One sharded Zarr array of rows: allocated whole, written a shard at a time, read in runs of rows.
 
-Written by zarr-python. Read straight from the shard files where the array has exactly the codecs
-that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at the end; in a chunk
-``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on the index), otherwise through
-zarr-python.
+Written by zarr-python. Read straight from the shard files, of objects only the parts needed, where
+the array has exactly the codecs that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0,
+index at the end; in a chunk ``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on
+the index), otherwise through zarr-python.
 """
 
 import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -20,8 +21,10 @@ import numpy as np
 import zarr
 import zstandard
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
 
-from ..schemas import InputError, Layout, WrittenFile
+from ..schemas import InputError, Layout, WrittenFile, write_whole
+from ..schemas.files import is_local, list_files, read_file, read_files, read_ranges, write_files
 from .kernels import copy_runs
 
 ZSTD_LEVEL = 1
@@ -39,16 +42,19 @@ class RowArray:
     """Rows ``[num_shards * rows_per_shard, *row_shape]`` in shards.
 
     Args:
-        path: folder of the Zarr array, or one behind a URL (``upath.UPath``), for reading.
+        path: folder of the Zarr array, or one behind a URL (``upath.UPath``).
         layout: of the store.
         direct: read the shard files themselves; None: where the array is of the known form.
+
+    Attributes:
+        is_known: whether the array has exactly the codecs that :func:`allocate` gives it.
     """
 
     def __init__(self, path: Path, layout: Layout, *, direct: bool | None = None) -> None:
         self.path = path
         self.layout = layout
-        local = isinstance(path, PosixPath)
-        self.array: Any = zarr.open_array(store=str(path), mode="r+" if local else "r")
+        self.is_local = is_local(path)
+        self.array: Any = open_array(path, whole=False)
         self.row_shape: tuple[int, ...] = tuple(self.array.shape[1:])
         self.dtype: np.dtype = self.array.dtype
         expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
@@ -57,12 +63,15 @@ class RowArray:
                 f"{path}: the array is {self.array.shape} but the manifest says {expected}"
             )
         form = _known_form(self.array)
-        self.direct = form is not None if direct is None else direct
+        self.is_known = form is not None
+        self.direct = self.is_known if direct is None else direct
+        if not self.direct and not self.is_local:
+            self.array = zarr.open_array(store=str(path), mode="r")
         self.order = form.order if form else None
         self._shards: dict[int, _ShardFile] = {}
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard, and make sure that it is on disk.
+        """Write one whole shard, and make sure that it is on disk, or in the object store.
 
         Args:
             rows: ``[rows_per_shard, *row_shape]``; rows that are not in use are zero and cost
@@ -77,16 +86,26 @@ class RowArray:
                 f"a shard is written whole: expected {expected} {self.dtype}, found {rows.shape} "
                 f"{rows.dtype}"
             )
-        start = shard * self.layout.rows_per_shard
-        # A shard of nothing but zeros would otherwise not be stored at all.
-        array = self.array if rows.any() else self.array.with_config({"write_empty_chunks": True})
-        array[start : start + self.layout.rows_per_shard] = rows
         name = _shard_name(shard, len(self.row_shape))
+        if not self.is_local:  # made here and put at once: zarr-python would, but tell no checksum
+            files = self.array.metadata.to_buffer_dict(default_buffer_prototype())
+            memory = zarr.open_array(zarr.storage.MemoryStore(files), mode="r+")
+            self._write(memory, shard, rows)
+            content = files[name].to_bytes()
+            write_whole(self.path / name, content)
+            return {name: WrittenFile(num_bytes=len(content), sha256=_sha256(content))}
+        self._write(self.array, shard, rows)
         with (self.path / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
             num_bytes = os.fstat(file.fileno()).st_size
         return {name: WrittenFile(num_bytes=num_bytes, sha256=digest)}
+
+    def _write(self, array: Any, shard: int, rows: np.ndarray) -> None:
+        start = shard * self.layout.rows_per_shard
+        # A shard of nothing but zeros would otherwise not be stored at all.
+        array = array if rows.any() else array.with_config({"write_empty_chunks": True})
+        array[start : start + self.layout.rows_per_shard] = rows
 
     def read(
         self,
@@ -118,7 +137,9 @@ class RowArray:
         """
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
         whole = select == slice(None) and out.shape[1:] == self.row_shape
-        if self.direct and self.order is None and whole and out.flags.c_contiguous:
+        mapped = self.direct and self.is_local
+        fetched = self._fetch(pieces.chunk, num_chunks) if self.direct and not mapped else {}
+        if mapped and self.order is None and whole and out.flags.c_contiguous:
             if out.dtype != self.dtype or len(out) < (pieces.target + pieces.num).max(initial=0):
                 raise ValueError(f"out is {out.dtype} {out.shape}, which the rows do not fit")
             for shard, part in pieces.by_shard(num_chunks):
@@ -127,36 +148,108 @@ class RowArray:
         last, rows = -1, np.empty(0)
         for chunk, first, num, target in pieces:
             if chunk != last:
-                rows = self._chunk(*divmod(chunk, num_chunks))
+                rows = self._chunk(*divmod(chunk, num_chunks), fetched.get(chunk))
                 last = chunk
             out[target : target + num] = rows[first : first + num, select]
 
-    def _chunk(self, shard: int, number: int) -> np.ndarray:
+    def _fetch(self, chunks: np.ndarray, num_chunks: int) -> dict[int, np.ndarray]:
+        """Chunks of objects as they are stored, by number over all shards: many at a time."""
+        wanted = np.unique(chunks)
+        shards = np.unique(wanted // num_chunks).tolist()
+        new = [shard for shard in shards if shard not in self._shards]
+        paths = [self._shard_path(shard) for shard in new]
+        size = 16 * num_chunks + _CRC_BYTES
+        try:
+            indexes = read_ranges(paths, [-size] * len(new), [None] * len(new))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"a shard of {self.path} is not written yet; run the command that makes this "
+                "store again"
+            ) from error
+        for shard, index in zip(new, indexes, strict=True):
+            self._shards[shard] = self._open(shard, np.frombuffer(index, np.uint8))
+        places = [self._shards[chunk // num_chunks].place(chunk % num_chunks) for chunk in wanted]
+        stored = [(int(c), place) for c, place in zip(wanted, places, strict=True) if place]
+        coded = read_ranges(
+            [self._shard_path(chunk // num_chunks) for chunk, _ in stored],
+            [start for _, (start, _) in stored],
+            [stop for _, (_, stop) in stored],
+        )
+        pairs = zip(stored, coded, strict=True)
+        return {chunk: np.frombuffer(content, np.uint8) for (chunk, _), content in pairs}
+
+    def _chunk(self, shard: int, number: int, coded: np.ndarray | None = None) -> np.ndarray:
         """One chunk ``[rows_per_chunk, *row_shape]``, perhaps a view of the mapped file."""
         if not self.direct:
             start = shard * self.layout.rows_per_shard + number * self.layout.rows_per_chunk
             return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
-        return self._shard(shard).chunk(number)
+        return self._shard(shard).chunk(number, coded)
 
     def _shard(self, shard: int) -> "_ShardFile":
         file = self._shards.get(shard)
         if file is None:
-            name = _shard_name(shard, len(self.row_shape))
-            chunk_shape = (self.layout.rows_per_chunk, *self.row_shape)
-            num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-            file = _ShardFile(self.path / name, chunk_shape, self.dtype, num_chunks, self.order)
-            self._shards[shard] = file
+            content = read_bytes(self._shard_path(shard))
+            file = self._shards[shard] = self._open(shard, content)
         return file
 
-    def check_shard(self, shard: int) -> None:
-        """Read a whole shard, every checksum included.
+    def _open(self, shard: int, content: np.ndarray) -> "_ShardFile":
+        """Args: content: the file, or its end, of which chunks are then given."""
+        path, chunk_shape = self._shard_path(shard), (self.layout.rows_per_chunk, *self.row_shape)
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        return _ShardFile(path, content, chunk_shape, self.dtype, num_chunks, self.order)
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.path / _shard_name(shard, len(self.row_shape))
+
+    def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
+        """Read a whole shard of an array of the known form, every checksum included.
+
+        Args:
+            content: of its file, uint8; default: it is read.
 
         Raises:
             CorruptShardError: bytes that are not those that were written.
             InputError: the shard is not there.
         """
+        content = read_bytes(self._shard_path(shard)) if content is None else content
+        file = self._open(shard, content)
         for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
-            self._chunk(shard, number)
+            file.chunk(number)
+
+
+def open_array(path: Path, *, whole: bool = True) -> Any:
+    """A Zarr array; of one behind a URL its files are read at once.
+
+    Args:
+        whole: all its files, or only its metadata, which is enough for shards.
+    """
+    if is_local(path):
+        return zarr.open_array(store=str(path), mode="r" if whole else "r+")
+    files = read_files(path, list_files(path) if whole else ["zarr.json"])
+    buffer = default_buffer_prototype().buffer
+    held = {name: buffer.from_bytes(content) for name, content in files.items()}
+    return zarr.open_array(zarr.storage.MemoryStore(held), mode="r")
+
+
+def read_bytes(path: Path) -> np.ndarray:
+    """A shard's file: uint8, mapped where it is on a file system of this machine.
+
+    Raises:
+        InputError: it is not there, or empty.
+    """
+    try:
+        if is_local(path):
+            return np.asarray(np.memmap(path, np.uint8, mode="r"))
+        content = np.frombuffer(read_file(path), np.uint8)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is not written yet; run the command that makes this store again"
+        ) from error
+    except ValueError as error:  # numpy refuses to map an empty file
+        raise CorruptShardError(f"{path} is empty") from error
+    if not len(content):
+        raise CorruptShardError(f"{path} is empty")
+    return content
 
 
 @dataclass(frozen=True)
@@ -228,6 +321,14 @@ class Pieces:
         return np.arange(int(self.num.sum())) + np.repeat(self.target - packed, self.num)
 
 
+@contextmanager
+def new_group(path: Path) -> Iterator[Any]:
+    """A Zarr group to make arrays in; their files are written when the block ends."""
+    files: dict[str, Any] = {}
+    yield zarr.create_group(zarr.storage.MemoryStore(files))
+    write_files(path, {name: buffer.to_bytes() for name, buffer in files.items()})
+
+
 def allocate(
     group: Any,
     name: str,
@@ -260,11 +361,12 @@ def allocate(
 
 
 class _ShardFile:
-    """A memory-mapped shard: chunks by number, each checked when first touched."""
+    """The bytes of a shard: chunks by number, each checked when first touched."""
 
     def __init__(
         self,
         path: Path,
+        content: np.ndarray,
         chunk_shape: tuple[int, ...],
         dtype: np.dtype,
         num_chunks: int,
@@ -274,14 +376,7 @@ class _ShardFile:
         self.stored_shape = tuple(chunk_shape[axis] for axis in order or ())
         self.num_bytes = int(np.prod(chunk_shape)) * dtype.itemsize
         self.back = tuple(np.argsort(order or ()).tolist())
-        try:
-            self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{path} is not written yet; run the command that makes this store again"
-            ) from error
-        except ValueError as error:  # numpy refuses to map an empty file
-            raise CorruptShardError(f"{path} is empty") from error
+        self.bytes = content
         index = self.bytes[-(16 * num_chunks + _CRC_BYTES) :]
         if len(index) != 16 * num_chunks + _CRC_BYTES or not _crc_fits(index):
             raise CorruptShardError(f"{path}: the shard's index is damaged")
@@ -307,12 +402,28 @@ class _ShardFile:
             out.reshape(-1).view(np.uint8),
         )
 
-    def chunk(self, number: int) -> np.ndarray:
-        """Rows of a chunk; zeros where it is not stored, as no caption uses it."""
+    def place(self, number: int) -> tuple[int, int] | None:
+        """First byte of a chunk, and the one after its last; None where it is not stored."""
         if self.offsets[number] == _ABSENT:
+            return None
+        start = int(self.offsets[number])
+        return start, start + int(self.sizes[number])
+
+    def chunk(self, number: int, coded: np.ndarray | None = None) -> np.ndarray:
+        """Rows of a chunk; zeros where it is not stored, as no caption uses it.
+
+        Args:
+            coded: as it is stored, where the file is not at hand.
+        """
+        if (place := self.place(number)) is None:
             return np.zeros(self.chunk_shape, self.dtype)
-        start, size = int(self.offsets[number]), int(self.sizes[number])
-        coded = self.bytes[start : start + size]
+        start, size = place[0], place[1] - place[0]
+        if coded is None:
+            coded = self.bytes[start : start + size]
+        elif len(coded) != size:
+            raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
+        else:
+            self.checked[number] = False  # fetched anew
         if not self.checked[number]:
             if not _crc_fits(coded):
                 raise CorruptShardError(
@@ -347,6 +458,10 @@ def _crc_fits(coded: np.ndarray) -> bool:
     return bool(google_crc32c.value(coded[:-_CRC_BYTES].tobytes()) == stored)
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _shard_name(shard: int, row_dimensions: int) -> str:
     return "/".join(["c", str(shard), *["0"] * row_dimensions])
 
@@ -372,7 +487,6 @@ def _known_form(array: Any) -> _Form | None:
             and configuration["index_location"] in ("end", None)
             and [*map(_plain, configuration["index_codecs"])] == [little, crc]
             and metadata["chunk_key_encoding"]["name"] == "default"
-            and isinstance(array.store, zarr.storage.LocalStore)
         )
         codecs = [*map(_plain, configuration["codecs"])]
         if not known or codecs[-1] != crc:

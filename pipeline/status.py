@@ -14,6 +14,7 @@ from .store import FeatureStore, open_store
 RECENT_SECONDS = 600.0
 """Rates and workers are those of so long before the newest receipt."""
 _SHOWN = 5
+_OWN = {"token", "begun", "beats"}  # of a driver's file, for drivers alone
 
 
 def status(path: str | os.PathLike[str]) -> Findings:
@@ -30,7 +31,8 @@ def status(path: str | os.PathLike[str]) -> Findings:
     entries = sum(receipt.num_entries for receipt in written.values())
     unit = "captions" if isinstance(store, FeatureStore) else "samples"
     # Receipts are written when their shard is; the clock is the file system's.
-    times = {shard: store.receipt_time(shard) for shard in written}
+    changed = store.receipt_times()
+    times = {shard: changed[shard] for shard in written}
     newest = max(times.values(), default=0.0)
     recent = [s for s, at in times.items() if newest - at <= RECENT_SECONDS]
     workers = {written[shard].worker for shard in recent}
@@ -55,7 +57,7 @@ def status(path: str | os.PathLike[str]) -> Findings:
         "seconds_since_last_shard": max(0.0, time.time() - newest) if written else None,
         "workers": sorted(workers),
         "quarantined": {shard: q.reason for shard, q in sorted(quarantined.items())},
-        "driver": None if driver is None else driver.model_dump(exclude={"token", "begun"}),
+        "driver": None if driver is None else driver.model_dump(exclude=_OWN),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
     return Findings(_facts(store.path, unit, details), details)

@@ -10,7 +10,6 @@ On disk (``docs/store-format.md``)::
     quarantine/        shards that could not be written, with the reason
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-import zarr
 
 from ..schemas import (
     CAPTIONS_SCHEMA,
@@ -33,12 +31,13 @@ from ..schemas import (
     Mixes,
     write_whole,
 )
+from ..schemas.files import locate
 from .codecs import CODECS, Codec, open_codec
 from .latentstore import LatentStore
 from .layout import format_bytes
-from .ledger import MANIFEST, Ledger, StoreError, locate, render_table, write_manifest
+from .ledger import Ledger, StoreError, read_manifest, render_table, write_manifest
 from .parameters import digest_parameters, read_parameters, write_parameters
-from .shards import Pieces, RowArray, allocate
+from .shards import Pieces, RowArray, allocate, new_group
 
 if TYPE_CHECKING:
     import torch
@@ -149,24 +148,24 @@ class FeatureStore(Ledger[FeatureManifest]):
         identity = manifest.identity
         num_layers, width = len(identity.layers), identity.model.width
         codec = open_codec(manifest.codec, num_layers, width, parameters or {})
-        group = zarr.open_group(path / cls.group, mode="w")
-        for plane in codec.planes:
-            values = "channel" if plane.size == width else f"{plane.name}_value"
-            allocate(
-                group,
-                plane.name,
-                manifest.layout,
-                (num_layers, plane.size),
-                plane.dtype,
-                ("row", "layer", values),
-                {"semroute": {"codec": codec.name, "meaning": plane.meaning}},
-                plane.order,
+        with new_group(path / cls.group) as group:
+            for plane in codec.planes:
+                values = "channel" if plane.size == width else f"{plane.name}_value"
+                allocate(
+                    group,
+                    plane.name,
+                    manifest.layout,
+                    (num_layers, plane.size),
+                    plane.dtype,
+                    ("row", "layer", values),
+                    {"semroute": {"codec": codec.name, "meaning": plane.meaning}},
+                    plane.order,
+                )
+            write_parameters(group, codec.parameters)
+            layers = group.create_array(
+                "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
             )
-        write_parameters(group, codec.parameters)
-        layers = group.create_array(
-            "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
-        )
-        layers[:] = np.array(identity.layers, np.int32)
+            layers[:] = np.array(identity.layers, np.int32)
         write_manifest(path, manifest)
         return cls(path, manifest)
 
@@ -475,8 +474,8 @@ def open_store(path: str | os.PathLike[str]) -> FeatureStore | LatentStore:
     """
     path = locate(path)
     try:
-        form = json.loads((path / MANIFEST).read_text("utf-8")).get("format")
-    except (OSError, ValueError, AttributeError):
+        form = read_manifest(path, "feature").get("format")
+    except (StoreError, OSError, AttributeError):
         form = FEATURES_FORMAT  # whose opening says what is wrong
     kinds: dict[str, Any] = {FEATURES_FORMAT: FeatureStore, "semroute.latents": LatentStore}
     if form not in kinds:

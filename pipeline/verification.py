@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import zarr
 from tqdm.auto import tqdm
 
 from ..schemas import (
@@ -24,8 +23,9 @@ from ..schemas import (
     parse,
     render,
 )
+from ..schemas.files import list_files, locate, read_file
 from .ledger import CHECKSUMS, GROWING, MANIFEST, digest_file
-from .shards import RowArray
+from .shards import RowArray, open_array, read_bytes
 from .store import FeatureStore, LatentStore, open_store
 
 T = TypeVar("T")
@@ -118,13 +118,13 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
     """Read a whole store, finished or not, and compare it with all that it says of itself.
 
     Args:
-        path: local folder of a feature or latent store.
+        path: folder or URL of a feature or latent store.
         progress: show a bar.
 
     Raises:
         StoreError: no store there, or it was stopped while it grew.
     """
-    path = Path(path)
+    path = locate(path)
     found = _Findings(path)
     try:
         store = open_store(path)
@@ -169,6 +169,7 @@ class _Findings:
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.num_bytes = 0
+        self.files = list_files(path)
 
     def problem(self, where: str, what: str, shard: int | None = None) -> None:
         self.problems.append(Problem(where, what, shard))
@@ -191,7 +192,7 @@ class _Findings:
     ) -> Any | None:
         """A JSON file that must be there to the letter: what it holds, or None."""
         try:
-            raw = (self.path / name).read_bytes()
+            raw = read_file(self.path / name)
             self.num_bytes += len(raw)
             contract = parse(kind, json.loads(raw.decode("utf-8")), name)
         except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
@@ -220,12 +221,11 @@ class _Findings:
         if digest(store.manifest.begun(), early=True) != checksums.manifest:
             self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
         for name, expected in checksums.files.items():
-            file = self.path / name
-            if not file.is_file():
+            if name not in self.files:
                 self.problem(name, "is missing")
                 continue
-            self.num_bytes += file.stat().st_size
-            if digest_file(file) != expected:
+            self.num_bytes += self.files[name].num_bytes
+            if digest_file(self.path / name) != expected:
                 self.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
         return set(checksums.files)
 
@@ -242,16 +242,16 @@ class _Findings:
         """Metadata and parameters against the manifest; returns the arrays that can be read."""
         found = store.arrays
         if isinstance(store, FeatureStore):
-            layers = np.asarray(zarr.open_array(self.path / store.group / "layer", mode="r")[:])
+            layers = np.asarray(open_array(self.path / store.group / "layer")[:])
             if layers.tolist() != store.layers:
                 self.problem(
                     f"{store.group}/layer",
                     f"holds {layers.tolist()}; the manifest says {store.layers}",
                 )
         for name, array in found.items():
-            if not array.direct:
+            if not array.is_known:
                 self.problem(f"{store.group}/{name}/zarr.json", "is not of the documented form")
-        return {name: array for name, array in found.items() if array.direct}
+        return {name: array for name, array in found.items() if array.is_known}
 
     def check_shards(
         self,
@@ -261,8 +261,8 @@ class _Findings:
         progress: bool,
     ) -> set[str]:
         """Receipts, and the shards that they prove; returns the files that belong to the store."""
-        names = sorted(f"receipts/{file.name}" for file in (self.path / "receipts").glob("*"))
-        known = {*names, *(f"quarantine/{f.name}" for f in (self.path / "quarantine").glob("*"))}
+        names = [name for name in self.files if name.startswith("receipts/")]
+        known = {*names, *(name for name in self.files if name.startswith("quarantine/"))}
         receipts: dict[int, Receipt] = {}
         unsealed_receipts = 0
         for name in names:
@@ -302,11 +302,13 @@ class _Findings:
                 if arrays and {name.partition("c/")[0] for name in receipt.files} != prefix:
                     self.problem(f"receipts/shard-{shard:06d}.json", "does not list a file of "
                                  "every array", shard)  # fmt: skip
+                contents = {}
                 for name in receipt.files:
-                    self._check_file(name, receipt, shard)
+                    contents[name.partition("/c/")[0]] = self._check_file(name, receipt, shard)
                     bar.update(receipt.files[name].num_bytes)
                 for name, array in arrays.items():
-                    self._check_chunks(f"{store.group}/{name}", array, shard)
+                    where = f"{store.group}/{name}"
+                    self._check_chunks(where, array, shard, contents.get(where))
         missing = set(range(store.manifest.layout.num_shards)) - {*receipts}
         reported = {problem.shard for problem in self.problems}
         if store.is_complete and isinstance(store, LatentStore):
@@ -319,35 +321,39 @@ class _Findings:
                 self.problem(f"receipts/shard-{shard:06d}.json", "is missing", shard)
         return known
 
-    def _check_file(self, name: str, receipt: Receipt, shard: int) -> None:
-        file, written = self.path / name, receipt.files[name]
+    def _check_file(self, name: str, receipt: Receipt, shard: int) -> np.ndarray | None:
+        """Size and sha256; returns the bytes, where they could be read."""
+        written = receipt.files[name]
+        size = self.files[name].num_bytes if name in self.files else 0
+        if name in self.files and size != written.num_bytes:
+            self.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
+            return None
         try:
-            size = file.stat().st_size
-            if size != written.num_bytes:
-                self.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
-                return
-            self.num_bytes += size
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            self.problem(name, f"cannot be read: {error.strerror}", shard)
-            return
-        if found != written.sha256:
+            content = read_bytes(self.path / name)
+        except (InputError, OSError) as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            why = "No such file or directory" if missing else error
+            self.problem(name, f"cannot be read: {why}", shard)
+            return None
+        self.num_bytes += size
+        if hashlib.sha256(content.data).hexdigest() != written.sha256:
             self.problem(name, "its sha256 is not the one in the receipt", shard)
+        return content
 
-    def _check_chunks(self, name: str, array: RowArray, shard: int) -> None:
+    def _check_chunks(
+        self, name: str, array: RowArray, shard: int, content: np.ndarray | None
+    ) -> None:
         """Index and chunks by their own checksums: says where in the shard the damage is."""
         try:
-            array.check_shard(shard)
+            array.check_shard(shard, content)
         except _DAMAGE as error:
             self.problem(name, str(error).removeprefix(f"{self.path}/"), shard)
 
     def check_strangers(self, known: set[str]) -> None:
         known |= {MANIFEST, CHECKSUMS, DRIVER}
         if (self.path / CHECKSUMS).exists():
-            for file in sorted(self.path.rglob("*")):
-                name = str(file.relative_to(self.path))
-                if file.is_file() and name not in known:
+            for name in self.files:
+                if name not in known:
                     self.warnings.append(f"{name} does not belong to the store")
 
 

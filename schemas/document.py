@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, whatever dies while they are written."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PosixPath
+from typing import Any
 
 
 def write_document(path: Path, text: str) -> None:
@@ -9,8 +10,14 @@ def write_document(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then put it there; the folder is made where missing."""
+def write_whole(path: Any, content: bytes) -> None:
+    """Write a file beside its place, then put it there; the folder is made where missing.
+
+    Behind a URL (``upath.UPath``) it is one put, which is there whole or not at all.
+    """
+    if not isinstance(path, PosixPath):
+        path.fs.pipe_file(path.path, content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
@@ -18,7 +25,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Rename a file when its bytes are on disk, and have the new name on disk too."""
+    """Rename a file when its bytes are on disk, and have the new name on disk too.
+
+    An object is put once more under its name, and not removed.
+    """
+    if not isinstance(path, PosixPath):
+        write_whole(path, unfinished.read_bytes())
+        return
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)

@@ -45,3 +45,5 @@ class Driver(Contract):
     """When it took the lock, UTC."""
     token: str
     """Random, by which it knows its own file."""
+    beats: int = 0
+    """In an object store: how often it has put the file anew, to show that it lives."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from semroute.pipeline.codecs import SCALES
 from semroute.pipeline.shards import CorruptShardError
 from semroute.pipeline.store import StoreError, open_features
+from semroute.schemas import InputError
 
 NAMES = ["bf16", "lossless", "delta", "linear"]
 everything = settings(
@@ -152,7 +153,7 @@ class TestEveryCodec:
     def test_a_store_behind_a_url_reads_the_same(self, name, random_store, memory_url):
         path = random_store(name)
         expected, found = open_features(path), open_features(memory_url(path))
-        assert not any(array.direct for array in found.arrays.values())
+        assert not any(array.is_local for array in found.arrays.values())
         ids = [5, 3, 4, 100]
         np.testing.assert_array_equal(found.read(ids, [3]).bits, expected.read(ids, [3]).bits)
         assert found[7].text == expected[7].text
@@ -190,5 +191,5 @@ def test_other_parameters_are_refused(name, random_store, tmp_path):
 
 
 def test_an_unknown_kind_of_url_is_said():
-    with pytest.raises(StoreError, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         open_features("nowhere://features")

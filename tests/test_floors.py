@@ -18,13 +18,16 @@ FLOORS = [
     },
     {
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
-        *(
-            "pipeline." + name
-            for name in ("layout", "shards", "cluster", "ledger", "lock", "parameters")
-        ),
+        *("pipeline." + name for name in ("layout", "shards", "cluster", "ledger", "lock")),
         *("trainer." + name for name in ("router", "flow", "shapes", "layouts", "order")),
     },
-    {"pipeline.latentstore", "pipeline.samples", "trainer.baselines", "trainer.world"},
+    {
+        "pipeline.latentstore",
+        "pipeline.parameters",
+        "pipeline.samples",
+        "trainer.baselines",
+        "trainer.world",
+    },
     {
         *("pipeline." + name for name in ("store", "distortion", "planning", "latents")),
         *("pipeline." + name for name in ("places", "progress", "labels", "prompts")),

@@ -123,11 +123,7 @@ def train(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--features",
-    type=click.Path(path_type=Path),
-    help="Take captions from this feature store; no LLM is needed.",
-)
+@click.option("--features", help="Take captions from this feature store; no LLM is needed.")
 @click.option(
     "--num",
     type=click.IntRange(1),
@@ -156,7 +152,7 @@ def train(
 @clock_option
 def sample(
     run: Path,
-    features: Path | None,
+    features: str | None,
     num: int | None,
     texts: tuple[str, ...],
     file: str | None,
@@ -219,11 +215,7 @@ def sample(
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--features",
-    type=click.Path(path_type=Path),
-    help="Feature store of the captions to judge by.",
-)
+@click.option("--features", help="Feature store of the captions to judge by.")
 @click.option("--samples", help="The test.parquet of the shapes that they were extracted from.")
 @judge_options
 @click.option(
@@ -245,7 +237,7 @@ def sample(
 @clock_option
 def evaluate(
     run: str,
-    features: Path | None,
+    features: str | None,
     samples: str | None,
     judge: str | None,
     weights: Any,
