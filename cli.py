@@ -50,6 +50,7 @@ for command in (
     pipeline.probe,
     pipeline.verify,
     pipeline.rewrite,
+    pipeline.push,
     trainer.train,
     trainer.sample,
     trainer.evaluate,

@@ -425,6 +425,29 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
 
 @click.command()
 @click.argument("store")
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="Where REPO is made. Default: private.")
+@click.option(
+    "--license", help="Of the data, by the Hub's names, such as cc-by-4.0. Default: none is stated."
+)
+@click.option("--dry-run", is_flag=True, help="Print the files and the card, and send nothing.")
+def push(store: str, repo: str, **options: Any) -> None:
+    """Upload a finished STORE to the Hugging Face Hub, as the dataset REPO (name/repository).
+
+    With a card that says what it holds and how to read it. Log in first, with `hf auth login`. The
+    same command continues what was interrupted.
+
+    \b
+    Example:
+      semroute push features my-name/captions-smollm2 --license cc-by-4.0 --dry-run
+    """
+    from .hub import push as run
+
+    click.echo(run(store, repo, report=_report, **options))
+
+
+@click.command()
+@click.argument("store")
 @click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def verify(store: str, repair: bool, as_json: bool) -> None:

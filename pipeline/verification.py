@@ -352,8 +352,9 @@ class _Findings:
     def check_strangers(self, known: set[str]) -> None:
         known |= {MANIFEST, CHECKSUMS, DRIVER}
         if (self.path / CHECKSUMS).exists():
+            of_the_hub = ("README.md", ".gitattributes", ".cache/huggingface/")
             for name in self.files:
-                if name not in known:
+                if name not in known and not name.startswith(of_the_hub):
                     self.warnings.append(f"{name} does not belong to the store")
 
 

@@ -42,7 +42,7 @@ FLOORS = [
     {
         *(
             "pipeline." + name
-            for name in ("encoding", "imaging", "rewriting", "probing", "figures")
+            for name in ("encoding", "imaging", "rewriting", "probing", "figures", "hub")
         ),
         *("trainer.evaluation", "trainer.validation"),
     },
