@@ -218,7 +218,8 @@ def extract(
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
             begun.check_same(manifest.before_growth())
             check_space(features, added_bytes(begun, manifest), force)
-            store = grow(begun, manifest, plan.samples_table(), table, report)
+            tables = {"samples": plan.samples_table(), "captions": table}
+            store = grow(begun, manifest, tables, report)
         elif begun is not None:
             store = begun
             store.check_same(manifest)

@@ -1,15 +1,20 @@
-"""A feature store that gains samples: new captions in new shards, all else as it is."""
+"""Stores that gain samples: what is new in new shards, all else as it is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 
-from ..schemas import FeatureManifest, Generation
+from ..schemas import FeatureManifest, Generation, LatentGeneration, LatentManifest
+from .latents import images_fingerprint
 from .layout import Packing
 from .ledger import StoreError, render_table, settle, stage
 from .planning import Plan
-from .store import FeatureStore
+from .samples import Samples
+from .store import FeatureStore, LatentStore
+
+S = TypeVar("S", FeatureStore, LatentStore)
 
 
 def check_rows(store: FeatureStore, plan: Plan) -> None:
@@ -56,14 +61,60 @@ def generations(plan: Plan, packing: Packing, begun: FeatureStore | None) -> lis
     ]
 
 
+def check_images(store: LatentStore, digests: Sequence[str | None], source: str) -> None:
+    """Refuse a file that does not begin with the images that a store was made from.
+
+    Args:
+        digests: sha256 of every image of the file, those that could not be read when the store
+            was begun as they were then.
+
+    Raises:
+        StoreError: with the first row that differs; or the file ends before the store does.
+    """
+    before = store.samples["sha256"].to_pylist()
+    for row, (found, stored) in enumerate(zip(digests, before, strict=False)):
+        if found != stored:
+            raise StoreError(
+                f"{source}: the image of row {row}, counted from 0, is not the one that "
+                f"{store.path} was made from (identity.images). A store grows where rows are added "
+                "at the end of its file; where others changed, name a new folder."
+            )
+    if len(digests) < len(before):
+        raise StoreError(
+            f"{source}: {len(digests):,} rows were asked for, but {store.path} holds "
+            f"{len(before):,} samples, which begin with these. Name the file that it was made from "
+            "last, or a new folder."
+        )
+
+
+def latent_generations(
+    samples: Samples,
+    digests: Sequence[str | None],
+    packing: Packing,
+    begun: LatentStore | None,
+) -> list[LatentGeneration]:
+    """What a latent store was each time before it grew to these samples."""
+    made = [] if begun is None else begun.manifest.generations
+    return [
+        LatentGeneration(
+            images=images_fingerprint(digests[:num]),
+            samples=samples.slice(0, num).identity(),
+            num_shards=int(packing.shard[num - 1]) + 1,
+            num_rows=num,
+            provenance=generation.provenance,
+        )
+        for generation in made
+        if (num := generation.samples.num_samples) < len(digests)
+    ]
+
+
 def grow(
-    store: FeatureStore,
-    manifest: FeatureManifest,
-    samples: pa.Table,
-    captions: pa.Table,
+    store: S,
+    manifest: FeatureManifest | LatentManifest,
+    tables: Mapping[str, pa.Table],
     report: Callable[[str], None],
-) -> FeatureStore:
-    """Make room for the captions that a store does not have; no shard is written.
+) -> S:
+    """Make room for what a store does not have; no shard is written.
 
     Tables, shapes, checksums and manifest are written beside and put in place together: what
     is stopped on the way is still the store that it was, or is finished by the same command.
@@ -71,23 +122,21 @@ def grow(
     Args:
         store: as it is.
         manifest: as it will be.
-        samples, captions: all rows of the tables, those of the store first.
+        tables: all rows of its tables, those of the store first, by name without ``.parquet``.
         report: takes one line of text at a time.
     """
     before, layout = store.manifest.layout, manifest.layout
+    added = {name: table.num_rows - getattr(store, name).num_rows for name, table in tables.items()}
+    captions = f" and {added['captions']:,} captions" if "captions" in added else ""
     report(
-        f"{store.path} grows from {store.samples.num_rows:,} samples to {samples.num_rows:,}: "
-        f"{captions.num_rows - len(store):,} new captions in "
+        f"{store.path} grows: {added['samples']:,} new samples{captions} in "
         f"{layout.num_shards - before.num_shards} new shards"
     )
-    pairs = {
-        "captions.parquet": (store.captions, captions),
-        "samples.parquet": (store.samples, samples),
-    }
-    files = {
-        name: render_table(pa.concat_tables([stored, table.slice(len(stored))]))
-        for name, (stored, table) in pairs.items()
-    }
+    files = {}
+    for name, table in tables.items():
+        stored = getattr(store, name)
+        whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
+        files[f"{name}.parquet"] = render_table(whole)
     for plane in store.arrays:
         name = f"{store.group}/{plane}/zarr.json"
         metadata = json.loads(store.read_file(name).to_pybytes())
@@ -95,7 +144,7 @@ def grow(
         files[name] = json.dumps(metadata, indent=2).encode()
     stage(store, manifest, files)
     settle(store.path)
-    return FeatureStore.open(store.path, complete=False)
+    return type(store).open(store.path, complete=False)
 
 
 def added_bytes(store: FeatureStore, manifest: FeatureManifest) -> int:

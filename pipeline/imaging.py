@@ -15,6 +15,7 @@ from ..schemas.files import locate
 from .autoencoder import Autoencoder, find_vae
 from .cluster import let_next_begin, report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
+from .growth import check_images, grow, latent_generations
 from .latents import describe_images, image_to_codes, images_fingerprint, pixel_codec
 from .layout import format_bytes, pack
 from .places import look_at_workers, own_device
@@ -50,9 +51,10 @@ def encode_images(
     report: Callable[[str], None] = print,
     progress: Style = "auto",
 ) -> LatentStore:
-    """Encode the images of a table of samples into a latent store; latent i belongs to row i.
+    """Encode the images of a table of samples into a latent store, of each row one.
 
-    Called again with the same arguments it continues where it was stopped.
+    Called again with the same arguments it continues where it was stopped. Called with a source
+    that gained rows at its end, it adds new shards to the store and leaves the old ones.
 
     Args:
         source: the same table that the features were made from, with an image column.
@@ -87,6 +89,10 @@ def encode_images(
         if begun is not None:
             threads = begun.manifest.layout.num_threads
         digests = images.digests if begun is None else _since_begun(begun, images.digests)
+        counts = []
+        if begun is not None:
+            check_images(begun, digests, samples.source)
+            counts = [each.samples.num_samples for each in begun.manifest.generations]
         identity = _identity(located, images.size, samples, digests)
         latent_bytes = int(np.prod(identity.shape)) * np.dtype(identity.dtype).itemsize
         num_bytes = latent_bytes * (1 + identity.deviation)
@@ -99,23 +105,27 @@ def encode_images(
             else max(1, BATCH_PIXELS // int(np.prod(images.size))),
             rows_per_chunk=max(1, LATENT_CHUNK_BYTES // latent_bytes),
             num_threads=threads,
+            earlier=[count for count in counts if count < len(samples)],
         )
         manifest = LatentManifest(
             status="extracting",
             identity=identity,
             layout=packing.layout,
             provenance=provenance(source, vae if located is None else located.name),
+            grown_from=latent_generations(samples, digests, packing, begun),
         )
-        if begun is not None:
+        columns = [range(len(samples)), samples.image_names(), digests, packing.row_start]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
+        table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
+        if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
+            begun.check_same(manifest.before_growth())
+            check_space(latents, (len(samples) - len(begun)) * num_bytes, force)
+            store = grow(begun, manifest, {"samples": table}, report)
+        elif begun is not None:
             store = begun
             store.check_same(manifest)
         else:
             check_space(latents, len(samples) * num_bytes, force)
-            columns = [range(len(samples)), samples.image_names(), digests]
-            arrays = [
-                pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)
-            ]
-            table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
             store = LatentStore.create(latents, manifest, table)
         store.drop_broken = drop_broken
         remaining = store.remaining()
@@ -189,14 +199,10 @@ def _identity(
 def _since_begun(store: LatentStore, digests: list[str | None]) -> list[str | None]:
     """Digests of images, but for those that could not be read: they may be mended meanwhile, and
     count as they were when the store was begun."""
-    before = store.samples["sha256"].to_pylist()
-    if len(before) != len(digests):
-        return digests  # which the comparison of identities then refuses
-    broken = store.broken()
-    return [
-        old if old is None or row in broken else new
-        for row, (old, new) in enumerate(zip(before, digests, strict=True))
-    ]
+    before, broken = store.samples["sha256"].to_pylist(), store.broken()
+    pairs = enumerate(zip(before, digests, strict=False))
+    old = [stored if stored is None or row in broken else now for row, (stored, now) in pairs]
+    return old + digests[len(old) :]
 
 
 @dataclass(frozen=True)

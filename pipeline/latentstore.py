@@ -28,7 +28,7 @@ _SHOWN = 5  # broken images named in a message
 
 
 class LatentStore(Ledger[LatentManifest]):
-    """Encoded images; latent i belongs to sample i."""
+    """Encoded images, of each sample one."""
 
     kind = "latent"
     manifest_type = LatentManifest
@@ -68,7 +68,15 @@ class LatentStore(Ledger[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
-        return self.read_table("samples.parquet")
+        table = self.read_table("samples.parquet")
+        if "row" not in table.column_names:  # of an early version, where it is the sample_id
+            table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
+        return table
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Row of each sample's latent in the arrays, int64 ``[samples]``, ascending."""
+        return self.samples["row"].to_numpy()
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -164,7 +172,8 @@ class LatentStore(Ledger[LatentManifest]):
     def _codes(self, name: str, ids: np.ndarray) -> np.ndarray:
         identity = self.manifest.identity
         codes = np.empty((len(ids), *identity.shape), identity.dtype)
-        self.arrays[name].read(ids, ids + 1, codes)
+        rows = self.rows[ids]
+        self.arrays[name].read(rows, rows + 1, codes)
         return codes.astype(np.float32)
 
     def facts(self) -> Facts:

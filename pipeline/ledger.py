@@ -383,7 +383,9 @@ def check_unchanged(store: Ledger[Any]) -> None:
         )
 
 
-def stage(store: Ledger[Any], manifest: FeatureManifest, files: Mapping[str, bytes]) -> None:
+def stage(
+    store: Ledger[Any], manifest: FeatureManifest | LatentManifest, files: Mapping[str, bytes]
+) -> None:
     """Write what a store will be beside what it is; from the last rename on, it is decided.
 
     Args:

@@ -369,13 +369,8 @@ def _entries(store: FeatureStore | LatentStore) -> Callable[[int], tuple[int, in
     """Shard -> entries and rows that the tables put there."""
     layout = store.manifest.layout
     if isinstance(store, LatentStore):
-
-        def count(shard: int) -> tuple[int, int]:
-            first = shard * layout.rows_per_shard
-            num = min(first + layout.rows_per_shard, layout.num_rows) - first
-            return num, num
-
-        return count
+        counts = np.bincount(store.rows // layout.rows_per_shard, minlength=layout.num_shards)
+        return lambda shard: (int(counts[shard]), int(counts[shard]))
     shards = store.captions["shard"].to_numpy()
     rows = store.captions["num_tokens"].to_numpy()
     entries = np.bincount(shards, minlength=layout.num_shards)

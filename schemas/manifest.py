@@ -247,6 +247,17 @@ class LatentIdentity(Contract):
     samples: SamplesIdentity
 
 
+class LatentGeneration(Contract):
+    """What a latent store was before it grew."""
+
+    images: str
+    samples: SamplesIdentity
+    num_shards: int = Field(ge=1)
+    """The next generation begins with the shard of this number."""
+    num_rows: int = Field(ge=1)
+    provenance: Provenance
+
+
 class LatentManifest(Contract):
     """``manifest.json`` of a latent store."""
 
@@ -256,6 +267,34 @@ class LatentManifest(Contract):
     identity: LatentIdentity
     layout: Layout
     provenance: Provenance
+    grown_from: list[LatentGeneration] = Field(default_factory=list)
+    """What the store was each time before it grew, oldest first; empty where it never did."""
+
+    @property
+    def generations(self) -> list[LatentGeneration]:
+        """What the store was each time before it grew, and what it is now."""
+        now = LatentGeneration(
+            images=self.identity.images,
+            samples=self.identity.samples,
+            num_shards=self.layout.num_shards,
+            num_rows=self.layout.num_rows,
+            provenance=self.provenance,
+        )
+        return [*self.grown_from, now]
+
+    def before_growth(self) -> "LatentManifest":
+        """The manifest of the store before it grew last."""
+        *earlier, last = self.grown_from
+        identity = {"images": last.images, "samples": last.samples, "dropped": []}
+        layout = {"num_shards": last.num_shards, "num_rows": last.num_rows}
+        return self.model_copy(
+            update={
+                "identity": self.identity.model_copy(update=identity),
+                "layout": self.layout.model_copy(update=layout),
+                "provenance": last.provenance,
+                "grown_from": earlier,
+            }
+        )
 
     def begun(self) -> "LatentManifest":
         """As it was when the store was created."""

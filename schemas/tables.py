@@ -32,6 +32,7 @@ LATENT_SAMPLES_SCHEMA = pa.schema(
         pa.field("sample_id", pa.int64(), nullable=False),
         pa.field("image", pa.string()),
         pa.field("sha256", pa.string()),
+        pa.field("row", pa.int64(), nullable=False),
     ]
 )
-"""``samples.parquet`` of a latent store: sample_id is also the row of its latent."""
+"""``samples.parquet`` of a latent store: a row an input row, in input order."""

@@ -262,6 +262,57 @@ class TestBrokenImages:
         assert found.digests[0] is None
 
 
+class TestGrowing:
+    def test_old_shards_stay_and_new_samples_come_after_them(self, folder):
+        whole = encode(folder, "whole")
+        encode(folder, limit=10)
+        before = {f: f.read_bytes() for f in (folder / "latents").glob("latents.zarr/*/c/*/*/*/*")}
+        receipts = open_latents(folder / "latents").receipts()
+        lines = []
+        encode(folder, limit=17, report=lines.append)
+        assert "7 new samples in" in lines[0]
+        store = encode(folder)
+        assert [len(store), store.is_complete] == [NUM, True]
+        assert np.array_equal(store.read(range(NUM)), whole.read(range(NUM)))
+        assert {f: f.read_bytes() for f in before} == before
+        assert {shard: store.receipts()[shard] for shard in receipts} == receipts
+        assert [each.samples.num_samples for each in store.manifest.grown_from] == [10, 17]
+        assert (np.diff(store.rows) > 0).all()
+        assert store.rows[10] == len(receipts) * store.manifest.layout.rows_per_shard
+        assert verify(store.path).problems == verify(store.path).warnings == []
+        again = encode(folder)  # nothing is left to do
+        assert again.manifest == store.manifest
+
+    def test_what_could_not_be_read_stays_out(self, folder):
+        for name in ("03.png", "05.png", "20.png"):
+            (folder / name).unlink()
+        encode(folder, limit=10, drop_broken=True)
+        store = encode(folder, drop_broken=True)
+        assert store.manifest.identity.dropped == [3, 5, 20]
+        assert verify(store.path).problems == []
+        whole = encode(folder, "whole", drop_broken=True)
+        assert np.array_equal(store.read(store.ids), whole.read(whole.ids))
+
+    def test_rows_that_are_not_as_they_were_are_refused(self, folder):
+        encode(folder, limit=10)
+        with pytest.raises(StoreError, match=r"9 rows were asked for, but .* holds 10 samples"):
+            encode(folder, limit=9)
+        with pytest.raises(StoreError, match=r"was made otherwise(.|\n)*identity\.shape"):
+            encode(folder, size=SIZE // 2)
+        (folder / "04.png").write_bytes((folder / "00.png").read_bytes())
+        with pytest.raises(StoreError, match="the image of row 4, counted from 0, is not the one"):
+            encode(folder)
+        assert len(open_latents(folder / "latents")) == 10
+
+    def test_a_store_of_an_early_version_has_its_rows_in_order(self, folder):
+        store = encode(folder)
+        table = pyarrow.parquet.read_table(store.path / "samples.parquet").drop_columns(["row"])
+        pyarrow.parquet.write_table(table, store.path / "samples.parquet")
+        (store.path / "checksums.json").unlink()
+        early = open_latents(store.path)
+        assert np.array_equal(early.read([5, 20]), store.read([5, 20]))
+
+
 class TestPixels:
     def test_transparent_is_white(self):
         pixels = np.zeros((4, 4, 4), np.uint8)  # black, and nothing of it to be seen

@@ -115,7 +115,7 @@ def draw_file(
     run: Any,
     file: str,
     num: int | None,
-    features: Path | None,
+    features: str | None,
     model: str | None,
     decode: Callable[[Any], Any],
     out: Path,
@@ -163,7 +163,7 @@ def draw_file(
 
 
 def conditions(
-    run: Any, texts: list[str], features: Path | None, file: str | None, model: str | None
+    run: Any, texts: list[str], features: str | None, file: str | None, model: str | None
 ) -> tuple[Any, list[int]]:
     """Where the hidden states of prompts come from, and which entry each is.
 
