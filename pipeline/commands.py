@@ -239,6 +239,13 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
 @click.option("--text-column", help="Column of captions, by which latents and features are joined.")
 @click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
 @click.option(
+    "--buckets",
+    type=click.IntRange(1),
+    metavar="STEP",
+    help="With --size: to the nearest of many shapes of about that area instead, whose sides are "
+    "multiples of STEP.",
+)
+@click.option(
     "--drop-broken",
     is_flag=True,
     help="Complete LATENTS without images that cannot be read; training leaves them out.",

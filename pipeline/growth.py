@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from ..schemas import FeatureManifest, Generation, LatentGeneration, LatentManifest
 from .latents import images_fingerprint
+from .latentstore import array_shapes
 from .layout import Packing
 from .ledger import StoreError, render_table, settle, stage
 from .planning import Plan
@@ -137,7 +138,8 @@ def grow(
         stored = getattr(store, name)
         whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
         files[f"{name}.parquet"] = render_table(whole)
-    for plane in store.arrays:
+    names = store.arrays if isinstance(manifest, FeatureManifest) else array_shapes(manifest)
+    for plane in names:
         name = f"{store.group}/{plane}/zarr.json"
         metadata = json.loads(store.read_file(name).to_pybytes())
         metadata["shape"][0] = layout.num_shards * layout.rows_per_shard

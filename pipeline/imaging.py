@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ..schemas import LATENT_SAMPLES_SCHEMA, InputError, LatentIdentity, LatentManifest, Receipt
+from ..schemas import (
+    LATENT_SAMPLES_SCHEMA,
+    Bucket,
+    InputError,
+    LatentIdentity,
+    LatentManifest,
+    Receipt,
+)
 from ..schemas.files import locate
 from .autoencoder import Autoencoder, find_vae
 from .cluster import let_next_begin, report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
 from .growth import check_images, grow, latent_generations
-from .latents import describe_images, image_to_codes, images_fingerprint, pixel_codec
+from .latents import (
+    choose_buckets,
+    describe_images,
+    image_to_codes,
+    images_fingerprint,
+    nearest_bucket,
+    pixel_codec,
+)
 from .layout import format_bytes, pack
 from .places import look_at_workers, own_device
 from .progress import Style
@@ -42,6 +56,7 @@ def encode_images(
     image_column: str | None = None,
     text_column: str | None = None,
     size: int | None = None,
+    buckets: int | None = None,
     limit: int | None = None,
     drop_broken: bool = False,
     shard_bytes: int = 256_000_000,
@@ -64,6 +79,9 @@ def encode_images(
         text_column: of the captions, which join latents with features.
         size: height and width in pixels; shorter side resized, then centre crop. Default: all
             images have one size already.
+        buckets: with ``size``, bring each image to the nearest of several shapes of about that area
+            instead, whose sides are multiples of this many pixels; see
+            :func:`semroute.pipeline.latents.choose_buckets`.
         drop_broken: complete the store although images are missing or cannot be read; training
             leaves their samples out.
         limit, shard_bytes, workers, cluster, force, report, progress: as in :func:`extract`.
@@ -74,6 +92,9 @@ def encode_images(
         ExtractionError, Interrupted: as in :func:`extract`.
     """
     latents = locate(latents)
+    if buckets is not None and size is None:
+        raise InputError("--buckets are of about one area: name it with --size, such as 1024")
+    shapes = [] if size is None or buckets is None else choose_buckets(size, buckets)
     gpus = 0 if vae == "pixels" else None
     with at_work(latents, cluster, workers, report, gpus=gpus) as machines:
         begun = LatentStore.begun(latents)
@@ -93,8 +114,19 @@ def encode_images(
         if begun is not None:
             check_images(begun, digests, samples.source)
             counts = [each.samples.num_samples for each in begun.manifest.generations]
-        identity = _identity(located, images.size, samples, digests)
-        latent_bytes = int(np.prod(identity.shape)) * np.dtype(identity.dtype).itemsize
+        earlier = [count for count in counts if count < len(samples)]
+        identity = _identity(located, images.size, shapes, samples, digests)
+        bucket = np.zeros(len(samples), np.int32)
+        if shapes:
+            bucket = nearest_bucket(images.sizes, shapes)
+            if begun is not None and begun.manifest.identity.buckets == identity.buckets:
+                bucket[: len(begun)] = begun.buckets  # of images that were mended since, too
+        # Entry k of the packing is sample order[k]: generation by generation, bucket by bucket.
+        generation = np.searchsorted(earlier, np.arange(len(samples)), side="right")
+        order = np.lexsort((bucket, generation))
+        breaks = np.flatnonzero(np.diff(bucket[order])) + 1
+        values = [np.prod(each.shape) for each in identity.buckets] or [np.prod(identity.shape)]
+        latent_bytes = int(max(values)) * np.dtype(identity.dtype).itemsize
         num_bytes = latent_bytes * (1 + identity.deviation)
         packing = pack(
             np.ones(len(samples), np.int64),
@@ -105,7 +137,8 @@ def encode_images(
             else max(1, BATCH_PIXELS // int(np.prod(images.size))),
             rows_per_chunk=max(1, LATENT_CHUNK_BYTES // latent_bytes),
             num_threads=threads,
-            earlier=[count for count in counts if count < len(samples)],
+            earlier=earlier,
+            breaks=breaks.tolist(),
         )
         manifest = LatentManifest(
             status="extracting",
@@ -114,7 +147,9 @@ def encode_images(
             provenance=provenance(source, vae if located is None else located.name),
             grown_from=latent_generations(samples, digests, packing, begun),
         )
-        columns = [range(len(samples)), samples.image_names(), digests, packing.row_start]
+        rows = np.empty(len(samples), np.int64)
+        rows[order] = packing.row_start
+        columns = [range(len(samples)), samples.image_names(), digests, rows, bucket]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
         table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
@@ -133,11 +168,17 @@ def encode_images(
 
         def arguments(shard: int) -> tuple[_Task]:
             entries = packing.entries(shard)
-            files = [*samples.slice(entries.start, entries.stop).image_files()]
-            return (_Task(latents.resolve(), located, shard, entries.start, files, images.size),)
+            ids = order[entries.start : entries.stop]
+            number = int(bucket[ids[0]])
+            image = shapes[number] if shapes else images.size
+            files = [*samples.take(ids).image_files()]
+            return (_Task(latents.resolve(), located, shard, ids.tolist(), files, image, number),)
 
+        shape = " x ".join(map(str, identity.shape))
+        if shapes:
+            shape = f"in {len(np.unique(bucket))} of {len(shapes)} buckets"
         report(
-            f"{len(samples):,} images as {identity.vae}, {' x '.join(map(str, identity.shape))}: "
+            f"{len(samples):,} images as {identity.vae}, {shape}: "
             f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
             f"to do: {len(remaining)}, {machines}"
         )
@@ -163,6 +204,7 @@ def encode_images(
 def _identity(
     located: "Source | None",
     size: tuple[int, int],
+    shapes: list[tuple[int, int]],
     samples: Samples,
     digests: list[str | None],
 ) -> LatentIdentity:
@@ -176,6 +218,7 @@ def _identity(
         return LatentIdentity(
             vae="pixels",
             shape=(3, *size),
+            buckets=[Bucket(height=h, width=w, shape=(3, h, w)) for h, w in shapes],
             dtype="uint8",
             scale=codec.scale,
             shift=codec.shift,
@@ -188,6 +231,9 @@ def _identity(
             "vae": encoder.name,
             "files": located.files,
             "shape": encoder.latent_shape(*size),
+            "buckets": [
+                {"height": h, "width": w, "shape": encoder.latent_shape(h, w)} for h, w in shapes
+            ],
             "dtype": "float16",
             "scale": encoder.scale,
             "shift": encoder.shift,
@@ -211,16 +257,18 @@ class _Task:
 
     Attributes:
         vae: None where latents are pixels.
-        first: sample_id of the first file.
+        ids: sample_id of each file.
         size: height and width of images.
+        bucket: that they are of; 0 where there are none.
     """
 
     store: Path
     vae: "Source | None"
     shard: int
-    first: int
+    ids: list[int]
     files: list[bytes | Unreadable]
     size: tuple[int, int]
+    bucket: int
 
 
 def _encode_images(task: _Task) -> Receipt:
@@ -235,10 +283,8 @@ def _encode_images(task: _Task) -> Receipt:
         torch.set_num_threads(layout.num_threads)
         vae = _load_vae(task.vae, own_device())
     loaded = time.perf_counter()
-    planes = {
-        name: np.zeros((layout.rows_per_shard, *identity.shape), identity.dtype)
-        for name in store.arrays
-    }
+    shape = (layout.rows_per_shard, *store.shape(task.bucket))
+    planes = [np.zeros(shape, identity.dtype) for _ in store.names(task.bucket)]
     broken: dict[int, str] = {}
     told = 0
     for first in range(0, len(task.files), layout.batch_tokens):
@@ -249,14 +295,14 @@ def _encode_images(task: _Task) -> Receipt:
         for row, file in enumerate(files):
             image = image_to_codes(file, task.size)
             if isinstance(image, Unreadable):
-                broken[task.first + first + row] = image.reason
+                broken[task.ids[first + row]] = image.reason
             else:
                 pixels[row] = image
                 good.append(row)
         if not good:
             continue
-        for name, codes in _codes(vae, pixels).items():
-            planes[name][[first + row for row in good]] = _stored(codes[good], identity.dtype)
+        for plane, codes in zip(planes, _codes(vae, pixels), strict=True):
+            plane[[first + row for row in good]] = _stored(codes[good], identity.dtype)
         if first + len(files) - told >= PROGRESS:
             told = first + len(files)
             report_progress(task.shard, told)
@@ -272,18 +318,18 @@ def _encode_images(task: _Task) -> Receipt:
         worker=worker_name(),
     )
     let_next_begin()
-    receipt = store.complete_shard(planes, receipt)
+    named = dict(zip(store.names(task.bucket), planes, strict=True))
+    receipt = store.complete_shard(named, receipt)
     if broken:
         store.quarantine_images(task.shard, broken)
     return receipt
 
 
-def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """What is stored of images ``[n, 3, H, W]``, by array."""
+def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> list[np.ndarray]:
+    """What is stored of images ``[n, 3, H, W]``: mean, and deviation where there is one."""
     if vae is None:
-        return {"mean": pixels}
-    mean, deviation = vae.encode(pixels)
-    return {"mean": mean} if deviation is None else {"mean": mean, "deviation": deviation}
+        return [pixels]
+    return [codes for codes in vae.encode(pixels) if codes is not None]
 
 
 def _stored(codes: np.ndarray, dtype: str) -> np.ndarray:

@@ -31,6 +31,8 @@ def inspect(path: str | os.PathLike[str]) -> Findings:
     }
     if isinstance(store, FeatureStore):
         _describe_features(store, receipts, items, details)
+    elif store.manifest.identity.buckets:
+        details["buckets"] = store.bucket_counts()
     details["manifest"] = store.manifest.model_dump(mode="json")
     warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
     quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}

@@ -1,9 +1,11 @@
 """Latent stores: create, write one shard, read, finish. On disk as a feature store is, but for::
 
     samples.parquet    a row an input row
-    latents.zarr/      a Zarr v3 group: mean, and deviation where the VAE has a posterior
+    latents.zarr/      a Zarr v3 group: mean, and deviation where the VAE has a posterior; with
+                       buckets an array of each for every shape: mean-32x48
 
-Shapes: C channels, h x w latent.
+All arrays have the same shards and rows: where there are buckets, a shard is in those of one bucket
+and takes nothing in others. Shapes: C channels, h x w latent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,7 @@ import pyarrow as pa
 from ..schemas import (
     LATENT_SAMPLES_SCHEMA,
     Facts,
+    LatentIdentity,
     LatentManifest,
     Quarantine,
     write_whole,
@@ -44,12 +47,12 @@ class LatentStore(Ledger[LatentManifest]):
         write_whole(path / "samples.parquet", render_table(samples.cast(LATENT_SAMPLES_SCHEMA)))
         identity = manifest.identity
         with new_group(path / cls.group) as group:
-            for name in _names(manifest):
+            for name, shape in array_shapes(manifest).items():
                 allocate(
                     group,
                     name,
                     manifest.layout,
-                    identity.shape,
+                    shape,
                     np.dtype(identity.dtype),
                     ("sample", "channel", "y", "x"),
                     {"semroute": {"scale": identity.scale, "shift": identity.shift}},
@@ -59,11 +62,28 @@ class LatentStore(Ledger[LatentManifest]):
 
     @cached_property
     def arrays(self) -> dict[str, RowArray]:
-        """The stored codes: ``mean``, and ``deviation`` where there is one."""
-        for name in _names(self.manifest):
+        """The stored codes: ``mean``, and ``deviation`` where there is one; of each bucket that has
+        samples."""
+        used = np.unique(self.buckets).tolist() if self.manifest.identity.buckets else [0]
+        names = [name for bucket in used for name in self.names(bucket)]
+        for name in names:
             self.check_files(f"{self.group}/{name}/zarr.json")
         root, layout = self.path / self.group, self.manifest.layout
-        return {name: RowArray(root / name, layout) for name in _names(self.manifest)}
+        return {name: RowArray(root / name, layout) for name in names}
+
+    def names(self, bucket: int = 0) -> list[str]:
+        """Names of a bucket's arrays: of the mean, then of the deviation where there is one."""
+        return _names(self.manifest.identity, bucket)
+
+    @cached_property
+    def buckets(self) -> np.ndarray:
+        """Bucket of each sample, int32 ``[samples]``; 0 where all latents have one shape."""
+        return self.samples["bucket"].to_numpy()
+
+    def shape(self, bucket: int = 0) -> tuple[int, int, int]:
+        """C, h and w of a bucket's latents."""
+        identity = self.manifest.identity
+        return identity.buckets[bucket].shape if identity.buckets else identity.shape
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -71,11 +91,14 @@ class LatentStore(Ledger[LatentManifest]):
         table = self.read_table("samples.parquet")
         if "row" not in table.column_names:  # of an early version, where it is the sample_id
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
+        if "bucket" not in table.column_names:
+            none = pa.array(np.zeros(len(table), np.int32))
+            table = table.append_column(LATENT_SAMPLES_SCHEMA.field("bucket"), none)
         return table
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Row of each sample's latent in the arrays, int64 ``[samples]``, ascending."""
+        """Row of each sample's latent in the arrays of its bucket, int64 ``[samples]``."""
         return self.samples["row"].to_numpy()
 
     @cached_property
@@ -145,11 +168,13 @@ class LatentStore(Ledger[LatentManifest]):
         """Latents of samples, as the model sees them: float32 ``[n, C, h, w]``.
 
         Args:
+            ids: samples, all of one bucket.
             noise: standard normal, float32 ``[n, C, h, w]``: what is read are draws from the
                 posterior, mean + deviation * noise, where a deviation is stored. None: the means.
 
         Raises:
-            InputError: no such sample, or it has no latent, or its shard is not written.
+            InputError: no such sample, or it has no latent, or its shard is not written; or samples
+                of several buckets.
         """
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
@@ -164,14 +189,20 @@ class LatentStore(Ledger[LatentManifest]):
             )
         identity = self.manifest.identity
         scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
-        codes = self._codes("mean", ids)
+        buckets = np.unique(self.buckets[ids]).tolist() or [0]
+        if len(buckets) > 1:
+            raise StoreError(
+                f"latents of {len(buckets)} shapes asked for at once; read those of one bucket at "
+                "a time. LatentStore.buckets says in which bucket each sample is."
+            )
+        names, shape = self.names(buckets[0]), self.shape(buckets[0])
+        codes = self._codes(names[0], ids, shape)
         if noise is not None and self.has_deviation:
-            codes += self._codes("deviation", ids) * noise
+            codes += self._codes(names[1], ids, shape) * noise
         return codes * scale + shift
 
-    def _codes(self, name: str, ids: np.ndarray) -> np.ndarray:
-        identity = self.manifest.identity
-        codes = np.empty((len(ids), *identity.shape), identity.dtype)
+    def _codes(self, name: str, ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        codes = np.empty((len(ids), *shape), self.manifest.identity.dtype)
         rows = self.rows[ids]
         self.arrays[name].read(rows, rows + 1, codes)
         return codes.astype(np.float32)
@@ -189,13 +220,29 @@ class LatentStore(Ledger[LatentManifest]):
             {
                 "vae": vae,
                 "samples": f"{len(self):,}" + (dropped if num_dropped else ""),
-                "shape": " x ".join(map(str, identity.shape)),
+                "shape": self._shapes(),
                 "codes": f"{identity.dtype}{', mean and deviation' * identity.deviation}; "
                 f"latent = code * {scale} + {shift}",
                 "bytes": format_bytes(self.num_bytes()),
                 "state": self._state(),
             },
         )
+
+    def bucket_counts(self) -> dict[str, int]:
+        """Height x width in pixels of each bucket that has samples -> how many, most first."""
+        found = np.bincount(self.buckets, minlength=len(self.manifest.identity.buckets))
+        named = zip(self.manifest.identity.buckets, found.tolist(), strict=False)
+        counts = {f"{bucket.height}x{bucket.width}": num for bucket, num in named if num}
+        return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
+
+    def _shapes(self) -> str:
+        identity = self.manifest.identity
+        if not identity.buckets:
+            return " x ".join(map(str, identity.shape))
+        counts = [*self.bucket_counts().items()]
+        shown = ", ".join(f"{name}: {num:,}" for name, num in counts[:_SHOWN])
+        more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        return f"{len(counts)} of {len(identity.buckets)} buckets have samples: {shown}{more}"
 
     def _state(self) -> str:
         if self.is_complete:
@@ -207,8 +254,19 @@ class LatentStore(Ledger[LatentManifest]):
         return f"extracting: {written} of {layout.num_shards} shards written{lacking}"
 
 
-def _names(manifest: LatentManifest) -> tuple[str, ...]:
-    return ("mean", "deviation") if manifest.identity.deviation else ("mean",)
+def array_shapes(manifest: LatentManifest) -> dict[str, tuple[int, int, int]]:
+    """All arrays of a latent store, by name, with the shape of a latent in them."""
+    identity = manifest.identity
+    shapes = [bucket.shape for bucket in identity.buckets] or [identity.shape]
+    return {name: each for i, each in enumerate(shapes) for name in _names(identity, i)}
+
+
+def _names(identity: LatentIdentity, bucket: int) -> list[str]:
+    names = ["mean", "deviation"] if identity.deviation else ["mean"]
+    if not identity.buckets:
+        return names
+    _, height, width = identity.buckets[bucket].shape
+    return [f"{name}-{height}x{width}" for name in names]
 
 
 def _per_channel(value: float | Sequence[float]) -> np.ndarray:

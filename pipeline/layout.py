@@ -87,6 +87,7 @@ def pack(
     aligned: bool = False,
     num_threads: int = 1,
     earlier: Sequence[int] = (),
+    breaks: Sequence[int] = (),
 ) -> Packing:
     """Deal entries to shards in the order given; a shard ends where the next does not fit.
 
@@ -101,6 +102,7 @@ def pack(
             no entry's chunk holds another's rows, which would be decompressed in vain.
         earlier: entries that there were each time before a store grew, ascending. The next entry
             begins a shard, and the size of shards is that of the first generation.
+        breaks: other entries that begin a shard, as they are of another kind than those before.
 
     Raises:
         InputError: an entry of a later generation does not fit into a shard.
@@ -125,10 +127,11 @@ def pack(
     stops = np.cumsum(num_rows)
     shard = np.empty(len(num_rows), np.int32)
     row_start = np.empty(len(num_rows), np.int64)
+    ends = sorted({*stops_of_generations, *(each for each in breaks if each)})
     first, num_shards = 0, 0
     while first < len(num_rows):
         before = stops[first] - num_rows[first]
-        end = stops_of_generations[bisect_right(stops_of_generations, first)]
+        end = ends[bisect_right(ends, first)]
         stop = min(end, int(np.searchsorted(stops, before + rows_per_shard, side="right")))
         shard[first:stop] = num_shards
         row_start[first:stop] = (

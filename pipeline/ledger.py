@@ -262,8 +262,8 @@ class Ledger(Generic[M]):
         """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
         return {
             f"{self.group}/{name}/{file}": written
-            for name, array in self.arrays.items()
-            for file, written in array.write_shard(shard, planes[name]).items()
+            for name, codes in planes.items()
+            for file, written in self.arrays[name].write_shard(shard, codes).items()
         }
 
     def complete_shard(self, planes: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:

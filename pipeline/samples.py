@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -55,6 +56,10 @@ class Samples:
     def slice(self, start: int, stop: int) -> "Samples":
         """Some of the rows."""
         return replace(self, table=self.table.slice(start, stop - start))
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """Some of the rows, in the order given."""
+        return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
     def texts(self) -> pa.ListArray:
         """Captions as ``list<string>``, one list a row.

@@ -298,15 +298,16 @@ class _Findings:
                 if counted != expected:
                     self.problem(f"receipts/shard-{shard:06d}.json", f"entries and rows are "
                                  f"{counted}; the tables say {expected}", shard)  # fmt: skip
-                prefix = {f"{store.group}/{name}/" for name in arrays}
-                if arrays and {name.partition("c/")[0] for name in receipt.files} != prefix:
+                own = _arrays_of(store, arrays, shard)
+                prefix = {f"{store.group}/{name}/" for name in own}
+                if own and {name.partition("c/")[0] for name in receipt.files} != prefix:
                     self.problem(f"receipts/shard-{shard:06d}.json", "does not list a file of "
                                  "every array", shard)  # fmt: skip
                 contents = {}
                 for name in receipt.files:
                     contents[name.partition("/c/")[0]] = self._check_file(name, receipt, shard)
                     bar.update(receipt.files[name].num_bytes)
-                for name, array in arrays.items():
+                for name, array in own.items():
                     where = f"{store.group}/{name}"
                     self._check_chunks(where, array, shard, contents.get(where))
         missing = set(range(store.manifest.layout.num_shards)) - {*receipts}
@@ -363,6 +364,17 @@ def _shard_of(name: str, num_shards: int) -> int | None:
         if name == f"receipts/shard-{shard:06d}.json" and shard < num_shards:
             return shard
     return None
+
+
+def _arrays_of(
+    store: FeatureStore | LatentStore, arrays: dict[str, RowArray], shard: int
+) -> dict[str, RowArray]:
+    """Of these the ones that hold a shard: those of its bucket, where there are buckets."""
+    if not isinstance(store, LatentStore) or not store.manifest.identity.buckets:
+        return arrays
+    first = np.flatnonzero(store.rows // store.manifest.layout.rows_per_shard == shard)[:1]
+    names = {name for bucket in store.buckets[first] for name in store.names(int(bucket))}
+    return {name: array for name, array in arrays.items() if name in names}
 
 
 def _entries(store: FeatureStore | LatentStore) -> Callable[[int], tuple[int, int]]:

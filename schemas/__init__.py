@@ -11,6 +11,7 @@ from .jobs import DRIVER, Driver, JobQueue
 from .manifest import (
     MAX_QUALITY,
     MIN_QUALITY,
+    Bucket,
     CaptionsIdentity,
     Codec,
     Derived,
@@ -53,6 +54,7 @@ __all__ = [
     "MIN_QUALITY",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
+    "Bucket",
     "CaptionsIdentity",
     "Checksums",
     "Codec",

@@ -213,6 +213,16 @@ class FeatureManifest(Contract):
         return self.model_copy(update={"status": "extracting"})
 
 
+class Bucket(Contract):
+    """A shape that images were brought to."""
+
+    height: int = Field(ge=1)
+    """In pixels."""
+    width: int = Field(ge=1)
+    shape: tuple[int, int, int]
+    """Channels, height, width of one latent."""
+
+
 class LatentIdentity(Contract):
     """Everything that decides the stored latents."""
 
@@ -228,7 +238,9 @@ class LatentIdentity(Contract):
     files: dict[str, str] = Field(default_factory=dict)
     """File name -> sha256, for the configuration and the weights of the VAE."""
     shape: tuple[int, int, int]
-    """Channels, height, width of one latent."""
+    """Channels, height, width of one latent; where there are buckets, of the first of them."""
+    buckets: list[Bucket] = Field(default_factory=list)
+    """Shapes of latents where there are several, the square one first; empty where all have one."""
     dtype: Literal["uint8", "float16"]
     """Of the stored codes."""
     scale: float | list[float]

@@ -33,6 +33,7 @@ LATENT_SAMPLES_SCHEMA = pa.schema(
         pa.field("image", pa.string()),
         pa.field("sha256", pa.string()),
         pa.field("row", pa.int64(), nullable=False),
+        pa.field("bucket", pa.int32(), nullable=False),
     ]
 )
 """``samples.parquet`` of a latent store: a row an input row, in input order."""

@@ -7,14 +7,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from semroute.pipeline.imaging import encode_images
 from semroute.pipeline.inspection import inspect
-from semroute.pipeline.latents import Unreadable, describe_images, image_to_codes
+from semroute.pipeline.latents import (
+    Unreadable,
+    choose_buckets,
+    describe_images,
+    image_to_codes,
+    nearest_bucket,
+)
 from semroute.pipeline.samples import read_samples
-from semroute.pipeline.store import StoreError, open_latents
-from semroute.pipeline.verification import verify
+from semroute.pipeline.store import StoreError, open_features, open_latents
+from semroute.pipeline.verification import repair, verify
 from semroute.schemas import InputError
 
 SIZE = 64
@@ -306,11 +314,114 @@ class TestGrowing:
 
     def test_a_store_of_an_early_version_has_its_rows_in_order(self, folder):
         store = encode(folder)
-        table = pyarrow.parquet.read_table(store.path / "samples.parquet").drop_columns(["row"])
+        table = pyarrow.parquet.read_table(store.path / "samples.parquet").drop_columns(
+            ["row", "bucket"]
+        )
         pyarrow.parquet.write_table(table, store.path / "samples.parquet")
         (store.path / "checksums.json").unlink()
         early = open_latents(store.path)
         assert np.array_equal(early.read([5, 20]), store.read([5, 20]))
+
+
+SDXL = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472
+704x1408 704x1344 768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024
+1024x1024"""
+
+
+class TestBuckets:
+    @pytest.fixture
+    def photos(self, folder):
+        """Images of several sizes: wide, tall, square, one of each ratio in between."""
+        rng = np.random.default_rng(1)
+        for number in range(NUM):
+            height, width = rng.integers(40, 160, 2)
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            (folder / f"{number:02d}.png").write_bytes(encoded(pixels))
+        return folder
+
+    def test_shapes_are_those_that_others_train_on(self):
+        pairs = [tuple(map(int, name.split("x"))) for name in SDXL.split()]
+        known = {*pairs, *(pair[::-1] for pair in pairs)}
+        found = choose_buckets(1024, 64)
+        assert found[0] == (1024, 1024)
+        assert len(found) == len(set(found)) == 33
+        assert set(found) <= known
+        assert all(h * w <= 1024 * 1024 and {h % 64, w % 64} == {0} for h, w in found)
+        with pytest.raises(InputError, match="--size 1000 is no multiple of the step"):
+            choose_buckets(1000, 64)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1))
+    def test_an_image_goes_to_the_nearest_ratio(self, sizes):
+        buckets = choose_buckets(512, 64)
+        for (height, width), number in zip(
+            sizes, nearest_bucket(np.array(sizes), buckets), strict=True
+        ):
+            away = [abs(np.log(height / width * w / h)) for h, w in buckets]
+            assert away[number] == pytest.approx(min(away), abs=1e-8)
+
+    @pytest.mark.parametrize("vae", ["pixels", "kl"])
+    def test_each_latent_is_that_of_its_shape_alone(self, photos, vae, tiny_vae):
+        vae = vae if vae == "pixels" else str(tiny_vae(vae))
+        store = encode(photos, vae=vae, size=64, buckets=16)
+        shapes = choose_buckets(64, 16)
+        assert store.is_complete
+        assert len(np.unique(store.buckets)) > 3
+        assert sum(store.bucket_counts().values()) == NUM
+        for bucket in np.unique(store.buckets):
+            ids = np.flatnonzero(store.buckets == bucket)
+            latents = store.read(ids)
+            assert latents.shape[1:] == store.shape(bucket)
+            if vae == "pixels":
+                files = [(photos / f"{n:02d}.png").read_bytes() for n in ids]
+                codes = np.stack([image_to_codes(file, shapes[bucket]) for file in files])
+                np.testing.assert_allclose(latents, codes * (2 / 255) - 1, atol=1e-6)
+            else:
+                assert latents.shape[2:] == tuple(side // 2 for side in shapes[bucket])
+                noise = np.ones_like(latents)
+                assert not np.array_equal(store.read(ids, noise), latents)
+        with pytest.raises(StoreError, match=r"shapes asked for at once.*LatentStore\.buckets"):
+            store.read(range(NUM))
+        found = inspect(store.path)
+        assert found.details["buckets"] == store.bucket_counts()
+        assert "buckets have samples" in str(found)
+        assert verify(store.path).problems == verify(store.path).warnings == []
+        assert encode(photos, vae=vae, size=64, buckets=16).manifest == store.manifest
+
+    def test_they_grow_and_are_mended_shard_by_shard(self, photos):
+        how = {"size": 64, "buckets": 16}
+        whole = encode(photos, "whole", **how)
+        encode(photos, limit=10, **how)
+        before = {f: f.read_bytes() for f in (photos / "latents").glob("latents.zarr/*/c/*/*/*/*")}
+        store = encode(photos, **how)
+        assert {f: f.read_bytes() for f in before} == before
+        for number in range(NUM):
+            assert np.array_equal(store.read([number]), whole.read([number]))
+        assert verify(store.path).problems == []
+        victim = sorted((photos / "latents").glob("latents.zarr/*/c/*/*/*/*"))[-1]
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+        found = verify(store.path)
+        assert found.bad_shards == [int(victim.parts[-4])]
+        repair(found)
+        encode(photos, **how)
+        assert verify(store.path).problems == []
+
+    def test_broken_images_are_listed_by_their_sample(self, photos):
+        for name in ("03.png", "20.png"):
+            (photos / name).write_bytes(b"no image")
+        store = encode(photos, size=64, buckets=16, drop_broken=True)
+        assert store.manifest.identity.dropped == [3, 20]
+        assert store.ids.tolist() == [n for n in range(NUM) if n not in (3, 20)]
+
+    def test_what_does_not_fit_is_refused(self, photos, feature_store):
+        with pytest.raises(InputError, match="name it with --size"):
+            encode(photos, buckets=16)
+        store = encode(photos, size=64, buckets=16)
+        with pytest.raises(StoreError, match="was made otherwise"):
+            encode(photos, size=64)
+        stream = pytest.importorskip("semroute.trainer.stream")
+        with pytest.raises(InputError, match=r"latents of \d+ shapes.*make them with --size alone"):
+            stream.check_joined(open_features(feature_store), store)
 
 
 class TestPixels:

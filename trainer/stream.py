@@ -232,6 +232,11 @@ def check_joined(features: FeatureStore, latents: LatentStore) -> None:
     Raises:
         InputError: one is unfinished, or they were not made from the same samples.
     """
+    if latents.manifest.identity.buckets:
+        raise InputError(
+            f"{latents.path} holds latents of {len(latents.bucket_counts())} shapes (--buckets), "
+            "but training takes latents of one shape: make them with --size alone"
+        )
     for store in (features, latents):
         if not store.is_complete:
             raise InputError(
