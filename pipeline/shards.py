@@ -94,6 +94,8 @@ class RowArray:
             content = files[name].to_bytes()
             write_whole(self.path / name, content)
             return {name: WrittenFile(num_bytes=len(content), sha256=_sha256(content))}
+        # zarr-python reads the index of a shard that is there, and gives up where it is damaged.
+        (self.path / name).unlink(missing_ok=True)
         self._write(self.array, shard, rows)
         with (self.path / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
