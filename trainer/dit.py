@@ -149,7 +149,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens attend to text. Keys and values do not depend on the image: see ``read``."""
+    """Image tokens attend to text. Keys and values do not depend on the image: see
+    ``DiT.encode_text``."""
 
     def __init__(self, size: Size, text_width: int) -> None:
         super().__init__()
@@ -162,40 +163,18 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def read(self, context: Tensor, before: "Before | None" = None) -> tuple[Tensor, Tensor]:
-        """Packed keys and values of projected rows: [R, H] -> [R, G, E] twice.
+    def read_weights(self) -> Tensor:
+        """What makes keys and values of projected text, one above the other: [2*G*E, H]."""
+        return torch.cat([self.text_k.weight, self.text_v.weight])
 
-        With ``before`` rows are not projected yet: its matrix is multiplied with those of keys and
-        values first, which is less work where rows are many.
-        """
-        if before is None:
-            k, v = self.text_k(context), self.text_v(context)  # [R, G*E] each
-        else:
-            weight = torch.cat([self.text_k.weight, self.text_v.weight])  # [2*G*E, H]
-            product = F.linear(context, weight @ before.weight)  # [R, 2*G*E]
-            both = product * before.scale + weight @ before.bias
-            k, v = both.to(product.dtype).chunk(2, dim=-1)  # [R, G*E] each
-        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))  # [R, G, E] each
+    def read(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what :meth:`read_weights` gave: [B, T, 2*G*E] -> [B, G, T, E] each."""
+        k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))  # [B, G, T, E] each
         return self.k_norm(k).to(v.dtype), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
         return self.out(attend(q, k, v, mask))  # [B, N, W]
-
-
-@dataclass(frozen=True)
-class Before:
-    """The projection Linear(RMSNorm(x)) = (x weight^T) scale + bias, of rows that are to pass it.
-
-    Attributes:
-        weight: [H, H], the gain of the norm in it.
-        bias: [H].
-        scale: fp32 [R, 1], one over the RMS of each row.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -408,25 +387,49 @@ class DiT(nn.Module):
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = index.to(hidden.device)
 
-        # Projected are rows, or where they are fewer the matrices of all keys and values.
-        num_matrix_rows = 2 * self.size.num_kv_heads * self.size.head_dim * self.size.depth
-        contexts: list[tuple[Tensor, Before | None]]
-        if fused.shape[0] * fused.shape[1] > num_matrix_rows:
-            weight = self.context.weight * self.context_norm.weight  # [H, H]
-            scales = self.context_norm.scale(fused)  # [R or P, D or 1, 1]
-            contexts = [
-                (mix, Before(weight, self.context.bias, scale))
-                for mix, scale in zip(fused.unbind(1), scales.unbind(1), strict=True)
-            ]
-        else:
-            contexts = [(self.context(self.context_norm(mix)), None) for mix in fused.unbind(1)]
+        attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
+        both = self._project(fused, [attention.read_weights() for attention in attentions])
         keys, values = [], []
-        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            context, before = contexts[number if len(contexts) > 1 else 0]
-            k, v = block.cross_attention.read(context, before)  # [R or P, G, E] each
-            keys.append(_lay_out(k, index))  # [B, G, T, E]
-            values.append(_lay_out(v, index))  # [B, G, T, E]
+        # Of all blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] a block.
+        padded = both.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
+        each = padded.unflatten(-1, both.shape[1:]).unbind(2)
+        for attention, of_block in zip(attentions, each, strict=True):
+            k, v = attention.read(of_block)  # [B, G, T, E] each
+            keys.append(k)
+            values.append(v)
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
+
+    def _project(self, fused: Tensor, weights: list[Tensor]) -> Tensor:
+        """What every block's keys and values are made of: Linear(RMSNorm(fused)) times its weights.
+
+        That is (fused W^T) s + b for the scale s of each row, so where rows are more than there are
+        rows of weights, W is multiplied with these and not with them.
+
+        Args:
+            fused: fp32 [R or P, D or 1, H].
+            weights: of each block, [2*G*E, H].
+
+        Returns:
+            [R or P, D, 2*G*E].
+        """
+        num_blocks = len(weights)
+        weight = torch.cat(weights)  # [D*2*G*E, H]
+        scale: Tensor | None = None
+        if fused.shape[0] * fused.shape[1] > len(weight):
+            bias = (weight @ self.context.bias).unflatten(0, (num_blocks, 1, -1))  # [D, 1, 2*G*E]
+            weight = weight @ (self.context.weight * self.context_norm.weight)  # [D*2*G*E, H]
+            scale = self.context_norm.scale(fused).transpose(0, 1)  # [D or 1, R or P, 1]
+            context = fused.transpose(0, 1)  # [D or 1, R or P, H]
+        else:  # one by one: rows are rounded alike however many mixes there are
+            mixes = [self.context(self.context_norm(mix)) for mix in fused.unbind(1)]
+            context = torch.stack(mixes)  # [D or 1, R or P, H]
+        if torch.is_autocast_enabled(context.device.type):  # before it is shared, not a copy each
+            context = context.to(torch.get_autocast_dtype(context.device.type))
+        by_block = weight.unflatten(0, (num_blocks, -1)).mT  # [D, H, 2*G*E]
+        product = torch.bmm(context.expand(num_blocks, -1, -1), by_block)  # [D, R or P, 2*G*E]
+        if scale is not None:
+            product = (product * scale + bias).to(product.dtype)
+        return product.transpose(0, 1)  # [R or P, D, 2*G*E]
 
     @contextmanager
     def reading(self, mixes: Mixes | None) -> Iterator[None]:
@@ -507,9 +510,3 @@ class DiT(nn.Module):
         p = self.patch_size
         x = x.reshape(len(x), height // p, width // p, channels, p, p)  # [B, h/p, w/p, C, p, p]
         return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)  # [B, C, h, w]
-
-
-def _lay_out(x: Tensor, index: Tensor) -> Tensor:
-    """Packed rows to a padded batch: [R, G, E], [B, T] -> [B, G, T, E]."""
-    picked = x.flatten(1).index_select(0, index.flatten())  # [B*T, G*E]
-    return picked.unflatten(0, index.shape).unflatten(-1, x.shape[1:]).transpose(1, 2)
