@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,11 +138,21 @@ def is_done(store: Path) -> bool:
     )
 
 
+def deal(rng: random.Random) -> Iterator[str]:
+    """Harms without end: each once in a random order, then all again, so that none is left out."""
+    while True:
+        yield from rng.sample([*HARMS], len(HARMS))
+
+
 def run_round(
-    folder: Path, command: list[str], seed: int, every: float, limit: float
+    folder: Path,
+    command: list[str],
+    deck: Iterator[str],
+    rng: random.Random,
+    every: float,
+    limit: float,
 ) -> tuple[Counter[str], bool]:
     """One store under harm; what was done to whom, and whether it was completed in time."""
-    rng = random.Random(seed)
     store = folder / "features"
     machines = Machines(folder, [*command[:5], str(store), *command[5:]])
     harms: Counter[str] = Counter()
@@ -155,7 +165,7 @@ def run_round(
             if time.monotonic() > deadline:
                 return harms, False
             if time.monotonic() > due:
-                harm = rng.choice(list(HARMS))
+                harm = next(deck)
                 function, names = HARMS[harm]
                 function(machines, rng.choice(names))
                 harms[harm] += 1
@@ -195,11 +205,13 @@ def main(
     whole = folder / "undisturbed"
     subprocess.run([*command[:5], str(whole), *command[5:], "--workers", "1"], check=True)
     expected, bad, total = contents(whole), 0, Counter[str]()
+    rng = random.Random(seed)
+    deck = deal(rng)
     for number in range(rounds):
         place = folder / f"round-{number}"
         place.mkdir()
         started = time.monotonic()
-        harms, in_time = run_round(place, command, seed + number, every, limit)
+        harms, in_time = run_round(place, command, deck, rng, every, limit)
         store = place / "features"
         good = (
             in_time and contents(store) == expected and not verify(store, progress=False).problems
