@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas import CaptionsIdentity, InputError, Template, fingerprint
+from .tokens import Frame, Sequences, frame_texts, tokenize
 
 PRESETS = {
     "bos": "{bos}{caption}",
@@ -50,8 +50,8 @@ class Captions:
     """Unique captions in store order; entry 0 is the null caption.
 
     Attributes:
-        texts: the captions, without the template.
-        sequences: token ids of each whole sequence, template included, int32.
+        texts: the captions, without the template, large_string.
+        sequences: token ids of each whole sequence, template included.
         kept: first stored row of each sequence; the rows before it are the dropped prefix.
         num_cut: tokens that max_length cut off each caption.
         caption_ids: ``list<int64>``, for each sample the captions that it has.
@@ -60,8 +60,8 @@ class Captions:
         earlier: identities of the captions of each earlier generation, which come first here.
     """
 
-    texts: list[str]
-    sequences: list[np.ndarray]
+    texts: pa.Array
+    sequences: Sequences
     kept: np.ndarray
     num_cut: np.ndarray
     caption_ids: pa.ListArray
@@ -75,7 +75,7 @@ class Captions:
     @property
     def sequence_lengths(self) -> np.ndarray:
         """Tokens that the LLM sees for each caption, int64 ``[num_captions]``."""
-        return np.array([len(sequence) for sequence in self.sequences], np.int64)
+        return self.sequences.lengths
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -105,7 +105,7 @@ def read_template(name: str) -> str:
 def foreign_markers(template: str, tokenizer: Any) -> list[str]:
     """Markers of a chat template, ``<|word|>`` or ``[WORD]``, that are no single token."""
     markers = list(dict.fromkeys(_MARKER.findall(template)))
-    tokens = _tokenize(tokenizer, markers) if markers else []
+    tokens = tokenize(tokenizer, markers) if markers else []
     return [marker for marker, ids in zip(markers, tokens, strict=True) if len(ids) != 1]
 
 
@@ -149,12 +149,9 @@ def build_captions(
     start, prefix, suffix, end = _split_template(template)
     lead = [_bos_token(tokenizer, causal)] if start else []
     tail = [_eos_token(tokenizer)] if end else []
-    parts = _deal(texts, seed, earlier)
-    ordered = [NULL_TEXT, *chain.from_iterable(parts)]
-    ends = np.cumsum([len(part) for part in parts]) + 1
-
-    prefix_tokens = [*lead, *_tokenize(tokenizer, [prefix])[0]]
-    suffix_tokens = [*_tokenize(tokenizer, [suffix])[0], *tail]
+    dealt = _deal(texts, seed, earlier)
+    prefix_tokens = [*lead, *tokenize(tokenizer, [prefix])[0]]
+    suffix_tokens = [*tokenize(tokenizer, [suffix])[0], *tail]
     if not causal and not prefix_tokens and not suffix_tokens:
         raise InputError(
             f"the template {template!r} puts nothing around the caption: the null caption would "
@@ -171,57 +168,78 @@ def build_captions(
             f"--max-length {max_length} leaves no token for the caption: the template takes "
             f"{len(prefix_tokens) + len(suffix_tokens)}"
         )
-    sequences, kept, num_cut = [], [], []
-    for tokens in _tokenize(tokenizer, [prefix + text + suffix for text in ordered]):
-        whole = [*lead, *tokens, *tail]
-        cut = max(0, len(whole) - max_length)
-        if cut:
-            whole = whole[: max_length - len(suffix_tokens)] + suffix_tokens
-        sequences.append(np.array(whole, np.int32))
-        kept.append(0 if keep_prefix else _common_prefix(prefix_tokens, whole))
-        num_cut.append(cut)
+    frame = Frame(prefix, suffix, lead, tail, suffix_tokens, max_length)
+    sequences, num_cut = frame_texts(tokenizer, dealt.texts, frame)
+    kept = sequences.common_prefix([] if keep_prefix else prefix_tokens)
     kept[0] = 0
-    without = [text for text, s, k in zip(ordered, sequences, kept, strict=True) if len(s) == k]
-    if without:
+    without = np.flatnonzero(sequences.lengths == kept)
+    if len(without):
         raise InputError(
-            f"{len(without)} captions have no tokens of their own, the first is {without[0]!r}; "
-            "remove them"
+            f"{len(without)} captions have no tokens of their own, the first is "
+            f"{dealt.texts[without[0]].as_py()!r}; remove them"
         )
-    positions = pc.index_in(texts.flatten(), pa.array(ordered, pa.string())).cast(pa.int64())
-    offsets = pa.array(np.concatenate([[0], np.cumsum(pc.list_value_length(texts))]), pa.int32())
     return Captions(
-        texts=ordered,
+        texts=dealt.texts,
         sequences=sequences,
-        kept=np.array(kept, np.int64),
-        num_cut=np.array(num_cut, np.int64),
-        caption_ids=pa.ListArray.from_arrays(offsets, positions),
-        identity=_identify(ordered, seed),
+        kept=kept,
+        num_cut=num_cut,
+        caption_ids=dealt.caption_ids,
+        identity=_identify(dealt.texts, seed),
         template=Template(
             text=template,
             prefix_tokens=prefix_tokens,
             suffix_tokens=suffix_tokens,
             keep_prefix=keep_prefix,
         ),
-        earlier=[_identify(ordered[:end], seed) for end in ends[:-1]],
+        earlier=[_identify(dealt.texts.slice(0, end), seed) for end in dealt.ends[:-1]],
     )
 
 
-def _deal(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> list[list[str]]:
-    """The unique captions of each generation, in its own seeded order."""
-    parts: list[list[str]] = []
+@dataclass(frozen=True)
+class _Dealt:
+    """The null caption and all others in store order, and where those of samples are.
+
+    Attributes:
+        texts: large_string.
+        caption_ids: ``list<int64>``, of each sample.
+        ends: captions that there are after each generation.
+    """
+
+    texts: pa.Array
+    caption_ids: pa.ListArray
+    ends: list[int]
+
+
+def _deal(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> _Dealt:
+    """The unique captions, those of each generation in a seeded order of its own."""
+    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(texts))]).astype(np.int64)
+    encoded = texts.flatten().cast(pa.large_string()).dictionary_encode()
+    codes = encoded.indices.to_numpy()  # numbered in the order of first occurrence
+    null = pc.index(encoded.dictionary, NULL_TEXT).as_py()
+    known = np.arange(len(encoded.dictionary))
+    unique = known[known != null]
+    orders: list[np.ndarray] = []
     done = 0
     for number, stop in enumerate([*earlier, len(texts)]):
-        unique = pc.unique(texts.slice(0, stop).flatten())  # in the order of first occurrence
-        unique = unique.filter(pc.not_equal(unique, NULL_TEXT))
+        seen = int(codes[: offsets[stop]].max(initial=-1)) + 1
+        seen -= 0 <= null < seen
         bits = np.random.PCG64([seed, number] if number else seed)
-        order = np.random.Generator(bits).permutation(len(unique) - done)
-        parts.append(unique.slice(done).take(pa.array(order)).to_pylist())
-        done = len(unique)
-    return parts
+        order = np.random.Generator(bits).permutation(seen - done)
+        orders.append(unique[done:seen][order])
+        done = seen
+    stored = np.concatenate(orders)
+    place = np.zeros(len(known), np.int64)
+    place[stored] = np.arange(1, len(stored) + 1)
+    first = pa.array([NULL_TEXT], pa.large_string())
+    return _Dealt(
+        pa.concat_arrays([first, encoded.dictionary.take(pa.array(stored))]),
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(place[codes])),
+        (np.cumsum([len(order) for order in orders]) + 1).tolist(),
+    )
 
 
-def _identify(ordered: Sequence[str], seed: int) -> CaptionsIdentity:
-    return CaptionsIdentity(num_captions=len(ordered), fingerprint=fingerprint(ordered), seed=seed)
+def _identify(texts: pa.Array, seed: int) -> CaptionsIdentity:
+    return CaptionsIdentity(num_captions=len(texts), fingerprint=fingerprint(texts), seed=seed)
 
 
 def _split_template(text: str) -> tuple[bool, str, str, bool]:
@@ -258,17 +276,3 @@ def _eos_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise InputError("the template ends with {eos}, but the tokenizer has no EOS token")
     return int(tokenizer.eos_token_id)
-
-
-def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False
-    )["input_ids"]
-    return ids
-
-
-def _common_prefix(prefix: Sequence[int], tokens: Sequence[int]) -> int:
-    for position, (one, other) in enumerate(zip(prefix, tokens, strict=False)):
-        if one != other:
-            return position
-    return min(len(prefix), len(tokens))

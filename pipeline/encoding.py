@@ -25,6 +25,7 @@ from .fitting import fit_codec, fitted_spec
 from .layout import batches
 from .places import own_device
 from .store import FeatureStore
+from .tokens import Sequences
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ class Task:
 
     shard: int
     texts: list[str]
-    sequences: list[np.ndarray]
+    sequences: Sequences
     kept: np.ndarray
     row_start: np.ndarray
     has_null: bool
@@ -67,7 +68,7 @@ class Task:
     def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "Task":
         return cls(
             shard=shard,
-            texts=captions.texts[chosen],
+            texts=captions.texts[chosen].to_pylist(),
             sequences=captions.sequences[chosen],
             kept=captions.kept[chosen],
             row_start=row_start,
@@ -138,7 +139,7 @@ def _encode(
     warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink, attempt)
     receipt = Receipt(
         shard=task.shard,
-        num_rows=sum(map(len, task.sequences)) - int(task.kept.sum()),
+        num_rows=len(task.sequences.tokens) - int(task.kept.sum()),
         num_entries=len(task.texts),
         files={},
         codec_error=error.to_dict(),
@@ -181,7 +182,7 @@ def _encode_batches(
     Returns:
         A warning, if there were halves.
     """
-    lengths = np.array([len(sequence) for sequence in task.sequences])
+    lengths = task.sequences.lengths
     halved = False
 
     def run(batch: np.ndarray) -> None:
@@ -241,7 +242,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     torch.set_num_threads(manifest.layout.num_threads)
     identity, device = manifest.identity, own_device()
     encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, device)
-    num_rows = sum(map(len, task.sequences)) - int(task.kept.sum())
+    num_rows = len(task.sequences.tokens) - int(task.kept.sum())
     shape = (num_rows, len(identity.layers), identity.model.width)
     sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
 
@@ -270,7 +271,7 @@ def _check_finite(norms: np.ndarray, rows: np.ndarray, layer: int, task: Task) -
 
 def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:
     """Whether first kept tokens look like attention sinks."""
-    counts = np.array([len(s) for s in task.sequences]) - task.kept
+    counts = task.sequences.lengths - task.kept
     eligible = counts > 1
     eligible[0] &= not task.has_null
     if not eligible.any():

@@ -14,7 +14,6 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ..schemas import (
-    CAPTIONS_SCHEMA,
     FeatureIdentity,
     FeatureManifest,
     InputError,
@@ -28,7 +27,7 @@ from .encoding import Fitted, Job, Task, encode_shard, fit_sample
 from .filling import at_work, check_space, fill, provenance
 from .fitting import fit_rows, request_codec
 from .growth import added_bytes, check_rows, generations, grow
-from .layout import Packing, format_bytes, pack
+from .layout import format_bytes, pack
 from .mixing import mix
 from .places import look_at_workers
 from .planning import default_batch_tokens, make_plan
@@ -214,7 +213,7 @@ def extract(
         )
         job = Job(features.resolve(), plan.model)
         plan.report_warnings(report)
-        table = _captions_table(captions, packing)
+        table = plan.captions_table(packing)
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
             begun.check_same(manifest.before_growth())
             check_space(features, added_bytes(begun, manifest), force)
@@ -365,19 +364,3 @@ def _fit(
         f"{16 / fitted.bits_per_value:.2f}x smaller than bf16 there"
     )
     return fitted
-
-
-def _captions_table(captions: Captions, packing: Packing) -> pa.Table:
-    tokens = [s[k:] for s, k in zip(captions.sequences, captions.kept, strict=True)]
-    columns = [
-        range(len(captions)),
-        captions.texts,
-        tokens,
-        captions.num_tokens,
-        captions.num_cut,
-        packing.shard,
-        packing.row_start,
-        packing.row_start + captions.num_tokens,
-    ]
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, CAPTIONS_SCHEMA, strict=True)]
-    return pa.table(arrays, schema=CAPTIONS_SCHEMA)

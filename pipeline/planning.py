@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pyarrow as pa
 
-from ..schemas import SAMPLES_SCHEMA, FeatureIdentity, FeatureManifest, SamplesIdentity
+from ..schemas import (
+    CAPTIONS_SCHEMA,
+    SAMPLES_SCHEMA,
+    FeatureIdentity,
+    FeatureManifest,
+    SamplesIdentity,
+)
 from .captions import Captions, build_captions, foreign_markers, read_template
+from .layout import Packing
 from .samples import Samples, read_samples
 
 if TYPE_CHECKING:
@@ -19,6 +26,10 @@ if TYPE_CHECKING:
 CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
+
+
+TABLE_ROWS = 262_144
+"""Captions of a table that are laid out at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,39 @@ class Plan:
     def samples_table(self) -> pa.Table:
         """samples.parquet: a row an input row."""
         columns = [
-            pa.array(range(len(self.samples)), pa.int64()),
+            pa.array(np.arange(len(self.samples))),
             self.captions.caption_ids,
             self.samples.image_names(),
         ]
         return pa.table(columns, schema=SAMPLES_SCHEMA)
+
+    def captions_table(self, packing: Packing) -> pa.Table:
+        """captions.parquet: a row a unique caption, laid out a block at a time."""
+        captions = self.captions
+        blocks = []
+        for first in range(0, len(captions), TABLE_ROWS):
+            part = slice(first, min(first + TABLE_ROWS, len(captions)))
+            stored = captions.sequences[part].without(captions.kept[part])
+            starts, lengths = packing.row_start[part], stored.lengths
+            tokens = pa.ListArray.from_arrays(
+                pa.array(stored.offsets, pa.int32()), pa.array(stored.tokens)
+            )
+            columns = [
+                np.arange(part.start, part.stop),
+                captions.texts[part].cast(pa.string()),
+                tokens,
+                lengths,
+                captions.num_cut[part],
+                packing.shard[part],
+                starts,
+                starts + lengths,
+            ]
+            arrays = [
+                column if isinstance(column, pa.Array) else pa.array(column, field.type)
+                for column, field in zip(columns, CAPTIONS_SCHEMA, strict=True)
+            ]
+            blocks.append(pa.RecordBatch.from_arrays(arrays, schema=CAPTIONS_SCHEMA))
+        return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
 
     def report_warnings(self, report: Callable[[str], None]) -> None:
         """Say whether the template is another LLM's, and which captions lose their end."""
@@ -66,7 +105,7 @@ class Plan:
             "lose their end (captions.parquet has num_cut_tokens), for example:"
         )
         for entry in cut[np.argsort(-captions.num_cut[cut], kind="stable")[:3]]:
-            text = captions.texts[entry]
+            text = captions.texts[entry].as_py()
             shown = text if len(text) <= 70 else f"{text[:67]}..."
             report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
 

@@ -171,7 +171,7 @@ def rewrite(
                     "final_norm": identity.final_norm if last_layer == final_layer else "absent",
                     "captions": CaptionsIdentity(
                         num_captions=len(selection.ids),
-                        fingerprint=fingerprint(table["text"].to_pylist()),
+                        fingerprint=fingerprint(table["text"]),
                         seed=identity.captions.seed,
                     ),
                     "samples": selection.identity,
@@ -452,7 +452,9 @@ def _select(source: FeatureStore, file: str | None, text_column: str | None) -> 
         return _Selection(ids, source.samples, source.manifest.identity.samples)
     samples = read_samples(file, text_column=text_column, need="text")
     texts = samples.texts()
-    found = pc.index_in(texts.flatten(), value_set=source.captions["text"])
+    found = pc.index_in(
+        texts.flatten(), value_set=source.captions["text"].cast(texts.type.value_type)
+    )
     if found.null_count:
         missing = texts.flatten().filter(pc.is_null(found))
         raise InputError(

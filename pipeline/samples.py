@@ -62,18 +62,19 @@ class Samples:
         return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
     def texts(self) -> pa.ListArray:
-        """Captions as ``list<string>``, one list a row.
+        """Captions as ``list<large_string>``, one list a row.
 
         Raises:
             InputError: a caption is missing or blank, or a row has no caption.
         """
         assert self.text_column is not None
-        column = self.table[self.text_column].combine_chunks()
-        if not _is_list(column.type):
-            column = pa.ListArray.from_arrays(
-                pa.array(range(len(column) + 1), pa.int32()), column.cast(pa.string())
-            )
-        column = column.cast(pa.list_(pa.string()))
+        column = self.table[self.text_column]
+        if _is_list(column.type):
+            column = column.cast(pa.list_(pa.large_string())).combine_chunks()
+        else:
+            texts = column.cast(pa.large_string()).combine_chunks()
+            offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
+            column = pa.ListArray.from_arrays(offsets, texts)
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column.flatten())), 0)
         blank = pc.list_parent_indices(column).filter(pc.fill_null(blank, True))
         none = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
@@ -142,7 +143,7 @@ class Samples:
         if self.text_column is None:
             return SamplesIdentity(num_samples=len(self), fingerprint=None)
         texts = self.texts()
-        return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts.to_pylist()))
+        return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts))
 
 
 def read_samples(
@@ -182,7 +183,9 @@ def read_samples(
     if tars is not None:
         table = tars.table(columns, limit)
     else:
-        table = _parsed(source, partial(_read_columns, columns=columns))
+        names_of = image if need == "text" else None
+        table = _parsed(source, partial(_read_columns, columns=columns, names_of=names_of))
+        image = image if image in table.schema.names else None
     if limit is not None:
         table = table.slice(0, limit)
     if table.num_rows == 0:
@@ -266,9 +269,15 @@ def _column_names(file: BinaryIO, suffix: str) -> list[str]:
         return list(reader.schema.names)
 
 
-def _read_columns(file: BinaryIO, suffix: str, columns: list[str]) -> pa.Table:
+def _read_columns(
+    file: BinaryIO, suffix: str, columns: list[str], names_of: str | None = None
+) -> pa.Table:
+    """Some columns; of ``names_of``, a column of images, names alone: bytes may be too many."""
     if suffix == ".parquet":
-        return pyarrow.parquet.read_table(pa.PythonFile(file, "r"), columns=columns)
+        parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
+        if names_of is not None:
+            columns = _named(parquet.schema_arrow, columns, names_of)
+        return parquet.read(columns)
     if suffix == ".txt":
         lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
         return pa.table({"text": pa.array([line.removesuffix("\r") for line in lines])})
@@ -290,6 +299,16 @@ def _read_columns(file: BinaryIO, suffix: str, columns: list[str]) -> pa.Table:
             null_values=[],
         ),
     )
+
+
+def _named(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
+    """Columns to read where of images only names are wanted; none where images have no names."""
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind):
+        name = [f"{image}.path"] if kind.get_field_index("path") >= 0 else []
+    else:
+        name = [] if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else [image]
+    return [column for column in columns if column != image] + name
 
 
 def _first_object(file: BinaryIO) -> dict[str, Any]:

@@ -395,7 +395,7 @@ def _caption_problems(store: FeatureStore) -> Iterator[str]:
     if captions.num_rows != identity.captions.num_captions:
         yield f"has {captions.num_rows} rows; the manifest says {identity.captions.num_captions}"
         return
-    if fingerprint(captions["text"].to_pylist()) != identity.captions.fingerprint:
+    if fingerprint(captions["text"]) != identity.captions.fingerprint:
         yield "its texts are not those of the manifest's fingerprint"
     starts, stops, num, shards = (
         captions[name].to_numpy() for name in ("row_start", "row_stop", "num_tokens", "shard")

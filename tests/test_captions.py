@@ -26,16 +26,20 @@ def build(tokenizer, rows, template="{bos}{caption}", max_length=512, **options)
     return build_captions(texts, tokenizer, template=template, max_length=max_length, **options)
 
 
+def texts_of(captions):
+    return captions.texts.to_pylist()
+
+
 def kept_text(tokenizer, captions, entry):
     return tokenizer.decode(captions.sequences[entry][captions.kept[entry] :].tolist())
 
 
 def test_duplicates_are_stored_once_and_the_null_caption_comes_first(tokenizer):
     captions = build(tokenizer, [["a"], ["b", "a"], ["a"]])
-    assert captions.texts[0] == ""
-    assert sorted(captions.texts[1:]) == ["a", "b"]
+    assert texts_of(captions)[0] == ""
+    assert sorted(texts_of(captions)[1:]) == ["a", "b"]
     ids = captions.caption_ids.to_pylist()
-    assert [[captions.texts[i] for i in row] for row in ids] == [["a"], ["b", "a"], ["a"]]
+    assert [[texts_of(captions)[i] for i in row] for row in ids] == [["a"], ["b", "a"], ["a"]]
 
 
 def test_the_prefix_is_dropped_but_for_the_null_caption(tokenizer):
@@ -74,7 +78,7 @@ def test_a_token_merged_across_the_boundary_belongs_to_the_caption():
 
 def test_long_captions_lose_their_end_and_are_counted(tokenizer):
     captions = build(tokenizer, [["abcdefghij"], ["ab"]], template="{bos}{caption}!", max_length=6)
-    long, short = captions.texts.index("abcdefghij"), captions.texts.index("ab")
+    long, short = texts_of(captions).index("abcdefghij"), texts_of(captions).index("ab")
     assert kept_text(tokenizer, captions, long) == "abcd!"
     assert captions.num_cut[long] == 6
     assert captions.num_cut[short] == 0
@@ -84,7 +88,7 @@ def test_long_captions_lose_their_end_and_are_counted(tokenizer):
 def test_the_order_is_seeded(tokenizer):
     rows = [[f"caption {number}"] for number in range(50)]
     first, again, other = (build(tokenizer, rows, seed=seed) for seed in (1, 1, 2))
-    assert first.texts == again.texts != other.texts
+    assert texts_of(first) == texts_of(again) != texts_of(other)
     assert first.identity == again.identity
     assert first.identity.fingerprint != other.identity.fingerprint
 
@@ -100,18 +104,18 @@ def test_captions_of_earlier_generations_come_first_as_they_were(tokenizer, rows
     assert len(whole.earlier) == len(earlier)
     for number, stop in enumerate(earlier):
         before = build(tokenizer, rows[:stop], earlier=earlier[:number], seed=3)
-        assert whole.texts[: len(before)] == before.texts
+        assert texts_of(whole)[: len(before)] == texts_of(before)
         assert whole.earlier[number] == before.identity
     ids = whole.caption_ids.to_pylist()
-    assert [[whole.texts[i] for i in row] for row in ids] == rows
-    assert sorted(whole.texts) == sorted({"", *(text for row in rows for text in row)})
+    assert [[texts_of(whole)[i] for i in row] for row in ids] == rows
+    assert sorted(texts_of(whole)) == sorted({"", *(text for row in rows for text in row)})
 
 
 def test_each_generation_has_an_order_of_its_own(tokenizer):
     rows = [[f"{number:03d}"] for number in range(100)]
     whole = build(tokenizer, rows, earlier=[50])
-    first = [int(text) for text in whole.texts[1:51]]
-    second = [int(text) - 50 for text in whole.texts[51:]]
+    first = [int(text) for text in texts_of(whole)[1:51]]
+    second = [int(text) - 50 for text in texts_of(whole)[51:]]
     assert sorted(first) == sorted(second)
     assert first != second != sorted(second)
 
@@ -120,11 +124,36 @@ def test_each_generation_has_an_order_of_its_own(tokenizer):
 @given(rows=st.lists(st.lists(st.text("abc ", min_size=1), min_size=1), min_size=1, max_size=20))
 def test_every_sample_finds_its_captions_again(tokenizer, rows):
     captions = build(tokenizer, rows)
-    found = [[captions.texts[i] for i in row] for row in captions.caption_ids.to_pylist()]
+    found = [[texts_of(captions)[i] for i in row] for row in captions.caption_ids.to_pylist()]
     assert found == rows
-    assert len(set(captions.texts)) == len(captions)
+    assert len(set(texts_of(captions))) == len(captions)
     assert (captions.num_tokens > 0).all()
     assert all(sequence.dtype == np.int32 for sequence in captions.sequences)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.text("ab \u00e9", min_size=1, max_size=9), min_size=1, max_size=12),
+    template=st.sampled_from(["{bos}{caption}", "a{caption}b", "{bos}ab{caption}ba{eos}"]),
+    max_length=st.integers(7, 12),
+)
+def test_flat_arrays_hold_what_a_caption_alone_gives(tokenizer, rows, template, max_length):
+    """Against the definition: the tokens of one text, its end cut off before the suffix."""
+    captions = build(tokenizer, [[row] for row in rows], template, max_length)
+    body = template.removeprefix("{bos}").removesuffix("{eos}")
+    prefix, suffix = captions.template.prefix_tokens, captions.template.suffix_tokens
+    for entry, text in enumerate(texts_of(captions)):
+        inner = tokenizer(body.replace("{caption}", text), add_special_tokens=False)["input_ids"]
+        whole = [0] * template.startswith("{bos}") + inner + [1] * template.endswith("{eos}")
+        cut = max(0, len(whole) - max_length)
+        expected = whole[: max_length - len(suffix)] + suffix if cut else whole
+        assert captions.sequences[entry].tolist() == expected
+        assert captions.num_cut[entry] == cut
+        common = next(
+            (i for i, (a, b) in enumerate(zip(prefix, expected, strict=False)) if a != b),
+            min(len(prefix), len(expected)),
+        )
+        assert captions.kept[entry] == (common if entry else 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +187,7 @@ def test_an_encoder_needs_something_around_the_caption_and_no_sink(tokenizer):
 def test_eos_stands_where_the_tokenizer_of_t5_puts_it():
     tokenizer = t5_tokenizer()
     captions = build(tokenizer, [["a cup"]], template=PRESETS["eos"], causal=False)
-    for text, sequence in zip(captions.texts, captions.sequences, strict=True):
+    for text, sequence in zip(texts_of(captions), captions.sequences, strict=True):
         assert sequence.tolist() == tokenizer(text)["input_ids"]
 
 

@@ -11,6 +11,7 @@ FLOORS = [
         "schemas",
         "pipeline.kernels",
         "pipeline.style",
+        "pipeline.tokens",
         "trainer.claims",
         "trainer.fusion",
         "trainer.gates",

@@ -5,6 +5,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from semroute.pipeline.samples import read_samples
 from semroute.schemas import InputError, fingerprint
@@ -140,3 +142,23 @@ def test_a_missing_image_is_named(tmp_path):
 def test_fingerprints_tell_apart_what_runs_together():
     assert fingerprint([["ab", "c"]]) != fingerprint([["a", "bc"]])
     assert fingerprint([["a"], ["b"]]) != fingerprint([["a", "b"]])
+
+
+@given(st.lists(st.lists(st.text(max_size=5), max_size=3), max_size=9), st.integers(0, 3))
+def test_fingerprints_of_arrow_are_those_of_python(rows, first):
+    array = pa.array(rows, pa.list_(pa.large_string())).slice(first)
+    assert fingerprint(array) == fingerprint(rows[first:])
+    flat = [text for row in rows for text in row]
+    chunks = pa.chunked_array([flat[:2], flat[2:]], pa.string())
+    assert fingerprint(chunks) == fingerprint(flat)
+
+
+def test_bytes_of_images_are_not_read_for_captions(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": b"x" * 99, "path": "one"}, {"bytes": b"y", "path": None}], kind)
+    for column, names in ((images, ["one", None]), (pa.array([b"1", b"2"]), [None, None])):
+        table = pa.table({"image": column, "text": ["a", "b"]})
+        pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+        samples = read_samples(str(tmp_path / "c.parquet"), need="text")
+        assert samples.image_names().to_pylist() == names
+        assert samples.table.nbytes < 80

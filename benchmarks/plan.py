@@ -1,0 +1,205 @@
+"""How long the plan of an extraction takes, and in how much memory, by the number of captions.
+
+    python benchmarks/plan.py FOLDER --model LLM --num 100000 --num 1000000
+
+Captions are put together from words, each once, at random, and written to a Parquet file in FOLDER.
+What the driver of `semroute extract` does before the LLM runs is then done in a process of its own:
+read, check, deduplicate, order, tokenise, fingerprint, pack, and write all tables and the manifest
+of a store. Memory is the peak of that process (VmHWM), beyond the peak of one that plans a single
+caption.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+PARTS = (
+    ["a", "one small", "a very large", "an old", "a broken", "a shiny", "a dusty", "half of a"],
+    [
+        "red",
+        "green",
+        "blue",
+        "white",
+        "black",
+        "golden",
+        "striped",
+        "wooden",
+        "glass",
+        "paper",
+        "plastic",
+        "stone",
+    ],
+    [
+        "cup",
+        "tree",
+        "car",
+        "bird",
+        "chair",
+        "box",
+        "clock",
+        "dog",
+        "lamp",
+        "boat",
+        "house",
+        "violin",
+        "kettle",
+        "fox",
+        "ladder",
+    ],
+    [
+        "beside",
+        "behind",
+        "in front of",
+        "far above",
+        "under",
+        "leaning on",
+        "reflected in",
+        "painted on",
+    ],
+    [
+        "a",
+        "another",
+        "the last",
+        "an ornate",
+        "an unfinished",
+        "a half-open",
+        "a frozen",
+        "a floating",
+    ],
+    [
+        "door",
+        "river",
+        "table",
+        "mirror",
+        "window",
+        "mountain",
+        "piano",
+        "garden",
+        "bridge",
+        "suitcase",
+        "wall",
+    ],
+    ["at dawn", "at night", "in the rain", "in thick fog", "under neon light", "in bright sun"],
+    ["as an oil painting", "as a photograph", "in watercolour", "as a pencil sketch", "on film"],
+)
+
+
+def write_captions(path: Path, num: int) -> None:
+    """Unique captions, in no order, 65,536 at a time."""
+    most = int(np.prod([len(words) for words in PARTS]))
+    if num > most:
+        raise click.BadParameter(f"{num}; the words give {most:,} captions")
+    step = 15_485_863  # prime, so that every caption comes once
+    schema = pa.schema([("text", pa.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for first in range(0, num, 65_536):
+            number = np.arange(first, min(first + 65_536, num)) * step % most
+            columns = []
+            for words in PARTS:
+                columns.append(pa.array(words).take(pa.array(number % len(words))))
+                number //= len(words)
+            writer.write_table(pa.table([pc.binary_join_element_wise(*columns, " ")], schema))
+
+
+def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
+    """All that is done before the LLM runs; seconds by part, and the peak in bytes."""
+    from semroute.pipeline.codecs import CODECS
+    from semroute.pipeline.filling import provenance
+    from semroute.pipeline.layout import pack
+    from semroute.pipeline.planning import make_plan
+    from semroute.pipeline.store import FeatureStore
+    from semroute.schemas import Codec, FeatureManifest
+
+    shutil.rmtree(store, ignore_errors=True)
+    found: dict[str, float] = {}
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        started, cpu = time.perf_counter(), time.process_time()
+        yield
+        found[part] = time.perf_counter() - started
+        found[f"{part} cpu"] = time.process_time() - cpu
+
+    with timed("read, order, tokenise"):
+        made = make_plan(str(captions), model=model)
+    with timed("pack"):
+        width = made.identity.model.width
+        packing = pack(
+            made.captions.num_tokens,
+            bytes_per_row=2 * len(made.identity.layers) * width,
+            shard_bytes=256_000_000,
+            batch_tokens=512,
+            aligned=CODECS["delta"].aligned,
+        )
+    with timed("write tables and manifest"):
+        manifest = FeatureManifest(
+            status="extracting",
+            identity=made.identity,
+            layout=packing.layout,
+            codec=Codec(name="bf16"),
+            provenance=provenance(str(captions), model),
+        )
+        table = made.captions_table(packing)
+        FeatureStore.create(store, manifest, table, made.samples_table())
+    found["captions"] = len(made.captions)
+    found["tokens"] = int(made.captions.sequence_lengths.sum())
+    found["shards"] = packing.layout.num_shards
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            found["peak"] = int(line.split()[1]) * 1024
+    return found
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", required=True)
+@click.option("--num", multiple=True, type=int, default=(100_000, 1_000_000), show_default=True)
+@click.option("--one", type=click.Path(path_type=Path), hidden=True)
+def main(folder: Path, model: str, num: tuple[int, ...], one: Path | None) -> None:
+    """Plan, once a number of captions."""
+    if one is not None:
+        click.echo(json.dumps(plan(one, folder, model)))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for count in (1, *num):
+        captions = folder / f"{count}.parquet"
+        write_captions(captions, count)
+        command = [sys.executable, __file__, str(folder / f"store-{count}"), "--model", model]
+        # A bar is not what is measured, and its lines are not wanted here.
+        done = subprocess.run(
+            [*command, "--one", str(captions)],
+            stdout=subprocess.PIPE,
+            check=True,
+            env={**os.environ, "TQDM_DISABLE": "1"},
+        )
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        shutil.rmtree(folder / f"store-{count}")
+    bare = rows[0]["peak"]
+    parts = [key for key in rows[0] if f"{key} cpu" in rows[0]]
+    click.echo("| captions | tokens | " + " | ".join(f"{part}, s" for part in parts), nl=False)
+    click.echo(" | CPU, s | memory, MB | bytes a caption |")
+    click.echo("| --: " * (len(parts) + 5) + "|")
+    for row in rows[1:]:
+        memory = row["peak"] - bare
+        cells = [f"{row['captions']:,}", f"{row['tokens']:,}"]
+        cells += [f"{row[part]:.1f}" for part in parts]
+        cells += [f"{sum(row[f'{part} cpu'] for part in parts):.1f}", f"{memory / 1e6:,.0f}"]
+        click.echo("| " + " | ".join([*cells, f"{memory / row['captions']:,.0f}"]) + " |")
+    click.echo(f"\nWith one caption the process takes {bare / 1e6:,.0f} MB, most of it libraries.")
+
+
+if __name__ == "__main__":
+    main()
