@@ -21,6 +21,7 @@ import numpy as np
 
 from .. import schemas
 from . import kernels
+from .coding import encode_delta, in_parts, pair, unpair, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -217,16 +218,16 @@ class Lossless(Codec):
         rounded = hidden.to(torch.bfloat16)
         bits = rounded.view(torch.int16).int() & 0xFFFF  # [R, H]
         base = self._parameter("base", bits.device, torch.int32)[layer]
-        distance = _wrap(((bits >> 7) & 0xFF) - base)
+        distance = wrap(((bits >> 7) & 0xFF) - base)
         if below is None:
             residual = distance
         else:
             follow = self._parameter("follow", bits.device, torch.int32)[layer]
-            residual = _wrap(distance - follow[(below.state & 0xFF).long()])
+            residual = wrap(distance - follow[(below.state & 0xFF).long()])
         zigzag = (residual << 1) ^ (residual >> 31)  # 0..255
         narrow = zigzag.clamp_max(15)
         planes = {
-            "code": _pair(narrow),
+            "code": pair(narrow),
             "escape": torch.where(zigzag >= 15, zigzag - 14, 0).to(torch.uint8),
             "mantissa": ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8),
         }
@@ -254,18 +255,18 @@ class Lossless(Codec):
         found = {}
         distance = torch.zeros(0)
         for layer in range(max(layers) + 1):
-            narrow = _unpair(planes["code"][:, layer], self.width)
+            narrow = unpair(planes["code"][:, layer], self.width)
             escape = planes["escape"][:, layer].int()
             zigzag = torch.where(narrow == 15, 14 + escape, narrow) & 0xFF
             residual = (zigzag >> 1) ^ -(zigzag & 1)
             if layer:
                 residual = residual + follow[layer][(distance & 0xFF).long()]
-            distance = _wrap(residual)
+            distance = wrap(residual)
             if layer in layers:
                 exponent = (distance + base[layer]) & 0xFF
                 sign_mantissa = planes["mantissa"][:, layer].int()
                 bits = (sign_mantissa & 0x80) << 8 | exponent << 7 | sign_mantissa & 0x7F
-                found[layer] = _wrap(bits, 1 << 15).to(torch.int16).view(torch.bfloat16)
+                found[layer] = wrap(bits, 1 << 15).to(torch.int16).view(torch.bfloat16)
         return torch.stack([found[layer] for layer in layers], 1)
 
     @classmethod
@@ -334,6 +335,7 @@ class Predictive(Codec):
             robust_rms(normed)[:, None] * 2.0**-self._quality,
             residual.abs().amax(-1, keepdim=True) / (MAX_CODE / 2**0.0625 - 1),
         )
+        needed = needed.nan_to_num(nan=1.0)  # refused later, by who asks whether all is finite
         number = (8 * (needed.clamp_min(1e-30).log2() + LOWEST_SCALE)).round().clamp(0, 255).int()
         scale = torch.from_numpy(SCALES).to(hidden.device)[number.long()]  # [R, 1]
         codes = (residual / scale).round().clamp(-MAX_CODE, MAX_CODE)
@@ -344,8 +346,8 @@ class Predictive(Codec):
         scalars = torch.cat([mean, deviation], 1).view(torch.uint8)  # little-endian, [R, 4]
         escape = torch.where(zigzag >= self._limit, zigzag - (self._limit - 1), 0)
         planes = {
-            "code": low.to(torch.uint8) if self.code_bits == 8 else _pair(low),
-            "escape": _wrap(escape, 1 << 15).to(torch.int16).view(torch.uint16),
+            "code": low.to(torch.uint8) if self.code_bits == 8 else pair(low),
+            "escape": wrap(escape, 1 << 15).to(torch.int16).view(torch.uint16),
             "scalar": torch.cat([scalars, number.to(torch.uint8)], 1),
         }
         decoded = state * deviation.float() + mean.float()
@@ -377,7 +379,7 @@ class Predictive(Codec):
         below: Coded | None = None
         for layer in range(max(layers) + 1):
             code = planes["code"][:, layer]
-            low = code.int() if self.code_bits == 8 else _unpair(code, self.width)
+            low = code.int() if self.code_bits == 8 else unpair(code, self.width)
             escape = planes["escape"][:, layer].view(torch.int16).int() & 0xFFFF
             zigzag = torch.where(low == self._limit, self._limit - 1 + escape, low)
             codes = ((zigzag >> 1) ^ -(zigzag & 1)).float()
@@ -387,7 +389,7 @@ class Predictive(Codec):
             below = Coded({}, state, state)
             if layer in layers:
                 words = scalar[:, 1:4:2].int() << 8 | scalar[:, 0:4:2].int()
-                both = _wrap(words, 1 << 15).to(torch.int16).view(torch.bfloat16).float()
+                both = wrap(words, 1 << 15).to(torch.int16).view(torch.bfloat16).float()
                 mean, deviation = both.split(1, 1)
                 found[layer] = (state * deviation + mean).to(torch.bfloat16)
         return torch.stack([found[layer] for layer in layers], 1)
@@ -398,6 +400,39 @@ class Delta(Predictive):
 
     name = "delta"
     fits = ("slope", "bias")
+
+    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        """On a CPU by a compiled loop: sums in another order, and else the same arithmetic."""
+        import torch
+
+        if hidden.device.type != "cpu":
+            return super().encode(layer, hidden, below)
+        values = hidden.float().contiguous().numpy()
+        before = values[:0] if below is None else below.state.numpy()
+        codes = {
+            plane.name: np.empty((len(values), plane.size), plane.dtype) for plane in self.planes
+        }
+        state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
+
+        def part(rows: slice) -> None:
+            encode_delta(
+                values[rows],
+                before[rows],
+                self.parameters["slope"][layer],
+                self.parameters["bias"][layer],
+                SCALES,
+                2.0**-self._quality,
+                min(NUM_MASSIVE, self.width // 2),
+                LN_EPS,
+                *(codes[name][rows] for name in ("code", "escape", "scalar")),
+                state[rows],
+                decoded[rows],
+            )
+
+        in_parts(part, len(values))
+        planes = {name: torch.from_numpy(array) for name, array in codes.items()}
+        hidden = torch.from_numpy(decoded).view(torch.bfloat16)
+        return Coded(planes, hidden, torch.from_numpy(state))
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch
@@ -563,23 +598,3 @@ def _pairs_of_layers(sample: torch.Tensor) -> Any:
 
 def _average(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (weight * values).sum(0) / weight.sum()
-
-
-def _wrap(values: torch.Tensor, half: int = 128) -> torch.Tensor:
-    """Modulo 2 * half, into [-half, half)."""
-    return ((values + half) & (2 * half - 1)) - half
-
-
-def _pair(values: torch.Tensor) -> torch.Tensor:
-    """Numbers under 16, two a byte, the first in the low bits: ``[R, n]`` -> ``[R, ceil(n/2)]``."""
-    import torch
-
-    values = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).to(torch.uint8)
-    return values[:, ::2] | (values[:, 1::2] << 4)
-
-
-def _unpair(values: torch.Tensor, num: int) -> torch.Tensor:
-    import torch
-
-    values = values.int()
-    return torch.stack([values & 15, values >> 4], -1).flatten(1)[:, :num]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .codecs import LN_EPS
+from .coding import in_parts, measure_errors
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,31 @@ def relative_errors(
     return relative, (bare_total / bare_norm).sqrt() * known
 
 
+def layer_errors(hidden: torch.Tensor, coded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Error of LN(h) of each vector, as :func:`relative_errors`, on the device where they are.
+
+    Args:
+        hidden: as the LLM gave them, any float dtype, ``[R, H]``.
+        coded: what a reader gets of them, ``[R, H]``.
+    """
+    import torch
+
+    width = hidden.shape[-1:]
+    if hidden.device.type == "cpu" and coded.dtype == torch.bfloat16:
+        values, bits = hidden.float().contiguous().numpy(), coded.view(torch.uint16).numpy()
+        relative, bare = (np.empty(len(values), np.float32) for _ in range(2))
+        largest = min(NUM_LARGEST, width[0] - 1)
+
+        def part(rows: slice) -> None:
+            measure_errors(values[rows], bits[rows], LN_EPS, largest, relative[rows], bare[rows])
+
+        in_parts(part, len(values))
+        return torch.from_numpy(relative), torch.from_numpy(bare)
+    expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
+    found = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS)
+    return relative_errors(expected, found - expected)
+
+
 @dataclass
 class CodecError:
     """Relative L2 error of LN(h), gathered over a shard.
@@ -63,22 +89,17 @@ class CodecError:
 
     def add(self, layer: int, hidden: torch.Tensor, coded: torch.Tensor) -> None:
         """Compare hidden states of a layer (position) with what a reader gets, ``[R, H]`` both."""
-        import torch
-
-        if hidden.dtype == coded.dtype and torch.equal(hidden, coded):
-            self.counts[layer] += hidden.shape[0]
-            return
-        width = hidden.shape[-1:]
-        expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
-        found = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS)
-        self.add_normed(layer, expected, found)
+        self.add_errors(layer, *layer_errors(hidden, coded))
 
     def add_normed(self, layer: int, expected: torch.Tensor, found: torch.Tensor) -> None:
         """The same for what no LN is applied to any more, float32 ``[R, H]`` both."""
-        self.counts[layer] += len(expected)
-        if not len(expected):
+        self.add_errors(layer, *relative_errors(expected, found - expected))
+
+    def add_errors(self, layer: int, relative: torch.Tensor, bare: torch.Tensor) -> None:
+        """The same, from what :func:`layer_errors` gave."""
+        self.counts[layer] += len(relative)
+        if not len(relative):
             return
-        relative, bare = relative_errors(expected, found - expected)
         self.totals[layer] += float(relative.sum())
         self.largest = max(self.largest, float(relative.max()))
         self.bare_total += float(bare.sum())

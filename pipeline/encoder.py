@@ -276,15 +276,16 @@ class Encoder:
             tokens[row, : len(sequence)] = torch.from_numpy(sequence)
             mask[row, : len(sequence)] = 1
             wanted[row, first : len(sequence)] = True
-        wanted = wanted.to(self.device)
+        # Numbers of rows, not a mask: a device would have to count one, and be waited for.
+        chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
 
         def receive(_module: Any, inputs: Any) -> None:
-            sink(0, inputs[0][wanted])
+            sink(0, inputs[0].flatten(0, 1).index_select(0, chosen))
 
         def give(index: int) -> Callable[[Any, Any, Any], None]:
             def take(_module: Any, _inputs: Any, output: Any) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
-                sink(index, hidden[wanted])
+                sink(index, hidden.flatten(0, 1).index_select(0, chosen))
 
             return take
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..schemas import Codec, FeatureManifest, Receipt
 from .captions import Captions
 from .cluster import let_next_begin, report_progress, worker_name
 from .codecs import Coded
-from .distortion import CodecError
+from .distortion import CodecError, layer_errors
 from .fitting import fit_codec, fitted_spec
 from .layout import batches
 from .places import own_device
@@ -115,26 +114,31 @@ def _encode(
     norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
     error = CodecError(layers)
     coded: Coded | None = None
+    waiting: list[tuple[int, np.ndarray, dict[str, torch.Tensor]]] = []
 
     def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
         nonlocal coded
-        norms[index, rows] = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        _check_finite(norms[index, rows], rows, layers[index], task)
         coded = codec.encode(index, hidden, coded if index else None)
-        error.add(index, hidden, coded.hidden)
-        for name, codes in coded.planes.items():
-            planes[name][rows, index] = codes.cpu().numpy()
+        relative, bare = layer_errors(hidden, coded.hidden)
+        norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
+        found = {"norm": norm, "relative": relative, "bare": bare, **coded.planes}
+        # A device goes on with the next layer while these are on their way.
+        waiting.append((index, rows, {k: v.to("cpu", non_blocking=True) for k, v in found.items()}))
 
     @contextmanager
     def attempt() -> Iterator[None]:
-        """Take back what a batch that fails has added; rows it has written are written again."""
-        nonlocal error
-        before = deepcopy(error)
-        try:
-            yield
-        except BaseException:
-            error = before
-            raise
+        """Keep what a batch gave once all of it is there; of one that fails nothing is kept."""
+        waiting.clear()
+        yield
+        if encoder.device.type != "cpu":
+            torch.accelerator.synchronize()
+        for index, rows, found in waiting:
+            norms[index, rows] = found.pop("norm").numpy()
+            _check_finite(norms[index, rows], rows, layers[index], task)
+            error.add_errors(index, found.pop("relative"), found.pop("bare"))
+            for name, codes in found.items():
+                planes[name][rows, index] = codes.numpy()
+        waiting.clear()
 
     warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink, attempt)
     receipt = Receipt(

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semroute.pipeline.codecs import CODECS, SCALES, Codec
-from semroute.pipeline.distortion import CodecError
+from semroute.pipeline.codecs import CODECS, SCALES, Codec, Delta, Predictive
+from semroute.pipeline.distortion import CodecError, layer_errors, relative_errors
 
 torch = pytest.importorskip("torch")
 from semroute.pipeline.fitting import fit_codec  # noqa: E402
@@ -63,7 +63,8 @@ def ln(hidden):
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(2, 33))
-kinds = st.sampled_from(["residual", "massive", "constant", "zero", "tiny", "huge"])
+KINDS = ["residual", "massive", "constant", "zero", "tiny", "huge"]
+kinds = st.sampled_from(KINDS)
 
 
 @pytest.mark.parametrize(("name", "quality"), NAMES)
@@ -141,6 +142,42 @@ def test_lossless_keeps_every_bit_pattern_whatever_the_fit(bits, seed):
         np.testing.assert_array_equal(found.view(torch.uint16).numpy(), raw)
 
 
+@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_encoder_does_the_arithmetic_of_tensors(kind, bits, width):
+    """But for sums in another order, which may turn the last bit of what they give."""
+    hidden = make_hidden(70, 3, width, seed=4, kind=kind)
+    fitted, _ = fit_codec("delta", hidden, 4.0)
+    codec = Delta(3, width, fitted.parameters, 4.0, bits)
+    one = other = None
+    for layer in range(3):
+        one = codec.encode(layer, hidden[:, layer], one)
+        other = Predictive.encode(codec, layer, hidden[:, layer], other)
+        assert {*one.planes} == {*other.planes}
+        for name, codes in one.planes.items():
+            assert codes.dtype == other.planes[name].dtype
+            assert (codes != other.planes[name]).float().mean() < 0.02
+        torch.testing.assert_close(ln(one.hidden), ln(other.hidden), atol=0.3, rtol=0.02)
+        expected = relative_errors(ln(hidden[:, layer]), ln(one.hidden) - ln(hidden[:, layer]))
+        for found, wanted in zip(layer_errors(hidden[:, layer], one.hidden), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_threads_code_what_one_does():
+    hidden = make_hidden(400, 2, 40)
+    codec, _ = fit_codec("delta", hidden, 4.0)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for num in (1, 3):
+            torch.set_num_threads(num)
+            found.append(encode(codec, hidden)[0])
+    finally:
+        torch.set_num_threads(before)
+    for name, codes in found[0].items():
+        np.testing.assert_array_equal(codes, found[1][name])
+
+
 def test_a_code_is_never_clipped():
     """One channel a million times its RMS without it: the vector's step widens instead."""
     hidden = make_hidden(4, 2, 64)
@@ -213,6 +250,13 @@ class TestCodecError:
         error.add(0, hidden, hidden.clone())
         assert set(error.to_dict().values()) == {0.0}
         assert error.counts.tolist() == [4]
+
+    @pytest.mark.parametrize("width", [32, 33, 576])
+    def test_rounding_makes_no_variance_where_there_is_none(self, width):
+        hidden = torch.randn(64, 1, generator=torch.Generator().manual_seed(1)).repeat(1, width)
+        error = CodecError([1])
+        error.add(0, hidden, hidden.bfloat16())
+        assert error.to_dict()["max"] == 0.0
 
     def test_a_vector_without_variance_counts_as_exact(self):
         error = CodecError([1])

@@ -10,6 +10,7 @@ FLOORS = [
     {
         "schemas",
         "pipeline.kernels",
+        "pipeline.coding",
         "pipeline.style",
         "pipeline.tokens",
         "trainer.claims",

@@ -1,0 +1,258 @@
+"""Loops of coding on a CPU, compiled by numba: what tensors do in twenty passes over memory, in one
+pass of rows that stay in the cache. They hold no lock.
+
+Shapes: R rows, H width.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+MIN_PART_ROWS = 64
+"""Rows that are worth a thread."""
+
+ROUND = np.float32(12_582_912.0)
+"""1.5 * 2**23: added and taken away again it rounds to nearest even what is under 2**22."""
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled code is kept for the next process, where there is a folder to keep it in."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the home can be written
+        return numba.njit(nogil=True)(function)
+
+
+def _summing(function: Callable[..., Any]) -> Any:
+    """The same where values may be taken in any order, and so by vectors; NaN gives anything."""
+    order = {"reassoc", "nsz", "nnan"}
+    try:
+        return numba.njit(nogil=True, cache=True, fastmath=order)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, fastmath=order)(function)
+
+
+@_summing
+def _mean(values):  # type: ignore[no-untyped-def]
+    """In float64, so that rounding makes no variance where there is none."""
+    total = np.float64(0)
+    for value in values:
+        total += value
+    return np.float32(total / len(values))
+
+
+@_summing
+def _variance(values, mean):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for value in values:
+        total += (value - mean) * (value - mean)
+    return total / np.float32(len(values))
+
+
+@_summing
+def _squares(values):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for value in values:
+        total += value * value
+    return total
+
+
+@_summing
+def _widest(values):  # type: ignore[no-untyped-def]
+    widest = np.float32(0)
+    for value in values:
+        widest = max(widest, abs(value))
+    return widest
+
+
+@_compiled
+def _largest(values, most):  # type: ignore[no-untyped-def]
+    """The places of the values of largest size, ``[len(most)]``."""
+    sizes = np.full(len(most), np.float32(-1))
+    least = np.float32(-1)
+    for place in range(len(values)):
+        size = abs(values[place])
+        if size > least:
+            slot = len(most) - 1
+            while slot > 0 and sizes[slot - 1] < size:
+                sizes[slot], most[slot] = sizes[slot - 1], most[slot - 1]
+                slot -= 1
+            sizes[slot], most[slot] = size, place
+            least = sizes[-1]
+
+
+@_compiled
+def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
+    """Bits of bfloat16, to nearest even; ``bits`` is room for one number, uint32 [1]."""
+    bits.view(np.float32)[0] = value
+    return (bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
+        16
+    )
+
+
+@_compiled
+def _from_bf16(value, bits):  # type: ignore[no-untyped-def]
+    bits[0] = np.uint32(value) << np.uint32(16)
+    return bits.view(np.float32)[0]
+
+
+@_compiled
+def encode_delta(  # type: ignore[no-untyped-def]
+    hidden, below, slope, bias, scales, step, massive, eps, code, escape, scalar, state, decoded
+):
+    """One layer, as :meth:`semroute.pipeline.codecs.Predictive.encode`.
+
+    Args:
+        hidden: float32 [R, H].
+        below: state of the layer below, float32 [R, H], or [0, H].
+        slope, bias: float32 [H].
+        scales: float32 [256].
+        step: in RMS.
+        massive: channels that are left out of the RMS.
+        code, escape, scalar: uint8 [R, H or ceil(H / 2)], uint16 [R, H], uint8 [R, 5]; written.
+        state, decoded: float32 and uint16 [R, H]; written.
+    """
+    rows, width = hidden.shape
+    narrow = code.shape[1] < width
+    limit = np.float32(15 if narrow else 255)
+    normed, residual = np.empty(width, np.float32), np.empty(width, np.float32)
+    low, room = np.empty(width + 1, np.uint8), np.empty(width, np.uint32)
+    most, bits = np.empty(massive, np.int64), np.empty(1, np.uint32)
+    low[width] = 0
+    widest = np.float32(32_767 / 2**0.0625 - 1)
+    for row in range(rows):
+        values, into = hidden[row], state[row]
+        exact = _mean(values)
+        variance = _variance(values, exact)
+        mean_bits = _to_bf16(exact, bits)
+        mean = _from_bf16(mean_bits, bits)
+        deviation_bits = _to_bf16(np.sqrt(variance + np.float32(eps)), bits)
+        deviation = _from_bf16(deviation_bits, bits)
+        for channel in range(width):
+            normed[channel] = (values[channel] - mean) / deviation
+        if len(below):
+            for channel in range(width):
+                into[channel] = below[row, channel] * slope[channel] + bias[channel]
+        else:
+            into[:] = bias
+        for channel in range(width):
+            residual[channel] = normed[channel] - into[channel]
+        rest = _squares(normed)
+        if massive:
+            _largest(normed, most)
+            for place in most:
+                rest -= normed[place] * normed[place]
+        rms = np.sqrt(max(rest, np.float32(0)) / np.float32(width - massive))
+        largest = _widest(residual)
+        needed = max(max(rms * np.float32(step), largest / widest), np.float32(1e-30))
+        number = np.float32(8) * (np.log2(needed) + np.float32(24))
+        number = (number + ROUND) - ROUND
+        chosen = np.uint8(min(max(number, np.float32(0)), np.float32(255)))
+        scale = scales[chosen]
+        for channel in range(width):
+            units = residual[channel] / scale
+            units = min(max(units, np.float32(-32_767)), np.float32(32_767))
+            units = (units + ROUND) - ROUND
+            into[channel] += units * scale
+            zigzag = np.float32(2) * abs(units) - np.float32(units < np.float32(0))
+            over = max(zigzag - (limit - np.float32(1)), np.float32(0))  # exact: under 2**24
+            low[channel] = np.uint8(np.int32(min(zigzag, limit)))
+            escape[row, channel] = np.uint16(np.int32(over))
+        if narrow:
+            for pair in range(code.shape[1]):
+                code[row, pair] = low[2 * pair] | (low[2 * pair + 1] << 4)
+        else:
+            code[row] = low[:width]
+        scalar[row, 0], scalar[row, 1] = mean_bits & 0xFF, mean_bits >> 8
+        scalar[row, 2], scalar[row, 3] = deviation_bits & 0xFF, deviation_bits >> 8
+        scalar[row, 4] = chosen
+        back = room.view(np.float32)
+        for channel in range(width):
+            back[channel] = into[channel] * deviation + mean
+        for channel in range(width):
+            value = room[channel]
+            even = (value >> np.uint32(16)) & np.uint32(1)
+            decoded[row, channel] = (value + np.uint32(0x7FFF) + even) >> np.uint32(16)
+
+
+@_compiled
+def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore[no-untyped-def]
+    """Errors of LN(h), as :func:`semroute.pipeline.distortion.relative_errors`.
+
+    Args:
+        hidden: float32 [R, H].
+        coded: bits of bfloat16, uint16 [R, H].
+        largest: channels that are left out of ``bare``.
+        relative, bare: float32 [R]; written.
+    """
+    rows, width = hidden.shape
+    room = np.empty(width, np.uint32)
+    found = room.view(np.float32)
+    expected, most = np.empty(width, np.float32), np.empty(largest, np.int64)
+    for row in range(rows):
+        values = hidden[row]
+        for channel in range(width):
+            room[channel] = np.uint32(coded[row, channel]) << np.uint32(16)
+        mean, other = _mean(values), _mean(found)
+        inverse = np.float32(1) / np.sqrt(_variance(values, mean) + np.float32(eps))
+        other_inverse = np.float32(1) / np.sqrt(_variance(found, other) + np.float32(eps))
+        for channel in range(width):
+            expected[channel] = (values[channel] - mean) * inverse
+        for channel in range(width):
+            found[channel] = (found[channel] - other) * other_inverse - expected[channel]
+        norm, total = _squares(expected), _squares(found)
+        known = np.float32(norm > np.float32(1e-6))
+        relative[row] = known * np.sqrt(total / max(norm, np.float32(1e-6)))
+        _largest(expected, most)
+        for place in most:
+            norm -= expected[place] * expected[place]
+            total -= found[place] * found[place]
+        norm = max(norm, np.float32(1e-6))
+        bare[row] = known * np.sqrt(max(total, np.float32(0)) / norm)
+
+
+def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
+    """Call a compiled loop for all rows, with as many threads as torch would use."""
+    import torch
+
+    parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))
+    bounds = [num_rows * part // parts for part in range(parts + 1)]
+    slices = [slice(*pair) for pair in pairwise(bounds)]
+    if parts == 1:
+        function(slices[0])
+        return
+    for _ in _threads(torch.get_num_threads()).map(function, slices):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _threads(num: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num)
+
+
+def wrap(values: "torch.Tensor", half: int = 128) -> "torch.Tensor":
+    """Modulo 2 * half, into [-half, half)."""
+    return ((values + half) & (2 * half - 1)) - half
+
+
+def pair(values: "torch.Tensor") -> "torch.Tensor":
+    """Numbers under 16, two a byte, the first in the low bits: ``[R, n]`` -> ``[R, ceil(n/2)]``."""
+    import torch
+
+    values = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).to(torch.uint8)
+    return values[:, ::2] | (values[:, 1::2] << 4)
+
+
+def unpair(values: "torch.Tensor", num: int) -> "torch.Tensor":
+    import torch
+
+    values = values.int()
+    return torch.stack([values & 15, values >> 4], -1).flatten(1)[:, :num]
