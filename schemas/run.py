@@ -167,6 +167,33 @@ class OptimizerConfig(Contract):
     """After the warm-up; cosine and linear fall to 0 at the last step."""
 
 
+class SelectionConfig(Contract):
+    """Which samples and captions of a pair of stores take part, and how often. By default all,
+    alike."""
+
+    filter: str | None = None
+    """Only captions of which this is true, such as ``num_tokens <= 64 and style in ["photo"]``;
+    samples without one are left out."""
+    caption_weights: list[Annotated[float, Field(ge=0)]] | str | None = None
+    """How often each caption of a sample is shown against its others: numbers by their place, or a
+    column of them. 0 is never."""
+    columns: str | None = None
+    """A parquet, csv or jsonl file with more columns: the table that the stores were made of, or
+    one with ``sample_id``."""
+
+
+class SourceConfig(Contract):
+    """Another pair of stores to train on."""
+
+    features: str
+    """A complete feature store, of the same model, template and layers."""
+    latents: str
+    """Its latent store."""
+    proportion: Annotated[float, Field(gt=0, lt=1)]
+    """Share of all samples that come from here; the run's own stores have what is left."""
+    select: SelectionConfig = SelectionConfig()
+
+
 class DataConfig(Contract):
     """What a step reads."""
 
@@ -181,6 +208,18 @@ class DataConfig(Contract):
     always the mean."""
     prefetch: Positive = 4
     """Batches read ahead."""
+    workers: Positive = 1
+    """Threads that read them, each a batch of its own. More help where a disk or a network must
+    wait, or a codec decodes on several cores."""
+    order: Literal["random", "shards"] = "random"
+    """``random``: any sample may follow any other; ``shards``: shard by shard, for stores that are
+    not held in memory."""
+    window: Positive = 16
+    """Of order ``shards``: how many shards are mixed at any time."""
+    select: SelectionConfig = SelectionConfig()
+    mixture: list[SourceConfig] = Field(default_factory=list)
+    """Other pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
+    ``select``."""
 
 
 class EMAConfig(Contract):
@@ -281,6 +320,31 @@ class TrainConfig(Contract):
         return self
 
 
+class SelectionRecord(Contract):
+    """What a selection left, and left out."""
+
+    num_samples: int = Field(ge=1)
+    """That are trained on, held-out ones included."""
+    num_captions: int = Field(ge=1)
+    """Of these samples; one that several samples have counts for each."""
+    left_out_samples: int = Field(ge=0)
+    """That have a latent but no caption left."""
+    left_out_captions: int = Field(ge=0)
+    """By the filter, or by a weight of 0."""
+    fingerprint: str
+    """sha256 over the samples, their captions and weights."""
+
+
+class MixtureRecord(Contract):
+    """Another pair of stores that a run was trained on."""
+
+    features: FeatureIdentity
+    codec: Codec
+    latents: LatentIdentity
+    selection: SelectionRecord | None
+    """Null where all samples take part."""
+
+
 class RunRecord(Contract):
     """``run.json``: what a run was trained on, enough to sample from it without its stores."""
 
@@ -292,6 +356,10 @@ class RunRecord(Contract):
     latents: LatentIdentity
     validation: SamplesIdentity | None = None
     """Of the second pair of stores, where the run is measured by one."""
+    selection: SelectionRecord | None = None
+    """What ``data.select`` left of these stores, where it selects."""
+    mixture: list[MixtureRecord] = Field(default_factory=list)
+    """What ``data.mixture`` names."""
     model_source: str
     """The LLM as the extraction named it; needed only to encode new prompts."""
     vae_source: str = "pixels"

@@ -14,6 +14,7 @@ FLOORS = [
         "pipeline.style",
         "pipeline.tokens",
         "trainer.claims",
+        "trainer.delivery",
         "trainer.fusion",
         "trainer.gates",
         "trainer.scenes",
@@ -21,7 +22,8 @@ FLOORS = [
     {
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
         *("pipeline." + name for name in ("layout", "shards", "cluster", "ledger", "lock")),
-        *("trainer." + name for name in ("router", "flow", "shapes", "layouts", "order")),
+        *("trainer." + name for name in ("router", "flow", "shapes", "layouts")),
+        *("trainer.order", "trainer.filters"),
     },
     {
         "pipeline.latentstore",
@@ -39,17 +41,17 @@ FLOORS = [
         *("pipeline." + name for name in ("filling", "fitting", "inspection", "verification")),
         *("pipeline." + name for name in ("statistics", "knowledge", "mixing", "status")),
         *("pipeline.autoencoder", "pipeline.growth"),
-        *("trainer.stream", "trainer.dit", "trainer.clock", "trainer.options"),
+        *("trainer.selection", "trainer.dit", "trainer.clock", "trainer.options"),
     },
     {
         *(
             "pipeline." + name
             for name in ("encoding", "imaging", "rewriting", "probing", "figures", "hub")
         ),
-        *("trainer.evaluation", "trainer.validation"),
+        *("trainer.evaluation", "trainer.stream"),
     },
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
-    | {"trainer.checkpoint", "trainer.plots"},
+    | {"trainer.checkpoint", "trainer.plots", "trainer.validation"},
     {"trainer.run", "trainer.judging", "trainer.overlays"},
     {"trainer.loop", "trainer.lag", "trainer.export", "trainer.diffusion"},
     {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},

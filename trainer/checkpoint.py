@@ -60,7 +60,7 @@ routing_entropy is in nats over log L, so 1 is uniform. Where it was measured, v
 the loss on held-out samples in equal parts of t from 0 to 1, and validation_loss their mean."""
 
 # Keys of a record that say what it was trained on, and measured by.
-_STORES = {"features", "codec", "latents", "validation"}
+_STORES = {"features", "codec", "latents", "validation", "selection", "mixture"}
 # Keys of a configuration that may change when a run continues: where things are (the stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
 FREE: Any = {
@@ -73,7 +73,12 @@ FREE: Any = {
     "keep_checkpoints": True,
     "gradient_checkpointing": True,
     "tracker": True,
-    "data": {"prefetch"},
+    "data": {
+        "prefetch": True,
+        "workers": True,
+        "select": {"columns"},
+        "mixture": {"__all__": {"features": True, "latents": True, "select": {"columns"}}},
+    },
     "validation": {"every", "features", "latents"},
 }
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -54,7 +54,8 @@ from .dit import DiT
 from .flow import Flow
 from .router import entropy
 from .run import Run, open_start, start_from
-from .stream import Batch, Stream, check_joined, draw, jitter
+from .selection import Pair, open_pairs
+from .stream import Batch, Stream, draw, jitter
 from .validation import Validation, held_out, open_validation
 
 AGAIN_SECONDS = 1.0
@@ -99,6 +100,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if found is None else found.step,
         codes=accelerator.device.type != "cpu",
+        pairs=setup.pairs,
     )
     # Every rank has looked at the directory before one of them writes to it.
     accelerator.wait_for_everyone()
@@ -125,6 +127,7 @@ class Setup:
 
     features: FeatureStore
     latents: LatentStore
+    pairs: list[Pair]
     record: RunRecord
     found: Checkpoint | None
     model: DiT
@@ -142,8 +145,8 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
         InputError: as :func:`train`.
     """
     features, latents = open_features(config.features), open_latents(config.latents)
-    check_joined(features, latents)
-    record, found = find_run(Path(config.output), make_record(config, features, latents))
+    pairs = open_pairs(features, latents, config.data)
+    record, found = find_run(Path(config.output), make_record(config, pairs))
     with building or nullcontext():
         model = build_model(record)
     start = open_start(model, record) if found is None else None
@@ -153,7 +156,7 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
             f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
         )
     validation = open_validation(config, features, latents, model.router.layers_read)
-    return Setup(features, latents, record, found, model, start, validation)
+    return Setup(features, latents, pairs, record, found, model, start, validation)
 
 
 class Trainer:
@@ -233,7 +236,7 @@ class Trainer:
         own_loss, sample_ids = 0.0, []
         for _ in range(config.grad_accum_steps):
             batch = next(batches).to(accelerator.device)
-            sample_ids += batch.sample_ids.tolist()
+            sample_ids += batch.names()
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)
                 self.put_router_together()
@@ -305,6 +308,8 @@ class Trainer:
         self.window.start(stream)
         if not self.accelerator.is_main_process:
             return
+        if (warning := stream.warning()) is not None:
+            progress.write(warning, file=sys.stderr)
         add_line(self.path, METRICS, line)
         if weights is not None:
             add_line(self.path, WEIGHTS, weights)
@@ -394,9 +399,9 @@ class Trainer:
         self.accelerator.end_training()
         raise TrainingInterrupted(message)
 
-    def _not_finite(self, own: float, total: float, norm: float, sample_ids: list[int]) -> str:
+    def _not_finite(self, own: float, total: float, norm: float, sample_ids: list[str]) -> str:
         last = latest_checkpoint(self.path)
-        where = f"samples of this rank: {sample_ids}"
+        where = f"samples of this rank: {', '.join(sample_ids)}"
         if math.isfinite(own) and not math.isfinite(total):
             where = "the samples are another rank's, which names them"
         return (
@@ -444,8 +449,14 @@ class Window:
         }
 
 
-def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStore) -> RunRecord:
-    """What ``run.json`` says of a run that starts now."""
+def make_record(config: TrainConfig, pairs: Sequence[Pair]) -> RunRecord:
+    """What ``run.json`` says of a run that starts now.
+
+    Args:
+        pairs: the run's own stores, and those of its mixture.
+    """
+    first, *others = pairs
+    features, latents = first.features, first.latents
     names = ("torch", "accelerate", "numpy")
     second = config.validation.features
     return RunRecord(
@@ -454,6 +465,8 @@ def make_record(config: TrainConfig, features: FeatureStore, latents: LatentStor
         codec=features.manifest.codec,
         latents=latents.manifest.identity,
         validation=None if second is None else open_features(second).manifest.identity.samples,
+        selection=first.selection,
+        mixture=[pair.record() for pair in others],
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
         versions={

@@ -19,8 +19,8 @@ from ..schemas import InputError
 NULL_CAPTION = 0
 BLOCK = 1024
 """Positions over which a mixture keeps its proportions, to a sample."""
-# What a generator is for, the second word of its seed. flow's noise has 2 and the posterior's 3.
-_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE = 0, 1, 4, 5
+# What a generator is for, the second word of its seed; others have those between.
+_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE = 0, 1, 8, 9
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,13 +161,14 @@ def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> Stream:
         grad_accum_steps=config.grad_accum_steps,
         held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if setup.found is None else setup.found.step,
+        pairs=setup.pairs,
     )
 
 
 def count_reading(stream: Stream) -> Reading:
     """Count, without reading, what the first steps read."""
-    features, data = stream.features, stream.data
-    tokens = features.captions["num_tokens"].to_numpy()
+    data = stream.data
+    tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in stream.pairs]
     parts = stream.world_size * stream.grad_accum_steps
     size = data.batch_size // parts
     fullest, most, rows = 0, 0, []
@@ -175,16 +176,12 @@ def count_reading(stream: Stream) -> Reading:
         rows.append(0)
         for part in range(parts):
             captions = stream.captions(step * data.batch_size + part * size, size)
-            own = int(tokens[captions].sum())
+            own = sum(int(t[c].sum()) for t, c in zip(tokens, captions, strict=True))
             rows[-1] += own
             if own > fullest:
-                fullest, most = own, len(captions)
-    row_bytes = features.num_bytes() / max(1, int(tokens.sum()))
-    if features.codec.name == "bf16":  # of compressed stores all layers are read
-        row_bytes *= len(stream.layers) / len(features.layers)
-    latent_bytes = stream.latents.num_bytes() / max(1, len(stream.latents.ids))
+                fullest, most = own, sum(map(len, captions))
     step_rows = statistics.fmean(rows)
-    step_bytes = step_rows * row_bytes + data.batch_size * latent_bytes
+    step_bytes = stream.stored_bytes(step_rows, data.batch_size)
     return Reading(fullest, most, step_rows, step_bytes)
 
 

@@ -13,16 +13,20 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
-from ..pipeline.store import Codes, FeatureStore, LatentStore, Rows
+from ..pipeline.store import Codes, FeatureStore, LatentStore
 from ..schemas import DataConfig, InputError
+from .delivery import Meter, allocate
 from .flow import Flow
-from .order import Order, Source
+from .order import Order
+from .selection import Pair, open_pairs
 
 
 def draw(
@@ -62,48 +66,77 @@ class Batch:
         step, micro_step: which.
         position: global position of the first sample; the others follow.
         sample_ids: int64 [B].
-        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once; or their codes.
+        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once; or their codes, one a
+            pair of stores.
         offsets: int64 [U + 1], on the CPU.
         caption: int64 [B], index of each sample's caption among the unique ones, on the CPU.
         latents: fp32 [B, C, height, width].
+        sources: int64 [B], which pair of stores each sample is of; None: all of the first.
     """
 
     step: int
     micro_step: int
     position: int
     sample_ids: np.ndarray
-    hidden: Tensor | Codes
+    hidden: Tensor | tuple[Codes, ...]
     offsets: Tensor
     caption: Tensor
     latents: Tensor
+    sources: np.ndarray | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The same with the large tensors on a device, where codes are decoded."""
-        hidden = self.hidden
-        moved = hidden.tensor(device) if isinstance(hidden, Codes) else hidden.to(device)
-        return replace(self, hidden=moved, latents=self.latents.to(device))
+        if isinstance(self.hidden, tuple):
+            parts = [codes.tensor(device) for codes in self.hidden]
+            hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            hidden = self.hidden.to(device, non_blocking=True)
+        return replace(self, hidden=hidden, latents=self.latents.to(device, non_blocking=True))
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of each sample's caption, padded to the batch's longest: bfloat16
+        [B, T, L, H], and which of its rows are tokens: bool [B, T]. Zeros elsewhere."""
+        assert not isinstance(self.hidden, tuple), "decode codes first: batch.to(device)"
+        starts, counts = self.offsets[:-1][self.caption], self.offsets.diff()[self.caption]
+        token = torch.arange(int(counts.max()))  # [T]
+        mask = (token < counts[:, None]).to(self.hidden.device)  # [B, T]
+        row = (starts[:, None] + token).clamp_max(len(self.hidden) - 1).to(self.hidden.device)
+        padded = self.hidden[row.flatten()].unflatten(0, row.shape)  # [B, T, L, H]
+        return padded.masked_fill_(~mask[:, :, None, None], 0), mask
+
+    def names(self) -> list[str]:
+        """Each sample by its id, and of a mixture by its pair of stores."""
+        if self.sources is None:
+            return [str(sample) for sample in self.sample_ids.tolist()]
+        both = zip(self.sources.tolist(), self.sample_ids.tolist(), strict=True)
+        return [f"{source}:{sample}" for source, sample in both]
 
 
-class Stream:
-    """Batches of one rank, read ahead by a thread of its own.
+class Stream(IterableDataset[Batch]):
+    """Batches of one rank, read ahead by threads of its own.
 
     The global batch of a step is ``data.batch_size`` positions, cut into accumulation steps and
     each of these into ranks, so that it holds the same samples however it is cut.
 
+    To other trainers it is a dataset of whole batches, endless:
+    ``DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="forkserver")``
+    gives the same batches in the same order. It is sent to workers without what it has opened.
+
     Args:
         features, latents: complete stores of the same samples.
         layers: LLM layers to read, in this order (``router.layers_read``).
-        held_out: samples that are never delivered, int64.
+        held_out: samples of these stores that are never delivered, int64.
         start_step: the first step to deliver.
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
             decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
+        pairs: what :func:`open_pairs` found of ``data``, where it is known already.
 
     Attributes:
-        wait_seconds: how long the consumer waited for data so far.
+        meter: how long the consumer waited, and how much was delivered.
 
     Raises:
-        InputError: stores that are unfinished or of other samples, or a batch that ranks and
-            accumulation steps do not divide.
+        InputError: stores that are unfinished or of other samples, a selection that does not fit
+            them, or a batch that ranks and accumulation steps do not divide.
     """
 
     def __init__(
@@ -120,14 +153,16 @@ class Stream:
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
         codes: bool = False,
+        pairs: Sequence[Pair] | None = None,
     ) -> None:
-        check_joined(features, latents)
         parts = world_size * grad_accum_steps
         if data.batch_size % parts:
             raise InputError(
                 f"data.batch_size {data.batch_size} is not a multiple of {parts}: {world_size} "
                 f"ranks with {grad_accum_steps} accumulation steps each take an equal part"
             )
+        first, *others = open_pairs(features, latents, data) if pairs is None else pairs
+        self.pairs = [first.without(held_out), *others]
         self.features = features
         self.latents = latents
         self.data = data
@@ -137,12 +172,22 @@ class Stream:
         self.grad_accum_steps = grad_accum_steps
         self.start_step = start_step
         self.codes = codes
-        self.wait_seconds = 0.0
+        self.meter = Meter(data.workers)
         self.order = Order(
-            [source_of(features, latents, held_out)],
+            [pair.source for pair in self.pairs],
             seed=seed,
             caption_dropout=data.caption_dropout,
+            proportions=[pair.proportion for pair in others if pair.proportion is not None],
+            window=data.window if data.order == "shards" else None,
         )
+        if data.workers > 1:  # threads beside each other instead of in every read
+            for pair in self.pairs:
+                pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for data so far."""
+        return self.meter.wait_seconds
 
     def first_position(self, step: int, micro_step: int = 0) -> int:
         """Global position where this rank's part of an accumulation step begins."""
@@ -154,32 +199,68 @@ class Stream:
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         places = self.order.places(first, num)
-        samples = places.sample
-        unique, caption = np.unique(places.caption, return_inverse=True)
-        rows: Rows | Codes
-        if self.codes:
-            rows = self.features.read_codes(unique, self.layers)
-        else:
-            rows = self.features.read(unique, self.layers)
+        noise = self._posterior_noise(first, num)
+        captions = [np.unique(places.caption[places.source == n]) for n in range(len(self.pairs))]
+        counts = [
+            pair.features.captions["num_tokens"].take(pa.array(ids)).to_numpy().astype(np.int64)
+            for pair, ids in zip(self.pairs, captions, strict=True)
+        ]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        caption = np.empty(num, np.int64)
+        latents = allocate((num, *self.latents.manifest.identity.shape), torch.float32)
+        hidden = None if self.codes else self._hidden(int(offsets[-1]))
+        codes, before = [], 0
+        for number, (pair, ids) in enumerate(zip(self.pairs, captions, strict=True)):
+            here = np.flatnonzero(places.source == number)
+            if not len(here):
+                continue
+            caption[here] = before + np.searchsorted(ids, places.caption[here])
+            if hidden is None:
+                codes.append(pair.features.read_codes(ids, self.layers))
+            else:
+                rows = hidden.view(torch.uint16).numpy()
+                pair.features.read(ids, self.layers, out=rows[offsets[before] :])
+            read = pair.latents.read(places.sample[here], None if noise is None else noise[here])
+            latents[torch.from_numpy(here)] = torch.from_numpy(read)
+            before += len(ids)
         return Batch(
             step=step,
             micro_step=micro_step,
             position=first,
-            sample_ids=samples,
-            hidden=rows if isinstance(rows, Codes) else rows.tensor(),
-            offsets=torch.from_numpy(rows.offsets),
+            sample_ids=places.sample,
+            hidden=tuple(codes) if hidden is None else hidden,
+            offsets=torch.from_numpy(offsets),
             caption=torch.from_numpy(caption),
-            latents=torch.from_numpy(self.latents.read(samples, self._posterior_noise(first, num))),
+            latents=latents,
+            sources=places.source if len(self.pairs) > 1 else None,
         )
 
-    def captions(self, first: int, num: int) -> np.ndarray:
-        """Ids of the captions that positions ``first`` to ``first + num`` show, each once."""
-        return np.unique(self.order.places(first, num).caption)
+    def _hidden(self, num_rows: int) -> Tensor:
+        shape = (num_rows, len(self.layers), self.features.manifest.identity.model.width)
+        return allocate(shape, torch.bfloat16)
+
+    def captions(self, first: int, num: int) -> list[np.ndarray]:
+        """Ids of the captions that positions ``first`` to ``first + num`` show, each once, of every
+        pair of stores."""
+        places = self.order.places(first, num)
+        return [np.unique(places.caption[places.source == n]) for n in range(len(self.pairs))]
+
+    def stored_bytes(self, num_rows: float, num_samples: float) -> float:
+        """About what so many rows and samples are in the stores, compressed as they are there."""
+        return sum(
+            share * (num_rows * pair.row_bytes(self.layers) + num_samples * pair.latent_bytes)
+            for share, pair in zip(self.order.proportions, self.pairs, strict=True)
+        )
+
+    def warning(self) -> str | None:
+        """That data comes too late, with the numbers and what to do: once, after a while of it."""
+        return self.meter.warning(self.stored_bytes)
 
     def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of positions ``first`` and on, where
         latents are draws from a posterior."""
-        if self.data.posterior == "mean" or not self.latents.has_deviation:
+        drawn = any(pair.latents.has_deviation for pair in self.pairs)
+        if self.data.posterior == "mean" or not drawn:
             return None
         shape = self.latents.manifest.identity.shape
         keys = [(self.order.seed, 3, position) for position in range(first, first + num)]
@@ -189,20 +270,25 @@ class Stream:
         return np.stack([each.standard_normal(shape, np.float32) for each in generators])
 
     def __iter__(self) -> Generator[Batch]:
-        """Batches without end, in order; closing the iterator stops the reading.
+        """Batches without end, in order; closing the iterator stops the reading. In a worker of a
+        ``DataLoader`` those that are its turn.
 
         An error while reading is raised here, at the batch that it concerns.
         """
         ahead: deque[Future[Batch]] = deque()
-        reader = ThreadPoolExecutor(1, thread_name_prefix="semroute-stream")
+        reader = ThreadPoolExecutor(self.data.workers, thread_name_prefix="semroute-stream")
+        worker = get_worker_info()
         places = self._places()
+        if worker is not None:
+            places = islice(places, worker.id, None, worker.num_workers)
         try:
             while True:
-                while len(ahead) < self.data.prefetch:
+                while len(ahead) < max(self.data.prefetch, self.data.workers):
                     ahead.append(reader.submit(self.read, *next(places)))
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
-                self.wait_seconds += time.perf_counter() - began
+                waited = time.perf_counter() - began
+                self.meter.add(waited, int(batch.offsets[-1]), len(batch.sample_ids))
                 yield batch
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
@@ -213,46 +299,3 @@ class Stream:
             for micro_step in range(self.grad_accum_steps):
                 yield step, micro_step
             step += 1
-
-
-def source_of(
-    features: FeatureStore, latents: LatentStore, held_out: Sequence[int] | np.ndarray = ()
-) -> Source:
-    """Samples that have a latent and are not held out, and their captions."""
-    ids = np.setdiff1d(latents.ids, held_out, assume_unique=True)
-    lists = features.samples["caption_ids"].combine_chunks().take(pa.array(ids))
-    shards = features.captions["shard"].to_numpy().astype(np.int64)
-    captions = lists.values.to_numpy()
-    return Source(ids, lists.offsets.to_numpy().astype(np.int64), captions, shards=shards[captions])
-
-
-def check_joined(features: FeatureStore, latents: LatentStore) -> None:
-    """Refuse stores that cannot be trained on together.
-
-    Raises:
-        InputError: one is unfinished, or they were not made from the same samples.
-    """
-    if latents.manifest.identity.buckets:
-        raise InputError(
-            f"{latents.path} holds latents of {len(latents.bucket_counts())} shapes (--buckets), "
-            "but training takes latents of one shape: make them with --size alone"
-        )
-    for store in (features, latents):
-        if not store.is_complete:
-            raise InputError(
-                f"{store.path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards remain. Run the command that made it "
-                "once more: it continues where it stopped."
-            )
-    text, images = features.manifest.identity.samples, latents.manifest.identity.samples
-    if text.num_samples != images.num_samples:
-        raise InputError(
-            f"{features.path} has {text.num_samples} samples but {latents.path} has "
-            f"{images.num_samples}: make both from the same file"
-        )
-    if images.fingerprint is not None and text.fingerprint != images.fingerprint:
-        raise InputError(
-            f"{features.path} and {latents.path} were made from other captions or another order "
-            f"of samples (fingerprints {text.fingerprint} and {images.fingerprint}): make both "
-            "from the same file"
-        )

@@ -46,6 +46,7 @@ from .loop import make_record, train
 from .run import Run, load_run
 from .sampling import Solver
 from .scenes import Scene
+from .selection import open_pairs
 from .shapes import EMPTY, judge_cells, read_cells
 from .world import read_scenes
 
@@ -294,7 +295,8 @@ def tune(
 def has_router(study: StudyConfig, arm: str) -> bool:
     """Whether the weights of an arm are learned."""
     config = _job(study, arm, study.seeds[0], {}).config
-    record = make_record(config, open_features(config.features), open_latents(config.latents))
+    stores = open_features(config.features), open_latents(config.latents)
+    record = make_record(config, open_pairs(*stores, config.data))
     return any(True for _ in build_model(record).router.parameters())
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..pipeline.store import FeatureStore, LatentStore, open_features, open_latents
 from ..schemas import InputError, TrainConfig, ValidationConfig, differences
 from .flow import Flow
-from .stream import Batch, check_joined
+from .selection import check_joined
+from .stream import Batch
 
 NUM_IMAGES = 64
 """Rows of the network's batch. Not the run's: rounding must not depend on ranks."""
