@@ -1,5 +1,6 @@
 import gc
 import json
+import pickle
 import shutil
 import threading
 from contextlib import closing
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
@@ -109,15 +111,23 @@ class TestStream:
         ranks=st.sampled_from([1, 2, 4]),
         accumulation=st.sampled_from([1, 2, 4]),
         prefetch=st.integers(1, 5),
+        workers=st.integers(1, 3),
+        order=st.sampled_from(["random", "shards"]),
         start=st.integers(0, 40),
     )
     def test_global_batches_do_not_depend_on_how_they_are_read(
-        self, feature_store, latent_store, ranks, accumulation, prefetch, start
+        self, feature_store, latent_store, ranks, accumulation, prefetch, workers, order, start
     ):
         features, latents = open_features(feature_store), open_latents(latent_store)
 
         def global_batches(steps, **arguments):
-            data = DataConfig(batch_size=16, prefetch=arguments.pop("prefetch"))
+            data = DataConfig(
+                batch_size=16,
+                prefetch=arguments.pop("prefetch"),
+                workers=arguments.pop("workers"),
+                order=order,
+                window=2,
+            )
             cut = arguments.pop("accumulation")
             parts = {}
             for rank in range(arguments["world_size"]):
@@ -145,9 +155,15 @@ class TestStream:
                 for step in sorted({step for step, _, _ in parts})
             ]
 
-        expected = global_batches(start + 2, world_size=1, prefetch=1, accumulation=1)[start:]
+        plain = {"world_size": 1, "prefetch": 1, "workers": 1, "accumulation": 1}
+        expected = global_batches(start + 2, **plain)[start:]
         found = global_batches(
-            2, world_size=ranks, prefetch=prefetch, accumulation=accumulation, start_step=start
+            2,
+            world_size=ranks,
+            prefetch=prefetch,
+            workers=workers,
+            accumulation=accumulation,
+            start_step=start,
         )
         assert found == expected
 
@@ -200,6 +216,43 @@ class TestStream:
         del batches
         gc.collect()
         assert not reading()
+
+    def test_captions_are_padded_to_the_longest_of_the_batch(self, make):
+        batch = make(batch_size=12).read(1)
+        hidden, mask = batch.padded()
+        lengths = batch.offsets.diff()[batch.caption]
+        assert hidden.shape == (12, int(lengths.max()), 4, 32)
+        assert torch.equal(mask.sum(1), lengths)
+        assert not hidden[~mask].any()
+        for n, caption in enumerate(batch.caption):
+            start, stop = batch.offsets[caption:][:2].tolist()
+            assert torch.equal(hidden[n, : stop - start], batch.hidden[start:stop])
+
+    def test_workers_of_a_data_loader_give_the_same_batches(self, make):
+        stream = make(start_step=3, grad_accum_steps=2, held_out=[5, 6])
+        expected = self.take(stream, 5)
+        assert len(pickle.dumps(stream)) < 20_000
+        loader = DataLoader(
+            stream, batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        )
+        batches = iter(loader)
+        for one in expected:
+            found = next(batches)
+            assert (found.step, found.micro_step, found.position) == (
+                one.step,
+                one.micro_step,
+                one.position,
+            )
+            assert np.array_equal(found.sample_ids, one.sample_ids)
+            assert torch.equal(found.hidden, one.hidden)
+            assert torch.equal(found.latents, one.latents)
+        batches._shutdown_workers()
+
+    def test_a_data_loader_without_workers_gives_the_same_batches(self, make):
+        stream = make()
+        batches = iter(DataLoader(stream, batch_size=None))
+        for one in self.take(stream, 3):
+            assert torch.equal(next(batches).hidden, one.hidden)
 
     def test_waiting_is_counted(self, make):
         stream = make()

@@ -107,6 +107,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if accelerator.is_main_process:
         write_record(path, record)
         trim_metrics(path, stream.start_step)
+        if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
+            for pair in stream.pairs:
+                tqdm.write(pair.summary(), file=sys.stderr)
     trainer = Trainer(config, accelerator, model, found, setup.validation)
     if trainer.step < config.steps:
         trainer.fit(stream, progress)

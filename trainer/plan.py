@@ -124,6 +124,8 @@ def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[s
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
         f"{len(stored)} stored), codec {setup.features.codec.name}",
         "data": f"{stream.order.num_samples:,} samples, {len(setup.features):,} captions"
+        + "".join(f"; {pair.summary()}" for pair in stream.pairs if pair.selection)
+        + "".join(f"; {pair.summary()}" for pair in stream.pairs[1:] if not pair.selection)
         + (f"; validated by {len(held.samples):,} others" if held is not None else ""),
         "batch": f"{batch['samples']} samples x {batch['noise_draws']} of t and noise; "
         f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} of {batch['samples_of_rank']}{parts}",

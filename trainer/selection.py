@@ -79,6 +79,16 @@ class Pair:
         """Stored bytes of a latent."""
         return self.latents.num_bytes() / max(1, len(self.latents.ids))
 
+    def summary(self) -> str:
+        """How much takes part, on one line."""
+        text = f"{self.features.path}: {len(self.source):,} samples"
+        if self.selection is not None:
+            text += (
+                f" (left out by data.select: {self.selection.left_out_samples:,} samples, "
+                f"{self.selection.left_out_captions:,} captions)"
+            )
+        return text if self.proportion is None else f"{text}, {self.proportion:.3g} of all shown"
+
     def record(self) -> MixtureRecord:
         """What ``run.json`` says of it, where it is not the first."""
         return MixtureRecord(

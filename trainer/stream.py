@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -166,12 +168,14 @@ class Stream(IterableDataset[Batch]):
         self.features = features
         self.latents = latents
         self.data = data
+        self.seed = seed
         self.layers = list(layers)
         self.rank = rank
         self.world_size = world_size
         self.grad_accum_steps = grad_accum_steps
         self.start_step = start_step
         self.codes = codes
+        self.held_out = held_out
         self.meter = Meter(data.workers)
         self.order = Order(
             [pair.source for pair in self.pairs],
@@ -183,6 +187,12 @@ class Stream(IterableDataset[Batch]):
         if data.workers > 1:  # threads beside each other instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process without what was opened, chosen and read here."""
+        names = ("seed", "layers", "rank", "world_size", "grad_accum_steps", "held_out")
+        options = {name: getattr(self, name) for name in (*names, "start_step", "codes")}
+        return partial(type(self), **options), (self.features, self.latents, self.data)
 
     @property
     def wait_seconds(self) -> float:
