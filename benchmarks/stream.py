@@ -5,15 +5,15 @@
     semroute rewrite features features-bf16 --codec bf16
     peers/bin/python benchmarks/stream.py features-bf16 latents --work peers-files
 
-Peers get the same captions, written once into the work folder, each as its documentation would have
-it, and are read through their own shuffle and a ``DataLoader`` without workers and with two. Batches
-are of 64 captions, padded to the longest: bfloat16 [B, T, L, H] and a mask. Ours reads the latents
-of the samples besides.
+Peers get the same captions, written once into the work folder, each as its documentation would
+have it, and are read through their own shuffle and a ``DataLoader`` without workers and with two.
+Batches are of 64 captions, padded to the longest: bfloat16 [B, T, L, H] and a mask. Ours reads the
+latents of the samples besides.
 
 Every reader has a process of its own in every round, which imports nothing else: from the start of
-Python to the first batch; then whole epochs, the first of which is not timed; and the peak of memory
-(VmHWM, pages of mapped files included) of it and its workers together. GB are of rows that are no
-padding. A peer that cannot be imported is skipped, with a line that says so.
+Python to the first batch; then whole epochs, the first of which is not timed; and the peak of
+memory (VmHWM, pages of mapped files included) of it and its workers together. GB are of rows that
+are no padding. A peer that cannot be imported is skipped, with a line that says so.
 """
 
 import os
