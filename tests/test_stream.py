@@ -299,7 +299,9 @@ class TestLatents:
         batch = stream.read(0)
         mean = self.stream(feature_store, posterior, "mean").read(0).latents
         assert torch.equal(mean, torch.tensor(stream.latents.read(batch.sample_ids)))
-        deviation = stream.latents._codes("deviation", batch.sample_ids) * 0.36  # scaling_factor
+        deviation = (
+            stream.latents._codes("deviation", batch.sample_ids, mean.shape[1:]) * 0.36
+        )  # scaling_factor
         drawn = (batch.latents - mean).numpy() / deviation
         np.testing.assert_allclose(drawn, noise[:40].numpy(), atol=1e-2)
 
