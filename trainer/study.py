@@ -328,7 +328,8 @@ def run_jobs(
     name: str,
     report: Callable[[str], None],
 ) -> None:
-    """Run those that are not done, so many at a time; a bar counts steps.
+    """Run those that are not done, so many at a time; a bar counts steps, or where all are trained
+    and only to be judged, runs.
 
     Raises:
         InputError: some failed; all others were run to their end first.
@@ -336,9 +337,16 @@ def run_jobs(
     left = [job for job in jobs if not job.is_done()]
     report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
     failed: list[str] = []
-    total = sum(job.config.steps for job in left)
+    steps = [(job.num_steps(), job.config.steps) for job in left]
+    training = any(done < total for done, total in steps)
     with (
-        tqdm(total=total, unit="step", desc=name, disable=not left) as bar,
+        tqdm(
+            total=sum(total for _, total in steps) if training else len(left),
+            initial=sum(min(pair) for pair in steps) if training else 0,
+            unit="step" if training else "run",
+            desc=name,
+            disable=not left,
+        ) as bar,
         _pool(num_jobs) as pool,
     ):
         futures = {pool.submit(job.run, open_decoder): job for job in left}
@@ -362,13 +370,12 @@ def run_jobs(
 def _completed(futures: dict[Future[None], Job], bar: tqdm) -> Iterator[Future[None]]:
     """Futures as they end; between them the bar is brought up to date."""
     waiting = {*futures}
-    first = {job.path: min(job.num_steps(), job.config.steps) for job in futures.values()}
-    bar.update(sum(first.values()))
-    bar.unpause()
     while waiting:
         done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
-        bar.n = sum(min(job.num_steps(), job.config.steps) for job in futures.values())
-        bar.set_postfix({"runs done": f"{len(futures) - len(waiting)}/{len(futures)}"})
+        num_done = len(futures) - len(waiting)
+        steps = sum(min(job.num_steps(), job.config.steps) for job in futures.values())
+        bar.update((steps if bar.unit == "step" else num_done) - bar.n)
+        bar.set_postfix({"runs done": f"{num_done}/{len(futures)}"})
         yield from done
 
 
