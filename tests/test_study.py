@@ -136,6 +136,7 @@ class TestStudy:
         report = (done[1] / "report.md").read_text()
         assert "2 arms x 2 seeds" in report
         assert "## held-out, guidance 3" in report
+        assert "| **" not in report  # of two seeds no difference is marked
         lines = [line.split("|") for line in report.splitlines() if line.startswith("| all |")]
         assert {line[4].strip() for line in lines} == {"uniform", "depth"}
         for line in lines:

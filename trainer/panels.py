@@ -20,6 +20,8 @@ from .shapes import SKILLS
 from .study import RESULTS, TUNING, collect, read_captions
 
 REPORT = "report.md"
+MIN_UNITS = 3
+"""Seeds that a difference needs to be marked: two may agree by chance."""
 Chance = Mapping[str, Mapping[str, float]]
 """Split -> skill -> accuracy of true images of other captions."""
 
@@ -126,7 +128,8 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
         f"with its 95 % interval over {unit} (Student's t). A difference is to "
         f"`{outline.reference}`, paired by {unit} and captions; *{unit}* is its interval over "
         f"{unit}, *captions* a bootstrap over captions of these runs. **Bold**: the interval over "
-        f"{unit} excludes zero. *Chance* is what true pictures of other captions score.",
+        f"{unit} excludes zero, of at least {MIN_UNITS}. *Chance* is what true pictures of other "
+        "captions score.",
     ]
     if outline.notes:
         lines += ["", *outline.notes]
@@ -260,7 +263,7 @@ def _contrast(row: Mapping[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     text = f"{row['difference']:+.3f}"
     low, high = row["seeds_low"], row["seeds_high"]
-    if low is not None and (low > 0 or high < 0):
+    if low is not None and len(row["seeds"]) >= MIN_UNITS and (low > 0 or high < 0):
         text = f"**{text}**"
     over_captions = _interval(row["captions_low"], row["captions_high"])
     return text, _interval(low, high), over_captions
