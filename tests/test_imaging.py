@@ -419,9 +419,9 @@ class TestBuckets:
         store = encode(photos, size=64, buckets=16)
         with pytest.raises(StoreError, match="was made otherwise"):
             encode(photos, size=64)
-        stream = pytest.importorskip("semroute.trainer.stream")
+        selection = pytest.importorskip("semroute.trainer.selection")
         with pytest.raises(InputError, match=r"latents of \d+ shapes.*make them with --size alone"):
-            stream.check_joined(open_features(feature_store), store)
+            selection.check_joined(open_features(feature_store), store)
 
 
 class TestPixels:

@@ -82,7 +82,11 @@ def test_what_is_lost_is_measured_and_lossy_stores_come_back(arguments, feature_
     back = rewrite(**arguments | {
         "features": found.path, "out": found.path.with_name("back"), "codec": "bf16"
     })  # fmt: skip
-    np.testing.assert_array_equal(back.read(range(193)).bits, found.read(range(193)).bits)
+    if codec == "delta":
+        np.testing.assert_array_equal(back.read(range(193)).bits, found.read(range(193)).bits)
+    # A matrix product over another number of rows may be summed otherwise, on some processors.
+    a, b = (store.read(range(193)).tensor().float() for store in (back, found))
+    assert ((b - a).norm(dim=-1) / a.norm(dim=-1)).max() < 1e-3
 
 
 def test_a_subset_of_captions_with_samples_of_its_own(arguments, feature_store, texts, tmp_path):
