@@ -156,12 +156,12 @@ def open_own(paths: tuple[Path, Path]) -> Callable[[Path, Source, int], Batches]
     def batches(_path: Path, _source: Source, workers: int) -> Batches:
         from semroute.pipeline.store import open_features, open_latents
         from semroute.schemas import DataConfig
-        from semroute.trainer.stream import Stream
+        from semroute.trainer.stream import PaddedStream
 
         features, latents = open_features(paths[0]), open_latents(paths[1])
         data = DataConfig(batch_size=BATCH, workers=workers, caption_dropout=0)
-        stream = Stream(features, latents, data, seed=0, layers=features.layers)
-        return (batch.padded() for batch in stream)
+        stream = PaddedStream(features, latents, data, seed=0, layers=features.layers)
+        return ((batch.hidden, batch.mask) for batch in stream)
 
     return batches
 

@@ -271,14 +271,26 @@ class Pieces:
     target: np.ndarray
 
     @classmethod
-    def of(cls, starts: np.ndarray, stops: np.ndarray, rows_per_chunk: int) -> "Pieces":
-        """Cut runs of rows at the boundaries of chunks; neighbouring runs are one."""
+    def of(
+        cls,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        rows_per_chunk: int,
+        targets: np.ndarray | None = None,
+    ) -> "Pieces":
+        """Cut runs of rows at the boundaries of chunks.
+
+        Args:
+            starts, stops: ``[runs]``.
+            targets: where each run goes; default: one after the other, neighbours as one run.
+        """
         if not len(starts):
             return cls(*(np.empty(0, np.int64) for _ in range(4)))
-        apart = starts[1:] != stops[:-1]
-        starts = starts[np.concatenate([[True], apart])]
-        stops = stops[np.concatenate([apart, [True]])]
-        targets = np.cumsum(stops - starts) - (stops - starts)
+        if targets is None:
+            apart = starts[1:] != stops[:-1]
+            starts = starts[np.concatenate([[True], apart])]
+            stops = stops[np.concatenate([apart, [True]])]
+            targets = np.cumsum(stops - starts) - (stops - starts)
         first_chunk = starts // rows_per_chunk
         counts = np.where(stops > starts, (stops - 1) // rows_per_chunk - first_chunk + 1, 0)
         run = np.repeat(np.arange(len(starts)), counts)

@@ -261,13 +261,71 @@ class FeatureStore(Ledger[FeatureManifest]):
         elif len(out) < offsets[-1]:
             raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
         rows = out[: offsets[-1]]
-        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk)
+        self._read(Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk), positions, rows)
+        return Rows(rows, offsets)
+
+    def read_padded(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        layers: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+        places: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Hidden states of captions, each padded with zeros to the length of the longest.
+
+        Args:
+            ids, layers: as for :meth:`read`.
+            out: uint16 buffer ``[captions, rows, layers, H]``, C-contiguous, of enough rows for the
+                longest, used instead of a new one.
+            places: of each caption in ``out``, default its place in ``ids``; others are left alone.
+
+        Returns:
+            bfloat16 bits, uint16 ``[captions, rows, layers, H]``.
+
+        Raises:
+            InputError: as :meth:`read`.
+        """
+        starts, stops, _ = self._runs(ids)
+        positions = self._positions(layers)
+        counts = stops - starts
+        longest, shape = counts.max(initial=0), (len(positions), self.manifest.identity.model.width)
+        if out is None:
+            out = np.empty((len(counts), longest, *shape), np.uint16)
+        elif out.dtype != np.uint16 or out.ndim != 4 or out.shape[2:] != shape:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}; expected uint16 [captions, rows, {shape[0]}, "
+                f"{shape[1]}]"
+            )
+        elif not out.flags.c_contiguous or out.shape[1] < longest:
+            raise ValueError(
+                f"out has {out.shape[1]} rows a caption; {longest} are needed, without gaps"
+            )
+        held = np.arange(len(counts)) if places is None else np.asarray(places, np.int64)
+        if len(held) != len(counts) or (held >= len(out)).any() or (held < 0).any():
+            raise ValueError(f"places {held} of {len(counts)} captions in {len(out)}")
+        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk, held * out.shape[1])
+        self._read(pieces, positions, out.reshape(-1, *shape))
+        for place, count in zip(held.tolist(), counts.tolist(), strict=True):
+            out[place, count:] = 0
+        return out
+
+    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows of captions, int64 ``[captions]``.
+
+        Raises:
+            InputError: no such caption.
+        """
+        starts, stops, _ = self._runs(ids)
+        return np.asarray(stops - starts)
+
+    def _read(self, pieces: Pieces, positions: list[int], rows: np.ndarray) -> None:
+        """Decode pieces to their targets in ``rows``, uint16 ``[rows, len(positions), H]``."""
         if self.codec.name == "bf16":
             everything = positions == list(range(len(self.layers)))
             self.arrays["hidden"].read_pieces(
                 pieces, rows, slice(None) if everything else positions
             )
-            return Rows(rows, offsets)
+            return
 
         def decode(block: Pieces) -> None:
             planes = self._planes(block.packed(), int(block.num.sum()), max(positions) + 1)
@@ -282,7 +340,6 @@ class FeatureStore(Ledger[FeatureManifest]):
         else:
             for block in blocks:
                 decode(block)
-        return Rows(rows, offsets)
 
     def read_codes(
         self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None

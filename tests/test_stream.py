@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.flow import Flow
-from semroute.trainer.stream import Stream, draw, jitter
+from semroute.trainer.stream import PaddedStream, Stream, draw, jitter
 
 NUM_SAMPLES = 200
 
@@ -217,17 +217,6 @@ class TestStream:
         gc.collect()
         assert not reading()
 
-    def test_captions_are_padded_to_the_longest_of_the_batch(self, make):
-        batch = make(batch_size=12).read(1)
-        hidden, mask = batch.padded()
-        lengths = batch.offsets.diff()[batch.caption]
-        assert hidden.shape == (12, int(lengths.max()), 4, 32)
-        assert torch.equal(mask.sum(1), lengths)
-        assert not hidden[~mask].any()
-        for n, caption in enumerate(batch.caption):
-            start, stop = batch.offsets[caption:][:2].tolist()
-            assert torch.equal(hidden[n, : stop - start], batch.hidden[start:stop])
-
     def test_workers_of_a_data_loader_give_the_same_batches(self, make):
         stream = make(start_step=3, grad_accum_steps=2, held_out=[5, 6])
         expected = self.take(stream, 5)
@@ -258,6 +247,49 @@ class TestStream:
         stream = make()
         self.take(stream, 3)
         assert stream.wait_seconds > 0
+
+
+class TestPadded:
+    @pytest.fixture(params=["bf16", "lossless", "delta", "linear"])
+    def stores(self, request, random_store, latent_store):
+        return open_features(random_store(request.param)), open_latents(latent_store)
+
+    def test_holds_what_packed_batches_hold(self, stores):
+        data = DataConfig(batch_size=24, caption_dropout=0.3)
+        options = {"seed": 1, "layers": [4, 2], "rank": 1, "world_size": 2}
+        packed, padded = (kind(*stores, data, **options) for kind in (Stream, PaddedStream))
+        for step in range(3):
+            one, other = packed.read(step), padded.read(step)
+            lengths = one.offsets.diff()[one.caption]
+            assert other.hidden.shape == (12, int(lengths.max()), 2, 32)
+            assert torch.equal(other.mask.sum(1), lengths)
+            assert other.num_rows == int(lengths.sum())
+            assert not other.hidden[~other.mask].any()
+            assert torch.equal(other.latents, one.latents)
+            assert other.sample_ids.tolist() == one.sample_ids.tolist()
+            assert other.position == one.position
+            for hidden, mask, caption in zip(other.hidden, other.mask, one.caption, strict=True):
+                start, stop = one.offsets[caption:][:2].tolist()
+                torch.testing.assert_close(
+                    hidden[mask],
+                    one.hidden[start:stop],
+                    rtol=2**-7 if stores[0].codec.name == "linear" else 0,
+                    atol=1e-3 if stores[0].codec.name == "linear" else 0,
+                    equal_nan=True,
+                )
+
+    def test_workers_of_a_data_loader_give_the_same_batches(self, feature_store, latent_store):
+        stores = open_features(feature_store), open_latents(latent_store)
+        stream = PaddedStream(*stores, DataConfig(batch_size=8), seed=0, layers=[1, 3])
+        loader = DataLoader(
+            stream, batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        )
+        batches = iter(loader)
+        for step in range(3):
+            found, expected = next(batches), stream.read(step)
+            assert torch.equal(found.hidden, expected.hidden)
+            assert torch.equal(found.mask, expected.mask)
+        batches._shutdown_workers()
 
 
 @pytest.fixture(scope="module")

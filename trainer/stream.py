@@ -9,16 +9,16 @@ U unique captions, L layers, H text width, C channels.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -27,7 +27,7 @@ from ..pipeline.store import Codes, FeatureStore, LatentStore
 from ..schemas import DataConfig, InputError
 from .delivery import Meter, allocate
 from .flow import Flow
-from .order import Order
+from .order import Order, Places
 from .selection import Pair, open_pairs
 
 
@@ -95,25 +95,6 @@ class Batch:
             hidden = self.hidden.to(device, non_blocking=True)
         return replace(self, hidden=hidden, latents=self.latents.to(device, non_blocking=True))
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Hidden states of each sample's caption, padded to the batch's longest: bfloat16
-        [B, T, L, H], and which of its rows are tokens: bool [B, T]. Zeros elsewhere."""
-        assert not isinstance(self.hidden, tuple), "decode codes first: batch.to(device)"
-        counts = self.offsets.diff()[self.caption]
-        shape = (len(counts), int(counts.max()), *self.hidden.shape[1:])
-        if self.hidden.device.type == "cpu":
-            padded = allocate(shape, self.hidden.dtype)
-        else:
-            padded = self.hidden.new_empty(shape)
-        starts = self.offsets[:-1][self.caption]
-        # A copy a caption: to gather all rows by index, and fill by mask, takes ten times as long.
-        both = zip(starts.tolist(), counts.tolist(), strict=True)
-        for number, (start, count) in enumerate(both):
-            padded[number, :count] = self.hidden[start : start + count]
-            padded[number, count:] = 0
-        mask = torch.arange(shape[1]) < counts[:, None]
-        return padded, mask.to(padded.device)
-
     def names(self) -> list[str]:
         """Each sample by its id, and of a mixture by its pair of stores."""
         if self.sources is None:
@@ -121,9 +102,42 @@ class Batch:
         both = zip(self.sources.tolist(), self.sample_ids.tolist(), strict=True)
         return [f"{source}:{sample}" for source, sample in both]
 
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return int(self.offsets[-1])
 
-class Stream(IterableDataset[Batch]):
-    """Batches of one rank, read ahead by threads of its own.
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """The same with each sample's caption padded to the batch's longest.
+
+    Attributes:
+        step, micro_step, position, sample_ids, latents, sources: as of :class:`Batch`.
+        hidden: bfloat16 [B, T, L, H], zeros after a caption's last token.
+        mask: bool [B, T], which rows are tokens.
+    """
+
+    step: int
+    micro_step: int
+    position: int
+    sample_ids: np.ndarray
+    hidden: Tensor
+    mask: Tensor
+    latents: Tensor
+    sources: np.ndarray | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are tokens."""
+        return int(self.mask.sum())
+
+
+Kind = TypeVar("Kind", bound=Batch | PaddedBatch)
+
+
+class Delivery(IterableDataset[Kind], ABC):
+    """Batches of one rank, read ahead by threads of its own: what both streams share.
 
     The global batch of a step is ``data.batch_size`` positions, cut into accumulation steps and
     each of these into ranks, so that it holds the same samples however it is cut.
@@ -137,8 +151,6 @@ class Stream(IterableDataset[Batch]):
         layers: LLM layers to read, in this order (``router.layers_read``).
         held_out: samples of these stores that are never delivered, int64.
         start_step: the first step to deliver.
-        codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
-            decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
         pairs: what :func:`open_pairs` found of ``data``, where it is known already.
 
     Attributes:
@@ -162,7 +174,6 @@ class Stream(IterableDataset[Batch]):
         grad_accum_steps: int = 1,
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
-        codes: bool = False,
         pairs: Sequence[Pair] | None = None,
     ) -> None:
         parts = world_size * grad_accum_steps
@@ -182,7 +193,6 @@ class Stream(IterableDataset[Batch]):
         self.world_size = world_size
         self.grad_accum_steps = grad_accum_steps
         self.start_step = start_step
-        self.codes = codes
         self.held_out = held_out
         self.meter = Meter(data.workers)
         self.order = Order(
@@ -196,10 +206,19 @@ class Stream(IterableDataset[Batch]):
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
 
+    _options: tuple[str, ...] = (
+        "seed",
+        "layers",
+        "rank",
+        "world_size",
+        "grad_accum_steps",
+        "held_out",
+        "start_step",
+    )
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process without what was opened, chosen and read here."""
-        names = ("seed", "layers", "rank", "world_size", "grad_accum_steps", "held_out")
-        options = {name: getattr(self, name) for name in (*names, "start_step", "codes")}
+        options = {name: getattr(self, name) for name in self._options}
         return partial(type(self), **options), (self.features, self.latents, self.data)
 
     @property
@@ -212,50 +231,28 @@ class Stream(IterableDataset[Batch]):
         part = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         return step * self.data.batch_size + (micro_step * self.world_size + self.rank) * part
 
-    def read(self, step: int, micro_step: int = 0) -> Batch:
+    @abstractmethod
+    def read(self, step: int, micro_step: int = 0) -> Kind:
         """One batch, read now."""
+
+    def _due(self, step: int, micro_step: int) -> tuple[int, Places, Tensor]:
+        """First position of a batch, what stands there and on, and its latents [B, C, h, w]."""
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         places = self.order.places(first, num)
         noise = self._posterior_noise(first, num)
-        captions = [np.unique(places.caption[places.source == n]) for n in range(len(self.pairs))]
-        counts = [
-            pair.features.captions["num_tokens"].take(pa.array(ids)).to_numpy().astype(np.int64)
-            for pair, ids in zip(self.pairs, captions, strict=True)
-        ]
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-        caption = np.empty(num, np.int64)
         latents = allocate((num, *self.latents.manifest.identity.shape), torch.float32)
-        hidden = None if self.codes else self._hidden(int(offsets[-1]))
-        codes, before = [], 0
-        for number, (pair, ids) in enumerate(zip(self.pairs, captions, strict=True)):
+        for number, pair in enumerate(self.pairs):
             here = np.flatnonzero(places.source == number)
-            if not len(here):
-                continue
-            caption[here] = before + np.searchsorted(ids, places.caption[here])
-            if hidden is None:
-                codes.append(pair.features.read_codes(ids, self.layers))
-            else:
-                rows = hidden.view(torch.uint16).numpy()
-                pair.features.read(ids, self.layers, out=rows[offsets[before] :])
-            read = pair.latents.read(places.sample[here], None if noise is None else noise[here])
-            latents[torch.from_numpy(here)] = torch.from_numpy(read)
-            before += len(ids)
-        return Batch(
-            step=step,
-            micro_step=micro_step,
-            position=first,
-            sample_ids=places.sample,
-            hidden=tuple(codes) if hidden is None else hidden,
-            offsets=torch.from_numpy(offsets),
-            caption=torch.from_numpy(caption),
-            latents=latents,
-            sources=places.source if len(self.pairs) > 1 else None,
-        )
+            if len(here):
+                part = None if noise is None else noise[here]
+                read = pair.latents.read(places.sample[here], part)
+                latents[torch.from_numpy(here)] = torch.from_numpy(read)
+        return first, places, latents
 
-    def _hidden(self, num_rows: int) -> Tensor:
-        shape = (num_rows, len(self.layers), self.features.manifest.identity.model.width)
-        return allocate(shape, torch.bfloat16)
+    def _row_shape(self) -> tuple[int, int]:
+        """(L, H)."""
+        return len(self.layers), self.features.manifest.identity.model.width
 
     def captions(self, first: int, num: int) -> list[np.ndarray]:
         """Ids of the captions that positions ``first`` to ``first + num`` show, each once, of every
@@ -287,13 +284,13 @@ class Stream(IterableDataset[Batch]):
         )
         return np.stack([each.standard_normal(shape, np.float32) for each in generators])
 
-    def __iter__(self) -> Generator[Batch]:
+    def __iter__(self) -> Generator[Kind]:
         """Batches without end, in order; closing the iterator stops the reading. In a worker of a
         ``DataLoader`` those that are its turn.
 
         An error while reading is raised here, at the batch that it concerns.
         """
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[Kind]] = deque()
         reader = ThreadPoolExecutor(self.data.workers, thread_name_prefix="semroute-stream")
         worker = get_worker_info()
         places = self._places()
@@ -306,7 +303,7 @@ class Stream(IterableDataset[Batch]):
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
                 waited = time.perf_counter() - began
-                self.meter.add(waited, int(batch.offsets[-1]), len(batch.sample_ids))
+                self.meter.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
@@ -317,3 +314,98 @@ class Stream(IterableDataset[Batch]):
             for micro_step in range(self.grad_accum_steps):
                 yield step, micro_step
             step += 1
+
+
+class Stream(Delivery[Batch]):
+    """Batches of packed rows, each unique caption once: what :func:`.loop.train` reads.
+
+    Args:
+        codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
+            decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
+
+    Other arguments and errors: as of :class:`Delivery`.
+    """
+
+    _options = (*Delivery._options, "codes")
+
+    def __init__(
+        self,
+        features: FeatureStore,
+        latents: LatentStore,
+        data: DataConfig,
+        *,
+        codes: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(features, latents, data, **options)
+        self.codes = codes
+
+    def read(self, step: int, micro_step: int = 0) -> Batch:
+        """One batch, read now."""
+        first, places, latents = self._due(step, micro_step)
+        captions = [np.unique(places.caption[places.source == n]) for n in range(len(self.pairs))]
+        counts = [
+            pair.features.num_rows(ids) for pair, ids in zip(self.pairs, captions, strict=True)
+        ]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        caption = np.empty(len(places.caption), np.int64)
+        hidden = None
+        if not self.codes:
+            hidden = allocate((int(offsets[-1]), *self._row_shape()), torch.bfloat16)
+        codes, before = [], 0
+        for number, (pair, ids) in enumerate(zip(self.pairs, captions, strict=True)):
+            if not len(ids):
+                continue
+            here = places.source == number
+            caption[here] = before + np.searchsorted(ids, places.caption[here])
+            if hidden is None:
+                codes.append(pair.features.read_codes(ids, self.layers))
+            else:
+                rows = hidden.view(torch.uint16).numpy()
+                pair.features.read(ids, self.layers, out=rows[offsets[before] :])
+            before += len(ids)
+        return Batch(
+            step=step,
+            micro_step=micro_step,
+            position=first,
+            sample_ids=places.sample,
+            hidden=tuple(codes) if hidden is None else hidden,
+            offsets=torch.from_numpy(offsets),
+            caption=torch.from_numpy(caption),
+            latents=latents,
+            sources=places.source if len(self.pairs) > 1 else None,
+        )
+
+
+class PaddedStream(Delivery[PaddedBatch]):
+    """Padded batches, for networks that read text so. Rows are read, and decoded, straight to
+    where they belong: a caption that two samples of a batch share is read twice.
+
+    Arguments and errors: as of :class:`Delivery`.
+    """
+
+    def read(self, step: int, micro_step: int = 0) -> PaddedBatch:
+        """One batch, read now."""
+        first, places, latents = self._due(step, micro_step)
+        num = len(places.caption)
+        counts = np.empty(num, np.int64)
+        for number, pair in enumerate(self.pairs):
+            here = places.source == number
+            counts[here] = pair.features.num_rows(places.caption[here])
+        longest = int(counts.max())
+        hidden = allocate((num, longest, *self._row_shape()), torch.bfloat16)
+        rows = hidden.view(torch.uint16).numpy()
+        for number, pair in enumerate(self.pairs):
+            here = np.flatnonzero(places.source == number)
+            if len(here):
+                pair.features.read_padded(places.caption[here], self.layers, rows, here)
+        return PaddedBatch(
+            step=step,
+            micro_step=micro_step,
+            position=first,
+            sample_ids=places.sample,
+            hidden=hidden,
+            mask=torch.arange(longest) < torch.from_numpy(counts)[:, None],
+            latents=latents,
+            sources=places.source if len(self.pairs) > 1 else None,
+        )
