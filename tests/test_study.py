@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -218,6 +219,39 @@ class TestStudy:
             pq.read_table(tmp_path / name / "results.parquet") for name in ("out", "whole")
         )
         assert found.equals(expected)
+
+    def test_judgements_outlive_their_runs(self, world, tmp_path):
+        out = tmp_path / "out"
+        content = document(world, out, seeds=[0])
+        content["arms"]["late"] = {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}}
+        file = write(tmp_path / "study.yaml", content)
+        invoke("study", file)
+        report, results = (out / "report.md").read_text(), pq.read_table(out / "results.parquet")
+        shutil.rmtree(out / "runs")
+        shutil.rmtree(out / "tuning")
+        printed = invoke("study", file)
+        assert "tuning: 2 runs, to do: 0" in printed
+        assert "study: 2 runs, to do: 0" in printed
+        assert "judged otherwise: 1 runs, to do: 0" in printed
+        assert (out / "report.md").read_text() == report
+        assert pq.read_table(out / "results.parquet").equals(results)
+        assert not (out / "runs").exists()
+
+        # Those of an arm that is left out for a while stay; those of another training do not.
+        fewer = {**content, "arms": {"uniform": content["arms"]["uniform"]}}
+        fewer["train"] = {**content["train"], "steps": 6}
+        assert "study: 1 runs, to do: 1" in invoke("study", write(tmp_path / "fewer.yaml", fewer))
+        assert "`depth`" not in (out / "report.md").read_text()
+        assert "study: 2 runs, to do: 1" in invoke("study", file, code=1)
+        table = pq.read_table(out / "results.parquet")
+        assert {*table["arm"].to_pylist()} == {"uniform", "depth", "late"}
+
+    def test_a_file_that_holds_no_judgements_is_refused(self, world, done, tmp_path):
+        content = document(world, tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        shutil.copy(world / "shapes" / "dev.parquet", tmp_path / "out" / "trials.parquet")
+        printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert "trials.parquet does not hold judgements of a study" in printed.replace("\n", " ")
 
     def test_without_scoring_runs_are_only_trained(self, world, tmp_path):
         content = document(world, tmp_path / "out", seeds=[0])

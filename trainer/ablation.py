@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..schemas import InputError, Scoring
+from .judgements import label
 from .routing import Given
 from .run import Run
-from .study import OpenDecoder, judge_run, label
+from .study import OpenDecoder, judge_run
 
 TRAINED = "as trained"
 TOP = 3
@@ -109,7 +110,7 @@ def ablate(
             with reading(run, alpha):
                 table = judge_run(run, scoring, open_decoder)
             report(f"{run.path}: {name}, {done}/{len(found)}")
-            tables.append(label(table, name, number))
+            tables.append(label(table, arm=name, seed=number))
     return pa.concat_tables(tables)
 
 

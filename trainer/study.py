@@ -3,13 +3,15 @@
 On disk::
 
     tuning/ARM/VALUE/seed-0/   runs that chose a setting, judged on dev captions
+    trials.parquet             every judgement of them
     tuning.json                mean score of each value, by arm
     runs/ARM/seed-0/           a run directory each, and judged.parquet; with judged-OTHER.parquet
                                of an arm that judges these runs otherwise
     results.parquet            every judgement of every run
 
-Nothing else is kept: what remains to do follows from the runs and judgements that are there, so the
-same command continues a study that was stopped, and one that gained arms or seeds.
+Nothing else is kept: what remains to do follows from the judgements that are there, beside their
+runs or in the two files of all, so the same command continues a study that was stopped, and one
+that gained arms or seeds; and runs that were judged may be deleted.
 """
 
 import json
@@ -27,7 +29,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from ..pipeline.store import open_features, open_latents
@@ -38,10 +39,10 @@ from ..schemas import (
     StudyConfig,
     TrainConfig,
     write_document,
-    write_whole,
 )
 from .checkpoint import METRICS, build_model, latest_checkpoint
 from .evaluation import Decode, generate
+from .judgements import JUDGED_SCHEMA, Archive, Asked, Judged, read_judged, write_judged
 from .loop import make_record, train
 from .run import Run, load_run
 from .sampling import Solver
@@ -52,6 +53,7 @@ from .world import read_scenes
 
 JUDGED = "judged.parquet"
 RESULTS = "results.parquet"
+TRIALS = "trials.parquet"
 TUNING = "tuning.json"
 OpenDecoder = Callable[[LatentIdentity, str, str], Decode]
 """Whose latents, the name of their VAE and a device -> what makes images of them."""
@@ -59,20 +61,6 @@ BATCH = 64
 """Images sampled at once."""
 LOOK_SECONDS = 1.0
 """How often the progress of running runs is read."""
-JUDGED_SCHEMA = pa.schema(
-    [
-        pa.field("cfg_scale", pa.float64(), nullable=False),
-        pa.field("caption", pa.int32(), nullable=False),
-        pa.field("image", pa.int32(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("skill", pa.string(), nullable=False),
-        pa.field("right", pa.bool_(), nullable=False),
-        pa.field("num_asked", pa.int8(), nullable=False),
-        pa.field("num_found", pa.int8(), nullable=False),
-    ]
-)
-"""A row a skill of an image: ``caption`` is a row of the judge's file, ``image`` which of its
-images; ``num_asked`` and ``num_found`` are objects in the caption and in the image."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +86,33 @@ class Job:
         """The run directory."""
         return Path(self.config.output)
 
-    def judged(self) -> pa.Table | None:
-        """Its judgements, where it was trained to its end and judged as the study says now."""
-        path = self.path / self.name
-        if not path.exists():
-            return None
-        table = pq.read_table(path)
-        return table if _said(table) == (self.config.steps, self.scoring) else None
+    @property
+    def asked(self) -> Asked:
+        """What its judgements are to be of."""
+        assert self.scoring is not None
+        return Asked(self.config, self.scoring)
 
-    def is_done(self) -> bool:
+    @property
+    def labels(self) -> dict[str, str | int]:
+        """Of its judgements, among those of all."""
+        tried = {} if self.value is None else {"value": f"{self.value:g}"}
+        return {"arm": self.arm, **tried, "seed": self.seed}
+
+    @property
+    def title(self) -> str:
+        """The labels as one."""
+        return "/".join(map(str, self.labels.values()))
+
+    def judged(self, archive: Archive) -> pa.Table | None:
+        """Its judgements, where it was trained to its end and judged as the study says now: those
+        beside the run, or where that is gone, of the archive."""
+        beside = read_judged(self.path / self.name, self.asked)
+        return archive.find(self.title, self.asked) if beside is None else beside
+
+    def is_done(self, archive: Archive) -> bool:
         """Whether it is trained to its end, and judged where it is to be."""
         if self.scoring is not None:
-            return self.judged() is not None
+            return self.judged(archive) is not None
         checkpoint = latest_checkpoint(self.path) if self.path.exists() else None
         return checkpoint is not None and checkpoint.step >= self.config.steps
 
@@ -125,21 +128,7 @@ class Job:
         if self.scoring is None:
             return
         table = judge_run(load_run(self.path), self.scoring, open_decoder)
-        said = {"steps": self.config.steps, **self.scoring.model_dump(mode="json")}
-        saying = {b"judged": json.dumps(said).encode()}
-        sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(saying), sink)
-        write_whole(self.path / self.name, sink.getvalue())
-
-
-def _said(table: pa.Table) -> tuple[int, Scoring] | None:
-    """Steps and scoring that judgements are of; None where they do not say."""
-    said = json.loads((table.schema.metadata or {}).get(b"judged", b"{}"))
-    steps = said.pop("steps", None)
-    try:
-        return steps, Scoring.model_validate(said)
-    except ValidationError:
-        return None
+        write_judged(self.path / self.name, table, self.asked)
 
 
 def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table:
@@ -228,13 +217,21 @@ def run_study(
     if study.scoring is not None:
         read_captions(study.scoring)
 
-    def run(jobs: Sequence[Job], name: str) -> None:
-        run_jobs(jobs, num_jobs, open_decoder, name, report)
+    def run(jobs: Sequence[Job], name: str, archive: Archive) -> None:
+        left = [job for job in jobs if not job.is_done(archive)]
+        report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
+        run_jobs(left, num_jobs, open_decoder, name)
 
     jobs = list_jobs(study, tune(study, run, report))
-    run([job for job in jobs if job.name == JUDGED], "study")
+    results = results_of(study)
+    run([job for job in jobs if job.name == JUDGED], "study", results)
     if others := [job for job in jobs if job.name != JUDGED]:
-        run(others, "judged otherwise")
+        run(others, "judged otherwise", results)
+
+
+def results_of(study: StudyConfig) -> Archive:
+    """All judgements of a study."""
+    return Archive(Path(study.output) / RESULTS, ("arm", "seed"))
 
 
 def list_jobs(study: StudyConfig, chosen: Mapping[str, dict[str, Any]] | None = None) -> list[Job]:
@@ -258,13 +255,14 @@ def check_stores(config: TrainConfig) -> None:
 
 
 def tune(
-    study: StudyConfig, run: Callable[[Sequence[Job], str], None], report: Callable[[str], None]
+    study: StudyConfig,
+    run: Callable[[Sequence[Job], str, Archive], None],
+    report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Arm -> dotted key and the value that it chose; nothing where there is nothing to choose."""
     tuning = study.tuning
-    chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
     if tuning is None:
-        return chosen
+        return {arm: {} for arm in study.arms}
     training = [arm for arm in study.arms if study.arm(arm).of is None]
     arms = [arm for arm in training if has_router(study, arm)]
     for arm in sorted({*training} - {*arms}):
@@ -275,20 +273,36 @@ def tune(
         for value in tuning.values
         for seed in tuning.seeds
     ]
-    run(jobs, "tuning")
+    archive = Archive(Path(study.output) / TRIALS, ("arm", "value", "seed"))
+    run(jobs, "tuning", archive)
+    tables = _kept(jobs, archive)
     document: dict[str, dict[str, float]] = {}
     for arm in arms:
         scores = {}
         for value in tuning.values:
-            tables = [j.judged() for j in jobs if (j.arm, j.value) == (arm, value)]
-            shares = [_accuracy(table, tuning.skill) for table in tables if table is not None]
-            scores[value] = float(np.mean(shares))
-        document[arm] = {f"{value:g}": score for value, score in scores.items()}
-        best = max(scores, key=lambda value: scores[value])
-        chosen[arm] = {tuning.key: best}
-        listed = ", ".join(f"{value:g}: {score:.3f}" for value, score in scores.items())
-        report(f"{arm}: {tuning.key} {best:g} of {listed}")
+            names = [job.title for job in jobs if (job.arm, job.value) == (arm, value)]
+            shares = [_accuracy(tables[name].table, tuning.skill) for name in names]
+            scores[f"{value:g}"] = float(np.mean(shares))
+        document[arm] = scores
     write_document(Path(study.output) / TUNING, json.dumps(document, indent=1) + "\n")
+    chosen = read_chosen(study)
+    for arm, scores in document.items():
+        listed = ", ".join(f"{value}: {score:.3f}" for value, score in scores.items())
+        report(f"{arm}: {tuning.key} {chosen[arm][tuning.key]:g} of {listed}")
+    return chosen
+
+
+def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
+    """Arm -> dotted key and the value that it chose, by ``tuning.json``."""
+    path = Path(study.output) / TUNING
+    chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
+    if study.tuning is None or not path.exists():
+        return chosen
+    values = {f"{value:g}": value for value in study.tuning.values}
+    for arm, scores in json.loads(path.read_text("utf-8")).items():
+        tried = {name: score for name, score in scores.items() if name in values}
+        if arm in chosen and tried:
+            chosen[arm] = {study.tuning.key: values[max(tried, key=lambda name: tried[name])]}
     return chosen
 
 
@@ -321,21 +335,13 @@ def _job(study: StudyConfig, arm: str, seed: int, chosen: dict[str, Any], value:
     return Job(arm, seed, config, study.trials_of(arm), value)
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    num_jobs: int,
-    open_decoder: OpenDecoder,
-    name: str,
-    report: Callable[[str], None],
-) -> None:
-    """Run those that are not done, so many at a time; a bar counts steps, or where all are trained
-    and only to be judged, runs.
+def run_jobs(left: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name: str) -> None:
+    """Run them, so many at a time; a bar counts steps, or where all are trained and only to be
+    judged, runs.
 
     Raises:
         InputError: some failed; all others were run to their end first.
     """
-    left = [job for job in jobs if not job.is_done()]
-    report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
     failed: list[str] = []
     steps = [(job.num_steps(), job.config.steps) for job in left]
     training = any(done < total for done, total in steps)
@@ -421,25 +427,25 @@ def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
     """
     if study.scoring is None:
         raise InputError(f"the study of {study.output} has no scoring, so there is no report of it")
-    tables, missing = [], []
-    for job in list_jobs(study):
-        table = job.judged()
-        if table is None:
-            missing.append(f"{job.arm}, seed {job.seed}")
-            continue
-        tables.append(label(table, job.arm, job.seed))
-    if not tables:
+    archive, jobs = results_of(study), list_jobs(study, read_chosen(study))
+    kept = _kept(jobs, archive)
+    if not kept:
         raise InputError(f"no run of {study.output} is trained and judged yet: run the study first")
-    results = pa.concat_tables(tables)
-    sink = pa.BufferOutputStream()
-    pq.write_table(results, sink)
-    write_whole(Path(study.output) / RESULTS, sink.getvalue())
-    return results, missing
+    missing = [f"{job.arm}, seed {job.seed}" for job in jobs if job.title not in kept]
+    return pa.concat_tables([judged.labelled() for judged in kept.values()]), missing
 
 
-def label(table: pa.Table, arm: str, seed: int) -> pa.Table:
-    """Judgements with the columns ``arm`` and ``seed`` before them."""
-    names = pa.array([arm] * table.num_rows, pa.string())
-    seeds = pa.array(np.full(table.num_rows, seed))
-    table = table.replace_schema_metadata(None)
-    return table.add_column(0, "seed", seeds).add_column(0, "arm", names)
+def _kept(jobs: Sequence[Job], archive: Archive) -> dict[str, Judged]:
+    """Judgements of the runs that are done, by title. They go into the archive, which keeps those
+    of arms that the study has no more."""
+    found = {job.title: (job, job.judged(archive)) for job in jobs}
+    kept = {
+        title: Judged(job.labels, job.asked.document(), table)
+        for title, (job, table) in found.items()
+        if table is not None
+    }
+    arms = {job.arm for job in jobs}
+    others = {k: v for k, v in archive.held.items() if v.labels["arm"] not in arms}
+    if kept:
+        archive.write([*kept.values(), *others.values()])
+    return kept
