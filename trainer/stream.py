@@ -296,13 +296,15 @@ class Delivery(IterableDataset[Kind], ABC):
         places = self._places()
         if worker is not None:
             places = islice(places, worker.id, None, worker.num_workers)
+        depth = max(self.data.prefetch, self.data.workers)
         try:
+            ahead.extend(reader.submit(self.read, *next(places)) for _ in range(depth))
             while True:
-                while len(ahead) < max(self.data.prefetch, self.data.workers):
-                    ahead.append(reader.submit(self.read, *next(places)))
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
                 waited = time.perf_counter() - began
+                # Only now, so that its reading begins beside the step and not beside the wait.
+                ahead.append(reader.submit(self.read, *next(places)))
                 self.meter.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
