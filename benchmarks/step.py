@@ -34,7 +34,7 @@ from semroute.pipeline.store import FeatureStore, open_features
 from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
 from semroute.trainer.dit import DiT
 from semroute.trainer.flow import Flow
-from semroute.trainer.loop import make_optimizers
+from semroute.trainer.optimizers import make_optimizers
 
 ARMS: dict[str, dict[str, Any]] = {
     **{name: {"strategy": name} for name in ("penultimate", "uniform", "static", "depth")},

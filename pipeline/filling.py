@@ -55,7 +55,8 @@ def at_work(
         LockedError: another process fills this store.
         InputError: no such cluster.
     """
-    with locked(store, report) as lock, find_cluster(cluster, workers, gpus) as found:
+    hint = f" semroute status {store} shows it."
+    with locked(store, report, hint) as lock, find_cluster(cluster, workers, gpus) as found:
         found.stop = lock.stop
         try:
             yield found

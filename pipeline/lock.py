@@ -1,4 +1,4 @@
-"""One driver a store: a file that says who writes, and that it lives.
+"""One driver a store, or a run: a file that says who writes, and that it lives.
 
 On a file system the file is linked into its place, and touched to show life. In an object store it
 is put where there is none yet, and put again, with another number of beats. An object cannot be
@@ -32,7 +32,7 @@ the file changes, so that clocks need not agree."""
 
 
 class LockedError(InputError):
-    """Another driver is at work on the store."""
+    """Another driver is at work."""
 
 
 @dataclass
@@ -49,8 +49,12 @@ class Lock:
 
 
 @contextmanager
-def locked(store: Path, report: Callable[[str], None]) -> Iterator[Lock]:
-    """Be the only driver of a store; the file of one that died is replaced.
+def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterator[Lock]:
+    """Be the only driver of a folder; the file of one that died is replaced.
+
+    Args:
+        store: a store's, or a run's.
+        hint: what to tell besides, where another is at work.
 
     Raises:
         LockedError: another driver is at work.
@@ -72,7 +76,7 @@ def locked(store: Path, report: Callable[[str], None]) -> Iterator[Lock]:
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
-    _take(path, own, report)
+    _take(path, own, report, hint)
     lock, end = Lock(), threading.Event()
 
     def beat() -> None:
@@ -178,12 +182,12 @@ def _link(file: Path, path: Path) -> None:
             target.write(file.read_text("utf-8"))
 
 
-def _take(path: Path, own: Driver, report: Callable[[str], None]) -> None:
+def _take(path: Path, own: Driver, report: Callable[[str], None], hint: str) -> None:
     taken_over = False
     while not _create(path, own):
         found = _read(path)
         if found is not None and not _is_gone(path, found, report):
-            raise _held(path, found)
+            raise _held(path, found, hint)
         who = "a driver" if found is None else f"process {found.pid} on {found.host}"
         report(f"the lock of {who}, which is gone, is taken over")
         taken_over = True
@@ -203,13 +207,13 @@ def _take(path: Path, own: Driver, report: Callable[[str], None]) -> None:
         time.sleep(BEAT_SECONDS)
         found = _read(path)
         if found is not None and found.token != own.token:
-            raise _held(path, found)
+            raise _held(path, found, hint)
 
 
-def _held(path: Path, found: Driver) -> LockedError:
+def _held(path: Path, found: Driver, hint: str) -> LockedError:
     return LockedError(
         f"{path.parent} is being written by process {found.pid} on {found.host}, since "
-        f"{found.started}. Wait for it, or stop it; semroute status {path.parent} shows it."
+        f"{found.started}. Wait for it, or stop it.{hint}"
     )
 
 

@@ -35,7 +35,7 @@ class JobQueue(Contract):
 
 
 class Driver(Contract):
-    """``driver.json``: the process that is filling a store."""
+    """``driver.json``: the process that is filling a store, or training a run."""
 
     host: str
     pid: int

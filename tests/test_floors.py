@@ -23,7 +23,7 @@ FLOORS = [
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
         *("pipeline." + name for name in ("layout", "shards", "cluster", "ledger", "lock")),
         *("trainer." + name for name in ("router", "flow", "shapes", "layouts")),
-        *("trainer.order", "trainer.filters"),
+        *("trainer.order", "trainer.filters", "trainer.judgements"),
     },
     {
         "pipeline.latentstore",
@@ -48,12 +48,13 @@ FLOORS = [
             "pipeline." + name
             for name in ("encoding", "imaging", "rewriting", "probing", "figures", "hub")
         ),
-        *("trainer.evaluation", "trainer.stream"),
+        *("trainer.evaluation", "trainer.stream", "trainer.optimizers"),
     },
     {"pipeline.extraction", "pipeline.estimation", "pipeline.report"}
     | {"trainer.checkpoint", "trainer.plots", "trainer.validation"},
     {"trainer.run", "trainer.judging", "trainer.overlays"},
-    {"trainer.loop", "trainer.lag", "trainer.export", "trainer.diffusion"},
+    {"trainer.setup", "trainer.lag", "trainer.export", "trainer.diffusion"},
+    {"trainer.loop"},
     {"trainer.results", "trainer.study", "trainer.plan", "trainer.gallery"},
     {"trainer.panels", "trainer.ablation", "trainer.benchmarking", "trainer.comparison"},
     {"pipeline.commands", "trainer.commands", "trainer.experiments"},
@@ -62,6 +63,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 GATES = {
     "pipeline.store",
+    "pipeline.lock",
     "pipeline.inspection",
     "pipeline.style",
 }  # all that the trainer may use of the pipeline

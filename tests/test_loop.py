@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
+from semroute.pipeline.lock import LockedError
 from semroute.schemas import InputError, TrainConfig
 from semroute.trainer.checkpoint import latest_checkpoint, read_metrics
 from semroute.trainer.dit import DiT
-from semroute.trainer.loop import TrainingInterrupted, make_optimizers, make_schedule, train
+from semroute.trainer.loop import TrainingInterrupted, train
+from semroute.trainer.optimizers import make_optimizers, make_schedule
 from semroute.trainer.run import load_run
 
 NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
@@ -194,6 +196,28 @@ class TestOutput:
         (Path(config.output) / "thesis.tex").write_text("")
         with pytest.raises(InputError, match=r"holds thesis.tex but no run.json. Name a new"):
             train(config)
+
+    def test_one_process_trains_a_run(self, configure, tmp_path, capsys):
+        config = configure(steps=200, log_every=1, checkpoint_every=2)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "config.json")]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = Path(config.output)
+        try:
+            while not [*path.glob("checkpoints/step-*[0-9]")]:
+                assert child.poll() is None
+                time.sleep(0.01)
+            child.send_signal(signal.SIGSTOP)
+            with pytest.raises(LockedError, match=f"written by process {child.pid} on .* stop it"):
+                train(config)
+            assert latest_checkpoint(path).step < 200
+        finally:
+            child.kill()
+            child.wait()
+        train(config)
+        assert f"the lock of process {child.pid} on" in capsys.readouterr().err
+        assert latest_checkpoint(path).step == 200
+        assert not (path / "driver.json").exists()
 
     def test_a_file_is_not_a_directory(self, configure):
         config = configure()

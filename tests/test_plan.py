@@ -6,8 +6,9 @@ from click.testing import CliRunner
 
 from semroute.cli import cli
 from semroute.schemas import InputError, TrainConfig
-from semroute.trainer.loop import Trainer, make_accelerator, prepare, train
+from semroute.trainer.loop import Trainer, make_accelerator, train
 from semroute.trainer.plan import make_stream, plan
+from semroute.trainer.setup import prepare
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from semroute.schemas import ContractError, InputError, TrainConfig, ValidationConfig, parse
 from semroute.trainer.checkpoint import METRICS_SCHEMA, read_metrics
-from semroute.trainer.loop import make_accelerator, prepare, train
+from semroute.trainer.loop import make_accelerator, train
 from semroute.trainer.run import load_run
+from semroute.trainer.setup import prepare
 from semroute.trainer.stream import Stream
 from semroute.trainer.validation import held_out
 

@@ -3,6 +3,7 @@
 On disk::
 
     run.json           configuration, identity of the stores, versions
+    driver.json        while it is trained: the process that does
     metrics.jsonl      a line every log_every steps
     routing.jsonl      the weights of layers, about 200 times a run
     checkpoints/       step-00001000/: model, ema and optimizer as safetensors, state.json
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..schemas import (
+    DRIVER,
     InputError,
     RunRecord,
     TrainConfig,
@@ -265,7 +267,7 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a new folder for the run")
         present = {p.name for p in path.iterdir()} if path.exists() else set()
-        foreign = sorted(present - {f"{RECORD}.tmp"})
+        foreign = sorted(present - {f"{RECORD}.tmp", DRIVER})
         if foreign:
             raise InputError(
                 f"{path} is not empty and no run: it holds {', '.join(foreign[:5])} but no "

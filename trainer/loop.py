@@ -7,18 +7,14 @@ and nothing else, and ends in the same bits as one that was not stopped.
 Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 """
 
-import importlib.metadata
-import importlib.util
 import math
-import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,19 +25,17 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from ..pipeline.store import FeatureStore, LatentStore, open_features, open_latents
-from ..schemas import InputError, OptimizerConfig, RunRecord, TrainConfig, flat
+from ..pipeline.lock import Lock, LockedError, locked
+from ..schemas import InputError, TrainConfig, flat
 from .checkpoint import (
+    CHECKPOINTS,
     METRICS,
     WEIGHTS,
     Checkpoint,
     add_line,
-    build_model,
     cut_like,
-    find_run,
     gather,
     latest_checkpoint,
     load_optimizer_tensors,
@@ -52,11 +46,12 @@ from .checkpoint import (
 )
 from .dit import DiT
 from .flow import Flow
+from .optimizers import make_optimizers, make_schedule
 from .router import entropy
-from .run import Run, open_start, start_from
-from .selection import Pair, open_pairs
+from .run import start_from
+from .setup import prepare
 from .stream import Batch, Stream, draw, jitter
-from .validation import Validation, held_out, open_validation
+from .validation import Validation, held_out
 
 AGAIN_SECONDS = 1.0
 """A second Ctrl-C that comes later than this means it."""
@@ -79,7 +74,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
     Raises:
         InputError: before any work: a store that is unfinished or not the one that the run was
-            started with, another configuration than the run's, or parts that do not fit.
+            started with, another configuration than the run's, or parts that do not fit. Or another
+            process trains this run.
         FloatingPointError: loss or gradient is not finite; with the sample ids of the batch.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written first.
     """
@@ -104,62 +100,35 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     )
     # Every rank has looked at the directory before one of them writes to it.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_record(path, record)
-        trim_metrics(path, stream.start_step)
-        if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
-            for pair in stream.pairs:
-                tqdm.write(pair.summary(), file=sys.stderr)
-    trainer = Trainer(config, accelerator, model, found, setup.validation)
-    if trainer.step < config.steps:
-        trainer.fit(stream, progress)
-    accelerator.end_training()
+    main = accelerator.is_main_process
+    with locked(path, _report) if main else nullcontext() as lock:
+        if main:
+            _check_unchanged(path, found)
+            write_record(path, record)
+            trim_metrics(path, stream.start_step)
+            if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
+                for pair in stream.pairs:
+                    tqdm.write(pair.summary(), file=sys.stderr)
+        trainer = Trainer(config, accelerator, model, found, setup.validation)
+        if trainer.step < config.steps:
+            trainer.fit(stream, progress, lock)
+        accelerator.end_training()
     return path
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a run is made of, everything checked and nothing written.
-
-    Attributes:
-        found: the checkpoint to continue from; None: from the start.
-        model: fresh weights.
-        start: the run that ``config.start`` names, where the run is new.
-        validation: what the run is measured by.
-    """
-
-    features: FeatureStore
-    latents: LatentStore
-    pairs: list[Pair]
-    record: RunRecord
-    found: Checkpoint | None
-    model: DiT
-    start: Run | None
-    validation: Validation | None
+def _report(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
-def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
-    """Open and check all that training needs.
-
-    Args:
-        building: entered while the network is made.
-
-    Raises:
-        InputError: as :func:`train`.
-    """
-    features, latents = open_features(config.features), open_latents(config.latents)
-    pairs = open_pairs(features, latents, config.data)
-    record, found = find_run(Path(config.output), make_record(config, pairs))
-    with building or nullcontext():
-        model = build_model(record)
-    start = open_start(model, record) if found is None else None
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        package = config.tracker.replace("_", "-")
+def _check_unchanged(path: Path, found: Checkpoint | None) -> None:
+    """Refuse to continue from a checkpoint that another process has trained on from since."""
+    newest = latest_checkpoint(path) if (path / CHECKPOINTS).exists() else None
+    steps = [None if each is None else each.step for each in (found, newest)]
+    if steps[0] != steps[1]:
         raise InputError(
-            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
+            f"another process has trained {path} to step {steps[1]} meanwhile: run the same "
+            "command again"
         )
-    validation = open_validation(config, features, latents, model.router.layers_read)
-    return Setup(features, latents, pairs, record, found, model, start, validation)
 
 
 class Trainer:
@@ -203,8 +172,12 @@ class Trainer:
         }
         self.window = Window() if found is None else Window(**found.state()["window"])
 
-    def fit(self, stream: Stream, show: bool) -> None:
-        """Take steps; once in a while log, once in a while validate, and once in a while save."""
+    def fit(self, stream: Stream, show: bool, lock: Lock | None = None) -> None:
+        """Take steps; once in a while log, once in a while validate, and once in a while save.
+
+        Args:
+            lock: of the run directory, where this process holds it.
+        """
         config, every = self.config, self.config.validation.every
         self._start_tracker()
         progress = tqdm(
@@ -216,6 +189,10 @@ class Trainer:
         self.window.start(stream)
         with progress, closing(iter(stream)) as batches, stop_signals() as received:
             while self.step < config.steps:
+                if lock is not None and lock.lost:
+                    raise LockedError(
+                        f"another process took this one for dead and has taken over {self.path}"
+                    )
                 seen, stopping = self.take_step(batches, bool(received))
                 progress.update()
                 last = self.step == config.steps
@@ -450,85 +427,6 @@ class Window:
             "samples_per_second": samples / seconds,
             "data_wait_share": (stream.wait_seconds - self._waited) / seconds,
         }
-
-
-def make_record(config: TrainConfig, pairs: Sequence[Pair]) -> RunRecord:
-    """What ``run.json`` says of a run that starts now.
-
-    Args:
-        pairs: the run's own stores, and those of its mixture.
-    """
-    first, *others = pairs
-    features, latents = first.features, first.latents
-    names = ("torch", "accelerate", "numpy")
-    second = config.validation.features
-    return RunRecord(
-        config=config,
-        features=features.manifest.identity,
-        codec=features.manifest.codec,
-        latents=latents.manifest.identity,
-        validation=None if second is None else open_features(second).manifest.identity.samples,
-        selection=first.selection,
-        mixture=[pair.record() for pair in others],
-        model_source=features.manifest.provenance.model,
-        vae_source=latents.manifest.provenance.model,
-        versions={
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names},
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with the router in a group of its own rate and no decay; and Muon where asked for."""
-    shares = dit.router.parameter_groups()
-    router = [parameter for part, _ in shares for parameter in part]
-    matrices = dit.block_matrices() if config.name == "muon" else []
-    apart = {id(parameter) for parameter in (*router, *matrices)}
-    others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
-    groups: list[dict[str, Any]] = [{"params": others}]
-    if router:
-        if config.router_scaling == "none":
-            shares = [(router, 1.0)]
-        groups += [
-            {"params": part, "lr": config.router_lr * share, "weight_decay": 0.0}
-            for part, share in shares
-        ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
-        )
-    return optimizers
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> LambdaLR:
-    """Warm-up, then constant, cosine or linear, about to take step ``step``."""
-    warmup, steps = config.optimizer.warmup_steps, config.steps
-
-    def factor(now: int) -> float:
-        if now < warmup:
-            return (now + 1) / (warmup + 1)
-        left = 1.0 - (now - warmup) / max(1, steps - warmup)
-        match config.optimizer.schedule:
-            case "constant":
-                return 1.0
-            case "linear":
-                return left
-            case "cosine":
-                return 0.5 - 0.5 * math.cos(math.pi * left)
-
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..pipeline.store import format_bytes
 from ..schemas import Facts, Findings, TrainConfig
 from .dit import DiT
-from .loop import Setup, Trainer, make_accelerator, make_optimizers, prepare
+from .loop import Trainer, make_accelerator
+from .optimizers import make_optimizers
+from .setup import Setup, prepare
 from .stream import Stream
 from .validation import held_out
 

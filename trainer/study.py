@@ -43,11 +43,12 @@ from ..schemas import (
 from .checkpoint import METRICS, build_model, latest_checkpoint
 from .evaluation import Decode, generate
 from .judgements import JUDGED_SCHEMA, Archive, Asked, Judged, read_judged, write_judged
-from .loop import make_record, train
+from .loop import train
 from .run import Run, load_run
 from .sampling import Solver
 from .scenes import Scene
 from .selection import open_pairs
+from .setup import make_record
 from .shapes import EMPTY, judge_cells, read_cells
 from .world import read_scenes
 
