@@ -105,6 +105,19 @@ class TestResume:
         assert_same_bits(whole, parts)
         assert numbers(whole) == numbers(parts)
 
+    @pytest.mark.parametrize("order", ["random", "shards"])
+    def test_a_selection_and_a_mixture_continue(self, configure, order):
+        stores = {name: getattr(configure(), name) for name in ("features", "latents")}
+        source = {**stores, "proportion": 0.3, "select": {"filter": "sample_id < 20"}}
+        data = {"select": {"filter": "sample_id >= 20"}, "mixture": [source]}
+        changes = {"data": {**data, "order": order, "window": 2}, "steps": 40, "log_every": 1}
+        whole, parts = configure("whole", **changes), configure("parts", **changes)
+        train(parts.model_copy(update={"steps": 17}))
+        for config in (whole, parts):
+            train(config)
+        assert_same_bits(whole.output, parts.output)
+        assert numbers(whole.output) == numbers(parts.output)
+
     def test_after_a_kill_in_the_middle_of_everything(self, configure):
         whole = train(configure("whole"))
         config = configure("killed", checkpoint_every=3)
