@@ -115,7 +115,10 @@ def _images(store: LatentStore) -> list[tuple[str, str]]:
     if store.manifest.identity.vae != "pixels" or not store.is_complete:
         return []
     codec = pixel_codec()
-    images = latents_to_images(store.read(store.ids[:NUM_IMAGES]), codec.scale, codec.shift)
+    images = [
+        latents_to_images(store.read([sample]), codec.scale, codec.shift)[0]
+        for sample in store.ids[:NUM_IMAGES]
+    ]
     shown = "".join(f"<img class='sample' src='{_png(image)}' alt=''>" for image in images)
     return [("First images", shown)]
 

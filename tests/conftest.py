@@ -5,7 +5,7 @@ import importlib.util
 import io
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +55,21 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_samples(path: Path, texts: list[str], size: int = 12) -> Path:
-    """A parquet of captions with small PNG images, as HF datasets writes them."""
+def write_samples(
+    path: Path, texts: list[str], size: int = 12, ratios: Sequence[float] = (1.0,)
+) -> Path:
+    """A parquet of captions with small PNG images, as HF datasets writes them.
+
+    Args:
+        ratios: height over width, in turn.
+    """
     from PIL import Image
 
     rng = np.random.default_rng(0)
     images = []
     for number in range(len(texts)):
-        pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+        height = round(size * ratios[number % len(ratios)])
+        pixels = rng.integers(0, 256, (height, size, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         images.append({"bytes": file.getvalue(), "path": f"{number:06d}.png"})
@@ -324,6 +331,19 @@ def latent_store(tmp_path_factory: pytest.TempPathFactory, samples_file: Path) -
 
     path = tmp_path_factory.mktemp("latents") / "store"
     encode_images(str(samples_file), path, shard_bytes=30_000, workers=0, report=_silent)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bucket_store(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A complete latent store of the same samples in three shapes, of which 4/7, 2/7 and 1/7 are
+    square, tall and wide: 3 x 16 x 16, 3 x 24 x 8 and 3 x 8 x 24 pixels; read only."""
+    from semroute.pipeline.imaging import encode_images
+
+    folder = tmp_path_factory.mktemp("buckets")
+    file = write_samples(folder / "samples.parquet", texts, 24, (1, 1, 1, 1, 3, 3, 1 / 3))
+    path = folder / "store"
+    encode_images(str(file), path, size=16, buckets=8, workers=0, report=_silent)
     return path
 
 

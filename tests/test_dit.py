@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from semroute.schemas import InputError, ModelConfig, RoutingConfig
-from semroute.trainer.dit import SIZES, DiT, RotaryPositions, Size, resolve_size
+from semroute.trainer.dit import SIZES, DiT, RotaryPositions, Size, resolve_size, rotate
 
 LAYERS = [1, 2, 3, 4]
 WIDTH = 32
@@ -193,7 +193,7 @@ class TestForward:
         out = block(
             x,
             noise,
-            dit.rotary,
+            dit.rotary(3, 3),
             conditioning.keys[0],
             conditioning.values[0],
             conditioning.mask,
@@ -342,13 +342,16 @@ class TestParameters:
 
 class TestRotaryPositions:
     def test_attention_depends_on_relative_places_only(self):
-        rotary = RotaryPositions(4, 5, 8)
+        rotary = RotaryPositions(8)(4, 5)
         q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-        scores = rotary(q.expand(1, 1, 20, 8)) @ rotary(k.expand(1, 1, 20, 8)).mT  # [1, 1, N, N]
+        scores = (
+            rotate(q.expand(1, 1, 20, 8), rotary) @ rotate(k.expand(1, 1, 20, 8), rotary).mT
+        )  # [1, 1, N, N]
         score = scores[0, 0].reshape(4, 5, 4, 5)
         torch.testing.assert_close(score[0, 1, 2, 2], score[1, 3, 3, 4], rtol=1e-4, atol=1e-4)
         assert not math.isclose(float(score[0, 1, 2, 2]), float(score[0, 1, 1, 3]), rel_tol=1e-3)
 
     def test_keeps_lengths(self):
         x = torch.randn(2, 3, 20, 8)
-        torch.testing.assert_close(RotaryPositions(4, 5, 8)(x).norm(dim=-1), x.norm(dim=-1))
+        turned = rotate(x, RotaryPositions(8)(4, 5))
+        torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))

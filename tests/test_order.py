@@ -152,7 +152,7 @@ class TestMixture:
     )
     def test_proportions_are_kept_in_every_block(self, proportions, block):
         mixed = order(*[[1] * 7] * (1 + len(proportions)), proportions=proportions)
-        source, turn = mixed.turns(1024 * block, 1024)
+        source, turn = mixed.deal.turns(1024 * block, 1024)
         for number, share in enumerate(proportions, 1):
             own = turn[source == number]
             assert abs(len(own) - 1024 * share) <= 1
@@ -161,10 +161,10 @@ class TestMixture:
             assert not len(own) or abs(own[0] - 1024 * block * share) <= 1 + 1e-6 * block
 
     def test_sources_take_turns_within_a_block(self):
-        source, _ = order([1], [1], proportions=[0.5]).turns(0, 1024)
+        source, _ = order([1], [1], proportions=[0.5]).deal.turns(0, 1024)
         runs = np.diff(np.flatnonzero(np.diff(source)))
         assert runs.max() < 20
-        other = order([1], [1], proportions=[0.5], seed=1).turns(0, 1024)[0]
+        other = order([1], [1], proportions=[0.5], seed=1).deal.turns(0, 1024)[0]
         assert not np.array_equal(source, other)
 
     def test_each_source_has_an_order_of_its_own(self):

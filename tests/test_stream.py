@@ -318,14 +318,16 @@ class TestLatents:
         ]
         assert torch.equal(torch.cat(ranks), whole.latents)
         noise = [
-            self.stream(feature_store, posterior, seed=seed)._posterior_noise(0, 2)
+            self.stream(feature_store, posterior, seed=seed)._posterior_noise(0, 2, (4, 3, 3))
             for seed in (0, 1)
         ]
         assert len(np.unique(np.concatenate(noise).reshape(4, -1), axis=0)) == 4
 
     def test_draws_have_the_mean_and_the_deviation_that_are_stored(self, feature_store, posterior):
         stream = self.stream(feature_store, posterior)
-        noise = torch.cat([torch.tensor(stream._posterior_noise(40 * n, 40)) for n in range(10)])
+        shape = stream.latents.shape()
+        draws = [stream._posterior_noise(40 * n, 40, shape) for n in range(10)]
+        noise = torch.from_numpy(np.concatenate(draws))
         assert abs(noise.mean()) < 0.02
         assert abs(noise.std() - 1) < 0.02
         batch = stream.read(0)

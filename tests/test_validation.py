@@ -78,7 +78,7 @@ class TestHeldOut:
             for step in range(50):
                 seen |= {*stream.read(step).sample_ids.tolist()}
         assert seen == {*setup.latents.ids.tolist()} - {*out.tolist()}
-        assert stream.order.num_samples == len(setup.latents.ids) - len(out)
+        assert stream.num_samples == len(setup.latents.ids) - len(out)
 
 
 class TestMeasure:

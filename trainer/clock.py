@@ -282,7 +282,8 @@ def make_clock(name: str, run: Path, latents: str) -> Clock | None:
 def open_estimator(run: Path, latents: str) -> Estimator:
     """The estimator of a run directory, ``clock.safetensors``; made there where it is not yet.
 
-    It is calibrated on latents of the store, evenly picked, as a function of them alone.
+    It is calibrated on latents of the store, evenly picked, as a function of them alone; of several
+    shapes, on those of the first.
 
     Raises:
         InputError: no such store, too few latents, or a file that is no estimator.
@@ -291,8 +292,9 @@ def open_estimator(run: Path, latents: str) -> Estimator:
     if path.exists():
         return Estimator.load(path)
     store = open_latents(latents)
-    num = len(store.ids)
-    picked = store.ids[np.unique(np.linspace(0, num - 1, min(num, NUM_LATENTS)).astype(np.int64))]
+    ids = store.ids[store.buckets[store.ids] == 0]
+    places = np.linspace(0, max(0, len(ids) - 1), min(len(ids), NUM_LATENTS)).astype(np.int64)
+    picked = ids[np.unique(places)]
     estimator = calibrate(torch.from_numpy(store.read(picked)))
     estimator.save(path)
     return estimator

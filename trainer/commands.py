@@ -144,6 +144,11 @@ def train(
 )
 @click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance; 1 is none.")
 @click.option(
+    "--size",
+    metavar="HEIGHTxWIDTH",
+    help="In pixels, one of the buckets that were trained on. Default: the first of them.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the pictures. Default: RUN/samples, or RUN/pictures/FILE of --prompts FILE.",
@@ -158,6 +163,7 @@ def sample(
     file: str | None,
     model: str | None,
     vae: str | None,
+    size: str | None,
     out: Path | None,
     weights: Any,
     step: int | None,
@@ -184,6 +190,8 @@ def sample(
     trained = open_run(run, step, weights)
     said = {key: value for key, value in how.items() if key != "batch_size"}
     solver = take_solver(trained, how)
+    if size is not None:
+        how["shape"], said["size"] = trained.latent_shape(size), size
     if file is not None:
         out = out or run / "pictures" / Path(file).stem
         decode = _decoder(trained, vae)

@@ -94,24 +94,33 @@ class RMSNorm(nn.Module):
 class RotaryPositions(nn.Module):
     """2D RoPE: half of the channel pairs turn with the row of the patch, half with its column."""
 
-    def __init__(self, rows: int, columns: int, head_dim: int) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
         exponents = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
-        frequencies = ROPE_THETA**-exponents  # [E/4]
+        self.register_buffer("frequencies", ROPE_THETA**-exponents, persistent=False)  # [E/4]
+
+    def forward(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a grid of patches, row by row: fp32 [N, E/2] each."""
+        frequencies = self.get_buffer("frequencies")
         row, column = torch.meshgrid(
-            torch.arange(rows, dtype=torch.float32),
-            torch.arange(columns, dtype=torch.float32),
+            torch.arange(rows, dtype=torch.float32, device=frequencies.device),
+            torch.arange(columns, dtype=torch.float32, device=frequencies.device),
             indexing="ij",
         )
         position = torch.stack([row.flatten(), column.flatten()], dim=1)  # [N, 2]
         angles = (position[:, :, None] * frequencies).flatten(1)  # [N, E/2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        return angles.cos(), angles.sin()
 
-    def forward(self, x: Tensor) -> Tensor:
-        cos, sin = self.get_buffer("cos"), self.get_buffer("sin")  # [N, E/2]
-        first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+Rotary = tuple[Tensor, Tensor]
+"""What :class:`RotaryPositions` gives."""
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn queries or keys by their positions: [B, A, N, E]."""
+    cos, sin = rotary  # [N, E/2]
+    first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,9 +150,9 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def forward(self, x: Tensor, rotary: RotaryPositions) -> Tensor:
-        q = rotary(self.q_norm(heads(self.q(x), self.head_dim)))  # [B, A, N, E]
-        k = rotary(self.k_norm(heads(self.k(x), self.head_dim)))  # [B, G, N, E]
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q = rotate(self.q_norm(heads(self.q(x), self.head_dim)), rotary)  # [B, A, N, E]
+        k = rotate(self.k_norm(heads(self.k(x), self.head_dim)), rotary)  # [B, G, N, E]
         v = heads(self.v(x), self.head_dim)  # [B, G, N, E]
         return self.out(attend(q, k, v))  # [B, N, W]
 
@@ -221,7 +230,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         noise: Tensor | None,
-        rotary: RotaryPositions,
+        rotary: Rotary,
         k: Tensor,
         v: Tensor,
         mask: Tensor,
@@ -261,7 +270,9 @@ class DiT(nn.Module):
     Args:
         config: size, patch and conditioning.
         routing: the strategy.
-        latent_shape: (C, height, width) of one latent.
+        latent_shape: (C, height, width) of latents; of those with several shapes, the one that
+            is sampled where no other is asked for. Positions are relative, so that no weight
+            depends on height and width.
         layers: LLM layers in the feature store.
         num_llm_layers: number of blocks of the LLM.
         text_width: H.
@@ -290,13 +301,9 @@ class DiT(nn.Module):
         size = resolve_size(config)
         channels, height, width = latent_shape
         patch = config.patch_size
-        if height % patch or width % patch:
-            raise InputError(
-                f"latents of {height} x {width} are not divisible by model.patch_size {patch}: "
-                "choose a patch size that divides both"
-            )
         self.latent_shape = (channels, height, width)
         self.patch_size = patch
+        self.check_shape(latent_shape)
         self.size = size
         self.gradient_checkpointing = False
         conditioned = config.conditioning == "adaln"
@@ -316,12 +323,30 @@ class DiT(nn.Module):
         self.context = nn.Linear(width_read, text_width)
         self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
         self.patch_in = nn.Linear(channels * patch * patch, size.width)
-        self.rotary = RotaryPositions(height // patch, width // patch, size.head_dim)
+        self.rotary = RotaryPositions(size.head_dim)
         self.blocks = nn.ModuleList(Block(size, text_width, conditioned) for _ in range(size.depth))
         self.norm_out = RMSNorm(size.width)
         self.modulation_out = nn.Linear(size.width, 2 * size.width) if conditioned else None
         self.patch_out = nn.Linear(size.width, channels * patch * patch)
         self.initialize_weights()
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Refuse latents of (C, height, width) that this network cannot take.
+
+        Raises:
+            InputError: patches do not tile them, or they have other channels.
+        """
+        channels, height, width = shape
+        if height % self.patch_size or width % self.patch_size:
+            raise InputError(
+                f"latents of {height} x {width} are not divisible by model.patch_size "
+                f"{self.patch_size}: choose a patch size that divides both"
+            )
+        if channels != self.latent_shape[0]:
+            raise InputError(
+                f"latents have {channels} channels, but this model was made for "
+                f"{self.latent_shape[0]}"
+            )
 
     def initialize_weights(self) -> None:
         """Fresh weights from torch's default generator. The router is left alone: its own zeros are
@@ -463,15 +488,13 @@ class DiT(nn.Module):
 
     def denoise(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         """The prediction for one noise level an item: [B, C, h, w], [B] -> fp32 [B, C, h, w]."""
-        if tuple(x_t.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"latents are {tuple(x_t.shape[1:])}, but this model was made for "
-                f"{self.latent_shape}"
-            )
+        channels, height, width = x_t.shape[1:]
+        self.check_shape((channels, height, width))
+        rotary = self.rotary(height // self.patch_size, width // self.patch_size)
         noise = None if self.noise_embedder is None else self.noise_embedder(t)  # [B, W]
         x = self.patch_in(self._patchify(x_t)).float()  # [B, N, W], the residual stream is fp32
         for block, k, v in zip(self.blocks, text.keys, text.values, strict=True):
-            inputs = (x, noise, self.rotary, k, v, text.mask)
+            inputs = (x, noise, rotary, k, v, text.mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -480,7 +503,7 @@ class DiT(nn.Module):
         if self.modulation_out is not None and noise is not None:
             shift, scale = self.modulation_out(F.silu(noise))[:, None].float().chunk(2, dim=-1)
             x = modulate(x, shift, scale)  # [B, N, W]
-        return self._unpatchify(self.patch_out(x).float())  # [B, C, h, w]
+        return self._unpatchify(self.patch_out(x).float(), height, width)  # [B, C, h, w]
 
     def forward(
         self,
@@ -505,8 +528,7 @@ class DiT(nn.Module):
         x = x.reshape(batch, channels, height // p, p, width // p, p)  # [B, C, h/p, p, w/p, p]
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C*p*p]
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        channels, height, width = self.latent_shape
-        p = self.patch_size
+    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        p, channels = self.patch_size, self.latent_shape[0]
         x = x.reshape(len(x), height // p, width // p, channels, p, p)  # [B, h/p, w/p, C, p, p]
         return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)  # [B, C, h, w]

@@ -226,6 +226,7 @@ def generate(
     seed: int,
     batch_size: int,
     numbers: Sequence[int] | None = None,
+    shape: tuple[int, int, int] | None = None,
     progress: bool = True,
     callback: Callback | None = None,
 ) -> NDArray[np.float32]:
@@ -238,6 +239,7 @@ def generate(
         caption_ids: entries of ``features``; repeat one for several latents.
         batch_size: captions sampled at once; guidance runs them a second time.
         numbers: of the latents, by default 0, 1, 2 and so on.
+        shape: (C, h, w) of the latents, by default the model's own.
         callback: called after each step of each batch, as :func:`.sampling.solve` does.
 
     Raises:
@@ -247,7 +249,8 @@ def generate(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
     device = next(model.parameters()).device
-    latents = np.empty((len(caption_ids), *model.latent_shape), np.float32)
+    shape = model.latent_shape if shape is None else shape
+    latents = np.empty((len(caption_ids), *shape), np.float32)
     numbers = range(len(caption_ids)) if numbers is None else numbers
     with (
         model.reading(features.mixes),
@@ -269,6 +272,7 @@ def generate(
                 how,
                 seed=seed,
                 numbers=numbers[first : first + len(part)],
+                shape=shape,
                 callback=callback,
             ).numpy(force=True)
             bar.update(len(part))

@@ -169,6 +169,7 @@ def draw_gallery(
     shard: tuple[int, int] = (0, 1),
     batch_size: int,
     seed: int,
+    shape: tuple[int, int, int] | None = None,
 ) -> int:
     """Draw the pictures of one shard that are not there yet.
 
@@ -178,7 +179,7 @@ def draw_gallery(
         shard: which of how many, the first being 0. Shards take whole batches in turn, and may run
             at the same time.
         batch_size: pictures sampled at once.
-        how, seed: as for :func:`semroute.trainer.evaluation.generate`.
+        how, seed, shape: as for :func:`semroute.trainer.evaluation.generate`.
 
     Returns:
         How many were drawn.
@@ -211,6 +212,7 @@ def draw_gallery(
                 numbers=[picture_number(number, image) for number, image in pairs],
                 batch_size=len(batch),
                 seed=seed,
+                shape=shape,
                 progress=False,
             )
             images = decode(latents)

@@ -244,7 +244,7 @@ class Trainer:
         draws = self.config.data.noise_draws
         t, noise = draw(
             self.flow,
-            self.dit.latent_shape,
+            tuple(batch.latents.shape[1:]),
             seed=self.config.seed,
             first=batch.position,
             num=len(batch.sample_ids),

@@ -8,7 +8,7 @@ Shapes: P positions, N samples, M captions of all samples, S sources.
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ NULL_CAPTION = 0
 BLOCK = 1024
 """Positions over which a mixture keeps its proportions, to a sample."""
 # What a generator is for, the second word of its seed; others have those between.
-_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE = 0, 1, 8, 9
+_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE, _SHAPES = 0, 1, 8, 9, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,49 @@ class Places:
     caption: np.ndarray
 
 
+class Deal:
+    """Turns dealt to several in proportions, in an order that is a function of (key, turn).
+
+    Args:
+        shares: of each, that sum up to 1; the first takes what rounding leaves.
+        key: words of the generators' seed, to which the number of a block is added.
+    """
+
+    def __init__(self, shares: Sequence[float], *key: int) -> None:
+        self.shares = list(shares)
+        self.key = key
+
+    def turns(self, first: int, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """Who has each of the turns ``first`` to ``first + num``, and how many it had before:
+        int64 ``[num]``.
+
+        In blocks of :data:`BLOCK` turns they have their shares, rounded so that over all blocks
+        nothing is lost.
+        """
+        if len(self.shares) == 1:
+            return np.zeros(num, np.int64), np.arange(first, first + num)
+        blocks = range(first // BLOCK, -(-(first + num) // BLOCK))
+        who, turns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for block in blocks:
+            before = self._dealt(block)
+            counts = self._dealt(block + 1) - before
+            number = np.repeat(np.arange(len(counts)), counts)
+            turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
+            mixed = _generator(*self.key, block).permutation(BLOCK)
+            place = np.argsort(number[mixed], kind="stable")  # of each in turn
+            who.append(number[mixed])
+            turns.append(np.empty(BLOCK, np.int64))
+            turns[-1][place] = turn
+        start = first - blocks.start * BLOCK
+        here = slice(start, start + num)
+        return np.concatenate(who)[here], np.concatenate(turns)[here]
+
+    def _dealt(self, block: int) -> np.ndarray:
+        """Turns that each had before a block: int64 ``[S]``."""
+        others = [int(block * BLOCK * share) for share in self.shares[1:]]
+        return np.array([block * BLOCK - sum(others), *others], np.int64)
+
+
 class Order:
     """Samples and captions by position.
 
@@ -99,6 +142,7 @@ class Order:
         proportions: share of positions of every source but the first, which has the rest.
         window: None: any sample may follow any other. Otherwise samples come shard by shard, and
             each shard's are spread over those of so many shards: see :class:`Epochs`.
+        part: number of this order, where it is one of several.
 
     Raises:
         InputError: proportions leave too little for the first source.
@@ -112,13 +156,17 @@ class Order:
         caption_dropout: float,
         proportions: Sequence[float] = (),
         window: int | None = None,
+        part: int = 0,
     ) -> None:
         self.sources = list(sources)
-        self.seed = seed
         self.caption_dropout = caption_dropout
         self.proportions = [1.0 - sum(proportions), *proportions]
+        parts = (0, part) if part else ()  # the first words of a seed stay as they are
+        self.key = (seed, _CHOICE, *parts)
+        self.deal = Deal(self.proportions, seed, _MIXTURE, *parts)
         self.epochs = [
-            Epochs(source, seed, number, window) for number, source in enumerate(sources)
+            Epochs(source, seed, (number, part) if part else (number,) if number else (), window)
+            for number, source in enumerate(sources)
         ]
         if len(sources) * 2 > BLOCK * self.proportions[0]:
             raise InputError(
@@ -126,19 +174,14 @@ class Order:
                 f"{self.proportions[0]:.3g} of all samples for the first source; give them less"
             )
 
-    @property
-    def num_samples(self) -> int:
-        """Of all sources."""
-        return sum(map(len, self.sources))
-
     def places(self, first: int, num: int) -> Places:
         """What stands at positions ``first`` to ``first + num``.
 
         Philox is counted by position: four words a position, of which the first decides dropout and
         the second the caption.
         """
-        words = _philox(self.seed, _CHOICE).advance(first).random_raw(4 * num).reshape(-1, 4)
-        source, turn = self.turns(first, num)
+        words = _philox(*self.key).advance(first).random_raw(4 * num).reshape(-1, 4)
+        source, turn = self.deal.turns(first, num)
         sample, caption = np.empty(num, np.int64), np.empty(num, np.int64)
         for number, epochs in enumerate(self.epochs):
             here = source == number
@@ -146,34 +189,44 @@ class Order:
         caption[_uniform(words[:, 0]) < self.caption_dropout] = NULL_CAPTION
         return Places(source, sample, caption)
 
-    def turns(self, first: int, num: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which source each position is dealt to, and how many it was dealt before: int64 ``[P]``.
 
-        In blocks of :data:`BLOCK` positions sources have their proportions, rounded so that over
-        all blocks nothing is lost, in an order that is a function of (seed, block).
-        """
-        if len(self.sources) == 1:
-            return np.zeros(num, np.int64), np.arange(first, first + num)
-        blocks = range(first // BLOCK, -(-(first + num) // BLOCK))
-        sources, turns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for block in blocks:
-            before = self._dealt(block)
-            counts = self._dealt(block + 1) - before
-            source = np.repeat(np.arange(len(counts)), counts)
-            turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
-            mixed = _generator(self.seed, _MIXTURE, block).permutation(BLOCK)
-            place = np.argsort(source[mixed], kind="stable")  # of each source in turn
-            sources.append(source[mixed])
-            turns.append(np.empty(BLOCK, np.int64))
-            turns[-1][place] = turn
-        start = first - blocks.start * BLOCK
-        here = slice(start, start + num)
-        return np.concatenate(sources)[here], np.concatenate(turns)[here]
+class ShapedOrder:
+    """An order of latents of several shapes, of which a batch holds one.
 
-    def _dealt(self, block: int) -> np.ndarray:
-        """Positions dealt to each source before a block: int64 ``[S]``."""
-        others = [int(block * BLOCK * share) for share in self.proportions[1:]]
-        return np.array([block * BLOCK - sum(others), *others], np.int64)
+    Batches are dealt to shapes by how much of the data each is, and each shape has an order of its
+    own. So every sample is shown as often as any other, but samples of a shape only together.
+
+    Args:
+        orders: of each shape, with the number of each of their sources.
+        shares: of all positions that each shape has, the largest first.
+        batch_size: positions of a batch.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[tuple[Order, Sequence[int]]],
+        shares: Sequence[float],
+        *,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.orders = list(orders)
+        self.deal = Deal(shares, seed, _SHAPES)
+        self.batch_size = batch_size
+
+    def places(self, first: int, num: int) -> Places:
+        """What stands at positions ``first`` to ``first + num``."""
+        found = []
+        while num:
+            batch, before = divmod(first, self.batch_size)
+            here = min(num, self.batch_size - before)
+            (shape,), (turn,) = self.deal.turns(batch, 1)
+            order, numbers = self.orders[int(shape)]
+            places = order.places(int(turn) * self.batch_size + before, here)
+            found.append(replace(places, source=np.asarray(numbers)[places.source]))
+            first, num = first + here, num - here
+        columns = zip(*((p.source, p.sample, p.caption) for p in found), strict=True)
+        return Places(*map(np.concatenate, columns))
 
 
 class Epochs:
@@ -187,14 +240,14 @@ class Epochs:
     and sample instead of the position.
 
     Args:
-        number: of the source.
+        key: of the source, added to the words of seeds; empty for the first.
     """
 
-    def __init__(self, source: Source, seed: int, number: int, window: int | None) -> None:
+    def __init__(self, source: Source, seed: int, key: tuple[int, ...], window: int | None) -> None:
         self.source = source
         self.seed = seed
         self.window = window
-        self._key = (number,) if number else ()
+        self._key = key
         self._known: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._lock = threading.Lock()
 

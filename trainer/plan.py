@@ -77,7 +77,7 @@ def plan(
         "steps": {
             "total": config.steps,
             "done": 0 if setup.found is None else setup.found.step,
-            "per_epoch": stream.order.num_samples / config.data.batch_size,
+            "per_epoch": stream.num_samples / config.data.batch_size,
         },
         "parameters": {
             "total": sum(p.numel() for p in setup.model.parameters()),
@@ -125,7 +125,7 @@ def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[s
         f"{parameters['total']:,} parameters, {parameters['routing']:,} of them routing",
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
         f"{len(stored)} stored), codec {setup.features.codec.name}",
-        "data": f"{stream.order.num_samples:,} samples, {len(setup.features):,} captions"
+        "data": f"{stream.num_samples:,} samples, {len(setup.features):,} captions"
         + "".join(f"; {pair.summary()}" for pair in stream.pairs if pair.selection)
         + "".join(f"; {pair.summary()}" for pair in stream.pairs[1:] if not pair.selection)
         + (f"; validated by {len(held.samples):,} others" if held is not None else ""),

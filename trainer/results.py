@@ -63,6 +63,7 @@ def draw(
     *,
     seed: int,
     batch_size: int,
+    shape: tuple[int, int, int] | None = None,
 ) -> list[Path]:
     """A picture of each caption and a grid of them all, in ``out``; or just their latents.
 
@@ -71,10 +72,17 @@ def draw(
         decode: latents -> images. None: write ``latents.safetensors``, with the tensor ``latents``,
             float32 [captions, C, height, width] in the units that the run was trained on, and the
             captions as JSON in its metadata.
-        how, seed, batch_size: as for :func:`semroute.trainer.evaluation.generate`.
+        how, seed, batch_size, shape: as for :func:`semroute.trainer.evaluation.generate`.
     """
     latents = generate(
-        run.model, run.flow, features, caption_ids, how, seed=seed, batch_size=batch_size
+        run.model,
+        run.flow,
+        features,
+        caption_ids,
+        how,
+        seed=seed,
+        batch_size=batch_size,
+        shape=shape,
     )
     if decode is None:
         out.mkdir(parents=True, exist_ok=True)

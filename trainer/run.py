@@ -219,6 +219,24 @@ class Run:
             )
         return make_clock(name, self.path, config.latents)
 
+    def latent_shape(self, size: str | None) -> tuple[int, int, int] | None:
+        """Shape of the latents of pictures of a size, one of those that were trained on.
+
+        Args:
+            size: ``HEIGHTxWIDTH`` in pixels. None: the run's usual one.
+
+        Raises:
+            InputError: no such size.
+        """
+        if size is None:
+            return None
+        stores = [self.record.latents, *(other.latents for other in self.record.mixture)]
+        known = {f"{b.height}x{b.width}": b.shape for store in stores for b in store.buckets}
+        if size not in known:
+            listed = ", ".join(known) if known else "none: all its latents have one shape"
+            raise InputError(f"{self.path} was not trained on {size}; its sizes are {listed}")
+        return known[size]
+
     def metrics(self) -> pa.Table:
         """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""
         return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
@@ -281,7 +299,7 @@ class Run:
         """What this run is, for a repr."""
         config, model = self.record.config, self.model
         last = next(reversed(read_metrics(self.path)), None)
-        size = model.size
+        size, buckets = model.size, self.record.latents.buckets
         items = {
             "strategy": f"{config.routing.strategy}, over layers {self.layers[0]} to "
             f"{self.layers[-1]} ({len(self.layers)} of {self.record.features.model.num_layers})",
@@ -289,6 +307,7 @@ class Run:
             f"{sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{sum(p.numel() for p in model.router_parameters()):,} of them routing",
             "latents": " x ".join(map(str, self.record.latents.shape))
+            + (f" and other shapes of {len(buckets)} buckets" if buckets else "")
             + f", {config.flow.prediction} prediction, shift {config.flow.shift:g}",
             "step": f"{self.step:,} of {config.steps:,}, weights: {self.source}",
             "text": self.record.model_source,

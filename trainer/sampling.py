@@ -150,6 +150,7 @@ def sample(
     *,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
+    shape: tuple[int, int, int] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """One latent a caption.
@@ -162,6 +163,7 @@ def sample(
             cfg_scale 1.
         seed, numbers: the noise of sample i is a function of (seed, numbers[i]), by default of
             (seed, i): to sample a list in batches, pass the numbers of each.
+        shape: (C, h, w) of the latents, by default ``model.latent_shape``.
 
     Returns:
         fp32 [U, C, h, w] on the device of ``hidden``, in the units the model was trained on.
@@ -173,5 +175,6 @@ def sample(
         ends = torch.tensor([0, len(null_hidden)])
         null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
     numbers = range(num) if numbers is None else numbers
-    noise = starting_noise(model.latent_shape, seed=seed, numbers=numbers).to(hidden.device)
+    shape = model.latent_shape if shape is None else shape
+    noise = starting_noise(shape, seed=seed, numbers=numbers).to(hidden.device)
     return solve(model, flow, text, null, noise, how, callback)

@@ -4,9 +4,10 @@ Shapes: N samples, M captions of all samples.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -24,11 +25,13 @@ from ..schemas import (
     differences,
 )
 from .filters import parse_filter
-from .order import Source
+from .order import Order, ShapedOrder, Source
 
 _SHOWN = 20  # column names listed in a message
 # What must be the same in all stores of a mixture; other captions are the point of it.
 _FREE = {"captions", "samples", "max_length"}
+Shape = tuple[int, int, int]
+"""C, h and w of latents."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,72 @@ def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -
             texts.manifest.identity.model_dump(mode="json", exclude=_FREE),
             features.manifest.identity.model_dump(mode="json", exclude=_FREE),
         )
-        shapes = images.manifest.identity.shape, latents.manifest.identity.shape
-        different += differences({"shape": [*shapes[0]]}, {"shape": [*shapes[1]]})
+        different += differences(
+            images.manifest.identity.model_dump(mode="json", include={"vae", "files"}),
+            latents.manifest.identity.model_dump(mode="json", include={"vae", "files"}),
+        )
         if different:
             listed = "\n  ".join(map(str, different))
             raise InputError(
                 f"{texts.path} and {images.path} cannot be mixed with {features.path} and "
                 f"{latents.path}; these, against those:\n  {listed}\n"
-                "Make them with the same model, template, layers and size."
+                "Make them with the same model, template, layers and VAE."
             )
         pair = select(texts, images, config.select)
         pairs.append(replace(pair, proportion=config.proportion))
     return pairs
+
+
+def by_shape(pairs: Sequence[Pair]) -> dict[Shape, dict[int, Source]]:
+    """What is trained on, apart by the shape of its latents: shape -> number of the pair -> source.
+
+    The shape that most is shown of comes first.
+    """
+    found: dict[Shape, dict[int, Source]] = {}
+    for number, pair in enumerate(pairs):
+        buckets = pair.latents.buckets[pair.source.samples]
+        counts = np.diff(pair.source.starts)
+        for bucket in np.unique(buckets).tolist():
+            kept = buckets == bucket
+            part = pair.source
+            if not kept.all():
+                part = _source(part, kept, np.repeat(kept, counts))
+            found.setdefault(pair.latents.shape(bucket), {})[number] = part
+    return dict(sorted(found.items(), key=lambda item: -sum(_shares(pairs, item[1]))))
+
+
+def make_order(pairs: Sequence[Pair], data: DataConfig, seed: int) -> Order | ShapedOrder:
+    """Which sample of which pair comes when; where latents have several shapes, a batch has one.
+
+    Raises:
+        InputError: proportions that leave too little for the first pair.
+    """
+    window = data.window if data.order == "shards" else None
+    options: dict[str, Any] = {"seed": seed, "caption_dropout": data.caption_dropout}
+    shapes = [*by_shape(pairs).values()]
+    if len(shapes) == 1:
+        sources = [pair.source for pair in pairs]
+        return Order(sources, proportions=proportions(pairs)[1:], window=window, **options)
+    orders, shares = [], []
+    for part, sources_of in enumerate(shapes):
+        own = _shares(pairs, sources_of)
+        shares.append(sum(own))
+        rest = [share / shares[-1] for share in own[1:]]
+        order = Order([*sources_of.values()], proportions=rest, window=window, part=part, **options)
+        orders.append((order, [*sources_of]))
+    return ShapedOrder(orders, shares, seed=seed, batch_size=data.batch_size)
+
+
+def proportions(pairs: Sequence[Pair]) -> list[float]:
+    """Share of all positions that each pair has."""
+    others = [pair.proportion or 0.0 for pair in pairs[1:]]
+    return [1.0 - sum(others), *others]
+
+
+def _shares(pairs: Sequence[Pair], sources: Mapping[int, Source]) -> list[float]:
+    """Share of all positions that these parts of pairs have."""
+    whole = proportions(pairs)
+    return [whole[n] * len(part) / len(pairs[n].source) for n, part in sources.items()]
 
 
 def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig) -> Pair:
@@ -324,11 +381,6 @@ def check_joined(features: FeatureStore, latents: LatentStore) -> None:
     Raises:
         InputError: one is unfinished, or they were not made from the same samples.
     """
-    if latents.manifest.identity.buckets:
-        raise InputError(
-            f"{latents.path} holds latents of {len(latents.bucket_counts())} shapes (--buckets), "
-            "but training takes latents of one shape: make them with --size alone"
-        )
     for store in (features, latents):
         if not store.is_complete:
             raise InputError(

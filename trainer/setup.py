@@ -15,7 +15,7 @@ from ..schemas import InputError, RunRecord, TrainConfig
 from .checkpoint import Checkpoint, build_model, find_run
 from .dit import DiT
 from .run import Run, open_start
-from .selection import Pair, open_pairs
+from .selection import Pair, by_shape, open_pairs
 from .validation import Validation, open_validation
 
 
@@ -54,6 +54,8 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     record, found = find_run(Path(config.output), make_record(config, pairs))
     with building or nullcontext():
         model = build_model(record)
+    for shape in by_shape(pairs):
+        model.check_shape(shape)
     start = open_start(model, record) if found is None else None
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         package = config.tracker.replace("_", "-")

@@ -27,8 +27,8 @@ from ..pipeline.store import Codes, FeatureStore, LatentStore
 from ..schemas import DataConfig, InputError
 from .delivery import Meter, allocate
 from .flow import Flow
-from .order import Order, Places
-from .selection import Pair, open_pairs
+from .order import Places
+from .selection import Pair, make_order, open_pairs, proportions
 
 
 def draw(
@@ -140,7 +140,8 @@ class Delivery(IterableDataset[Kind], ABC):
     """Batches of one rank, read ahead by threads of its own: what both streams share.
 
     The global batch of a step is ``data.batch_size`` positions, cut into accumulation steps and
-    each of these into ranks, so that it holds the same samples however it is cut.
+    each of these into ranks, so that it holds the same samples however it is cut. Its latents have
+    one shape.
 
     To other trainers it is a dataset of whole batches, endless:
     ``DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="forkserver")``
@@ -195,13 +196,7 @@ class Delivery(IterableDataset[Kind], ABC):
         self.start_step = start_step
         self.held_out = held_out
         self.meter = Meter(data.workers)
-        self.order = Order(
-            [pair.source for pair in self.pairs],
-            seed=seed,
-            caption_dropout=data.caption_dropout,
-            proportions=[pair.proportion for pair in others if pair.proportion is not None],
-            window=data.window if data.order == "shards" else None,
-        )
+        self.order = make_order(self.pairs, data, seed)
         if data.workers > 1:  # threads beside each other instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
@@ -222,6 +217,11 @@ class Delivery(IterableDataset[Kind], ABC):
         return partial(type(self), **options), (self.features, self.latents, self.data)
 
     @property
+    def num_samples(self) -> int:
+        """That are trained on, of all pairs of stores."""
+        return sum(len(pair.source) for pair in self.pairs)
+
+    @property
     def wait_seconds(self) -> float:
         """How long the consumer has waited for data so far."""
         return self.meter.wait_seconds
@@ -240,8 +240,10 @@ class Delivery(IterableDataset[Kind], ABC):
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
         places = self.order.places(first, num)
-        noise = self._posterior_noise(first, num)
-        latents = allocate((num, *self.latents.manifest.identity.shape), torch.float32)
+        some = self.pairs[places.source[0]].latents
+        shape = some.shape(int(some.buckets[places.sample[0]]))
+        noise = self._posterior_noise(first, num, shape)
+        latents = allocate((num, *shape), torch.float32)
         for number, pair in enumerate(self.pairs):
             here = np.flatnonzero(places.source == number)
             if len(here):
@@ -264,21 +266,22 @@ class Delivery(IterableDataset[Kind], ABC):
         """About what so many rows and samples are in the stores, compressed as they are there."""
         return sum(
             share * (num_rows * pair.row_bytes(self.layers) + num_samples * pair.latent_bytes)
-            for share, pair in zip(self.order.proportions, self.pairs, strict=True)
+            for share, pair in zip(proportions(self.pairs), self.pairs, strict=True)
         )
 
     def warning(self) -> str | None:
         """That data comes too late, with the numbers and what to do: once, after a while of it."""
         return self.meter.warning(self.stored_bytes)
 
-    def _posterior_noise(self, first: int, num: int) -> np.ndarray | None:
+    def _posterior_noise(
+        self, first: int, num: int, shape: tuple[int, int, int]
+    ) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of positions ``first`` and on, where
         latents are draws from a posterior."""
         drawn = any(pair.latents.has_deviation for pair in self.pairs)
         if self.data.posterior == "mean" or not drawn:
             return None
-        shape = self.latents.manifest.identity.shape
-        keys = [(self.order.seed, 3, position) for position in range(first, first + num)]
+        keys = [(self.seed, 3, position) for position in range(first, first + num)]
         generators = (
             np.random.Generator(np.random.Philox(np.random.SeedSequence(k))) for k in keys
         )

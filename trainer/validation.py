@@ -70,20 +70,25 @@ class Validation:
             model: called as :meth:`DiT.forward`; perhaps wrapped by accelerate.
             accelerator: of accelerate.
         """
-        size = max(1, NUM_IMAGES // self.num_bins)
-        starts = range(0, len(self.samples), size)
+        parts = self._parts(max(1, NUM_IMAGES // self.num_bins))
         losses = torch.zeros(len(self.samples), self.num_bins, device=accelerator.device)
         num_ranks = accelerator.num_processes
-        for turn in range(0, len(starts), num_ranks):
+        for turn in range(0, len(parts), num_ranks):
             # Wrappers of the model talk to the other ranks: one without a part of its own computes
             # the last part too, and keeps it to itself.
             number = turn + accelerator.process_index
-            start = starts[min(number, len(starts) - 1)]
-            found = self._losses(model, flow, self.samples[start : start + size], accelerator)
-            if number < len(starts):
-                losses[start : start + size] = found
+            part = parts[min(number, len(parts) - 1)]
+            found = self._losses(model, flow, self.samples[part], accelerator)
+            if number < len(parts):
+                losses[torch.from_numpy(part).to(losses.device)] = found
         # Each number has one rank that is not at zero, so the sum is exact.
         return accelerator.reduce(losses, "sum").double().mean(0).tolist()
+
+    def _parts(self, size: int) -> list[np.ndarray]:
+        """Places in :attr:`samples`, at most ``size`` at a time, whose latents have one shape."""
+        buckets = self.latents.buckets[self.samples]
+        groups = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
+        return [g[first : first + size] for g in groups for first in range(0, len(g), size)]
 
     def _losses(self, model: Any, flow: Flow, samples: np.ndarray, accelerator: Any) -> Tensor:
         """[B, K]."""
