@@ -154,7 +154,7 @@ class TestStudy:
         file = write(world / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
         invoke("study", file, "--report-only")
         report = (out / "report.md").read_text()
-        assert "Not done yet, and left out: uniform, seed 2; depth, seed 2." in report
+        assert "Not done yet, and left out: `uniform`: 2; `depth`: 2." in report
         printed = invoke("study", file)
         assert "study: 6 runs, to do: 2" in printed
         assert "Not done yet" not in (out / "report.md").read_text()
@@ -273,6 +273,30 @@ class TestStudy:
         assert "2 of 6 runs failed; the others are done" in printed
         assert "wild/seed-0: FloatingPointError" in printed.replace("\n", "")
         assert len([*(tmp_path / "out").rglob("judged.parquet")]) == 4
+
+
+class TestShipped:
+    def test_the_smallest_runs(self, world, tmp_path):
+        """``studies/smoke.yaml`` with the tiny LLM's features, a few steps long."""
+        changes = {
+            "output": tmp_path / "out",
+            "seeds": [0],
+            "train.features": world / "train",
+            "train.latents": world / "latents",
+            "train.steps": 4,
+            "train.checkpoint_every": 4,
+            "train.log_every": 4,
+            "scoring.features": world / "test",
+            "scoring.samples": world / "shapes" / "test.parquet",
+            "scoring.num_steps": 2,
+        }
+        file = Path(__file__).parent.parent / "studies" / "smoke.yaml"
+        invoke("study", file, *(f"{key}={value}" for key, value in changes.items()))
+        table = pq.read_table(tmp_path / "out" / "results.parquet")
+        assert {*table["arm"].to_pylist()} == {"uniform", "penultimate", "depth"}
+        report = (tmp_path / "out" / "report.md").read_text()
+        assert "3 arms x 1 seeds" in report
+        assert "| chance |" in report
 
 
 class TestAblate:

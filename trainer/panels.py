@@ -57,10 +57,10 @@ def write_report(study: StudyConfig) -> list[Path]:
     assert study.scoring is not None
     notes = []
     if missing:
-        notes += [f"Not done yet, and left out: {'; '.join(missing)}.", ""]
+        notes += [f"Not done yet, and left out: {_seeds(missing)}.", ""]
     fewer = {arm: study.seeds_of(arm) for arm in study.arms if study.arm(arm).seeds is not None}
     if fewer:
-        listed = "; ".join(f"`{arm}`: {', '.join(map(str, each))}" for arm, each in fewer.items())
+        listed = _seeds(fewer)
         notes += [f"Arms that have fewer seeds, of which differences are paired: {listed}.", ""]
     judged = {arm: study.arm(arm) for arm in study.arms if study.arm(arm).of is not None}
     if judged:
@@ -85,6 +85,10 @@ def write_report(study: StudyConfig) -> list[Path]:
         notes=notes,
     )
     return [out / RESULTS, *write_comparison(results, outline, out)]
+
+
+def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
+    return "; ".join(f"`{arm}`: {', '.join(map(str, each))}" for arm, each in by_arm.items())
 
 
 def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Path]:

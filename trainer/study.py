@@ -416,12 +416,12 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
+def collect(study: StudyConfig) -> tuple[pa.Table, dict[str, list[int]]]:
     """Write ``results.parquet``: all judgements there are, with the columns ``arm`` and ``seed``
     before them.
 
     Returns:
-        That table, and the runs that are not done yet.
+        That table, and the runs that are not done yet: arm -> seeds.
 
     Raises:
         InputError: none is done, or the study judges nothing.
@@ -432,7 +432,10 @@ def collect(study: StudyConfig) -> tuple[pa.Table, list[str]]:
     kept = _kept(jobs, archive)
     if not kept:
         raise InputError(f"no run of {study.output} is trained and judged yet: run the study first")
-    missing = [f"{job.arm}, seed {job.seed}" for job in jobs if job.title not in kept]
+    missing: dict[str, list[int]] = {}
+    for job in jobs:
+        if job.title not in kept:
+            missing.setdefault(job.arm, []).append(job.seed)
     return pa.concat_tables([judged.labelled() for judged in kept.values()]), missing
 
 
