@@ -56,6 +56,9 @@ class Arm(Contract):
     """Another arm, whose runs this one judges otherwise: nothing is trained."""
     seeds: Seeds | None = None
     """Those of the study's that this arm has; by default all."""
+    against: str | None = None
+    """The arm that this one is compared with; by default the one whose runs it judges, or else the
+    study's reference."""
     scoring: dict[str, Any] = Field(default_factory=dict)
     """What is judged otherwise: features, num_steps, solver, clock, cfg_interval."""
     tuning: dict[str, Any] = Field(default_factory=dict)
@@ -73,9 +76,10 @@ class StudyConfig(Contract):
     """What all runs share: a configuration of ``semroute train`` without output and seed."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """Name -> what differs, as dotted keys: ``{routing.strategy: depth}``. Besides, ``seeds``,
-    ``scoring`` and ``tuning`` say what else differs, and ``of`` names an arm to judge otherwise."""
+    ``scoring`` and ``tuning`` say what else differs, ``of`` names an arm to judge otherwise, and
+    ``against`` one to be compared with."""
     reference: str
-    """The arm that the others are compared with."""
+    """The arm that the others are compared with, where they name no other."""
     seeds: Seeds
     """Runs of an arm. Arms of one seed share initial weights, order of samples, t and noise."""
     scoring: Scoring | None = None
@@ -119,6 +123,8 @@ class StudyConfig(Contract):
             raise ValueError(f"arm {name} is judged otherwise, in a study that judges nothing")
         if arm.tuning and self.tuning is None:
             raise ValueError(f"arm {name} changes the tuning of a study that has none")
+        if arm.against is not None and arm.against not in {*self.arms} - {name}:
+            raise ValueError(f"arm {name} is against {arm.against!r}, which is no other arm")
         if arm.of is None:
             return
         if arm.of not in self.arms or "of" in self.arms[arm.of]:
@@ -135,6 +141,11 @@ class StudyConfig(Contract):
         own = {key: given[key] for key in given if key in Arm.model_fields and key != "train"}
         train = {key: given[key] for key in given if key not in own}
         return Arm.model_validate({**own, "train": train})
+
+    def reference_of(self, name: str) -> str:
+        """What an arm is compared with; itself, where it is what others are compared with."""
+        arm = self.arm(name)
+        return arm.against or arm.of or self.reference
 
     def seeds_of(self, name: str) -> list[int]:
         """Seeds of an arm."""

@@ -29,6 +29,9 @@ def judgements(right, cfg_scale=3.0, split="test", skill="total", arms=("uniform
     return pa.Table.from_pylist(rows)
 
 
+AGAINST = {"depth": "uniform", "uniform": "uniform"}
+
+
 def row(claims, arm, **where):
     found = [
         each
@@ -42,7 +45,7 @@ def row(claims, arm, **where):
 class TestMakeClaims:
     def test_means_are_over_seeds_of_means_over_captions(self):
         right = np.random.default_rng(0).random((2, 3, 40)) < [[[0.5]], [[0.8]]]
-        claims = make_claims(judgements(right), "uniform")
+        claims = make_claims(judgements(right), AGAINST)
         assert claims.schema == CLAIMS_SCHEMA
         for number, arm in enumerate(("uniform", "depth")):
             found = row(claims, arm)
@@ -56,7 +59,7 @@ class TestMakeClaims:
         for seed, share in enumerate((10, 30, 50, 70)):
             right[0, seed, :share] = True
             right[1, seed, : share + 8 + seed % 2] = True
-        found = row(make_claims(judgements(right), "uniform"), "depth")
+        found = row(make_claims(judgements(right), AGAINST), "depth")
         assert found["difference"] == pytest.approx(0.085)
         assert 0.07 < found["seeds_low"] < 0.085 < found["seeds_high"] < 0.1
         assert found["low"] < 0.1
@@ -64,7 +67,7 @@ class TestMakeClaims:
 
     def test_the_reference_has_no_difference_and_one_seed_no_interval(self):
         right = np.random.default_rng(0).random((2, 1, 40)) < 0.5
-        claims = make_claims(judgements(right), "uniform")
+        claims = make_claims(judgements(right), AGAINST)
         assert row(claims, "uniform")["difference"] is None
         found = row(claims, "depth")
         assert found["low"] is found["seeds_low"] is None
@@ -75,7 +78,7 @@ class TestMakeClaims:
         table = pa.concat_tables(
             [judgements(right), judgements(~right, cfg_scale=1.0, split="held-out", skill="all")]
         )
-        claims = make_claims(table, "uniform")
+        claims = make_claims(table, AGAINST)
         first = row(claims, "depth", cfg_scale=3.0, split="test", skill="total")
         other = row(claims, "depth", cfg_scale=1.0, split="held-out", skill="all")
         assert first["accuracy"] == pytest.approx(1 - other["accuracy"])
@@ -86,7 +89,7 @@ class TestMakeClaims:
         wrong = 0
         for _ in range(300):
             right = rng.random((2, 5, 30)) < 0.5
-            found = row(make_claims(judgements(right), "uniform"), "depth")
+            found = row(make_claims(judgements(right), AGAINST), "depth")
             wrong += not found["seeds_low"] <= 0 <= found["seeds_high"]
         assert 4 <= wrong <= 27
 

@@ -141,7 +141,11 @@ class TestStudy:
         lines = [line.split("|") for line in report.splitlines() if line.startswith("| all |")]
         assert {line[4].strip() for line in lines} == {"uniform", "depth"}
         for line in lines:
-            assert bool(line[6].strip()) == (line[4].strip() == "depth")
+            assert line[6].strip() == ("uniform" if line[4].strip() == "depth" else "")
+            assert bool(line[7].strip()) == (line[4].strip() == "depth")
+        summary = report[report.index("## test, all: ") : report.index("## test, binding: ")]
+        (depth,) = [line for line in summary.splitlines() if line.startswith("| depth | uniform |")]
+        assert len(depth.split("|")) == 2 + 2 + 2 * 2
 
     def test_run_again_does_nothing(self, done):
         file, out, _ = done
@@ -176,6 +180,7 @@ class TestStudy:
             "late": {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}},
             "once": {"routing.strategy": "static", "seeds": [1], "scoring": {"solver": "heun"}},
         }
+        changed["arms"]["once"]["against"] = "late"
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         printed = invoke("study", write(world / "others.yaml", changed))
         assert "judged otherwise: 2 runs, to do: 2" in printed
@@ -189,6 +194,8 @@ class TestStudy:
         report = (out / "report.md").read_text()
         assert "Arms that have fewer seeds, of which differences are paired: `once`: 1." in report
         assert "`late`: depth with cfg_interval [0.0, 0.5]" in report
+        assert "| late | depth |" in report
+        assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
 
     def test_killed_and_continued_gives_the_same_judgements(self, world, done, tmp_path):
@@ -390,6 +397,8 @@ class TestConfiguration:
             ({"of": "best"}, "arm late is of 'best', which is no arm with runs of its own"),
             ({"of": "later"}, "arm late is of 'later', which is no arm with runs of its own"),
             ({"of": "depth", "steps": 3}, "judges the runs of depth and trains none"),
+            ({"against": "best"}, "arm late is against 'best', which is no other arm"),
+            ({"against": "late"}, "arm late is against 'late', which is no other arm"),
             ({"seeds": [0, 5]}, r"seeds \[0, 5\], of which the study has not all"),
             ({"scoring": {"cfg_scales": [2.0]}}, "changes scoring.cfg_scales, by which all arms"),
             ({"scoring": {"sampler": "x"}}, "(?s)arm late, scoring.*sampler"),

@@ -8,7 +8,7 @@ share weights at the start, data and noise, and are judged by the same captions 
 Shapes: S seeds, C captions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ CLAIMS_SCHEMA = pa.schema(
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
         pa.field("seeds", pa.list_(pa.float64()), nullable=False),
+        pa.field("reference", pa.string()),
         pa.field("difference", pa.float64()),
         pa.field("seeds_low", pa.float64()),
         pa.field("seeds_high", pa.float64()),
@@ -39,17 +40,22 @@ CLAIMS_SCHEMA = pa.schema(
 )
 """A row a guidance scale, split, skill and arm. ``accuracy`` is the mean over ``seeds``, those of
 each; ``low`` and ``high`` its 95 % interval over seeds, null for a single seed. ``difference``
-is to the reference arm over the seeds of both, with intervals over seeds and over captions; null
-for the reference."""
+is to the arm ``reference`` over the seeds of both, with intervals over seeds and over captions;
+null where an arm is compared with none."""
 
 
-def make_claims(results: pa.Table, reference: str) -> pa.Table:
-    """Summarise ``results.parquet``: ``CLAIMS_SCHEMA``."""
+def make_claims(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
+    """Summarise ``results.parquet``: ``CLAIMS_SCHEMA``.
+
+    Args:
+        references: arm -> the one that it is compared with; itself, or left out: with none.
+    """
     rows = []
     for (cfg_scale, split, skill), part in _groups(results, ["cfg_scale", "split", "skill"]):
         shares = {arm: _shares(table) for (arm,), table in _groups(part, ["arm"])}
-        base = shares.get(reference, {})
         for arm, right in shares.items():
+            reference = references.get(arm, arm)
+            base = shares.get(reference, {})
             of_seeds = np.array([each.mean() for each in right.values()])
             low, high = over_seeds(of_seeds)
             row = {
@@ -65,6 +71,7 @@ def make_claims(results: pa.Table, reference: str) -> pa.Table:
             }
             if arm != reference and (both := [seed for seed in right if seed in base]):
                 difference = np.stack([right[seed] - base[seed] for seed in both])
+                row["reference"] = reference
                 row["difference"] = float(difference.mean())
                 row["seeds_low"], row["seeds_high"] = over_seeds(difference.mean(1))
                 row["captions_low"], row["captions_high"] = over_captions(difference.mean(0))

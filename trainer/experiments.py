@@ -118,7 +118,8 @@ def ablate(
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(results, out / RESULTS)
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
-    outline = Outline(out.name, arms, TRAINED, scoring, len(runs), unit="runs")
+    references = dict.fromkeys(arms, TRAINED)
+    outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")
     for path in [out / RESULTS, *write_comparison(results, outline, out)]:
         click.echo(path)
 

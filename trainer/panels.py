@@ -22,6 +22,8 @@ from .study import RESULTS, TUNING, collect, read_captions
 REPORT = "report.md"
 MIN_UNITS = 3
 """Seeds that a difference needs to be marked: two may agree by chance."""
+SUMMARY = ("all", "binding", "count")
+"""Skills that a report begins with."""
 Chance = Mapping[str, Mapping[str, float]]
 """Split -> skill -> accuracy of true images of other captions."""
 
@@ -32,6 +34,7 @@ class Outline:
 
     Attributes:
         title: of the report.
+        references: arm -> the one that it is compared with.
         unit: what a seed is called: ``seeds``, or ``runs`` where weights are swapped in them.
         num_units: how many there are of an arm.
         notes: further lines.
@@ -39,7 +42,7 @@ class Outline:
 
     title: str
     arms: Sequence[str]
-    reference: str
+    references: Mapping[str, str]
     scoring: Scoring
     num_units: int
     unit: str = "seeds"
@@ -79,7 +82,7 @@ def write_report(study: StudyConfig) -> list[Path]:
     outline = Outline(
         out.name,
         [*study.arms],
-        study.reference,
+        {arm: study.reference_of(arm) for arm in study.arms},
         study.scoring,
         len(study.seeds),
         notes=notes,
@@ -93,7 +96,7 @@ def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
 
 def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Path]:
     """Write ``report.md`` and the figures of judgements by arm and seed into a folder."""
-    claims = make_claims(results, outline.reference)
+    claims = make_claims(results, outline.references)
     lucky = chances(outline.scoring)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     written = []
@@ -123,21 +126,25 @@ def chances(scoring: Scoring) -> Chance:
 
 
 def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
-    """A table a split and guidance scale: arms by skills, and differences to the reference."""
+    """A table a skill that matters: arms by guidance scales; then one a split and guidance scale:
+    arms by skills, and differences to what each is compared with."""
     unit = outline.unit
     lines = [
         f"# {outline.title}",
         "",
         f"{len(outline.arms)} arms x {outline.num_units} {unit}. Accuracy is the mean over {unit}, "
         f"with its 95 % interval over {unit} (Student's t). A difference is to "
-        f"`{outline.reference}`, paired by {unit} and captions; *{unit}* is its interval over "
+        f"the arm named *to*, paired by {unit} and captions; *{unit}* is its interval over "
         f"{unit}, *captions* a bootstrap over captions of these runs. **Bold**: the interval over "
         f"{unit} excludes zero, of at least {MIN_UNITS}. *Chance* is what true pictures of other "
         "captions score.",
     ]
     if outline.notes:
         lines += ["", *outline.notes]
-    head = ("skill", "asked", "chance", "arm", "accuracy", "difference", unit, "captions")
+    for split in lucky:
+        for skill in SUMMARY:
+            lines += _summary(claims, lucky, outline, split, skill)
+    head = ("skill", "asked", "chance", "arm", "accuracy", "to", "difference", unit, "captions")
     for split in lucky:
         for cfg_scale in outline.scoring.cfg_scales:
             lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
@@ -150,10 +157,47 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
                     "-" if base is None else f"{base:.3f}",
                     row["arm"],
                     f"{row['accuracy']:.3f} {_interval(row['low'], row['high'])}",
+                    row["reference"] or "",
                     *_contrast(row),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _summary(
+    claims: pa.Table, lucky: Chance, outline: Outline, split: str, skill: str
+) -> list[str]:
+    """Arms by guidance scales, each with its difference and the interval over seeds."""
+    scales = outline.scoring.cfg_scales
+    found = {
+        (row["arm"], row["cfg_scale"]): row
+        for scale in scales
+        for row in _rows(claims, split, scale)
+        if row["skill"] == skill
+    }
+    if not found:
+        return []
+    num = next(iter(found.values()))["num_captions"]
+    base = lucky[split].get(skill)
+    chance = "" if base is None else f", chance {base:.3f}"
+    head = [
+        "arm",
+        "to",
+        *(text for scale in scales for text in (f"guidance {scale:g}", "difference")),
+    ]
+    lines = ["", f"## {split}, {skill}: {num} captions{chance}", "", f"| {' | '.join(head)} |"]
+    lines.append(f"{'| --- ' * len(head)}|")
+    for arm in outline.arms:
+        rows = [found.get((arm, scale)) for scale in scales]
+        if not any(rows):
+            continue
+        to = outline.references.get(arm, arm)
+        cells = [arm, "" if to == arm else to]
+        for row in rows:
+            difference, interval = ("", "") if row is None else _contrast(row)[:2]
+            cells += ["" if row is None else f"{row['accuracy']:.3f}", f"{difference} {interval}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def score_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
