@@ -21,7 +21,7 @@ hub = pytest.importorskip("semroute.pipeline.hub")
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.store import open_features, open_latents  # noqa: E402
 from semroute.pipeline.verification import verify  # noqa: E402
-from semroute.schemas import InputError  # noqa: E402
+from semroute.schemas import InputError, TrainConfig  # noqa: E402
 from semroute.schemas.files import list_files, read_files  # noqa: E402
 
 REPO = "somebody/captions"
@@ -181,6 +181,30 @@ class TestPush:
         again = push(path)
         assert again.returncode == 0, again.stderr
         assert len(server.sent) == sent  # shards that are there are not sent again
+
+    def test_training_reads_what_was_downloaded(
+        self, server, push, feature_store, latent_store, tmp_path
+    ):
+        torch = pytest.importorskip("torch")
+        from semroute.trainer.checkpoint import latest_checkpoint
+        from semroute.trainer.loop import train
+
+        assert push(feature_store).returncode == 0
+        there = download(server, tmp_path / "there")
+        weights = []
+        for name, features in (("here", feature_store), ("there", there)):
+            document = {
+                "features": str(features),
+                "latents": str(latent_store),
+                "output": str(tmp_path / f"run-{name}"),
+                "steps": 2,
+                "mixed_precision": "no",
+                "model": {"size": "nano", "depth": 2, "patch_size": 4},
+                "data": {"batch_size": 8},
+            }
+            run = train(TrainConfig.model_validate(document), progress=False)
+            weights.append(latest_checkpoint(run).model())
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
     def test_another_store_or_no_token_is_refused(self, server, push, random_store, latent_store):
         assert push(random_store("bf16")).returncode == 0
