@@ -4,7 +4,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from semroute.trainer.claims import CLAIMS_SCHEMA, counting, make_claims, over_captions, over_seeds
+from semroute.trainer.claims import (
+    CLAIMS_SCHEMA,
+    counting,
+    inflation,
+    make_claims,
+    over_captions,
+    over_seeds,
+)
 
 
 def judgements(right, cfg_scale=3.0, split="test", skill="total", arms=("uniform", "depth")):
@@ -114,3 +121,16 @@ def test_counting_tells_how_many_were_drawn():
         ("depth", 2, 2.0),
         ("uniform", 2, 3.0),
     ]
+
+
+def test_inflation_is_in_objects_with_the_seed_as_its_unit():
+    right = np.zeros((2, 3, 10), bool)
+    right[0] = True  # of depth, every one is an object too many
+    right[1, :, :5] = [[True], [False], [False]]
+    table = inflation(judgements(right)).to_pylist()
+    found = {each["arm"]: each for each in table}
+    assert found["uniform"]["objects"] == found["uniform"]["low"] == 0
+    assert found["depth"]["objects"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert found["depth"]["low"] < found["depth"]["objects"] < found["depth"]["high"]
+    alone = inflation(judgements(right[:, :1])).to_pylist()
+    assert {each["low"] for each in alone} == {None}

@@ -109,6 +109,25 @@ def counting(results: pa.Table) -> pa.Table:
     return table.rename_columns([*keys, "num_found"]).sort_by(order)
 
 
+def inflation(results: pa.Table) -> pa.Table:
+    """Objects drawn less objects asked for, by arm and guidance scale.
+
+    Columns arm, cfg_scale, ``objects``, the mean over images and then seeds, and ``low`` and
+    ``high``, its 95 % interval over seeds, null for a single seed.
+    """
+    once = results.filter(pc.equal(results["skill"], "total"))
+    asked, found = (once[name].cast(pa.float64()) for name in ("num_asked", "num_found"))
+    table = once.append_column("more", pc.subtract(found, asked))
+    means = table.group_by(["arm", "cfg_scale", "seed"]).aggregate([("more", "mean")])
+    rows = []
+    for (arm, cfg_scale), part in _groups(means, ["arm", "cfg_scale"]):
+        values = part["more_mean"].to_numpy()
+        low, high = over_seeds(values)
+        rows.append((arm, cfg_scale, float(values.mean()), low, high))
+    names = ("arm", "cfg_scale", "objects", "low", "high")
+    return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+
+
 def _shares(table: pa.Table) -> dict[int, NDArray[np.float64]]:
     """Seed -> share of images that are right, of each caption: [C]."""
     means = table.group_by(["seed", "caption"]).aggregate([("right", "mean")])

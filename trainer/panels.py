@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ..pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
 from ..schemas import Scoring, StudyConfig, write_document
-from .claims import counting, make_claims
+from .claims import counting, inflation, make_claims
 from .evaluation import chance
 from .shapes import SKILLS
 from .study import RESULTS, TUNING, collect, read_captions
@@ -108,7 +108,8 @@ def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Pat
         path = out / "figures" / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
-    write_document(out / REPORT, to_markdown(claims, lucky, outline))
+    lines = to_markdown(claims, lucky, outline) + _inflation(inflation(results), outline)
+    write_document(out / REPORT, "\n".join(lines) + "\n")
     return [out / REPORT, *written]
 
 
@@ -125,7 +126,7 @@ def chances(scoring: Scoring) -> Chance:
     }
 
 
-def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
+def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> list[str]:
     """A table a skill that matters: arms by guidance scales; then one a split and guidance scale:
     arms by skills, and differences to what each is compared with."""
     unit = outline.unit
@@ -161,7 +162,22 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> str:
                     *_contrast(row),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _inflation(table: pa.Table, outline: Outline) -> list[str]:
+    """How many objects too many, arms by guidance scales."""
+    found = {(row["arm"], row["cfg_scale"]): row for row in table.to_pylist()}
+    scales = outline.scoring.cfg_scales
+    head = ["arm", *(f"guidance {scale:g}" for scale in scales)]
+    lines = ["", "## Objects drawn, less objects asked for", "", f"| {' | '.join(head)} |"]
+    lines.append(f"{'| --- ' * len(head)}|")
+    for arm in outline.arms:
+        rows = [found[arm, scale] for scale in scales if (arm, scale) in found]
+        cells = [f"{r['objects']:+.2f} {_interval(r['low'], r['high'], 2)}" for r in rows]
+        if cells:
+            lines.append(f"| {' | '.join([arm, *cells])} |")
+    return lines
 
 
 def _summary(
@@ -302,8 +318,8 @@ def _rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, 
     return sorted(claims.filter(mask).to_pylist(), key=lambda row: SKILLS.index(row["skill"]))
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"({low:.3f} to {high:.3f})"
+def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _contrast(row: Mapping[str, Any]) -> tuple[str, str, str]:
