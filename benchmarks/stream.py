@@ -94,35 +94,34 @@ def again(make: Callable[[], Any]) -> Batches:
         yield from make()
 
 
-def open_mds(path: Path, source: Source, workers: int) -> Batches:
-    from streaming import StreamingDataset
+def loading(table: Any, source: Source, workers: int, kind: Any = None, **options: Any) -> Batches:
+    """Batches of a table by a loader of torch, or of another kind."""
     from torch.utils.data import DataLoader
 
-    table = StreamingDataset(local=str(path), shuffle=True, batch_size=BATCH)
-    loader = DataLoader(
+    loader = (kind or DataLoader)(
         table,
         batch_size=BATCH,
         num_workers=workers,
         collate_fn=Pad(source.row),
         drop_last=True,
         persistent_workers=workers > 0,
+        **options,
     )
     return again(lambda: loader)
+
+
+def open_mds(path: Path, source: Source, workers: int) -> Batches:
+    from streaming import StreamingDataset
+
+    table = StreamingDataset(local=str(path), shuffle=True, batch_size=BATCH)
+    return loading(table, source, workers)
 
 
 def open_litdata(path: Path, source: Source, workers: int) -> Batches:
     import litdata
 
     table = litdata.StreamingDataset(str(path), shuffle=True, drop_last=True)
-    loader = litdata.StreamingDataLoader(
-        table,
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=Pad(source.row),
-        drop_last=True,
-        persistent_workers=workers > 0,
-    )
-    return again(lambda: loader)
+    return loading(table, source, workers, litdata.StreamingDataLoader)
 
 
 def open_webdataset(path: Path, source: Source, workers: int) -> Batches:
@@ -138,18 +137,8 @@ def open_webdataset(path: Path, source: Source, workers: int) -> Batches:
 
 def open_arrow(path: Path, source: Source, workers: int) -> Batches:
     import datasets
-    from torch.utils.data import DataLoader
 
-    loader = DataLoader(
-        datasets.load_from_disk(str(path)),
-        batch_size=BATCH,
-        shuffle=True,
-        num_workers=workers,
-        collate_fn=Pad(source.row),
-        drop_last=True,
-        persistent_workers=workers > 0,
-    )
-    return again(lambda: loader)
+    return loading(datasets.load_from_disk(str(path)), source, workers, shuffle=True)
 
 
 def open_own(paths: tuple[Path, Path]) -> Callable[[Path, Source, int], Batches]:

@@ -21,13 +21,12 @@ from ..pipeline.store import Rows
 from ..schemas import InputError, Mixes, write_document
 from .dit import DiT
 from .flow import Flow
+from .order import NULL_CAPTION
 from .sampling import Callback, Solver, sample
 from .scenes import Scene
 from .shapes import SKILLS, judge_cells, read_cells, render
 
 EVALUATION = "evaluation.json"
-NULL_CAPTION = 0
-"""Entry of every feature store that holds the null caption."""
 NUM_SHIFTS = 10
 """Permutations that chance is averaged over."""
 NUM_RESAMPLES = 2000

@@ -17,6 +17,7 @@ import numpy as np
 from ..schemas import InputError
 
 NULL_CAPTION = 0
+"""Entry of every feature store that holds the null caption."""
 BLOCK = 1024
 """Positions over which a mixture keeps its proportions, to a sample."""
 # What a generator is for, the second word of its seed; others have those between.
