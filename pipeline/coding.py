@@ -40,53 +40,69 @@ def _summing(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, fastmath=order)(function)
 
 
+# Loops count: numba hands those over the values of an array to LLVM in a form that it makes no
+# vectors of, and they are ten times slower.
+
+
 @_summing
 def _mean(values):  # type: ignore[no-untyped-def]
     """In float64, so that rounding makes no variance where there is none."""
     total = np.float64(0)
-    for value in values:
-        total += value
+    for i in range(len(values)):
+        total += values[i]
     return np.float32(total / len(values))
 
 
 @_summing
 def _variance(values, mean):  # type: ignore[no-untyped-def]
     total = np.float32(0)
-    for value in values:
-        total += (value - mean) * (value - mean)
+    for i in range(len(values)):
+        total += (values[i] - mean) * (values[i] - mean)
     return total / np.float32(len(values))
 
 
 @_summing
 def _squares(values):  # type: ignore[no-untyped-def]
     total = np.float32(0)
-    for value in values:
-        total += value * value
+    for i in range(len(values)):
+        total += values[i] * values[i]
     return total
 
 
-@_summing
+@_compiled
 def _widest(values):  # type: ignore[no-untyped-def]
-    widest = np.float32(0)
-    for value in values:
-        widest = max(widest, abs(value))
+    """Bits of the largest size: in the order of sizes, and found by vectors, being integers."""
+    bits, widest = values.view(np.uint32), np.uint32(0)
+    for i in range(len(bits)):
+        widest = max(widest, bits[i] & np.uint32(0x7FFFFFFF))
     return widest
 
 
 @_compiled
-def _largest(values, most):  # type: ignore[no-untyped-def]
-    """The places of the values of largest size, ``[len(most)]``."""
-    sizes = np.full(len(most), np.float32(-1))
-    least = np.float32(-1)
-    for place in range(len(values)):
-        size = abs(values[place])
-        if size > least:
-            slot = len(most) - 1
-            while slot > 0 and sizes[slot - 1] < size:
-                sizes[slot], most[slot] = sizes[slot - 1], most[slot - 1]
-                slot -= 1
-            sizes[slot], most[slot] = size, place
-            least = sizes[-1]
+def _largest(values, most, sizes, places):  # type: ignore[no-untyped-def]
+    """The places of the values of largest size, the first of equal ones.
+
+    Passes over all of them, by vectors as in :func:`_widest`, are faster than one that keeps a
+    sorted few: that is a branch a value which no processor foresees.
+
+    Args:
+        most: int64 [most], written.
+        sizes: room for as many numbers as there are values, uint32.
+        places: their places, int32, in order.
+    """
+    bits = values.view(np.uint32)
+    for i in range(len(bits)):
+        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0: taken already
+    last = places[len(places) - 1]
+    for rank in range(len(most)):
+        top = np.uint32(0)
+        for i in range(len(sizes)):
+            top = max(top, sizes[i])
+        place = last
+        for i in range(len(sizes)):
+            place = min(place, places[i] if sizes[i] == top else last)
+        most[rank] = place
+        sizes[place] = 0
 
 
 @_compiled
@@ -120,16 +136,19 @@ def encode_delta(  # type: ignore[no-untyped-def]
         code, escape, scalar: uint8 [R, H or ceil(H / 2)], uint16 [R, H], uint8 [R, 5]; written.
         state, decoded: float32 and uint16 [R, H]; written.
     """
+    # Loops are short, so that each is compiled to vectors; what they hand on stays in the cache.
     rows, width = hidden.shape
     narrow = code.shape[1] < width
     limit = np.float32(15 if narrow else 255)
     normed, residual = np.empty(width, np.float32), np.empty(width, np.float32)
-    low, room = np.empty(width + 1, np.uint8), np.empty(width, np.uint32)
-    most, bits = np.empty(massive, np.int64), np.empty(1, np.uint32)
+    zigzag, low = np.empty(width, np.float32), np.empty(width + 1, np.uint8)
+    room, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
+    back, one = room.view(np.float32), bits.view(np.float32)
+    most, places = np.empty(massive, np.int64), np.arange(width).astype(np.int32)
     low[width] = 0
     widest = np.float32(32_767 / 2**0.0625 - 1)
     for row in range(rows):
-        values, into = hidden[row], state[row]
+        values, into, high, coded = hidden[row], state[row], escape[row], decoded[row]
         exact = _mean(values)
         variance = _variance(values, exact)
         mean_bits = _to_bf16(exact, bits)
@@ -139,20 +158,20 @@ def encode_delta(  # type: ignore[no-untyped-def]
         for channel in range(width):
             normed[channel] = (values[channel] - mean) / deviation
         if len(below):
+            before = below[row]
             for channel in range(width):
-                into[channel] = below[row, channel] * slope[channel] + bias[channel]
+                into[channel] = before[channel] * slope[channel] + bias[channel]
         else:
             into[:] = bias
         for channel in range(width):
             residual[channel] = normed[channel] - into[channel]
         rest = _squares(normed)
-        if massive:
-            _largest(normed, most)
-            for place in most:
-                rest -= normed[place] * normed[place]
+        _largest(normed, most, room, places)
+        for i in range(massive):
+            rest -= normed[most[i]] * normed[most[i]]
         rms = np.sqrt(max(rest, np.float32(0)) / np.float32(width - massive))
-        largest = _widest(residual)
-        needed = max(max(rms * np.float32(step), largest / widest), np.float32(1e-30))
+        bits[0] = _widest(residual)
+        needed = max(max(rms * np.float32(step), one[0] / widest), np.float32(1e-30))
         number = np.float32(8) * (np.log2(needed) + np.float32(24))
         number = (number + ROUND) - ROUND
         chosen = np.uint8(min(max(number, np.float32(0)), np.float32(255)))
@@ -160,12 +179,17 @@ def encode_delta(  # type: ignore[no-untyped-def]
         for channel in range(width):
             units = residual[channel] / scale
             units = min(max(units, np.float32(-32_767)), np.float32(32_767))
-            units = (units + ROUND) - ROUND
-            into[channel] += units * scale
-            zigzag = np.float32(2) * abs(units) - np.float32(units < np.float32(0))
-            over = max(zigzag - (limit - np.float32(1)), np.float32(0))  # exact: under 2**24
-            low[channel] = np.uint8(np.int32(min(zigzag, limit)))
-            escape[row, channel] = np.uint16(np.int32(over))
+            residual[channel] = (units + ROUND) - ROUND
+        for channel in range(width):
+            into[channel] += residual[channel] * scale
+        for channel in range(width):
+            sign = np.float32(residual[channel] < np.float32(0))
+            zigzag[channel] = np.float32(2) * abs(residual[channel]) - sign
+        for channel in range(width):
+            low[channel] = np.uint8(np.int32(min(zigzag[channel], limit)))
+        for channel in range(width):
+            over = max(zigzag[channel] - (limit - np.float32(1)), np.float32(0))
+            high[channel] = np.uint16(np.int32(over))  # exact: under 2**24
         if narrow:
             for pair in range(code.shape[1]):
                 code[row, pair] = low[2 * pair] | (low[2 * pair + 1] << 4)
@@ -174,13 +198,11 @@ def encode_delta(  # type: ignore[no-untyped-def]
         scalar[row, 0], scalar[row, 1] = mean_bits & 0xFF, mean_bits >> 8
         scalar[row, 2], scalar[row, 3] = deviation_bits & 0xFF, deviation_bits >> 8
         scalar[row, 4] = chosen
-        back = room.view(np.float32)
         for channel in range(width):
             back[channel] = into[channel] * deviation + mean
         for channel in range(width):
-            value = room[channel]
-            even = (value >> np.uint32(16)) & np.uint32(1)
-            decoded[row, channel] = (value + np.uint32(0x7FFF) + even) >> np.uint32(16)
+            even = (room[channel] >> np.uint32(16)) & np.uint32(1)
+            coded[channel] = (room[channel] + np.uint32(0x7FFF) + even) >> np.uint32(16)
 
 
 @_compiled
@@ -196,11 +218,12 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
     rows, width = hidden.shape
     room = np.empty(width, np.uint32)
     found = room.view(np.float32)
-    expected, most = np.empty(width, np.float32), np.empty(largest, np.int64)
+    expected, sizes = np.empty(width, np.float32), np.empty(width, np.uint32)
+    most, places = np.empty(largest, np.int64), np.arange(width).astype(np.int32)
     for row in range(rows):
-        values = hidden[row]
+        values, bits = hidden[row], coded[row]
         for channel in range(width):
-            room[channel] = np.uint32(coded[row, channel]) << np.uint32(16)
+            room[channel] = np.uint32(bits[channel]) << np.uint32(16)
         mean, other = _mean(values), _mean(found)
         inverse = np.float32(1) / np.sqrt(_variance(values, mean) + np.float32(eps))
         other_inverse = np.float32(1) / np.sqrt(_variance(found, other) + np.float32(eps))
@@ -211,10 +234,10 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
         norm, total = _squares(expected), _squares(found)
         known = np.float32(norm > np.float32(1e-6))
         relative[row] = known * np.sqrt(total / max(norm, np.float32(1e-6)))
-        _largest(expected, most)
-        for place in most:
-            norm -= expected[place] * expected[place]
-            total -= found[place] * found[place]
+        _largest(expected, most, sizes, places)
+        for i in range(largest):
+            norm -= expected[most[i]] * expected[most[i]]
+            total -= found[most[i]] * found[most[i]]
         norm = max(norm, np.float32(1e-6))
         bare[row] = known * np.sqrt(max(total, np.float32(0)) / norm)
 

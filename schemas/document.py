@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever dies while they are written."""
 
 import os
+import uuid
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -10,18 +11,28 @@ def write_document(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def write_whole(path: Any, content: bytes) -> None:
+def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
     """Write a file beside its place, then put it there; the folder is made where missing.
 
     Behind a URL (``upath.UPath``) it is one put, which is there whole or not at all.
+
+    Args:
+        content: one part after the other.
+        alone: nobody else writes this file at the same time.
     """
     if not isinstance(path, PosixPath):
-        path.fs.pipe_file(path.path, content)
+        path.fs.pipe_file(path.path, b"".join(content))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    publish(unfinished, path)
+    suffix = "tmp" if alone else f"{uuid.uuid4().hex}.partial"
+    unfinished = path.with_name(f"{path.name}.{suffix}")
+    try:
+        with unfinished.open("wb") as file:
+            file.writelines(content)
+        publish(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def publish(unfinished: Path, path: Path) -> None:

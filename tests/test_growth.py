@@ -43,7 +43,7 @@ def shards(path: Path) -> dict[str, bytes]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All that does not hold a time; what zarr was writing when it was killed is under no name."""
+    """All that does not hold a time; what was being written when it was killed is under no name."""
     files = [*path.glob("*.parquet"), *path.glob("hidden.zarr/**/*")]
     whole = (f for f in files if f.is_file() and f.suffix != ".partial")
     return {str(f.relative_to(path)): f.read_bytes() for f in whole}

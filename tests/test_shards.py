@@ -77,6 +77,50 @@ def test_writing_the_same_rows_gives_the_same_bytes(array):
     assert array.write_shard(0, shard_rows(array)) == array.write_shard(0, shard_rows(array))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("order", [None, (1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize("dtype", ["<u2", "u1", "<f2"])
+def test_a_file_is_what_zarr_python_would_write(tmp_path, dtype, order, threads):
+    layout = LAYOUT.model_copy(update={"num_threads": threads})
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    for name in ("ours", "zarrs"):
+        allocate(group, name, layout, ROW, np.dtype(dtype), ("a", "b", "c"), {}, order)
+    ours = RowArray(tmp_path / "a.zarr" / "ours", layout)
+    zarrs = group["zarrs"]
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 9, (96, *ROW)).astype(dtype)
+    values[8:16] = 0  # a chunk, and later a shard, of nothing but zeros
+    values[64:] = 0
+    for shard in range(3):
+        rows = slice(32 * shard, 32 * shard + 32)
+        ours.write_shard(shard, values[rows])
+        zarrs.with_config({"write_empty_chunks": shard == 2})[rows] = values[rows]
+    np.testing.assert_array_equal(zarr.open_array(ours.path, mode="r")[:], values)
+    files = [sorted((tmp_path / "a.zarr" / name).glob("c/**/0")) for name in ("ours", "zarrs")]
+    found, expected = ([file.read_bytes() for file in kind if file.is_file()] for kind in files)
+    assert len(found) == 3
+    assert found == expected
+
+
+def test_two_that_write_the_same_shard_do_not_meet(array, monkeypatch):
+    """A worker that was taken for dead, and the one that has its shard now."""
+    from semroute.schemas import document
+
+    rows, publish = shard_rows(array), document.publish
+    written = []
+
+    def late(unfinished, path):
+        monkeypatch.setattr(document, "publish", publish)
+        written.append(array.write_shard(0, rows))  # the other, from its beginning to its end
+        publish(unfinished, path)
+
+    monkeypatch.setattr(document, "publish", late)
+    written.append(array.write_shard(0, rows))
+    assert written[0] == written[1]
+    np.testing.assert_array_equal(read(array, [0], [32]), rows)
+    assert [path.name for path in (array.path / "c/0/0").iterdir()] == ["0"]
+
+
 def test_every_flipped_byte_is_an_error_never_a_wrong_number(array):
     rows = shard_rows(array, used=20)
     array.write_shard(0, rows)
@@ -122,6 +166,8 @@ def test_other_codecs_are_left_to_zarr_python(tmp_path):
     rows = RowArray(tmp_path / "x", LAYOUT)
     assert not rows.direct
     np.testing.assert_array_equal(read(rows, [5], [15]), values[5:15])
+    with pytest.raises(InputError, match=r"other codecs .* is for reading only"):
+        rows.write_shard(0, values[:32])
 
 
 def test_an_array_that_is_not_the_manifests_is_refused(array):
