@@ -7,7 +7,7 @@ bytes.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,70 +89,121 @@ def encode_shard(job: Job, task: Task) -> Receipt:
     """Encode and write one shard, then its receipt. Runs in a worker."""
     store = FeatureStore.open(job.store, complete=False)
     with _model_in_use:
-        planes, receipt = _encode(store, job.source, task)
+        shard, last = _encode(store, job.source, task)
     let_next_begin()
-    return store.complete_shard(planes, receipt)
+    shard.keep(last)
+    return store.complete_shard(shard.planes, shard.receipt())
 
 
-def _encode(
-    store: FeatureStore, source: "Source", task: Task
-) -> tuple[dict[str, np.ndarray], Receipt]:
-    """The codes of a shard, and its receipt but for what is known when they are written."""
-    import torch
+@dataclass(frozen=True)
+class _Part:
+    """What a batch, or a half of one, gave.
 
-    started = time.perf_counter()
-    manifest = store.manifest
-    torch.set_num_threads(manifest.layout.num_threads)
-    layers = manifest.identity.layers
-    encoder = _load_encoder(source, tuple(layers), manifest.identity.dtype, own_device())
-    loaded = time.perf_counter()
-    codec = store.codec
-    planes = {
-        plane.name: np.zeros((manifest.layout.rows_per_shard, len(layers), plane.size), plane.dtype)
-        for plane in codec.planes
-    }
-    norms = np.zeros((len(layers), manifest.layout.rows_per_shard), np.float32)
-    error = CodecError(layers)
-    coded: Coded | None = None
-    waiting: list[tuple[int, np.ndarray, dict[str, torch.Tensor]]] = []
+    Attributes:
+        rows: where it belongs, int64 ``[R]``.
+        layers: what became of each layer, by name ``[R, ...]``, on the CPU or on its way there.
+        done: of a device, that it is there.
+    """
 
-    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
-        nonlocal coded
-        coded = codec.encode(index, hidden, coded if index else None)
-        relative, bare = layer_errors(hidden, coded.hidden)
-        norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
-        found = {"norm": norm, "relative": relative, "bare": bare, **coded.planes}
-        # A device goes on with the next layer while these are on their way.
-        waiting.append((index, rows, {k: v.to("cpu", non_blocking=True) for k, v in found.items()}))
+    rows: np.ndarray
+    layers: "list[dict[str, torch.Tensor]]"
+    done: "torch.Event | None"
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+
+class _Shard:
+    """A shard that fills with codes.
+
+    Attributes:
+        planes: by name, ``[rows_per_shard, L, size]``.
+        seconds: where the time went.
+        warnings: of what was met.
+    """
+
+    def __init__(self, store: FeatureStore, task: Task) -> None:
+        layout, self._layers = store.manifest.layout, store.manifest.identity.layers
+        shape = (layout.rows_per_shard, len(self._layers))
+        self.planes = {
+            plane.name: np.zeros((*shape, plane.size), plane.dtype) for plane in store.codec.planes
+        }
+        self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
+        self.warnings: list[str] = []
+        self._codec, self._task = store.codec, task
+        self._norms = np.zeros(shape[::-1], np.float32)
+        self._error = CodecError(self._layers)
+        self._below: Coded | None = None
+
+    def code(self, index: int, hidden: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """Code a layer (position) of a batch on its device."""
+        import torch
+
+        with self._timed("code"):
+            coded = self._codec.encode(index, hidden, self._below if index else None)
+            relative, bare = layer_errors(hidden, coded.hidden)
+            norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
+            self._below = coded
+        return {"norm": norm, "relative": relative, "bare": bare, **coded.planes}
+
+    def keep(self, part: _Part) -> None:
+        """Put what a batch gave where it belongs.
+
+        Raises:
+            ValueError: NaN or infinity, with the caption and the layer.
+        """
+        with self._timed("forward"):  # a device's work on the LLM and codes is one
+            part.wait()
+        with self._timed("code"):
+            for index, found in enumerate(part.layers):
+                norms = self._norms[index, part.rows] = found.pop("norm").numpy()
+                _check_finite(norms, part.rows, self._layers[index], self._task)
+                self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
+                for name, codes in found.items():
+                    self.planes[name][part.rows, index] = codes.numpy()
+
+    def receipt(self) -> Receipt:
+        """But for what is known when the shard is written."""
+        task = self._task
+        return Receipt(
+            shard=task.shard,
+            num_rows=len(task.sequences.tokens) - int(task.kept.sum()),
+            num_entries=len(task.texts),
+            files={},
+            codec_error=self._error.to_dict(),
+            layer_error=self._error.by_layer(),
+            warnings=[*self.warnings, *_sink_warnings(self._norms, self._layers, task)],
+            seconds=self.seconds,
+            worker=worker_name(),
+        )
 
     @contextmanager
-    def attempt() -> Iterator[None]:
-        """Keep what a batch gave once all of it is there; of one that fails nothing is kept."""
-        waiting.clear()
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
         yield
-        if encoder.device.type != "cpu":
-            torch.accelerator.synchronize()
-        for index, rows, found in waiting:
-            norms[index, rows] = found.pop("norm").numpy()
-            _check_finite(norms[index, rows], rows, layers[index], task)
-            error.add_errors(index, found.pop("relative"), found.pop("bare"))
-            for name, codes in found.items():
-                planes[name][rows, index] = codes.numpy()
-        waiting.clear()
+        self.seconds[name] += time.perf_counter() - began
 
-    warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink, attempt)
-    receipt = Receipt(
-        shard=task.shard,
-        num_rows=len(task.sequences.tokens) - int(task.kept.sum()),
-        num_entries=len(task.texts),
-        files={},
-        codec_error=error.to_dict(),
-        layer_error=error.by_layer(),
-        warnings=[*warnings, *_sink_warnings(norms, layers, task)],
-        seconds={"load": loaded - started, "encode": time.perf_counter() - loaded},
-        worker=worker_name(),
-    )
-    return planes, receipt
+
+def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, _Part]:
+    """A shard, and the part of it that is still to be kept: the LLM is free already."""
+    import torch
+
+    manifest = store.manifest
+    started = time.perf_counter()
+    torch.set_num_threads(manifest.layout.num_threads)
+    layers = tuple(manifest.identity.layers)
+    encoder = _load_encoder(source, layers, manifest.identity.dtype, own_device())
+    loaded = time.perf_counter()
+    shard = _Shard(store, task)
+    parts = _run(encoder, task, manifest.layout.batch_tokens, shard.code, shard.warnings)
+    last = next(parts)
+    for part in parts:
+        shard.keep(last)  # while a device is at work on the next
+        last = part
+    shard.seconds["forward"] = time.perf_counter() - loaded - shard.seconds["code"]
+    shard.seconds["load"] = loaded - started
+    return shard, last
 
 
 @lru_cache(maxsize=1)
@@ -168,54 +219,58 @@ def _load_encoder(
     return Encoder(source, layers, dtype, device)
 
 
-def _encode_batches(
+def _run(
     encoder: "Encoder",
     task: Task,
     batch_tokens: int,
-    sink: Callable[[int, "torch.Tensor", np.ndarray], None],
-    attempt: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[str]:
+    code: "Callable[[int, torch.Tensor], dict[str, torch.Tensor]]",
+    warnings: list[str],
+) -> Iterator[_Part]:
     """Run a task's captions through the LLM.
 
-    A batch that does not fit into memory is run in halves.
+    A batch that does not fit into memory is run in halves, and what it gave until then is let go.
 
     Args:
-        sink: what :meth:`Encoder.encode` calls, and gets the rows where they belong besides.
-        attempt: entered for each batch or part of one that is tried.
-
-    Returns:
-        A warning, if there were halves.
+        code: what to make of a layer (position) of a batch, ``[R, H]``, on its device.
+        warnings: one is added if there were halves.
     """
-    lengths = task.sequences.lengths
-    halved = False
+    import torch
 
-    def run(batch: np.ndarray) -> None:
-        nonlocal halved
+    lengths = task.sequences.lengths
+
+    def run(batch: np.ndarray) -> Iterator[_Part]:
         starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+        layers: list[dict[str, torch.Tensor]] = []
+        done = None
 
         def take(index: int, hidden: "torch.Tensor") -> None:
-            sink(index, hidden, rows)
+            # A device goes on with the next layer while these are on their way.
+            found = code(index, hidden)
+            layers.append({k: v.to("cpu", non_blocking=True) for k, v in found.items()})
 
         try:
-            with attempt():
-                encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), take)
-            return
+            encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), take)
+            if encoder.device.type != "cpu":
+                done = torch.accelerator.current_stream(encoder.device).record_event()
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not _is_out_of_memory(error):
                 raise
+        else:
+            yield _Part(rows, layers, done)
+            return
         # Not within except: the error's traceback holds on to the activations.
+        layers.clear()
         _free_memory()
-        halved = True
+        warnings[:] = [HALVED]
         for half in np.array_split(batch, 2):
-            run(half)
+            yield from run(half)
 
-    done = 0
+    num = 0
     for batch in batches(lengths, batch_tokens):
-        run(np.asarray(batch))
-        done += len(batch)
-        report_progress(task.shard, done)
-    return [HALVED] if halved else []
+        yield from run(np.asarray(batch))
+        num += len(batch)
+        report_progress(task.shard, num)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -250,12 +305,17 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     shape = (num_rows, len(identity.layers), identity.model.width)
     sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
 
-    def sink(index: int, hidden: "torch.Tensor", rows: np.ndarray) -> None:
-        norms = torch.linalg.vector_norm(hidden.float(), dim=-1).cpu().numpy()
-        _check_finite(norms, rows, identity.layers[index], task)
-        sample[torch.from_numpy(rows), index] = hidden.cpu()
+    def code(index: int, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
 
-    warnings = _encode_batches(encoder, task, manifest.layout.batch_tokens, sink)
+    warnings: list[str] = []
+    for part in _run(encoder, task, manifest.layout.batch_tokens, code, warnings):
+        part.wait()
+        rows = torch.from_numpy(part.rows)
+        for index, found in enumerate(part.layers):
+            norms = found["norm"].numpy()
+            _check_finite(norms, part.rows, identity.layers[index], task)
+            sample[rows, index] = found["hidden"]
     spec = manifest.codec
     codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
     spec = fitted_spec(spec, codec, len(task.texts), num_rows)

@@ -31,7 +31,8 @@ class Receipt(Contract):
     """sample_id -> why its image could not be read; its row is not to be used."""
     warnings: list[str]
     seconds: dict[str, float]
-    """Where the time went: load (of the LLM), encode, write."""
+    """Where the time went: load (of the model), forward, code (of hidden states), write; encode
+    where forward and code are one. While a shard is written the next is at work."""
     worker: str
     sha256: str = ""
     """Of the receipt as it is written, with this key empty. Empty in stores of early versions."""

@@ -1,0 +1,484 @@
+"""What it takes beyond the LLM to cache its hidden states, and how else it is done: one run,
+interleaved, medians.
+
+    python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
+    peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
+    peers/bin/python benchmarks/extract.py CAPTIONS --model LLM --work extract-files
+
+In every round each contender has a process of its own, on one core and with nothing else to do:
+it loads the LLM, runs a first batch, and then is timed.
+
+- *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer.
+- *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
+  end; codecs were fitted before. Where the time went is in the receipts.
+- The others are how image trainers and general tools do it: batches of a fixed number of captions
+  in random order, padded to the longest, `output_hidden_states`, and each caption's layers in
+  bfloat16 to a file of its own, or through a writer as its documentation would have it.
+
+The second part takes all cores: the real command with one worker and with several, of one thread
+each, against as many processes that do nothing but forward. Seconds are from the first shard's
+first batch to the last receipt; starting Python, Dask and the LLM is listed beside.
+
+A contender that cannot be imported is skipped, with a line that says so.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from read import Reader, median, size_of
+
+CODECS = ("bf16", "delta")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders run on.
+
+    Attributes:
+        work: folder of the stores, and of what contenders write.
+        extract: arguments of :func:`semroute.pipeline.extraction.extract` but for codec and target.
+        batch_size: captions a batch of those that pad.
+    """
+
+    work: Path
+    extract: dict[str, Any]
+    batch_size: int
+
+    def store(self, codec: str) -> Path:
+        return self.work / f"store-{codec}"
+
+    def run(self, codec: str, report: Callable[[str], None] = lambda _: None) -> None:
+        """The store in this process: made, or continued."""
+        from semroute.pipeline.extraction import extract
+
+        extract(
+            features=self.store(codec), codec=codec, workers=0, threads=1, report=report,
+            **self.extract,
+        )  # fmt: skip
+
+    def reopen(self, codec: str, shards: int | None = None) -> None:
+        """Have the store written anew, or some of its shards."""
+        from semroute.pipeline.store import open_features
+
+        store = open_features(self.store(codec), complete=False)
+        store.reopen(range(store.manifest.layout.num_shards if shards is None else shards))
+
+
+class Captions:
+    """Token ids of a store's captions, template included, and the LLM that made it."""
+
+    def __init__(self, path: Path) -> None:
+        from semroute.pipeline.store import open_features
+
+        self.store = open_features(path, complete=False)
+        self.manifest = self.store.manifest
+        template = self.manifest.identity.template
+        prefix = [] if template.keep_prefix else template.prefix_tokens
+        stored = self.store.captions["token_ids"].to_pylist()
+        self.kept = np.array([0, *[len(prefix)] * (len(stored) - 1)])
+        self.sequences = [
+            np.array([*(prefix if kept else []), *ids], np.int32)
+            for kept, ids in zip(self.kept, stored, strict=True)
+        ]
+        self.lengths = np.array([*map(len, self.sequences)])
+
+    @cached_property
+    def tower(self) -> Any:
+        """The text tower alone, as transformers has it."""
+        import torch
+
+        from semroute.pipeline.encoder import Encoder, find_model
+
+        identity = self.manifest.identity
+        torch.set_num_threads(1)
+        source = find_model(self.manifest.provenance.model)
+        return Encoder(source, identity.layers, identity.dtype, "cpu").tower.module
+
+    def planned(self) -> Iterator[np.ndarray]:
+        """The batches of the store."""
+        from semroute.pipeline.layout import batches
+
+        shards = self.store.captions["shard"].to_numpy()
+        for shard in range(self.manifest.layout.num_shards):
+            entries = np.flatnonzero(shards == shard)
+            for batch in batches(self.lengths[entries], self.manifest.layout.batch_tokens):
+                yield entries[batch]
+
+    def random(self, size: int) -> list[np.ndarray]:
+        """All captions in random order, so many a batch."""
+        order = np.random.default_rng(0).permutation(len(self.sequences))
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+    def forward(self, batch: np.ndarray, **options: Any) -> Any:
+        """One batch through transformers, padded on the right."""
+        import torch
+
+        sequences = [torch.from_numpy(self.sequences[i]).long() for i in batch]
+        tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, T]
+        lengths = torch.from_numpy(self.lengths[batch])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        with torch.inference_mode():
+            return self.tower(input_ids=tokens, attention_mask=mask, use_cache=False, **options)
+
+    def encode(self, batch: np.ndarray) -> list[Any]:
+        """Hidden states of each caption, bfloat16 [T, L, H]."""
+        import torch
+
+        states = self.forward(batch, output_hidden_states=True).hidden_states
+        layers = self.manifest.identity.layers
+        hidden = torch.stack([states[layer].bfloat16() for layer in layers], 2)  # [B, T, L, H]
+        spans = zip(hidden, self.kept[batch], self.lengths[batch], strict=True)
+        return [rows[first:stop].contiguous() for rows, first, stop in spans]
+
+
+class Clock:
+    """Seconds since it was made or begun anew."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter(), time.process_time()
+        return {"seconds": now[0] - self.began[0], "processor": now[1] - self.began[1]}
+
+
+Work = Callable[[Captions, Path, int], None]
+"""Encodes all captions into a folder that is not there yet, so many a batch."""
+
+
+def write_files(captions: Captions, out: Path, size: int) -> None:
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    for batch in captions.random(size):
+        for number, hidden in zip(batch, captions.encode(batch), strict=True):
+            save_file({"hidden": hidden}, out / f"{number}.safetensors")
+
+
+def write_arrow(captions: Captions, out: Path, size: int) -> None:
+    import datasets
+    import torch
+
+    datasets.disable_progress_bars()
+
+    def encode(rows: dict[str, list[int]]) -> dict[str, list[bytes]]:
+        found = captions.encode(np.array(rows["id"]))
+        return {"hidden": [hidden.view(torch.uint16).numpy().tobytes() for hidden in found]}
+
+    order = np.concatenate(captions.random(size))
+    table = datasets.Dataset.from_dict({"id": order.tolist()})
+    features = datasets.Features({"id": table.features["id"], "hidden": datasets.Value("binary")})
+    out.mkdir()
+    table.map(
+        encode,
+        batched=True,
+        batch_size=size,
+        features=features,
+        cache_file_name=str(out / "hidden.arrow"),
+        new_fingerprint="hidden",  # or it would hash the LLM
+    )
+
+
+def write_mds(captions: Captions, out: Path, size: int) -> None:
+    import torch
+    from streaming import MDSWriter
+
+    columns = {"id": "int", "hidden": "ndarray:uint16"}
+    with MDSWriter(columns=columns, out=str(out)) as writer:
+        for batch in captions.random(size):
+            for number, hidden in zip(batch, captions.encode(batch), strict=True):
+                found = hidden.view(torch.uint16).numpy()
+                writer.write({"id": int(number), "hidden": found})
+
+
+@dataclass
+class Contender:
+    """Something that runs the LLM over all captions.
+
+    Attributes:
+        codec: of the store whose captions, and where it has planned batches, those it runs.
+        needs: a module, or none.
+        work: of those that pad; None for bare forward and for ourselves.
+        bare: runs the LLM and keeps nothing.
+        found: of each round: ``seconds``, ``processor`` (seconds), ``num_bytes``, and ``parts``,
+            seconds by name.
+    """
+
+    name: str
+    codec: str
+    needs: tuple[str, ...] = ()
+    work: Work | None = None
+    bare: bool = False
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def median(self, name: str) -> float:
+        return median([each[name] for each in self.found])
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """In a process of its own."""
+        if self.bare:
+            return self._run_bare(setting)
+        if self.work is not None:
+            return self._run_work(setting, self.work)
+        return self._run_own(setting)
+
+    def _run_bare(self, setting: Setting) -> dict[str, Any]:
+        captions = Captions(setting.store(self.codec))
+        planned = [*captions.planned()]
+        captions.forward(planned[0])
+        clock = Clock()
+        for batch in planned:
+            captions.forward(batch)
+        return {**clock.read(), "num_bytes": 0}
+
+    def _run_work(self, setting: Setting, work: Work) -> dict[str, Any]:
+        captions, out = Captions(setting.store(self.codec)), setting.work / "written"
+        shutil.rmtree(out, ignore_errors=True)
+        captions.encode(captions.random(setting.batch_size)[0])
+        clock = Clock()
+        work(captions, out, setting.batch_size)
+        found = {**clock.read(), "num_bytes": size_of(out)}
+        shutil.rmtree(out)
+        return found
+
+    def _run_own(self, setting: Setting) -> dict[str, Any]:
+        from semroute.pipeline.store import open_features
+
+        setting.reopen(self.codec, 1)
+        setting.run(self.codec)  # loads the LLM and compiles
+        setting.reopen(self.codec)
+        clock = Clock()
+
+        def hear(line: str) -> None:
+            if "to do:" in line:  # the plan is made, shards begin
+                clock.begin()
+
+        setting.run(self.codec, hear)
+        found = clock.read()
+        store = open_features(setting.store(self.codec))
+        parts = total([receipt.seconds for receipt in store.receipts().values()])
+        return {**found, "num_bytes": store.num_bytes(), "parts": parts}
+
+
+def total(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            found[name] += value
+    return found
+
+
+def all_contenders() -> list[Contender]:
+    peers: list[tuple[str, tuple[str, ...], Work]] = [
+        ("padded, a safetensors a caption", ("safetensors",), write_files),
+        ("padded, `datasets.map` into Arrow", ("datasets",), write_arrow),
+        ("padded, MDS writer", ("streaming",), write_mds),
+    ]
+    return [
+        *(
+            contender
+            for codec in CODECS
+            for contender in (
+                Contender(f"bare forward, batches of {codec}", codec, bare=True),
+                Contender(f"semroute {codec}", codec),
+            )
+        ),
+        *(Contender(name, CODECS[0], needs, work) for name, needs, work in peers),
+    ]
+
+
+def start(command: Sequence[str], name: str, *options: str) -> subprocess.Popen[str]:
+    """A process of a contender, of which memory is allocated as in our workers."""
+    settings = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+    return subprocess.Popen(
+        [*command, f"--alone={name}", *options],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What it found, when it is done."""
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def measure(contender: Contender, command: Sequence[str]) -> None:
+    """One round of a contender, in a process of its own."""
+    contender.found.append(read(start(command, contender.name)))
+
+
+@dataclass
+class Workers:
+    """The real command with so many workers, and as many bare forwards at once.
+
+    Attributes:
+        bare: seconds of the slowest process; each runs all captions.
+        seconds: from the first batch to the last receipt.
+        start: seconds before that: Python, plan, Dask and the LLM.
+        waits: share of the workers' time in which the LLM waited.
+    """
+
+    num: int
+    bare: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+
+    def measure_bare(self, command: Sequence[str], codec: str) -> None:
+        name = f"bare forward, batches of {codec}"
+        running = [start(command, name, "--all-cores") for _ in range(self.num)]
+        self.bare.append(max(read(process)["seconds"] for process in running))
+
+    def measure(self, setting: Setting, codec: str) -> None:
+        from semroute.pipeline.store import open_features
+
+        setting.reopen(codec)
+        options = setting.extract
+        command = [sys.executable, "-m", "semroute.cli", "extract", options["source"]]
+        command += [str(setting.store(codec)), "--model", options["model"], "--codec", codec]
+        command += ["--shard-size", str(options["shard_bytes"]), "--workers", str(self.num)]
+        for name in ("text_column", "template", "limit"):
+            if options[name] is not None:
+                command += [f"--{name.replace('_', '-')}", str(options[name])]
+        began = time.time()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        store = open_features(setting.store(codec))
+        by_worker = defaultdict(list)
+        for shard, receipt in store.receipts().items():
+            written = (store.path / "receipts" / f"shard-{shard:06d}.json").stat().st_mtime
+            by_worker[receipt.worker].append((written, receipt.seconds))
+        firsts, lasts, busy = [], [], 0.0
+        for shards in by_worker.values():
+            shards.sort(key=lambda each: each[0])
+            written, seconds = shards[0]
+            firsts.append(written - seconds["write"] - seconds["code"] - seconds["forward"])
+            lasts.append(shards[-1][0])
+            busy += sum(seconds["forward"] + seconds["code"] for _, seconds in shards)
+        self.seconds.append(max(lasts) - min(firsts))
+        self.start.append(min(firsts) - began)
+        # Of a shard's writing at the very end nobody waits.
+        ends = sum(shards[-1][1]["write"] for shards in by_worker.values())
+        self.waits.append(1 - busy / (sum(lasts) - sum(firsts) - ends))
+
+
+@click.command()
+@click.argument("captions", type=click.Path(exists=True, path_type=Path))
+@click.option("--model", required=True)
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="All files.")
+@click.option("--text-column")
+@click.option("--template", default="bos", show_default=True)
+@click.option("--limit", type=int, help="Only the first rows.")
+@click.option("--shard-size", "shard_bytes", default=64_000_000, show_default=True)
+@click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
+@click.option("--alone", hidden=True, help="One contender by name, timed by the process above.")
+@click.option("--all-cores", is_flag=True, hidden=True)
+def main(
+    captions: Path,
+    work: Path,
+    batch_size: int,
+    rounds: int,
+    workers: str,
+    alone: str | None,
+    all_cores: bool,
+    **options: Any,
+) -> None:
+    setting = Setting(work, {"source": str(captions), **options}, batch_size)
+    contenders = all_contenders()
+    if alone is not None:
+        if not all_cores:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.environ["OMP_NUM_THREADS"] = "1"
+        found = next(each for each in contenders if each.name == alone).run(setting)
+        print("\n" + json.dumps(found))
+        sys.stdout.flush()
+        os._exit(0)  # some leave threads that take seconds to stop
+    contenders = [c for c in contenders if Reader(c.name, c.needs, "", None).can_be_imported()]  # type: ignore[arg-type]
+    for codec in CODECS:
+        setting.run(codec, partial(click.echo, err=True))
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    scaling = [Workers(int(num)) for num in workers.split(",")]
+    for _ in range(rounds):
+        for contender in contenders:
+            measure(contender, command)
+        for each in scaling:
+            each.measure_bare(command, CODECS[-1])
+            each.measure(setting, CODECS[-1])
+    print_contenders(contenders, Captions(setting.store(CODECS[0])))
+    print_parts(contenders)
+    print_scaling(scaling, Captions(setting.store(CODECS[-1])))
+
+
+def print_contenders(contenders: Sequence[Contender], captions: Captions) -> None:
+    num, tokens = len(captions.sequences), int(captions.lengths.sum())
+    bare = {each.codec: each for each in contenders if each.bare}
+    print(f"{num:,} captions, {tokens:,} tokens\n")
+    print("| | s | x bare forward | x, processor time | captions/s | tokens/s | MB |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for each in contenders:
+        seconds, against = each.median("seconds"), bare[each.codec]
+        print(
+            f"| {each.name} | {seconds:.1f} | {seconds / against.median('seconds'):.3f} "
+            f"| {each.median('processor') / against.median('processor'):.3f} "
+            f"| {num / seconds:.1f} | {tokens / seconds:,.0f} "
+            f"| {each.median('num_bytes') / 1e6:,.0f} |"
+        )
+
+
+def print_parts(contenders: Sequence[Contender]) -> None:
+    """Where our own time went, as shares of the bare forward."""
+    bare = {each.codec: each.median("seconds") for each in contenders if each.bare}
+    print("\n| % of bare forward | forward | code | write | else |")
+    print("| --- | --: | --: | --: | --: |")
+    for each in contenders:
+        if each.bare or each.work:
+            continue
+        names = ("forward", "code", "write")
+        shares = [median([found["parts"][name] for found in each.found]) for name in names]
+        shares.append(each.median("seconds") - sum(shares))
+        shown = " | ".join(f"{100 * share / bare[each.codec]:.1f}" for share in shares)
+        print(f"| {each.name} | {shown} |")
+
+
+def print_scaling(scaling: Sequence[Workers], captions: Captions) -> None:
+    tokens = int(captions.lengths.sum())
+    first = scaling[0]
+    print(
+        f"\n| workers | start, s | s | tokens/s | x of {first.num} | LLM waits, % "
+        f"| bare forwards at once, tokens/s | x of {first.num} | of bare |"
+    )
+    print("| --: | --: | --: | --: | --: | --: | --: | --: | --: |")
+    own = tokens / median(first.seconds)
+    bare = first.num * tokens / median(first.bare)
+    for each in scaling:
+        ours = tokens / median(each.seconds)
+        theirs = each.num * tokens / median(each.bare)
+        print(
+            f"| {each.num} | {median(each.start):.1f} | {median(each.seconds):.1f} | {ours:,.0f} "
+            f"| {ours / own:.2f} | {100 * median(each.waits):.1f} | {theirs:,.0f} "
+            f"| {theirs / bare:.2f} | {ours / theirs:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
