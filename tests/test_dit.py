@@ -211,16 +211,33 @@ class TestForward:
         error = (out - exact).detach().norm() / exact.detach().norm()
         assert float(error) < 0.03
 
-    def test_latents_of_another_shape_are_refused(self):
+    def test_a_shape_does_not_change_weights_nor_another_shape(self):
         dit = make()
         hidden, offsets = rows_for(dit)
-        with pytest.raises(ValueError, match=r"\(3, 8, 8\), but .* made for \(3, 12, 12\)"):
-            dit(torch.zeros(1, 3, 8, 8), torch.ones(1), hidden, offsets, torch.tensor([0]))
+        x, t = images()
+        before = dit(x, t, hidden, offsets, CAPTION)
+        tall = torch.randn(len(x), 3, 20, 8)
+        assert dit(tall, t, hidden, offsets, CAPTION).shape == tall.shape
+        assert torch.equal(dit(x, t, hidden, offsets, CAPTION), before)
 
-    def test_patches_come_back_where_they_were(self):
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [
+            ((4, 12, 12), "4 channels, but .* made for 3"),
+            ((3, 10, 12), "10 x 12 are not divisible"),
+        ],
+    )
+    def test_latents_that_do_not_fit_are_refused(self, shape, message):
         dit = make()
-        x, _ = images()
-        assert torch.equal(dit._unpatchify(dit._patchify(x)), x)
+        hidden, offsets = rows_for(dit)
+        with pytest.raises(InputError, match=message):
+            dit(torch.zeros(1, *shape), torch.ones(1), hidden, offsets, torch.tensor([0]))
+
+    @pytest.mark.parametrize("shape", [(12, 12), (8, 20)])
+    def test_patches_come_back_where_they_were(self, shape):
+        x = torch.randn(2, 3, *shape)
+        dit = make()
+        assert torch.equal(dit._unpatchify(dit._patchify(x), *shape), x)
 
 
 class TestStart:
