@@ -79,11 +79,16 @@ class Judged:
 
     @property
     def name(self) -> str:
-        return "/".join(map(str, self.labels.values()))
+        return name_of(self.labels)
 
     def labelled(self) -> pa.Table:
         """The table with the labels as its first columns."""
         return label(self.table, **self.labels)
+
+
+def name_of(labels: Mapping[str, str | int]) -> str:
+    """What judgements with these labels are held by."""
+    return "/".join(map(str, labels.values()))
 
 
 def label(table: pa.Table, **labels: str | int) -> pa.Table:
@@ -155,13 +160,11 @@ class Archive:
         judged = self.held.get(name)
         return judged.table if judged is not None and asked.is_said(judged.asked) else None
 
-    def write(self, every: Iterable[Judged]) -> pa.Table:
-        """Put these in place of what is held, and return them all."""
-        every = [*every]
-        self.__dict__["held"] = {judged.name: judged for judged in every}
-        table = pa.concat_tables([judged.labelled() for judged in every])
-        _write(self.path, table, {judged.name: dict(judged.asked) for judged in every})
-        return table
+    def write(self, every: Iterable[Judged]) -> None:
+        """Put these in place of what is held."""
+        self.held = {judged.name: judged for judged in every}
+        table = pa.concat_tables([judged.labelled() for judged in self.held.values()])
+        _write(self.path, table, {name: dict(each.asked) for name, each in self.held.items()})
 
 
 def _write(path: Path, table: pa.Table, said: dict[str, Any]) -> None:

@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 from ..pipeline.lock import Lock, LockedError, locked
 from ..schemas import InputError, TrainConfig, flat
 from .checkpoint import (
-    CHECKPOINTS,
     METRICS,
     WEIGHTS,
     Checkpoint,
@@ -122,7 +121,7 @@ def _report(line: str) -> None:
 
 def _check_unchanged(path: Path, found: Checkpoint | None) -> None:
     """Refuse to continue from a checkpoint that another process has trained on from since."""
-    newest = latest_checkpoint(path) if (path / CHECKPOINTS).exists() else None
+    newest = latest_checkpoint(path)
     steps = [None if each is None else each.step for each in (found, newest)]
     if steps[0] != steps[1]:
         raise InputError(

@@ -42,7 +42,7 @@ from ..schemas import (
 )
 from .checkpoint import METRICS, build_model, latest_checkpoint
 from .evaluation import Decode, generate
-from .judgements import JUDGED_SCHEMA, Archive, Asked, Judged, read_judged, write_judged
+from .judgements import JUDGED_SCHEMA, Archive, Asked, Judged, name_of, read_judged, write_judged
 from .loop import train
 from .run import Run, load_run
 from .sampling import Solver
@@ -102,7 +102,7 @@ class Job:
     @property
     def title(self) -> str:
         """The labels as one."""
-        return "/".join(map(str, self.labels.values()))
+        return name_of(self.labels)
 
     def judged(self, archive: Archive) -> pa.Table | None:
         """Its judgements, where it was trained to its end and judged as the study says now: those
@@ -114,7 +114,7 @@ class Job:
         """Whether it is trained to its end, and judged where it is to be."""
         if self.scoring is not None:
             return self.judged(archive) is not None
-        checkpoint = latest_checkpoint(self.path) if self.path.exists() else None
+        checkpoint = latest_checkpoint(self.path)
         return checkpoint is not None and checkpoint.step >= self.config.steps
 
     def num_steps(self) -> int:
