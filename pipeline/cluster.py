@@ -35,6 +35,9 @@ ATTEMPTS = 2
 """Times that a shard is tried when its task raises. A worker that dies is Dask's affair: the shard
 goes to another worker. One that was on three workers that died is tried once more at the end and
 alone, so that no shard is given up for what its neighbour did; then it is given up."""
+NO_PROFILE = {"distributed.worker.profile.enabled": False}
+"""Setting of Dask: no samples of what workers do, a hundred a second. On Python 3.11 each may stop
+its worker for ever where threads come and go (python/cpython#106883, dask/distributed#8616)."""
 LOOK_SECONDS = 1.0
 """How often workers are counted while tasks run."""
 
@@ -122,6 +125,7 @@ class Cluster:
         settings = {
             # A task may hold its worker for long, a model's loading above all.
             "distributed.scheduler.worker-ttl": "30 minutes",
+            **NO_PROFILE,
             # Dask has glibc give memory back at every turn, and with that a model's activations
             # are mapped, cleared and unmapped layer by layer: a quarter of the time went there.
             "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**33),

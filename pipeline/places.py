@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..schemas import InputError, JobQueue, parse
-from .cluster import Cluster, num_cpus
+from .cluster import NO_PROFILE, Cluster, num_cpus
 
 CONNECT_SECONDS = 30
 """Within which a scheduler must answer."""
@@ -45,6 +46,7 @@ class _Answer:
     version: str
     sees_folder: bool
     host: str
+    may_stop: bool
 
 
 def find_cluster(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
@@ -134,6 +136,13 @@ def _check(
             f"{len(blind)} of {len(answers)} workers do not see the folder {folder}: "
             f"{_some(blind)}. Name a folder on a file system that all nodes share."
         )
+    stopping = {a: w.host for a, w in answers.items() if w.may_stop}
+    if stopping:
+        report(
+            f"warning: {len(stopping)} workers ({_some(stopping)}) run Python 3.11 with Dask's "
+            "profiler, which may stop them for ever (dask/distributed#8616); start them with "
+            f"{_as_variable()}"
+        )
     shared = {a: f"{num} threads" for a, num in threads.items() if num > 1}
     if shared:
         report(
@@ -151,10 +160,19 @@ def _answer(folder: str) -> _Answer:
     """Runs in a worker."""
     import socket
 
+    from dask.config import get
+
     from .. import __version__
 
     sees = not folder or Path(folder).is_dir()
-    return _Answer(_num_gpus(), num_cpus(), __version__, sees, socket.gethostname())
+    may_stop = sys.version_info < (3, 12) and any(get(key, False) for key in NO_PROFILE)
+    return _Answer(_num_gpus(), num_cpus(), __version__, sees, socket.gethostname(), may_stop)
+
+
+def _as_variable() -> str:
+    """The setting as a variable of the environment (dask.config)."""
+    ((key, value),) = NO_PROFILE.items()
+    return f"DASK_{key.upper().replace('.', '__')}={value}"
 
 
 def _num_gpus() -> int:
@@ -229,6 +247,10 @@ def _job_queue(path: Path) -> Callable[[ExitStack], Any]:
         raise InputError(f"--cluster {path}: cannot be read: {error}") from error
     jobs = parse(JobQueue, document, str(path))
     options = with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
+    prologue = options.get("job_script_prologue") or []
+    # Of jobs on this machine the script is no shell's: its words are those of one command.
+    word = "env" if jobs.kind == "local" else "export"
+    options = options | {"job_script_prologue": [f"{word} {_as_variable()}", *prologue]}
 
     def connect(resources: ExitStack) -> Any:
         try:

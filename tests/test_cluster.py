@@ -66,6 +66,14 @@ class TestRun:
         assert cluster.draining
 
 
+def test_workers_are_without_dasks_profiler():
+    from dask.config import get
+
+    with Cluster(1) as cluster:
+        (enabled,) = cluster.ask(get, "distributed.worker.profile.enabled").values()
+    assert not enabled
+
+
 class TestDeaths:
     def test_a_shard_that_kills_every_worker_is_given_up_and_no_other(self):
         def kill(shard):

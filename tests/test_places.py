@@ -63,9 +63,9 @@ class Machines:
         self.processes.append(process)
         return process
 
-    def worker(self, *words):
+    def worker(self, *words, profile=False):
         name = ["--scheduler-file", self.file, "--nthreads", "1", "--no-dashboard", *words]
-        return self.start("worker", *name)
+        return self.start("worker", *name, DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=str(profile))
 
     def stop(self):
         for process in self.processes:
@@ -106,14 +106,20 @@ class TestSchedulerFile:
 
         def report(line):
             if not said:
-                machines.worker("--nthreads", "3")
+                machines.worker("--nthreads", "3", profile=True)
             said.append(line)
 
         with find_cluster(str(machines.file), None) as cluster:
             found = look_at_workers(cluster, "s3://bucket/store", report)
             assert list(cluster.ask(os.getcwd).values())
         assert said[0] == f"waiting for the first worker of {machines.file}"
-        assert "1 workers have several threads" in said[1]
+        *profiled, shared = said[1:-1]
+        assert len(profiled) == (sys.version_info < (3, 12))
+        assert all(
+            "start them with DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False" in line
+            for line in profiled
+        )
+        assert "1 workers have several threads" in shared
         assert not found.have_gpus
 
     def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
@@ -161,8 +167,11 @@ class TestJobs:
         }
         Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
         path = tmp_path / "features"
-        extract(features=path, cluster="jobs.yaml", report=[].append, **options)
+        said = []
+        extract(features=path, cluster="jobs.yaml", report=said.append, **options)
         assert contents(path) == undisturbed
+        assert "workers of jobs.yaml" in said[0]
+        assert not any("profiler" in line for line in said)  # it is switched off in jobs
 
     @pytest.mark.parametrize(
         ("document", "message"),
