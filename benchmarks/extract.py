@@ -106,37 +106,42 @@ class Captions:
         source = find_model(self.manifest.provenance.model)
         return Encoder(source, identity.layers, identity.dtype, "cpu").tower.module
 
-    def planned(self) -> Iterator[np.ndarray]:
-        """The batches of the store."""
+    def planned(self, *, padded: bool) -> Iterator[dict[str, Any]]:
+        """The batches of the store, as the LLM takes them; or those of a store that pads."""
+        from semroute.pipeline.encoder import lay_out
         from semroute.pipeline.layout import batches
 
-        shards = self.store.captions["shard"].to_numpy()
-        for shard in range(self.manifest.layout.num_shards):
+        shards, layout = self.store.captions["shard"].to_numpy(), self.manifest.layout
+        for shard in range(layout.num_shards):
             entries = np.flatnonzero(shards == shard)
-            for batch in batches(self.lengths[entries], self.manifest.layout.batch_tokens):
-                yield entries[batch]
+            line_tokens = None if padded else layout.line_tokens
+            for batch in batches(self.lengths[entries], layout.batch_tokens, line_tokens):
+                chosen = entries[batch.entries]
+                sequences = [self.sequences[i] for i in chosen]
+                yield lay_out(sequences, self.kept[chosen].tolist(), batch.line)[0]
 
     def random(self, size: int) -> list[np.ndarray]:
         """All captions in random order, so many a batch."""
         order = np.random.default_rng(0).permutation(len(self.sequences))
         return [order[first : first + size] for first in range(0, len(order), size)]
 
-    def forward(self, batch: np.ndarray, **options: Any) -> Any:
-        """One batch through transformers, padded on the right."""
+    def forward(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """One batch through transformers."""
+        import torch
+
+        with torch.inference_mode():
+            return self.tower(**inputs, use_cache=False, **options)
+
+    def encode(self, batch: np.ndarray) -> list[Any]:
+        """Hidden states of each caption of a padded batch, bfloat16 [T, L, H]."""
         import torch
 
         sequences = [torch.from_numpy(self.sequences[i]).long() for i in batch]
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, T]
         lengths = torch.from_numpy(self.lengths[batch])
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        with torch.inference_mode():
-            return self.tower(input_ids=tokens, attention_mask=mask, use_cache=False, **options)
-
-    def encode(self, batch: np.ndarray) -> list[Any]:
-        """Hidden states of each caption, bfloat16 [T, L, H]."""
-        import torch
-
-        states = self.forward(batch, output_hidden_states=True).hidden_states
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        states = self.forward(inputs, output_hidden_states=True).hidden_states
         layers = self.manifest.identity.layers
         hidden = torch.stack([states[layer].bfloat16() for layer in layers], 2)  # [B, T, L, H]
         spans = zip(hidden, self.kept[batch], self.lengths[batch], strict=True)
@@ -215,6 +220,7 @@ class Contender:
         needs: a module, or none.
         work: of those that pad; None for bare forward and for ourselves.
         bare: runs the LLM and keeps nothing.
+        padded: of bare forward, in the batches of a store that pads.
         found: of each round: ``seconds``, ``processor`` (seconds), ``num_bytes``, and ``parts``,
             seconds by name.
     """
@@ -224,6 +230,7 @@ class Contender:
     needs: tuple[str, ...] = ()
     work: Work | None = None
     bare: bool = False
+    padded: bool = False
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def median(self, name: str) -> float:
@@ -239,7 +246,7 @@ class Contender:
 
     def _run_bare(self, setting: Setting) -> dict[str, Any]:
         captions = Captions(setting.store(self.codec))
-        planned = [*captions.planned()]
+        planned = [*captions.planned(padded=self.padded)]
         captions.forward(planned[0])
         clock = Clock()
         for batch in planned:
@@ -298,6 +305,7 @@ def all_contenders() -> list[Contender]:
                 Contender(f"semroute {codec}", codec),
             )
         ),
+        Contender("bare forward, padded batches", CODECS[0], bare=True, padded=True),
         *(Contender(name, CODECS[0], needs, work) for name, needs, work in peers),
     ]
 
@@ -431,7 +439,7 @@ def main(
 
 def print_contenders(contenders: Sequence[Contender], captions: Captions) -> None:
     num, tokens = len(captions.sequences), int(captions.lengths.sum())
-    bare = {each.codec: each for each in contenders if each.bare}
+    bare = {each.codec: each for each in contenders if each.bare and not each.padded}
     print(f"{num:,} captions, {tokens:,} tokens\n")
     print("| | s | x bare forward | x, processor time | captions/s | tokens/s | MB |")
     print("| --- | --: | --: | --: | --: | --: | --: |")
@@ -447,7 +455,7 @@ def print_contenders(contenders: Sequence[Contender], captions: Captions) -> Non
 
 def print_parts(contenders: Sequence[Contender]) -> None:
     """Where our own time went, as shares of the bare forward."""
-    bare = {each.codec: each.median("seconds") for each in contenders if each.bare}
+    bare = {c.codec: c.median("seconds") for c in contenders if c.bare and not c.padded}
     print("\n| % of bare forward | forward | code | write | else |")
     print("| --- | --: | --: | --: | --: |")
     for each in contenders:

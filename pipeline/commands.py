@@ -156,6 +156,14 @@ _work_options = _together(
     help="Tokens a batch, padding included. Default: 512 on a CPU, 16384 on a GPU.",
 )
 @click.option(
+    "--batching",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "padded", "packed"]),
+    help="Captions of a batch in lines of their own, or packed one after the other; auto: packed "
+    "where a trial shows that the LLM keeps them apart.",
+)
+@click.option(
     "--threads",
     type=click.IntRange(1),
     help="CPU threads a worker, for a new store. Default: all cores over all workers.",

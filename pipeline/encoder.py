@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -257,9 +258,20 @@ class Encoder:
             if layer > 0
         }
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the tower can be told where in its caption a token stands."""
+        return "position_ids" in inspect.signature(self.tower.module.forward).parameters
+
     @torch.inference_mode()
-    def encode(self, sequences: Sequence[np.ndarray], kept: Sequence[int], sink: Sink) -> None:
-        """Run one batch, padded on the right.
+    def encode(
+        self,
+        sequences: Sequence[np.ndarray],
+        kept: Sequence[int],
+        sink: Sink,
+        line: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        """Run one batch.
 
         Args:
             sequences: token ids of each caption, template included.
@@ -267,15 +279,13 @@ class Encoder:
             sink: called as ``sink(index, rows)`` for each layer in turn, ``index`` into ``layers``;
                 ``rows`` are the wanted rows of all sequences, packed, ``[rows, H]`` in the LLM's
                 dtype, on its device. Only that layer is alive.
+            line: of the batch, in which each sequence stands, ascending from 0. Several in one
+                stand one after the other, and are kept apart by positions that begin anew, which
+                transformers makes its masks of (``masking_utils.find_packed_sequence_indices``);
+                whether a model heeds them is to be tried (:mod:`semroute.pipeline.trial`). Default:
+                each in its own, padded on the right.
         """
-        lengths = [len(sequence) for sequence in sequences]
-        tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.long)  # [B, T]
-        mask = torch.zeros_like(tokens)  # [B, T]
-        wanted = torch.zeros_like(tokens, dtype=torch.bool)  # [B, T]
-        for row, (sequence, first) in enumerate(zip(sequences, kept, strict=True)):
-            tokens[row, : len(sequence)] = torch.from_numpy(sequence)
-            mask[row, : len(sequence)] = 1
-            wanted[row, first : len(sequence)] = True
+        inputs, wanted = lay_out(sequences, kept, line)
         # Numbers of rows, not a mask: a device would have to count one, and be waited for.
         chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
 
@@ -296,13 +306,45 @@ class Encoder:
             handles.append(self.tower.blocks[0].register_forward_pre_hook(receive))
         try:
             self.tower.module(
-                input_ids=tokens.to(self.device),
-                attention_mask=mask.to(self.device),
+                **{name: values.to(self.device) for name, values in inputs.items()},
                 use_cache=False,
             )
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def lay_out(
+    sequences: Sequence[np.ndarray],
+    kept: Sequence[int],
+    line: Sequence[int] | np.ndarray | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch as transformers takes it.
+
+    Args: as for :meth:`Encoder.encode`.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, or, where sequences share a line, ``position_ids``:
+        int64 ``[B, T]`` each; and which rows are wanted, bool ``[B, T]``.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences])
+    line = np.arange(len(lengths)) if line is None else np.asarray(line)
+    ends = np.cumsum(lengths)
+    stops = ends - (ends - lengths)[np.searchsorted(line, line)]  # in their line
+    shape = (int(line[-1]) + 1, int(stops.max()))
+    tokens = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    wanted = torch.zeros_like(tokens, dtype=torch.bool)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    for row, stop, sequence, first in zip(line, stops, sequences, kept, strict=True):
+        start = stop - len(sequence)
+        tokens[row, start:stop] = torch.from_numpy(sequence)
+        mask[row, start:stop] = 1
+        wanted[row, start + first : stop] = True
+        positions[row, stop:] = torch.arange(shape[1] - stop)  # of the next, or of padding
+    if shape[0] < len(sequences):
+        return {"input_ids": tokens, "position_ids": positions}, wanted
+    return {"input_ids": tokens, "attention_mask": mask}, wanted
 
 
 def _config(source: Source) -> Any:

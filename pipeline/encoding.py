@@ -6,6 +6,7 @@ bytes.
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..schemas import Codec, FeatureManifest, Receipt
+from ..schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
 from .captions import Captions
 from .cluster import let_next_begin, report_progress, worker_name
 from .codecs import Coded
 from .distortion import CodecError, layer_errors
 from .fitting import fit_codec, fitted_spec
-from .layout import batches
+from .layout import Batch, batches
 from .places import own_device
 from .store import FeatureStore
 from .tokens import Sequences
+from .trial import NUM_CAPTIONS, keeps_apart, refuse_mixing
 
 if TYPE_CHECKING:
     import torch
@@ -194,9 +196,11 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     torch.set_num_threads(manifest.layout.num_threads)
     layers = tuple(manifest.identity.layers)
     encoder = _load_encoder(source, layers, manifest.identity.dtype, own_device())
+    if manifest.layout.line_tokens is not None:
+        _try_once(encoder, task)
     loaded = time.perf_counter()
     shard = _Shard(store, task)
-    parts = _run(encoder, task, manifest.layout.batch_tokens, shard.code, shard.warnings)
+    parts = _run(encoder, task, manifest.layout, shard.code, shard.warnings)
     last = next(parts)
     for part in parts:
         shard.keep(last)  # while a device is at work on the next
@@ -204,6 +208,16 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     shard.seconds["forward"] = time.perf_counter() - loaded - shard.seconds["code"]
     shard.seconds["load"] = loaded - started
     return shard, last
+
+
+_tried: "weakref.WeakSet[Encoder]" = weakref.WeakSet()
+
+
+def _try_once(encoder: "Encoder", task: Task) -> None:
+    """Once a worker: another device may have other kernels than where the store was begun."""
+    if encoder not in _tried:
+        refuse_mixing(encoder, list(task.sequences[:NUM_CAPTIONS]))
+        _tried.add(encoder)
 
 
 @lru_cache(maxsize=1)
@@ -222,7 +236,7 @@ def _load_encoder(
 def _run(
     encoder: "Encoder",
     task: Task,
-    batch_tokens: int,
+    layout: Layout,
     code: "Callable[[int, torch.Tensor], dict[str, torch.Tensor]]",
     warnings: list[str],
 ) -> Iterator[_Part]:
@@ -238,8 +252,9 @@ def _run(
 
     lengths = task.sequences.lengths
 
-    def run(batch: np.ndarray) -> Iterator[_Part]:
-        starts, counts = task.row_start[batch], (lengths - task.kept)[batch]
+    def run(batch: Batch) -> Iterator[_Part]:
+        entries = batch.entries
+        starts, counts = task.row_start[entries], (lengths - task.kept)[entries]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
         layers: list[dict[str, torch.Tensor]] = []
         done = None
@@ -250,7 +265,8 @@ def _run(
             layers.append({k: v.to("cpu", non_blocking=True) for k, v in found.items()})
 
         try:
-            encoder.encode([task.sequences[i] for i in batch], task.kept[batch].tolist(), take)
+            sequences, kept = [task.sequences[i] for i in entries], task.kept[entries].tolist()
+            encoder.encode(sequences, kept, take, batch.line)
             if encoder.device.type != "cpu":
                 done = torch.accelerator.current_stream(encoder.device).record_event()
         except (RuntimeError, MemoryError) as error:
@@ -263,12 +279,12 @@ def _run(
         layers.clear()
         _free_memory()
         warnings[:] = [HALVED]
-        for half in np.array_split(batch, 2):
+        for half in batch.halves():
             yield from run(half)
 
     num = 0
-    for batch in batches(lengths, batch_tokens):
-        yield from run(np.asarray(batch))
+    for batch in batches(lengths, layout.batch_tokens, layout.line_tokens):
+        yield from run(batch)
         num += len(batch)
         report_progress(task.shard, num)
 
@@ -287,6 +303,19 @@ def _free_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
+    """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
+    with _model_in_use:
+        encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, own_device())
+        try:
+            apart = keeps_apart(encoder, list(task.sequences))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return "lines of three captions do not fit into memory"
+        return "" if apart else "the LLM does not keep captions apart that stand in one line"
 
 
 def fit_sample(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
@@ -309,7 +338,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
         return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
 
     warnings: list[str] = []
-    for part in _run(encoder, task, manifest.layout.batch_tokens, code, warnings):
+    for part in _run(encoder, task, manifest.layout, code, warnings):
         part.wait()
         rows = torch.from_numpy(part.rows)
         for index, found in enumerate(part.layers):

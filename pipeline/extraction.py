@@ -23,21 +23,24 @@ from ..schemas.files import locate
 from .captions import Captions, build_captions
 from .cluster import Cluster
 from .codecs import CODECS, Bf16
-from .encoding import Fitted, Job, Task, encode_shard, fit_sample
+from .encoding import Fitted, Job, Task, encode_shard, fit_sample, try_packing
 from .filling import at_work, check_space, fill, provenance
 from .fitting import fit_rows, request_codec
 from .growth import added_bytes, check_rows, generations, grow
 from .layout import format_bytes, pack
 from .mixing import mix
 from .places import look_at_workers
-from .planning import default_batch_tokens, make_plan
+from .planning import LINE_TOKENS, Plan, default_batch_tokens, make_plan
 from .progress import Style
 from .store import FeatureStore, Rows
+from .trial import NUM_CAPTIONS
 
 if TYPE_CHECKING:
     import torch
 
     from .encoder import Encoder
+
+Batching = Literal["auto", "padded", "packed"]
 
 
 class EncodedPrompts:
@@ -117,6 +120,7 @@ def extract(
     seed: int = 0,
     shard_bytes: int = 256_000_000,
     batch_tokens: int | None = None,
+    batching: Batching = "auto",
     workers: int | None = None,
     threads: int | None = None,
     cluster: str = "local",
@@ -148,6 +152,9 @@ def extract(
         shard_bytes: size of a full shard.
         batch_tokens: tokens a batch, padding included; default as the store was begun, or for a new
             one 512 on a CPU and 16,384 on a GPU.
+        batching: ``padded``: a line of a batch is one caption, padded to the longest; ``packed``:
+            several, one after the other, which the LLM must keep apart; auto: as the store was
+            begun, or for a new one packed where a trial of the LLM shows that it does.
         workers: processes; default one a GPU, or one a CPU core up to 4; 0: this one, without Dask.
         threads: CPU threads a worker; default all cores over all workers, on a cluster as many as
             the worker with the fewest has. A store that is continued keeps the number it was begun
@@ -160,7 +167,7 @@ def extract(
 
     Raises:
         InputError: bad input, before any work; a store that was made otherwise, or that another
-            process fills; no such cluster.
+            process fills; no such cluster; packed, and the LLM does not keep captions apart.
         ExtractionError: shards failed and are in quarantine.
         Interrupted: Ctrl-C.
     """
@@ -203,15 +210,28 @@ def extract(
             num_threads=threads or there.threads,
             earlier=[earlier.num_captions for earlier in captions.earlier],
         )
+        job = Job(features.resolve(), plan.model)
+        if begun is not None:
+            line_tokens = begun.manifest.layout.line_tokens if batching != "padded" else None
+            against = "" if line_tokens else f"{features} was begun with padded ones"
+        elif batching == "padded":
+            line_tokens, against = None, ""
+        else:
+            machines.limit(packing.layout.num_shards)
+            against = _try(job, plan, machines)
+            line_tokens = None if against else LINE_TOKENS
+        if against and batching == "packed":
+            raise InputError(f"--batching packed: {against}; take auto or padded")
+        if against and begun is None:
+            report(f"batches are padded: {against}")
         manifest = FeatureManifest(
             status="extracting",
             identity=identity,
-            layout=packing.layout,
+            layout=packing.layout.model_copy(update={"line_tokens": line_tokens}),
             codec=spec,
             provenance=provenance(source, plan.model.name),
             grown_from=generations(plan, packing, begun),
         )
-        job = Job(features.resolve(), plan.model)
         plan.report_warnings(report)
         table = plan.captions_table(packing)
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
@@ -226,7 +246,6 @@ def extract(
             fitted = None
             num_bytes = packing.layout.num_rows * bytes_per_row
             if CODECS[codec].fits:
-                machines.limit(packing.layout.num_shards)
                 fitted = _fit(job, manifest, captions, machines, report)
                 manifest = manifest.model_copy(update={"codec": fitted.spec})
                 num_bytes = int(num_bytes * fitted.bits_per_value / 16)
@@ -333,6 +352,21 @@ def encode_prompts(
 ) -> EncodedPrompts:
     """Encode new texts once, see :class:`PromptEncoder`."""
     return PromptEncoder(identity, model, device)(texts)
+
+
+def _try(job: Job, plan: Plan, machines: Cluster) -> str:
+    """Try in a worker whether captions can be packed: why not, or ""."""
+    captions = plan.captions
+    chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
+    stops = np.cumsum(captions.num_tokens[chosen])
+    task = Task.of(captions, chosen, 0, stops - captions.num_tokens[chosen])
+    outcomes = machines.run(
+        [0], try_packing, lambda _: (job, task, plan.identity), on_progress=lambda *_: None
+    )
+    ((_, found),) = outcomes
+    if isinstance(found, BaseException):
+        raise InputError(f"the LLM could not be tried: {found}") from found
+    return found
 
 
 def _fit(

@@ -131,7 +131,8 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
     kept_bytes = num_tokens = num_captions = 0
     spent = 0.0
     with tqdm(total=round(seconds), unit="s", desc="probe") as bar:
-        for number, batch in enumerate([order[0], *order]):  # the first one twice: to warm up
+        # The first one twice: to warm up.
+        for number, batch in enumerate(each.entries for each in [order[0], *order]):
             layers: list[torch.Tensor] = []
 
             def keep(_: int, hidden: torch.Tensor, layers: list[torch.Tensor] = layers) -> None:

@@ -108,6 +108,9 @@ class Layout(Contract):
     """Rows in use; the arrays are ``num_shards * rows_per_shard`` long."""
     batch_tokens: int = Field(ge=1)
     """Budget of a batch of the encoder, padding included, in tokens (images for latents)."""
+    line_tokens: int | None = Field(None, ge=1)
+    """Tokens of a line of a batch in which captions stand one after the other; null: a line a
+    caption, padded to the longest."""
     num_threads: int = Field(ge=1)
     """CPU threads of a worker: another number can change the last bit of what a CPU computes."""
 

@@ -326,6 +326,27 @@ class TestContinuing:
             extract(**changed)
 
 
+class TestBatching:
+    def test_packed_is_padded_but_for_rounding(self, arguments, tmp_path):
+        packed = extract(**arguments)
+        padded = extract(**arguments | {"features": tmp_path / "padded", "batching": "padded"})
+        assert packed.manifest.layout.line_tokens == 128
+        assert padded.manifest.layout.line_tokens is None
+        ids = range(len(packed))
+        expected, found = (store.read(ids).tensor().float() for store in (padded, packed))
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-5)
+
+    @pytest.mark.parametrize(("first", "then"), [("packed", "padded"), ("padded", "packed")])
+    def test_a_store_goes_on_as_it_was_begun(self, arguments, first, then):
+        store = extract(**arguments | {"batching": first})
+        before = contents(store.path)
+        (store.path / "receipts" / "shard-000001.json").unlink()
+        with pytest.raises(InputError, match="line_tokens" if first == "packed" else "was begun"):
+            extract(**arguments | {"batching": then})
+        extract(**arguments | {"batching": "auto"})
+        assert contents(store.path) == before
+
+
 @pytest.fixture
 def memory_for(monkeypatch):
     """A device on which the third layer of the LLM fits only so many captions at a time."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from semroute.pipeline.encoder import Encoder, attention_of, describe_model, find_model, find_tower
 from semroute.pipeline.extraction import encode_prompts, extract
 from semroute.pipeline.planning import make_plan
+from semroute.pipeline.trial import PackingError, keeps_apart, refuse_mixing
 from semroute.schemas import InputError
 
 NUM_LAYERS, WIDTH, WINDOW = 3, 32, 4
@@ -159,6 +160,8 @@ FAMILIES = {
         attention="eager",
     ),
 }
+MIXING = {"T5Stack", "MT5Stack", "UMT5Stack", "T5GemmaEncoder", "Qwen2_5_VLTextModel"}
+"""Towers that take no positions, or make no masks of them."""
 Made = tuple[Family, Any, str]
 
 
@@ -255,6 +258,35 @@ def test_neither_padding_nor_fewer_blocks_change_a_layer(family):
         encoder = Encoder(source, range(last + 1), "float32", "cpu")
         assert len(encoder.tower.blocks) == max(1, last)
         assert torch.equal(encode(encoder, sequences()), every[:, : last + 1])
+
+
+def test_captions_in_one_line_are_kept_apart_or_the_trial_says_not(family, tmp_path):
+    made, model, folder = family
+    encoder = Encoder(find_model(folder), range(NUM_LAYERS + 1), "float32", "cpu")
+    apart = keeps_apart(encoder, sequences()[:3])
+    assert apart == (made.tower not in MIXING)
+    if not apart:
+        with pytest.raises(PackingError, match="--batching padded"):
+            refuse_mixing(encoder, sequences())
+        captions = tmp_path / "captions.txt"
+        captions.write_text("\n".join(TEXTS))
+        template = "bos" if made.causal else "eos"
+        options = {"model": folder, "template": template, "workers": 0, "report": [].append}
+        with pytest.raises(InputError, match="packed: the LLM does not keep captions apart"):
+            extract(str(captions), tmp_path / "features", batching="packed", **options)
+        assert not (tmp_path / "features").exists()
+        lines: list[str] = []
+        store = extract(str(captions), tmp_path / "features", **options | {"report": lines.append})
+        assert store.manifest.layout.line_tokens is None
+        assert lines[0].startswith("batches are padded: the LLM does not keep captions apart")
+        return
+    refuse_mixing(encoder, sequences())
+    expected = torch.cat([online(model, sequence) for sequence in sequences()])
+    layers: list[torch.Tensor] = []
+    kept, line = [0] * len(sequences()), [0, 0, 1, 1]
+    encoder.encode(sequences(), kept, lambda _, rows: layers.append(rows.clone()), line)
+    tolerance = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(torch.stack(layers, 1), expected, rtol=0, atol=tolerance)
 
 
 def test_in_bfloat16_it_is_what_transformers_gives_in_bfloat16(family):

@@ -29,6 +29,7 @@ FLOORS = [
         "pipeline.latentstore",
         "pipeline.parameters",
         "pipeline.samples",
+        "pipeline.trial",
         "trainer.baselines",
         "trainer.world",
     },
