@@ -399,6 +399,7 @@ class Workers:
 @click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
+@click.option("--part", type=click.Choice(["one-core", "all-cores"]), help="Only this one.")
 @click.option("--alone", hidden=True, help="One contender by name, timed by the process above.")
 @click.option("--all-cores", is_flag=True, hidden=True)
 def main(
@@ -407,6 +408,7 @@ def main(
     batch_size: int,
     rounds: int,
     workers: str,
+    part: str | None,
     alone: str | None,
     all_cores: bool,
     **options: Any,
@@ -425,16 +427,21 @@ def main(
     for codec in CODECS:
         setting.run(codec, partial(click.echo, err=True))
     command = [sys.executable, __file__, *sys.argv[1:]]
-    scaling = [Workers(int(num)) for num in workers.split(",")]
+    if part == "all-cores":
+        contenders = []
+    scaling = [Workers(int(num)) for num in workers.split(",")] if part != "one-core" else []
     for _ in range(rounds):
         for contender in contenders:
             measure(contender, command)
         for each in scaling:
             each.measure_bare(command, CODECS[-1])
             each.measure(setting, CODECS[-1])
-    print_contenders(contenders, Captions(setting.store(CODECS[0])))
-    print_parts(contenders)
-    print_scaling(scaling, Captions(setting.store(CODECS[-1])))
+    encoded = Captions(setting.store(CODECS[-1]))
+    if contenders:
+        print_contenders(contenders, encoded)
+        print_parts(contenders)
+    if scaling:
+        print_scaling(scaling, encoded)
 
 
 def print_contenders(contenders: Sequence[Contender], captions: Captions) -> None:
