@@ -27,8 +27,8 @@ CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
 LINE_TOKENS = 128
-"""Of a line of packed captions. Attention costs as much as a line is long, filling it less padding
-than it is short (docs/benchmarks/extract.md)."""
+"""Of a line of packed captions: few, as a token's attention costs as much as its line is long, but
+some captions long, so that little of a line is left over."""
 
 TABLE_ROWS = 262_144
 """Captions of a table that are laid out at a time."""

@@ -16,7 +16,8 @@ from .distortion import CodecError
 from .encoder import Encoder
 from .fitting import compress, decompress, encode_rows, fit_codec, fit_rows
 from .layout import batches
-from .planning import Plan
+from .planning import LINE_TOKENS, Plan
+from .trial import NUM_CAPTIONS, keeps_apart
 
 SECONDS = 20.0
 """That the LLM runs."""
@@ -124,7 +125,9 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
     # The store's order is random, so its first captions are a fair sample.
     num = min(len(captions), max(64, int(seconds * CAPTIONS_A_SECOND)))
     lengths = captions.sequence_lengths[:num]
-    order = list(batches(lengths, batch_tokens))
+    tried = [captions.sequences[i] for i in range(min(num, NUM_CAPTIONS))]
+    line_tokens = LINE_TOKENS if keeps_apart(encoder, tried) else None
+    order = list(batches(lengths, batch_tokens, line_tokens))
     order = [order[i] for i in np.random.default_rng(0).permutation(len(order))]
     parts: list[torch.Tensor] = []
     held: list[torch.Tensor] = []
@@ -132,7 +135,8 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
     spent = 0.0
     with tqdm(total=round(seconds), unit="s", desc="probe") as bar:
         # The first one twice: to warm up.
-        for number, batch in enumerate(each.entries for each in [order[0], *order]):
+        for number, each in enumerate([order[0], *order]):
+            batch = each.entries
             layers: list[torch.Tensor] = []
 
             def keep(_: int, hidden: torch.Tensor, layers: list[torch.Tensor] = layers) -> None:
@@ -143,6 +147,7 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
                 [captions.sequences[i] for i in batch],
                 captions.kept[batch].tolist(),
                 keep,
+                each.line,
             )
             took = time.perf_counter() - started
             if number == 0:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 NUM_CAPTIONS = 3
 """That are tried: the one in the middle has neighbours on both sides."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Mean relative error of a layer's rows against those of the caption alone. What shapes of batches
-do to rounding is a tenth of it and less; a position that is off by one is several times as much."""
+"""Of the mean relative error of a layer's rows against those of the caption alone. Of SmolLM2-135M
+rounding alone makes it 2e-7 and 5e-3."""
 
 
 class PackingError(InputError):
@@ -38,7 +38,7 @@ def keeps_apart(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> bool:
     if not encoder.takes_positions:
         return False
     tried, before, after = (sequences[i % len(sequences)] for i in range(NUM_CAPTIONS))
-    # Other words in the same places: the caption's own where they differ, backwards.
+    # Other words in the same places: the caption's own, backwards.
     others = [np.resize(tried[::-1], len(each)) for each in (before, after)]
     line = [0, 0, 0, 1, 1, 1]
     among = _rows(encoder, [before, tried, after, after, tried, before], line)
