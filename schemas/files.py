@@ -7,6 +7,7 @@ renaming, an object store does by that. Listings are never taken from a cache, a
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PosixPath
@@ -147,7 +148,7 @@ def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; nothing where there is none."""
     if not is_local(path):
         system, base = _system(path)
-        if system.exists(base):
+        with suppress(FileNotFoundError):  # others may remove it at the same time
             system.rm(base, recursive=True)
     elif path.is_dir():
         shutil.rmtree(path)

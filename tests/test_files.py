@@ -37,6 +37,7 @@ from semroute.schemas.files import (  # noqa: E402
     list_files,
     list_names,
     locate,
+    read_file,
     read_files,
     remove,
     write_files,
@@ -266,7 +267,7 @@ class TestLock:
                 raise AssertionError
             time.sleep(0.5)
             assert read_driver(place).beats > 0
-            document = json.loads((place / DRIVER).read_text())
+            document = json.loads(read_file(place / DRIVER))  # between beats
         assert not (place / DRIVER).exists()
         write_document(place / DRIVER, json.dumps(document | {"host": "elsewhere"}))
         said = []
