@@ -108,7 +108,6 @@ class Captions:
 
     def planned(self, *, padded: bool) -> Iterator[dict[str, Any]]:
         """The batches of the store, as the LLM takes them; or those of a store that pads."""
-        from semroute.pipeline.encoder import lay_out
         from semroute.pipeline.layout import batches
 
         shards, layout = self.store.captions["shard"].to_numpy(), self.manifest.layout
@@ -116,9 +115,13 @@ class Captions:
             entries = np.flatnonzero(shards == shard)
             line_tokens = None if padded else layout.line_tokens
             for batch in batches(self.lengths[entries], layout.batch_tokens, line_tokens):
-                chosen = entries[batch.entries]
-                sequences = [self.sequences[i] for i in chosen]
-                yield lay_out(sequences, self.kept[chosen].tolist(), batch.line)[0]
+                yield self.inputs(entries[batch.entries], batch.line)
+
+    def inputs(self, entries: np.ndarray, line: np.ndarray | None = None) -> dict[str, Any]:
+        """A batch as the LLM takes it: in lines, or padded on the right."""
+        from semroute.pipeline.encoder import lay_out
+
+        return lay_out([self.sequences[i] for i in entries], self.kept[entries].tolist(), line)[0]
 
     def random(self, size: int) -> list[np.ndarray]:
         """All captions in random order, so many a batch."""
@@ -136,12 +139,7 @@ class Captions:
         """Hidden states of each caption of a padded batch, bfloat16 [T, L, H]."""
         import torch
 
-        sequences = [torch.from_numpy(self.sequences[i]).long() for i in batch]
-        tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, T]
-        lengths = torch.from_numpy(self.lengths[batch])
-        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        inputs = {"input_ids": tokens, "attention_mask": mask}
-        states = self.forward(inputs, output_hidden_states=True).hidden_states
+        states = self.forward(self.inputs(batch), output_hidden_states=True).hidden_states
         layers = self.manifest.identity.layers
         hidden = torch.stack([states[layer].bfloat16() for layer in layers], 2)  # [B, T, L, H]
         spans = zip(hidden, self.kept[batch], self.lengths[batch], strict=True)

@@ -315,7 +315,10 @@ def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
             if not _is_out_of_memory(error):
                 raise
             return "lines of three captions do not fit into memory"
-        return "" if apart else "the LLM does not keep captions apart that stand in one line"
+        if not apart:
+            return "the LLM does not keep captions apart that stand in one line"
+        _tried.add(encoder)
+        return ""
 
 
 def fit_sample(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:

@@ -354,12 +354,17 @@ def encode_prompts(
     return PromptEncoder(identity, model, device)(texts)
 
 
+def _some(captions: Captions, chosen: slice) -> Task:
+    """Captions as a task that is no shard's."""
+    counts = captions.num_tokens[chosen]
+    return Task.of(captions, chosen, 0, np.cumsum(counts) - counts)
+
+
 def _try(job: Job, plan: Plan, machines: Cluster) -> str:
     """Try in a worker whether captions can be packed: why not, or ""."""
     captions = plan.captions
     chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
-    stops = np.cumsum(captions.num_tokens[chosen])
-    task = Task.of(captions, chosen, 0, stops - captions.num_tokens[chosen])
+    task = _some(captions, chosen)
     outcomes = machines.run(
         [0], try_packing, lambda _: (job, task, plan.identity), on_progress=lambda *_: None
     )
@@ -380,7 +385,7 @@ def _fit(
     wanted = fit_rows(manifest.identity.model.width)
     stops = np.cumsum(captions.num_tokens)
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
-    task = Task.of(captions, slice(0, num), 0, stops[:num] - captions.num_tokens[:num])
+    task = _some(captions, slice(0, num))
     name = manifest.codec.name
     with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
 
