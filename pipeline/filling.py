@@ -107,6 +107,7 @@ def fill(
     )
     written, warnings = _Tally(), Counter[str]()
     failed: dict[int, BaseException] = {}
+    _sweep(store, report)
     try:
         with meter:
             outcomes = cluster.run(remaining, function, arguments, on_progress=meter.advance)
@@ -144,8 +145,18 @@ def fill(
             "cause and run the same command again."
         )
     if not store.is_complete:
+        _sweep(store, report)
         store.finish()
     report(written.summary(store))
+
+
+def _sweep(store: FeatureStore | LatentStore, report: Callable[[str], None]) -> None:
+    left = store.sweep()
+    if left:
+        report(
+            f"{len(left)} files that were being written when their writer was killed are removed: "
+            f"{format_bytes(sum(left.values()))}"
+        )
 
 
 def _quarantine(shard: int, entries: list[int], error: BaseException) -> Quarantine:

@@ -7,6 +7,7 @@ import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet
 
 from ..schemas import (
     DRIVER,
+    PARTIAL,
     Checksums,
     Contract,
     Difference,
@@ -300,6 +302,21 @@ class Ledger(Generic[M]):
         _write_contract(self.path / MANIFEST, self.manifest)
         for shard in shards:
             self._shard_file("receipts", shard).unlink(missing_ok=True)
+
+    def sweep(self) -> dict[str, int]:
+        """Remove what killed writers left of shards: bytes by path relative to the store.
+
+        Whoever still writes one of these does so for another driver, and fails when it is done.
+        """
+        if not is_local(self.path):  # an object is there whole or not at all
+            return {}
+        left = {}
+        for file in sorted(self.path.rglob(f"*{PARTIAL}")):
+            with suppress(FileNotFoundError):  # its writer was quicker
+                size = file.stat().st_size
+                file.unlink()
+                left[str(file.relative_to(self.path))] = size
+        return left
 
     def finish(self) -> None:
         """Mark the store complete.

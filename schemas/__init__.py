@@ -3,7 +3,7 @@
 from .checksums import Checksums, digest, render
 from .configuration import read_config, read_yaml
 from .contract import Contract, ContractError, Difference, differences, flat, parse
-from .document import publish, sync, write_document, write_whole
+from .document import PARTIAL, publish, sync, write_document, write_whole
 from .errors import InputError
 from .facts import Facts, Findings
 from .fingerprint import fingerprint
@@ -56,6 +56,7 @@ __all__ = [
     "LATENT_SAMPLES_SCHEMA",
     "MAX_QUALITY",
     "MIN_QUALITY",
+    "PARTIAL",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
     "Bucket",

@@ -5,6 +5,9 @@ import uuid
 from pathlib import Path, PosixPath
 from typing import Any
 
+PARTIAL = ".partial"
+"""Ends the name of what one of several writers has not put in its place yet, or never will."""
+
 
 def write_document(path: Path, text: str) -> None:
     """As :func:`write_whole`, a text in UTF-8."""
@@ -24,8 +27,8 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
         path.fs.pipe_file(path.path, b"".join(content))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "tmp" if alone else f"{uuid.uuid4().hex}.partial"
-    unfinished = path.with_name(f"{path.name}.{suffix}")
+    suffix = ".tmp" if alone else f".{uuid.uuid4().hex}{PARTIAL}"
+    unfinished = path.with_name(path.name + suffix)
     try:
         with unfinished.open("wb") as file:
             file.writelines(content)

@@ -227,9 +227,13 @@ class TestContinuing:
             with pytest.raises(StoreError, match="is not finished"):
                 semroute.open_features(features)
         written = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
+        left = [*features.glob("hidden.zarr/**/*.partial")]
+        left.append(features / "hidden.zarr/hidden/c/0/0/0.6e0f.partial")
+        left[-1].write_bytes(b"half a shard")
         process = start(samples_file, tiny_llm, features)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
+        assert f"{len(left)} files that were being written when their writer was killed" in output
         assert contents(features) == contents(undisturbed)
         after = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
         assert {name: after[name] for name in written} == written  # nothing was done twice
