@@ -387,8 +387,12 @@ def _completed(futures: dict[Future[None], Job], bar: tqdm) -> Iterator[Future[N
 
 
 def _pool(num_jobs: int) -> ProcessPoolExecutor:
-    """Processes with their share of the cores, and a GPU each where there are some."""
+    """Processes with their share of the cores, and a GPU each where there are some.
+
+    They are forked from a server that has imported what they need, and done nothing else.
+    """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     places = context.Queue()
     for place in range(num_jobs):
         places.put(place)
