@@ -34,8 +34,9 @@ $(LLM): $(SETUP)
 demo: $(LLM)
 	@BIN=$(BIN) bash benchmarks/demo.sh $(DEMO)
 
+# Several at a time, each with one thread. To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
-	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(TEST_OPTIONS)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12

@@ -96,9 +96,13 @@ class TestDeaths:
             for shard, worker in cluster.run(range(20), pid, lambda s: (s,), on_progress=ignore):
                 found[shard] = worker
                 if len(found) == 3:
-                    os.kill(worker, signal.SIGKILL)
+                    killed = worker
+                    os.kill(killed, signal.SIGKILL)
+            cluster.client.wait_for_workers(2, timeout=60)
+            replaced = cluster.ask(os.getpid).values()
         assert sorted(found) == list(range(20))
-        assert len({*found.values()}) == 3
+        assert len({*replaced}) == 2
+        assert killed not in replaced
 
     def test_workers_end_with_the_block(self):
         def pid(_shard):
