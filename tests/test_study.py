@@ -201,7 +201,7 @@ class TestStudy:
     def test_killed_and_continued_gives_the_same_judgements(self, world, done, tmp_path):
         content = document(world, tmp_path / "out", tuning=None)
         del content["tuning"]
-        content["train"] = {**content["train"], "steps": 30}
+        content["train"] = {**content["train"], "steps": 12}
         file = write(tmp_path / "study.yaml", content)
         command = [sys.executable, "-m", "semroute.cli", "study", str(file), "--jobs", "2"]
         child = subprocess.Popen(

@@ -17,7 +17,7 @@ class Muon(torch.optim.Muon):
     """``torch.optim.Muon``, whose products of bfloat16 matrices are made in float32 on a CPU, and
     rounded to bfloat16 then.
 
-    So are a GPU's. A CPU without instructions for bfloat16 takes some ten times as long for its
+    So are a GPU's. A CPU without instructions for bfloat16 takes many times as long for its
     own, which is most of a small network's step; the results differ as orders of summation do.
     """
 
