@@ -149,11 +149,38 @@ class Cluster:
         return self._present
 
     def ask(self, function: Callable[..., R], *arguments: Any) -> dict[str, R]:
-        """Call a function in every worker there is: address -> what it says."""
+        """Call a function in every worker there is: address -> what it says.
+
+        Raises:
+            ClusterLostError: the scheduler, or a worker, went away meanwhile.
+        """
         if self.workers == 0:
             return {"": function(*arguments)}
-        found: dict[str, R] = self.client.run(function, *arguments)
-        return found
+        with self._reaching():
+            found: dict[str, R] = self.client.run(function, *arguments)
+            return found
+
+    def threads(self) -> dict[str, int]:
+        """Threads of every worker there is, by address.
+
+        Raises:
+            ClusterLostError: the scheduler is gone.
+        """
+        with self._reaching():
+            found: dict[str, int] = self.client.nthreads()
+            return found
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        client = self.client
+        try:
+            yield
+        except (OSError, TimeoutError) as error:  # CommClosedError is an OSError
+            raise ClusterLostError(
+                f"the scheduler at {client.scheduler.address}, or a worker of it, is gone: "
+                f"{error}. What is written is whole and kept; start a cluster and run the same "
+                "command again."
+            ) from error
 
     def run(
         self,
@@ -300,10 +327,7 @@ class _Tasks:
         """How many shards may be in flight: workers come and go."""
         if time.monotonic() - self.looked > LOOK_SECONDS:
             self._check_scheduler()
-            try:
-                self.cluster._present = len(self.client.nthreads())
-            except (OSError, TimeoutError) as error:  # CommClosedError is an OSError
-                raise self._lost() from error
+            self.cluster._present = len(self.cluster.threads())
             self.room = IN_FLIGHT * max(1, self.cluster._present)
             self.looked = time.monotonic()
         return self.room

@@ -1,6 +1,7 @@
 """Which cluster ``--cluster`` names: this machine, a scheduler that runs, or a batch system."""
 
 import json
+import logging
 import re
 import sys
 import time
@@ -97,21 +98,21 @@ def look_at_workers(cluster: Cluster, store: str, report: Callable[[str], None])
     """
     if cluster.connect is None:
         return Workers(_num_gpus() > 0, max(1, num_cpus() // max(1, cluster.workers or 1)))
-    client, waited = cluster.client, time.monotonic()
+    waited = time.monotonic()
     said = False
-    while not client.nthreads():
+    while not cluster.threads():
         if not said and time.monotonic() - waited > WAIT_SECONDS:
             report(f"waiting for the first worker {cluster.name}")
             said = True
         time.sleep(0.2)
     folder = "" if "://" in store else str(Path(store).resolve().parent)
     answers = cluster.ask(_answer, folder)
-    _check(answers, client.nthreads(), folder, report)
+    _check(answers, cluster.threads(), folder, report)
     gpus = sum(answer.gpus > 0 for answer in answers.values())
     hosts = len({answer.host for answer in answers.values()})
     report(
         f"{len(answers)} workers {cluster.name} on {hosts} hosts, {gpus} of them with a GPU"
-        f"{_dashboard(client)}"
+        f"{_dashboard(cluster.client)}"
     )
     return Workers(gpus == len(answers), min(answer.cpus for answer in answers.values()))
 
@@ -232,6 +233,10 @@ def _scheduler_file(path: Path) -> Callable[[ExitStack], Any]:
 def _client(resources: ExitStack, name: str, **where: Any) -> Any:
     from distributed import Client
 
+    # Its errors are raised, or told in other words, and need no traceback besides.
+    logger = logging.getLogger("distributed.client")
+    resources.callback(logger.setLevel, logger.level)
+    logger.setLevel(logging.CRITICAL)
     try:
         return resources.enter_context(Client(**where, timeout=CONNECT_SECONDS))
     except (OSError, TimeoutError, ValueError) as error:
@@ -254,6 +259,7 @@ def _job_queue(path: Path) -> Callable[[ExitStack], Any]:
 
     def connect(resources: ExitStack) -> Any:
         try:
+            import dask
             import dask_jobqueue
             from dask_jobqueue.local import LocalCluster
         except ImportError as error:
@@ -266,8 +272,14 @@ def _job_queue(path: Path) -> Callable[[ExitStack], Any]:
             if jobs.kind == "local"
             else getattr(dask_jobqueue, names[f"{jobs.kind}cluster"])
         )
+        configured = f"jobqueue.{options.get('config_name', jobs.kind)}.scheduler-options"
+        scheduler = options.get("scheduler_options") or dask.config.get(configured, None) or {}
+        if "dashboard_address" not in scheduler:  # which would be port 8787, open to all the world
+            scheduler = scheduler | {"dashboard_address": "127.0.0.1:0"}
+            link = {"distributed.dashboard.link": "http://127.0.0.1:{port}/status"}
+            resources.enter_context(dask.config.set(link))
         try:
-            cluster = resources.enter_context(kind(**options))
+            cluster = resources.enter_context(kind(**options | {"scheduler_options": scheduler}))
             cluster.adapt(minimum_jobs=jobs.minimum_jobs, maximum_jobs=jobs.maximum_jobs)
         except (TypeError, ValueError, OSError) as error:
             raise InputError(f"--cluster {path}: dask-jobqueue refuses it: {error}") from error

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,13 @@ class TestSchedulerFile:
             with pytest.raises(InputError, match=r"do not see the folder .*mine.*that all nodes"):
                 look_at_workers(cluster, str(folder / "store"), print)
 
+    def test_a_scheduler_that_dies_while_workers_are_asked(self, machines):
+        machines.worker()
+        with find_cluster(str(machines.file), None) as cluster:
+            cluster.client.wait_for_workers(1, timeout=60)
+            with pytest.raises(ClusterLostError, match=r"is gone: .*the same command again"):
+                cluster.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
+
     def test_a_scheduler_that_dies_loses_nothing(self, machines, options, undisturbed, tmp_path):
         machines.worker()
         path = tmp_path / "features"
@@ -172,6 +180,8 @@ class TestJobs:
         assert contents(path) == undisturbed
         assert "workers of jobs.yaml" in said[0]
         assert not any("profiler" in line for line in said)  # it is switched off in jobs
+        with find_cluster("jobs.yaml", None) as cluster:
+            assert re.match(r"http://127\.0\.0\.1:\d+/status", cluster.client.dashboard_link)
 
     @pytest.mark.parametrize(
         ("document", "message"),
