@@ -392,7 +392,8 @@ def _pool(num_jobs: int) -> ProcessPoolExecutor:
     They are forked from a server that has imported what they need, and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Whatever makes its first optimiser imports torch._dynamo, which takes seconds.
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     places = context.Queue()
     for place in range(num_jobs):
         places.put(place)
