@@ -306,7 +306,7 @@ class Ledger(Generic[M]):
     def sweep(self) -> dict[str, int]:
         """Remove what killed writers left of shards: bytes by path relative to the store.
 
-        Whoever still writes one of these does so for another driver, and fails when it is done.
+        Whoever still writes one of these was given up, and fails when it is done.
         """
         if not is_local(self.path):  # an object is there whole or not at all
             return {}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -165,7 +166,7 @@ def _answer(folder: str) -> _Answer:
 
     from .. import __version__
 
-    sees = not folder or Path(folder).is_dir()
+    sees = not folder or os.path.isdir(folder)  # no, too, where it may not look
     may_stop = sys.version_info < (3, 12) and any(get(key, False) for key in NO_PROFILE)
     return _Answer(_num_gpus(), num_cpus(), __version__, sees, socket.gethostname(), may_stop)
 
