@@ -48,7 +48,7 @@ def test_a_flipped_byte_anywhere_is_found(delta):
             continue
         size = file.stat().st_size
         is_shard = "/c/" in str(file) and "parameters" not in str(file)
-        step = max(1, size // (4 if is_shard else 8))
+        step = max(1, size // (6 if is_shard else 12))
         for number, place in enumerate(range(0, size, step)):
             mask = (0x01, 0x80, 0x20, 0xFF)[number % 4]
             flip(file, place, mask)
