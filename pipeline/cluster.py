@@ -176,11 +176,7 @@ class Cluster:
         try:
             yield
         except (OSError, TimeoutError) as error:  # CommClosedError is an OSError
-            raise ClusterLostError(
-                f"the scheduler at {client.scheduler.address}, or a worker of it, is gone: "
-                f"{error}. What is written is whole and kept; start a cluster and run the same "
-                "command again."
-            ) from error
+            raise _lost(client, f", or a worker of it, is gone: {error}") from error
 
     def run(
         self,
@@ -337,17 +333,18 @@ class _Tasks:
             error = future.exception()
             return future.result() if error is None else error
         except (CancelledError, asyncio.CancelledError) as error:
-            raise self._lost() from error
+            raise _lost(self.client) from error
 
     def _check_scheduler(self) -> None:
         if self.client.status != "running":
-            raise self._lost()
+            raise _lost(self.client)
 
-    def _lost(self) -> ClusterLostError:
-        return ClusterLostError(
-            f"the scheduler at {self.client.scheduler.address} is gone. What is written is whole "
-            "and kept; start a cluster and run the same command again."
-        )
+
+def _lost(client: Any, how: str = " is gone") -> ClusterLostError:
+    return ClusterLostError(
+        f"the scheduler at {client.scheduler.address}{how}. What is written is whole and kept; "
+        "start a cluster and run the same command again."
+    )
 
 
 def _kills_workers(outcome: Any) -> bool:

@@ -155,7 +155,7 @@ def _sweep(store: FeatureStore | LatentStore, report: Callable[[str], None]) -> 
     if left:
         report(
             f"{len(left)} files that were being written when their writer was killed are removed: "
-            f"{format_bytes(sum(left.values()))}"
+            f"{format_bytes(sum(left))}"
         )
 
 

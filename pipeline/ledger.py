@@ -303,19 +303,19 @@ class Ledger(Generic[M]):
         for shard in shards:
             self._shard_file("receipts", shard).unlink(missing_ok=True)
 
-    def sweep(self) -> dict[str, int]:
-        """Remove what killed writers left of shards: bytes by path relative to the store.
+    def sweep(self) -> list[int]:
+        """Remove what killed writers left of shards: the bytes of each file.
 
         Whoever still writes one of these was given up, and fails when it is done.
         """
         if not is_local(self.path):  # an object is there whole or not at all
-            return {}
-        left = {}
-        for file in sorted(self.path.rglob(f"*{PARTIAL}")):
+            return []
+        left = []
+        for file in self.path.rglob(f"*{PARTIAL}"):
             with suppress(FileNotFoundError):  # its writer was quicker
                 size = file.stat().st_size
                 file.unlink()
-                left[str(file.relative_to(self.path))] = size
+                left.append(size)
         return left
 
     def finish(self) -> None:
