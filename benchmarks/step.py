@@ -1,6 +1,6 @@
 """What a training step costs under each strategy, and what it costs with the LLM in the loop.
 
-    python benchmarks/step.py strategies [--size small] [--layers 30] [--only NAME ...]
+    python benchmarks/step.py strategies [--size small] [--data latents] [--layers 30] [--only ARM]
     python benchmarks/step.py online FEATURES --model LLM [--size small]
 
 A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm stands beside one
@@ -46,11 +46,12 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """The first is what the others are compared with."""
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "nano": {"shape": (3, 18, 18), "patch": 6, "samples": 16, "draws": 4, "tokens": 9},
-    "small": {"shape": (4, 32, 32), "patch": 2, "samples": 8, "draws": 1, "tokens": 32},
+    "shapes": {"shape": (3, 18, 18), "patch": 6, "samples": 16, "draws": 4, "tokens": 9},
+    "latents": {"shape": (4, 32, 32), "patch": 2, "samples": 8, "draws": 1, "tokens": 32},
 }
-"""By size: ``nano`` is that of the demo, ``small`` latents of 256 x 256 pixels and longer captions.
-Samples of a step, each under so many draws of t; tokens of a caption."""
+"""What is trained on: ``shapes`` are the demo's, ``latents`` of 256 x 256 pixels and with longer
+captions. Samples of a step, each under so many draws of t; tokens of a caption."""
+USUAL = {"nano": "shapes", "small": "latents"}
 
 Text = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,9 +60,14 @@ class Arm:
     """A network and its optimizer; ``step`` takes the text of a batch."""
 
     def __init__(
-        self, size: str, routing: dict[str, Any], layers: list[int], num_layers: int, width: int
+        self,
+        size: str,
+        workload: dict[str, Any],
+        routing: dict[str, Any],
+        layers: list[int],
+        num_layers: int,
+        width: int,
     ) -> None:
-        workload = WORKLOADS[size]
         torch.manual_seed(0)
         self.dit = DiT(
             ModelConfig(size=size, patch_size=workload["patch"]),
@@ -132,18 +138,25 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--size", type=click.Choice([*WORKLOADS]), default="small", show_default=True)
+@click.option("--size", type=click.Choice([*USUAL]), default="small", show_default=True)
+@click.option("--data", type=click.Choice([*WORKLOADS]), help="Else what is usual for the size.")
 @click.option("--layers", default=30, show_default=True)
 @click.option("--width", default=576, show_default=True)
 @click.option("--turns", default=7, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*ARMS]), help="Besides the first.")
 def strategies(
-    size: str, layers: int, width: int, turns: int, threads: int, only: tuple[str, ...]
+    size: str,
+    data: str | None,
+    layers: int,
+    width: int,
+    turns: int,
+    threads: int,
+    only: tuple[str, ...],
 ) -> None:
     """A table of all strategies at one size and number of layers."""
     torch.set_num_threads(threads)
-    workload = WORKLOADS[size]
+    workload = WORKLOADS[data or USUAL[size]]
     rows = workload["samples"] * workload["tokens"]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, layers, width, generator=generator).bfloat16()
@@ -151,7 +164,9 @@ def strategies(
     first = next(iter(ARMS))
     chosen = {name: ARMS[name] for name in ARMS if not only or name in (first, *only)}
     every = list(range(1, layers + 1))
-    arms = {name: Arm(size, routing, every, layers, width) for name, routing in chosen.items()}
+    arms = {
+        name: Arm(size, workload, routing, every, layers, width) for name, routing in chosen.items()
+    }
     texts = {
         name: (hidden[:, [layer - 1 for layer in arm.layers]].contiguous(), offsets)
         for name, arm in arms.items()
@@ -182,7 +197,7 @@ def strategies(
 @main.command()
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The LLM of the features.")
-@click.option("--size", type=click.Choice([*WORKLOADS]), default="small", show_default=True)
+@click.option("--size", type=click.Choice([*USUAL]), default="small", show_default=True)
 @click.option("--turns", default=3, show_default=True)
 @click.option("--steps", default=4, show_default=True, help="Of a turn.")
 @click.option("--threads", default=1, show_default=True)
@@ -225,13 +240,13 @@ def online(
 def measure(name: str, features: Path, model: str, size: str, steps: int) -> dict[str, float]:
     """Some steps of one arm, after one that is not counted."""
     store = open_features(features)
-    num = WORKLOADS[size]["samples"]
+    workload = WORKLOADS[USUAL[size]]
+    num = workload["samples"]
     identity = store.manifest.identity
     order = np.random.default_rng(0).permutation(np.arange(1, len(store)))
     batches = cycle(order[first : first + num] for first in range(0, len(order) - num + 1, num))
-    arm = Arm(
-        size, ARMS["depth"], store.layers, identity.model.num_layers, identity.model.width
-    )  # fmt: skip
+    layers, width = identity.model.num_layers, identity.model.width
+    arm = Arm(size, workload, ARMS["depth"], store.layers, layers, width)
     texts = from_store(store, batches) if name == "cached" else from_llm(store, model, batches)
     arm.step(next(texts))
     waited = total = 0.0

@@ -19,25 +19,27 @@ if TYPE_CHECKING:
 MIN_PART_ROWS = 64
 """Rows that are worth a thread."""
 
+LANES = 32
+"""Of the search for the largest values; 16 and 64 were slower."""
+
 ROUND = np.float32(12_582_912.0)
 """1.5 * 2**23: added and taken away again it rounds to nearest even what is under 2**22."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compiled code is kept for the next process, where there is a folder to keep it in."""
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled code is kept for the next process, where there is a folder to keep it in.
+
+    Nothing is checked before a division (``error_model``): a check leaves no vectors in a loop.
+    """
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the home can be written
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def _summing(function: Callable[..., Any]) -> Any:
     """The same where values may be taken in any order, and so by vectors; NaN gives anything."""
-    order = {"reassoc", "nsz", "nnan"}
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=order)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, fastmath=order)(function)
+    return _compiled(function, fastmath={"reassoc", "nsz", "nnan"})
 
 
 # Loops count: numba hands those over the values of an array to LLVM in a form that it makes no
@@ -72,37 +74,52 @@ def _squares(values):  # type: ignore[no-untyped-def]
 @_compiled
 def _widest(values):  # type: ignore[no-untyped-def]
     """Bits of the largest size: in the order of sizes, and found by vectors, being integers."""
-    bits, widest = values.view(np.uint32), np.uint32(0)
+    bits, widest = values.view(np.int32), np.int32(0)
     for i in range(len(bits)):
-        widest = max(widest, bits[i] & np.uint32(0x7FFFFFFF))
+        size = np.int32(bits[i] & np.int32(0x7FFFFFFF))  # or it would be 64 bits wide
+        widest = size if size > widest else widest
     return widest
 
 
 @_compiled
-def _largest(values, most, sizes, places):  # type: ignore[no-untyped-def]
+def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
     """The places of the values of largest size, the first of equal ones.
 
-    Passes over all of them, by vectors as in :func:`_widest`, are faster than one that keeps a
-    sorted few: that is a branch a value which no processor foresees.
+    Values are dealt to lanes, whose largest are kept: one pass by vectors finds them, and then each
+    place takes a look at the lanes and at one lane's values. One pass that keeps a sorted few is a
+    branch a value which no processor foresees.
 
     Args:
         most: int64 [most], written.
-        sizes: room for as many numbers as there are values, uint32.
-        places: their places, int32, in order.
+        sizes: room for as many numbers as there are values, rounded up to whole lanes, uint32.
+        tops: room for a number a lane, uint32.
     """
-    bits = values.view(np.uint32)
+    bits, lanes = values.view(np.uint32), len(tops)
     for i in range(len(bits)):
-        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0: taken already
-    last = places[len(places) - 1]
+        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0: taken already, or none
+    sizes[len(bits) :] = 0
+    tops[:] = 0
+    for start in range(0, len(sizes), lanes):
+        dealt = sizes[start : start + lanes]
+        for lane in range(lanes):
+            tops[lane] = max(tops[lane], dealt[lane])
     for rank in range(len(most)):
         top = np.uint32(0)
-        for i in range(len(sizes)):
-            top = max(top, sizes[i])
-        place = last
-        for i in range(len(sizes)):
-            place = min(place, places[i] if sizes[i] == top else last)
-        most[rank] = place
-        sizes[place] = 0
+        for lane in range(lanes):
+            top = max(top, tops[lane])
+        first = len(sizes)
+        for lane in range(lanes):
+            if tops[lane] == top:
+                place = lane
+                while sizes[place] != top:
+                    place += lanes
+                first = min(first, place)
+        most[rank] = first
+        sizes[first] = 0
+        top = np.uint32(0)
+        for place in range(first % lanes, len(sizes), lanes):
+            top = max(top, sizes[place])
+        tops[first % lanes] = top
 
 
 @_compiled
@@ -144,7 +161,8 @@ def encode_delta(  # type: ignore[no-untyped-def]
     zigzag, low = np.empty(width, np.float32), np.empty(width + 1, np.uint8)
     room, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
     back, one = room.view(np.float32), bits.view(np.float32)
-    most, places = np.empty(massive, np.int64), np.arange(width).astype(np.int32)
+    most, tops = np.empty(massive, np.int64), np.empty(LANES, np.uint32)
+    sizes = np.empty(-(-width // LANES) * LANES, np.uint32)
     low[width] = 0
     widest = np.float32(32_767 / 2**0.0625 - 1)
     for row in range(rows):
@@ -166,7 +184,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
         for channel in range(width):
             residual[channel] = normed[channel] - into[channel]
         rest = _squares(normed)
-        _largest(normed, most, room, places)
+        _largest(normed, most, sizes, tops)
         for i in range(massive):
             rest -= normed[most[i]] * normed[most[i]]
         rms = np.sqrt(max(rest, np.float32(0)) / np.float32(width - massive))
@@ -218,8 +236,8 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
     rows, width = hidden.shape
     room = np.empty(width, np.uint32)
     found = room.view(np.float32)
-    expected, sizes = np.empty(width, np.float32), np.empty(width, np.uint32)
-    most, places = np.empty(largest, np.int64), np.arange(width).astype(np.int32)
+    expected, sizes = np.empty(width, np.float32), np.empty(-(-width // LANES) * LANES, np.uint32)
+    most, tops = np.empty(largest, np.int64), np.empty(LANES, np.uint32)
     for row in range(rows):
         values, bits = hidden[row], coded[row]
         for channel in range(width):
@@ -234,7 +252,7 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
         norm, total = _squares(expected), _squares(found)
         known = np.float32(norm > np.float32(1e-6))
         relative[row] = known * np.sqrt(total / max(norm, np.float32(1e-6)))
-        _largest(expected, most, sizes, places)
+        _largest(expected, most, sizes, tops)
         for i in range(largest):
             norm -= expected[most[i]] * expected[most[i]]
             total -= found[most[i]] * found[most[i]]

@@ -105,20 +105,22 @@ class RowArray:
     def _code(self, rows: np.ndarray) -> list[bytes]:
         """The file of a shard in parts: its chunks, but for those of zeros, and the index."""
         num = self.layout.rows_per_chunk
-        everything = not rows.any()  # a shard of nothing but zeros is there all the same
+        firsts = range(0, len(rows), num)
+        blank = {first for first in firsts if not rows[first : first + num].any()}
+        if len(blank) == len(firsts):
+            blank = set()  # a shard of nothing but zeros is there all the same
         zstd = None if self.order is None else Zstd(level=ZSTD_LEVEL)
 
         def code(first: int) -> bytes:
-            chunk = rows[first : first + num]
-            if not (everything or chunk.any()):
+            if first in blank:
                 return b""
+            chunk = rows[first : first + num]
             if zstd is None:
                 coded = chunk.tobytes()
             else:
                 coded = bytes(zstd.encode(np.ascontiguousarray(chunk.transpose(self.order))))
             return coded + _crc(coded)
 
-        firsts = range(0, len(rows), num)
         if self.layout.num_threads > 1:
             with ThreadPoolExecutor(self.layout.num_threads) as pool:
                 chunks = [*pool.map(code, firsts)]

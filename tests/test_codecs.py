@@ -142,7 +142,7 @@ def test_lossless_keeps_every_bit_pattern_whatever_the_fit(bits, seed):
         np.testing.assert_array_equal(found.view(torch.uint16).numpy(), raw)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33)])
+@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33), (8, 200)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_compiled_encoder_does_the_arithmetic_of_tensors(kind, bits, width):
     """But for sums in another order, which may turn the last bit of what they give."""
