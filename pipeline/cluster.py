@@ -16,6 +16,7 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from errno import EDQUOT, EFBIG, ENOSPC
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from ..schemas import InputError
@@ -35,6 +36,8 @@ ATTEMPTS = 2
 """Times that a shard is tried when its task raises. A worker that dies is Dask's affair: the shard
 goes to another worker. One that was on three workers that died is tried once more at the end and
 alone, so that no shard is given up for what its neighbour did; then it is given up."""
+TASK = "shard"
+"""What Dask calls them all."""
 NO_PROFILE = {"distributed.worker.profile.enabled": False}
 """Setting of Dask: no samples of what workers do, a hundred a second. On Python 3.11 each may stop
 its worker for ever where threads come and go (python/cpython#106883, dask/distributed#8616)."""
@@ -73,6 +76,8 @@ class Cluster:
             as many as it has.
         connect: makes the client of that cluster; for a cluster on this machine None.
         name: how the place is put to people.
+        expected: workers that it may have: by so many shards at least that wait, a job queue knows
+            how many jobs there is work for.
         num_errors: attempts that failed, also of shards that were written in the end.
         stop: set, by Ctrl-C or by others, no further shard is begun.
     """
@@ -80,6 +85,7 @@ class Cluster:
     workers: int | None
     connect: Callable[[ExitStack], Any] | None = None
     name: str = ""
+    expected: int = 1
     num_errors: int = 0
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
     _present: int = 0
@@ -143,6 +149,12 @@ class Cluster:
         )
         resources.enter_context(cluster)
         return resources.enter_context(Client(cluster))
+
+    def dashboard(self) -> str:
+        """Where Dask's own pages are; "" where they are not served: they need bokeh, and Dask."""
+        if self.workers == 0 or find_spec("bokeh") is None:
+            return ""
+        return str(self.client.dashboard_link)
 
     def num_workers(self) -> int:
         """Workers that were there when they were last counted; 0 without Dask."""
@@ -314,7 +326,7 @@ class _Tasks:
 
     def _submit(self, shard: int, attempt: int) -> None:
         self.number += 1
-        key = f"shard-{shard}-{os.getpid()}-{self.number}"
+        key = f"{TASK}-{shard}-{os.getpid()}-{self.number}"
         future = self.client.submit(self.function, *self.arguments(shard), key=key, pure=False)
         self.in_flight[key] = (shard, attempt, future)
         future.add_done_callback(self.done.put)
@@ -324,7 +336,7 @@ class _Tasks:
         if time.monotonic() - self.looked > LOOK_SECONDS:
             self._check_scheduler()
             self.cluster._present = len(self.cluster.threads())
-            self.room = IN_FLIGHT * max(1, self.cluster._present)
+            self.room = max(IN_FLIGHT * max(1, self.cluster._present), self.cluster.expected)
             self.looked = time.monotonic()
         return self.room
 

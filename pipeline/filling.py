@@ -108,6 +108,8 @@ def fill(
     written, warnings = _Tally(), Counter[str]()
     failed: dict[int, BaseException] = {}
     _sweep(store, report)
+    if remaining and cluster.dashboard():
+        report(f"Dask's dashboard: {cluster.dashboard()}")
     try:
         with meter:
             outcomes = cluster.run(remaining, function, arguments, on_progress=meter.advance)

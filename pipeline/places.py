@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from ..schemas import InputError, JobQueue, parse
-from .cluster import NO_PROFILE, Cluster, num_cpus
+from .cluster import NO_PROFILE, TASK, Cluster, num_cpus
 
 CONNECT_SECONDS = 30
 """Within which a scheduler must answer."""
 WAIT_SECONDS = 5
 """After which waiting for the first worker is mentioned."""
+SHARD_TAKES = "60s"
+"""At first, to a job queue's scheduler; then what it sees."""
 MOST_WORKERS = 4
 """By default on a machine without GPUs: each holds the model."""
 
@@ -76,7 +78,8 @@ def find_cluster(text: str, workers: int | None, gpus: int | None = None) -> Clu
         return Cluster(None, _address(text), f"at {text}")
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
-        return Cluster(None, _job_queue(path), f"of {text}")
+        jobs = _read_jobs(path)
+        return Cluster(None, _job_queue(jobs, path), f"of {text}", _num_workers(jobs))
     if path.suffix == ".json":
         return Cluster(None, _scheduler_file(path), f"of {text}")
     raise InputError(
@@ -111,10 +114,7 @@ def look_at_workers(cluster: Cluster, store: str, report: Callable[[str], None])
     _check(answers, cluster.threads(), folder, report)
     gpus = sum(answer.gpus > 0 for answer in answers.values())
     hosts = len({answer.host for answer in answers.values()})
-    report(
-        f"{len(answers)} workers {cluster.name} on {hosts} hosts, {gpus} of them with a GPU"
-        f"{_dashboard(cluster.client)}"
-    )
+    report(f"{len(answers)} workers {cluster.name} on {hosts} hosts, {gpus} of them with a GPU")
     return Workers(gpus == len(answers), min(answer.cpus for answer in answers.values()))
 
 
@@ -200,15 +200,6 @@ def own_device() -> str:
         return "cuda:0"
 
 
-def _dashboard(client: Any) -> str:
-    """Where Dask's own pages are, if they are served at all: they need bokeh."""
-    try:
-        import bokeh  # noqa: F401
-    except ImportError:
-        return ""
-    return f"; dashboard {client.dashboard_link}"
-
-
 def _address(address: str) -> Callable[[ExitStack], Any]:
     def connect(resources: ExitStack) -> Any:
         return _client(resources, address, address=address)
@@ -246,13 +237,27 @@ def _client(resources: ExitStack, name: str, **where: Any) -> Any:
         ) from error
 
 
-def _job_queue(path: Path) -> Callable[[ExitStack], Any]:
+def _read_jobs(path: Path) -> JobQueue:
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"--cluster {path}: cannot be read: {error}") from error
-    jobs = parse(JobQueue, document, str(path))
-    options = with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
+    return parse(JobQueue, document, str(path))
+
+
+def _num_workers(jobs: JobQueue) -> int:
+    """Workers at most."""
+    processes = jobs.options.get("processes", 1)
+    return jobs.maximum_jobs * (processes if isinstance(processes, int) else 1)
+
+
+def _job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
+    # Dask would start several workers a job, each with a model, and give each as many tasks at a
+    # time as the job has cores.
+    options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
+    words = list(options.get("worker_extra_args", []))
+    if "--nthreads" not in " ".join(map(str, words)):
+        options["worker_extra_args"] = [*words, "--nthreads", "1"]
     prologue = options.get("job_script_prologue") or []
     # Of jobs on this machine the script is no shell's: its words are those of one command.
     word = "env" if jobs.kind == "local" else "export"
@@ -279,6 +284,10 @@ def _job_queue(path: Path) -> Callable[[ExitStack], Any]:
             scheduler = scheduler | {"dashboard_address": "127.0.0.1:0"}
             link = {"distributed.dashboard.link": "http://127.0.0.1:{port}/status"}
             resources.enter_context(dask.config.set(link))
+        # Or until the first shard is done Dask takes half a second for it, and one job for enough.
+        known = dask.config.get("distributed.scheduler.default-task-durations")
+        durations = {"distributed.scheduler.default-task-durations": {TASK: SHARD_TAKES, **known}}
+        resources.enter_context(dask.config.set(durations))
         try:
             cluster = resources.enter_context(kind(**options | {"scheduler_options": scheduler}))
             cluster.adapt(minimum_jobs=jobs.minimum_jobs, maximum_jobs=jobs.maximum_jobs)

@@ -15,8 +15,9 @@ class JobQueue(Contract):
 
     kind: Literal["slurm", "pbs", "sge", "lsf", "oar", "htcondor", "moab", "local"]
     """The batch system; ``local`` starts processes of this machine as if they were jobs."""
-    minimum_jobs: int = Field(0, ge=0)
-    """Jobs that are kept, work or not."""
+    minimum_jobs: int = Field(1, ge=1)
+    """Jobs that are kept, work or not: of the first is asked what workers are like, and it is not
+    given back while captions are planned."""
     maximum_jobs: int = Field(ge=1)
     """Jobs at most."""
     lifetime_margin_minutes: float = Field(10.0, ge=0)

@@ -66,12 +66,14 @@ class TestRun:
         assert cluster.draining
 
 
-def test_workers_are_without_dasks_profiler():
+def test_workers_are_without_dasks_profiler_and_pages_are_for_this_machine():
     from dask.config import get
 
     with Cluster(1) as cluster:
         (enabled,) = cluster.ask(get, "distributed.worker.profile.enabled").values()
-    assert not enabled
+        assert not enabled
+        assert cluster.dashboard().startswith("http://127.0.0.1:")
+    assert not Cluster(0).dashboard()
 
 
 class TestDeaths:

@@ -1,12 +1,12 @@
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -157,31 +157,56 @@ class TestSchedulerFile:
         assert contents(path) == undisturbed
 
 
+def write_jobs(**options):
+    """jobs.yaml: up to two jobs of this machine."""
+    options |= {"memory": "2GB", "python": sys.executable, "walltime": "01:00:00"}
+    jobs = {"kind": "local", "maximum_jobs": 2, "options": options}
+    Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
+
+
 class TestJobs:
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its Popen
     def test_jobs_of_this_machine(self, options, undisturbed, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        jobs = {
-            "kind": "local",
-            "minimum_jobs": 1,
-            "maximum_jobs": 2,
-            "options": {
-                "cores": 1,
-                "processes": 1,
-                "memory": "2GB",
-                "python": sys.executable,
-                "walltime": "01:00:00",
-            },
-        }
-        Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
+        write_jobs(cores=1, processes=1)
         path = tmp_path / "features"
-        said = []
-        extract(features=path, cluster="jobs.yaml", report=said.append, **options)
+        said, pages = [], []
+
+        def hear(line):
+            said.append(line)
+            if line.startswith("Dask's dashboard: "):
+                with urlopen(line.partition(": ")[2], timeout=30) as page:
+                    pages.append(page.read())
+
+        extract(features=path, cluster="jobs.yaml", report=hear, **options)
         assert contents(path) == undisturbed
-        assert "workers of jobs.yaml" in said[0]
+        assert any("workers of jobs.yaml" in line for line in said)
         assert not any("profiler" in line for line in said)  # it is switched off in jobs
+        assert any(line.startswith("Dask's dashboard: http://127.0.0.1:") for line in said)
+        assert len(pages) == 1
+        assert b"bokeh" in pages[0]
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_there_are_as_many_jobs_as_there_is_work_for(self, tmp_path, monkeypatch):
+        """From one on, that has one task at a time although its job has four cores."""
+        monkeypatch.chdir(tmp_path)
+        write_jobs(cores=4)
+        both = tmp_path / "both"
+
+        def work(shard):
+            number = os.getpid()
+            while not both.exists():
+                (tmp_path / f"{shard}.{number}").touch()
+                if len({path.suffix for path in tmp_path.glob("*.*[0-9]")}) > 1:
+                    both.touch()
+                time.sleep(0.1)
+            return number
+
         with find_cluster("jobs.yaml", None) as cluster:
-            assert re.match(r"http://127\.0\.0\.1:\d+/status", cluster.client.dashboard_link)
+            assert look_at_workers(cluster, str(tmp_path), [].append).threads >= 1
+            assert list(cluster.threads().values()) == [1]
+            found = cluster.run(range(4), work, lambda shard: (shard,), on_progress=print)
+            assert len({number for _, number in found}) == 2
 
     @pytest.mark.parametrize(
         ("document", "message"),
@@ -189,6 +214,10 @@ class TestJobs:
             ({"kind": "slrum", "maximum_jobs": 2, "options": {}}, "kind"),
             ({"kind": "local", "options": {}}, "maximum_jobs"),
             ({"kind": "local", "maximum_jobs": 1, "minimum_jobs": 2, "options": {}}, "more than"),
+            (
+                {"kind": "local", "maximum_jobs": 1, "minimum_jobs": 0, "options": {}},
+                "minimum_jobs",
+            ),
             ({"kind": "local", "maximum_jobs": 1, "options": {"walltime": "4 h"}}, "such as 04:00"),
             ("text", "is not valid"),
         ],
