@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from ..schemas import Facts, Findings
+from ..schemas import Driver, Facts, Findings
+from ..schemas.files import list_names, locate
 from .layout import format_bytes
+from .ledger import MANIFEST
 from .lock import is_dead, read_driver
-from .store import FeatureStore, open_store
+from .store import FeatureStore, StoreError, open_store
 
 RECENT_SECONDS = 600.0
 """Rates and workers are those of so long before the newest receipt."""
@@ -18,12 +20,19 @@ _OWN = {"token", "begun", "beats"}  # of a driver's file, for drivers alone
 
 
 def status(path: str | os.PathLike[str]) -> Findings:
-    """Look at a store that is being filled, or was.
+    """Look at a store that is being filled, or was; or for which captions are being planned.
 
     Raises:
-        StoreError: no store there yet.
+        StoreError: no store there, and nobody at work on one.
     """
-    store = open_store(path)
+    try:
+        store = open_store(path)
+    except StoreError:
+        place = locate(path)
+        driver = read_driver(place)
+        if driver is None or MANIFEST in list_names(place):
+            raise
+        return _planned(place, driver)
     layout, receipts, quarantined = store.manifest.layout, store.receipts(), store.quarantined()
     remaining = store.remaining()
     written = {shard: receipt for shard, receipt in receipts.items() if shard not in {*remaining}}
@@ -63,6 +72,23 @@ def status(path: str | os.PathLike[str]) -> Findings:
     return Findings(_facts(store.path, unit, details), details)
 
 
+def _planned(path: Any, driver: Driver) -> Findings:
+    """Of a store that has no manifest yet."""
+    dead = is_dead(driver)
+    details = {
+        "path": str(path),
+        "state": "planning",
+        "driver": driver.model_dump(exclude=_OWN),
+        "driver_is_dead": dead,
+    }
+    state = (
+        f"nothing yet: its driver died ({_who(details)}): the same command begins anew"
+        if dead
+        else f"being planned by {_who(details)}"
+    )
+    return Findings(Facts(f"{path}", {"state": state}), details)
+
+
 def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Facts:
     share = details["rows"] / max(1, details["rows_total"])
     items = {
@@ -95,7 +121,11 @@ def _state(details: Mapping[str, Any]) -> str:
         return "complete"
     if driver is None:
         return "stopped: the command that makes it continues it"
-    who = f"process {driver['pid']} on {driver['host']}, since {driver['started']}"
     if details["driver_is_dead"]:
-        return f"its driver died ({who}): the same command continues it"
-    return f"being written by {who}"
+        return f"its driver died ({_who(details)}): the same command continues it"
+    return f"being written by {_who(details)}"
+
+
+def _who(details: Mapping[str, Any]) -> str:
+    driver = details["driver"]
+    return f"process {driver['pid']} on {driver['host']}, since {driver['started']}"

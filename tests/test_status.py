@@ -1,10 +1,13 @@
 import json
 import shutil
+import socket
 
+import pytest
 from click.testing import CliRunner
 
 from semroute.cli import cli
 from semroute.pipeline.status import status
+from semroute.pipeline.store import StoreError
 from semroute.schemas import DRIVER
 
 
@@ -44,11 +47,24 @@ def test_a_store_that_is_being_filled(feature_store, tmp_path):
     drive(path)
     assert "being written by process 77 on node7" in str(status(path))
     assert status(path).details["driver_is_dead"] is None
-    import socket
-
     drive(path, host=socket.gethostname(), pid=2**22 + 1)
     assert "its driver died" in str(status(path))
     assert status(path).details["driver_is_dead"] is True
+
+
+def test_a_store_that_is_being_planned(tmp_path):
+    with pytest.raises(StoreError, match=r"no manifest\.json"):
+        status(tmp_path)
+    drive(tmp_path)
+    assert "being planned by process 77 on node7" in str(status(tmp_path))
+    drive(tmp_path, host=socket.gethostname(), pid=2**22 + 1)
+    found = status(tmp_path)
+    assert "its driver died" in str(found)
+    assert found.details["state"] == "planning"
+    assert found.details["driver_is_dead"] is True
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="manifest"):
+        status(tmp_path)
 
 
 def test_failures_are_listed(feature_store, tmp_path):

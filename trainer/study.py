@@ -120,8 +120,14 @@ class Job:
     def num_steps(self) -> int:
         """Steps of it that are done, as far as its metrics say."""
         path = self.path / METRICS
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        text = path.read_text("utf-8") if path.exists() else ""
+        lines = text.rpartition("\n")[0].splitlines()  # the last may be half written
         return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def num_kept(self) -> int:
+        """Steps of it that need not be done again."""
+        checkpoint = latest_checkpoint(self.path)
+        return 0 if checkpoint is None else checkpoint.step
 
     def run(self, open_decoder: OpenDecoder) -> None:
         """Train what is left, and judge; called in a process of its own."""
@@ -344,12 +350,12 @@ def run_jobs(left: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name
         InputError: some failed; all others were run to their end first.
     """
     failed: list[str] = []
-    steps = [(job.num_steps(), job.config.steps) for job in left]
-    training = any(done < total for done, total in steps)
+    kept, total = sum(job.num_kept() for job in left), sum(job.config.steps for job in left)
+    training = kept < total
     with (
         tqdm(
-            total=sum(total for _, total in steps) if training else len(left),
-            initial=sum(min(pair) for pair in steps) if training else 0,
+            total=total if training else len(left),
+            initial=kept if training else 0,
             unit="step" if training else "run",
             desc=name,
             disable=not left,
@@ -381,7 +387,8 @@ def _completed(futures: dict[Future[None], Job], bar: tqdm) -> Iterator[Future[N
         done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
         num_done = len(futures) - len(waiting)
         steps = sum(min(job.num_steps(), job.config.steps) for job in futures.values())
-        bar.update((steps if bar.unit == "step" else num_done) - bar.n)
+        # Not by update(): a run that is continued goes back to its checkpoint.
+        bar.n = steps if bar.unit == "step" else num_done
         bar.set_postfix({"runs done": f"{num_done}/{len(futures)}"})
         yield from done
 
