@@ -160,7 +160,9 @@ class _Shard:
         with self._timed("code"):
             for index, found in enumerate(part.layers):
                 norms = self._norms[index, part.rows] = found.pop("norm").numpy()
-                _check_finite(norms, part.rows, self._layers[index], self._task)
+                bad = _not_finite(norms, part.rows, self._layers[index], self._task)
+                if bad:  # before they are coded
+                    raise ValueError(bad)
                 self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
                 for name, codes in found.items():
                     self.planes[name][part.rows, index] = codes.numpy()
@@ -341,28 +343,39 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
         return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
 
     warnings: list[str] = []
+    finite, first = np.ones(num_rows, bool), ""
     for part in _run(encoder, task, manifest.layout, code, warnings):
         part.wait()
         rows = torch.from_numpy(part.rows)
         for index, found in enumerate(part.layers):
             norms = found["norm"].numpy()
-            _check_finite(norms, part.rows, identity.layers[index], task)
+            finite[part.rows] &= np.isfinite(norms)
+            first = first or _not_finite(norms, part.rows, identity.layers[index], task)
             sample[rows, index] = found["hidden"]
+    if not finite.all():
+        sample = sample[torch.from_numpy(finite)]
+        if not len(sample):
+            raise ValueError(first)
+        warnings.append(
+            f"{num_rows - len(sample):,} of {num_rows:,} tokens are left out of what the codec is "
+            f"fitted to: {first}"
+        )
     spec = manifest.codec
     codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
-    spec = fitted_spec(spec, codec, len(task.texts), num_rows)
+    spec = fitted_spec(spec, codec, len(task.texts), len(sample))
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
 
 
-def _check_finite(norms: np.ndarray, rows: np.ndarray, layer: int, task: Task) -> None:
-    """Refuse NaN and infinity, by the norms of some rows of a layer, before they are coded."""
+def _not_finite(norms: np.ndarray, rows: np.ndarray, layer: int, task: Task) -> str:
+    """The first caption with NaN or infinity, by the norms of some rows of a layer; or ""."""
     bad = rows[~np.isfinite(norms)]
-    if len(bad):
-        entry = int(np.searchsorted(task.row_start, bad.min(), side="right")) - 1
-        raise ValueError(
-            f"hidden states of layer {layer} are not finite for the caption "
-            f"{task.texts[entry]!r}; with --dtype bfloat16 try float32"
-        )
+    if not len(bad):
+        return ""
+    entry = int(np.searchsorted(task.row_start, bad.min(), side="right")) - 1
+    return (
+        f"hidden states of layer {layer} are not finite for the caption {task.texts[entry]!r}; "
+        "with --dtype bfloat16 try float32"
+    )
 
 
 def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:

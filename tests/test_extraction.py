@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -426,6 +427,29 @@ class TestFailing:
         assert quarantine.entries == list(range(193))
         assert "Traceback" in quarantine.traceback
         assert store.remaining() == [0]
+
+    def test_one_caption_that_is_not_finite_costs_its_shard_and_not_the_fit(
+        self, arguments, tiny_llm, tmp_path
+    ):
+        """One letter of the captions' bytes has an embedding that is not finite."""
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoTokenizer
+
+        broken = shutil.copytree(tiny_llm, tmp_path / "broken")
+        weights = load_file(broken / "model.safetensors")
+        (letter,) = AutoTokenizer.from_pretrained(broken)("z", add_special_tokens=False).input_ids
+        weights["embed_tokens.weight"][letter] = torch.nan
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "few.txt").write_text("a red cup\na zebra\na green tree\na blue box\n")
+        said = []
+        options = {"model": str(broken), "source": str(tmp_path / "few.txt"), "codec": "delta"}
+        options |= {"shard_bytes": 2_000, "batching": "padded", "report": said.append}
+        with pytest.raises(ExtractionError, match="for the caption 'a zebra'"):
+            extract(**arguments | options)
+        assert any(re.search("left out .* for the caption 'a zebra'", line) for line in said)
+        store = semroute.open_features(arguments["features"], complete=False)
+        assert len(store.quarantined()) == 1
+        assert len(store.receipts()) == store.manifest.layout.num_shards - 1 > 0
 
     def test_a_full_disk_is_said_and_loses_nothing(
         self, arguments, samples_file, tiny_llm, undisturbed
