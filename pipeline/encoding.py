@@ -90,11 +90,33 @@ class Fitted:
 def encode_shard(job: Job, task: Task) -> Receipt:
     """Encode and write one shard, then its receipt. Runs in a worker."""
     store = FeatureStore.open(job.store, complete=False)
-    with _model_in_use:
-        shard, last = _encode(store, job.source, task)
-    let_next_begin()
-    shard.keep(last)
+    try:
+        with _model_in_use:
+            shard, last = _encode(store, job.source, task)
+        let_next_begin()
+        shard.keep(last)
+    except NotFiniteError as error:
+        if store.manifest.layout.line_tokens is None:
+            raise
+        with _model_in_use:
+            raise _find_culprit(store, job.source, task, error) from error
     return store.complete_shard(shard.planes, shard.receipt())
+
+
+class NotFiniteError(ValueError):
+    """Hidden states that are NaN or infinite.
+
+    Attributes:
+        entries: positions in the task of all captions of a batch that have some, in its order.
+    """
+
+    def __init__(self, layer: int, task: Task, rows: np.ndarray) -> None:
+        found = np.searchsorted(task.row_start, rows, side="right") - 1
+        self.entries: list[int] = list(dict.fromkeys(found.tolist()))
+        super().__init__(
+            f"hidden states of layer {layer} are not finite for the caption "
+            f"{task.texts[self.entries[0]]!r}; with --dtype bfloat16 try float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -153,16 +175,16 @@ class _Shard:
         """Put what a batch gave where it belongs.
 
         Raises:
-            ValueError: NaN or infinity, with the caption and the layer.
+            NotFiniteError: with the caption and the layer.
         """
         with self._timed("forward"):  # a device's work on the LLM and codes is one
             part.wait()
         with self._timed("code"):
             for index, found in enumerate(part.layers):
                 norms = self._norms[index, part.rows] = found.pop("norm").numpy()
-                bad = _not_finite(norms, part.rows, self._layers[index], self._task)
-                if bad:  # before they are coded
-                    raise ValueError(bad)
+                bad = part.rows[~np.isfinite(norms)]
+                if len(bad):
+                    raise NotFiniteError(self._layers[index], self._task, bad)
                 self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
                 for name, codes in found.items():
                     self.planes[name][part.rows, index] = codes.numpy()
@@ -210,6 +232,28 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     shard.seconds["forward"] = time.perf_counter() - loaded - shard.seconds["code"]
     shard.seconds["load"] = loaded - started
     return shard, last
+
+
+def _find_culprit(
+    store: FeatureStore, source: "Source", task: Task, error: NotFiniteError
+) -> ValueError:
+    """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
+    attention is multiplied by zero, and stays NaN."""
+    layers = tuple(store.manifest.identity.layers)
+    encoder = _load_encoder(source, layers, store.manifest.identity.dtype, own_device())
+    found: list[tuple[int, np.ndarray]] = []
+
+    def take(index: int, hidden: "torch.Tensor") -> None:
+        bad = ~hidden.isfinite().all(-1).cpu().numpy()
+        found.append((layers[index], start + np.flatnonzero(bad)))
+
+    for entry in error.entries:
+        start = task.row_start[entry]
+        encoder.encode([task.sequences[entry]], [int(task.kept[entry])], take)
+        for layer, rows in found:
+            if len(rows):
+                return NotFiniteError(layer, task, rows)
+    return error
 
 
 _tried: "weakref.WeakSet[Encoder]" = weakref.WeakSet()
@@ -342,20 +386,28 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     def code(index: int, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
 
+    def gather(layout: Layout) -> tuple[np.ndarray, NotFiniteError | None]:
+        """Which rows are finite, and the first caption that has others."""
+        finite, first = np.ones(num_rows, bool), None
+        for part in _run(encoder, task, layout, code, warnings):
+            part.wait()
+            rows = torch.from_numpy(part.rows)
+            for index, found in enumerate(part.layers):
+                there = np.isfinite(found["norm"].numpy())
+                finite[part.rows] &= there
+                if first is None and not there.all():
+                    first = NotFiniteError(identity.layers[index], task, part.rows[~there])
+                sample[rows, index] = found["hidden"]
+        return finite, first
+
     warnings: list[str] = []
-    finite, first = np.ones(num_rows, bool), ""
-    for part in _run(encoder, task, manifest.layout, code, warnings):
-        part.wait()
-        rows = torch.from_numpy(part.rows)
-        for index, found in enumerate(part.layers):
-            norms = found["norm"].numpy()
-            finite[part.rows] &= np.isfinite(norms)
-            first = first or _not_finite(norms, part.rows, identity.layers[index], task)
-            sample[rows, index] = found["hidden"]
-    if not finite.all():
+    finite, first = gather(manifest.layout)
+    if first is not None and manifest.layout.line_tokens is not None:
+        finite, first = gather(manifest.layout.model_copy(update={"line_tokens": None}))
+    if first is not None:
         sample = sample[torch.from_numpy(finite)]
         if not len(sample):
-            raise ValueError(first)
+            raise first
         warnings.append(
             f"{num_rows - len(sample):,} of {num_rows:,} tokens are left out of what the codec is "
             f"fitted to: {first}"
@@ -364,18 +416,6 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
     spec = fitted_spec(spec, codec, len(task.texts), len(sample))
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
-
-
-def _not_finite(norms: np.ndarray, rows: np.ndarray, layer: int, task: Task) -> str:
-    """The first caption with NaN or infinity, by the norms of some rows of a layer; or ""."""
-    bad = rows[~np.isfinite(norms)]
-    if not len(bad):
-        return ""
-    entry = int(np.searchsorted(task.row_start, bad.min(), side="right")) - 1
-    return (
-        f"hidden states of layer {layer} are not finite for the caption {task.texts[entry]!r}; "
-        "with --dtype bfloat16 try float32"
-    )
 
 
 def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:

@@ -2,6 +2,7 @@
 alone."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
     from .encoder import Encoder
 
-NUM_CAPTIONS = 3
-"""That are tried: the one in the middle has neighbours on both sides."""
+NUM_CAPTIONS = 12
+"""Captions that are enough for a trial, though some may not be finite."""
+NUM_TRIED = 3
+"""The one in the middle has neighbours on both sides."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Of the mean relative error of a layer's rows against those of the caption alone. Of SmolLM2-135M
 rounding alone makes it 2e-7 and 5e-3."""
@@ -31,13 +34,17 @@ def keeps_apart(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> bool:
     with each caption, which only rounding may show.
 
     Args:
-        sequences: token ids of some captions, template included; three are used.
+        sequences: token ids of some captions, template included. The first three that alone give
+            finite hidden states are used; where there is none the answer is no.
     """
     import torch
 
     if not encoder.takes_positions:
         return False
-    tried, before, after = (sequences[i % len(sequences)] for i in range(NUM_CAPTIONS))
+    usable = [*islice((s for s in sequences if _is_finite(_rows(encoder, [s], [0]))), NUM_TRIED)]
+    if not usable:
+        return False
+    tried, before, after = (usable[i % len(usable)] for i in range(NUM_TRIED))
     # Other words in the same places: the caption's own, backwards.
     others = [np.resize(tried[::-1], len(each)) for each in (before, after)]
     line = [0, 0, 0, 1, 1, 1]
@@ -65,9 +72,13 @@ def refuse_mixing(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> None:
     if not keeps_apart(encoder, sequences):
         raise PackingError(
             f"on {encoder.device} the LLM does not keep captions apart that stand in one line of "
-            "a batch, as it did where the store was begun: take such a machine for all workers, or "
-            "make a new store with --batching padded"
+            "a batch, as it did where the store was begun, or gives nothing finite: take such a "
+            "machine for all workers, or make a new store with --batching padded"
         )
+
+
+def _is_finite(layers: "list[torch.Tensor]") -> bool:
+    return all(bool(rows.isfinite().all()) for rows in layers)
 
 
 def _rows(

@@ -428,8 +428,9 @@ class TestFailing:
         assert "Traceback" in quarantine.traceback
         assert store.remaining() == [0]
 
+    @pytest.mark.parametrize("batching", ["padded", "packed"])
     def test_one_caption_that_is_not_finite_costs_its_shard_and_not_the_fit(
-        self, arguments, tiny_llm, tmp_path
+        self, batching, arguments, tiny_llm, tmp_path
     ):
         """One letter of the captions' bytes has an embedding that is not finite."""
         from safetensors.torch import load_file, save_file
@@ -440,10 +441,11 @@ class TestFailing:
         (letter,) = AutoTokenizer.from_pretrained(broken)("z", add_special_tokens=False).input_ids
         weights["embed_tokens.weight"][letter] = torch.nan
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / "few.txt").write_text("a red cup\na zebra\na green tree\na blue box\n")
+        texts = ["a red cup", "a green tree", "a zebra", "a blue box", "a car", "a dog", "a bird"]
+        (tmp_path / "few.txt").write_text("\n".join(texts))
         said = []
         options = {"model": str(broken), "source": str(tmp_path / "few.txt"), "codec": "delta"}
-        options |= {"shard_bytes": 2_000, "batching": "padded", "report": said.append}
+        options |= {"shard_bytes": 6_000, "batching": batching, "report": said.append}
         with pytest.raises(ExtractionError, match="for the caption 'a zebra'"):
             extract(**arguments | options)
         assert any(re.search("left out .* for the caption 'a zebra'", line) for line in said)
