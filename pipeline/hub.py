@@ -25,7 +25,13 @@ from .store import FeatureStore, LatentStore, open_store
 CARD = "README.md"
 MAX_FILES = 100_000
 """Of a repository of the Hub (https://huggingface.co/docs/hub/storage-limits)."""
-_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
+_ERRORS: tuple[type[Exception], ...] = (
+    *HfHubHTTPError.__bases__,
+    HFValidationError,
+    OfflineModeIsEnabled,
+)
+"""With what lies under the first, OSError and the error of huggingface_hub's HTTP client, of which
+there are several: no connection is none of the Hub's errors."""
 
 
 @dataclass(frozen=True, repr=False)

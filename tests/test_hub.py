@@ -129,9 +129,9 @@ def server():
 def push(server, tmp_path):
     """Run the command with the stand-in as its Hub; returns the finished process."""
 
-    def run(store, *options, token="secret"):
+    def run(store, *options, token="secret", url=server.url):
         command = [sys.executable, "-m", "semroute.cli", "push", str(store), REPO, *options]
-        settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf")}
+        settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf")}
         settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         return subprocess.run(
             command, env=os.environ | settings, capture_output=True, text=True, timeout=120
@@ -215,6 +215,10 @@ class TestPush:
         done = push(random_store("bf16"), token="wrong")
         assert done.returncode == 1
         assert "hf auth login" in done.stderr
+        done = push(random_store("bf16"), url="http://127.0.0.1:1")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"Error: {REPO}: ConnectError: ")
+        assert "Run the same command again" in done.stderr
         assert server.files == before
 
     def test_unfinished_stores_are_refused(self, random_store, tmp_path):
