@@ -183,6 +183,15 @@ class Cluster:
             return found
 
     @contextmanager
+    def wanted(self) -> Iterator[None]:
+        """A task waits meanwhile: without one, a cluster that adapts to its work has no worker."""
+        future = self.client.submit(int, pure=False)
+        try:
+            yield
+        finally:
+            future.release()
+
+    @contextmanager
     def _reaching(self) -> Iterator[None]:
         client = self.client
         try:

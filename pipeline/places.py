@@ -104,11 +104,12 @@ def look_at_workers(cluster: Cluster, store: str, report: Callable[[str], None])
         return Workers(_num_gpus() > 0, max(1, num_cpus() // max(1, cluster.workers or 1)))
     waited = time.monotonic()
     said = False
-    while not cluster.threads():
-        if not said and time.monotonic() - waited > WAIT_SECONDS:
-            report(f"waiting for the first worker {cluster.name}")
-            said = True
-        time.sleep(0.2)
+    with cluster.wanted():
+        while not cluster.threads():
+            if not said and time.monotonic() - waited > WAIT_SECONDS:
+                report(f"waiting for the first worker {cluster.name}")
+                said = True
+            time.sleep(0.2)
     folder = "" if "://" in store else str(Path(store).resolve().parent)
     answers = cluster.ask(_answer, folder)
     _check(answers, cluster.threads(), folder, report)

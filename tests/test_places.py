@@ -103,10 +103,16 @@ class TestSchedulerFile:
 
     def test_it_waits_for_the_first_worker_and_says_so(self, machines, monkeypatch):
         monkeypatch.setattr(places, "WAIT_SECONDS", 0)
-        said = []
+        said, wanted = [], []
+
+        def count(dask_scheduler):
+            return dask_scheduler.adaptive_target()
 
         def report(line):
             if not said:
+                until = time.monotonic() + 60
+                while not any(wanted) and time.monotonic() < until:
+                    wanted.append(cluster.client.run_on_scheduler(count))
                 machines.worker("--nthreads", "3", profile=True)
             said.append(line)
 
@@ -114,6 +120,7 @@ class TestSchedulerFile:
             found = look_at_workers(cluster, "s3://bucket/store", report)
             assert list(cluster.ask(os.getcwd).values())
         assert said[0] == f"waiting for the first worker of {machines.file}"
+        assert wanted[-1] == 1  # or an adaptive cluster would wait for work as we do for it
         *profiled, shared = said[1:-1]
         assert len(profiled) == (sys.version_info < (3, 12))
         assert all(
