@@ -110,12 +110,18 @@ class NotFiniteError(ValueError):
         entries: positions in the task of all captions of a batch that have some, in its order.
     """
 
-    def __init__(self, layer: int, task: Task, rows: np.ndarray) -> None:
+    def __init__(self, message: str, entries: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.entries = entries
+
+    @classmethod
+    def of(cls, layer: int, task: Task, rows: np.ndarray) -> "NotFiniteError":
         found = np.searchsorted(task.row_start, rows, side="right") - 1
-        self.entries: list[int] = list(dict.fromkeys(found.tolist()))
-        super().__init__(
+        entries = [*dict.fromkeys(found.tolist())]
+        return cls(
             f"hidden states of layer {layer} are not finite for the caption "
-            f"{task.texts[self.entries[0]]!r}; with --dtype bfloat16 try float32"
+            f"{task.texts[entries[0]]!r}; with --dtype bfloat16 try float32",
+            entries,
         )
 
 
@@ -184,7 +190,7 @@ class _Shard:
                 norms = self._norms[index, part.rows] = found.pop("norm").numpy()
                 bad = part.rows[~np.isfinite(norms)]
                 if len(bad):
-                    raise NotFiniteError(self._layers[index], self._task, bad)
+                    raise NotFiniteError.of(self._layers[index], self._task, bad)
                 self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
                 for name, codes in found.items():
                     self.planes[name][part.rows, index] = codes.numpy()
@@ -236,7 +242,7 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
 
 def _find_culprit(
     store: FeatureStore, source: "Source", task: Task, error: NotFiniteError
-) -> ValueError:
+) -> NotFiniteError:
     """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
     attention is multiplied by zero, and stays NaN."""
     layers = tuple(store.manifest.identity.layers)
@@ -252,7 +258,7 @@ def _find_culprit(
         encoder.encode([task.sequences[entry]], [int(task.kept[entry])], take)
         for layer, rows in found:
             if len(rows):
-                return NotFiniteError(layer, task, rows)
+                return NotFiniteError.of(layer, task, rows)
     return error
 
 
@@ -396,7 +402,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
                 there = np.isfinite(found["norm"].numpy())
                 finite[part.rows] &= there
                 if first is None and not there.all():
-                    first = NotFiniteError(identity.layers[index], task, part.rows[~there])
+                    first = NotFiniteError.of(identity.layers[index], task, part.rows[~there])
                 sample[rows, index] = found["hidden"]
         return finite, first
 

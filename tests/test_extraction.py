@@ -428,9 +428,9 @@ class TestFailing:
         assert "Traceback" in quarantine.traceback
         assert store.remaining() == [0]
 
-    @pytest.mark.parametrize("batching", ["padded", "packed"])
+    @pytest.mark.parametrize(("batching", "workers"), [("padded", 0), ("packed", 1)])
     def test_one_caption_that_is_not_finite_costs_its_shard_and_not_the_fit(
-        self, batching, arguments, tiny_llm, tmp_path
+        self, batching, workers, arguments, tiny_llm, tmp_path
     ):
         """One letter of the captions' bytes has an embedding that is not finite."""
         from safetensors.torch import load_file, save_file
@@ -445,7 +445,8 @@ class TestFailing:
         (tmp_path / "few.txt").write_text("\n".join(texts))
         said = []
         options = {"model": str(broken), "source": str(tmp_path / "few.txt"), "codec": "delta"}
-        options |= {"shard_bytes": 6_000, "batching": batching, "report": said.append}
+        options |= {"shard_bytes": 6_000, "batching": batching, "workers": workers}
+        options["report"] = said.append
         with pytest.raises(ExtractionError, match="for the caption 'a zebra'"):
             extract(**arguments | options)
         assert any(re.search("left out .* for the caption 'a zebra'", line) for line in said)
