@@ -232,9 +232,10 @@ def _client(resources: ExitStack, name: str, **where: Any) -> Any:
     logger.setLevel(logging.CRITICAL)
     try:
         return resources.enter_context(Client(**where, timeout=CONNECT_SECONDS))
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without keys
         raise InputError(
-            f"no Dask scheduler answers at {name}: {error}. Is it running, and is the port open?"
+            f"no Dask scheduler answers at {name}: {error}. Is it running, is the port open, and "
+            "are TLS keys in Dask's configuration?"
         ) from error
 
 

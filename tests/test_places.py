@@ -130,6 +130,40 @@ class TestSchedulerFile:
         assert "1 workers have several threads" in shared
         assert not found.have_gpus
 
+    def test_tls_is_what_dask_is_configured_with(self, tmp_path, monkeypatch):
+        pytest.importorskip("cryptography")
+        import dask
+        from distributed.security import Security
+
+        made = Security.temporary()
+        files = {"cert": made.tls_client_cert, "key": made.tls_client_key}
+        paths = {name: tmp_path / f"{name}.pem" for name in files}
+        for name, content in files.items():
+            paths[name].write_text(content)
+        settings = {
+            "distributed.comm.require-encryption": True,
+            "distributed.comm.default-scheme": "tls",
+            "distributed.comm.tls.ca-file": str(paths["cert"]),
+        }
+        for role in ("client", "scheduler", "worker"):
+            settings |= {f"distributed.comm.tls.{role}.{n}": str(p) for n, p in paths.items()}
+        config = {}
+        with dask.config.set(settings, config=config):
+            (tmp_path / "dask.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "dask.yaml"))
+        machines = Machines(tmp_path)
+        try:
+            machines.worker()
+            address = json.loads(machines.file.read_text())["address"]
+            assert address.startswith("tls://")
+            for name in (address, str(machines.file)):
+                with dask.config.set(settings), find_cluster(name, None) as cluster:
+                    assert look_at_workers(cluster, str(tmp_path / "store"), print).threads >= 1
+                with pytest.raises(InputError, match="no Dask scheduler answers"):
+                    find_cluster(name, None).threads()
+        finally:
+            machines.stop()
+
     def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
         machines.worker()
         folder = tmp_path / "mine"
