@@ -8,9 +8,10 @@ interleaved, medians.
 In every round each contender has a process of its own, on one core and with nothing else to do:
 it loads the LLM, runs a first batch, and then is timed.
 
-- *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer.
 - *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
   end; codecs were fitted before. Where the time went is in the receipts.
+- *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer:
+  in the same process, in turns with semroute, as processes differ by more than what is measured.
 - The others are how image trainers and general tools do it: batches of a fixed number of captions
   in random order, padded to the longest, `output_hidden_states`, and each caption's layers in
   bfloat16 to a file of its own, or through a writer as its documentation would have it.
@@ -40,6 +41,8 @@ import numpy as np
 from read import Reader, median, size_of
 
 CODECS = ("bf16", "delta")
+TURNS = 4
+"""Of bare forward and semroute in a process."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,16 @@ class Contender:
     def median(self, name: str) -> float:
         return median([each[name] for each in self.found])
 
+    def ratio(self, bare: "Contender", name: str) -> str:
+        """To bare forward: of medians; of our own, whose turns are beside its, the median and the
+        middle half of the ratios."""
+        if self.bare or self.work is not None:
+            return f"{self.median(name) / bare.median(name):.3f}"
+        pairs = zip(self.found, bare.found, strict=True)
+        ratios = [own[name] / other[name] for own, other in pairs]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
     def run(self, setting: Setting) -> dict[str, Any]:
         """In a process of its own."""
         if self.bare:
@@ -246,10 +259,7 @@ class Contender:
         captions = Captions(setting.store(self.codec))
         planned = [*captions.planned(padded=self.padded)]
         captions.forward(planned[0])
-        clock = Clock()
-        for batch in planned:
-            captions.forward(batch)
-        return {**clock.read(), "num_bytes": 0}
+        return time_bare(captions, planned)
 
     def _run_work(self, setting: Setting, work: Work) -> dict[str, Any]:
         captions, out = Captions(setting.store(self.codec)), setting.work / "written"
@@ -262,10 +272,25 @@ class Contender:
         return found
 
     def _run_own(self, setting: Setting) -> dict[str, Any]:
-        from semroute.pipeline.store import open_features
-
+        """Turns of bare forward and of our own, now one first and now the other."""
+        captions = Captions(setting.store(self.codec))
+        planned = [*captions.planned(padded=False)]
+        captions.forward(planned[0])
         setting.reopen(self.codec, 1)
         setting.run(self.codec)  # loads the LLM and compiles
+        works = [
+            ("bare", lambda: time_bare(captions, planned)),
+            ("own", lambda: self._time_own(setting)),
+        ]
+        return {
+            "turns": [
+                {name: work() for name, work in works[:: 1 - 2 * (n % 2)]} for n in range(TURNS)
+            ]
+        }
+
+    def _time_own(self, setting: Setting) -> dict[str, Any]:
+        from semroute.pipeline.store import open_features
+
         setting.reopen(self.codec)
         clock = Clock()
 
@@ -278,6 +303,13 @@ class Contender:
         store = open_features(setting.store(self.codec))
         parts = total([receipt.seconds for receipt in store.receipts().values()])
         return {**found, "num_bytes": store.num_bytes(), "parts": parts}
+
+
+def time_bare(captions: Captions, planned: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    clock = Clock()
+    for batch in planned:
+        captions.forward(batch)
+    return {**clock.read(), "num_bytes": 0}
 
 
 def total(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -327,9 +359,15 @@ def read(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def measure(contender: Contender, command: Sequence[str]) -> None:
-    """One round of a contender, in a process of its own."""
-    contender.found.append(read(start(command, contender.name)))
+def measure(contender: Contender, bare: Contender | None, command: Sequence[str]) -> None:
+    """One round of a contender, in a process of its own; with the bare forward beside, if any."""
+    result = read(start(command, contender.name))
+    if bare is None:
+        contender.found.append(result)
+        return
+    for turn in result["turns"]:
+        contender.found.append(turn["own"])
+        bare.found.append(turn["bare"])
 
 
 @dataclass
@@ -428,9 +466,12 @@ def main(
     if part == "all-cores":
         contenders = []
     scaling = [Workers(int(num)) for num in workers.split(",")] if part != "one-core" else []
+    bare = {each.codec: each for each in contenders if each.bare and not each.padded}
     for _ in range(rounds):
         for contender in contenders:
-            measure(contender, command)
+            if contender not in bare.values():
+                beside = None if contender.bare or contender.work else bare[contender.codec]
+                measure(contender, beside, command)
         for each in scaling:
             each.measure_bare(command, CODECS[-1])
             each.measure(setting, CODECS[-1])
@@ -449,10 +490,10 @@ def print_contenders(contenders: Sequence[Contender], captions: Captions) -> Non
     print("| | s | x bare forward | x, processor time | captions/s | tokens/s | MB |")
     print("| --- | --: | --: | --: | --: | --: | --: |")
     for each in contenders:
-        seconds, against = each.median("seconds"), bare[each.codec]
+        seconds = each.median("seconds")
+        ratios = [each.ratio(bare[each.codec], name) for name in ("seconds", "processor")]
         print(
-            f"| {each.name} | {seconds:.1f} | {seconds / against.median('seconds'):.3f} "
-            f"| {each.median('processor') / against.median('processor'):.3f} "
+            f"| {each.name} | {seconds:.1f} | {ratios[0]} | {ratios[1]} "
             f"| {num / seconds:.1f} | {tokens / seconds:,.0f} "
             f"| {each.median('num_bytes') / 1e6:,.0f} |"
         )
