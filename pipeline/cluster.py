@@ -151,10 +151,15 @@ class Cluster:
         return resources.enter_context(Client(cluster))
 
     def dashboard(self) -> str:
-        """Where Dask's own pages are; "" where they are not served: they need bokeh, and Dask."""
+        """Where Dask's own pages are; "" where they are not served: they need bokeh, and Dask.
+
+        Raises:
+            ClusterLostError: the scheduler is gone.
+        """
         if self.workers == 0 or find_spec("bokeh") is None:
             return ""
-        return str(self.client.dashboard_link)
+        with self._reaching():
+            return str(self.client.dashboard_link)
 
     def num_workers(self) -> int:
         """Workers that were there when they were last counted; 0 without Dask."""

@@ -108,8 +108,9 @@ def fill(
     written, warnings = _Tally(), Counter[str]()
     failed: dict[int, BaseException] = {}
     _sweep(store, report)
-    if remaining and cluster.dashboard():
-        report(f"Dask's dashboard: {cluster.dashboard()}")
+    dashboard = cluster.dashboard() if remaining else ""
+    if dashboard:
+        report(f"Dask's dashboard: {dashboard}")
     try:
         with meter:
             outcomes = cluster.run(remaining, function, arguments, on_progress=meter.advance)
