@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,10 @@ def s3():
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "test")
-        system = fsspec.filesystem("s3", use_listings_cache=False)
+        # Where tests are dealt to processes this module's may come in two parts, and what one
+        # server held the next one holds too.
+        with urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=60):
+            system = fsspec.filesystem("s3", use_listings_cache=False)
         system.mkdir("bucket")
         yield system
         for each in type(system)._cache.values():
