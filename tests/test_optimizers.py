@@ -20,7 +20,7 @@ def test_muon_steps_as_torchs_own_does_but_for_rounding(shape):
             optimizer.step()
         found.append((weight.detach() - start, optimizer.state_dict()))
     (mine, state), (expected, other) = found
-    assert float((mine - expected).norm() / expected.norm()) < 2**-5  # bfloat16, added up
+    assert float((mine - expected).norm() / expected.norm()) < 2**-7  # of a bfloat16 mantissa
     assert torch.equal(state["state"][0]["momentum_buffer"], other["state"][0]["momentum_buffer"])
     assert state["param_groups"] == other["param_groups"]
 
