@@ -469,7 +469,7 @@ def main(
     bare = {each.codec: each for each in contenders if each.bare and not each.padded}
     for _ in range(rounds):
         for contender in contenders:
-            if contender not in bare.values():
+            if contender is not bare[contender.codec]:
                 beside = None if contender.bare or contender.work else bare[contender.codec]
                 measure(contender, beside, command)
         for each in scaling:

@@ -224,8 +224,7 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     manifest = store.manifest
     started = time.perf_counter()
     torch.set_num_threads(manifest.layout.num_threads)
-    layers = tuple(manifest.identity.layers)
-    encoder = _load_encoder(source, layers, manifest.identity.dtype, own_device())
+    encoder = _encoder_of(source, manifest.identity)
     if manifest.layout.line_tokens is not None:
         _try_once(encoder, task)
     loaded = time.perf_counter()
@@ -245,8 +244,8 @@ def _find_culprit(
 ) -> NotFiniteError:
     """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
     attention is multiplied by zero, and stays NaN."""
-    layers = tuple(store.manifest.identity.layers)
-    encoder = _load_encoder(source, layers, store.manifest.identity.dtype, own_device())
+    layers = store.manifest.identity.layers
+    encoder = _encoder_of(source, store.manifest.identity)
     found: list[tuple[int, np.ndarray]] = []
 
     def take(index: int, hidden: "torch.Tensor") -> None:
@@ -270,6 +269,10 @@ def _try_once(encoder: "Encoder", task: Task) -> None:
     if encoder not in _tried:
         refuse_mixing(encoder, list(task.sequences[:NUM_CAPTIONS]))
         _tried.add(encoder)
+
+
+def _encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
+    return _load_encoder(source, tuple(identity.layers), identity.dtype, own_device())
 
 
 @lru_cache(maxsize=1)
@@ -360,7 +363,7 @@ def _free_memory() -> None:
 def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
     """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
     with _model_in_use:
-        encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, own_device())
+        encoder = _encoder_of(job.source, identity)
         try:
             apart = keeps_apart(encoder, list(task.sequences))
         except (RuntimeError, MemoryError) as error:
@@ -383,8 +386,8 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     import torch
 
     torch.set_num_threads(manifest.layout.num_threads)
-    identity, device = manifest.identity, own_device()
-    encoder = _load_encoder(job.source, tuple(identity.layers), identity.dtype, device)
+    identity = manifest.identity
+    encoder = _encoder_of(job.source, identity)
     num_rows = len(task.sequences.tokens) - int(task.kept.sum())
     shape = (num_rows, len(identity.layers), identity.model.width)
     sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
