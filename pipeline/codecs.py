@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import schemas
 from . import kernels
-from .coding import encode_delta, in_parts, pair, unpair, wrap
+from .planes import LAYER_MAJOR, U1, U2, Plane, pair, unpair, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -43,29 +43,6 @@ MIN_COUNT = 32
 
 Planes = Mapping[str, np.ndarray]
 Layers = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One array of codes, ``[R, L, size]``.
-
-    Attributes:
-        name: of the Zarr array.
-        dtype: of its values.
-        size: values a row and layer.
-        order: axes of (row, layer, value) as they lie in a chunk; None: uncompressed, as they are.
-        meaning: one line, for the array's attributes.
-    """
-
-    name: str
-    dtype: np.dtype
-    size: int
-    order: tuple[int, int, int] | None
-    meaning: str
-
-
-U1, U2 = np.dtype("u1"), np.dtype("<u2")
-LAYER_MAJOR = (1, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -415,7 +392,7 @@ class Delta(Predictive):
         state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
 
         def part(rows: slice) -> None:
-            encode_delta(
+            kernels.encode_delta(
                 values[rows],
                 before[rows],
                 self.parameters["slope"][layer],
@@ -429,7 +406,7 @@ class Delta(Predictive):
                 decoded[rows],
             )
 
-        in_parts(part, len(values))
+        kernels.in_parts(part, len(values))
         planes = {name: torch.from_numpy(array) for name, array in codes.items()}
         hidden = torch.from_numpy(decoded).view(torch.bfloat16)
         return Coded(planes, hidden, torch.from_numpy(state))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .codecs import LN_EPS
-from .coding import in_parts, measure_errors
+from .kernels import in_parts, measure_errors
 
 if TYPE_CHECKING:
     import torch

@@ -156,9 +156,7 @@ class _Shard:
     def __init__(self, store: FeatureStore, task: Task) -> None:
         layout, self._layers = store.manifest.layout, store.manifest.identity.layers
         shape = (layout.rows_per_shard, len(self._layers))
-        self.planes = {
-            plane.name: np.zeros((*shape, plane.size), plane.dtype) for plane in store.codec.planes
-        }
+        self.planes = {plane.name: plane.zeros(*shape) for plane in store.codec.planes}
         self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
         self.warnings: list[str] = []
         self._codec, self._task = store.codec, task
@@ -224,7 +222,7 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     manifest = store.manifest
     started = time.perf_counter()
     torch.set_num_threads(manifest.layout.num_threads)
-    encoder = _encoder_of(source, manifest.identity)
+    encoder = encoder_of(source, manifest.identity)
     if manifest.layout.line_tokens is not None:
         _try_once(encoder, task)
     loaded = time.perf_counter()
@@ -245,7 +243,7 @@ def _find_culprit(
     """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
     attention is multiplied by zero, and stays NaN."""
     layers = store.manifest.identity.layers
-    encoder = _encoder_of(source, store.manifest.identity)
+    encoder = encoder_of(source, store.manifest.identity)
     found: list[tuple[int, np.ndarray]] = []
 
     def take(index: int, hidden: "torch.Tensor") -> None:
@@ -271,7 +269,8 @@ def _try_once(encoder: "Encoder", task: Task) -> None:
         _tried.add(encoder)
 
 
-def _encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
+def encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
+    """The LLM of a store as tasks of this process have it: loaded by the first who asks."""
     return _load_encoder(source, tuple(identity.layers), identity.dtype, own_device())
 
 
@@ -279,7 +278,6 @@ def _encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
 def _load_encoder(
     source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
 ) -> "Encoder":
-    """The model, loaded once a worker."""
     from transformers.utils import logging
 
     from .encoder import Encoder
@@ -363,7 +361,7 @@ def _free_memory() -> None:
 def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
     """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
     with _model_in_use:
-        encoder = _encoder_of(job.source, identity)
+        encoder = encoder_of(job.source, identity)
         try:
             apart = keeps_apart(encoder, list(task.sequences))
         except (RuntimeError, MemoryError) as error:
@@ -387,7 +385,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
 
     torch.set_num_threads(manifest.layout.num_threads)
     identity = manifest.identity
-    encoder = _encoder_of(job.source, identity)
+    encoder = encoder_of(job.source, identity)
     num_rows = len(task.sequences.tokens) - int(task.kept.sum())
     shape = (num_rows, len(identity.layers), identity.model.width)
     sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))

@@ -251,10 +251,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
     counts = mine["num_tokens"].to_numpy()
     codec = store.codec
     error = CodecError(layers if mixes is None else range(len(mixes.weights)))
-    planes = {
-        plane.name: np.zeros((layout.rows_per_shard, len(layers), plane.size), plane.dtype)
-        for plane in codec.planes
-    }
+    planes = {plane.name: plane.zeros(layout.rows_per_shard, len(layers)) for plane in codec.planes}
     read, basis = _reading(source, store.manifest.identity)
     for part in _parts(counts, max(1, BATCH_BYTES // source.bytes_per_row())):
         given = source.read(ids[part], read).tensor()  # [R, L or K, H]

@@ -21,7 +21,6 @@ import google_crc32c
 import numpy as np
 import zarr
 import zstandard
-from numcodecs.zstd import Zstd
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 
@@ -106,19 +105,13 @@ class RowArray:
         """The file of a shard in parts: its chunks, but for those of zeros, and the index."""
         num = self.layout.rows_per_chunk
         firsts = range(0, len(rows), num)
-        blank = {first for first in firsts if not rows[first : first + num].any()}
-        if len(blank) == len(firsts):
-            blank = set()  # a shard of nothing but zeros is there all the same
-        zstd = None if self.order is None else Zstd(level=ZSTD_LEVEL)
 
-        def code(first: int) -> bytes:
-            if first in blank:
-                return b""
+        def code(first: int, *, always: bool = False) -> bytes:
             chunk = rows[first : first + num]
-            if zstd is None:
-                coded = chunk.tobytes()
-            else:
-                coded = bytes(zstd.encode(np.ascontiguousarray(chunk.transpose(self.order))))
+            chunk = np.ascontiguousarray(chunk.transpose(self.order) if self.order else chunk)
+            if not (always or chunk.any()):
+                return b""
+            coded = chunk.tobytes() if self.order is None else _zstd.compressor.compress(chunk.data)
             return coded + _crc(coded)
 
         if self.layout.num_threads > 1:
@@ -126,6 +119,8 @@ class RowArray:
                 chunks = [*pool.map(code, firsts)]
         else:
             chunks = [*map(code, firsts)]
+        if not any(chunks):  # a shard of nothing but zeros is there all the same
+            chunks = [code(first, always=True) for first in firsts]
         index = np.full((len(chunks), 2), _ABSENT, "<u8")
         sizes = np.array([*map(len, chunks)], np.uint64)
         there = sizes > 0
@@ -473,21 +468,22 @@ class _ShardFile:
         if self.order is None:
             return coded[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)
         try:
-            stored = _zstd().decompress(coded[:-_CRC_BYTES].data, self.num_bytes)
+            stored = _zstd.decompressor.decompress(coded[:-_CRC_BYTES].data, self.num_bytes)
             rows = np.frombuffer(stored, self.dtype).reshape(self.stored_shape)
         except (zstandard.ZstdError, ValueError) as error:
             raise CorruptShardError(f"{self.path}: chunk {number} is no zstd: {error}") from error
         return rows.transpose(self.back)
 
 
-_threads = threading.local()
+class _Zstd(threading.local):
+    """One a thread: they may not be shared, and to make one costs as much as a small chunk."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
-def _zstd() -> zstandard.ZstdDecompressor:
-    """One a thread: it may not be shared, and to make one costs as much as a small chunk."""
-    if not hasattr(_threads, "zstd"):
-        _threads.zstd = zstandard.ZstdDecompressor()
-    return _threads.zstd
+_zstd = _Zstd()
 
 
 def _crc_fits(coded: np.ndarray) -> bool:

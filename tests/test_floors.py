@@ -10,7 +10,7 @@ FLOORS = [
     {
         "schemas",
         "pipeline.kernels",
-        "pipeline.coding",
+        "pipeline.planes",
         "pipeline.style",
         "pipeline.tokens",
         "trainer.claims",
