@@ -99,15 +99,16 @@ class Captions:
 
     @cached_property
     def tower(self) -> Any:
-        """The text tower alone, as transformers has it."""
+        """The text tower alone, as transformers has it; in one process with semroute the very same,
+        as weights elsewhere in memory are read faster or slower."""
         import torch
 
-        from semroute.pipeline.encoder import Encoder, find_model
+        from semroute.pipeline.encoder import find_model
+        from semroute.pipeline.encoding import encoder_of
 
-        identity = self.manifest.identity
         torch.set_num_threads(1)
         source = find_model(self.manifest.provenance.model)
-        return Encoder(source, identity.layers, identity.dtype, "cpu").tower.module
+        return encoder_of(source, self.manifest.identity).tower.module
 
     def planned(self, *, padded: bool) -> Iterator[dict[str, Any]]:
         """The batches of the store, as the LLM takes them; or those of a store that pads."""
