@@ -247,8 +247,10 @@ class TestStudy:
         # Those of an arm that is left out for a while stay; those of another training do not.
         fewer = {**content, "arms": {"uniform": content["arms"]["uniform"]}}
         fewer["train"] = {**content["train"], "steps": 6}
+        tuning = (out / "tuning.json").read_text()
         assert "study: 1 runs, to do: 1" in invoke("study", write(tmp_path / "fewer.yaml", fewer))
-        assert "`depth`" not in (out / "report.md").read_text()
+        assert "depth" not in (out / "report.md").read_text()
+        assert (out / "tuning.json").read_text() == tuning
         assert "study: 2 runs, to do: 1" in invoke("study", file, code=1)
         table = pq.read_table(out / "results.parquet")
         assert {*table["arm"].to_pylist()} == {"uniform", "depth", "late"}

@@ -1,6 +1,5 @@
 """What a study found, as figures and as ``report.md`` beside them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..schemas import Scoring, StudyConfig, write_document
 from .claims import counting, inflation, make_claims
 from .evaluation import chance
 from .shapes import SKILLS
-from .study import RESULTS, TUNING, collect, read_captions
+from .study import RESULTS, collect, read_captions, read_tuning
 
 REPORT = "report.md"
 MIN_UNITS = 3
@@ -72,12 +71,12 @@ def write_report(study: StudyConfig) -> list[Path]:
             for name, arm in judged.items()
         )
         notes += [f"Runs of one arm, judged otherwise: {listed}.", ""]
-    tuned = out / TUNING
-    if study.tuning is not None and tuned.exists():
+    tuned = {arm: scores for arm, scores in read_tuning(study).items() if arm in study.arms}
+    if study.tuning is not None and tuned:
         notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
         notes += [
             f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
-            for arm, scores in json.loads(tuned.read_text("utf-8")).items()
+            for arm, scores in tuned.items()
         ]
     outline = Outline(
         out.name,

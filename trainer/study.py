@@ -291,7 +291,9 @@ def tune(
             shares = [_accuracy(tables[name].table, tuning.skill) for name in names]
             scores[f"{value:g}"] = float(np.mean(shares))
         document[arm] = scores
-    write_document(Path(study.output) / TUNING, json.dumps(document, indent=1) + "\n")
+    others = {k: v for k, v in read_tuning(study).items() if k not in study.arms}
+    everything = json.dumps({**document, **others}, indent=1)
+    write_document(Path(study.output) / TUNING, everything + "\n")
     chosen = read_chosen(study)
     for arm, scores in document.items():
         listed = ", ".join(f"{value}: {score:.3f}" for value, score in scores.items())
@@ -299,14 +301,19 @@ def tune(
     return chosen
 
 
+def read_tuning(study: StudyConfig) -> dict[str, dict[str, float]]:
+    """``tuning.json``: arm -> value -> mean score, also of arms that the study has no more."""
+    path = Path(study.output) / TUNING
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
 def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
     """Arm -> dotted key and the value that it chose, by ``tuning.json``."""
-    path = Path(study.output) / TUNING
     chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
-    if study.tuning is None or not path.exists():
+    if study.tuning is None:
         return chosen
     values = {f"{value:g}": value for value in study.tuning.values}
-    for arm, scores in json.loads(path.read_text("utf-8")).items():
+    for arm, scores in read_tuning(study).items():
         tried = {name: score for name, score in scores.items() if name in values}
         if arm in chosen and tried:
             chosen[arm] = {study.tuning.key: values[max(tried, key=lambda name: tried[name])]}
