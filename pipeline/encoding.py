@@ -10,20 +10,21 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ..schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
+from . import codecs
 from .captions import Captions
 from .cluster import let_next_begin, report_progress, worker_name
-from .codecs import Coded
 from .distortion import CodecError, layer_errors
 from .fitting import fit_codec, fitted_spec
-from .layout import Batch, batches
+from .layout import Batch, batches, rows_of
 from .places import own_device
+from .planes import allocate
 from .store import FeatureStore
 from .tokens import Sequences
 from .trial import NUM_CAPTIONS, keeps_apart, refuse_mixing
@@ -64,6 +65,11 @@ class Task:
     kept: np.ndarray
     row_start: np.ndarray
     has_null: bool
+
+    @cached_property
+    def num_rows(self) -> np.ndarray:
+        """Of each caption, int64."""
+        return self.sequences.lengths - self.kept
 
     @classmethod
     def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "Task":
@@ -156,13 +162,15 @@ class _Shard:
     def __init__(self, store: FeatureStore, task: Task) -> None:
         layout, self._layers = store.manifest.layout, store.manifest.identity.layers
         shape = (layout.rows_per_shard, len(self._layers))
-        self.planes = {plane.name: plane.zeros(*shape) for plane in store.codec.planes}
+        rows = rows_of(task.row_start, task.num_rows)
+        self._codec = _codec_of(store)
+        self.planes = allocate(self._codec.planes, *shape, rows)
         self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
         self.warnings: list[str] = []
-        self._codec, self._task = store.codec, task
+        self._task = task
         self._norms = np.zeros(shape[::-1], np.float32)
         self._error = CodecError(self._layers)
-        self._below: Coded | None = None
+        self._below: codecs.Coded | None = None
 
     def code(self, index: int, hidden: "torch.Tensor") -> "dict[str, torch.Tensor]":
         """Code a layer (position) of a batch on its device."""
@@ -198,7 +206,7 @@ class _Shard:
         task = self._task
         return Receipt(
             shard=task.shard,
-            num_rows=len(task.sequences.tokens) - int(task.kept.sum()),
+            num_rows=int(task.num_rows.sum()),
             num_entries=len(task.texts),
             files={},
             codec_error=self._error.to_dict(),
@@ -213,6 +221,23 @@ class _Shard:
         began = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - began
+
+
+def _codec_of(store: FeatureStore) -> codecs.Codec:
+    identity = store.manifest.identity
+    shape = (len(identity.layers), identity.model.width)
+    return _read_codec(store.path, store.manifest.codec, *shape)
+
+
+@lru_cache(maxsize=1)
+def _read_codec(store: Path, *_described: Codec | int) -> codecs.Codec:
+    """Read once a worker: parameters are a file a layer, and go to the device.
+
+    Args:
+        _described: what a store of this path that is made anew may have otherwise; of parameters
+            their digest.
+    """
+    return FeatureStore.open(store, complete=False).codec
 
 
 def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, _Part]:
@@ -307,8 +332,7 @@ def _run(
 
     def run(batch: Batch) -> Iterator[_Part]:
         entries = batch.entries
-        starts, counts = task.row_start[entries], (lengths - task.kept)[entries]
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+        rows = rows_of(task.row_start[entries], task.num_rows[entries])
         layers: list[dict[str, torch.Tensor]] = []
         done = None
 
@@ -386,7 +410,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     torch.set_num_threads(manifest.layout.num_threads)
     identity = manifest.identity
     encoder = encoder_of(job.source, identity)
-    num_rows = len(task.sequences.tokens) - int(task.kept.sum())
+    num_rows = int(task.num_rows.sum())
     shape = (num_rows, len(identity.layers), identity.model.width)
     sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
 
@@ -427,7 +451,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
 
 def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:
     """Whether first kept tokens look like attention sinks."""
-    counts = task.sequences.lengths - task.kept
+    counts = task.num_rows
     eligible = counts > 1
     eligible[0] &= not task.has_null
     if not eligible.any():

@@ -48,6 +48,12 @@ class Packing:
         return dict(enumerate(zip(entries, rows.astype(np.int64).tolist(), strict=True)))
 
 
+def rows_of(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rows of entries, one entry after the other: int64 ``[sum(counts)]``."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+
+
 def parse_bytes(text: str) -> int:
     """``"256MB"`` -> 256,000,000; ``"1GiB"`` -> 1,073,741,824.
 

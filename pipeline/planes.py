@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,29 @@ class Plane:
     order: tuple[int, int, int] | None
     meaning: str
 
-    def zeros(self, rows: int, layers: int) -> np.ndarray:
-        """``[rows, layers, size]``, in memory in the order of chunks, so that what is written of a
-        layer, and what is cut out of them for a chunk, lies together."""
-        order = self.order or (0, 1, 2)
-        shape = (rows, layers, self.size)
-        return np.zeros([shape[axis] for axis in order], self.dtype).transpose(np.argsort(order))
+
+def allocate(
+    planes: Iterable[Plane], num_rows: int, num_layers: int, used: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Arrays of a shard's codes, by name ``[num_rows, num_layers, size]``: zeros, but for the rows
+    in use, each of which is to be written.
+
+    In memory they lie in the order of chunks, so that what is written of a layer, and what is cut
+    out for a chunk, is together.
+
+    Args:
+        used: rows, int64.
+    """
+    unused = np.ones(num_rows, bool)
+    unused[used] = False
+    arrays = {}
+    for plane in planes:
+        order = plane.order or (0, 1, 2)
+        shape = (num_rows, num_layers, plane.size)
+        room = np.empty([shape[axis] for axis in order], plane.dtype)
+        arrays[plane.name] = room.transpose(np.argsort(order))
+        arrays[plane.name][unused] = 0
+    return arrays
 
 
 def wrap(values: torch.Tensor, half: int = 128) -> torch.Tensor:

@@ -35,9 +35,10 @@ from .distortion import CodecError
 from .filling import at_work, check_space, fill, provenance
 from .fitting import fit_codec, fit_rows, fitted_spec, request_codec
 from .inspection import codec_error
-from .layout import Packing, format_bytes, pack
+from .layout import Packing, format_bytes, pack, rows_of
 from .mixing import SAMPLE_ROWS, combine, find_mixes, mix
 from .places import look_at_workers
+from .planes import allocate
 from .progress import Style
 from .samples import read_samples
 from .store import FeatureStore, open_features
@@ -251,7 +252,8 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
     counts = mine["num_tokens"].to_numpy()
     codec = store.codec
     error = CodecError(layers if mixes is None else range(len(mixes.weights)))
-    planes = {plane.name: plane.zeros(layout.rows_per_shard, len(layers)) for plane in codec.planes}
+    used = rows_of(row_start, counts)
+    planes = allocate(codec.planes, layout.rows_per_shard, len(layers), used)
     read, basis = _reading(source, store.manifest.identity)
     for part in _parts(counts, max(1, BATCH_BYTES // source.bytes_per_row())):
         given = source.read(ids[part], read).tensor()  # [R, L or K, H]
@@ -259,9 +261,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
         if seed is not None and source.manifest.identity.shuffled is None:
             given = _shuffle(given, ids[part], counts[part], seed)
         hidden = given if basis is None else mix(given, basis)  # [R, L or K, H]
-        offsets = np.cumsum(counts[part]) - counts[part]
-        within = np.arange(len(hidden)) - np.repeat(offsets, counts[part])
-        rows = np.repeat(row_start[part], counts[part]) + within
+        rows = rows_of(row_start[part], counts[part])
         decoded = []
         coded: Coded | None = None
         for index in range(len(layers)):
