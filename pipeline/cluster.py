@@ -148,7 +148,7 @@ class Cluster:
             silence_logs=logging.CRITICAL,
         )
         resources.enter_context(cluster)
-        return resources.enter_context(Client(cluster))
+        return resources.enter_context(Client(cluster, set_as_default=False))
 
     def dashboard(self) -> str:
         """Where Dask's own pages are; "" where they are not served: they need bokeh, and Dask.

@@ -231,7 +231,9 @@ def _client(resources: ExitStack, name: str, **where: Any) -> Any:
     resources.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.CRITICAL)
     try:
-        return resources.enter_context(Client(**where, timeout=CONNECT_SECONDS))
+        return resources.enter_context(
+            Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
+        )
     except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without keys
         raise InputError(
             f"no Dask scheduler answers at {name}: {error}. Is it running, is the port open, and "

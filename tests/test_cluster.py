@@ -70,6 +70,8 @@ def test_workers_are_without_dasks_profiler_and_pages_are_for_this_machine():
     from dask.config import get
 
     with Cluster(1) as cluster:
+        assert cluster.client
+        assert get("scheduler", None) is None  # a program's own Dask goes on as it was
         (enabled,) = cluster.ask(get, "distributed.worker.profile.enabled").values()
         assert not enabled
         assert cluster.dashboard().startswith("http://127.0.0.1:")
