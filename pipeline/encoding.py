@@ -457,9 +457,7 @@ def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list
     if not eligible.any():
         return []
     first = task.row_start[eligible]
-    others = np.concatenate(
-        [np.arange(s + 1, s + n) for s, n in zip(first, counts[eligible], strict=True)]
-    )
+    others = rows_of(first + 1, counts[eligible] - 1)
     ratios = np.median(norms[:, first], axis=1) / np.median(norms[:, others], axis=1)
     worst = int(ratios.argmax())
     if ratios[worst] < SINK_RATIO:
