@@ -24,7 +24,7 @@ import click
 import numpy as np
 import psutil
 
-from semroute.pipeline.cluster import NO_PROFILE, Cluster, let_next_begin, report_progress
+from semroute.pipeline.cluster import NO_PROFILE, Cluster, Writing, report_progress
 from semroute.schemas import Receipt
 
 A_PROCESS = 250
@@ -39,25 +39,29 @@ CALM = {
 nobody notices in a process of its own and which takes whole cores of hundreds in one."""
 
 
-def sleep(shard: int, texts: list[str], tokens: np.ndarray, seconds: float, num: int) -> Receipt:
+def sleep(
+    shard: int, texts: list[str], tokens: np.ndarray, seconds: float, num: int
+) -> Writing[Receipt]:
     """A shard: batches, then writing, which is a tenth of it."""
     for batch in range(num):
         time.sleep(0.9 * seconds / num)
         report_progress(shard, len(texts) * (batch + 1) // num)
-    let_next_begin()
-    time.sleep(0.1 * seconds)
-    layers = {str(layer): 0.01 for layer in range(1, 37)}
-    return Receipt(
-        shard=shard,
-        num_rows=len(tokens),
-        num_entries=len(texts),
-        files={},
-        codec_error={"mean": 0.01},
-        layer_error=layers,
-        warnings=[],
-        seconds={"load": 0.0, "forward": seconds, "code": 0.1, "write": 0.1},
-        worker="host:1",
-    )
+
+    def write() -> Receipt:
+        time.sleep(0.1 * seconds)
+        return Receipt(
+            shard=shard,
+            num_rows=len(tokens),
+            num_entries=len(texts),
+            files={},
+            codec_error={"mean": 0.01},
+            layer_error={str(layer): 0.01 for layer in range(1, 37)},
+            warnings=[],
+            seconds={"load": 0.0, "forward": seconds, "code": 0.1, "write": 0.1},
+            worker="host:1",
+        )
+
+    return Writing(write)
 
 
 async def host(address: str, num: int) -> None:

@@ -11,13 +11,14 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from errno import EDQUOT, EFBIG, ENOSPC
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..schemas import InputError
 
@@ -43,6 +44,18 @@ NO_PROFILE = {"distributed.worker.profile.enabled": False}
 its worker for ever where threads come and go (python/cpython#106883, dask/distributed#8616)."""
 LOOK_SECONDS = 1.0
 """How often workers are counted while tasks run."""
+
+
+@dataclass(frozen=True)
+class Writing(Generic[R]):
+    """What a task returns in place of its result when all that is left of it is writing: the next
+    task begins meanwhile.
+
+    Attributes:
+        finish: writes, and returns the result.
+    """
+
+    finish: Callable[[], R]
 
 
 class Interrupted(Exception):
@@ -207,7 +220,7 @@ class Cluster:
     def run(
         self,
         shards: Sequence[int],
-        function: Callable[..., R],
+        function: Callable[..., R | Writing[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         *,
         on_progress: Progress,
@@ -215,7 +228,8 @@ class Cluster:
         """Call ``function(*arguments(shard))`` for every shard, in any order.
 
         Args:
-            function: importable by name, so that workers can find it.
+            function: importable by name, so that workers can find it. What it returns is the
+                result, or :class:`Writing` that gives it.
             arguments: called when a shard's turn comes, so that what tasks carry is never all
                 alive.
             on_progress: gets what tasks tell by :func:`report_progress`, from another thread.
@@ -241,29 +255,41 @@ class Cluster:
     def _in_process(
         self,
         shards: Sequence[int],
-        function: Callable[..., R],
+        function: Callable[..., R | Writing[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
         stopped: threading.Event,
     ) -> Iterator[Outcome[R]]:
-        with _listening(on_progress):
-            for shard in shards:
-                if stopped.is_set():
+        """One after the other, but that each is written while the next is at work."""
+        waiting, attempts = deque(shards), Counter[int]()
+        with _listening(on_progress), ThreadPoolExecutor(1) as writer:
+            last: tuple[int, Future[R]] | None = None
+            while waiting or last is not None:
+                begun = None
+                if waiting and not stopped.is_set():
+                    shard = waiting.popleft()
+                    attempts[shard] += 1
+                    begun = shard, _begin(writer, function, arguments, shard)
+                elif last is None:
                     raise Interrupted
-                for attempt in range(1, ATTEMPTS + 1):
-                    try:
-                        yield shard, function(*arguments(shard))
-                        break
-                    except Exception as error:
+                if last is not None:
+                    shard, written = last
+                    error = written.exception()
+                    if error is None:
+                        yield shard, written.result()
+                    else:
                         self.num_errors += 1
                         _raise_if_full(error)
-                        if attempt == ATTEMPTS:
+                        if attempts[shard] < ATTEMPTS:
+                            waiting.appendleft(shard)
+                        else:
                             yield shard, error
+                last = begun
 
     def _on_dask(
         self,
         shards: Sequence[int],
-        function: Callable[..., R],
+        function: Callable[..., R | Writing[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
         stopped: threading.Event,
@@ -341,7 +367,8 @@ class _Tasks:
     def _submit(self, shard: int, attempt: int) -> None:
         self.number += 1
         key = f"{TASK}-{shard}-{os.getpid()}-{self.number}"
-        future = self.client.submit(self.function, *self.arguments(shard), key=key, pure=False)
+        arguments = (self.function, *self.arguments(shard))
+        future = self.client.submit(_run_in_worker, *arguments, key=key, pure=False)
         self.in_flight[key] = (shard, attempt, future)
         future.add_done_callback(self.done.put)
 
@@ -364,6 +391,37 @@ class _Tasks:
     def _check_scheduler(self) -> None:
         if self.client.status != "running":
             raise _lost(self.client)
+
+
+def _begin(
+    writer: ThreadPoolExecutor,
+    function: Callable[..., R | Writing[R]],
+    arguments: Callable[[int], tuple[Any, ...]],
+    shard: int,
+) -> "Future[R]":
+    """Run a task here up to its writing, which is another thread's."""
+    written: Future[R] = Future()
+    try:
+        found = function(*arguments(shard))
+    except Exception as error:
+        written.set_exception(error)
+        return written
+    if isinstance(found, Writing):
+        return writer.submit(found.finish)
+    written.set_result(found)
+    return written
+
+
+def _run_in_worker(function: Callable[..., R | Writing[R]], *arguments: Any) -> R:
+    """Run a task in a worker of Dask, which begins another while this one writes: a task that
+    secedes gives its thread away (distributed.secede)."""
+    found = function(*arguments)
+    if not isinstance(found, Writing):
+        return found
+    from distributed import secede
+
+    secede()
+    return found.finish()
 
 
 def _lost(client: Any, how: str = " is gone") -> ClusterLostError:
@@ -394,23 +452,6 @@ def report_progress(shard: int, done: int) -> None:
     except ValueError:  # called outside run
         return
     worker.log_event(_TOPIC, (shard, done))
-
-
-def let_next_begin() -> None:
-    """Let this worker begin another task: what is left of this one is writing.
-
-    A task that secedes gives its thread of the worker to another (distributed.secede). In the
-    driver's own process tasks follow each other, and Dask need not be installed.
-    """
-    if _listener is not None:
-        return
-    from distributed import get_worker, secede
-
-    try:
-        get_worker()
-    except ValueError:  # called outside run
-        return
-    secede()
 
 
 def _raise_if_full(error: BaseException) -> None:

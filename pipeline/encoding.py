@@ -19,7 +19,7 @@ import numpy as np
 from ..schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
 from . import codecs
 from .captions import Captions
-from .cluster import let_next_begin, report_progress, worker_name
+from .cluster import Writing, report_progress, worker_name
 from .distortion import CodecError, layer_errors
 from .fitting import fit_codec, fitted_spec
 from .layout import Batch, batches, rows_of
@@ -93,20 +93,18 @@ class Fitted:
     warnings: list[str]
 
 
-def encode_shard(job: Job, task: Task) -> Receipt:
-    """Encode and write one shard, then its receipt. Runs in a worker."""
+def encode_shard(job: Job, task: Task) -> Writing[Receipt]:
+    """Encode one shard, then write it and its receipt. Runs in a worker."""
     store = FeatureStore.open(job.store, complete=False)
-    try:
-        with _model_in_use:
-            shard, last = _encode(store, job.source, task)
-        let_next_begin()
-        shard.keep(last)
-    except NotFiniteError as error:
-        if store.manifest.layout.line_tokens is None:
-            raise
-        with _model_in_use:
-            raise _find_culprit(store, job.source, task, error) from error
-    return store.complete_shard(shard.planes, shard.receipt())
+    with _naming_culprit(store, job.source, task), _model_in_use:
+        shard, last = _encode(store, job.source, task)
+
+    def write() -> Receipt:
+        with _naming_culprit(store, job.source, task):
+            shard.keep(last)
+        return store.complete_shard(shard.planes, shard.receipt())
+
+    return Writing(write)
 
 
 class NotFiniteError(ValueError):
@@ -260,6 +258,18 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
     shard.seconds["forward"] = time.perf_counter() - loaded - shard.seconds["code"]
     shard.seconds["load"] = loaded - started
     return shard, last
+
+
+@contextmanager
+def _naming_culprit(store: FeatureStore, source: "Source", task: Task) -> Iterator[None]:
+    """Of a line of captions that are not finite, raise for the one."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if store.manifest.layout.line_tokens is None:
+            raise
+        with _model_in_use:
+            raise _find_culprit(store, source, task, error) from error
 
 
 def _find_culprit(

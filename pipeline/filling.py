@@ -14,7 +14,7 @@ from typing import Any
 
 from ..schemas import InputError, Provenance, Quarantine, Receipt
 from ..schemas.files import is_local
-from .cluster import Cluster, DiskFullError, Interrupted
+from .cluster import Cluster, DiskFullError, Interrupted, Writing
 from .layout import Packing, format_bytes
 from .lock import LockedError, locked
 from .places import find_cluster
@@ -72,7 +72,7 @@ def at_work(
 def fill(
     store: FeatureStore | LatentStore,
     remaining: Sequence[int],
-    function: Callable[..., Receipt],
+    function: Callable[..., Receipt | Writing[Receipt]],
     arguments: Callable[[int], tuple[Any, ...]],
     packing: Packing,
     *,
@@ -84,7 +84,8 @@ def fill(
     """Run the remaining shards and finish the store.
 
     Args:
-        function: writes one shard and its receipt, and returns the receipt; importable by name.
+        function: encodes one shard, then writes it and its receipt, which is the result; importable
+            by name.
         arguments: shard -> what the function is called with.
         cluster: where it is called.
         unit: what entries are called in the progress line.

@@ -20,7 +20,7 @@ from ..schemas import (
 )
 from ..schemas.files import locate
 from .autoencoder import Autoencoder, find_vae
-from .cluster import let_next_begin, report_progress, worker_name
+from .cluster import Writing, report_progress, worker_name
 from .filling import at_work, check_space, fill, provenance
 from .growth import check_images, grow, latent_generations
 from .latents import (
@@ -271,8 +271,8 @@ class _Task:
     bucket: int
 
 
-def _encode_images(task: _Task) -> Receipt:
-    """Encode and write one shard of images, then its receipt. Runs in a worker."""
+def _encode_images(task: _Task) -> Writing[Receipt]:
+    """Encode one shard of images, then write it and its receipt. Runs in a worker."""
     started = time.perf_counter()
     store = LatentStore.open(task.store, complete=False)
     layout, identity = store.manifest.layout, store.manifest.identity
@@ -317,12 +317,15 @@ def _encode_images(task: _Task) -> Receipt:
         seconds={"load": loaded - started, "encode": time.perf_counter() - loaded},
         worker=worker_name(),
     )
-    let_next_begin()
-    named = dict(zip(store.names(task.bucket), planes, strict=True))
-    receipt = store.complete_shard(named, receipt)
-    if broken:
-        store.quarantine_images(task.shard, broken)
-    return receipt
+
+    def write() -> Receipt:
+        named = dict(zip(store.names(task.bucket), planes, strict=True))
+        written = store.complete_shard(named, receipt)
+        if broken:
+            store.quarantine_images(task.shard, broken)
+        return written
+
+    return Writing(write)
 
 
 def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ No LLM is run. Shapes: R rows (tokens), L layers, K mixes of them, D blocks, H w
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from ..schemas import (
     fingerprint,
 )
 from ..schemas.files import locate
-from .cluster import let_next_begin, report_progress, worker_name
+from .cluster import Writing, report_progress, worker_name
 from .codecs import CODECS, Coded
 from .distortion import CodecError
 from .filling import at_work, check_space, fill, provenance
@@ -234,8 +235,8 @@ def rewrite(
     return store
 
 
-def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
-    """Read, encode and write one shard, then its receipt. Runs in a worker.
+def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Writing[Receipt]:
+    """Read and encode one shard, then write it and its receipt. Runs in a worker.
 
     Args:
         ids: captions of the source that go into this shard, in order.
@@ -294,8 +295,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Receipt:
         seconds={"encode": time.perf_counter() - started},
         worker=worker_name(),
     )
-    let_next_begin()
-    return store.complete_shard(planes, receipt)
+    return Writing(partial(store.complete_shard, planes, receipt))
 
 
 def _shuffle(

@@ -7,7 +7,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from semroute.pipeline.cluster import ATTEMPTS, IN_FLIGHT, Cluster, DiskFullError, Interrupted
+from semroute.pipeline.cluster import (
+    ATTEMPTS,
+    IN_FLIGHT,
+    Cluster,
+    DiskFullError,
+    Interrupted,
+    Writing,
+)
 
 
 def outcomes(cluster, function, shards=range(6)):
@@ -31,6 +38,26 @@ class TestRun:
             if shard == 3 or (shard == 1 and os.path.getsize(f"{folder}/{shard}") == 1):
                 raise RuntimeError(f"shard {shard}")
             return shard
+
+        cluster = Cluster(workers)
+        found = outcomes(cluster, fail)
+        assert isinstance(found.pop(3), RuntimeError)
+        assert found == {shard: shard for shard in (0, 1, 2, 4, 5)}
+        tries = [len((tmp_path / str(shard)).read_text()) for shard in range(6)]
+        assert tries == [1, 2, 1, ATTEMPTS, 1, 1]
+        assert cluster.num_errors == 1 + ATTEMPTS
+
+    def test_writing_that_raises_is_tried_again_from_the_start(self, workers, tmp_path):
+        def fail(shard, folder=str(tmp_path)):
+            def write():
+                if shard == 3 or (shard == 1 and tries == 1):
+                    raise RuntimeError(f"shard {shard}")
+                return shard
+
+            with open(f"{folder}/{shard}", "a") as file:
+                file.write("x")
+            tries = os.path.getsize(f"{folder}/{shard}")
+            return Writing(write)
 
         cluster = Cluster(workers)
         found = outcomes(cluster, fail)
@@ -64,6 +91,22 @@ class TestRun:
             interrupt(cluster)
         assert 2 <= len(seen) <= 2 + IN_FLIGHT * max(1, workers)
         assert cluster.draining
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_is_written_while_the_next_is_at_work(workers, tmp_path):
+    def task(shard, folder=str(tmp_path)):
+        def write():
+            for _ in range(600):
+                if shard == 3 or os.path.exists(f"{folder}/{shard + 1}"):
+                    return shard
+                time.sleep(0.05)
+            raise RuntimeError(f"nobody began shard {shard + 1}")
+
+        with open(f"{folder}/{shard}", "x"):
+            return Writing(write)
+
+    assert outcomes(Cluster(workers), task, range(4)) == {shard: shard for shard in range(4)}
 
 
 def test_workers_are_without_dasks_profiler_and_pages_are_for_this_machine():
