@@ -299,7 +299,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
     normed, residual = np.empty(width, np.float32), np.empty(width, np.float32)
     zigzag, low = np.empty(width, np.float32), np.empty(width + 1, np.uint8)
     room, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
-    back, one = room.view(np.float32), bits.view(np.float32)
+    one = bits.view(np.float32)
     most, tops = np.empty(massive, np.int64), np.empty(LANES, np.uint32)
     sizes = np.empty(-(-width // LANES) * LANES, np.uint32)
     low[width] = 0
@@ -355,11 +355,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
         scalar[row, 0], scalar[row, 1] = mean_bits & 0xFF, mean_bits >> 8
         scalar[row, 2], scalar[row, 3] = deviation_bits & 0xFF, deviation_bits >> 8
         scalar[row, 4] = chosen
-        for channel in range(width):
-            back[channel] = into[channel] * deviation + mean
-        for channel in range(width):
-            even = (room[channel] >> np.uint32(16)) & np.uint32(1)
-            coded[channel] = (room[channel] + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        _to_bits(into, mean, deviation, room, coded)
 
 
 @_compiled
