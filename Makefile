@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 TEST_OPTIONS ?=
+# One more than there are cores: tests that start processes wait for them for much of their time.
+TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + os.cpu_count()))')
 
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
@@ -36,7 +38,7 @@ demo: $(LLM)
 
 # Several at a time, each with one thread. To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(TEST_OPTIONS)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12
