@@ -9,7 +9,8 @@ In every round each contender has a process of its own, on one core and with not
 it loads the LLM, runs a first batch, and then is timed.
 
 - *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
-  end; codecs were fitted before. Where the time went is in the receipts.
+  end; codecs were fitted before. Where the time went is in the receipts. Shards are small, so that
+  there are several: each is written beside the next, on the same core, and only the last one alone.
 - *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer:
   in the same process, in turns with semroute, as processes differ by more than what is measured.
 - The others are how image trainers and general tools do it: batches of a fixed number of captions
@@ -432,7 +433,7 @@ class Workers:
 @click.option("--text-column")
 @click.option("--template", default="bos", show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
-@click.option("--shard-size", "shard_bytes", default=64_000_000, show_default=True)
+@click.option("--shard-size", "shard_bytes", default=16_000_000, show_default=True)
 @click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
@@ -503,14 +504,14 @@ def print_contenders(contenders: Sequence[Contender], captions: Captions) -> Non
 def print_parts(contenders: Sequence[Contender]) -> None:
     """Where our own time went, as shares of the bare forward."""
     bare = {c.codec: c.median("seconds") for c in contenders if c.bare and not c.padded}
-    print("\n| % of bare forward | forward | code | write | else |")
+    print("\n| % of bare forward | forward | code | LLM waits | write, meanwhile |")
     print("| --- | --: | --: | --: | --: |")
     for each in contenders:
         if each.bare or each.work:
             continue
         names = ("forward", "code", "write")
-        shares = [median([found["parts"][name] for found in each.found]) for name in names]
-        shares.append(each.median("seconds") - sum(shares))
+        *busy, write = (median([found["parts"][name] for found in each.found]) for name in names)
+        shares = [*busy, each.median("seconds") - sum(busy), write]
         shown = " | ".join(f"{100 * share / bare[each.codec]:.1f}" for share in shares)
         print(f"| {each.name} | {shown} |")
 
