@@ -1,5 +1,6 @@
 """What ``study.yaml`` says: which arms are trained, how often, and by what they are judged."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -141,6 +142,24 @@ class StudyConfig(Contract):
         own = {key: given[key] for key in given if key in Arm.model_fields and key != "train"}
         train = {key: given[key] for key in given if key not in own}
         return Arm.model_validate({**own, "train": train})
+
+    def only(self, names: Iterable[str]) -> "StudyConfig":
+        """The study of some arms, with those that they are compared with and whose runs they judge.
+
+        Raises:
+            InputError: no such arm.
+        """
+        wanted = {self.reference}
+        waiting = [*names]
+        while waiting:
+            name = waiting.pop()
+            if name not in self.arms:
+                raise InputError(f"{name!r} is no arm of this study: {', '.join(self.arms)}")
+            wanted.add(name)
+            others = {self.reference_of(name), self.arm(name).of or name}
+            waiting += others - wanted
+        kept = {name: given for name, given in self.arms.items() if name in wanted}
+        return self.model_copy(update={"arms": kept})
 
     def reference_of(self, name: str) -> str:
         """What an arm is compared with; itself, where it is what others are compared with."""

@@ -255,6 +255,26 @@ class TestStudy:
         table = pq.read_table(out / "results.parquet")
         assert {*table["arm"].to_pylist()} == {"uniform", "depth", "late"}
 
+    def test_some_arms_alone_and_what_is_known_of_others_stays(self, world, done, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        for name in ("results.parquet", "trials.parquet", "tuning.json"):
+            shutil.copy(done[1] / name, out)
+        content = document(world, out)
+        content["arms"]["late"] = {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}}
+        file = write(tmp_path / "study.yaml", content)
+        assert "study: 2 runs, to do: 0" in invoke("study", file, "--arm", "uniform")
+        report = (out / "report.md").read_text()
+        assert "1 arms x 2 seeds" in report
+        assert "depth" not in report
+        assert {*pq.read_table(out / "results.parquet")["arm"].to_pylist()} == {"uniform", "depth"}
+        invoke("study", file, "--report-only", "--arm", "late")
+        report = (out / "report.md").read_text()
+        assert "3 arms x 2 seeds" in report  # what it is of, and the reference
+        assert "Not done yet, and left out: `late`: 0, 1." in report
+        printed = invoke("study", file, "--report-only", "--arm", "none", code=1)
+        assert "'none' is no arm of this study: uniform, depth, late" in printed
+
     def test_a_file_that_holds_no_judgements_is_refused(self, world, done, tmp_path):
         content = document(world, tmp_path / "out")
         (tmp_path / "out").mkdir()

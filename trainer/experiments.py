@@ -18,9 +18,22 @@ from .options import clock_option
     help="Runs at a time. Default: one a GPU, or one a core where there is none.",
 )
 @click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    help="Only this arm, and those that it is compared with; may be given several times. What is "
+    "known of others is kept.",
+)
+@click.option(
     "--report-only", is_flag=True, help="Only make the report, of the runs that are done."
 )
-def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_only: bool) -> None:
+def study(
+    config: Path,
+    overrides: tuple[str, ...],
+    jobs: int | None,
+    arms: tuple[str, ...],
+    report_only: bool,
+) -> None:
     """Train and judge all arms and seeds of the YAML file CONFIG, and report.
 
     The same command continues what was stopped. Into the study's folder go the runs, all judgements
@@ -36,6 +49,8 @@ def study(config: Path, overrides: tuple[str, ...], jobs: int | None, report_onl
     from .study import list_jobs, run_study
 
     parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
+    if arms:
+        parsed = parsed.only(arms)
     if not report_only:
         try:
             run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)

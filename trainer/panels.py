@@ -267,8 +267,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure
                 place.plot(
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
-                    "o-",
-                    color=_colour(number, len(outline.arms)),
+                    **_line(number, len(outline.arms)),
                     label=arm,
                 )
             if (base := lucky[split].get(skill)) is not None:
@@ -276,9 +275,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure
             place.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for place in axes[-1]:
         place.set_xlabel("guidance scale", color=INK)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
-    )
+    _add_legend(figure, axes[0, 0])
     return figure
 
 
@@ -297,18 +294,32 @@ def counting_panels(table: pa.Table, outline: Outline) -> Figure:
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            place.plot(asked, found, "o-", color=_colour(number, len(outline.arms)), label=arm)
+            place.plot(asked, found, **_line(number, len(outline.arms)), label=arm)
         place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     axes[0].set_ylabel("objects drawn", color=INK)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    _add_legend(figure, axes[0])
     return figure
 
 
 def _colour(number: int, num_arms: int) -> Any:
-    """Of an arm: all differ, up to twenty."""
-    if num_arms <= len(LINES):
-        return LINES[number]
-    return colormaps["tab10" if num_arms <= 10 else "tab20"](number % 20)
+    """Of an arm: all differ, up to ten."""
+    return LINES[number] if num_arms <= len(LINES) else colormaps["tab10"](number % 10)
+
+
+def _line(number: int, num_arms: int) -> dict[str, Any]:
+    """How the line of an arm is drawn: all differ, up to forty."""
+    marker, dashes = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))[number // 10 % 4]
+    return {"color": _colour(number, num_arms), "marker": marker, "linestyle": dashes}
+
+
+def _add_legend(figure: Figure, axes: Any) -> None:
+    """Beside the panels; the figure grows where there are many arms."""
+    handles, labels = axes.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, max(height, 0.4 + 0.2 * len(labels)))
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, fontsize=9, labelspacing=0.4
+    )
 
 
 def _rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
