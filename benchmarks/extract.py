@@ -6,11 +6,12 @@ interleaved, medians.
     peers/bin/python benchmarks/extract.py CAPTIONS --model LLM --work extract-files
 
 In every round each contender has a process of its own, on one core and with nothing else to do:
-it loads the LLM, runs a first batch, and then is timed.
+it loads the LLM, runs a first batch, and then is timed. With `--cores 2` the LLM has one thread all
+the same, and the other core is there for what can be done beside it.
 
 - *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
   end; codecs were fitted before. Where the time went is in the receipts. Shards are small, so that
-  there are several: each is written beside the next, on the same core, and only the last one alone.
+  there are several: each is written beside the next, and only the last one alone.
 - *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer:
   in the same process, in turns with semroute, as processes differ by more than what is measured.
 - The others are how image trainers and general tools do it: batches of a fixed number of captions
@@ -437,6 +438,7 @@ class Workers:
 @click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
+@click.option("--cores", default=1, show_default=True, help="A contender's; its LLM has one.")
 @click.option("--part", type=click.Choice(["one-core", "all-cores"]), help="Only this one.")
 @click.option("--alone", hidden=True, help="One contender by name, timed by the process above.")
 @click.option("--all-cores", is_flag=True, hidden=True)
@@ -446,6 +448,7 @@ def main(
     batch_size: int,
     rounds: int,
     workers: str,
+    cores: int,
     part: str | None,
     alone: str | None,
     all_cores: bool,
@@ -455,7 +458,7 @@ def main(
     contenders = all_contenders()
     if alone is not None:
         if not all_cores:
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
         os.environ["OMP_NUM_THREADS"] = "1"
         found = next(each for each in contenders if each.name == alone).run(setting)
         print("\n" + json.dumps(found))
