@@ -31,25 +31,10 @@ class TestRun:
     def test_every_shard_has_its_result(self, workers):
         assert outcomes(Cluster(workers), abs) == {shard: shard for shard in range(6)}
 
-    def test_what_raises_is_tried_again_and_given_up_alone(self, workers, tmp_path):
+    @pytest.mark.parametrize("writing", [False, True])
+    def test_what_raises_is_tried_again_and_given_up_alone(self, workers, writing, tmp_path):
         def fail(shard, folder=str(tmp_path)):
-            with open(f"{folder}/{shard}", "a") as file:
-                file.write("x")
-            if shard == 3 or (shard == 1 and os.path.getsize(f"{folder}/{shard}") == 1):
-                raise RuntimeError(f"shard {shard}")
-            return shard
-
-        cluster = Cluster(workers)
-        found = outcomes(cluster, fail)
-        assert isinstance(found.pop(3), RuntimeError)
-        assert found == {shard: shard for shard in (0, 1, 2, 4, 5)}
-        tries = [len((tmp_path / str(shard)).read_text()) for shard in range(6)]
-        assert tries == [1, 2, 1, ATTEMPTS, 1, 1]
-        assert cluster.num_errors == 1 + ATTEMPTS
-
-    def test_writing_that_raises_is_tried_again_from_the_start(self, workers, tmp_path):
-        def fail(shard, folder=str(tmp_path)):
-            def write():
+            def finish():
                 if shard == 3 or (shard == 1 and tries == 1):
                     raise RuntimeError(f"shard {shard}")
                 return shard
@@ -57,7 +42,7 @@ class TestRun:
             with open(f"{folder}/{shard}", "a") as file:
                 file.write("x")
             tries = os.path.getsize(f"{folder}/{shard}")
-            return Writing(write)
+            return Writing(finish) if writing else finish()
 
         cluster = Cluster(workers)
         found = outcomes(cluster, fail)
