@@ -97,7 +97,8 @@ def write(path, content):
 
 @pytest.fixture(scope="module")
 def done(world):
-    """A study run to its end: its file, its folder, and what it printed."""
+    """A study run to its end: its file, its folder, and what it printed. Tests that run it on do so
+    in a copy, so that no other depends on when they ran."""
     out = world / "done"
     file = write(world / "done.yaml", document(world, out))
     return file, out, invoke("study", file, "--jobs", 2)
@@ -153,9 +154,9 @@ class TestStudy:
         assert "study: 4 runs, to do: 0" in invoke("study", file)
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
-    def test_it_grows_and_says_what_is_missing(self, world, done):
-        _, out, _ = done
-        file = write(world / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
+    def test_it_grows_and_says_what_is_missing(self, world, done, tmp_path):
+        out = shutil.copytree(done[1], tmp_path / "out")
+        file = write(tmp_path / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
         invoke("study", file, "--report-only")
         report = (out / "report.md").read_text()
         assert "Not done yet, and left out: `uniform`: 2; `depth`: 2." in report
@@ -163,18 +164,18 @@ class TestStudy:
         assert "study: 6 runs, to do: 2" in printed
         assert "Not done yet" not in (out / "report.md").read_text()
 
-    def test_judging_otherwise_judges_again_and_trains_nothing(self, world, done):
-        _, out, _ = done
+    def test_judging_otherwise_judges_again_and_trains_nothing(self, world, done, tmp_path):
+        out = shutil.copytree(done[1], tmp_path / "out")
         changed = document(world, out)
         changed["scoring"]["cfg_scales"] = [2.0]
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-        assert "study: 4 runs, to do: 4" in invoke("study", write(world / "other.yaml", changed))
+        assert "study: 4 runs, to do: 4" in invoke("study", write(tmp_path / "other.yaml", changed))
         assert set(pq.read_table(out / "results.parquet")["cfg_scale"].to_pylist()) == {2.0}
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert {path.parent.parent for path in after} == {path.parent.parent for path in before}
 
-    def test_an_arm_of_another_judges_its_runs_and_trains_nothing(self, world, done):
-        _, out, _ = done
+    def test_an_arm_of_another_judges_its_runs_and_trains_nothing(self, world, done, tmp_path):
+        out = shutil.copytree(done[1], tmp_path / "out")
         changed = document(world, out)
         changed["arms"] |= {
             "late": {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}},
@@ -182,7 +183,7 @@ class TestStudy:
         }
         changed["arms"]["once"]["against"] = "late"
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-        printed = invoke("study", write(world / "others.yaml", changed))
+        printed = invoke("study", write(tmp_path / "others.yaml", changed))
         assert "judged otherwise: 2 runs, to do: 2" in printed
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert {path: after[path] for path in before if "static" not in path.parts} == before
