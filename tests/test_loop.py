@@ -387,6 +387,16 @@ class TestRanks:
 
         return launch
 
+    def run(self, script, config, tmp_path, environment):
+        """A script on two ranks, to its end."""
+        (tmp_path / "script.py").write_text(script)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += ["--standalone", str(tmp_path / "script.py"), str(tmp_path / "config.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
     def wait_for(self, path, step, process):
         """Until that step is logged."""
         while process.poll() is None:
@@ -447,23 +457,79 @@ class TestRanks:
 
     def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, tmp_path):
         """Accelerate does not do it on a CPU, so the script does what it does on GPUs."""
-        script = tmp_path / "sharded.py"
-        script.write_text(SHARDED)
         changes = {"strategy": "time", "routing": {"strategy": "time", "uniform_penalty": 0.1}}
         changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
-        config = configure("sharded", **{**changes, "steps": 4})
-        (tmp_path / "config.json").write_text(config.model_dump_json())
         train(configure("sharded", **{**changes, "steps": 2}))  # so that it continues, cut up
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        command += ["--standalone", str(script), str(tmp_path / "config.json")]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        config = configure("sharded", **{**changes, "steps": 4})
+        self.run(SHARDED, config, tmp_path, {"ACCELERATE_USE_CPU": "1"})
         train(configure("sharded", **changes))  # to step 6, whole again
         first, second = tensors(train(configure("whole", **changes))), tensors(config.output)
         assert first.keys() == second.keys()
         for name in first:
             torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("stage", "also"),
+        [(1, {"grad_accum_steps": 2}), (2, {"mixed_precision": "bf16"})],
+    )
+    def test_zero_trains_saves_and_continues_as_one_process(self, configure, tmp_path, stage, also):
+        """Accelerate takes a CPU's ranks under DeepSpeed for one process each, so the script says
+        that they are several."""
+        changes = {"strategy": "time", **also}
+        changes |= {"routing": {"strategy": "time", "uniform_penalty": 0.1}}
+        changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
+        train(configure("zero", **{**changes, "steps": 2}))  # so that it continues, cut up
+        config = configure("zero", **{**changes, "steps": 4})
+        self.run(ZERO, config, tmp_path, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
+        config = configure("zero", **changes)
+        train(config)  # to step 6, whole again
+        whole = train(configure("whole", **changes))
+        first, second = tensors(whole), tensors(config.output)
+        assert first.keys() == second.keys()
+        precise = config.mixed_precision == "no"  # else to a step of the learning rate
+        for name in first:
+            torch.testing.assert_close(
+                second[name], first[name], rtol=1e-2, atol=1e-4 if precise else 1e-3
+            )
+        lines = [read_metrics(Path(path)) for path in (config.output, whole)]
+        for line, expected in zip(*lines, strict=True):
+            for key in expected.keys() & {"loss", "grad_norm", "lr", "validation_loss"}:
+                assert line[key] == pytest.approx(expected[key], rel=1e-3)
+
+    @pytest.mark.parametrize(
+        ("settings", "changes", "said"),
+        [
+            ({"ZERO_STAGE": "3"}, {}, "zero_optimization.stage 3"),
+            ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer"),
+            ({"CONFIG_FILE": {"bf16": {"enabled": True}}}, {}, "bf16"),
+            ({"CONFIG_FILE": {"optimizer": {"type": "Adam"}}}, {}, "optimizer"),
+            ({}, {"optimizer": {"name": "muon"}}, "muon needs matrices"),
+            ({}, {"grad_accum_steps": 2}, "zero_stage: 1"),
+        ],
+    )
+    def test_what_zero_would_do_otherwise_is_refused(
+        self, configure, tmp_path, monkeypatch, settings, changes, said
+    ):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(InputError, match="without a launcher or on a CPU"):
+            train(configure())
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        for key, value in settings.items():
+            if key == "CONFIG_FILE":
+                (tmp_path / "ds.json").write_text(
+                    json.dumps({"zero_optimization": {"stage": 2}, **value})
+                )
+                value = str(tmp_path / "ds.json")
+            monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key}", value)
+        with pytest.raises(InputError, match=said):
+            train(configure(**changes))
+        assert not (tmp_path / "run").exists()
+
+    def test_ranks_that_do_not_see_each_other_are_refused(self, configure, monkeypatch, tmp_path):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="2 processes were started, and"):
+            train(configure())
+        assert not (tmp_path / "run").exists()
 
 
 SHARDED = """
@@ -492,6 +558,22 @@ def make_accelerator(config):
     return accelerator
 loop.make_accelerator = make_accelerator
 loop.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
+"""
+
+ZERO = """
+import os, sys
+os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed.comm.torch, torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from semroute.schemas import TrainConfig
+from semroute.trainer.loop import train
+
+torch.set_num_threads(1)
+deepspeed.comm.torch.build_shm_op = lambda: None  # faster, and needs a compiler
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 """
 
 

@@ -8,6 +8,7 @@ Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 """
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -51,6 +52,7 @@ from .run import start_from
 from .setup import prepare
 from .stream import Batch, Stream, draw, jitter
 from .validation import Validation, held_out
+from .zero import load_zero_tensors, make_plugin, zero_tensors
 
 AGAIN_SECONDS = 1.0
 """A second Ctrl-C that comes later than this means it."""
@@ -158,7 +160,11 @@ class Trainer:
         # The stream is not prepared: it knows its rank. Neither are the schedules, which accelerate
         # would advance once for every rank.
         self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
-        if found is not None:
+        deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
+        self.zero = self.optimizers[0].optimizer if deepspeed else None
+        if found is not None and self.zero is not None:
+            load_zero_tensors(self.dit, self.zero, found.optimizer())
+        elif found is not None:
             load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
         parameters = dict(self.dit.named_parameters())
@@ -325,7 +331,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; the main process writes, the others wait."""
         model, ema = gather(self.dit.state_dict()), gather(self.ema)
-        optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers))
+        if self.zero is None:
+            optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers))
+        else:
+            optimizer = zero_tensors(self.dit, self.zero)
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.path,
@@ -432,22 +441,32 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate for this configuration.
 
     Raises:
-        InputError: a launcher that asks for what checkpoints cannot hold.
+        InputError: a launcher that asks for what checkpoints cannot hold, or whose processes do not
+            see one another.
     """
     # A process keeps the settings of its first Accelerator and refuses others: a notebook that
     # trains twice needs them forgotten. The process group stays.
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    plugin = make_plugin(config)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        # DeepSpeed is told in its plugin: its own bfloat16 would round the weights.
+        mixed_precision=config.mixed_precision if plugin is None else "no",
+        deepspeed_plugin=plugin,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.grad_accum_steps, sync_with_dataloader=False
         ),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, and Accelerate takes each for one of "
+            f"{accelerator.num_processes}. On a CPU set ACCELERATE_USE_CPU=1, and not DeepSpeed."
+        )
     kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+    if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise InputError(
             f"{kind} keeps the states of optimisers in parts of its own, which checkpoints here "
             "would not hold: use FSDP with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
