@@ -346,7 +346,9 @@ class TestAblate:
         assert set(table["seed"].to_pylist()) == {0, 1}
         report = (tmp_path / "out" / "report.md").read_text()
         assert "10 arms x 2 runs" in report
-        assert (tmp_path / "out" / "figures" / "scores.png").stat().st_size > 0
+        for name in ("scores", "layers"):
+            assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
+            assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
 
     def test_weights_are_put_in_place_and_taken_back(self, done):
         run = load_run(done[1] / "runs" / "depth" / "seed-0")

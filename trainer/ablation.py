@@ -8,12 +8,14 @@ replaced by their mean, against the same weights in reverse order, against anoth
 Shapes: D blocks, L layers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..schemas import InputError, Scoring
 from .judgements import label
@@ -23,6 +25,7 @@ from .study import OpenDecoder, judge_run
 
 TRAINED = "as trained"
 TOP = 3
+WITHOUT = "without layer {}"
 
 
 def swaps(
@@ -49,7 +52,7 @@ def swaps(
         for place, layer in enumerate(layers):
             without = alpha.clone()
             without[:, place] = 0.0
-            found[f"without layer {layer}"] = _share(without)
+            found[WITHOUT.format(layer)] = _share(without)
     return {
         name: weights
         for name, weights in found.items()
@@ -78,8 +81,13 @@ def ablate(
     *,
     leave_one_out: bool = False,
     report: Callable[[str], None] = print,
+    progress: bool = True,
 ) -> pa.Table:
     """Judge runs under every swap of their weights.
+
+    Args:
+        report: takes a line for every swap.
+        progress: show a bar.
 
     Returns:
         Judgements as a study has them: ``arm`` is the swap, ``seed`` the number of the run.
@@ -88,7 +96,7 @@ def ablate(
         InputError: weights that depend on the token, or runs that differ in strategy, blocks or
             layers.
     """
-    weights = [_weights(run, scoring.num_steps) for run in runs]
+    weights = [weights_of(run, scoring.num_steps) for run in runs]
     kinds = [
         f"{run.record.config.routing.strategy} of {len(alpha)} blocks over layers {run.layers}"
         for run, alpha in zip(runs, weights, strict=True)
@@ -98,23 +106,34 @@ def ablate(
             raise InputError(
                 f"{run.path} is {kind}, but {runs[0].path} is {kinds[0]}: compare runs of one arm"
             )
-    tables = []
-    for number, run in enumerate(runs):
-        other = weights[(number + 1) % len(runs)] if len(runs) > 1 else None
-        found: Mapping[str, Tensor | None]
-        if run.model.router.depends_on_t:
-            found = swaps_of_t(weights[number])
-        else:
-            found = swaps(weights[number], other, run.layers, leave_one_out=leave_one_out)
-        for done, (name, alpha) in enumerate(found.items(), start=1):
-            with reading(run, alpha):
-                table = judge_run(run, scoring, open_decoder)
-            report(f"{run.path}: {name}, {done}/{len(found)}")
+    plans = [
+        (number, name, alpha)
+        for number, run in enumerate(runs)
+        for name, alpha in _swaps_of(run, weights, number, leave_one_out).items()
+    ]
+    num = Counter(number for number, _, _ in plans)
+    tables, done = [], Counter[int]()
+    with tqdm(total=len(plans), unit="swap", disable=not progress) as bar:
+        for number, name, alpha in plans:
+            with reading(runs[number], alpha):
+                table = judge_run(runs[number], scoring, open_decoder)
+            done[number] += 1
+            report(f"{runs[number].path}: {name}, {done[number]}/{num[number]}")
+            bar.update()
             tables.append(label(table, arm=name, seed=number))
     return pa.concat_tables(tables)
 
 
-def _weights(run: Run, num_steps: int) -> Tensor:
+def _swaps_of(
+    run: Run, weights: Sequence[Tensor], number: int, leave_one_out: bool
+) -> Mapping[str, Tensor | None]:
+    if run.model.router.depends_on_t:
+        return swaps_of_t(weights[number])
+    other = weights[(number + 1) % len(weights)] if len(weights) > 1 else None
+    return swaps(weights[number], other, run.layers, leave_one_out=leave_one_out)
+
+
+def weights_of(run: Run, num_steps: int) -> Tensor:
     """What the run learned, [D, L]; where it depends on t the mean over the t of sampling."""
     if run.model.router.depends_on_content or run.record.features.mixes is not None:
         raise InputError(

@@ -104,20 +104,23 @@ def ablate(
 
     Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
     three largest, and with several runs of one arm by those of the next. Where they depend on t,
-    they are replaced by their mean over t.
+    they are replaced by their mean over t. With --leave-one-out figures/layers.png shows what each
+    layer is worth beside the weight it has.
 
     \b
     Example:
       semroute ablate studies/shapes/runs/depth/seed-* --out ablation \\
         --features world/features-test --samples world/shapes/test.parquet
     """
+    import numpy as np
     import pyarrow.parquet as pq
+    from tqdm.auto import tqdm
 
     from ..pipeline.autoencoder import open_decoder
     from ..schemas import Scoring
-    from .ablation import TRAINED
+    from .ablation import TRAINED, WITHOUT, weights_of
     from .ablation import ablate as swap
-    from .panels import Outline, write_comparison
+    from .panels import Outline, left_out_panels, write_comparison
     from .results import open_run
     from .study import RESULTS
 
@@ -129,13 +132,18 @@ def ablate(
         seed=seed,
     )
     trained = [open_run(run, None, "ema") for run in runs]
-    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=click.echo)
+    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=tqdm.write)
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(results, out / RESULTS)
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
     references = dict.fromkeys(arms, TRAINED)
     outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")
-    for path in [out / RESULTS, *write_comparison(results, outline, out)]:
+    more = {}
+    left_out = {n: WITHOUT.format(n) for n in trained[0].layers if WITHOUT.format(n) in arms}
+    if left_out:
+        weights = np.mean([weights_of(run, num_steps).numpy() for run in trained], 0)
+        more["layers"] = lambda claims: left_out_panels(claims, left_out, weights, outline)
+    for path in [out / RESULTS, *write_comparison(results, outline, out, more)]:
         click.echo(path)
 
 

@@ -1,6 +1,6 @@
 """What a study found, as figures and as ``report.md`` beside them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,17 @@ def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"`{arm}`: {', '.join(map(str, each))}" for arm, each in by_arm.items())
 
 
-def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Path]:
-    """Write ``report.md`` and the figures of judgements by arm and seed into a folder."""
+def write_comparison(
+    results: pa.Table,
+    outline: Outline,
+    out: Path,
+    more: Mapping[str, Callable[[pa.Table], Figure]] | None = None,
+) -> list[Path]:
+    """Write ``report.md`` and the figures of judgements by arm and seed into a folder.
+
+    Args:
+        more: further figures by name, drawn of the claims.
+    """
     claims = make_claims(results, outline.references)
     lucky = chances(outline.scoring)
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -103,6 +112,7 @@ def write_comparison(results: pa.Table, outline: Outline, out: Path) -> list[Pat
         "scores": score_panels(claims, lucky, outline),
         "guidance": guidance_panels(claims, lucky, outline),
         "counting": counting_panels(counting(results), outline),
+        **{name: draw(claims) for name, draw in (more or {}).items()},
     }.items():
         path = out / "figures" / f"{name}.png"
         figure.savefig(path, dpi=DPI)
@@ -298,6 +308,46 @@ def counting_panels(table: pa.Table, outline: Outline) -> Figure:
         place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     axes[0].set_ylabel("objects drawn", color=INK)
     _add_legend(figure, axes[0])
+    return figure
+
+
+def left_out_panels(
+    claims: pa.Table, arms: Mapping[int, str], weights: np.ndarray, outline: Outline
+) -> Figure:
+    """What leaving out a layer does to *all*, a panel a split; and the weight that it has.
+
+    Args:
+        arms: layer -> what the arm without it is called.
+        weights: as trained, mean over runs, ``[D, L]``.
+    """
+    scales, layers = outline.scoring.cfg_scales, [*arms]
+    splits = [*dict.fromkeys(claims["split"].to_pylist())]
+    size = (2.4 + 0.24 * len(layers), 0.8 + 2.0 * (len(splits) + 1))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(splits) + 1, 1, sharex=True)
+    for place, split in zip(axes, splits, strict=False):
+        clean(place)
+        place.set_title(f"{split}: right in everything without a layer, difference", color=INK)
+        place.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
+        for number, scale in enumerate(scales):
+            rows = {row["arm"]: row for row in _rows(claims, split, scale) if row["skill"] == "all"}
+            found = {layer: rows[arm] for layer, arm in arms.items() if arm in rows}
+            shift, colour = 0.5 * ((number + 0.5) / len(scales) - 0.5), _colour(number, len(scales))
+            at = np.array([*found]) + shift
+            place.plot(at, [row["difference"] for row in found.values()], "o", color=colour,
+                       label=f"guidance {scale:g}")  # fmt: skip
+            for x, row in zip(at, found.values(), strict=True):
+                if row["seeds_low"] is not None:
+                    place.plot([x, x], [row["seeds_low"], row["seeds_high"]], color=colour)
+    last = axes[-1]
+    clean(last)
+    last.set_title("weight: mean over blocks, and from the least to the most", color=INK)
+    last.vlines(layers, weights.min(0), weights.max(0), color=LINES[0], alpha=0.5)
+    last.plot(layers, weights.mean(0), "o", color=LINES[0])
+    last.axhline(1 / len(layers), color=FAINT, linestyle="--", linewidth=1)
+    last.set_xlabel("LLM layer", color=INK)
+    if len(scales) > 1:
+        _add_legend(figure, axes[0])
     return figure
 
 
