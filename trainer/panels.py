@@ -23,6 +23,8 @@ MIN_UNITS = 3
 """Seeds that a difference needs to be marked: two may agree by chance."""
 SUMMARY = ("all", "binding", "count")
 """Skills that a report begins with."""
+LEFT_OUT = ("all", "count", "colour", "shape", "binding")
+"""Skills of which it is shown what each layer is worth."""
 Chance = Mapping[str, Mapping[str, float]]
 """Split -> skill -> accuracy of true images of other captions."""
 
@@ -314,40 +316,44 @@ def counting_panels(table: pa.Table, outline: Outline) -> Figure:
 def left_out_panels(
     claims: pa.Table, arms: Mapping[int, str], weights: np.ndarray, outline: Outline
 ) -> Figure:
-    """What leaving out a layer does to *all*, a panel a split; and the weight that it has.
+    """What leaving out a layer does to accuracy at the last guidance scale, a panel a skill; and
+    the weight that the layer has.
 
     Args:
         arms: layer -> what the arm without it is called.
         weights: as trained, mean over runs, ``[D, L]``.
     """
-    scales, layers = outline.scoring.cfg_scales, [*arms]
+    cfg_scale, layers = outline.scoring.cfg_scales[-1], [*arms]
     splits = [*dict.fromkeys(claims["split"].to_pylist())]
-    size = (2.4 + 0.24 * len(layers), 0.8 + 2.0 * (len(splits) + 1))
+    skills = [skill for skill in LEFT_OUT if skill in {*claims["skill"].to_pylist()}]
+    size = (2.8 + 0.24 * len(layers), 0.8 + 1.8 * (len(skills) + 1))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(splits) + 1, 1, sharex=True)
-    for place, split in zip(axes, splits, strict=False):
+    title = f"Without a layer, guidance {cfg_scale:g}: difference and 95 % over {outline.unit}"
+    figure.suptitle(title, color=INK)
+    axes = figure.subplots(len(skills) + 1, 1, sharex=True)
+    for place, skill in zip(axes, skills, strict=False):
         clean(place)
-        place.set_title(f"{split}: right in everything without a layer, difference", color=INK)
+        place.set_title(skill, color=INK, fontsize="small")
         place.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
-        for number, scale in enumerate(scales):
-            rows = {row["arm"]: row for row in _rows(claims, split, scale) if row["skill"] == "all"}
-            found = {layer: rows[arm] for layer, arm in arms.items() if arm in rows}
-            shift, colour = 0.5 * ((number + 0.5) / len(scales) - 0.5), _colour(number, len(scales))
-            at = np.array([*found]) + shift
-            place.plot(at, [row["difference"] for row in found.values()], "o", color=colour,
-                       label=f"guidance {scale:g}")  # fmt: skip
-            for x, row in zip(at, found.values(), strict=True):
+        for number, split in enumerate(splits):
+            rows = {
+                row["arm"]: row for row in _rows(claims, split, cfg_scale) if row["skill"] == skill
+            }
+            found = [(n, rows[arm]) for n, arm in arms.items() if arm in rows]
+            shift, colour = 0.4 * (number / len(splits) - 0.25), _colour(number, len(splits))
+            at, values = [n + shift for n, _ in found], [row["difference"] for _, row in found]
+            place.plot(at, values, "o", markersize=4, color=colour, label=split)
+            for x, (_, row) in zip(at, found, strict=True):
                 if row["seeds_low"] is not None:
                     place.plot([x, x], [row["seeds_low"], row["seeds_high"]], color=colour)
     last = axes[-1]
     clean(last)
-    last.set_title("weight: mean over blocks, and from the least to the most", color=INK)
-    last.vlines(layers, weights.min(0), weights.max(0), color=LINES[0], alpha=0.5)
-    last.plot(layers, weights.mean(0), "o", color=LINES[0])
+    last.set_title("weight: mean over blocks, and least to most", color=INK, fontsize="small")
     last.axhline(1 / len(layers), color=FAINT, linestyle="--", linewidth=1)
+    last.vlines(layers, weights.min(0), weights.max(0), color=LINES[0], alpha=0.5)
+    last.plot(layers, weights.mean(0), "o", markersize=4, color=LINES[0])
     last.set_xlabel("LLM layer", color=INK)
-    if len(scales) > 1:
-        _add_legend(figure, axes[0])
+    _add_legend(figure, axes[0])
     return figure
 
 
