@@ -10,8 +10,8 @@ it loads the LLM, runs a first batch, and then is timed. With `--cores 2` the LL
 the same, and the other core is there for what can be done beside it.
 
 - *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
-  end; codecs were fitted before. Where the time went is in the receipts. Shards are small, so that
-  there are several: each is written beside the next, and only the last one alone.
+  end; codecs were fitted before. Where the time went is in the receipts. Take captions for several
+  shards: each is written beside the next, and only the last one alone.
 - *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer:
   in the same process, in turns with semroute, as processes differ by more than what is measured.
 - The others are how image trainers and general tools do it: batches of a fixed number of captions
@@ -434,7 +434,7 @@ class Workers:
 @click.option("--text-column")
 @click.option("--template", default="bos", show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
-@click.option("--shard-size", "shard_bytes", default=16_000_000, show_default=True)
+@click.option("--shard-size", "shard_bytes", default=64_000_000, show_default=True)
 @click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
