@@ -503,6 +503,7 @@ class TestRanks:
             ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer"),
             ({"CONFIG_FILE": {"bf16": {"enabled": True}}}, {}, "bf16"),
             ({"CONFIG_FILE": {"optimizer": {"type": "Adam"}}}, {}, "optimizer"),
+            ({"CONFIG_FILE": {"zero_optimization": None}}, {}, "ZeRO optimization config"),
             ({}, {"optimizer": {"name": "muon"}}, "muon needs matrices"),
             ({}, {"grad_accum_steps": 2}, "zero_stage: 1"),
         ],
@@ -516,9 +517,9 @@ class TestRanks:
         monkeypatch.setenv("LOCAL_RANK", "0")
         for key, value in settings.items():
             if key == "CONFIG_FILE":
-                (tmp_path / "ds.json").write_text(
-                    json.dumps({"zero_optimization": {"stage": 2}, **value})
-                )
+                content = {"zero_optimization": {"stage": 2}, **value}
+                whole = {key: part for key, part in content.items() if part is not None}
+                (tmp_path / "ds.json").write_text(json.dumps(whole))
                 value = str(tmp_path / "ds.json")
             monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key}", value)
         with pytest.raises(InputError, match=said):

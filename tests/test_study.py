@@ -370,6 +370,15 @@ class TestAblate:
         named = swaps(alpha, None, [1, 2, 3, 4], leave_one_out=False)
         assert list(named) == ["as trained", "top 3 layers"]
 
+    def test_no_block_is_left_without_a_layer(self):
+        alpha = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+        named = swaps(alpha, None, [1, 2, 3], leave_one_out=True)
+        assert {name for name in named if "without" in name} == {
+            "without layer 2",
+            "without layer 3",
+        }
+        assert all(weights.isfinite().all() for weights in named.values())
+
     def test_refuses_runs_that_cannot_be_compared(self, world, done, tmp_path):
         run = done[1] / "runs" / "depth" / "seed-0"
         content = document(world, tmp_path / "out")

@@ -36,7 +36,8 @@ def swaps(
 
     Args:
         other: weights of another run, or None.
-        leave_one_out: each layer in turn without its weight, which the others share.
+        leave_one_out: each layer in turn without its weight, which the others share; but none of
+            which a block reads nothing else.
     """
     top = alpha.abs().topk(min(TOP, alpha.shape[1])).indices
     found = {
@@ -52,7 +53,8 @@ def swaps(
         for place, layer in enumerate(layers):
             without = alpha.clone()
             without[:, place] = 0.0
-            found[WITHOUT.format(layer)] = _share(without)
+            if (without != 0).any(1).all():
+                found[WITHOUT.format(layer)] = _share(without)
     return {
         name: weights
         for name, weights in found.items()

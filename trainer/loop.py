@@ -52,7 +52,7 @@ from .run import start_from
 from .setup import prepare
 from .stream import Batch, Stream, draw, jitter
 from .validation import Validation, held_out
-from .zero import load_zero_tensors, make_plugin, zero_tensors
+from .zero import gather_zero, load_zero, make_plugin
 
 AGAIN_SECONDS = 1.0
 """A second Ctrl-C that comes later than this means it."""
@@ -163,7 +163,7 @@ class Trainer:
         deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
         self.zero = self.optimizers[0].optimizer if deepspeed else None
         if found is not None and self.zero is not None:
-            load_zero_tensors(self.dit, self.zero, found.optimizer())
+            load_zero(self.dit, self.zero, found.optimizer())
         elif found is not None:
             load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
@@ -330,12 +330,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; the main process writes, the others wait."""
-        model, ema = gather(self.dit.state_dict()), gather(self.ema)
+        main = self.accelerator.is_main_process
+        model, ema = gather(self.dit.state_dict(), main), gather(self.ema, main)
         if self.zero is None:
-            optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers))
+            optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers), main)
         else:
-            optimizer = zero_tensors(self.dit, self.zero)
-        if self.accelerator.is_main_process:
+            optimizer = gather_zero(self.dit, self.zero, main)
+        if main:
             save_checkpoint(
                 self.path,
                 self.step,

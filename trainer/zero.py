@@ -46,10 +46,13 @@ def make_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
         raise InputError(
             "DeepSpeed is asked for and not installed: pip install 'semroute[deepspeed]'"
         )
-    plugin = DeepSpeedPlugin(
-        gradient_accumulation_steps=config.grad_accum_steps,
-        gradient_clipping=config.optimizer.max_grad_norm,
-    )
+    try:
+        plugin = DeepSpeedPlugin(
+            gradient_accumulation_steps=config.grad_accum_steps,
+            gradient_clipping=config.optimizer.max_grad_norm,
+        )
+    except ValueError as error:  # a file that is not there, or lacks a part
+        raise InputError(f"DeepSpeed's configuration: {error}") from error
     asked: dict[str, Any] = plugin.deepspeed_config
     zero = asked["zero_optimization"]
     wrong = [key for key in _OTHERS if _is_on(asked.get(key))]
@@ -90,30 +93,36 @@ def make_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
 
 
 def _is_on(part: Any) -> bool:
-    return bool(part) and not (isinstance(part, dict) and part.get("enabled") is False)
+    return bool(part) and not (isinstance(part, dict) and part.get("enabled") in (False, "auto"))
 
 
-def zero_tensors(model: nn.Module, zero: Any) -> dict[str, Tensor]:
-    """``optimizer_tensors``, put together from all processes; all of which must call it.
+def gather_zero(model: nn.Module, zero: Any, keep: bool) -> dict[str, Tensor]:
+    """What ``optimizer_tensors`` gives without DeepSpeed, put together from all processes; all of
+    which must call it.
 
     Args:
         zero: DeepSpeed's optimizer.
+        keep: of this process; the others get nothing.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if not all(zero.optimizer.state[part] for part in zero.single_partition_of_fp32_groups):
+    states = [zero.optimizer.state[part] for part in zero.single_partition_of_fp32_groups]
+    if not all(states):
         return {}  # before the first step
     _link(zero)
     found = {}
     for name, parameter in model.named_parameters():
         for key in MOMENTS:
-            found[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key)
-        found[f"{name}/step"] = _steps(zero)
+            whole = safe_get_full_optimizer_state(parameter, key)
+            if keep:
+                found[f"{name}/{key}"] = whole.cpu()
+        if keep:
+            found[f"{name}/step"] = states[0]["step"].clone()
     return found
 
 
-def load_zero_tensors(model: nn.Module, zero: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`zero_tensors` or ``optimizer_tensors`` took."""
+def load_zero(model: nn.Module, zero: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`gather_zero` or ``optimizer_tensors`` took."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     if not tensors:
@@ -121,7 +130,8 @@ def load_zero_tensors(model: nn.Module, zero: Any, tensors: Mapping[str, Tensor]
     steps = [tensor for name, tensor in tensors.items() if name.endswith("/step")]
     for part in zero.single_partition_of_fp32_groups:
         moments = {key: torch.zeros_like(part) for key in MOMENTS}
-        zero.optimizer.state[part] = {"step": torch.stack(steps).max().cpu(), **moments}
+        # The same of all parameters; a copy each, for AdamW counts in place.
+        zero.optimizer.state[part] = {"step": steps[0].clone(), **moments}
     _link(zero)
     for name, parameter in model.named_parameters():
         for key in MOMENTS:
@@ -138,7 +148,3 @@ def _link(zero: Any) -> None:
             if parameter._hp_mapping is not None:
                 state = zero.optimizer.state[part]
                 parameter._hp_mapping.set_optim_state_fragment(part, state)
-
-
-def _steps(zero: Any) -> Tensor:
-    return zero.optimizer.state[zero.single_partition_of_fp32_groups[0]]["step"].clone()
