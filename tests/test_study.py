@@ -383,6 +383,7 @@ class TestAblate:
         run = done[1] / "runs" / "depth" / "seed-0"
         content = document(world, tmp_path / "out")
         arms = {"uniform": {}, "token": {"routing.strategy": "token"}}
+        arms["top"] = {"routing.strategy": "depth", "routing.top_k": 2}
         arms["time"] = {"routing.strategy": "time"}
         arms["deep"] = {"routing.strategy": "depth", "model.depth": 3}
         content |= {"arms": arms, "seeds": [0]}
@@ -405,6 +406,12 @@ class TestAblate:
         swapped = {*table["arm"].to_pylist()}
         assert "mean over t" in swapped
         assert not {"blocks reversed", "mean over blocks"} & swapped
+        # Of four layers some are read by no block, and cannot be left out.
+        top = runs / "top" / "seed-0"
+        invoke(*self.command(world, tmp_path / "b", top), "--leave-one-out")
+        arms = {*pq.read_table(tmp_path / "b" / "results.parquet")["arm"].to_pylist()}
+        assert 0 < len([arm for arm in arms if arm.startswith("without layer")]) < 4
+        assert (tmp_path / "b" / "figures" / "layers.png").stat().st_size > 0
 
 
 class TestConfiguration:

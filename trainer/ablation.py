@@ -8,7 +8,6 @@ replaced by their mean, against the same weights in reverse order, against anoth
 Shapes: D blocks, L layers.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -108,21 +107,16 @@ def ablate(
             raise InputError(
                 f"{run.path} is {kind}, but {runs[0].path} is {kinds[0]}: compare runs of one arm"
             )
-    plans = [
-        (number, name, alpha)
-        for number, run in enumerate(runs)
-        for name, alpha in _swaps_of(run, weights, number, leave_one_out).items()
-    ]
-    num = Counter(number for number, _, _ in plans)
-    tables, done = [], Counter[int]()
-    with tqdm(total=len(plans), unit="swap", disable=not progress) as bar:
-        for number, name, alpha in plans:
-            with reading(runs[number], alpha):
-                table = judge_run(runs[number], scoring, open_decoder)
-            done[number] += 1
-            report(f"{runs[number].path}: {name}, {done[number]}/{num[number]}")
-            bar.update()
-            tables.append(label(table, arm=name, seed=number))
+    plans = [_swaps_of(run, weights, n, leave_one_out) for n, run in enumerate(runs)]
+    tables = []
+    with tqdm(total=sum(map(len, plans)), unit="swap", disable=not progress) as bar:
+        for number, (run, plan) in enumerate(zip(runs, plans, strict=True)):
+            for done, (name, alpha) in enumerate(plan.items(), start=1):
+                with reading(run, alpha):
+                    table = judge_run(run, scoring, open_decoder)
+                report(f"{run.path}: {name}, {done}/{len(plan)}")
+                bar.update()
+                tables.append(label(table, arm=name, seed=number))
     return pa.concat_tables(tables)
 
 

@@ -221,14 +221,14 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The same whole, where FSDP2 has cut them up among ranks; all of which must call it.
 
     Args:
-        keep: of this rank; the others get nothing. What was put together is on the CPU: one tensor
-            at a time is on a device beside the network.
+        keep: of this rank, on the CPU; the others get nothing. One whole tensor at a time is on a
+            device beside the network.
     """
     found = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+            found[name] = whole.cpu()
     return found
 
 

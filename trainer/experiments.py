@@ -139,8 +139,8 @@ def ablate(
     references = dict.fromkeys(arms, TRAINED)
     outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")
     more = {}
-    left_out = {n: WITHOUT.format(n) for n in trained[0].layers if WITHOUT.format(n) in arms}
-    if left_out:
+    left_out = {layer: WITHOUT.format(layer) for layer in trained[0].layers}
+    if not {*left_out.values()}.isdisjoint(arms):
         weights = np.mean([weights_of(run, num_steps).numpy() for run in trained], 0)
         more["layers"] = lambda claims: left_out_panels(claims, left_out, weights, outline)
     for path in [out / RESULTS, *write_comparison(results, outline, out, more)]:

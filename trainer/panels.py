@@ -320,7 +320,7 @@ def left_out_panels(
     the weight that the layer has.
 
     Args:
-        arms: layer -> what the arm without it is called.
+        arms: each of the L layers -> what the arm without it is called, if there is one.
         weights: as trained, mean over runs, ``[D, L]``.
     """
     cfg_scale, layers = outline.scoring.cfg_scales[-1], [*arms]
