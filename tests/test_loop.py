@@ -387,14 +387,16 @@ class TestRanks:
 
         return launch
 
-    def run(self, script, config, tmp_path, environment):
+    def run(self, script, config, tmp_path, environment, timeout=120):
         """A script on two ranks, to its end."""
         (tmp_path / "script.py").write_text(script)
         (tmp_path / "config.json").write_text(config.model_dump_json())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
         command += ["--standalone", str(tmp_path / "script.py"), str(tmp_path / "config.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout
+        )
         assert done.returncode == 0, done.stderr
 
     def wait_for(self, path, step, process):
@@ -480,7 +482,8 @@ class TestRanks:
         changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
         train(configure("zero", **{**changes, "steps": 2}))  # so that it continues, cut up
         config = configure("zero", **{**changes, "steps": 4})
-        self.run(ZERO, config, tmp_path, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
+        environment = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        self.run(ZERO, config, tmp_path, environment, timeout=240)  # a busy machine
         config = configure("zero", **changes)
         train(config)  # to step 6, whole again
         whole = train(configure("whole", **changes))
