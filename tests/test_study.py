@@ -41,6 +41,25 @@ def group_lives(group):
     return True
 
 
+def kill_once(ready, *arguments):
+    """Run a command in a process of its own, and kill it as soon as that is true."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "semroute.cli", *(str(argument) for argument in arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not ready():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 30
+    while group_lives(child.pid):  # a study's runs end with their driver
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def invoke(*arguments, code=0):
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
@@ -204,22 +223,7 @@ class TestStudy:
         del content["tuning"]
         content["train"] = {**content["train"], "steps": 12}
         file = write(tmp_path / "study.yaml", content)
-        command = [sys.executable, "-m", "semroute.cli", "study", str(file), "--jobs", "2"]
-        child = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not [*(tmp_path / "out").rglob("step-*")]:
-            assert child.poll() is None
-            time.sleep(0.05)
-        child.kill()
-        child.wait()
-        deadline = time.monotonic() + 30
-        while group_lives(child.pid):  # the runs end with their driver
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        kill_once(lambda: [*(tmp_path / "out").rglob("step-*")], "study", file, "--jobs", 2)
         invoke("study", file)
         content["output"] = str(tmp_path / "whole")
         invoke("study", write(tmp_path / "whole.yaml", content))
@@ -349,6 +353,25 @@ class TestAblate:
         for name in ("scores", "layers"):
             assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
             assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
+
+    def test_what_is_judged_is_kept_and_not_judged_again(self, world, done, tmp_path):
+        run, other = (done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1))
+        out, results = tmp_path / "out", tmp_path / "out" / "results.parquet"
+        command = self.command(world, out, run)
+        kill_once(results.exists, *command, "--leave-one-out")
+        killed = pq.read_table(results)
+        printed = invoke(*command, "--leave-one-out")
+        judged = {*killed["arm"].to_pylist()}
+        assert 0 < printed.count("judged before") == len(judged) < 9
+        whole = pq.read_table(results)
+        assert whole.slice(0, killed.num_rows).equals(killed)
+        assert invoke(*command, "--leave-one-out").count("judged before") == 9
+        # Fewer swaps: judgements of the others stay where they are.
+        assert invoke(*command).count("judged before") == 5
+        assert pq.read_table(results).equals(whole)
+        # Another network in its place, or other pictures of it.
+        assert "judged before" not in invoke(*self.command(world, out, other))
+        assert "judged before" not in invoke(*self.command(world, out, run), "--seed", 1)
 
     def test_weights_are_put_in_place_and_taken_back(self, done):
         run = load_run(done[1] / "runs" / "depth" / "seed-0")

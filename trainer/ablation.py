@@ -8,6 +8,7 @@ replaced by their mean, against the same weights in reverse order, against anoth
 Shapes: D blocks, L layers.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..schemas import InputError, Scoring
-from .judgements import label
+from .judgements import Archive, Asked, Judged, label, name_of
 from .routing import Given
 from .run import Run
 from .study import OpenDecoder, judge_run
@@ -79,6 +80,7 @@ def ablate(
     runs: Sequence[Run],
     scoring: Scoring,
     open_decoder: OpenDecoder,
+    archive: Archive,
     *,
     leave_one_out: bool = False,
     report: Callable[[str], None] = print,
@@ -87,6 +89,8 @@ def ablate(
     """Judge runs under every swap of their weights.
 
     Args:
+        archive: of ``arm`` and ``seed``. Each swap's judgements go into it at once, and those that
+            it has of the same network, weights and scoring are not made again.
         report: takes a line for every swap.
         progress: show a bar.
 
@@ -112,12 +116,29 @@ def ablate(
     with tqdm(total=sum(map(len, plans)), unit="swap", disable=not progress) as bar:
         for number, (run, plan) in enumerate(zip(runs, plans, strict=True)):
             for done, (name, alpha) in enumerate(plan.items(), start=1):
-                with reading(run, alpha):
-                    table = judge_run(run, scoring, open_decoder)
-                report(f"{run.path}: {name}, {done}/{len(plan)}")
+                labels: dict[str, str | int] = {"arm": name, "seed": number}
+                digest = _digest(run, weights[number], alpha)
+                asked = Asked(run.record.config, scoring, digest)
+                said = f"{run.path}: {name}, {done}/{len(plan)}"
+                table = archive.find(name_of(labels), asked)
+                if table is None:
+                    with reading(run, alpha):
+                        table = judge_run(run, scoring, open_decoder)
+                    archive.add(Judged(labels, asked.document(), table))
+                else:
+                    said += ", judged before"
+                report(said)
                 bar.update()
-                tables.append(label(table, arm=name, seed=number))
+                tables.append(label(table, **labels))
     return pa.concat_tables(tables)
+
+
+def _digest(run: Run, own: Tensor, alpha: Tensor | None) -> str:
+    """Of the weights in place of its own, and of the network by what it learned and how long."""
+    digest = hashlib.sha256(f"{run.step} {run.source}".encode())
+    for weights in (own, own if alpha is None else alpha):
+        digest.update(weights.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _swaps_of(

@@ -105,7 +105,8 @@ def ablate(
     Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
     three largest, and with several runs of one arm by those of the next. Where they depend on t,
     they are replaced by their mean over t. With --leave-one-out figures/layers.png shows what each
-    layer is worth beside the weight it has.
+    layer is worth beside the weight it has. What is judged is kept: the same command goes on where
+    it was stopped.
 
     \b
     Example:
@@ -113,13 +114,13 @@ def ablate(
         --features world/features-test --samples world/shapes/test.parquet
     """
     import numpy as np
-    import pyarrow.parquet as pq
     from tqdm.auto import tqdm
 
     from ..pipeline.autoencoder import open_decoder
     from ..schemas import Scoring
     from .ablation import TRAINED, WITHOUT, weights_of
     from .ablation import ablate as swap
+    from .judgements import Archive
     from .panels import Outline, left_out_panels, write_comparison
     from .results import open_run
     from .study import RESULTS
@@ -132,9 +133,10 @@ def ablate(
         seed=seed,
     )
     trained = [open_run(run, None, "ema") for run in runs]
-    results = swap(trained, scoring, open_decoder, leave_one_out=leave_one_out, report=tqdm.write)
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(results, out / RESULTS)
+    archive = Archive(out / RESULTS, ("arm", "seed"))
+    results = swap(
+        trained, scoring, open_decoder, archive, leave_one_out=leave_one_out, report=tqdm.write
+    )
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
     references = dict.fromkeys(arms, TRAINED)
     outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")

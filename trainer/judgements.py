@@ -38,17 +38,23 @@ _META = b"judged"
 
 @dataclass(frozen=True)
 class Asked:
-    """What a run is trained and judged as; where it lies does not matter."""
+    """What a run is trained and judged as; where it lies does not matter.
+
+    Attributes:
+        weights: digest of the routing weights that it is judged under; empty: what it learned.
+    """
 
     config: TrainConfig
     scoring: Scoring
+    weights: str = ""
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
+        document = {
             "config": self.config.model_dump(mode="json", exclude={"output"}),
             "scoring": self.scoring.model_dump(mode="json"),
         }
+        return {**document, "weights": self.weights} if self.weights else document
 
     def is_said(self, document: Any) -> bool:
         """Whether :meth:`document` was said of the same; options that came since have their
@@ -56,7 +62,9 @@ class Asked:
         try:
             config = {**document["config"], "output": self.config.output}
             said = Asked(
-                TrainConfig.model_validate(config), Scoring.model_validate(document["scoring"])
+                TrainConfig.model_validate(config),
+                Scoring.model_validate(document["scoring"]),
+                document.get("weights", ""),
             )
         except (KeyError, TypeError, ValidationError):
             return False
@@ -159,6 +167,10 @@ class Archive:
         """Judgements of a run, where they are held and of what is asked."""
         judged = self.held.get(name)
         return judged.table if judged is not None and asked.is_said(judged.asked) else None
+
+    def add(self, judged: Judged) -> None:
+        """Write these beside what is held, or in place of those of the same name."""
+        self.write({**self.held, judged.name: judged}.values())
 
     def write(self, every: Iterable[Judged]) -> None:
         """Put these in place of what is held."""
