@@ -2,6 +2,8 @@ import gc
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from itertools import islice
@@ -242,6 +244,29 @@ class TestStream:
         batches = iter(DataLoader(stream, batch_size=None))
         for one in self.take(stream, 3):
             assert torch.equal(next(batches).hidden, one.hidden)
+
+    @pytest.mark.parametrize("kind", ["Stream", "PaddedStream"])
+    def test_reading_starts_no_threads_of_torch(self, feature_store, latent_store, kind):
+        """Of OpenMP, in the thread that reads: they would slow down those that train."""
+        code = (
+            "import psutil, sys, torch\n"
+            "from semroute import open_features, open_latents\n"
+            "from semroute.schemas import DataConfig\n"
+            "from semroute.trainer import stream\n"
+            "torch.set_num_threads(int(sys.argv[4]))\n"
+            "features, latents = open_features(sys.argv[1]), open_latents(sys.argv[2])\n"
+            "make, data = getattr(stream, sys.argv[3]), DataConfig(batch_size=512)\n"
+            "found = make(features, latents, data, seed=0, layers=features.layers)\n"
+            "before = psutil.Process().num_threads()\n"
+            "found.read(0)\n"
+            "print(psutil.Process().num_threads() - before)\n"
+        )
+        command = [sys.executable, "-c", code, str(feature_store), str(latent_store), kind]
+        one, eight = (
+            int(subprocess.check_output([*command, threads], text=True, timeout=120))
+            for threads in ("1", "8")
+        )
+        assert eight == one
 
     def test_waiting_is_counted(self, make):
         stream = make()

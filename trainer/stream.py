@@ -233,7 +233,12 @@ class Delivery(IterableDataset[Kind], ABC):
 
     @abstractmethod
     def read(self, step: int, micro_step: int = 0) -> Kind:
-        """One batch, read now."""
+        """One batch, read now.
+
+        By numpy: an operator of torch that runs on several threads would give the thread that reads
+        an OpenMP team of its own. There would then be more threads than cores, and libgomp lets
+        those of the other team sleep between loops: training on a CPU took twice as long.
+        """
 
     def _due(self, step: int, micro_step: int) -> tuple[int, Places, Tensor]:
         """First position of a batch, what stands there and on, and its latents [B, C, h, w]."""
@@ -244,12 +249,13 @@ class Delivery(IterableDataset[Kind], ABC):
         shape = some.shape(int(some.buckets[places.sample[0]]))
         noise = self._posterior_noise(first, num, shape)
         latents = allocate((num, *shape), torch.float32)
+        values = latents.numpy()
         for number, pair in enumerate(self.pairs):
             here = np.flatnonzero(places.source == number)
             if len(here):
                 part = None if noise is None else noise[here]
                 read = pair.latents.read(places.sample[here], part)
-                latents[torch.from_numpy(here)] = torch.from_numpy(read)
+                values[here] = read
         return first, places, latents
 
     def _row_shape(self) -> tuple[int, int]:
@@ -410,7 +416,7 @@ class PaddedStream(Delivery[PaddedBatch]):
             position=first,
             sample_ids=places.sample,
             hidden=hidden,
-            mask=torch.arange(longest) < torch.from_numpy(counts)[:, None],
+            mask=torch.from_numpy(np.arange(longest) < counts[:, None]),
             latents=latents,
             sources=places.source if len(self.pairs) > 1 else None,
         )
