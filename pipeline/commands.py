@@ -80,7 +80,7 @@ _plan_options = _together(
         "--layers",
         default="all",
         show_default=True,
-        help="all, every:3 (counted from the last), or 5,11,17.",
+        help="all, every:3 (counted from the last), or 1-10,17.",
     ),
     click.option(
         "--max-length",
@@ -395,7 +395,7 @@ def status(store: str, as_json: bool) -> None:
 @click.argument("out")
 @click.option("--codec", type=_CODECS, help="Default: as it is.")
 @_quality_option
-@click.option("--layers", default="all", show_default=True, help="all, every:3 or 5,11,17.")
+@click.option("--layers", default="all", show_default=True, help="all, every:3 or 1-10,17.")
 @click.option(
     "--routing",
     type=click.Path(path_type=Path),

@@ -200,7 +200,7 @@ def find_tower(model: Any, name: str) -> Tower:
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
-    """``all`` -> 1..L; ``every:3`` -> each third, counted back from L; ``5,11,17`` -> those.
+    """``all`` -> 1..L; ``every:3`` -> each third, counted back from L; ``1-10,17`` -> those.
 
     0 is the embedding output, l the output of block l, L the output after the final norm.
 
@@ -211,12 +211,20 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
         return list(range(1, num_layers + 1))
     if match := re.fullmatch(r"every:([1-9]\d*)", text):
         return sorted(range(num_layers, 0, -int(match[1])))
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise InputError(f"--layers {text!r}: expected all, every:3, or numbers such as 5,11,17")
-    layers = [int(part) for part in text.split(",")]
-    unknown = [layer for layer in layers if layer > num_layers]
-    if unknown:
-        raise InputError(f"--layers: no layer {unknown[0]}; the model has layers 0 to {num_layers}")
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise InputError(f"--layers {text!r}: expected all, every:3, or numbers such as 1-10,17")
+    layers: list[int] = []
+    for part in text.split(","):
+        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        if max(first, last) > num_layers:
+            raise InputError(
+                f"--layers: no layer {max(first, last)}; the model has layers 0 to {num_layers}"
+            )
+        if first > last:
+            raise InputError(
+                f"--layers: {part} ends before it begins; did you mean {last}-{first}?"
+            )
+        layers += range(first, last + 1)
     if len(set(layers)) < len(layers):
         raise InputError(f"--layers {text!r} names a layer twice")
     return sorted(layers)

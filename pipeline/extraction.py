@@ -138,7 +138,7 @@ def extract(
         features: folder of the store, or the URL of one in an object store that fsspec knows.
         model: hub id, folder or GGUF file, see :func:`semroute.pipeline.encoder.find_model`.
         template: preset or file, see :mod:`semroute.pipeline.captions`.
-        layers: ``all``, ``every:3`` or ``5,11,17``.
+        layers: ``all``, ``every:3`` or ``1-10,17``.
         max_length: in tokens, the template included.
         keep_prefix: store the template's prefix rows for every caption.
         dtype: in which the LLM runs; auto: as the store was begun, or for a new one bfloat16 on a

@@ -101,7 +101,7 @@ def rewrite(
         features: what to rewrite.
         out: a new folder, or a URL.
         codec, quality: as for extraction; default the codec of the source.
-        layers: ``all`` of the source, ``every:3`` or ``5,11,17``, all of which it must hold.
+        layers: ``all`` of the source, ``every:3`` or ``1-10,17``, all of which it must hold.
         routing: store only mixes of the layers, enough of them for what its blocks read. That the
             source is of the run's LLM is for the caller to check.
         rank: how many mixes; default the fewest whose mean error is under 1e-2.

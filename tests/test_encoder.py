@@ -92,6 +92,7 @@ def test_the_model_is_described_by_the_content_of_its_files(source, tiny_llm, tm
         ("every:3", [1, 4, 7]),
         ("every:100", [7]),
         ("6,0,2", [0, 2, 6]),
+        ("5-7,1,3-3", [1, 3, 5, 6, 7]),
     ],
 )
 def test_layers_are_chosen(text, layers):
@@ -105,6 +106,10 @@ def test_layers_are_chosen(text, layers):
         ("every:0", "expected all, every:3, or numbers"),
         ("3,8", "no layer 8; the model has layers 0 to 7"),
         ("3,3", "names a layer twice"),
+        ("1-4,3", "names a layer twice"),
+        ("2-999999999999", "no layer 999999999999; the model has layers 0 to 7"),
+        ("4-2", "4-2 ends before it begins; did you mean 2-4"),
+        ("2-", "expected all, every:3, or numbers"),
     ],
 )
 def test_layers_that_do_not_exist_are_refused(text, message):

@@ -237,7 +237,7 @@ class Delivery(IterableDataset[Kind], ABC):
 
         By numpy: an operator of torch that runs on several threads would give the thread that reads
         an OpenMP team of its own. There would then be more threads than cores, and libgomp lets
-        those of the other team sleep between loops: training on a CPU took twice as long.
+        those that train sleep between loops (its manual, GOMP_SPINCOUNT): twice as slow on a CPU.
         """
 
     def _due(self, step: int, micro_step: int) -> tuple[int, Places, Tensor]:
