@@ -218,7 +218,8 @@ class Trainer:
             whether any rank was asked to stop.
         """
         config, accelerator = self.config, self.accelerator
-        own_loss, sample_ids = 0.0, []
+        # Read once a step: a device that is asked for a number waits until it has no more to do.
+        own_loss, sample_ids = torch.zeros((), device=accelerator.device), []
         for _ in range(config.grad_accum_steps):
             batch = next(batches).to(accelerator.device)
             sample_ids += batch.names()
@@ -226,13 +227,15 @@ class Trainer:
                 loss, t = self.loss(batch)
                 self.put_router_together()
                 accelerator.backward(loss + self.dit.router.penalty(t))
-            own_loss += loss.item() / config.grad_accum_steps
+            own_loss += loss.detach() / config.grad_accum_steps
         parameters = self.dit.parameters()
         norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
-        report = torch.tensor([own_loss, float(stop)], device=accelerator.device)
+        report = torch.stack([own_loss, torch.full_like(own_loss, stop)])
         total_loss, stopping = accelerator.reduce(report, "mean").tolist()
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
-            raise FloatingPointError(self._not_finite(own_loss, total_loss, norm, sample_ids))
+            raise FloatingPointError(
+                self._not_finite(own_loss.item(), total_loss, norm, sample_ids)
+            )
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
