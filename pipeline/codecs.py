@@ -68,6 +68,7 @@ class Codec(ABC):
         name: in manifests.
         fits: names of the fitted arrays.
         aligned: whether captions begin at chunks, for which every plane must be compressed.
+        matrices: whether decoding multiplies matrices, which is better left to a GPU.
         num_layers, width: L and H.
         parameters: fitted arrays by name, see :meth:`fit`.
         quality: where it can be chosen, the step is 2**-quality.
@@ -83,6 +84,7 @@ class Codec(ABC):
     name: ClassVar[str]
     fits: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[bool] = True
+    matrices: ClassVar[bool] = False
 
     @cached_property
     @abstractmethod
@@ -461,6 +463,7 @@ class Linear(Predictive):
 
     name = "linear"
     fits = ("matrix", "rotation", "bias")
+    matrices = True
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch

@@ -11,7 +11,7 @@ On disk (``docs/store-format.md``)::
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +47,8 @@ BLOCK_BYTES = 4_000_000
 """Decoded bytes that are read and decoded at a time by one thread."""
 DASK_BYTES = 64_000_000
 """Of a block of a lazy array, in float32."""
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Gives memory of a shape and dtype, with any numbers in it."""
 
 
 @dataclass(frozen=True)
@@ -342,24 +344,37 @@ class FeatureStore(Ledger[FeatureManifest]):
                 decode(block)
 
     def read_codes(
-        self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None
+        self,
+        ids: Sequence[int] | np.ndarray,
+        layers: Sequence[int] | None = None,
+        *,
+        empty: Empty = np.empty,
     ) -> Codes:
         """What :meth:`read` reads, not yet decoded, for a device that decodes faster.
 
-        Args, errors: as for :meth:`read`.
+        Args:
+            empty: gives the memory that codes are read into.
+
+        Other args, errors: as for :meth:`read`.
         """
         starts, stops, offsets = self._runs(ids)
         positions = self._positions(layers)
         pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk)
-        planes = self._planes(pieces, int(offsets[-1]), max(positions) + 1)
+        planes = self._planes(pieces, int(offsets[-1]), max(positions) + 1, empty)
         return Codes(planes, offsets, self.codec, positions)
 
-    def _planes(self, pieces: Pieces, num_rows: int, num_layers: int) -> dict[str, np.ndarray]:
+    def _planes(
+        self,
+        pieces: Pieces,
+        num_rows: int,
+        num_layers: int,
+        empty: Empty = np.empty,
+    ) -> dict[str, np.ndarray]:
         """Codes of the lowest stored layers, ``[num_rows, num_layers, size]`` each."""
         planes = {}
         for name, array in self.arrays.items():
             size = array.row_shape[1]
-            planes[name] = np.empty((num_rows, num_layers, size), array.dtype)
+            planes[name] = empty((num_rows, num_layers, size), array.dtype)
             array.read_pieces(pieces, planes[name], slice(num_layers))
         return planes
 

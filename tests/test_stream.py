@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from semroute.pipeline.store import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.flow import Flow
-from semroute.trainer.stream import PaddedStream, Stream, draw, jitter
+from semroute.trainer.stream import PaddedStream, Stream, draw, jitter, on_device
 
 NUM_SAMPLES = 200
 
@@ -97,6 +97,34 @@ class TestStream:
             torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
         else:
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_codes_lie_in_memory_that_is_used_again(self, random_store, latent_store):
+        features, latents = open_features(random_store("linear")), open_latents(latent_store)
+        data = DataConfig(batch_size=8)
+        stream = Stream(features, latents, data, seed=0, layers=[2, 4], codes=True)
+
+        def addresses():
+            (codes,) = stream.read(0).hidden
+            return {name: plane.ctypes.data for name, plane in codes.planes.items()}
+
+        first, second = addresses(), addresses()
+        assert {*first.values()} == {*second.values()}
+        assert len({*first.values()}) == len(first) > 1
+
+    def test_batches_come_to_the_device_one_ahead(self, make):
+        stream, taken = make(), []
+
+        def read():
+            for step in range(5):
+                taken.append(step)
+                yield stream.read(step)
+
+        for step, batch in enumerate(on_device(read(), torch.device("cpu"))):
+            assert taken == [*range(min(step + 2, 5))]
+            assert torch.equal(batch.hidden, stream.read(step).hidden)
+            assert torch.equal(batch.latents, stream.read(step).latents)
+            if step == 3:
+                break
 
     def test_every_unique_caption_is_read_once(self, make):
         (batch,) = self.take(make(batch_size=32, caption_dropout=1.0), 1)

@@ -50,7 +50,7 @@ from .optimizers import make_optimizers, make_schedule
 from .router import entropy
 from .run import start_from
 from .setup import prepare
-from .stream import Batch, Stream, draw, jitter
+from .stream import Batch, Stream, draw, jitter, on_device
 from .validation import Validation, held_out
 from .zero import gather_zero, load_zero, make_plugin
 
@@ -96,7 +96,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         grad_accum_steps=config.grad_accum_steps,
         held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if found is None else found.step,
-        codes=accelerator.device.type != "cpu",
+        codes=accelerator.device.type != "cpu"
+        and any(pair.features.codec.matrices for pair in setup.pairs),
         pairs=setup.pairs,
     )
     # Every rank has looked at the directory before one of them writes to it.
@@ -192,7 +193,8 @@ class Trainer:
             disable=not (show and self.accelerator.is_main_process),
         )
         self.window.start(stream)
-        with progress, closing(iter(stream)) as batches, stop_signals() as received:
+        with progress, closing(iter(stream)) as read, stop_signals() as received:
+            batches = on_device(read, self.accelerator.device)
             while self.step < config.steps:
                 if lock is not None and lock.lost:
                     raise LockedError(
@@ -213,6 +215,10 @@ class Trainer:
     def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[tuple[Tensor, Any], bool]:
         """One step of the optimizers, over all accumulation steps.
 
+        Args:
+            batches: on the device.
+            stop: whether this rank was asked to.
+
         Returns:
             What the last weights were a function of, t [B * K] and hidden states [R, L, H]; and
             whether any rank was asked to stop.
@@ -221,7 +227,7 @@ class Trainer:
         # Read once a step: a device that is asked for a number waits until it has no more to do.
         own_loss, sample_ids = torch.zeros((), device=accelerator.device), []
         for _ in range(config.grad_accum_steps):
-            batch = next(batches).to(accelerator.device)
+            batch = next(batches)
             sample_ids += batch.names()
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)

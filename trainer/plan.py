@@ -19,12 +19,12 @@ from .dit import DiT
 from .loop import Trainer, make_accelerator
 from .optimizers import make_optimizers
 from .setup import Setup, prepare
-from .stream import Stream
+from .stream import Stream, on_device
 from .validation import held_out
 
 NUM_LOOKED_AT = 32
 """Steps whose captions are counted, from the first."""
-FP32 = 4
+FP32, BF16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def count_memory(
         "gradients": FP32 * numbers * (2 if num_ranks > 1 else 1),
         "optimizer": FP32 * states,
         "average": FP32 * numbers,
-        "hidden_states": 2 * hidden,
+        "hidden_states": 2 * BF16 * hidden,  # the next batch's are there already
         "activations": count_activations(
             model, config, reading, config.data.batch_size // parts, mode
         ),
@@ -274,7 +274,8 @@ def measure(config: TrainConfig, num_steps: int) -> float:
     stream = make_stream(setup, config, accelerator.num_processes)
     trainer = Trainer(config, accelerator, setup.model)
     seconds = []
-    with closing(iter(stream)) as batches:
+    with closing(iter(stream)) as read:
+        batches = on_device(read, accelerator.device)
         for _ in range(num_steps + 1):
             began = time.perf_counter()
             trainer.take_step(batches, stop=False)

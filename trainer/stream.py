@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..pipeline.store import Codes, FeatureStore, LatentStore
 from ..schemas import DataConfig, InputError
-from .delivery import Meter, allocate
+from .delivery import Meter, allocate, allocate_plane
 from .flow import Flow
 from .order import Places
 from .selection import Pair, make_order, open_pairs, proportions
@@ -94,6 +94,12 @@ class Batch:
         else:
             hidden = self.hidden.to(device, non_blocking=True)
         return replace(self, hidden=hidden, latents=self.latents.to(device, non_blocking=True))
+
+    def record_stream(self, stream: Any) -> None:
+        """Their memory is used on this stream too: ``torch.Tensor.record_stream``."""
+        for tensor in (self.hidden, self.latents):
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+                tensor.record_stream(stream)
 
     def names(self) -> list[str]:
         """Each sample by its id, and of a mixture by its pair of stores."""
@@ -327,12 +333,39 @@ class Delivery(IterableDataset[Kind], ABC):
             step += 1
 
 
+def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
+    """Batches with their large tensors on a device: each is copied there, and decoded, while the
+    one before is trained on.
+
+    By a stream of its own, as in the notes on CUDA semantics of PyTorch's documentation: what
+    trains waits for the copy, and memory is used again when both streams are done with it.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "Stream"):  # mps has none to choose from
+        yield from (batch.to(device) for batch in batches)
+        return
+    copying = module.Stream()
+
+    def copy() -> Batch:
+        with module.stream(copying):
+            return next(batches).to(device)
+
+    ahead = copy()
+    while True:
+        batch, training = ahead, module.current_stream()
+        training.wait_stream(copying)
+        batch.record_stream(training)
+        ahead = copy()
+        yield batch
+
+
 class Stream(Delivery[Batch]):
     """Batches of packed rows, each unique caption once: what :func:`.loop.train` reads.
 
     Args:
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
-            decodes. Fewer bytes are moved, and a GPU decodes faster than a CPU.
+            decodes. Codes are more bytes than what they stand for once they are decompressed, so
+            it is for codecs that a CPU decodes slowly (``Codec.matrices``).
 
     Other arguments and errors: as of :class:`Delivery`.
     """
@@ -370,7 +403,7 @@ class Stream(Delivery[Batch]):
             here = places.source == number
             caption[here] = before + np.searchsorted(ids, places.caption[here])
             if hidden is None:
-                codes.append(pair.features.read_codes(ids, self.layers))
+                codes.append(pair.features.read_codes(ids, self.layers, empty=allocate_plane))
             else:
                 rows = hidden.view(torch.uint16).numpy()
                 pair.features.read(ids, self.layers, out=rows[offsets[before] :])
