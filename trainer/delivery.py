@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 MAX_WAIT_SHARE = 0.01
 """Of the time of steps; more is worth a warning."""
@@ -24,10 +25,11 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     some: new pages cost as much as a copy.
 
     Pinned where there is CUDA, by torch's own allocator, which keeps what is freed until copies
-    from it have ended. Otherwise memory comes back when the last tensor that shares it is gone, so
-    nothing that is still looked at is ever written over.
+    from it have ended; but not in workers of a ``DataLoader``, each of which would begin CUDA for
+    it. Otherwise memory comes back when the last tensor that shares it is gone, so nothing that is
+    still looked at is ever written over.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and get_worker_info() is None:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
