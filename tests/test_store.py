@@ -146,6 +146,20 @@ class TestFeatureStore(StoreContract):
         with pytest.raises(ValueError, match="out has 1 rows; "):
             store.read([5, 6], out=out[:1])
 
+    def test_codes_are_read_into_memory_that_is_given(self, random_store):
+        store, given = semroute.open_features(random_store("linear")), []
+
+        def empty(shape, dtype):
+            given.append(np.empty(shape, dtype))
+            return given[-1]
+
+        found = store.read_codes([3, 1, 2], [2, 4], empty=empty)
+        expected = store.read_codes([3, 1, 2], [2, 4])
+        assert [id(plane) for plane in found.planes.values()] == [id(plane) for plane in given]
+        assert [*found.planes] == ["code", "escape", "scalar"]
+        for name, plane in expected.planes.items():
+            assert np.array_equal(found.planes[name], plane)
+
     def test_what_is_not_stored_is_named(self, feature_store):
         store = semroute.open_features(feature_store)
         with pytest.raises(StoreError, match=r"layer 9 is not stored; .* has \[1, 2, 3, 4\]"):
