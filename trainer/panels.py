@@ -252,7 +252,7 @@ def score_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
                 place.plot(row["accuracy"], height, "o", color=colour)
             if (base := lucky[split].get(skill)) is not None:
                 place.axvline(base, color=FAINT, linestyle="--", linewidth=1)
-            place.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            place.xaxis.set_major_formatter(PercentFormatter(1.0))
             place.tick_params(labelsize="x-small")
         line[0].set_yticks(range(len(arms)), arms, fontsize="small")
         line[0].set_ylim(len(arms) - 0.5, -0.5)
@@ -284,7 +284,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure
                 )
             if (base := lucky[split].get(skill)) is not None:
                 place.axhline(base, color=FAINT, linestyle="--", linewidth=1)
-            place.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            place.yaxis.set_major_formatter(PercentFormatter(1.0))
     for place in axes[-1]:
         place.set_xlabel("guidance scale", color=INK)
     _add_legend(figure, axes[0, 0])
