@@ -42,7 +42,7 @@ test: $(SETUP)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12
-STORE_TESTS = schemas samples layout decoding shards store inspection
+STORE_TESTS = schemas samples layout decoding shards store inspection compatibility
 store-test:
 	$(STORE_PYTHON) -m venv $(VENV)-store
 	$(VENV)-store/bin/python -m pip install --quiet --upgrade pip
