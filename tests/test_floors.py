@@ -23,7 +23,7 @@ FLOORS = [
         *("pipeline." + name for name in ("tars", "captions", "encoder", "codecs")),
         *("pipeline." + name for name in ("layout", "shards", "cluster", "ledger", "lock")),
         *("trainer." + name for name in ("router", "flow", "shapes", "layouts")),
-        *("trainer.order", "trainer.filters", "trainer.judgements", "trainer.zero"),
+        *("trainer.order", "trainer.filters", "trainer.judgements"),
     },
     {
         "pipeline.latentstore",

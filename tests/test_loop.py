@@ -14,13 +14,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 
+from semroute.cli import cli
 from semroute.pipeline.lock import LockedError
 from semroute.schemas import InputError, TrainConfig
 from semroute.trainer.checkpoint import latest_checkpoint, read_metrics
 from semroute.trainer.dit import DiT
 from semroute.trainer.loop import TrainingInterrupted, train
 from semroute.trainer.optimizers import make_optimizers, make_schedule
+from semroute.trainer.plan import plan
 from semroute.trainer.run import load_run
 
 NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
@@ -387,16 +390,14 @@ class TestRanks:
 
         return launch
 
-    def run(self, script, config, tmp_path, environment, timeout=120):
+    def run(self, script, config, tmp_path, environment):
         """A script on two ranks, to its end."""
         (tmp_path / "script.py").write_text(script)
         (tmp_path / "config.json").write_text(config.model_dump_json())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
         command += ["--standalone", str(tmp_path / "script.py"), str(tmp_path / "config.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
 
     def wait_for(self, path, step, process):
@@ -470,64 +471,22 @@ class TestRanks:
         for name in first:
             torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
 
-    @pytest.mark.parametrize(
-        ("stage", "also"),
-        [(1, {"grad_accum_steps": 2}), (2, {"mixed_precision": "bf16"})],
-    )
-    def test_zero_trains_saves_and_continues_as_one_process(self, configure, tmp_path, stage, also):
-        """Accelerate takes a CPU's ranks under DeepSpeed for one process each, so the script says
-        that they are several."""
-        changes = {"strategy": "time", **also}
-        changes |= {"routing": {"strategy": "time", "uniform_penalty": 0.1}}
-        changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
-        train(configure("zero", **{**changes, "steps": 2}))  # so that it continues, cut up
-        config = configure("zero", **{**changes, "steps": 4})
-        environment = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-        self.run(ZERO, config, tmp_path, environment, timeout=240)  # a busy machine
-        config = configure("zero", **changes)
-        train(config)  # to step 6, whole again
-        whole = train(configure("whole", **changes))
-        first, second = tensors(whole), tensors(config.output)
-        assert first.keys() == second.keys()
-        precise = config.mixed_precision == "no"  # else to a step of the learning rate
-        for name in first:
-            torch.testing.assert_close(
-                second[name], first[name], rtol=1e-2, atol=1e-4 if precise else 1e-3
-            )
-        lines = [read_metrics(Path(path)) for path in (config.output, whole)]
-        for line, expected in zip(*lines, strict=True):
-            for key in expected.keys() & {"loss", "grad_norm", "lr", "validation_loss"}:
-                assert line[key] == pytest.approx(expected[key], rel=1e-3)
-
-    @pytest.mark.parametrize(
-        ("settings", "changes", "said"),
-        [
-            ({"ZERO_STAGE": "3"}, {}, "zero_optimization.stage 3"),
-            ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer"),
-            ({"CONFIG_FILE": {"bf16": {"enabled": True}}}, {}, "bf16"),
-            ({"CONFIG_FILE": {"optimizer": {"type": "Adam"}}}, {}, "optimizer"),
-            ({"CONFIG_FILE": {"zero_optimization": None}}, {}, "ZeRO optimization config"),
-            ({}, {"optimizer": {"name": "muon"}}, "muon needs matrices"),
-            ({}, {"grad_accum_steps": 2}, "zero_stage: 1"),
-        ],
-    )
-    def test_what_zero_would_do_otherwise_is_refused(
-        self, configure, tmp_path, monkeypatch, settings, changes, said
+    def test_deepspeed_is_refused_before_anything_is_written(
+        self, configure, tmp_path, monkeypatch
     ):
+        """``accelerate launch`` sets this variable from ``distributed_type: DEEPSPEED``."""
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(InputError, match="without a launcher or on a CPU"):
-            train(configure())
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        for key, value in settings.items():
-            if key == "CONFIG_FILE":
-                content = {"zero_optimization": {"stage": 2}, **value}
-                whole = {key: part for key, part in content.items() if part is not None}
-                (tmp_path / "ds.json").write_text(json.dumps(whole))
-                value = str(tmp_path / "ds.json")
-            monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key}", value)
-        with pytest.raises(InputError, match=said):
-            train(configure(**changes))
-        assert not (tmp_path / "run").exists()
+        config = configure()
+        (tmp_path / "run.json").write_text(config.model_dump_json())
+        outcome = CliRunner().invoke(cli, ["train", str(tmp_path / "run.json")])
+        assert outcome.exit_code == 1
+        assert outcome.output == (
+            "Error: found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: "
+            "launch with docs/accelerate/ddp.yaml or fsdp2.yaml, see docs/training.md\n"
+        )
+        assert not Path(config.output).exists()
+        with pytest.raises(InputError, match="found DeepSpeed"):
+            plan(config, measure_steps=1)
 
     def test_ranks_that_do_not_see_each_other_are_refused(self, configure, monkeypatch, tmp_path):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -562,22 +521,6 @@ def make_accelerator(config):
     return accelerator
 loop.make_accelerator = make_accelerator
 loop.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
-"""
-
-ZERO = """
-import os, sys
-os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed.comm.torch, torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from semroute.schemas import TrainConfig
-from semroute.trainer.loop import train
-
-torch.set_num_threads(1)
-deepspeed.comm.torch.build_shm_op = lambda: None  # faster, and needs a compiler
-PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 """
 
 

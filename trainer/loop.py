@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -52,7 +52,6 @@ from .run import start_from
 from .setup import prepare
 from .stream import Batch, Stream, draw, jitter, on_device
 from .validation import Validation, held_out
-from .zero import gather_zero, load_zero, make_plugin
 
 AGAIN_SECONDS = 1.0
 """A second Ctrl-C that comes later than this means it."""
@@ -161,11 +160,7 @@ class Trainer:
         # The stream is not prepared: it knows its rank. Neither are the schedules, which accelerate
         # would advance once for every rank.
         self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
-        deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
-        self.zero = self.optimizers[0].optimizer if deepspeed else None
-        if found is not None and self.zero is not None:
-            load_zero(self.dit, self.zero, found.optimizer())
-        elif found is not None:
+        if found is not None:
             load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
         parameters = dict(self.dit.named_parameters())
@@ -341,10 +336,7 @@ class Trainer:
         """Write a checkpoint; the main process writes, the others wait."""
         main = self.accelerator.is_main_process
         model, ema = gather(self.dit.state_dict(), main), gather(self.ema, main)
-        if self.zero is None:
-            optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers), main)
-        else:
-            optimizer = gather_zero(self.dit, self.zero, main)
+        optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers), main)
         if main:
             save_checkpoint(
                 self.path,
@@ -458,11 +450,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # trains twice needs them forgotten. The process group stays.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    plugin = make_plugin(config)
+    # Checked first: Accelerate would import DeepSpeed, or fail where it is not installed.
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: launch with "
+            "docs/accelerate/ddp.yaml or fsdp2.yaml, see docs/training.md"
+        )
     accelerator = Accelerator(
-        # DeepSpeed is told in its plugin: its own bfloat16 would round the weights.
-        mixed_precision=config.mixed_precision if plugin is None else "no",
-        deepspeed_plugin=plugin,
+        mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.grad_accum_steps, sync_with_dataloader=False
         ),
@@ -473,7 +468,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.num_processes != started:
         raise InputError(
             f"{started} processes were started, and Accelerate takes each for one of "
-            f"{accelerator.num_processes}. On a CPU set ACCELERATE_USE_CPU=1, and not DeepSpeed."
+            f"{accelerator.num_processes}. On a CPU set ACCELERATE_USE_CPU=1."
         )
     kind = accelerator.distributed_type.value
     if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
