@@ -59,12 +59,6 @@ class Flow:
             return prediction
         return (x_t - prediction) / _like(t, x_t)
 
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The data that a prediction stands for: x_t - t velocity where it is a velocity."""
-        if self.prediction == "x0":
-            return prediction
-        return x_t - _like(t, x_t) * prediction
-
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of the velocity, one number a sample: fp32 [B].
 
