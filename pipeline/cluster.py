@@ -247,11 +247,6 @@ class Cluster:
         with _draining(self.stop):
             yield from execute(shards, function, arguments, on_progress, self.stop)
 
-    @property
-    def draining(self) -> bool:
-        """Ctrl-C was pressed, and shards at work are being finished."""
-        return self.stop.is_set()
-
     def _in_process(
         self,
         shards: Sequence[int],
