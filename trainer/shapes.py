@@ -10,7 +10,6 @@ Shapes: N images, 3 x 3 cells, 6 x 6 pixels a cell, 3 channels.
 import functools
 import itertools
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,20 +49,6 @@ Cell = tuple[int, int]
 """Row from the top and column from the left."""
 
 
-@dataclass(frozen=True)
-class Detection:
-    """An object that the judge found in the cell at ``row`` and ``column`` (0 = top, 0 = left).
-
-    Colour, shape and size are None where something stands that is none of the world's objects.
-    """
-
-    colour: str | None
-    shape: str | None
-    size: str | None
-    row: int
-    column: int
-
-
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw an image of the scene, [18, 18, 3] uint8 RGB.
 
@@ -85,16 +70,6 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
             window = image[top : top + CELL_PIXELS, left : left + CELL_PIXELS]
             window[bitmap] = RGB[thing.colour]
     return image
-
-
-def read_image(image: NDArray[np.uint8]) -> list[Detection]:
-    """The objects in an image [18, 18, 3] uint8, row by row; see ``read_cells``."""
-    cells = read_cells(np.asarray(image)[None])[0]
-    return [
-        Detection(*(_THINGS[code] if code >= 0 else _NOTHING), *place)
-        for place, code in np.ndenumerate(cells)
-        if code != EMPTY
-    ]
 
 
 def judge(image: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
