@@ -213,7 +213,7 @@ class Lossless(Codec):
         return Coded(planes, rounded, distance)
 
     def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
-        wanted = _places(layers, self.num_layers)
+        wanted = _places(layers)
         kernels.decode_lossless(
             planes["code"],
             planes["escape"],
@@ -430,7 +430,7 @@ class Delta(Predictive):
             SCALES,
             self.parameters["slope"],
             self.parameters["bias"],
-            _places(layers, self.num_layers),
+            _places(layers),
             targets,
             out,
         )
@@ -492,7 +492,7 @@ class Linear(Predictive):
 
     def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
         matrix, rotation = self._matrices
-        wanted = _places(layers, self.num_layers)
+        wanted = _places(layers)
         state = np.zeros((len(targets), self.width), np.float32)
         residual = np.empty_like(state)
         for layer in range(len(wanted)):
@@ -556,7 +556,7 @@ def robust_rms(normed: torch.Tensor) -> torch.Tensor:
     return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
 
 
-def _places(layers: Layers, num_layers: int) -> np.ndarray:
+def _places(layers: Layers) -> np.ndarray:
     """Position -> where it goes in the output, -1 where it is not wanted; up to the last wanted."""
     places = np.full(max(layers) + 1, -1, np.int64)
     places[list(layers)] = np.arange(len(layers))
