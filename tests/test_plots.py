@@ -242,7 +242,7 @@ class TestSampleGrid:
 class TestAccuracyBars:
     def test_shows_accuracy_interval_and_chance(self):
         scores = evaluation()
-        (axes,) = accuracy_bars(scores).axes
+        (axes,) = accuracy_bars(scores.table).axes
         rows = scores.table.to_pylist()
         heights = [patch.get_height() for patch in axes.patches]
         np.testing.assert_allclose(heights, [row["accuracy"] for row in rows])
@@ -253,7 +253,7 @@ class TestAccuracyBars:
         np.testing.assert_allclose(marked, [row["chance"] for row in rows])
 
     def test_names_skills_and_splits(self):
-        found = set(texts(accuracy_bars(evaluation())))
+        found = set(texts(accuracy_bars(evaluation().table)))
         assert {"count", "binding", "all", "test", "held-out", "chance"} <= found
 
 

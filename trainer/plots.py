@@ -33,7 +33,6 @@ from ..pipeline.style import (
     layer_ticks,
 )
 from ..schemas import InputError
-from .evaluation import Evaluation
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
 CAPTIONS = "captions.jsonl"
@@ -301,16 +300,22 @@ def sample_grid(
     return figure
 
 
-def accuracy_bars(evaluation: Evaluation, title: str = "Accuracy by skill") -> Figure:
-    """A bar a skill and split, with its 95 % interval, and chance as a mark across it."""
-    scores = evaluation.to_dict()
-    skills = list(dict.fromkeys(evaluation.table.column("skill").to_pylist()))
+def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
+    """One bar per skill and split with its 95 % interval, and chance as a mark across it.
+
+    Args:
+        scores: ``EVALUATION_SCHEMA``, see :class:`semroute.trainer.evaluation.Evaluation`.
+    """
+    by_split: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in scores.to_pylist():
+        by_split.setdefault(row["split"], {})[row["skill"]] = row
+    skills = list(dict.fromkeys(scores.column("skill").to_pylist()))
     figure = Figure(figsize=(1.6 + 1.1 * len(skills), 3.8), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / len(scores)
+    width = 0.8 / len(by_split)
     chances = []
-    for number, (split, rows) in enumerate(scores.items()):
-        places = [skills.index(skill) + width * (number - (len(scores) - 1) / 2) for skill in rows]
+    for number, (split, rows) in enumerate(by_split.items()):
+        places = [skills.index(skill) + width * (number - (len(by_split) - 1) / 2) for skill in rows]
         heights = [row["accuracy"] for row in rows.values()]
         below = [row["accuracy"] - row["low"] for row in rows.values()]
         above = [row["high"] - row["accuracy"] for row in rows.values()]

@@ -292,7 +292,7 @@ class Run:
         for cfg_scale, evaluation in ({} if report is None else report.scores).items():
             assert report is not None
             title = f"Accuracy by skill, {strategy}, step {report.step:,}, guidance {cfg_scale:g}"
-            figures[f"accuracy-cfg-{cfg_scale:g}"] = plots.accuracy_bars(evaluation, title)
+            figures[f"accuracy-cfg-{cfg_scale:g}"] = plots.accuracy_bars(evaluation.table, title)
         return figures
 
     def facts(self) -> Facts:
