@@ -21,9 +21,9 @@ version = release = semroute.__version__
 project_copyright = author
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_click",
 ]
@@ -46,4 +46,6 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"semroute {release}"
 html_copy_source = False
+html_math_renderer = "mathml"
+html_static_path = ["static"]
 html_theme_options = {"navigation_with_keys": True}

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from types import UnionType
 from typing import get_args
@@ -46,6 +47,33 @@ SECTIONS = {
     for name, field in TrainConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
+
+
+class Page(HTMLParser):
+    """What a browser loads for a page of HTML, and the text that it shows as prose."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.loaded, self.scripts, self.prose, self._open = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag in ("pre", "code", "script", "style"):
+            self._open.append(tag)
+        if tag == "link" and attrs["rel"] in ("stylesheet", "preload", "icon", "manifest"):
+            self.loaded.append(attrs["href"])
+        self.loaded += [attrs[key] for key in ("src", "srcset", "data", "poster") if key in attrs]
+
+    def handle_endtag(self, tag):
+        if self._open and self._open[-1] == tag:
+            self._open.pop()
+
+    def handle_data(self, data):
+        if "script" in self._open:
+            self.scripts.append(data)
+        elif not self._open:
+            self.prose.append(data)
 
 
 def page(name):
@@ -117,7 +145,7 @@ def place(tmp_path_factory, feature_store, latent_store):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    for name in ("sphinx", "myst_parser", "furo", "sphinx_click", "torch"):
+    for name in ("sphinx", "myst_parser", "furo", "math_core", "sphinx_click", "torch"):
         pytest.importorskip(name)
     out = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
@@ -310,6 +338,28 @@ class TestFiles:
 
 
 class TestBuild:
+    def test_nothing_is_loaded_from_a_network(self, built):
+        remote = re.compile(r"(https?:)?//")
+        pages = {path: Page(path.read_text("utf-8")) for path in built.rglob("*.html")}
+        assert all(parsed.loaded for parsed in pages.values())
+        for path, parsed in pages.items():
+            assert [link for link in parsed.loaded if remote.match(link)] == [], path
+            assert [code for code in parsed.scripts if "http" in code] == [], path
+        sheets = [path.read_text("utf-8") for path in built.rglob("*.css")]
+        linked = r"""(?:url\(|@import)\s*["']?([^"')]+)"""
+        loaded = [link for sheet in sheets for link in re.findall(linked, sheet)]
+        assert "stix-two-math.woff2" in loaded
+        assert [link for link in loaded if remote.match(link)] == []
+
+    def test_formulas_are_mathml(self, built):
+        for source in [*DOCS.glob("*.md"), *DOCS.glob("benchmarks/*.md")]:
+            html = (built / source.relative_to(DOCS)).with_suffix(".html").read_text("utf-8")
+            num_blocks = FENCE.sub("", source.read_text("utf-8")).count("\n$$\n") // 2
+            assert html.count('<div class="math"><math') >= num_blocks, source
+            assert html.count('class="math"') == html.count("<math"), source
+            assert "\\" not in "".join(Page(html).prose), source  # no LaTeX is left
+        assert (built / "routing.html").read_text("utf-8").count("<math") > 50
+
     def test_every_page_is_there_and_none_is_lost(self, built):
         contents = (built / "index.html").read_text("utf-8")
         for path in sorted(DOCS.glob("*.md")):
