@@ -48,4 +48,5 @@ html_title = f"semroute {release}"
 html_copy_source = False
 html_math_renderer = "mathml"
 html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_theme_options = {"navigation_with_keys": True}

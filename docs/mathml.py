@@ -37,5 +37,4 @@ def visit_math_block(translator: HTML5Translator, node: nodes.math_block) -> Non
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
-    app.add_css_file("math.css")
     return {"parallel_read_safe": True, "parallel_write_safe": True}
