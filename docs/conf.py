@@ -37,8 +37,10 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as in the source, not their repr
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
+python_maximum_signature_line_length = 96  # a longer one has a parameter on each line
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
