@@ -1,12 +1,12 @@
-"""Kills whatever takes part in an extraction, at random; then compares every byte.
+"""Injects random faults into the processes of an extraction, then compares every byte.
 
     python benchmarks/chaos.py CAPTIONS FOLDER --model LLM --rounds 20
 
-One round is a Dask scheduler, two workers and a driver, each a process of its own, that write one
-store. Every few seconds one of them is killed with all its children, interrupted, or held still; it
-is started anew, as a batch system or a person would. When the store is complete its tables and
-shards must be those of an undisturbed extraction, and `verify` must find nothing. Ends with 1 where
-they are not, or where it was not completed in time.
+One round is a Dask scheduler, two workers and a driver, each in its own process, that write one
+store. Every few seconds one of them is killed with all its children, interrupted, or suspended; it
+is then restarted, as a batch system or a person would. When the store is complete its tables and
+shards must be those of an undisturbed extraction, and `verify` must find nothing. Exits with 1 if
+they differ or the store was not completed in time.
 """
 
 import os
@@ -28,16 +28,16 @@ from semroute.pipeline.store import open_features
 from semroute.pipeline.verification import verify
 
 WORKERS = ("worker-0", "worker-1")
-RESTS = 3.0
-"""Seconds for which a process is held still."""
+SUSPENDED_SECONDS = 3.0
+"""Seconds for which a process is suspended."""
 
 
 @dataclass
 class Machines:
-    """A scheduler, workers and a driver of which any may die.
+    """A scheduler, workers and a driver, any of which may die.
 
     Attributes:
-        folder: of logs and of the scheduler's file.
+        folder: where logs and the scheduler's file are written.
         extract: the driver's command.
     """
 
@@ -47,7 +47,7 @@ class Machines:
     starts: Counter[str] = field(default_factory=Counter)
 
     def start(self, name: str) -> None:
-        """Start what is to have this name."""
+        """Start the process of this name."""
         file = self.folder / "scheduler.json"
         dask = [sys.executable, "-m", "distributed.cli.dask_" + name.partition("-")[0]]
         quiet = ["--scheduler-file", str(file), "--no-dashboard"]
@@ -78,8 +78,8 @@ class Machines:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def mend(self) -> None:
-        """Start anew what is dead. Workers of a scheduler that died end and are started with it."""
+    def restart_dead(self) -> None:
+        """Restart dead processes; workers are restarted along with a scheduler that died."""
         if self.running["scheduler"].poll() is not None:
             for name in WORKERS:
                 self.end(name)
@@ -98,7 +98,7 @@ def kill(machines: Machines, name: str) -> None:
 
 
 def kill_child(machines: Machines, name: str) -> None:
-    """The process that works, under the nanny that will replace it."""
+    """Kill the worker process under the nanny, which will replace it."""
     process = machines.running[name]
     if process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -109,28 +109,28 @@ def interrupt(machines: Machines, name: str) -> None:
     machines.running[name].send_signal(signal.SIGINT)
 
 
-def hold(machines: Machines, name: str) -> None:
-    """Neither dead nor alive for a while, as on a node that swaps."""
+def suspend(machines: Machines, name: str) -> None:
+    """Suspend a process for a while, as on a node that swaps."""
     process = machines.running[name]
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(RESTS)
+        time.sleep(SUSPENDED_SECONDS)
         os.killpg(process.pid, signal.SIGCONT)
 
 
-HARMS: dict[str, tuple[Callable[[Machines, str], None], tuple[str, ...]]] = {
+FAULTS: dict[str, tuple[Callable[[Machines, str], None], tuple[str, ...]]] = {
     "nanny and worker killed": (kill, WORKERS),
     "worker killed": (kill_child, WORKERS),
     "scheduler killed": (kill, ("scheduler",)),
     "driver killed": (kill, ("driver",)),
     "driver interrupted": (interrupt, ("driver",)),
-    "worker held": (hold, WORKERS),
-    "driver held": (hold, ("driver",)),
+    "worker suspended": (suspend, WORKERS),
+    "driver suspended": (suspend, ("driver",)),
 }
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """Every byte that must not depend on who died."""
+    """Every byte that must not depend on the faults."""
     files = [*store.glob("*.parquet"), *store.glob("hidden.zarr/**/*")]
     return {str(f.relative_to(store)): f.read_bytes() for f in files if f.is_file()}
 
@@ -143,24 +143,24 @@ def is_done(store: Path) -> bool:
     )
 
 
-def deal(rng: random.Random) -> Iterator[str]:
-    """Harms without end: each once in a random order, then all again, so that none is left out."""
+def draw_faults(rng: random.Random) -> Iterator[str]:
+    """Endless faults, drawn without replacement: each once in random order, then all again."""
     while True:
-        yield from rng.sample([*HARMS], len(HARMS))
+        yield from rng.sample([*FAULTS], len(FAULTS))
 
 
 def run_round(
     folder: Path,
     command: list[str],
-    deck: Iterator[str],
+    upcoming: Iterator[str],
     rng: random.Random,
     every: float,
     limit: float,
 ) -> tuple[Counter[str], bool]:
-    """One store under harm; what was done to whom, and whether it was completed in time."""
+    """Write one store under faults; count the faults, and say whether it finished in time."""
     store = folder / "features"
     machines = Machines(folder, [*command[:5], str(store), *command[5:]])
-    harms: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     deadline = time.monotonic() + limit
     try:
         for name in ("scheduler", *WORKERS, "driver"):
@@ -168,19 +168,19 @@ def run_round(
         due = time.monotonic() + rng.uniform(0, 2 * every)
         while not is_done(store):
             if time.monotonic() > deadline:
-                return harms, False
+                return faults, False
             if time.monotonic() > due:
-                harm = next(deck)
-                function, names = HARMS[harm]
+                fault = next(upcoming)
+                function, names = FAULTS[fault]
                 function(machines, rng.choice(names))
-                harms[harm] += 1
+                faults[fault] += 1
                 due = time.monotonic() + rng.uniform(0, 2 * every)
             time.sleep(0.1)
             if not is_done(store):
-                machines.mend()
+                machines.restart_dead()
     finally:
         machines.stop()
-    return harms, True
+    return faults, True
 
 
 @click.command()
@@ -188,10 +188,10 @@ def run_round(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", required=True)
 @click.option("--rounds", default=10, show_default=True)
-@click.option("--every", default=8.0, show_default=True, help="Mean seconds from harm to harm.")
+@click.option("--every", default=8.0, show_default=True, help="Mean seconds between faults.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=600.0, show_default=True, help="Seconds that a round may take.")
-@click.option("--arguments", default="", help="More of semroute extract, as one text.")
+@click.option("--arguments", default="", help="Other options of semroute extract, as one string.")
 def main(
     captions: Path,
     folder: Path,
@@ -202,7 +202,7 @@ def main(
     limit: float,
     arguments: str,
 ) -> None:
-    """Kill at random, and compare."""
+    """Inject faults at random, and compare."""
     command = [sys.executable, "-m", "semroute.cli", "extract", str(captions.resolve())]
     command += ["--model", model, "--threads", "1", *arguments.split()]
     folder = folder.resolve()
@@ -211,24 +211,24 @@ def main(
     subprocess.run([*command[:5], str(whole), *command[5:], "--workers", "1"], check=True)
     expected, bad, total = contents(whole), 0, Counter[str]()
     rng = random.Random(seed)
-    deck = deal(rng)
+    upcoming = draw_faults(rng)
     for number in range(rounds):
         place = folder / f"round-{number}"
         place.mkdir()
         started = time.monotonic()
-        harms, in_time = run_round(place, command, deck, rng, every, limit)
+        faults, in_time = run_round(place, command, upcoming, rng, every, limit)
         store = place / "features"
         good = (
             in_time and contents(store) == expected and not verify(store, progress=False).problems
         )
-        total += harms
+        total += faults
         bad += not good
-        state = "equal" if good else "DIFFERENT" if in_time else "NOT DONE IN TIME"
-        shown = ", ".join(f"{num} {harm}" for harm, num in sorted(harms.items()))
+        state = "equal" if good else "DIFFERENT" if in_time else "TIMED OUT"
+        shown = ", ".join(f"{num} {fault}" for fault, num in sorted(faults.items()))
         click.echo(f"round {number}: {state} after {time.monotonic() - started:.0f} s: {shown}")
         if good:
             shutil.rmtree(place)
-    click.echo(f"{rounds - bad} of {rounds} rounds equal, {total.total()} harms: {dict(total)}")
+    click.echo(f"{rounds - bad} of {rounds} rounds equal, {total.total()} faults: {dict(total)}")
     sys.exit(bad > 0)
 
 
