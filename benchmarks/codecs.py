@@ -1,11 +1,11 @@
-"""What each codec makes of real hidden states: size, error, speed; beside what others do.
+"""Size, error and speed of each codec on real hidden states, beside other quantisers.
 
     semroute extract CAPTIONS features --model LLM --codec bf16
     python benchmarks/codecs.py features [--markdown]
 
 Codecs are fitted on captions that are not measured. Sizes are those of real zstd chunks of 8 full
-rows; what a store holds once (slopes, matrices) is left out. Speeds are of one thread, in GB of
-decoded bfloat16 a second, without zstd and without reading.
+rows, without what a store holds only once (slopes, matrices). Speeds are for one thread, in GB of
+decoded bfloat16 per second, without zstd and without reading.
 """
 
 import time
@@ -34,7 +34,7 @@ NUM_MIXES = 16
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; bits a value, relative errors of LN(h), GB/s of bfloat16."""
+    """A row of the table: bits per value, relative errors of LN(h), GB/s of bfloat16."""
 
     name: str
     bits: float
@@ -46,22 +46,22 @@ class Row:
 
 
 def fp8(hidden: torch.Tensor) -> torch.Tensor:
-    """e4m3 with a scale a vector: a plain cast overflows at 448, which hidden states exceed."""
+    """e4m3 with one scale per vector: a plain cast overflows at 448, which hidden states exceed."""
     scale = hidden.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
     return (hidden / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def int8(hidden: torch.Tensor, group: int | None = None) -> torch.Tensor:
-    """Symmetric, by the largest value of a vector or of a group of its channels."""
+    """Symmetric, scaled by the largest value of a vector or of a group of its channels."""
     parts = hidden if group is None else hidden.unflatten(-1, (-1, group))
     scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return ((parts / scale).round() * scale).reshape(hidden.shape)
 
 
-# Name, how a reader sees a value, bits a value with the scales in float32 (float16 in groups).
+# Name, values as a reader gets them, bits per value with scales in float32 (float16 in groups).
 PEERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], Callable[[int], float]]] = [
-    ("fp8 e4m3, a scale a vector", fp8, lambda width: 8 + 32 / width),
-    ("int8, a scale a vector", int8, lambda width: 8 + 32 / width),
+    ("fp8 e4m3, one scale per vector", fp8, lambda width: 8 + 32 / width),
+    ("int8, one scale per vector", int8, lambda width: 8 + 32 / width),
     ("int8, groups of 32", lambda hidden: int8(hidden, 32), lambda width: 8 + 16 / 32),
 ]
 
@@ -71,7 +71,7 @@ def norm(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def errors(hidden: torch.Tensor, found: torch.Tensor) -> tuple[dict[str, float], float]:
-    """Of LN(h), and of random softmax mixes of it over layers (the mean of ``NUM_MIXES``)."""
+    """Errors of LN(h), and of random softmax mixes of it over layers (mean of ``NUM_MIXES``)."""
     error = CodecError(range(hidden.shape[1]))
     for layer in range(hidden.shape[1]):
         error.add(layer, hidden[:, layer], found[:, layer].clone())
@@ -111,7 +111,7 @@ def measure_codec(
 
 
 def best_of(call: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of several calls, after one that compiles."""
+    """Seconds of the fastest of several calls, after a first one that compiles."""
     call()
     found = []
     for _ in range(times):
@@ -131,8 +131,8 @@ def measure(sample: torch.Tensor, hidden: torch.Tensor) -> Iterator[Row]:
 
 @click.command()
 @click.argument("features", type=click.Path(exists=True, path_type=Path))
-@click.option("--fit-rows", default=8_192, show_default=True, help="Tokens fitted on.")
-@click.option("--rows", default=3_000, show_default=True, help="Other tokens, measured.")
+@click.option("--fit-rows", default=8_192, show_default=True, help="Tokens to fit on.")
+@click.option("--rows", default=3_000, show_default=True, help="Other tokens, to measure.")
 @click.option("--markdown", is_flag=True)
 def main(features: Path, fit_rows: int, rows: int, markdown: bool) -> None:
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""Which error of stored hidden states training bears: the same shapes, learnt from every codec.
+"""Effect of codec error on training: the same shapes, learnt from every codec.
 
     python benchmarks/training.py OUT --model LLM [--seeds 3] [--steps 400]
 
-Everything is made in OUT, and nothing twice: the same command continues, and more seeds or steps
-add to what is there. Arms of a seed share world, order, t, noise and initial weights; each is
-trained and judged on stores of its own codec. Tables are printed after each seed.
+Everything is made in OUT, and nothing twice: rerun the same command to resume, or with more seeds
+or steps to extend the results. Arms of a seed share dataset, order, t, noise and initial weights;
+each is trained and scored on stores of its own codec. Tables are printed after each seed.
 """
 
 import functools
@@ -42,11 +42,11 @@ SKILLS = ("all", "binding", "count", "shape", "colour")
 GUIDANCE = (1.0, 3.0)
 LOG_EVERY = 25
 LAST = 4
-"""Lines of metrics that the training loss is the mean of: the last 100 steps."""
+"""Number of last lines of metrics that the training loss averages: the last 100 steps."""
 NUM_JUDGED = 400
-"""Captions, the first of the test file: new ones, of pairs that training shows."""
+"""Number of captions, the first of the test file: new ones, of pairs that training shows."""
 DRAWS = 4
-"""Of t and noise for each test image, in the held-out loss."""
+"""Draws of t and noise for each test image, in the held-out loss."""
 HOW: dict[str, Any] = {
     "shard_bytes": 64_000_000, "workers": 0, "report": functools.partial(click.echo, err=True)
 }  # fmt: skip
@@ -56,11 +56,11 @@ Quantiser = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained on, and how it is read.
+    """A store to train on, and how it is read.
 
     Attributes:
-        quantise: what others do, as a round trip of float32; its values are stored in bf16.
-        bits: of a value in that form, computed; None: what the store takes.
+        quantise: another quantiser, as a round trip of float32; its values are stored in bf16.
+        bits: bits per value in that form, computed; None: measured on the store.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Arm:
 
 
 def arms(width: int) -> list[Arm]:
-    """The first is what the others are compared with."""
+    """All arms; the others are compared with the first."""
     graded = itertools.product(("delta", "linear"), (4.0, 3.0, 2.5))
     return [
         Arm("bf16"),
@@ -88,7 +88,7 @@ def arms(width: int) -> list[Arm]:
 
 
 def round_trip(quantise: Quantiser) -> type[Bf16]:
-    """A codec that stores in bfloat16 what is left of hidden states after a quantiser."""
+    """A codec that stores hidden states in bfloat16 after a round trip through a quantiser."""
 
     class RoundTrip(Bf16):
         def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
@@ -98,8 +98,8 @@ def round_trip(quantise: Quantiser) -> type[Bf16]:
 
 
 def make_store(folder: Path, arm: Arm) -> tuple[FeatureStore, Path]:
-    """The store of an arm, and what to read: of linear, which a CPU decodes slowly, its decoding
-    in bf16, bit for bit what a reader of the store gets."""
+    """The store of an arm, and the path to read. A CPU decodes linear slowly, so that one is read
+    from its decoding in bf16, which is bit for bit what a reader of the store gets."""
     source, out = folder / "bf16", folder / arm.folder
     if arm.quantise is not None:
         with patch.dict(CODECS, bf16=round_trip(arm.quantise)):
@@ -114,7 +114,7 @@ def make_store(folder: Path, arm: Arm) -> tuple[FeatureStore, Path]:
 
 
 def measure(out: Path, arm: Arm, seed: int, steps: int, config: Path) -> dict[str, float]:
-    """Losses and accuracies of one arm under one seed: trained, where it is not yet."""
+    """Losses and accuracies of one arm under one seed; trains it if needed."""
     path = out / "runs" / f"seed-{seed}" / arm.folder
     found = path / "result.json"
     if found.exists() and (result := json.loads(found.read_text("utf-8")))["steps"] == steps:
@@ -136,7 +136,7 @@ def measure(out: Path, arm: Arm, seed: int, steps: int, config: Path) -> dict[st
 
 
 def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, float]:
-    """Loss and accuracies on new captions of known pairs of colour and shape, noise by seed."""
+    """Loss and accuracies on new captions of known colour-shape pairs; noise is seeded."""
     table = pq.read_table(out / "shapes" / "test.parquet")
     scenes, splits = read_scenes(table)[:NUM_JUDGED], ["test"] * NUM_JUDGED
     ids = np.array([row[0] for row in store.samples["caption_ids"].to_pylist()[:NUM_JUDGED]])
@@ -157,7 +157,7 @@ def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, floa
 def held_out_loss(
     run: Run, store: FeatureStore, ids: NDArray[np.int64], latents: Path, seed: int
 ) -> float:
-    """The training loss, on the first test images, of the averaged weights."""
+    """Training loss of the averaged weights on the first test images."""
     images, losses = torch.from_numpy(open_latents(latents).read(np.arange(len(ids)))), []
     for part in torch.arange(len(ids)).split(50):
         first, num = int(part[0]), len(part)
@@ -172,10 +172,10 @@ def held_out_loss(
 
 
 def compare(results: dict[str, list[dict[str, float]]], key: str) -> Iterator[str]:
-    """A cell an arm: its mean over seeds, and the paired difference from the first arm with 95 %.
+    """One cell per arm: its mean over seeds, and the paired difference from the first with 95 %.
 
-    Arms that differ by the error of their features make a randomised block design, seeds being the
-    blocks: they share one standard deviation. The penultimate layer has that of its own pairs.
+    Arms that differ by the error of their features form a randomised block design with seeds as
+    blocks, and share one standard deviation. The penultimate layer uses that of its own pairs.
     """
     values = {name: np.array([result[key] for result in found]) for name, found in results.items()}
     first, *names = (name for name in values if not name.startswith(("lossless", "bf16, ")))
@@ -191,8 +191,8 @@ def compare(results: dict[str, list[dict[str, float]]], key: str) -> Iterator[st
 
 
 def half_width(block: NDArray[np.float64]) -> float:
-    """Of the 95 % interval of a difference of two rows of a block, [arms, seeds]; two rows alone
-    are a paired t-test."""
+    """Half width of the 95 % interval of a difference of two rows of a block, [arms, seeds]; two
+    rows alone give a paired t-test."""
     num_arms, num_seeds = block.shape
     freedom = (num_arms - 1) * (num_seeds - 1)
     if not freedom:
@@ -209,7 +209,7 @@ def table(columns: dict[str, list[str]]) -> str:
 
 
 def tables(out: Path, tried: list[Arm], results: dict[str, list[dict[str, float]]]) -> None:
-    """Markdown: size, error beside the first's own and losses; accuracies by guidance scale."""
+    """Print Markdown: size, error beyond the first's own, losses; accuracies by guidance scale."""
     sizes, errors, names = [], [], [arm.name for arm in tried]
     whole = open_features(out / "train" / "bf16")
     for arm in tried:
@@ -228,7 +228,7 @@ def tables(out: Path, tried: list[Arm], results: dict[str, list[dict[str, float]
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="The LLM; a small one does.")
+@click.option("--model", required=True, help="The LLM; a small one is enough.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=400, show_default=True)
 def main(out: Path, model: str, seeds: int, steps: int) -> None:
