@@ -1,11 +1,11 @@
-"""Flips every byte of a small store in turn: is it found, and does reading ever give wrong numbers?
+"""Flips every byte of a small store in turn, and checks verification and reading after each.
 
     semroute extract CAPTIONS features --model LLM --limit 2 --layers 15,30 --codec delta
     python benchmarks/flips.py features
 
-Each byte of each file is changed in a copy, by another set of bits each time. Then ``verify`` must
-find it, and opening the store anew and reading all of it must either be refused or give the numbers
-of the whole store. Ends with 1 where a byte was missed.
+Each byte of each file is changed in a copy, by a set of bits that varies. Then ``verify`` must find
+it, and opening the store anew and reading all of it must either be refused or give the numbers of
+the intact store. Exits with 1 if a byte was missed.
 """
 
 import shutil
@@ -26,13 +26,13 @@ MASKS = (0x01, 0x80, 0x20, 0xFF)
 
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
-    """All that a reader gets: hidden states as bits, and captions."""
+    """Everything that a reader gets: hidden states as bits, and captions."""
     store = open_features(path)
     return store.read(range(len(store))).bits, store.captions["text"].to_pylist()
 
 
 def try_byte(copy: Path, bits: np.ndarray, texts: list[str]) -> Iterator[str]:
-    """What is seen of a store of which a byte was changed."""
+    """Outcomes of verifying and of reading a store with one changed byte."""
     yield "found" if verify(copy).problems else "missed"
     try:
         found, captions = read(copy)
@@ -43,7 +43,7 @@ def try_byte(copy: Path, bits: np.ndarray, texts: list[str]) -> Iterator[str]:
 
 
 def flip_all(source: Path, copy: Path) -> tuple[Counter[str], list[str]]:
-    """Flip every byte of a copy in turn; count what is seen, and list what should not be."""
+    """Flip every byte of a copy in turn; count the outcomes, and list the bad ones."""
     whole = read(copy)
     files = sorted(file for file in copy.rglob("*") if file.is_file())
     counted, bad = Counter(files=len(files)), []
