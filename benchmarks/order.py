@@ -1,9 +1,9 @@
-"""How random an order by shards is, against a full permutation. Arithmetic: no store is read.
+"""Randomness of an order by shards against a full permutation. Arithmetic: no store is read.
 
     python benchmarks/order.py
 
-Samples of one caption each, dealt to shards at random, as extraction does. Every number is over
-whole epochs, of three seeds.
+Samples of one caption each, dealt to shards at random, as extraction does. Every number is a mean
+over whole epochs and three seeds.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def make_order(num_samples: int, num_shards: int, window: int | None, seed: int)
 
 
 def measure(order: Order, batch_size: int) -> list[float]:
-    """Shards a batch; shares of pairs of batch mates that are of one shard and that meet again in
-    the next epoch; rank correlation of the places of samples in two epochs."""
+    """Shards per batch; shares of pairs of batch mates that share a shard and that meet again in
+    the next epoch; rank correlation of the positions of samples in two epochs."""
     num = len(order.sources[0]) // batch_size * batch_size
     shards = order.sources[0].shards
     assert shards is not None
@@ -55,7 +55,7 @@ def pairs(values: np.ndarray) -> float:
 def table(rows: Sequence[tuple[str, list[float]]]) -> str:
     random = rows[-1][1]
     lines = [
-        "| order | shards a batch | mates of one shard | x random | mates that meet again "
+        "| order | shards per batch | mates of one shard | x random | mates that meet again "
         "| x random | rank correlation of epochs |",
         "| --- | --: | --: | --: | --: | --: | --: |",
     ]
