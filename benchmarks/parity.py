@@ -1,11 +1,11 @@
-"""Does a feature store hold what transformers computes? Value for value, on the real LLM.
+"""Compares a feature store with transformers, value by value, on the real LLM.
 
 usage: python benchmarks/parity.py FEATURES [--model M] [--shards N] [--alone N]
 
 For some shards the plan's own batches are run again through transformers alone, with
-``output_hidden_states``, cast to bfloat16 and compared bit by bit; for some captions the LLM is run
-on the caption by itself, which differs by the rounding of another batch; and the uniform mix over
-the store is compared with the mean of LN(h) computed online.
+``output_hidden_states``, cast to bfloat16 and compared bit by bit. For some captions the LLM is run
+on the caption by itself, which differs by the rounding of another batch. The uniform mix over the
+store is compared with the mean of LN(h) computed online.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from semroute.trainer.fusion import fuse, layer_norm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("features")
-    parser.add_argument("--model", help="default: where the LLM was at extraction")
+    parser.add_argument("--model", help="default: the location of the LLM at extraction")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--alone", type=int, default=200, help="captions to run alone")
     options = parser.parse_args()
@@ -39,7 +39,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def online(sequences: list[list[int]]) -> torch.Tensor:
-        """[B, T, L, H]: what transformers returns for a right-padded batch."""
+        """Hidden states that transformers returns for a right-padded batch, [B, T, L, H]."""
         longest = max(map(len, sequences))
         tokens = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
         mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
