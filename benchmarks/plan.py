@@ -1,11 +1,11 @@
-"""How long the plan of an extraction takes, and in how much memory, by the number of captions.
+"""Time and memory of planning an extraction, by the number of captions.
 
     python benchmarks/plan.py FOLDER --model LLM --num 100000 --num 1000000
 
-Captions are put together from words, each once, at random, and written to a Parquet file in FOLDER.
-What the driver of `semroute extract` does before the LLM runs is then done in a process of its own:
+Captions are composed of words at random, each caption once, and written to a Parquet file in
+FOLDER. A separate process then does the driver's work in `semroute extract` before the LLM runs:
 read, check, deduplicate, order, tokenise, fingerprint, pack, and write all tables and the manifest
-of a store. Memory is the peak of that process (VmHWM), beyond the peak of one that plans a single
+of a store. Memory is the peak of that process (VmHWM), beyond that of one that plans a single
 caption.
 """
 
@@ -97,11 +97,11 @@ PARTS = (
 
 
 def write_captions(path: Path, num: int) -> None:
-    """Unique captions, in no order, 65,536 at a time."""
+    """Write unique captions, in no order, 65,536 at a time."""
     most = int(np.prod([len(words) for words in PARTS]))
     if num > most:
         raise click.BadParameter(f"{num}; the words give {most:,} captions")
-    step = 15_485_863  # prime, so that every caption comes once
+    step = 15_485_863  # prime, so that every caption occurs once
     schema = pa.schema([("text", pa.string())])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, num, 65_536):
@@ -114,7 +114,7 @@ def write_captions(path: Path, num: int) -> None:
 
 
 def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
-    """All that is done before the LLM runs; seconds by part, and the peak in bytes."""
+    """Do all the work before the LLM runs; return seconds by part, and the peak in bytes."""
     from semroute.pipeline.codecs import CODECS
     from semroute.pipeline.filling import provenance
     from semroute.pipeline.layout import pack
@@ -168,7 +168,7 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
 @click.option("--num", multiple=True, type=int, default=(100_000, 1_000_000), show_default=True)
 @click.option("--one", type=click.Path(path_type=Path), hidden=True)
 def main(folder: Path, model: str, num: tuple[int, ...], one: Path | None) -> None:
-    """Plan, once a number of captions."""
+    """Plan once for each number of captions."""
     if one is not None:
         click.echo(json.dumps(plan(one, folder, model)))
         return
@@ -178,7 +178,7 @@ def main(folder: Path, model: str, num: tuple[int, ...], one: Path | None) -> No
         captions = folder / f"{count}.parquet"
         write_captions(captions, count)
         command = [sys.executable, __file__, str(folder / f"store-{count}"), "--model", model]
-        # A bar is not what is measured, and its lines are not wanted here.
+        # A progress bar is not part of the measurement, and would clutter the output.
         done = subprocess.run(
             [*command, "--one", str(captions)],
             stdout=subprocess.PIPE,
@@ -190,7 +190,7 @@ def main(folder: Path, model: str, num: tuple[int, ...], one: Path | None) -> No
     bare = rows[0]["peak"]
     parts = [key for key in rows[0] if f"{key} cpu" in rows[0]]
     click.echo("| captions | tokens | " + " | ".join(f"{part}, s" for part in parts), nl=False)
-    click.echo(" | CPU, s | memory, MB | bytes a caption |")
+    click.echo(" | CPU, s | memory, MB | bytes per caption |")
     click.echo("| --: " * (len(parts) + 5) + "|")
     for row in rows[1:]:
         memory = row["peak"] - bare
