@@ -4,7 +4,7 @@
     npm install --prefix node zarrita
     python benchmarks/interop.py --zarrita node features features-delta ...
 
-A reader that is not installed is listed as such. Ends with 1 where one differs.
+A reader that is not installed is listed as such. Exits with 1 if one differs.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def digest(values: np.ndarray) -> str:
 
 
 def read_zarrita(folder: Path, array: Path) -> str:
-    """sha256 of what zarrita reads in Node."""
+    """sha256 of the values that zarrita reads in Node."""
     script = folder / "semroute-interop.mjs"
     script.write_text(SCRIPT)
     command = ["node", str(script), str(array.resolve()), str(ROWS)]
@@ -75,7 +75,7 @@ def read_zarrita(folder: Path, array: Path) -> str:
 
 @click.command()
 @click.argument("stores", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--zarrita", type=click.Path(exists=True, path_type=Path), help="npm's folder.")
+@click.option("--zarrita", type=click.Path(exists=True, path_type=Path), help="Folder of npm.")
 def main(stores: tuple[Path, ...], zarrita: Path | None) -> None:
     python = {"zarrs": read_zarrs, "tensorstore": read_tensorstore, "xarray": read_xarray}
     print(f"{'array':<40}" + "".join(f"{name:>15}" for name in [*python, "zarrita"]))

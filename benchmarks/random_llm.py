@@ -1,8 +1,8 @@
-"""A control: an LLM of the same architecture and tokenizer, with weights that were never trained.
+"""A control: an LLM with the same architecture and tokenizer, and untrained weights.
 
     python benchmarks/random_llm.py MODEL OUT [--seed 0]
 
-MODEL is what ``semroute extract --model`` takes; OUT a folder that it takes likewise.
+MODEL is anything that ``semroute extract --model`` takes; OUT becomes a folder that it takes too.
 """
 
 from pathlib import Path
