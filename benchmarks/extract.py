@@ -1,28 +1,29 @@
-"""What it takes beyond the LLM to cache its hidden states, and how else it is done: one run,
+"""Cost of caching hidden states beyond the LLM itself, beside other ways to do it: one run,
 interleaved, medians.
 
     python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
     peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
     peers/bin/python benchmarks/extract.py CAPTIONS --model LLM --work extract-files
 
-In every round each contender has a process of its own, on one core and with nothing else to do:
-it loads the LLM, runs a first batch, and then is timed. With `--cores 2` the LLM has one thread all
-the same, and the other core is there for what can be done beside it.
+In every round each contender has its own process, on one core and with nothing else to do: it
+loads the LLM, runs a first batch, and then is timed. With `--cores 2` the LLM still has one thread,
+and the other core is free for work that can be done in parallel.
 
 - *semroute* is `semroute extract` in its own process (`--workers 0`) from its first shard to the
-  end; codecs were fitted before. Where the time went is in the receipts. Take captions for several
-  shards: each is written beside the next, and only the last one alone.
-- *Bare forward* runs the LLM over the very batches of the store and keeps nothing, not one layer:
-  in the same process, in turns with semroute, as processes differ by more than what is measured.
-- The others are how image trainers and general tools do it: batches of a fixed number of captions
-  in random order, padded to the longest, `output_hidden_states`, and each caption's layers in
-  bfloat16 to a file of its own, or through a writer as its documentation would have it.
+  end; codecs were fitted before. The receipts break down the time. Use captions for several shards:
+  each is written while the next one runs, and only the last one is written alone.
+- *Bare forward* runs the LLM on exactly the batches of the store and keeps nothing, not one layer.
+  It alternates with semroute in the same process, as processes differ by more than the effect
+  measured.
+- The others follow image trainers and general tools: batches of a fixed number of captions in
+  random order, padded to the longest, `output_hidden_states`, and each caption's layers in bfloat16
+  to a file of its own, or through a writer used as its documentation recommends.
 
 The second part takes all cores: the real command with one worker and with several, of one thread
-each, against as many processes that do nothing but forward. Seconds are from the first shard's
-first batch to the last receipt; starting Python, Dask and the LLM is listed beside.
+each, against as many processes that only run the forward pass. Seconds are from the first shard's
+first batch to the last receipt; the time to start Python, Dask and the LLM is listed separately.
 
-A contender that cannot be imported is skipped, with a line that says so.
+A contender that cannot be imported is skipped, with a message.
 """
 
 import json
@@ -44,17 +45,17 @@ from read import Reader, median, size_of
 
 CODECS = ("bf16", "delta")
 TURNS = 4
-"""Of bare forward and semroute in a process."""
+"""Turns of bare forward and semroute in one process."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders run on.
+    """Inputs and settings that all contenders share.
 
     Attributes:
-        work: folder of the stores, and of what contenders write.
-        extract: arguments of :func:`semroute.pipeline.extraction.extract` but for codec and target.
-        batch_size: captions a batch of those that pad.
+        work: folder for the stores and the output of contenders.
+        extract: arguments of :func:`semroute.pipeline.extraction.extract` except codec and target.
+        batch_size: captions per batch of contenders that pad.
     """
 
     work: Path
@@ -65,7 +66,7 @@ class Setting:
         return self.work / f"store-{codec}"
 
     def run(self, codec: str, report: Callable[[str], None] = lambda _: None) -> None:
-        """The store in this process: made, or continued."""
+        """Make or resume the store in this process."""
         from semroute.pipeline.extraction import extract
 
         extract(
@@ -74,7 +75,7 @@ class Setting:
         )  # fmt: skip
 
     def reopen(self, codec: str, shards: int | None = None) -> None:
-        """Have the store written anew, or some of its shards."""
+        """Mark the store, or some of its shards, to be rewritten."""
         from semroute.pipeline.store import open_features
 
         store = open_features(self.store(codec), complete=False)
@@ -101,8 +102,8 @@ class Captions:
 
     @cached_property
     def tower(self) -> Any:
-        """The text tower alone, as transformers has it; in one process with semroute the very same,
-        as weights elsewhere in memory are read faster or slower."""
+        """The text tower alone, as in transformers. In one process with semroute it is the same
+        object, because weights elsewhere in memory are read faster or slower."""
         import torch
 
         from semroute.pipeline.encoder import find_model
@@ -113,7 +114,7 @@ class Captions:
         return encoder_of(source, self.manifest.identity).tower.module
 
     def planned(self, *, padded: bool) -> Iterator[dict[str, Any]]:
-        """The batches of the store, as the LLM takes them; or those of a store that pads."""
+        """The batches of the store, as inputs of the LLM; or those of a store that pads."""
         from semroute.pipeline.layout import batches
 
         shards, layout = self.store.captions["shard"].to_numpy(), self.manifest.layout
@@ -124,13 +125,13 @@ class Captions:
                 yield self.inputs(entries[batch.entries], batch.line)
 
     def inputs(self, entries: np.ndarray, line: np.ndarray | None = None) -> dict[str, Any]:
-        """A batch as the LLM takes it: in lines, or padded on the right."""
+        """A batch as inputs of the LLM: packed, or padded on the right."""
         from semroute.pipeline.encoder import lay_out
 
         return lay_out([self.sequences[i] for i in entries], self.kept[entries].tolist(), line)[0]
 
     def random(self, size: int) -> list[np.ndarray]:
-        """All captions in random order, so many a batch."""
+        """All captions in random order, in batches of the given size."""
         order = np.random.default_rng(0).permutation(len(self.sequences))
         return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -153,7 +154,7 @@ class Captions:
 
 
 class Clock:
-    """Seconds since it was made or begun anew."""
+    """Seconds since it was made or restarted."""
 
     def __init__(self) -> None:
         self.begin()
@@ -167,7 +168,7 @@ class Clock:
 
 
 Work = Callable[[Captions, Path, int], None]
-"""Encodes all captions into a folder that is not there yet, so many a batch."""
+"""Encodes all captions into a new folder, in batches of the given size."""
 
 
 def write_files(captions: Captions, out: Path, size: int) -> None:
@@ -220,13 +221,13 @@ class Contender:
     """Something that runs the LLM over all captions.
 
     Attributes:
-        codec: of the store whose captions, and where it has planned batches, those it runs.
-        needs: a module, or none.
-        work: of those that pad; None for bare forward and for ourselves.
+        codec: of the store whose captions, and planned batches if any, it runs.
+        needs: modules it imports, if any.
+        work: work of contenders that pad; None for bare forward and for semroute.
         bare: runs the LLM and keeps nothing.
-        padded: of bare forward, in the batches of a store that pads.
-        found: of each round: ``seconds``, ``processor`` (seconds), ``num_bytes``, and ``parts``,
-            seconds by name.
+        padded: whether a bare forward runs the batches of a store that pads.
+        found: one entry per round: ``seconds``, ``processor`` (seconds), ``num_bytes``, and
+            ``parts``, seconds by name.
     """
 
     name: str
@@ -241,8 +242,8 @@ class Contender:
         return median([each[name] for each in self.found])
 
     def ratio(self, bare: "Contender", name: str) -> str:
-        """To bare forward: of medians; of our own, whose turns are beside its, the median and the
-        middle half of the ratios."""
+        """Ratio to bare forward, of medians; for semroute, whose turns alternate with it, the
+        median and the middle half of the ratios."""
         if self.bare or self.work is not None:
             return f"{self.median(name) / bare.median(name):.3f}"
         pairs = zip(self.found, bare.found, strict=True)
@@ -251,7 +252,7 @@ class Contender:
         return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """In a process of its own."""
+        """Run and time it, in a process of its own."""
         if self.bare:
             return self._run_bare(setting)
         if self.work is not None:
@@ -275,7 +276,7 @@ class Contender:
         return found
 
     def _run_own(self, setting: Setting) -> dict[str, Any]:
-        """Turns of bare forward and of our own, now one first and now the other."""
+        """Turns of bare forward and of semroute, each first in every other turn."""
         captions = Captions(setting.store(self.codec))
         planned = [*captions.planned(padded=False)]
         captions.forward(planned[0])
@@ -298,7 +299,7 @@ class Contender:
         clock = Clock()
 
         def hear(line: str) -> None:
-            if "to do:" in line:  # the plan is made, shards begin
+            if "to do:" in line:  # the plan is made, shards start
                 clock.begin()
 
         setting.run(self.codec, hear)
@@ -325,7 +326,7 @@ def total(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def all_contenders() -> list[Contender]:
     peers: list[tuple[str, tuple[str, ...], Work]] = [
-        ("padded, a safetensors a caption", ("safetensors",), write_files),
+        ("padded, one safetensors per caption", ("safetensors",), write_files),
         ("padded, `datasets.map` into Arrow", ("datasets",), write_arrow),
         ("padded, MDS writer", ("streaming",), write_mds),
     ]
@@ -344,7 +345,7 @@ def all_contenders() -> list[Contender]:
 
 
 def start(command: Sequence[str], name: str, *options: str) -> subprocess.Popen[str]:
-    """A process of a contender, of which memory is allocated as in our workers."""
+    """Start a contender's process, with memory allocated as in our workers."""
     settings = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
     return subprocess.Popen(
         [*command, f"--alone={name}", *options],
@@ -355,7 +356,7 @@ def start(command: Sequence[str], name: str, *options: str) -> subprocess.Popen[
 
 
 def read(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What it found, when it is done."""
+    """Result of a contender's process, once it ends."""
     out, _ = process.communicate()
     assert process.returncode == 0
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
@@ -363,7 +364,7 @@ def read(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def measure(contender: Contender, bare: Contender | None, command: Sequence[str]) -> None:
-    """One round of a contender, in a process of its own; with the bare forward beside, if any."""
+    """Run one round of a contender in its own process, along with its bare forward, if any."""
     result = read(start(command, contender.name))
     if bare is None:
         contender.found.append(result)
@@ -375,7 +376,7 @@ def measure(contender: Contender, bare: Contender | None, command: Sequence[str]
 
 @dataclass
 class Workers:
-    """The real command with so many workers, and as many bare forwards at once.
+    """The real command with a number of workers, and as many bare forwards at once.
 
     Attributes:
         bare: seconds of the slowest process; each runs all captions.
@@ -422,7 +423,7 @@ class Workers:
             busy += sum(seconds["forward"] + seconds["code"] for _, seconds in shards)
         self.seconds.append(max(lasts) - min(firsts))
         self.start.append(min(firsts) - began)
-        # Of a shard's writing at the very end nobody waits.
+        # Nothing waits for the last shard to be written.
         ends = sum(shards[-1][1]["write"] for shards in by_worker.values())
         self.waits.append(1 - busy / (sum(lasts) - sum(firsts) - ends))
 
@@ -430,16 +431,16 @@ class Workers:
 @click.command()
 @click.argument("captions", type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True)
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="All files.")
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for files.")
 @click.option("--text-column")
 @click.option("--template", default="bos", show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
 @click.option("--shard-size", "shard_bytes", default=64_000_000, show_default=True)
-@click.option("--batch-size", default=32, show_default=True, help="Of those that pad.")
+@click.option("--batch-size", default=32, show_default=True, help="For contenders that pad.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--workers", default="1,2", show_default=True, help="Of the second part.")
-@click.option("--cores", default=1, show_default=True, help="A contender's; its LLM has one.")
-@click.option("--part", type=click.Choice(["one-core", "all-cores"]), help="Only this one.")
+@click.option("--workers", default="1,2", show_default=True, help="For the second part.")
+@click.option("--cores", default=1, show_default=True, help="Cores per contender; its LLM has one.")
+@click.option("--part", type=click.Choice(["one-core", "all-cores"]), help="Run only this part.")
 @click.option("--alone", hidden=True, help="One contender by name, timed by the process above.")
 @click.option("--all-cores", is_flag=True, hidden=True)
 def main(
@@ -463,7 +464,7 @@ def main(
         found = next(each for each in contenders if each.name == alone).run(setting)
         print("\n" + json.dumps(found))
         sys.stdout.flush()
-        os._exit(0)  # some leave threads that take seconds to stop
+        os._exit(0)  # some contenders leave threads that take seconds to stop
     contenders = [c for c in contenders if Reader(c.name, c.needs, "", None).can_be_imported()]  # type: ignore[arg-type]
     for codec in CODECS:
         setting.run(codec, partial(click.echo, err=True))
@@ -505,7 +506,7 @@ def print_contenders(contenders: Sequence[Contender], captions: Captions) -> Non
 
 
 def print_parts(contenders: Sequence[Contender]) -> None:
-    """Where our own time went, as shares of the bare forward."""
+    """Print the breakdown of semroute's time, as shares of the bare forward."""
     bare = {c.codec: c.median("seconds") for c in contenders if c.bare and not c.padded}
     print("\n| % of bare forward | forward | code | LLM waits | write, meanwhile |")
     print("| --- | --: | --: | --: | --: |")
