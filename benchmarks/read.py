@@ -1,4 +1,4 @@
-"""Read captions from feature stores and by other means: one run, interleaved, medians.
+"""Reads captions from feature stores and other formats: one run, interleaved, medians.
 
     python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
     peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
@@ -7,14 +7,14 @@
     peers/bin/python benchmarks/read.py features features-delta ... --work peers-files
 
 The first store must hold bf16. Peers get the same values, written once into the work folder, each
-as its documentation would have it. All run on one core, warm, one after the other in every round.
-What each reads is compared with the first store, outside of the timing. A peer that cannot be
-imported is skipped, with a line that says so.
+as its documentation recommends. All run on one core, warm, one after the other in every round. The
+values of each are compared with the first store, outside of the timing. A peer that cannot be
+imported is skipped, with a message.
 
-Batches are of 64 random captions; of readers that say *in order*, of the next 64 captions, as a
-format without an index reads them. Before that every reader has processes of its own, one at a
-time, which import nothing else: from the start of Python to the first batch, and the peak of memory
-(VmHWM, pages of mapped files included) after all batches.
+Batches hold 64 random captions, or, for readers marked *in order*, the next 64 captions, as a
+format without an index reads them. Before that, every reader runs in processes of its own, one at a
+time, which import nothing else. They measure the time from the start of Python to the first batch,
+and the peak of memory (VmHWM, pages of mapped files included) after all batches.
 """
 
 import importlib
@@ -41,9 +41,9 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 
 class Source:
-    """What peers are written from, and their work folder: captions one after the other in a file.
+    """The source of peers' files, all captions concatenated in one file, and the work folder.
 
-    Imports nothing, as long as the folder is there.
+    Imports nothing if the folder exists.
     """
 
     def __init__(self, store: Path, work: Path) -> None:
@@ -97,21 +97,21 @@ class Source:
 
 
 Write = Callable[[Source, Path], None]
-"""Writes all captions to a file or folder that is not there yet."""
+"""Writes all captions to a new file or folder."""
 Open = Callable[[Source, Path], Read]
 
 
 @dataclass
 class Reader:
-    """Something that reads captions.
+    """A way to read captions.
 
     Attributes:
-        needs: modules.
-        file: what it reads, in the work folder, or a store.
+        needs: modules that it imports.
+        file: the file to read, in the work folder, or a store.
         exact: whether it must give the bits of the first store.
         in_order: whether it reads captions in the order they were written, from the first.
-        num_bytes, seconds: of all batches; seconds once a round.
-        first, peaks: of every process of its own, seconds to the first batch and MB.
+        num_bytes, seconds: totals over all batches; one entry of seconds per round.
+        first, peaks: seconds to the first batch and MB, for each of its own processes.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Reader:
         return True
 
     def path(self, source: Source) -> Path:
-        """What it reads, written first if need be."""
+        """The file to read, written first if needed."""
         path = source.work / self.file  # a store's path is absolute
         if not path.exists():
             assert self.write is not None
@@ -364,7 +364,7 @@ def open_webdataset(source: Source, path: Path) -> Read:
 
 
 def streamed(captions: Callable[[], Iterator[np.ndarray]]) -> Read:
-    """A reader of what comes next; caption 0 is asked for to begin again."""
+    """A sequential reader; a request for caption 0 restarts it."""
     state = captions()
 
     def read(ids: np.ndarray) -> np.ndarray:
@@ -402,14 +402,14 @@ def open_lance(source: Source, path: Path) -> Read:
 
 
 def codec_of(path: Path) -> tuple[str, str]:
-    """Name of a store's codec, and name and quality; without importing what reads it."""
+    """Name of a store's codec, and name with quality; imports no reader."""
     codec = json.loads((path / "manifest.json").read_text())["codec"]
     name, quality = codec["name"], codec["quality"]
     return name, name if quality is None else f"{name}, quality {quality:g}"
 
 
 def own_readers(path: Path) -> list[Reader]:
-    """Ours: a fresh array for every batch, and a buffer that is used again."""
+    """Our own readers: into a new array for every batch, and into a reused buffer."""
     name, label = codec_of(path)
     own = partial(
         Reader, needs=(), file=str(path.resolve()), write=None, exact=name in ("bf16", "lossless")
@@ -434,10 +434,10 @@ def all_readers(stores: Sequence[Path]) -> list[Reader]:
         ("zarr-python, zstd", "zarr", "zstd.zarr", open_zarr, zstd),
         ("zarr-python with zarrs, zstd", "zarrs", "zstd.zarr", rust, zstd),
         ("tensorstore, zstd", "tensorstore", "zstd.zarr", open_tensorstore, zstd),
-        ("safetensors, a file a caption", "safetensors", "safetensors", open_safetensors, tensors),
+        ("safetensors, one per caption", "safetensors", "safetensors", open_safetensors, tensors),
         ("safetensors, one file", "safetensors", "one", open_one_tensors, write_one_tensors),
-        ("npz, a file a caption", "numpy", "npz", open_npz, npz),
-        ("pt, a file a caption", "torch", "pt", open_pt, pt),
+        ("npz, one per caption", "numpy", "npz", open_npz, npz),
+        ("pt, one per caption", "torch", "pt", open_pt, pt),
         ("HF datasets (Arrow)", "datasets", "arrow", open_arrow, write_arrow),
         ("MDS (mosaicml-streaming)", "streaming", "mds", open_mds, write_mds),
         ("Lance (pylance)", "lance", "lance", open_lance, write_lance),
@@ -459,10 +459,10 @@ def all_readers(stores: Sequence[Path]) -> list[Reader]:
 def run(
     readers: Sequence[Reader], source: Source, first: Path, num_batches: int, rounds: int
 ) -> None:
-    """Check what every reader reads, then time every reader once a round."""
+    """Check the values of every reader, then time every reader once per round."""
     expected = open_own(source, first, False)
     opened = []
-    for reader in readers:  # warm, and right
+    for reader in readers:  # warm up and check
         batches = reader.batches(source, num_batches)
         read = reader.open(source, reader.path(source))
         for ids in batches:
@@ -479,7 +479,7 @@ def run(
 
 
 def run_alone(reader: Reader | None, source: Source, num_batches: int) -> None:
-    """What :func:`processes` starts; prints when the first batch was there, and the peak in MB."""
+    """The process that :func:`processes` starts; prints when its first batch came, and its peak."""
     began = time.monotonic()
     if reader:
         read = reader.open(source, reader.path(source))
@@ -491,13 +491,13 @@ def run_alone(reader: Reader | None, source: Source, num_batches: int) -> None:
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     click.echo(f"\n{began} {peak}", nl=False)
     sys.stdout.flush()
-    os._exit(0)  # some leave threads that take seconds to stop
+    os._exit(0)  # some readers leave threads that take seconds to stop
 
 
 def processes(readers: Sequence[Reader], arguments: Sequence[str], rounds: int) -> float:
-    """Each reader in processes of its own, once a round; returns the peak of one without a reader.
+    """Run each reader in processes of its own, once per round; return the peak without a reader.
 
-    Not ``ru_maxrss``: that is inherited from the process that starts another.
+    Not ``ru_maxrss``: a process inherits it from its parent.
     """
     bare = Reader("", (), "", open_memmap)
     for _ in range(rounds):
@@ -526,8 +526,8 @@ def size_of(path: Path) -> int:
 @click.argument("stores", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Peers' files.")
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--num-batches", default=8, show_default=True, help="Of 64 captions.")
-@click.option("--processes", "num_processes", default=3, show_default=True, help="Of each reader.")
+@click.option("--num-batches", default=8, show_default=True, help="Batches of 64 captions.")
+@click.option("--processes", "num_processes", default=3, show_default=True, help="Per reader.")
 @click.option("--alone", hidden=True, help="One reader by name, timed by the process above.")
 def main(
     stores: tuple[Path, ...],
@@ -538,7 +538,7 @@ def main(
     alone: str | None,
 ) -> None:
     cores = os.sched_getaffinity(0)
-    if len(cores) > 1:  # begin again on one: numpy has counted cores when it was imported
+    if len(cores) > 1:  # restart on one: numpy counted cores when it was imported
         os.sched_setaffinity(0, {max(cores)})
         os.execv(sys.executable, [sys.executable, *sys.argv])
     source, readers = Source(stores[0], work), all_readers(stores)
@@ -548,7 +548,7 @@ def main(
     for reader in readers:
         reader.path(source)
     arguments = [*map(str, stores), f"--work={work}", f"--num-batches={num_batches}"]
-    bare = processes(readers, arguments, num_processes)  # first: MDS bars others from its folder
+    bare = processes(readers, arguments, num_processes)  # first: MDS locks others out of its folder
     run(readers, source, stores[0], num_batches, rounds)
     ceiling = median(readers[0].seconds) / readers[0].num_bytes
     print("| reader | GB/s | x memmap | MB on disk | first batch, s | peak, MB |")
@@ -565,10 +565,10 @@ def main(
 
 
 def print_layers(stores: Sequence[Path], batches: Sequence[np.ndarray]) -> None:
-    """What it takes to read one layer in the middle."""
+    """Print the time to read one layer in the middle."""
     from semroute.pipeline.store import open_features
 
-    print("| store | all layers, GB/s | 1 layer, time of all |\n| --- | --: | --: |")
+    print("| store | all layers, GB/s | 1 layer, share of time |\n| --- | --: | --: |")
     for path in stores:
         store = open_features(path)
         store.num_threads = 1
