@@ -1,12 +1,12 @@
-"""How many workers one driver and one scheduler of Dask can keep at work.
+"""Number of workers that one driver and one Dask scheduler can keep busy.
 
     python benchmarks/scheduler.py --workers 1,10,100,1000 --seconds 10
 
-The driver is the real one (``pipeline.cluster``), the scheduler is Dask's, each a process; workers
-are Dask's too, many to a process, and what they do is sleep: for so many seconds a shard, in some
-batches after each of which they tell how far they are, and then for the time that writing takes, in
-which the next shard may begin. Tasks carry as many captions, and receipts say as much, as those of
-an extraction. A share of 1 of a core, of the driver or of the scheduler, is where it saturates.
+The driver is the real one (``pipeline.cluster``) and the scheduler is Dask's, each in its own
+process. Workers are Dask's too, many per process, and only sleep: a given number of seconds per
+shard, in batches with a progress report after each, and then for the time that writing takes, in
+which the next shard may start. Tasks carry as many captions, and receipts as much data, as those of
+an extraction. The driver or the scheduler saturates when it uses a full core.
 """
 
 import asyncio
@@ -27,22 +27,22 @@ import psutil
 from semroute.pipeline.cluster import NO_PROFILE, Cluster, Writing, report_progress
 from semroute.schemas import Receipt
 
-A_PROCESS = 250
-"""Workers of one process."""
+WORKERS_PER_PROCESS = 250
+"""Workers per process."""
 START_SECONDS = 300
 CALM = {
     "distributed.admin.tick.interval": "10s",
     "distributed.admin.system-monitor.interval": "10s",
     "distributed.admin.system-monitor.disk": False,
 }
-"""Settings of workers that share two cores: each looks after itself every 20 ms otherwise, which
-nobody notices in a process of its own and which takes whole cores of hundreds in one."""
+"""Settings of workers that share two cores. By default each checks itself every 20 ms, which is
+unnoticed in a process of its own but takes whole cores with hundreds in one process."""
 
 
 def sleep(
     shard: int, texts: list[str], tokens: np.ndarray, seconds: float, num: int
 ) -> Writing[Receipt]:
-    """A shard: batches, then writing, which is a tenth of it."""
+    """Simulate a shard: batches, then writing, which is a tenth of it."""
     for batch in range(num):
         time.sleep(0.9 * seconds / num)
         report_progress(shard, len(texts) * (batch + 1) // num)
@@ -65,7 +65,7 @@ def sleep(
 
 
 async def host(address: str, num: int) -> None:
-    """So many workers in this process, until it is killed."""
+    """Run a number of workers in this process, until it is killed."""
     from distributed import Worker
 
     workers = [Worker(address, nthreads=1, memory_limit=0, dashboard=False) for _ in range(num)]
@@ -86,8 +86,8 @@ class Machines:
         while not file.exists():
             time.sleep(0.05)
         self.file = file
-        for first in range(0, num, A_PROCESS):
-            here = min(A_PROCESS, num - first)
+        for first in range(0, num, WORKERS_PER_PROCESS):
+            here = min(WORKERS_PER_PROCESS, num - first)
             self._start([sys.executable, __file__, f"--host={file}", f"--workers={here}"])
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
@@ -99,7 +99,7 @@ class Machines:
 
 
 def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, told: int) -> None:
-    """One line of the table."""
+    """Measure and print one row of the table."""
     with ExitStack() as resources:
         machines = Machines(num, resources)
 
@@ -125,7 +125,7 @@ def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, t
         driver = time.process_time() - driver
         scheduler = sum(machines.scheduler.cpu_times()[:2]) - scheduler
     assert done == num * shards
-    # The first shard of a worker whole, of the others all but what the one before writes meanwhile.
+    # A whole first shard per worker; the others start while the one before is being written.
     ideal = (0.9 * shards + 0.1) * seconds
     click.echo(
         f"| {num:,} | {done:,} | {ideal:.1f} | {took:.1f} | {ideal / took:.2f} | {done / took:.1f} "
@@ -136,11 +136,11 @@ def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, t
 
 @click.command()
 @click.option("--workers", default="1,10,100,1000", show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="A shard takes.")
-@click.option("--shards", default=3, show_default=True, help="A worker.")
-@click.option("--captions", default=250, show_default=True, help="A shard.")
-@click.option("--tokens", default=7_000, show_default=True, help="A shard.")
-@click.option("--batches", default=4, show_default=True, help="A shard.")
+@click.option("--seconds", default=10.0, show_default=True, help="Seconds per shard.")
+@click.option("--shards", default=3, show_default=True, help="Shards per worker.")
+@click.option("--captions", default=250, show_default=True, help="Per shard.")
+@click.option("--tokens", default=7_000, show_default=True, help="Per shard.")
+@click.option("--batches", default=4, show_default=True, help="Per shard.")
 @click.option("--host", "file", type=click.Path(path_type=Path), hidden=True)
 def main(
     workers: str,
@@ -151,7 +151,7 @@ def main(
     batches: int,
     file: Path | None,
 ) -> None:
-    """Measure, by the number of workers."""
+    """Measure for each number of workers."""
     import dask
 
     dask.config.set(NO_PROFILE)
@@ -161,8 +161,8 @@ def main(
         asyncio.run(host(address, int(workers)))
         return
     click.echo(
-        "| workers | shards | s at best | s | of best | shards/s | driver, cores | ms a shard "
-        "| scheduler, cores | ms a shard |"
+        "| workers | shards | s at best | s | of best | shards/s | driver, cores | ms per shard "
+        "| scheduler, cores | ms per shard |"
     )
     click.echo("| --: " * 10 + "|")
     for num in workers.split(","):
