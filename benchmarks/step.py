@@ -1,11 +1,11 @@
-"""What a training step costs under each strategy, and what it costs with the LLM in the loop.
+"""Cost of a training step under each strategy, and with the LLM in the loop.
 
     python benchmarks/step.py strategies [--size small] [--data latents] [--layers 30] [--only ARM]
     python benchmarks/step.py online FEATURES --model LLM [--size small]
 
-A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm stands beside one
-of the first arm, now before and now after it, so that what else the machine does falls on both
-alike; printed are the median of the ratio and its middle half. ``strategies`` reads random features
+A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm runs beside one
+of the first arm, alternately before and after it, so that other load on the machine affects both
+alike; the median of the ratio and its middle half are printed. ``strategies`` reads random features
 from memory; FLOPs are those of torch.utils.flop_counter, memory is what autograd keeps for the
 backward pass. ``online`` compares reading a store with running the LLM on the same captions at
 every step, each in a process of its own.
@@ -44,13 +44,13 @@ ARMS: dict[str, dict[str, Any]] = {
     **{name: {"strategy": name} for name in ("time", "joint", "token", "one-per-block")},
     **{name: {"strategy": name} for name in ("concat", "attention")},
 }
-"""The first is what the others are compared with."""
+"""The others are compared with the first."""
 WORKLOADS: dict[str, dict[str, Any]] = {
     "shapes": {"shape": (3, 18, 18), "patch": 6, "samples": 16, "draws": 4, "tokens": 9},
     "latents": {"shape": (4, 32, 32), "patch": 2, "samples": 8, "draws": 1, "tokens": 32},
 }
-"""What is trained on: ``shapes`` are the demo's, ``latents`` of 256 x 256 pixels and with longer
-captions. Samples of a step, each under so many draws of t; tokens of a caption."""
+"""Training data: ``shapes`` as in the demo, ``latents`` of 256 x 256 pixels and with longer
+captions. ``samples`` per step, ``draws`` of t for each, ``tokens`` per caption."""
 USUAL = {"nano": "shapes", "small": "latents"}
 
 Text = tuple[torch.Tensor, torch.Tensor]
@@ -104,7 +104,7 @@ class Arm:
         return counter.get_total_flops()
 
     def kept_bytes(self, text: Text) -> int:
-        """Of storages that autograd holds between the passes, parameters and features left out."""
+        """Bytes that autograd holds between the passes, without parameters and features."""
         own = {p.untyped_storage().data_ptr() for p in (*self.dit.parameters(), text[0])}
         sizes: dict[int, int] = {}
 
@@ -127,24 +127,24 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def spread(ratios: list[float]) -> str:
-    """Median, and the middle half."""
+    """Median, with the middle half."""
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 @click.group()
 def main() -> None:
-    """What a training step costs."""
+    """Cost of a training step."""
 
 
 @main.command()
 @click.option("--size", type=click.Choice([*USUAL]), default="small", show_default=True)
-@click.option("--data", type=click.Choice([*WORKLOADS]), help="Else what is usual for the size.")
+@click.option("--data", type=click.Choice([*WORKLOADS]), help="Default: the usual for the size.")
 @click.option("--layers", default=30, show_default=True)
 @click.option("--width", default=576, show_default=True)
 @click.option("--turns", default=7, show_default=True)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice([*ARMS]), help="Besides the first.")
+@click.option("--only", multiple=True, type=click.Choice([*ARMS]), help="Besides the first arm.")
 def strategies(
     size: str,
     data: str | None,
@@ -154,7 +154,7 @@ def strategies(
     threads: int,
     only: tuple[str, ...],
 ) -> None:
-    """A table of all strategies at one size and number of layers."""
+    """Print a table of all strategies at one size and number of layers."""
     torch.set_num_threads(threads)
     workload = WORKLOADS[data or USUAL[size]]
     rows = workload["samples"] * workload["tokens"]
@@ -199,13 +199,13 @@ def strategies(
 @click.option("--model", required=True, help="The LLM of the features.")
 @click.option("--size", type=click.Choice([*USUAL]), default="small", show_default=True)
 @click.option("--turns", default=3, show_default=True)
-@click.option("--steps", default=4, show_default=True, help="Of a turn.")
+@click.option("--steps", default=4, show_default=True, help="Steps per turn.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--arm", type=click.Choice(["cached", "online"]), hidden=True)
 def online(
     features: Path, model: str, size: str, turns: int, steps: int, threads: int, arm: str | None
 ) -> None:
-    """Strategy ``depth`` from a store, and with the LLM run at every step."""
+    """Compare strategy ``depth`` from a store with running the LLM at every step."""
     if arm is not None:
         torch.set_num_threads(threads)
         print(json.dumps(measure(arm, features, model, size, steps)))
@@ -238,7 +238,7 @@ def online(
 
 
 def measure(name: str, features: Path, model: str, size: str, steps: int) -> dict[str, float]:
-    """Some steps of one arm, after one that is not counted."""
+    """Measure some steps of one arm, after a first one that is not counted."""
     store = open_features(features)
     workload = WORKLOADS[USUAL[size]]
     num = workload["samples"]
@@ -264,14 +264,14 @@ def measure(name: str, features: Path, model: str, size: str, steps: int) -> dic
 
 
 def from_store(store: FeatureStore, batches: Iterator[np.ndarray]) -> Iterator[Text]:
-    """Read when asked for: training itself reads ahead, in a thread."""
+    """Features read on demand; training itself reads ahead, in a thread."""
     for ids in batches:
         rows = store.read(ids, store.layers)
         yield rows.tensor(), torch.from_numpy(rows.offsets)
 
 
 def from_llm(store: FeatureStore, model: str, batches: Iterator[np.ndarray]) -> Iterator[Text]:
-    """The same captions, tokenised beforehand, through the LLM in one padded batch."""
+    """Features of the same captions, tokenised beforehand, from the LLM in one padded batch."""
     identity, source = store.manifest.identity, find_model(model)
     encoder = Encoder(source, store.layers, identity.dtype, "cpu")
     captions = build_captions(
