@@ -1,19 +1,20 @@
-"""Features as padded batches, shuffled, in the process that trains: one run, interleaved, medians.
+"""Delivers shuffled, padded batches in the training process: one run, interleaved, medians.
 
     python -m venv peers; peers/bin/pip install torch      (from the index of CPU wheels)
     peers/bin/pip install semroute -r benchmarks/requirements-peers.txt
     semroute rewrite features features-bf16 --codec bf16
     peers/bin/python benchmarks/stream.py features-bf16 latents --work peers-files
 
-Peers get the same captions, written once into the work folder, each as its documentation would
-have it, and are read through their own shuffle and a ``DataLoader`` without workers and with two.
-Batches are of 64 captions, padded to the longest: bfloat16 [B, T, L, H] and a mask. Ours reads the
-latents of the samples besides.
+Peers get the same captions, written once into the work folder, each as its documentation
+recommends, and are read through their own shuffle and a ``DataLoader`` without workers and with
+two. Batches hold 64 captions, padded to the longest: bfloat16 [B, T, L, H] and a mask. Our reader
+also reads the latents of the samples.
 
-Every reader has a process of its own in every round, which imports nothing else: from the start of
-Python to the first batch; then whole epochs, the first of which is not timed; and the peak of
-memory (VmHWM, pages of mapped files included) of it and its workers together. GB are of rows that
-are no padding. A peer that cannot be imported is skipped, with a line that says so.
+In every round, each reader runs in its own process, which imports nothing else. It measures the
+time from the start of Python to the first batch; then whole epochs, the first of which is not
+timed; and the peak of memory (VmHWM, pages of mapped files included) of the process and its workers
+together. GB are of rows that are not padding. A peer that cannot be imported is skipped, with a
+message.
 """
 
 import os
@@ -45,11 +46,11 @@ Batches = Iterator[tuple[Any, Any]]
 
 @dataclass
 class Reader:
-    """Something that delivers batches.
+    """A way to deliver batches.
 
     Attributes:
-        open: from what it reads, the source and the number of workers.
-        file: what it reads, in the work folder; empty for stores.
+        open: opens the file to read, given the source and the number of workers.
+        file: the file to read, in the work folder; empty for stores.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Reader:
 
 
 class Pad:
-    """Captions of a batch to one tensor; a class, to be sent to workers."""
+    """Pads the captions of a batch into one tensor; a class, so that it can be sent to workers."""
 
     def __init__(self, row: tuple[int, int]) -> None:
         self.row = row
@@ -95,7 +96,7 @@ def again(make: Callable[[], Any]) -> Batches:
 
 
 def loading(table: Any, source: Source, workers: int, kind: Any = None, **options: Any) -> Batches:
-    """Batches of a table by a loader of torch, or of another kind."""
+    """Batches of a table from torch's loader, or another kind of loader."""
     from torch.utils.data import DataLoader
 
     loader = (kind or DataLoader)(
@@ -177,14 +178,14 @@ def all_readers(stores: tuple[Path, Path]) -> list[Reader]:
 
 
 def path_of(reader: Reader, source: Source) -> Path:
-    """What it reads, written first if need be."""
+    """The file to read, written first if needed."""
     if reader.write is None:
         return Path()
     return File(reader.name, (), reader.file, lambda *_: None, reader.write).path(source)  # type: ignore[arg-type, return-value]
 
 
 def run_alone(reader: Reader, source: Source, num_batches: int, epochs: int) -> None:
-    """What the process of a reader does; prints seconds, bytes and MB."""
+    """The process of one reader; prints the time of the first batch, bytes per second and MB."""
     batches = iter(reader.open(path_of(reader, source), source, reader.workers))
     next(batches)
     first = time.monotonic()
@@ -200,11 +201,11 @@ def run_alone(reader: Reader, source: Source, num_batches: int, epochs: int) -> 
     num_bytes = num_rows * 2 * int(np.prod(source.row))
     print(f"\n{first} {num_bytes / seconds} {peak()}")
     sys.stdout.flush()
-    os._exit(0)  # some leave threads and processes that take seconds to stop
+    os._exit(0)  # some readers leave threads and processes that take seconds to stop
 
 
 def peak() -> float:
-    """MB of this process and its children at their highest."""
+    """Peak MB of this process and its children."""
     own = os.getpid()
     total = 0.0
     for process in Path("/proc").glob("[0-9]*"):
@@ -223,7 +224,7 @@ def peak() -> float:
 @click.argument("latents", type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Peers' files.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--epochs", default=5, show_default=True, help="That are timed, after one.")
+@click.option("--epochs", default=5, show_default=True, help="Timed epochs, after one.")
 @click.option("--alone", hidden=True, help="One reader by name, timed by the process above.")
 def main(
     features: Path, latents: Path, work: Path, rounds: int, epochs: int, alone: str | None
