@@ -1,14 +1,14 @@
-"""Emoji and their names as a small set of real image-caption pairs, and a look at what was learned.
+"""Emoji and their names: a small set of real image-caption pairs, and a check of the results.
 
 usage: python benchmarks/noto.py draw OUT [--font FILE] [--size N]
        python benchmarks/noto.py score OUT PICTURES
 
-Pictures are those of the font Noto Color Emoji (Debian: fonts-noto-color-emoji), names those of the
-package emoji (``pip install emoji``). ``draw`` writes OUT/images and tables of names and images:
-train.parquet; seen.parquet, some of those; and held-out.parquet, names that put together what
-training shows apart: a colour of a heart, circle or square, or a skin tone of a person. ``score``
-says which of all emoji each picture that ``semroute sample --prompts`` drew is nearest to, and lays
-some out beside the true ones.
+Images come from the font Noto Color Emoji (Debian: fonts-noto-color-emoji), names from the package
+emoji (``pip install emoji``). ``draw`` writes OUT/images and tables of names and images:
+train.parquet; seen.parquet, some of those; and held-out.parquet, names that combine what training
+shows separately: a colour of a heart, circle or square, or a skin tone of a person. ``score`` finds
+the emoji nearest to each image that ``semroute sample --prompts`` generated, and shows some images
+beside the true ones.
 """
 
 import argparse
@@ -52,11 +52,11 @@ COLOUR_WORDS = [
     "white",
 ]
 EVERY = 4
-"""Of so many persons and hands, one is held out in one of its five tones."""
+"""One in this many persons and hands is held out, in one of its five tones."""
 NUM_SEEN = 84
-"""Names of those to train on that are drawn again."""
+"""Number of training names to generate images for."""
 NUM_SHOWN = 36
-"""Pictures in the figure of ``score``."""
+"""Images in the figure of ``score``."""
 
 
 def main() -> None:
@@ -65,11 +65,11 @@ def main() -> None:
     drawing = commands.add_parser("draw")
     drawing.add_argument("out", type=Path)
     drawing.add_argument("--font", default=FONT)
-    drawing.add_argument("--size", type=int, default=32, help="pixels of a side")
+    drawing.add_argument("--size", type=int, default=32, help="pixels per side")
     drawing.set_defaults(run=lambda given: draw(given.out, given.font, given.size))
     scoring = commands.add_parser("score")
-    scoring.add_argument("out", type=Path, help="where the emoji are")
-    scoring.add_argument("pictures", type=Path, help="what semroute sample wrote")
+    scoring.add_argument("out", type=Path, help="folder of the emoji")
+    scoring.add_argument("pictures", type=Path, help="output folder of semroute sample")
     scoring.set_defaults(run=lambda given: score(given.out, given.pictures))
     given = parser.parse_args()
     given.run(given)
@@ -112,14 +112,14 @@ def draw(out: Path, font_file: str, size: int) -> None:
 
 
 def is_flag(characters: str) -> bool:
-    """Of a country or region: its name does not say what it looks like."""
+    """Whether this is the flag of a country or region, whose name does not describe it."""
     return any(0x1F1E6 <= ord(character) <= 0x1F1FF for character in characters) or (
         "\U000e007f" in characters
     )
 
 
 def held_out_tones(names: list[str]) -> set[str]:
-    """Names of one skin tone of some of those that come in all five."""
+    """Names in one skin tone each, for some emoji that exist in all five."""
     tones = [f" {tone} skin tone" for tone in TONES]
     bases = sorted({n.removesuffix(tones[0]) for n in names if n.endswith(tones[0])})
     whole = [base for base in bases if {base + tone for tone in tones} <= {*names}]
@@ -129,7 +129,7 @@ def held_out_tones(names: list[str]) -> set[str]:
 
 
 def render(font: ImageFont.FreeTypeFont, characters: str, size: int) -> Image.Image:
-    """On white, in the middle of a square."""
+    """The emoji on white, in the middle of a square."""
     left, top, right, bottom = font.getbbox(characters)
     side = max(right - left, bottom - top)
     canvas = Image.new("RGB", (side, side), "white")
@@ -139,9 +139,9 @@ def render(font: ImageFont.FreeTypeFont, characters: str, size: int) -> Image.Im
 
 
 def score(out: Path, pictures: Path) -> None:
-    """Print how many pictures are nearest to the emoji of their name, and write compared.png.
+    """Print how many images are nearest to the emoji of their name, and write compared.png.
 
-    Nearest by the root of the mean square over pixels. Intervals are over names.
+    Nearest by root mean square over pixels. Intervals are over names.
     """
     tables = [pyarrow.parquet.read_table(out / f"{n}.parquet") for n in ("train", "held-out")]
     table = pa.concat_tables(tables)
