@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole idea at a small size: the real commands, each printed before it runs.
+# The whole pipeline at a small size: the real commands, each printed before it runs.
 # usage: BIN=.venv/bin bash benchmarks/demo.sh OUT
 set -euo pipefail
 
@@ -35,10 +35,10 @@ printf '\nThe demo took %d minutes %d seconds. Look at\n' \
   $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 printf '  %-36s %s\n' \
   "$out/features.html" "the cached layers: sizes, errors, norms, similarity" \
-  "$out/run/samples/grid.png" "pictures under the captions they were drawn from" \
-  "$out/run/figures/judged-cfg-3.png" "the same, each marked right or wrong by the judge" \
+  "$out/run/samples/grid.png" "generated images under their captions" \
+  "$out/run/figures/judged-cfg-3.png" "the same images, each marked right or wrong by the judge" \
   "$out/run/figures/routing.png" "which LLM layers each block learned to read" \
-  "$out/knowledge.png" "which LLM layer knows what, above what the run reads" \
+  "$out/knowledge.png" "what each LLM layer knows, above the layers that the run reads" \
   "$out/run/figures/loss.png" "the loss" \
   "$out/run/figures/accuracy-cfg-3.png" "accuracy by skill, next to chance"
-printf 'and at the tables above: accuracy by skill, with chance beside it.\n'
+printf 'and at the tables above: accuracy by skill, next to chance.\n'
