@@ -98,7 +98,7 @@ class Machines:
         return process
 
 
-def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, told: int) -> None:
+def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, steps: int) -> None:
     """Measure and print one row of the table."""
     with ExitStack() as resources:
         machines = Machines(num, resources)
@@ -117,7 +117,7 @@ def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, t
         outcomes = cluster.run(
             range(num * shards),
             sleep,
-            lambda shard: (shard, texts, ids, seconds, told),
+            lambda shard: (shard, texts, ids, seconds, steps),
             on_progress=lambda _shard, _done: None,
         )
         done = sum(isinstance(receipt, Receipt) for _, receipt in outcomes)
