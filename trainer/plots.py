@@ -315,7 +315,9 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
     width = 0.8 / len(by_split)
     chances = []
     for number, (split, rows) in enumerate(by_split.items()):
-        places = [skills.index(skill) + width * (number - (len(by_split) - 1) / 2) for skill in rows]
+        places = [
+            skills.index(skill) + width * (number - (len(by_split) - 1) / 2) for skill in rows
+        ]
         heights = [row["accuracy"] for row in rows.values()]
         below = [row["accuracy"] - row["low"] for row in rows.values()]
         above = [row["high"] - row["accuracy"] for row in rows.values()]
