@@ -23,6 +23,7 @@ _PUBLIC = {
     "open_latents": "semroute.pipeline.store",
     "load_run": "semroute.trainer.run",
     "SemanticRoutingPipeline": "semroute.trainer.diffusion",
+    "SemanticRoutingTransformer": "semroute.trainer.diffusion",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -130,6 +130,8 @@ class TestPipeline:
             "transformer/config.json",
             "transformer/diffusion_pytorch_model.safetensors",
         ]
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["transformer"] == ["semroute", "SemanticRoutingTransformer"]
         assert "from step 2 of a run" in (folder / "README.md").read_text()
         pipeline = semroute.SemanticRoutingPipeline.from_pretrained(folder, llm="/nowhere")
         assert pipeline.transformer.config.step == 2

@@ -32,6 +32,8 @@ try:
 except ModuleNotFoundError as error:
     raise InputError(f"pipelines need diffusers ({error}): pip install 'semroute[vae]'") from error
 
+_ADDRESSES = ("semroute", "semroute.trainer.diffusion")
+"""Of :class:`SemanticRoutingTransformer` in exported folders; 0.1.0 wrote the latter."""
 CARD = """# {title}
 
 A diffusion transformer with Semantic Routing ({strategy}), from step {step:,} of a run of semroute.
@@ -55,6 +57,8 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         record: the run's ``run.json``.
         step, weights: which checkpoint, and ``ema`` or ``model``.
     """
+
+    __module__ = "semroute"  # the address that exported folders hold, wherever this file moves
 
     @register_to_config
     def __init__(self, record: dict[str, Any], step: int = 0, weights: str = "ema") -> None:
@@ -90,6 +94,17 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         self.register_to_config(llm=llm, vae=vae)
         self._prompts: PromptEncoder | None = None
         self._decode: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The content of ``model_index.json``, with the address of the network replaced by this
+        module, where diffusers finds its base classes, too."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        library, name = config.get("transformer") or (None, None)
+        if library in _ADDRESSES:
+            config["transformer"] = [__name__, name]
+        return loaded
 
     @property
     def record(self) -> RunRecord:
