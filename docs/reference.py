@@ -7,6 +7,7 @@ come from the JSON Schema that pydantic derives from the same class.
 import ast
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,9 +121,9 @@ def describe(schema: Mapping[str, Any]) -> str:
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
             first = schema["prefixItems"][0]
-            return f"list of {len(schema['prefixItems'])} {describe(first)}s"
+            return f"list of {len(schema['prefixItems'])} {_plural(describe(first))}"
         case "array":
-            return f"list of {describe(schema['items'])}s"
+            return f"list of {_plural(describe(schema['items']))}"
         case "object":
             return f"map to {describe(schema['additionalProperties'])}"
         case "integer" | "number" as kind:
@@ -150,6 +151,11 @@ def sizes_table() -> str:
         for size, numbers in SIZES.items()
     ]
     return _markdown(["size", *(f"`{name}`" for name in names)], rows)
+
+
+def _plural(words: str) -> str:
+    """``number, at least 0`` -> ``numbers, at least 0``; literals stay as they are."""
+    return re.sub(r"^\w+", r"\g<0>s", words)
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
