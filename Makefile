@@ -42,15 +42,16 @@ test: $(SETUP)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12
-STORE_TESTS = schemas samples layout decoding shards store inspection compatibility
+STORE_TESTS = schemas/test_contract pipeline/sources/test_table pipeline/codecs/test_decoding pipeline/store/test_layout \
+  pipeline/store/test_array pipeline/store/test_features pipeline/inspection/test_describe compatibility
 store-test:
 	$(STORE_PYTHON) -m venv $(VENV)-store
 	$(VENV)-store/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-store/bin/python -m pip install --quiet --no-deps --editable .
 	$(VENV)-store/bin/python -m pip install --quiet zarr universal_pathlib zstandard numba numcodecs google-crc32c pyarrow pydantic \
-	  fsspec click numpy pillow tqdm tensorstore xarray pytest pytest-timeout hypothesis
+	  fsspec click lazy_loader numpy pillow tqdm tensorstore xarray pytest pytest-timeout hypothesis
 	$(VENV)-store/bin/python -m pip list 2>/dev/null | grep -iE '^(zarr|numcodecs|numpy|tensorstore) '
-	$(VENV)-store/bin/python -m pytest $(STORE_TESTS:%=tests/test_%.py)
+	$(VENV)-store/bin/python -m pytest $(STORE_TESTS:%=tests/%.py)
 
 check: $(SETUP)
 	$(BIN)/ruff check .

@@ -6,10 +6,9 @@ import click
 
 from . import __version__
 from .pipeline import commands as pipeline
-from .pipeline.cluster import DISK_FULL
+from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
-from .trainer import commands as trainer
-from .trainer import experiments
+from .trainer.commands import evaluate, runs, sample, stores, study, train
 
 
 class _Commands(click.Group):
@@ -41,25 +40,25 @@ def cli() -> None:
 
 
 for command in (
-    trainer.shapes,
+    train.shapes,
     pipeline.extract,
     pipeline.estimate,
     pipeline.latents,
     pipeline.status,
     pipeline.inspect,
-    pipeline.probe,
+    stores.probe,
     pipeline.verify,
-    pipeline.rewrite,
+    stores.rewrite,
     pipeline.push,
-    trainer.train,
-    trainer.sample,
-    trainer.evaluate,
-    trainer.plot,
-    trainer.compare,
-    trainer.export,
-    experiments.study,
-    experiments.ablate,
-    experiments.lag,
+    train.train,
+    sample.sample,
+    evaluate.evaluate,
+    runs.plot,
+    runs.compare,
+    runs.export,
+    study.study,
+    study.ablate,
+    study.lag,
 ):
     cli.add_command(command)
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import click
 import psutil
 
-from semroute.pipeline.store import open_features
-from semroute.pipeline.verification import verify
+from semroute.pipeline.store.open import open_features
+from semroute.pipeline.store.verify import verify
 
 WORKERS = ("worker-0", "worker-1")
 SUSPENDED_SECONDS = 3.0

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from semroute.pipeline.codecs import LN_EPS
-from semroute.pipeline.distortion import CodecError
-from semroute.pipeline.fitting import bits_per_value, fit_codec
-from semroute.pipeline.store import open_features
+from semroute.pipeline.codecs.base import LN_EPS
+from semroute.pipeline.codecs.error import CodecError
+from semroute.pipeline.codecs.fit import bits_per_value, fit_codec
+from semroute.pipeline.store.open import open_features
 
 ARMS = [
     ("bf16", None),

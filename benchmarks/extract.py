@@ -54,7 +54,8 @@ class Setting:
 
     Attributes:
         work: folder for the stores and the output of contenders.
-        extract: arguments of :func:`semroute.pipeline.extraction.extract` except codec and target.
+        extract: arguments of :func:`semroute.pipeline.extraction.features.extract` except codec
+            and target.
         batch_size: captions per batch of contenders that pad.
     """
 
@@ -67,7 +68,7 @@ class Setting:
 
     def run(self, codec: str, report: Callable[[str], None] = lambda _: None) -> None:
         """Make or resume the store in this process."""
-        from semroute.pipeline.extraction import extract
+        from semroute.pipeline.extraction.features import extract
 
         extract(
             features=self.store(codec), codec=codec, workers=0, threads=1, report=report,
@@ -76,7 +77,7 @@ class Setting:
 
     def reopen(self, codec: str, shards: int | None = None) -> None:
         """Mark the store, or some of its shards, to be rewritten."""
-        from semroute.pipeline.store import open_features
+        from semroute.pipeline.store.open import open_features
 
         store = open_features(self.store(codec), complete=False)
         store.reopen(range(store.manifest.layout.num_shards if shards is None else shards))
@@ -86,7 +87,7 @@ class Captions:
     """Token ids of a store's captions, template included, and the LLM that made it."""
 
     def __init__(self, path: Path) -> None:
-        from semroute.pipeline.store import open_features
+        from semroute.pipeline.store.open import open_features
 
         self.store = open_features(path, complete=False)
         self.manifest = self.store.manifest
@@ -106,8 +107,8 @@ class Captions:
         object, because weights elsewhere in memory are read faster or slower."""
         import torch
 
-        from semroute.pipeline.encoder import find_model
-        from semroute.pipeline.encoding import encoder_of
+        from semroute.pipeline.extraction.worker import encoder_of
+        from semroute.pipeline.models.hub import find_model
 
         torch.set_num_threads(1)
         source = find_model(self.manifest.provenance.model)
@@ -115,7 +116,7 @@ class Captions:
 
     def planned(self, *, padded: bool) -> Iterator[dict[str, Any]]:
         """The batches of the store, as inputs of the LLM; or those of a store that pads."""
-        from semroute.pipeline.layout import batches
+        from semroute.pipeline.text.batching import batches
 
         shards, layout = self.store.captions["shard"].to_numpy(), self.manifest.layout
         for shard in range(layout.num_shards):
@@ -126,7 +127,7 @@ class Captions:
 
     def inputs(self, entries: np.ndarray, line: np.ndarray | None = None) -> dict[str, Any]:
         """A batch as inputs of the LLM: packed, or padded on the right."""
-        from semroute.pipeline.encoder import lay_out
+        from semroute.pipeline.models.llm import lay_out
 
         return lay_out([self.sequences[i] for i in entries], self.kept[entries].tolist(), line)[0]
 
@@ -293,7 +294,7 @@ class Contender:
         }
 
     def _time_own(self, setting: Setting) -> dict[str, Any]:
-        from semroute.pipeline.store import open_features
+        from semroute.pipeline.store.open import open_features
 
         setting.reopen(self.codec)
         clock = Clock()
@@ -397,7 +398,7 @@ class Workers:
         self.bare.append(max(read(process)["seconds"] for process in running))
 
     def measure(self, setting: Setting, codec: str) -> None:
-        from semroute.pipeline.store import open_features
+        from semroute.pipeline.store.open import open_features
 
         setting.reopen(codec)
         options = setting.extract

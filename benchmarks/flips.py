@@ -18,8 +18,8 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from semroute.pipeline.store import open_features
-from semroute.pipeline.verification import verify
+from semroute.pipeline.store.open import open_features
+from semroute.pipeline.store.verify import verify
 from semroute.schemas import InputError
 
 MASKS = (0x01, 0x80, 0x20, 0xFF)

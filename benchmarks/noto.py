@@ -22,8 +22,8 @@ import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from semroute.trainer.evaluation import interval
-from semroute.trainer.plots import sample_grid
+from semroute.trainer.evaluation.shapes import interval
+from semroute.trainer.plots.images import sample_grid
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 STRIKE = 109

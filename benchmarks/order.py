@@ -12,7 +12,8 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from semroute.trainer.order import Order, Source
+from semroute.trainer.data.dataset import Source
+from semroute.trainer.data.sampler import Order
 
 SEEDS = 3
 

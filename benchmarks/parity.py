@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 import semroute
-from semroute.pipeline.encoder import find_model
-from semroute.pipeline.layout import batches
-from semroute.trainer.fusion import fuse, layer_norm
+from semroute.pipeline.models.hub import find_model
+from semroute.pipeline.text.batching import batches
+from semroute.trainer.model.fusion import fuse, layer_norm
 
 
 def main() -> None:

@@ -115,11 +115,11 @@ def write_captions(path: Path, num: int) -> None:
 
 def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
     """Do all the work before the LLM runs; return seconds by part, and the peak in bytes."""
-    from semroute.pipeline.codecs import CODECS
-    from semroute.pipeline.filling import provenance
-    from semroute.pipeline.layout import pack
-    from semroute.pipeline.planning import make_plan
-    from semroute.pipeline.store import FeatureStore
+    from semroute.pipeline.codecs.registry import CODECS
+    from semroute.pipeline.extraction.driver import provenance
+    from semroute.pipeline.extraction.plan import make_plan
+    from semroute.pipeline.store.features import FeatureStore
+    from semroute.pipeline.store.layout import pack
     from semroute.schemas import Codec, FeatureManifest
 
     shutil.rmtree(store, ignore_errors=True)

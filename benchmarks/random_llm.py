@@ -11,7 +11,8 @@ import click
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from semroute.pipeline.encoder import find_model, load_tokenizer
+from semroute.pipeline.models.hub import find_model
+from semroute.pipeline.models.llm import load_tokenizer
 
 
 @click.command()

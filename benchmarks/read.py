@@ -55,7 +55,7 @@ class Source:
             self.row: tuple[int, int] = tuple(source["row"].tolist())
 
     def _write(self, path: Path) -> None:
-        from semroute.pipeline.store import open_features
+        from semroute.pipeline.store.open import open_features
 
         store = open_features(path)
         if store.manifest.codec.name != "bf16":
@@ -172,7 +172,7 @@ def open_memmap_buffer(source: Source, path: Path) -> Read:
 
 
 def open_own(source: Source, path: Path, reused: bool) -> Read:
-    from semroute.pipeline.store import open_features
+    from semroute.pipeline.store.open import open_features
 
     store = open_features(path)
     store.num_threads = 1
@@ -566,7 +566,7 @@ def main(
 
 def print_layers(stores: Sequence[Path], batches: Sequence[np.ndarray]) -> None:
     """Print the time to read one layer in the middle."""
-    from semroute.pipeline.store import open_features
+    from semroute.pipeline.store.open import open_features
 
     print("| store | all layers, GB/s | 1 layer, share of time |\n| --- | --: | --: |")
     for path in stores:

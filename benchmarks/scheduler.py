@@ -24,7 +24,7 @@ import click
 import numpy as np
 import psutil
 
-from semroute.pipeline.cluster import NO_PROFILE, Cluster, Writing, report_progress
+from semroute.pipeline.executor.base import NO_PROFILE, Cluster, Writing, report_progress
 from semroute.schemas import Receipt
 
 WORKERS_PER_PROCESS = 250

@@ -28,13 +28,15 @@ import pyarrow as pa
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from semroute.pipeline.captions import build_captions
-from semroute.pipeline.encoder import Encoder, find_model, load_tokenizer
-from semroute.pipeline.store import FeatureStore, open_features
+from semroute.pipeline.models.hub import find_model
+from semroute.pipeline.models.llm import Encoder, load_tokenizer
+from semroute.pipeline.store.features import FeatureStore
+from semroute.pipeline.store.open import open_features
+from semroute.pipeline.text.captions import build_captions
 from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
-from semroute.trainer.dit import DiT
-from semroute.trainer.flow import Flow
-from semroute.trainer.optimizers import make_optimizers
+from semroute.trainer.diffusion.flow import Flow
+from semroute.trainer.model.dit import DiT
+from semroute.trainer.training.optimizers import make_optimizers
 
 ARMS: dict[str, dict[str, Any]] = {
     **{name: {"strategy": name} for name in ("penultimate", "uniform", "static", "depth")},

@@ -144,9 +144,9 @@ def open_arrow(path: Path, source: Source, workers: int) -> Batches:
 
 def open_own(paths: tuple[Path, Path]) -> Callable[[Path, Source, int], Batches]:
     def batches(_path: Path, _source: Source, workers: int) -> Batches:
-        from semroute.pipeline.store import open_features, open_latents
+        from semroute.pipeline.store.open import open_features, open_latents
         from semroute.schemas import DataConfig
-        from semroute.trainer.stream import PaddedStream
+        from semroute.trainer.data.loader import PaddedStream
 
         features, latents = open_features(paths[0]), open_latents(paths[1])
         data = DataConfig(batch_size=BATCH, workers=workers, caption_dropout=0)

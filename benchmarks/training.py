@@ -23,20 +23,23 @@ import torch
 from numpy.typing import NDArray
 
 from semroute.benchmarks.codecs import PEERS
-from semroute.pipeline.codecs import CODECS, Bf16, Coded
-from semroute.pipeline.extraction import extract
-from semroute.pipeline.imaging import encode_images
-from semroute.pipeline.inspection import codec_error
-from semroute.pipeline.latents import latents_to_images
-from semroute.pipeline.rewriting import rewrite
-from semroute.pipeline.store import FeatureStore, open_features, open_latents
+from semroute.pipeline.codecs.base import Coded
+from semroute.pipeline.codecs.bf16 import Bf16
+from semroute.pipeline.codecs.error import codec_error
+from semroute.pipeline.codecs.registry import CODECS
+from semroute.pipeline.extraction.features import extract
+from semroute.pipeline.extraction.latents import encode_images
+from semroute.pipeline.extraction.rewrite import rewrite
+from semroute.pipeline.models.vae import latents_to_images
+from semroute.pipeline.store.features import FeatureStore
+from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import read_config
-from semroute.trainer.evaluation import evaluate
-from semroute.trainer.loop import train
-from semroute.trainer.run import Run, load_run
-from semroute.trainer.sampling import Solver
-from semroute.trainer.stream import draw
-from semroute.trainer.world import read_scenes, write_world
+from semroute.trainer.diffusion.noise import draw
+from semroute.trainer.diffusion.sampling import Solver
+from semroute.trainer.evaluation.shapes import evaluate
+from semroute.trainer.runs.run import Run, load_run
+from semroute.trainer.shapes.dataset import read_scenes, write_world
+from semroute.trainer.training.train import train
 
 SKILLS = ("all", "binding", "count", "shape", "colour")
 GUIDANCE = (1.0, 3.0)

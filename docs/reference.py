@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 
 from semroute import schemas
-from semroute.trainer.dit import SIZES
+from semroute.trainer.model.dit import SIZES
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "feature-manifest": schemas.FeatureManifest,

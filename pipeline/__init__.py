@@ -1,1 +1,1 @@
-"""Offline: captions -> hidden states -> codec -> store, and images -> latents -> store."""
+"""Captions and images into stores, offline."""

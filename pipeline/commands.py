@@ -9,22 +9,22 @@ from typing import Any, TypeVar
 import click
 
 from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError
-from .cluster import Interrupted
-from .layout import parse_bytes
+from ..schemas.units import parse_bytes
+from .executor.base import Interrupted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _report(line: str) -> None:
+def report_line(line: str) -> None:
     click.echo(line, err=True)
 
 
-def _is_json(options: dict[str, Any]) -> bool:
+def is_json(options: dict[str, Any]) -> bool:
     """Standard output is for machines."""
     return bool(options["progress"] == "json")
 
 
-def _interruptible(command: F) -> F:
+def interruptible(command: F) -> F:
     """Ctrl-C, once drained, ends a command with exit code 130."""
 
     @functools.wraps(command)
@@ -52,8 +52,8 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-_CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
-_quality_option = click.option(
+CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
+quality_option = click.option(
     "--quality",
     type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
     help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
@@ -104,7 +104,7 @@ _plan_options = _together(
 
 
 _limit_option = click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
-_work_options = _together(
+work_options = _together(
     click.option(
         "--shard-size",
         "shard_bytes",
@@ -146,10 +146,10 @@ _work_options = _together(
     "--codec",
     default="delta",
     show_default=True,
-    type=_CODECS,
+    type=CODECS,
     help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
 )
-@_quality_option
+@quality_option
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
@@ -169,8 +169,8 @@ _work_options = _together(
     help="CPU threads a worker, for a new store. Default: all cores over all workers.",
 )
 @_limit_option
-@_work_options
-@_interruptible
+@work_options
+@interruptible
 def extract(captions: str, features: str, **options: Any) -> None:
     """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
 
@@ -182,17 +182,17 @@ def extract(captions: str, features: str, **options: Any) -> None:
     Example:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from .extraction import extract as run
+    from .extraction.features import extract as run
 
-    click.echo(run(captions, features, report=_report, **options), err=_is_json(options))
+    click.echo(run(captions, features, report=report_line, **options), err=is_json(options))
 
 
 @click.command()
 @click.argument("captions")
 @_plan_options
 @_limit_option
-@click.option("--codec", type=_CODECS, help="Default: all, side by side.")
-@_quality_option
+@click.option("--codec", type=CODECS, help="Default: all, side by side.")
+@quality_option
 @click.option(
     "--samples-per-second",
     default=100.0,
@@ -223,12 +223,14 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
     Example:
       semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
     """
-    from . import estimation, planning, probing
+    from .extraction import plan as planning
+    from .inspection import benchmark as probing
+    from .inspection import estimate as estimation
 
     names = ("codec", "quality", "samples_per_second", "passes")
     how = {name: options.pop(name) for name in names}
     plan = planning.make_plan(captions, **options)
-    plan.report_warnings(_report)
+    plan.report_warnings(report_line)
     probed = probing.run_probe(plan, planning.default_batch_tokens()) if probe else None
     found = estimation.estimate(plan, probe=probed, **how)
     click.echo(found.to_json() if as_json else found)
@@ -259,8 +261,8 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
     help="Complete LATENTS without images that cannot be read; training leaves them out.",
 )
 @_limit_option
-@_work_options
-@_interruptible
+@work_options
+@interruptible
 def latents(samples: str, latents: str, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
 
@@ -273,9 +275,9 @@ def latents(samples: str, latents: str, **options: Any) -> None:
       semroute latents shapes/train.parquet latents --vae pixels
       semroute latents photos.parquet latents --vae black-forest-labs/FLUX.1-schnell --size 512
     """
-    from .imaging import encode_images
+    from .extraction.latents import encode_images
 
-    click.echo(encode_images(samples, latents, report=_report, **options), err=_is_json(options))
+    click.echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
 
 
 @click.command()
@@ -295,83 +297,14 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
       semroute inspect features --json
       semroute inspect features --html features.html
     """
-    from .inspection import inspect as look
+    from .inspection.describe import inspect as look
 
     found = look(store)
     click.echo(found.to_json() if as_json else found)
     if html is not None:
-        from .report import write_report
+        from .inspection.report import write_report
 
         click.echo(write_report(store, html), err=as_json)
-
-
-@click.command()
-@click.argument("features")
-@click.argument("labels")
-@click.option("--text-column", help="Of LABELS. Default: text, prompt or caption.")
-@click.option(
-    "--label",
-    "names",
-    multiple=True,
-    help="Column, with dots into JSON: scene.relation. May be given several times. Default: all "
-    "with few enough classes.",
-)
-@click.option(
-    "--pool",
-    type=click.Choice(["mean", "last"]),
-    default="mean",
-    show_default=True,
-    help="Of a caption's tokens.",
-)
-@click.option(
-    "--num-captions",
-    type=click.IntRange(1),
-    default=5_000,
-    show_default=True,
-    help="Of the store at most.",
-)
-@click.option("--routing", type=click.Path(path_type=Path), help="A run, to draw what it reads.")
-@click.option(
-    "--figure", type=click.Path(path_type=Path, dir_okay=False), help="Draw accuracy by layer."
-)
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-def probe(
-    features: str,
-    labels: str,
-    names: tuple[str, ...],
-    routing: Path | None,
-    figure: Path | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Say which layer of FEATURES knows what: linear probes for the LABELS of captions.
-
-    LABELS is a table with the captions and columns of labels. Probes are fitted in closed form to
-    three fifths of the captions, and judged on others. No LLM is run.
-
-    \b
-    Examples:
-      semroute probe features shapes/train.parquet --label scene --figure knowledge.png
-      semroute probe features partiprompts.tsv --text-column Prompt --label Category
-    """
-    if routing is not None and figure is None:
-        raise InputError("--routing is drawn: name a picture with --figure")
-    read = None
-    if routing is not None:
-        from ..trainer.run import load_run
-        from .store import open_features
-
-        read = load_run(routing).routing(open_features(features).manifest.identity)
-    from .knowledge import probe_layers
-
-    found = probe_layers(features, labels, labels=names, progress=not as_json, **options)
-    click.echo(found.to_json() if as_json else found)
-    if figure is not None:
-        from . import figures
-        from .style import DPI
-
-        figures.knowledge(found, read).savefig(figure, dpi=DPI)
-        click.echo(figure, err=as_json)
 
 
 @click.command()
@@ -384,58 +317,10 @@ def status(store: str, as_json: bool) -> None:
     Example:
       semroute status features
     """
-    from .status import status as look
+    from .inspection.status import status as look
 
     found = look(store)
     click.echo(found.to_json() if as_json else found)
-
-
-@click.command()
-@click.argument("features")
-@click.argument("out")
-@click.option("--codec", type=_CODECS, help="Default: as it is.")
-@_quality_option
-@click.option("--layers", default="all", show_default=True, help="all, every:3 or 1-10,17.")
-@click.option(
-    "--routing",
-    type=click.Path(path_type=Path),
-    help="A run: store only the mixes of layers that its blocks read.",
-)
-@click.option(
-    "--shuffle-layers",
-    type=click.IntRange(0),
-    metavar="SEED",
-    help="A control: within each caption, layers change places at random. For --codec bf16.",
-)
-@click.option(
-    "--rank",
-    type=click.IntRange(1),
-    help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",
-)
-@click.option("--captions", help="Only those of this table, whose rows are the new samples.")
-@click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
-@_work_options
-@_interruptible
-def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> None:
-    """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
-
-    With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
-    with routing.strategy=mixes can train. The same command continues what was interrupted.
-
-    \b
-    Examples:
-      semroute rewrite features smaller --codec linear --layers every:2
-      semroute rewrite features mixed --routing runs/depth
-    """
-    from .rewriting import rewrite as run
-
-    if routing is not None:
-        from ..trainer.run import load_run
-        from .store import open_features
-
-        identity = open_features(features).manifest.identity
-        options["routing"] = load_run(routing).routing(identity)
-    click.echo(run(features, out, report=_report, **options), err=_is_json(options))
 
 
 @click.command()
@@ -456,9 +341,9 @@ def push(store: str, repo: str, **options: Any) -> None:
     Example:
       semroute push features my-name/captions-smollm2 --license cc-by-4.0 --dry-run
     """
-    from .hub import push as run
+    from .inspection.hub import push as run
 
-    click.echo(run(store, repo, report=_report, **options))
+    click.echo(run(store, repo, report=report_line, **options))
 
 
 @click.command()
@@ -475,11 +360,13 @@ def verify(store: str, repair: bool, as_json: bool) -> None:
     Example:
       semroute verify features --repair
     """
-    from . import verification
+    from .store import verify as verification
 
     found = verification.verify(store, progress=not as_json)
     click.echo(found.to_json() if as_json else found)
     if repair and (marked := verification.repair(found)):
-        _report(f"{len(marked)} shards are marked as not written: run the command that made them")
+        report_line(
+            f"{len(marked)} shards are marked as not written: run the command that made them"
+        )
     if found.problems:
         sys.exit(1)

@@ -1,13 +1,15 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
-from .checksums import Checksums, digest, render
-from .configuration import read_config, read_yaml
-from .contract import Contract, ContractError, Difference, differences, flat, parse
-from .document import PARTIAL, publish, sync, write_document, write_whole
+from .atomic import PARTIAL, publish, sync, write_document, write_whole
+from .checksums import Checksums
+from .cluster import JobQueue
+from .config import read_config, read_yaml
+from .contract import Contract, ContractError, Difference, differences, digest, flat, parse, render
+from .display import Facts, Findings
 from .errors import InputError
-from .facts import Facts, Findings
 from .fingerprint import fingerprint
-from .jobs import DRIVER, Driver, JobQueue
+from .images import JudgeRecord, LayoutName, PicturesRecord, Prompt
+from .lock import DRIVER, Driver
 from .manifest import (
     MAX_QUALITY,
     MIN_QUALITY,
@@ -29,26 +31,23 @@ from .manifest import (
     Template,
 )
 from .mixes import SAME_WEIGHTS, Mixes, Routing
-from .pictures import JudgeRecord, LayoutName, PicturesRecord, Prompt
 from .receipt import Quarantine, Receipt, WrittenFile
 from .router import RouterRecord
-from .run import (
+from .run import MixtureRecord, RunRecord, SelectionRecord
+from .study import Scoring, StudyConfig, Tuning
+from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
+from .train import (
     DataConfig,
     EMAConfig,
     FlowConfig,
-    MixtureRecord,
     ModelConfig,
     OptimizerConfig,
     RoutingConfig,
-    RunRecord,
     SelectionConfig,
-    SelectionRecord,
     SourceConfig,
     TrainConfig,
     ValidationConfig,
 )
-from .study import Scoring, StudyConfig, Tuning
-from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 
 __all__ = [
     "CAPTIONS_SCHEMA",

@@ -1,6 +1,7 @@
 """What every contract shares: strict fields, errors that name the remedy, and comparison by key."""
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,3 +105,18 @@ def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
             return []
         model = annotation
     return sorted(model.model_fields)
+
+
+def render(contract: Contract, *, early: bool = False) -> str:
+    """The one way in which a contract is written: JSON, a key a line; ``early`` as below."""
+    return contract.model_dump_json(indent=1, exclude_unset=early) + "\n"
+
+
+def digest(contract: Contract, *, early: bool = False) -> str:
+    """sha256 of a contract as it is written.
+
+    Args:
+        early: it was read, maybe from what an early version wrote: leave out keys that were not in
+            the file.
+    """
+    return hashlib.sha256(render(contract, early=early).encode()).hexdigest()

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path, PosixPath
 from typing import Any
 
-from .document import write_whole
+from .atomic import write_whole
 from .errors import InputError
 
 _TIMES = ("mtime", "LastModified", "last_modified", "created")

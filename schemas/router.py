@@ -5,7 +5,7 @@ from typing import Literal
 from .contract import Contract
 from .manifest import FeatureIdentity
 from .mixes import Mixes
-from .run import Positive, RoutingConfig
+from .train import Positive, RoutingConfig
 
 
 class RouterRecord(Contract):

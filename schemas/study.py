@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .configuration import put
+from .config import put
 from .contract import Contract, parse
 from .errors import InputError
-from .run import Fraction, Positive, TrainConfig
+from .train import Fraction, Positive, TrainConfig
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 

@@ -104,7 +104,7 @@ def feature_store(
     if importlib.util.find_spec("torch") is None:
         write_random_store(path, samples_file)
         return path
-    from semroute.pipeline.extraction import extract
+    from semroute.pipeline.extraction.features import extract
 
     arguments = {"model": str(request.getfixturevalue("tiny_llm")), "codec": "bf16"}
     extract(str(samples_file), path, shard_bytes=300_000, workers=0, report=_silent, **arguments)
@@ -128,12 +128,12 @@ def random_store(
 
 def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16") -> None:
     """A feature store written with numpy alone: a token a byte, and one for BOS."""
-    from semroute.pipeline.codecs import CODECS, open_codec
-    from semroute.pipeline.filling import provenance
-    from semroute.pipeline.layout import pack
-    from semroute.pipeline.parameters import digest_parameters
-    from semroute.pipeline.samples import read_samples
-    from semroute.pipeline.store import FeatureStore
+    from semroute.pipeline.codecs.fit import digest_parameters
+    from semroute.pipeline.codecs.registry import CODECS, open_codec
+    from semroute.pipeline.extraction.driver import provenance
+    from semroute.pipeline.sources.table import read_samples
+    from semroute.pipeline.store.features import FeatureStore
+    from semroute.pipeline.store.layout import pack
     from semroute.schemas import (
         CAPTIONS_SCHEMA,
         SAMPLES_SCHEMA,
@@ -327,7 +327,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def latent_store(tmp_path_factory: pytest.TempPathFactory, samples_file: Path) -> Path:
     """A complete latent store of the same samples, 3 x 12 x 12 pixels; read only."""
-    from semroute.pipeline.imaging import encode_images
+    from semroute.pipeline.extraction.latents import encode_images
 
     path = tmp_path_factory.mktemp("latents") / "store"
     encode_images(str(samples_file), path, shard_bytes=30_000, workers=0, report=_silent)
@@ -338,7 +338,7 @@ def latent_store(tmp_path_factory: pytest.TempPathFactory, samples_file: Path) -
 def bucket_store(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     """A complete latent store of the same samples in three shapes, of which 4/7, 2/7 and 1/7 are
     square, tall and wide: 3 x 16 x 16, 3 x 24 x 8 and 3 x 8 x 24 pixels; read only."""
-    from semroute.pipeline.imaging import encode_images
+    from semroute.pipeline.extraction.latents import encode_images
 
     folder = tmp_path_factory.mktemp("buckets")
     file = write_samples(folder / "samples.parquet", texts, 24, (1, 1, 1, 1, 3, 3, 1 / 3))

@@ -122,7 +122,7 @@ def leaf_keys(model, prefix=""):
 def place(tmp_path_factory, feature_store, latent_store):
     """A folder with what the pages name: features, latents and runs/depth."""
     torch = pytest.importorskip("torch")
-    from semroute.trainer.loop import train
+    from semroute.trainer.training.train import train
 
     place = tmp_path_factory.mktemp("place")
     (place / "features").symlink_to(feature_store)
@@ -261,7 +261,7 @@ class TestContracts:
         assert [row[0] for row in rows] == list(names)
 
     def test_templates_are_the_presets(self):
-        from semroute.pipeline.captions import PRESETS
+        from semroute.pipeline.text.templates import PRESETS
 
         text = page("data-model.md")
         rows = table_after(text, "## Templates and attention sinks")
@@ -286,7 +286,7 @@ class TestContracts:
     )
     def test_columns_are_those_of_the_arrow_schemas(self, heading, schema):
         if schema == "metrics":
-            schema = pytest.importorskip("semroute.trainer.checkpoint").METRICS_SCHEMA
+            schema = pytest.importorskip("semroute.trainer.runs.checkpoint").METRICS_SCHEMA
         rows = table_after(page("store-format.md"), heading)
         assert [row[:2] for row in rows] == [[field.name, str(field.type)] for field in schema]
 
@@ -308,11 +308,14 @@ class TestFiles:
     def test_what_the_tree_lists_exists(self):
         assert [name for name in self.tree() if not (ROOT / name).exists()] == []
 
-    def test_the_tree_lists_every_module(self):
-        folders = ("schemas", "pipeline", "trainer")
-        modules = {p.relative_to(ROOT).as_posix() for f in folders for p in ROOT.glob(f"{f}/*.py")}
-        modules = {name for name in modules if not name.endswith("__init__.py")}
-        assert modules - set(self.tree()) == set()
+    def test_the_tree_lists_every_package(self):
+        packages = {
+            path.parent.relative_to(ROOT).as_posix() + "/"
+            for folder in ("schemas", "pipeline", "trainer")
+            for path in ROOT.glob(f"{folder}/**/__init__.py")
+        }
+        folders = {name for name in self.tree() if name.endswith("/")}
+        assert packages - folders == set()
 
     def test_links_of_the_readme_lead_somewhere(self):
         links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
@@ -320,16 +323,23 @@ class TestFiles:
         missing = [link for link in links if not (ROOT / link).exists() and link != PICTURE]
         assert missing == []
 
-    def test_floors_are_those_of_the_test(self):
-        (code,) = [c for _, _, c in blocks(page("architecture.md"), "text") if "  cli\n" in c]
-        floors = runpy.run_path(str(ROOT / "tests" / "test_floors.py"))["FLOORS"]
-        found = [set() for _ in floors]
-        for line in code.strip().split("\n"):
-            number, *rooms = line.split()
-            found[int(number)] |= set(rooms)
-        assert found == floors
-        terms = re.findall(r"^`([\w.]+)`\n: ", page("architecture.md"), re.M)
-        assert sorted(terms) == sorted(set.union(*floors))
+    def test_arrows_are_those_of_the_test(self):
+        arrows = runpy.run_path(str(ROOT / "tests" / "test_arrows.py"))
+        found = {}
+        for number, package, below in table_after(page("architecture.md"), "## Arrows"):
+            found[package] = int(number), {name.strip("`") for name in below.split(", ")}
+        assert found.pop("schemas") == (0, {"-"})
+        expected = {
+            package: (
+                number,
+                {"anything below"}
+                if package in arrows["COMMANDS"]
+                else arrows["ARROWS"].get(package, {"-"}),
+            )
+            for number, floor in enumerate(arrows["FLOORS"], 1)
+            for package in floor
+        }
+        assert found == expected
 
     def test_the_demos_output_is_in(self):
         marker = re.compile(r"<!-- (demo-results|output: \w+|picture: \w+) -->")

@@ -19,9 +19,14 @@ def setup() -> configparser.ConfigParser:
 
 
 def test_the_packages_listed_are_the_folders_there_are(setup):
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    folders = [
+        p
+        for name in ("schemas", "pipeline", "trainer")
+        for p in ROOT.glob(f"{name}/**/__init__.py")
+    ]
     listed = setup["options"]["packages"].split()
-    assert listed == sorted({"semroute", *(f"semroute.{folder}" for folder in folders)})
+    names = {".".join(path.parent.relative_to(ROOT).parts) for path in folders}
+    assert listed == sorted({"semroute", *(f"semroute.{name}" for name in names)})
 
 
 def test_one_version(setup):
@@ -43,7 +48,7 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = [ROOT / "__init__.py", ROOT / "cli.py"]
     for folder in ("schemas", "pipeline", "trainer"):
-        modules += (ROOT / folder).glob("*.py")
+        modules += (ROOT / folder).glob("**/*.py")
     expected = {f"semroute/{path.relative_to(ROOT)}" for path in modules} | {"semroute/py.typed"}
     assert names == expected
 

@@ -1,1 +1,1 @@
-"""Online: cached features and latents -> a DiT and its routing weights, without the LLM."""
+"""From stores to runs."""

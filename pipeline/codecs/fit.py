@@ -1,0 +1,96 @@
+"""Fit a codec to a sample of hidden states, and see how small it makes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ... import schemas
+from .base import Codec
+from .chunks import compress
+from .error import CodecError
+from .predictive import Predictive
+from .registry import CODECS
+
+
+def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes, dtypes and values of fitted arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        array = np.ascontiguousarray(parameters[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL = 8_192, 8
+"""Tokens that a codec is fitted on: so many, and so many a channel of the LLM."""
+FIT_CHECKED = 2_048
+"""Rows of the sample on which codes of 4 and of 8 bits are compared."""
+
+
+def fit_rows(width: int) -> int:
+    """Tokens to fit a codec on, for an LLM of this width."""
+    return max(MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL * width)
+
+
+def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> tuple[Codec, float]:
+    """Fit a codec to a sample.
+
+    Args:
+        sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
+        quality: for ``delta`` and ``linear``.
+
+    Returns:
+        The codec, and how many bits a value it took for the first rows of the sample.
+    """
+    num_layers, width = sample.shape[1:]
+    parameters = CODECS[name].fit(sample)
+    rows = sample[: min(len(sample), FIT_CHECKED)]
+    choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(CODECS[name], Predictive) else (8,)
+    best: tuple[Codec, float] | None = None
+    for code_bits in choices:
+        codec = CODECS[name](num_layers, width, parameters, quality, code_bits)
+        bits = bits_per_value(codec, rows)
+        if best is None or bits < best[1]:
+            best = codec, bits
+    assert best is not None
+    return best
+
+
+def fitted_spec(spec: schemas.Codec, codec: Codec, captions: int, rows: int) -> schemas.Codec:
+    """What a manifest says of a codec once it is fitted to so many captions and rows."""
+    fit = schemas.Fit(
+        num_captions=captions, num_rows=rows, sha256=digest_parameters(codec.parameters)
+    )
+    code_bits = codec.code_bits if isinstance(codec, Predictive) else None
+    return spec.model_copy(update={"fit": fit, "code_bits": code_bits})
+
+
+def bits_per_value(codec: Codec, rows: torch.Tensor) -> float:
+    """Bits that a value of hidden states ``[R, L, H]`` takes in the chunks of a store."""
+    chunks = compress(codec, encode_rows(codec, rows))
+    return 8 * sum(len(chunk) for plane in chunks.values() for chunk in plane) / rows.numel()
+
+
+def encode_rows(
+    codec: Codec, rows: torch.Tensor, error: CodecError | None = None
+) -> dict[str, np.ndarray]:
+    """All layers of hidden states ``[R, L, H]`` as planes ``[R, L, size]``.
+
+    Args:
+        error: gathers what the codec does to LN(h).
+    """
+    coded = None
+    planes: dict[str, list[np.ndarray]] = {plane.name: [] for plane in codec.planes}
+    for layer in range(rows.shape[1]):
+        coded = codec.encode(layer, rows[:, layer], coded)
+        if error is not None:
+            error.add(layer, rows[:, layer], coded.hidden)
+        for name, codes in coded.planes.items():
+            planes[name].append(codes.cpu().numpy())
+    return {name: np.stack(parts, 1) for name, parts in planes.items()}

@@ -1,0 +1,414 @@
+"""Loops of codecs on a CPU, compiled by numba on first use and kept where it can write: one pass of
+rows that stay in the cache, where tensors take twenty passes over memory.
+
+They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width. Row i of
+codes is decoded to row ``targets[i]`` of ``out``.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+MIN_PART_ROWS = 64
+"""Rows that are worth a thread."""
+
+LANES = 32
+"""Of the search for the largest values; 16 and 64 were slower."""
+
+ROUND = np.float32(12_582_912.0)
+"""1.5 * 2**23: added and taken away again it rounds to nearest even what is under 2**22."""
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled code is kept for the next process, where there is a folder to keep it in.
+
+    Nothing is checked before a division (``error_model``): a check leaves no vectors in a loop.
+    """
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor the home can be written
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+
+def _summing(function: Callable[..., Any]) -> Any:
+    """The same where values may be taken in any order, and so by vectors; NaN gives anything."""
+    return _compiled(function, fastmath={"reassoc", "nsz", "nnan"})
+
+
+# ----------------------------------------------------------------------------- reading and decoding
+
+
+def _memcpy_code(_context, target, source, num_bytes):  # type: ignore[no-untyped-def]
+    """C's memcpy between two addresses. The assignment of a slice becomes a loop, which takes four
+    times as long."""
+
+    def generate(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        to, start = (builder.inttoptr(value, cgutils.voidptr_t) for value in arguments[:2])
+        cgutils.raw_memcpy(builder, to, start, arguments[2], 1)
+
+    return types.void(types.uintp, types.uintp, types.intp), generate
+
+
+_memcpy: Any = intrinsic(_memcpy_code)
+
+
+@_compiled
+def copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
+    """Copy runs of bytes, int64 ``[runs]`` each, in bytes. Bounds are the caller's to check: beyond
+    them lies memory that is not the arrays'."""
+    for run in range(len(starts)):
+        _memcpy(
+            np.uintp(out.ctypes.data + targets[run]),
+            np.uintp(source.ctypes.data + starts[run]),
+            sizes[run],
+        )
+
+
+@_compiled
+def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
+    """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
+    width = len(out)
+    if len(code) == width and width > 1:
+        for channel in range(width):
+            out[channel] = code[channel]
+            if code[channel] == 255:
+                out[channel] = 254 + escape[channel]
+    else:
+        for pair in range(width // 2):
+            out[2 * pair] = code[pair] & 15
+            out[2 * pair + 1] = code[pair] >> 4
+        if width % 2:
+            out[width - 1] = code[width // 2] & 15
+        for channel in range(width):
+            if out[channel] == 15:
+                out[channel] = 14 + escape[channel]
+
+
+@_compiled
+def decode_lossless(code, escape, mantissa, base, follow, places, targets, out):  # type: ignore[no-untyped-def]
+    rows, _, width = mantissa.shape
+    zigzag = np.empty(width, np.uint8)
+    distance = np.empty(width, np.uint8)
+    for row in range(rows):
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            for channel in range(width):
+                zigzag[channel] = (zigzag[channel] >> 1) ^ -(zigzag[channel] & 1)
+            if layer == 0:
+                distance[:] = zigzag
+            else:
+                known = follow[layer]
+                for channel in range(width):
+                    distance[channel] = zigzag[channel] + known[distance[channel]]
+            if places[layer] >= 0:
+                bits = out[targets[row], places[layer]]
+                for channel in range(width):
+                    exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
+                    rest = np.uint16(mantissa[row, layer, channel])
+                    bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+
+
+@_compiled
+def _scalars(scalar):  # type: ignore[no-untyped-def]
+    """Mean and deviation: uint8 [5] -> two float32."""
+    both = np.empty(2, np.uint32)
+    for i in range(2):
+        both[i] = (np.uint32(scalar[2 * i + 1]) << 24) | (np.uint32(scalar[2 * i]) << 16)
+    values = both.view(np.float32)
+    return values[0], values[1]
+
+
+@_compiled
+def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
+    """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
+    width = len(values)
+    room = bits.view(np.float32)
+    for channel in range(width):
+        room[channel] = values[channel] * deviation + mean
+    for channel in range(width):
+        value = bits[channel]
+        rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
+        out[channel] = np.uint16(rounded >> np.uint32(16))
+
+
+@_compiled
+def decode_delta(code, escape, scalar, scales, slope, bias, places, targets, out):  # type: ignore[no-untyped-def]
+    rows, _, width = escape.shape
+    state = np.zeros(width, np.float32)
+    zigzag = np.empty(width, np.int32)
+    bits = np.empty(width, np.uint32)
+    for row in range(rows):
+        state[:] = 0
+        for layer in range(len(places)):
+            _unpack(code[row, layer], escape[row, layer], zigzag)
+            scale = scales[scalar[row, layer, 4]]
+            for channel in range(width):
+                number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                state[channel] = (
+                    state[channel] * slope[layer, channel] + bias[layer, channel]
+                ) + number * scale
+            if places[layer] >= 0:
+                mean, deviation = _scalars(scalar[row, layer])
+                _to_bits(state, mean, deviation, bits, out[targets[row], places[layer]])
+
+
+@_compiled
+def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
+    """Codes of one layer times their scale, float32 [R, H]."""
+    zigzag = np.empty(out.shape[1], np.int32)
+    for row in range(len(out)):
+        _unpack(code[row, layer], escape[row, layer], zigzag)
+        scale = scales[scalar[row, layer, 4]]
+        for channel in range(len(zigzag)):
+            number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+            out[row, channel] = number * scale
+
+
+@_compiled
+def denormalise(state, scalar, layer, place, targets, out):  # type: ignore[no-untyped-def]
+    bits = np.empty(state.shape[1], np.uint32)
+    for row in range(len(state)):
+        mean, deviation = _scalars(scalar[row, layer])
+        _to_bits(state[row], mean, deviation, bits, out[targets[row], place])
+
+
+# ----------------------------------------------------------------------------------------- encoding
+
+# Loops count: numba hands those over the values of an array to LLVM in a form that it makes no
+# vectors of, and they are ten times slower.
+
+
+@_summing
+def _mean(values):  # type: ignore[no-untyped-def]
+    """In float64, so that rounding makes no variance where there is none."""
+    total = np.float64(0)
+    for i in range(len(values)):
+        total += values[i]
+    return np.float32(total / len(values))
+
+
+@_summing
+def _variance(values, mean):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += (values[i] - mean) * (values[i] - mean)
+    return total / np.float32(len(values))
+
+
+@_summing
+def _squares(values):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i] * values[i]
+    return total
+
+
+@_compiled
+def _widest(values):  # type: ignore[no-untyped-def]
+    """Bits of the largest size: in the order of sizes, and found by vectors, being integers."""
+    bits, widest = values.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        size = np.int32(bits[i] & np.int32(0x7FFFFFFF))  # or it would be 64 bits wide
+        widest = size if size > widest else widest
+    return widest
+
+
+@_compiled
+def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
+    """The places of the values of largest size, the first of equal ones.
+
+    Values are dealt to lanes, whose largest are kept: one pass by vectors finds them, and then each
+    place takes a look at the lanes and at one lane's values. One pass that keeps a sorted few is a
+    branch a value which no processor foresees.
+
+    Args:
+        most: int64 [most], written.
+        sizes: room for as many numbers as there are values, rounded up to whole lanes, uint32.
+        tops: room for a number a lane, uint32.
+    """
+    bits, lanes = values.view(np.uint32), len(tops)
+    for i in range(len(bits)):
+        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0: taken already, or none
+    sizes[len(bits) :] = 0
+    tops[:] = 0
+    for start in range(0, len(sizes), lanes):
+        dealt = sizes[start : start + lanes]
+        for lane in range(lanes):
+            tops[lane] = max(tops[lane], dealt[lane])
+    for rank in range(len(most)):
+        top = np.uint32(0)
+        for lane in range(lanes):
+            top = max(top, tops[lane])
+        first = len(sizes)
+        for lane in range(lanes):
+            if tops[lane] == top:
+                place = lane
+                while sizes[place] != top:
+                    place += lanes
+                first = min(first, place)
+        most[rank] = first
+        sizes[first] = 0
+        top = np.uint32(0)
+        for place in range(first % lanes, len(sizes), lanes):
+            top = max(top, sizes[place])
+        tops[first % lanes] = top
+
+
+@_compiled
+def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
+    """Bits of bfloat16, to nearest even; ``bits`` is room for one number, uint32 [1]."""
+    bits.view(np.float32)[0] = value
+    return (bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
+        16
+    )
+
+
+@_compiled
+def _from_bf16(value, bits):  # type: ignore[no-untyped-def]
+    bits[0] = np.uint32(value) << np.uint32(16)
+    return bits.view(np.float32)[0]
+
+
+@_compiled
+def encode_delta(  # type: ignore[no-untyped-def]
+    hidden, below, slope, bias, scales, step, massive, eps, code, escape, scalar, state, decoded
+):
+    """One layer, as :meth:`semroute.pipeline.codecs.predictive.Predictive.encode`.
+
+    Args:
+        hidden: float32 [R, H].
+        below: state of the layer below, float32 [R, H], or [0, H].
+        slope, bias: float32 [H].
+        scales: float32 [256].
+        step: in RMS.
+        massive: channels that are left out of the RMS.
+        code, escape, scalar: uint8 [R, H or ceil(H / 2)], uint16 [R, H], uint8 [R, 5]; written.
+        state, decoded: float32 and uint16 [R, H]; written.
+    """
+    # Loops are short, so that each is compiled to vectors; what they hand on stays in the cache.
+    rows, width = hidden.shape
+    narrow = code.shape[1] < width
+    limit = np.float32(15 if narrow else 255)
+    normed, residual = np.empty(width, np.float32), np.empty(width, np.float32)
+    zigzag, low = np.empty(width, np.float32), np.empty(width + 1, np.uint8)
+    room, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
+    one = bits.view(np.float32)
+    most, tops = np.empty(massive, np.int64), np.empty(LANES, np.uint32)
+    sizes = np.empty(-(-width // LANES) * LANES, np.uint32)
+    low[width] = 0
+    widest = np.float32(32_767 / 2**0.0625 - 1)
+    for row in range(rows):
+        values, into, high, coded = hidden[row], state[row], escape[row], decoded[row]
+        exact = _mean(values)
+        variance = _variance(values, exact)
+        mean_bits = _to_bf16(exact, bits)
+        mean = _from_bf16(mean_bits, bits)
+        deviation_bits = _to_bf16(np.sqrt(variance + np.float32(eps)), bits)
+        deviation = _from_bf16(deviation_bits, bits)
+        for channel in range(width):
+            normed[channel] = (values[channel] - mean) / deviation
+        if len(below):
+            before = below[row]
+            for channel in range(width):
+                into[channel] = before[channel] * slope[channel] + bias[channel]
+        else:
+            into[:] = bias
+        for channel in range(width):
+            residual[channel] = normed[channel] - into[channel]
+        rest = _squares(normed)
+        _largest(normed, most, sizes, tops)
+        for i in range(massive):
+            rest -= normed[most[i]] * normed[most[i]]
+        rms = np.sqrt(max(rest, np.float32(0)) / np.float32(width - massive))
+        bits[0] = _widest(residual)
+        needed = max(max(rms * np.float32(step), one[0] / widest), np.float32(1e-30))
+        number = np.float32(8) * (np.log2(needed) + np.float32(24))
+        number = (number + ROUND) - ROUND
+        chosen = np.uint8(min(max(number, np.float32(0)), np.float32(255)))
+        scale = scales[chosen]
+        for channel in range(width):
+            units = residual[channel] / scale
+            units = min(max(units, np.float32(-32_767)), np.float32(32_767))
+            residual[channel] = (units + ROUND) - ROUND
+        for channel in range(width):
+            into[channel] += residual[channel] * scale
+        for channel in range(width):
+            sign = np.float32(residual[channel] < np.float32(0))
+            zigzag[channel] = np.float32(2) * abs(residual[channel]) - sign
+        for channel in range(width):
+            low[channel] = np.uint8(np.int32(min(zigzag[channel], limit)))
+        for channel in range(width):
+            over = max(zigzag[channel] - (limit - np.float32(1)), np.float32(0))
+            high[channel] = np.uint16(np.int32(over))  # exact: under 2**24
+        if narrow:
+            for pair in range(code.shape[1]):
+                code[row, pair] = low[2 * pair] | (low[2 * pair + 1] << 4)
+        else:
+            code[row] = low[:width]
+        scalar[row, 0], scalar[row, 1] = mean_bits & 0xFF, mean_bits >> 8
+        scalar[row, 2], scalar[row, 3] = deviation_bits & 0xFF, deviation_bits >> 8
+        scalar[row, 4] = chosen
+        _to_bits(into, mean, deviation, room, coded)
+
+
+@_compiled
+def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore[no-untyped-def]
+    """Errors of LN(h), as :func:`semroute.pipeline.codecs.error.relative_errors`.
+
+    Args:
+        hidden: float32 [R, H].
+        coded: bits of bfloat16, uint16 [R, H].
+        largest: channels that are left out of ``bare``.
+        relative, bare: float32 [R]; written.
+    """
+    rows, width = hidden.shape
+    room = np.empty(width, np.uint32)
+    found = room.view(np.float32)
+    expected, sizes = np.empty(width, np.float32), np.empty(-(-width // LANES) * LANES, np.uint32)
+    most, tops = np.empty(largest, np.int64), np.empty(LANES, np.uint32)
+    for row in range(rows):
+        values, bits = hidden[row], coded[row]
+        for channel in range(width):
+            room[channel] = np.uint32(bits[channel]) << np.uint32(16)
+        mean, other = _mean(values), _mean(found)
+        inverse = np.float32(1) / np.sqrt(_variance(values, mean) + np.float32(eps))
+        other_inverse = np.float32(1) / np.sqrt(_variance(found, other) + np.float32(eps))
+        for channel in range(width):
+            expected[channel] = (values[channel] - mean) * inverse
+        for channel in range(width):
+            found[channel] = (found[channel] - other) * other_inverse - expected[channel]
+        norm, total = _squares(expected), _squares(found)
+        known = np.float32(norm > np.float32(1e-6))
+        relative[row] = known * np.sqrt(total / max(norm, np.float32(1e-6)))
+        _largest(expected, most, sizes, tops)
+        for i in range(largest):
+            norm -= expected[most[i]] * expected[most[i]]
+            total -= found[most[i]] * found[most[i]]
+        norm = max(norm, np.float32(1e-6))
+        bare[row] = known * np.sqrt(max(total, np.float32(0)) / norm)
+
+
+def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
+    """Call a compiled loop for all rows, with as many threads as torch would use."""
+    import torch
+
+    parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))
+    bounds = [num_rows * part // parts for part in range(parts + 1)]
+    slices = [slice(*pair) for pair in pairwise(bounds)]
+    if parts == 1:
+        function(slices[0])
+        return
+    for _ in _threads(torch.get_num_threads()).map(function, slices):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _threads(num: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num)

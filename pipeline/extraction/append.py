@@ -1,0 +1,201 @@
+"""Stores that gain samples: what is new in new shards, all else as it is."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from ...schemas import (
+    Checksums,
+    FeatureManifest,
+    Generation,
+    LatentGeneration,
+    LatentManifest,
+    digest,
+    write_whole,
+)
+from ..sources.images import images_fingerprint
+from ..sources.table import Samples
+from ..store.base import Ledger, check_unchanged
+from ..store.documents import (
+    CHECKSUMS,
+    GROWING,
+    MANIFEST,
+    StoreError,
+    render_table,
+    settle,
+    write_contract,
+)
+from ..store.features import FeatureStore
+from ..store.latents import LatentStore, array_shapes
+from ..store.layout import Packing
+from .plan import Plan
+
+
+def stage(
+    store: Ledger[Any], manifest: FeatureManifest | LatentManifest, files: Mapping[str, bytes]
+) -> None:
+    """Write what a store will be beside what it is; from the last rename on, it is decided.
+
+    Args:
+        manifest: of the store to be.
+        files: all others that are not as they were, by path relative to the store.
+    """
+    settle(store.path)
+    check_unchanged(store)
+    staged = store.path / GROWING
+    for name, content in files.items():
+        write_whole(staged / name, content)
+    if store.checksums is not None:
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        checksums = Checksums(manifest=digest(manifest), files=store.checksums.files | digests)
+        write_contract(staged / CHECKSUMS, checksums)
+    write_contract(staged / MANIFEST, manifest)
+
+
+S = TypeVar("S", FeatureStore, LatentStore)
+
+
+def check_rows(store: FeatureStore, plan: Plan) -> None:
+    """Refuse a file that does not begin with the rows that a store was made from.
+
+    Raises:
+        StoreError: with the first row that differs; or the file ends before the store does.
+    """
+    expected = store.manifest.identity.samples
+    if expected in (*plan.earlier, plan.identity.samples):
+        return
+    ids = store.samples["caption_ids"].combine_chunks()
+    texts = store.captions["text"].take(ids.flatten()).combine_chunks()
+    before = pa.ListArray.from_arrays(ids.offsets, texts).to_pylist()
+    now = plan.samples.texts().to_pylist()
+    source = plan.samples.source
+    for row, (found, stored) in enumerate(zip(now, before, strict=False)):
+        if found != stored:
+            raise StoreError(
+                f"{source}: row {row}, counted from 0, is {_shown(found)}, but {store.path} was "
+                f"made from {_shown(stored)} there. A store grows where rows are added at the end "
+                "of its file; where others changed, name a new folder."
+            )
+    raise StoreError(
+        f"{source}: {len(now):,} rows were asked for, but {store.path} holds "
+        f"{len(before):,} samples, which begin with these. Name the file that it was made from "
+        "last, or a new folder."
+    )
+
+
+def generations(plan: Plan, packing: Packing, begun: FeatureStore | None) -> list[Generation]:
+    """What a store was each time before it grew, as the plan has it."""
+    made = [] if begun is None else [g.provenance for g in begun.manifest.generations]
+    pairs = zip(plan.captions.earlier, plan.earlier, strict=True)
+    return [
+        Generation(
+            captions=captions,
+            samples=samples,
+            num_shards=int(packing.shard[captions.num_captions - 1]) + 1,
+            num_rows=int(plan.captions.num_tokens[: captions.num_captions].sum()),
+            provenance=made[number],
+        )
+        for number, (captions, samples) in enumerate(pairs)
+    ]
+
+
+def check_images(store: LatentStore, digests: Sequence[str | None], source: str) -> None:
+    """Refuse a file that does not begin with the images that a store was made from.
+
+    Args:
+        digests: sha256 of every image of the file, those that could not be read when the store
+            was begun as they were then.
+
+    Raises:
+        StoreError: with the first row that differs; or the file ends before the store does.
+    """
+    before = store.samples["sha256"].to_pylist()
+    for row, (found, stored) in enumerate(zip(digests, before, strict=False)):
+        if found != stored:
+            raise StoreError(
+                f"{source}: the image of row {row}, counted from 0, is not the one that "
+                f"{store.path} was made from (identity.images). A store grows where rows are added "
+                "at the end of its file; where others changed, name a new folder."
+            )
+    if len(digests) < len(before):
+        raise StoreError(
+            f"{source}: {len(digests):,} rows were asked for, but {store.path} holds "
+            f"{len(before):,} samples, which begin with these. Name the file that it was made from "
+            "last, or a new folder."
+        )
+
+
+def latent_generations(
+    samples: Samples,
+    digests: Sequence[str | None],
+    packing: Packing,
+    begun: LatentStore | None,
+) -> list[LatentGeneration]:
+    """What a latent store was each time before it grew to these samples."""
+    made = [] if begun is None else begun.manifest.generations
+    return [
+        LatentGeneration(
+            images=images_fingerprint(digests[:num]),
+            samples=samples.slice(0, num).identity(),
+            num_shards=int(packing.shard[num - 1]) + 1,
+            num_rows=num,
+            provenance=generation.provenance,
+        )
+        for generation in made
+        if (num := generation.samples.num_samples) < len(digests)
+    ]
+
+
+def grow(
+    store: S,
+    manifest: FeatureManifest | LatentManifest,
+    tables: Mapping[str, pa.Table],
+    report: Callable[[str], None],
+) -> S:
+    """Make room for what a store does not have; no shard is written.
+
+    Tables, shapes, checksums and manifest are written beside and put in place together: what
+    is stopped on the way is still the store that it was, or is finished by the same command.
+
+    Args:
+        store: as it is.
+        manifest: as it will be.
+        tables: all rows of its tables, those of the store first, by name without ``.parquet``.
+        report: takes one line of text at a time.
+    """
+    before, layout = store.manifest.layout, manifest.layout
+    added = {name: table.num_rows - getattr(store, name).num_rows for name, table in tables.items()}
+    captions = f" and {added['captions']:,} captions" if "captions" in added else ""
+    report(
+        f"{store.path} grows: {added['samples']:,} new samples{captions} in "
+        f"{layout.num_shards - before.num_shards} new shards"
+    )
+    files = {}
+    for name, table in tables.items():
+        stored = getattr(store, name)
+        whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
+        files[f"{name}.parquet"] = render_table(whole)
+    names = store.arrays if isinstance(manifest, FeatureManifest) else array_shapes(manifest)
+    for plane in names:
+        name = f"{store.group}/{plane}/zarr.json"
+        metadata = json.loads(store.read_file(name).to_pybytes())
+        metadata["shape"][0] = layout.num_shards * layout.rows_per_shard
+        files[name] = json.dumps(metadata, indent=2).encode()
+    stage(store, manifest, files)
+    settle(store.path)
+    return type(store).open(store.path, complete=False)
+
+
+def added_bytes(store: FeatureStore, manifest: FeatureManifest) -> int:
+    """Bytes that new shards will take, judged by those that are written."""
+    rows = sum(receipt.num_rows for receipt in store.receipts().values())
+    ratio = store.num_bytes() / rows if rows else store.bytes_per_row()
+    return int(ratio * (manifest.layout.num_rows - store.manifest.layout.num_rows))
+
+
+def _shown(texts: list[str]) -> str:
+    text = repr(texts[0] if len(texts) == 1 else texts)
+    return text if len(text) <= 70 else f"{text[:67]}..."

@@ -1,0 +1,199 @@
+"""What an extraction is about, known before the LLM runs: its captions, its model, its identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ...schemas import (
+    CAPTIONS_SCHEMA,
+    SAMPLES_SCHEMA,
+    FeatureIdentity,
+    FeatureManifest,
+    SamplesIdentity,
+)
+from ..sources.table import Samples, read_samples
+from ..store.layout import Packing
+from ..text.captions import Captions, build_captions
+from ..text.templates import foreign_markers, read_template
+
+if TYPE_CHECKING:
+    from ..models.hub import Source
+
+
+CPU_BATCH_TOKENS = 512
+"""Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
+GPU_BATCH_TOKENS = 16_384
+LINE_TOKENS = 128
+"""Of a line of packed captions: few, as a token's attention costs as much as its line is long, but
+some captions long, so that little of a line is left over."""
+
+TABLE_ROWS = 262_144
+"""Captions of a table that are laid out at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Samples, captions and model of an extraction.
+
+    Attributes:
+        model: where the LLM is.
+        samples: the user's table.
+        captions: unique, templated, tokenised, in store order.
+        identity: what resume and training compare.
+        earlier: identities of the samples each time before the store grew.
+        foreign_markers: of the template, which the LLM has no token for.
+    """
+
+    model: Source
+    samples: Samples
+    captions: Captions
+    identity: FeatureIdentity
+    earlier: list[SamplesIdentity]
+    foreign_markers: list[str]
+
+    def samples_table(self) -> pa.Table:
+        """samples.parquet: a row an input row."""
+        columns = [
+            pa.array(np.arange(len(self.samples))),
+            self.captions.caption_ids,
+            self.samples.image_names(),
+        ]
+        return pa.table(columns, schema=SAMPLES_SCHEMA)
+
+    def captions_table(self, packing: Packing) -> pa.Table:
+        """captions.parquet: a row a unique caption, laid out a block at a time."""
+        captions = self.captions
+        blocks = []
+        for first in range(0, len(captions), TABLE_ROWS):
+            part = slice(first, min(first + TABLE_ROWS, len(captions)))
+            stored = captions.sequences[part].without(captions.kept[part])
+            starts, lengths = packing.row_start[part], stored.lengths
+            tokens = pa.ListArray.from_arrays(
+                pa.array(stored.offsets, pa.int32()), pa.array(stored.tokens)
+            )
+            columns = [
+                np.arange(part.start, part.stop),
+                captions.texts[part].cast(pa.string()),
+                tokens,
+                lengths,
+                captions.num_cut[part],
+                packing.shard[part],
+                starts,
+                starts + lengths,
+            ]
+            arrays = [
+                column if isinstance(column, pa.Array) else pa.array(column, field.type)
+                for column, field in zip(columns, CAPTIONS_SCHEMA, strict=True)
+            ]
+            blocks.append(pa.RecordBatch.from_arrays(arrays, schema=CAPTIONS_SCHEMA))
+        return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
+
+    def report_warnings(self, report: Callable[[str], None]) -> None:
+        """Say whether the template is another LLM's, and which captions lose their end."""
+        if self.foreign_markers:
+            report(
+                f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
+                "tokenizer has no token for and spells out; it was made for another LLM"
+            )
+        captions = self.captions
+        cut = np.flatnonzero(captions.num_cut)
+        if not len(cut):
+            return
+        report(
+            f"warning: {len(cut):,} captions are longer than {self.identity.max_length} tokens and "
+            "lose their end (captions.parquet has num_cut_tokens), for example:"
+        )
+        for entry in cut[np.argsort(-captions.num_cut[cut], kind="stable")[:3]]:
+            text = captions.texts[entry].as_py()
+            shown = text if len(text) <= 70 else f"{text[:67]}..."
+            report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
+
+
+def make_plan(
+    source: str,
+    *,
+    model: str,
+    template: str = "bos",
+    text_column: str | None = None,
+    layers: str = "all",
+    max_length: int = 512,
+    keep_prefix: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    begun: FeatureManifest | None = None,
+) -> Plan:
+    """Read, deduplicate and tokenise the captions; no weights are loaded.
+
+    Args: as for :func:`semroute.pipeline.extraction.features.extract`; ``auto`` is bfloat16 on a
+    GPU and float32 on a CPU. ``begun`` is the manifest of the store that is to be continued: where
+    it has fewer samples than the file, its captions come first, in its order.
+
+    Raises:
+        InputError: bad input.
+    """
+    import torch
+
+    from ..models.hub import find_model
+    from ..models.llm import (
+        attention_of,
+        describe_model,
+        load_tokenizer,
+        parse_layers,
+        tokenizer_digest,
+    )
+
+    template_text = read_template(template)
+    samples = read_samples(source, text_column=text_column, limit=limit, need="text")
+    texts = samples.texts()
+    counts = [] if begun is None else [g.samples.num_samples for g in begun.generations]
+    earlier = [count for count in counts if count < len(samples)]
+    located = find_model(model)
+    described = describe_model(located)
+    chosen = parse_layers(layers, described.num_layers)
+    tokenizer = load_tokenizer(located)
+    captions = build_captions(
+        texts,
+        tokenizer,
+        template=template_text,
+        max_length=max_length,
+        keep_prefix=keep_prefix,
+        causal=described.causal,
+        seed=seed,
+        earlier=earlier,
+    )
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    identity = FeatureIdentity(
+        model=described,
+        tokenizer=tokenizer_digest(tokenizer),
+        template=captions.template,
+        layers=chosen,
+        final_norm="normed" if chosen[-1] == described.num_layers else "absent",
+        dtype=dtype,
+        attention=attention_of(located),
+        max_length=max_length,
+        captions=captions.identity,
+        samples=samples.identity(),
+    )
+    identities = [samples.slice(0, count).identity() for count in earlier]
+    markers = foreign_markers(template_text, tokenizer)
+    return Plan(located, samples, captions, identity, identities, markers)
+
+
+def default_batch_tokens(have_gpus: bool | None = None) -> int:
+    """Tokens a batch, where nobody chose.
+
+    Args:
+        have_gpus: whether the LLM runs on GPUs; default: whether this machine has any.
+    """
+    import torch
+
+    if have_gpus is None:
+        have_gpus = torch.cuda.is_available()
+    return GPU_BATCH_TOKENS if have_gpus else CPU_BATCH_TOKENS

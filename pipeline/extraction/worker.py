@@ -1,0 +1,482 @@
+"""The tasks of an extraction: encode a shard, or a sample of captions to which a codec is fitted.
+
+They run in workers. Batches are fixed by the plan, so that encoding a shard again gives the same
+bytes.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from ...schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
+from ..codecs import base as codecs
+from ..codecs.array_spec import allocate
+from ..codecs.error import CodecError, layer_errors
+from ..codecs.fit import fit_codec, fitted_spec
+from ..executor.base import Writing, report_progress, worker_name
+from ..executor.workers import own_device
+from ..models.packing import NUM_CAPTIONS, keeps_apart, refuse_mixing
+from ..store.features import FeatureStore
+from ..store.layout import rows_of
+from ..text.batching import Batch, batches
+from ..text.captions import Captions
+from ..text.tokenization import Sequences
+
+if TYPE_CHECKING:
+    from ..models.hub import Source
+    from ..models.llm import Encoder
+
+
+SINK_RATIO = 20.0
+"""A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
+attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+"""What torch says of it on a CPU, where it is a plain RuntimeError, and on devices of others."""
+HALVED = (
+    "batches did not fit into memory and were run in halves: smaller --batch-tokens would be "
+    "faster. In the last bit the result may differ from that of whole batches"
+)
+_model_in_use = threading.Lock()
+"""A model serves one task at a time, however many threads a worker was given."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of an extraction shares."""
+
+    store: Path
+    source: "Source"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The captions of one shard; rows count from the shard's start."""
+
+    shard: int
+    texts: list[str]
+    sequences: Sequences
+    kept: np.ndarray
+    row_start: np.ndarray
+    has_null: bool
+
+    @cached_property
+    def num_rows(self) -> np.ndarray:
+        """Of each caption, int64."""
+        return self.sequences.lengths - self.kept
+
+    @classmethod
+    def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "Task":
+        return cls(
+            shard=shard,
+            texts=captions.texts[chosen].to_pylist(),
+            sequences=captions.sequences[chosen],
+            kept=captions.kept[chosen],
+            row_start=row_start,
+            has_null=chosen.start == 0,
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting a codec gave."""
+
+    spec: Codec
+    parameters: dict[str, np.ndarray]
+    bits_per_value: float
+    warnings: list[str]
+
+
+def encode_shard(job: Job, task: Task) -> Writing[Receipt]:
+    """Encode one shard, then write it and its receipt. Runs in a worker."""
+    store = FeatureStore.open(job.store, complete=False)
+    with _naming_culprit(store, job.source, task), _model_in_use:
+        shard, last = _encode(store, job.source, task)
+
+    def write() -> Receipt:
+        with _naming_culprit(store, job.source, task):
+            shard.keep(last)
+        return store.complete_shard(shard.planes, shard.receipt())
+
+    return Writing(write)
+
+
+class NotFiniteError(ValueError):
+    """Hidden states that are NaN or infinite.
+
+    Attributes:
+        entries: positions in the task of all captions of a batch that have some, in its order.
+    """
+
+    def __init__(self, message: str, entries: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.entries = entries
+
+    @classmethod
+    def of(cls, layer: int, task: Task, rows: np.ndarray) -> "NotFiniteError":
+        found = np.searchsorted(task.row_start, rows, side="right") - 1
+        entries = [*dict.fromkeys(found.tolist())]
+        return cls(
+            f"hidden states of layer {layer} are not finite for the caption "
+            f"{task.texts[entries[0]]!r}; with --dtype bfloat16 try float32",
+            entries,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a batch, or a half of one, gave.
+
+    Attributes:
+        rows: where it belongs, int64 ``[R]``.
+        layers: what became of each layer, by name ``[R, ...]``, on the CPU or on its way there.
+        done: of a device, that it is there.
+    """
+
+    rows: np.ndarray
+    layers: "list[dict[str, torch.Tensor]]"
+    done: "torch.Event | None"
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+
+class _Shard:
+    """A shard that fills with codes.
+
+    Attributes:
+        planes: by name, ``[rows_per_shard, L, size]``.
+        seconds: where the time went.
+        warnings: of what was met.
+    """
+
+    def __init__(self, store: FeatureStore, task: Task) -> None:
+        layout, self._layers = store.manifest.layout, store.manifest.identity.layers
+        shape = (layout.rows_per_shard, len(self._layers))
+        rows = rows_of(task.row_start, task.num_rows)
+        self._codec = _codec_of(store)
+        self.planes = allocate(self._codec.planes, *shape, rows)
+        self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
+        self.warnings: list[str] = []
+        self._task = task
+        self._norms = np.zeros(shape[::-1], np.float32)
+        self._error = CodecError(self._layers)
+        self._below: codecs.Coded | None = None
+
+    def code(self, index: int, hidden: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """Code a layer (position) of a batch on its device."""
+        import torch
+
+        with self._timed("code"):
+            coded = self._codec.encode(index, hidden, self._below if index else None)
+            relative, bare = layer_errors(hidden, coded.hidden)
+            norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
+            self._below = coded
+        return {"norm": norm, "relative": relative, "bare": bare, **coded.planes}
+
+    def keep(self, part: _Part) -> None:
+        """Put what a batch gave where it belongs.
+
+        Raises:
+            NotFiniteError: with the caption and the layer.
+        """
+        with self._timed("forward"):  # a device's work on the LLM and codes is one
+            part.wait()
+        with self._timed("code"):
+            for index, found in enumerate(part.layers):
+                norms = self._norms[index, part.rows] = found.pop("norm").numpy()
+                bad = part.rows[~np.isfinite(norms)]
+                if len(bad):
+                    raise NotFiniteError.of(self._layers[index], self._task, bad)
+                self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
+                for name, codes in found.items():
+                    self.planes[name][part.rows, index] = codes.numpy()
+
+    def receipt(self) -> Receipt:
+        """But for what is known when the shard is written."""
+        task = self._task
+        return Receipt(
+            shard=task.shard,
+            num_rows=int(task.num_rows.sum()),
+            num_entries=len(task.texts),
+            files={},
+            codec_error=self._error.to_dict(),
+            layer_error=self._error.by_layer(),
+            warnings=[*self.warnings, *_sink_warnings(self._norms, self._layers, task)],
+            seconds=self.seconds,
+            worker=worker_name(),
+        )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+
+def _codec_of(store: FeatureStore) -> codecs.Codec:
+    identity = store.manifest.identity
+    shape = (len(identity.layers), identity.model.width)
+    return _read_codec(store.path, store.manifest.codec, *shape)
+
+
+@lru_cache(maxsize=1)
+def _read_codec(store: Path, *_described: Codec | int) -> codecs.Codec:
+    """Read once a worker: parameters are a file a layer, and go to the device.
+
+    Args:
+        _described: what a store of this path that is made anew may have otherwise; of parameters
+            their digest.
+    """
+    return FeatureStore.open(store, complete=False).codec
+
+
+def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, _Part]:
+    """A shard, and the part of it that is still to be kept: the LLM is free already."""
+    import torch
+
+    manifest = store.manifest
+    started = time.perf_counter()
+    torch.set_num_threads(manifest.layout.num_threads)
+    encoder = encoder_of(source, manifest.identity)
+    if manifest.layout.line_tokens is not None:
+        _try_once(encoder, task)
+    loaded = time.perf_counter()
+    shard = _Shard(store, task)
+    parts = _run(encoder, task, manifest.layout, shard.code, shard.warnings)
+    last = next(parts)
+    for part in parts:
+        shard.keep(last)  # while a device is at work on the next
+        last = part
+    shard.seconds["forward"] = time.perf_counter() - loaded - shard.seconds["code"]
+    shard.seconds["load"] = loaded - started
+    return shard, last
+
+
+@contextmanager
+def _naming_culprit(store: FeatureStore, source: "Source", task: Task) -> Iterator[None]:
+    """Of a line of captions that are not finite, raise for the one."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if store.manifest.layout.line_tokens is None:
+            raise
+        with _model_in_use:
+            raise _find_culprit(store, source, task, error) from error
+
+
+def _find_culprit(
+    store: FeatureStore, source: "Source", task: Task, error: NotFiniteError
+) -> NotFiniteError:
+    """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
+    attention is multiplied by zero, and stays NaN."""
+    layers = store.manifest.identity.layers
+    encoder = encoder_of(source, store.manifest.identity)
+    found: list[tuple[int, np.ndarray]] = []
+
+    def take(index: int, hidden: "torch.Tensor") -> None:
+        bad = ~hidden.isfinite().all(-1).cpu().numpy()
+        found.append((layers[index], start + np.flatnonzero(bad)))
+
+    for entry in error.entries:
+        start = task.row_start[entry]
+        encoder.encode([task.sequences[entry]], [int(task.kept[entry])], take)
+        for layer, rows in found:
+            if len(rows):
+                return NotFiniteError.of(layer, task, rows)
+    return error
+
+
+_tried: "weakref.WeakSet[Encoder]" = weakref.WeakSet()
+
+
+def _try_once(encoder: "Encoder", task: Task) -> None:
+    """Once a worker: another device may have other kernels than where the store was begun."""
+    if encoder not in _tried:
+        refuse_mixing(encoder, list(task.sequences[:NUM_CAPTIONS]))
+        _tried.add(encoder)
+
+
+def encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
+    """The LLM of a store as tasks of this process have it: loaded by the first who asks."""
+    return _load_encoder(source, tuple(identity.layers), identity.dtype, own_device())
+
+
+@lru_cache(maxsize=1)
+def _load_encoder(
+    source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
+) -> "Encoder":
+    from transformers.utils import logging
+
+    from ..models.llm import Encoder
+
+    logging.disable_progress_bar()
+    return Encoder(source, layers, dtype, device)
+
+
+def _run(
+    encoder: "Encoder",
+    task: Task,
+    layout: Layout,
+    code: "Callable[[int, torch.Tensor], dict[str, torch.Tensor]]",
+    warnings: list[str],
+) -> Iterator[_Part]:
+    """Run a task's captions through the LLM.
+
+    A batch that does not fit into memory is run in halves, and what it gave until then is let go.
+
+    Args:
+        code: what to make of a layer (position) of a batch, ``[R, H]``, on its device.
+        warnings: one is added if there were halves.
+    """
+    import torch
+
+    lengths = task.sequences.lengths
+
+    def run(batch: Batch) -> Iterator[_Part]:
+        entries = batch.entries
+        rows = rows_of(task.row_start[entries], task.num_rows[entries])
+        layers: list[dict[str, torch.Tensor]] = []
+        done = None
+
+        def take(index: int, hidden: "torch.Tensor") -> None:
+            # A device goes on with the next layer while these are on their way.
+            found = code(index, hidden)
+            layers.append({k: v.to("cpu", non_blocking=True) for k, v in found.items()})
+
+        try:
+            sequences, kept = [task.sequences[i] for i in entries], task.kept[entries].tolist()
+            encoder.encode(sequences, kept, take, batch.line)
+            if encoder.device.type != "cpu":
+                done = torch.accelerator.current_stream(encoder.device).record_event()
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not _is_out_of_memory(error):
+                raise
+        else:
+            yield _Part(rows, layers, done)
+            return
+        # Not within except: the error's traceback holds on to the activations.
+        layers.clear()
+        _free_memory()
+        warnings[:] = [HALVED]
+        for half in batch.halves():
+            yield from run(half)
+
+    num = 0
+    for batch in batches(lengths, layout.batch_tokens, layout.line_tokens):
+        yield from run(batch)
+        num += len(batch)
+        report_progress(task.shard, num)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _free_memory() -> None:
+    """Give back what the allocator keeps of a batch that did not fit: it is in pieces."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
+    """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
+    with _model_in_use:
+        encoder = encoder_of(job.source, identity)
+        try:
+            apart = keeps_apart(encoder, list(task.sequences))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return "lines of three captions do not fit into memory"
+        if not apart:
+            return "the LLM does not keep captions apart that stand in one line"
+        _tried.add(encoder)
+        return ""
+
+
+def fit_sample(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
+    """Encode a sample and fit the codec to it. Runs in a worker."""
+    with _model_in_use:
+        return _fit_to(job, task, manifest)
+
+
+def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
+    import torch
+
+    torch.set_num_threads(manifest.layout.num_threads)
+    identity = manifest.identity
+    encoder = encoder_of(job.source, identity)
+    num_rows = int(task.num_rows.sum())
+    shape = (num_rows, len(identity.layers), identity.model.width)
+    sample = torch.empty(shape, dtype=getattr(torch, identity.dtype))
+
+    def code(index: int, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
+
+    def gather(layout: Layout) -> tuple[np.ndarray, NotFiniteError | None]:
+        """Which rows are finite, and the first caption that has others."""
+        finite, first = np.ones(num_rows, bool), None
+        for part in _run(encoder, task, layout, code, warnings):
+            part.wait()
+            rows = torch.from_numpy(part.rows)
+            for index, found in enumerate(part.layers):
+                there = np.isfinite(found["norm"].numpy())
+                finite[part.rows] &= there
+                if first is None and not there.all():
+                    first = NotFiniteError.of(identity.layers[index], task, part.rows[~there])
+                sample[rows, index] = found["hidden"]
+        return finite, first
+
+    warnings: list[str] = []
+    finite, first = gather(manifest.layout)
+    if first is not None and manifest.layout.line_tokens is not None:
+        finite, first = gather(manifest.layout.model_copy(update={"line_tokens": None}))
+    if first is not None:
+        sample = sample[torch.from_numpy(finite)]
+        if not len(sample):
+            raise first
+        warnings.append(
+            f"{num_rows - len(sample):,} of {num_rows:,} tokens are left out of what the codec is "
+            f"fitted to: {first}"
+        )
+    spec = manifest.codec
+    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
+    spec = fitted_spec(spec, codec, len(task.texts), len(sample))
+    return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
+
+
+def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:
+    """Whether first kept tokens look like attention sinks."""
+    counts = task.num_rows
+    eligible = counts > 1
+    eligible[0] &= not task.has_null
+    if not eligible.any():
+        return []
+    first = task.row_start[eligible]
+    others = rows_of(first + 1, counts[eligible] - 1)
+    ratios = np.median(norms[:, first], axis=1) / np.median(norms[:, others], axis=1)
+    worst = int(ratios.argmax())
+    if ratios[worst] < SINK_RATIO:
+        return []
+    return [
+        f"the first stored token of captions looks like the LLM's attention sink (from layer "
+        f"{layers[int((ratios >= SINK_RATIO).argmax())]} its norm is over {SINK_RATIO:.0f} times "
+        "that of other tokens): its meaning is lost. Put BOS or words in front with --template, "
+        "and leave --keep-prefix off."
+    ]

@@ -1,0 +1,14 @@
+"""What a store holds, how far it is, and what it would cost."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "describe": ["inspect"],
+        "hub": ["push"],
+        "linear_probe": ["probe_layers"],
+        "report": ["write_report"],
+        "statistics": ["LayerStatistics", "measure_layers"],
+    },
+)

@@ -1,0 +1,84 @@
+"""Facts about a store, for people and for machines."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from ...schemas import Facts, Findings, Receipt
+from ...schemas.units import format_bytes
+from ..codecs.error import codec_error, layer_error
+from ..store.features import FeatureStore
+from ..store.open import open_store
+
+_SHOWN = 5
+
+
+def inspect(path: str | os.PathLike[str]) -> Findings:
+    """Look at a feature or latent store, finished or not.
+
+    Raises:
+        StoreError: no store there.
+    """
+    store = open_store(path)
+    receipts = list(store.receipts().values())
+    items = dict(store.facts().items)
+    details = {
+        "path": str(store.path),
+        "format": store.manifest.format,
+        "status": store.manifest.status,
+        "shards": store.manifest.layout.num_shards,
+        "shards_written": store.manifest.layout.num_shards - len(store.remaining()),
+        "bytes": store.num_bytes(),
+    }
+    if isinstance(store, FeatureStore):
+        _describe_features(store, receipts, items, details)
+    elif store.manifest.identity.buckets:
+        details["buckets"] = store.bucket_counts()
+    details["manifest"] = store.manifest.model_dump(mode="json")
+    warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
+    quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}
+    details |= {"warnings": warnings, "quarantined": quarantined}
+    items |= {f"warning {number}": text for number, text in enumerate(warnings, 1)}
+    if quarantined:
+        shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
+        items["quarantined"] = f"{len(quarantined)} shards: {shown}"
+    return Findings(Facts(f"{type(store).__name__} {store.path}", items), details)
+
+
+def _describe_features(
+    store: FeatureStore, receipts: list[Receipt], items: dict[str, str], details: dict[str, Any]
+) -> None:
+    lengths = store.captions["num_tokens"].to_numpy()
+    cut = store.captions["num_cut_tokens"].to_numpy()
+    error, by_layer = codec_error(receipts), layer_error(receipts)
+    items["tokens"] += f"; {lengths.mean():.1f} a caption on average, at most {lengths.max()}"
+    items["bytes a token"] = format_bytes(store.bytes_per_row())
+    if error:
+        what = "LN(h)" if store.mixes is None else "what blocks read"
+        items["codec error"] = (
+            f"{what} {error['mean']:.1e} mean, {error['max']:.1e} max; without the three largest "
+            f"channels {error['mean_without_top3']:.1e}, {error['max_without_top3']:.1e}"
+        )
+    if by_layer and max(by_layer.values()) > 0:
+        worst = max(by_layer, key=by_layer.__getitem__)
+        items["codec error"] += f"; worst in layer {worst}, {by_layer[worst]:.1e}"
+    details |= {
+        "model": store.manifest.provenance.model,
+        "template": store.manifest.identity.template.text,
+        "layers": store.manifest.identity.llm_layers,
+        "mixes": None if store.mixes is None else store.mixes.num_mixes,
+        "captions": len(store),
+        "samples": store.manifest.identity.samples.num_samples,
+        "tokens": store.manifest.layout.num_rows,
+        "tokens_longest": int(lengths.max()),
+        "captions_cut": int(np.count_nonzero(cut)),
+        "bytes_per_token": store.bytes_per_row(),
+        "bytes_padded_bf16": store.padded_bytes(),
+        "ratio_to_padded_bf16": (
+            store.padded_bytes() / store.num_bytes() if store.is_complete else None
+        ),
+        "codec": store.manifest.codec.name,
+        "codec_error": error,
+        "layer_error": by_layer,
+    }

@@ -1,0 +1,148 @@
+"""Figures of a feature store. No global matplotlib state.
+
+Every function returns a matplotlib ``Figure``: a notebook shows it, ``savefig`` writes it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from ...schemas import Routing
+from ..store.features import FeatureStore
+from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
+from .linear_probe import Knowledge
+from .statistics import LayerStatistics
+
+
+def norms(statistics: LayerStatistics) -> Figure:
+    """L2 norms of hidden states: median, 5 to 95 % and the largest, by layer."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(statistics.layers))
+    low, median, high, most = statistics.norms.T
+    axes.fill_between(places, low, high, color=LINES[0], alpha=0.25, label="5 to 95 %", linewidth=0)
+    axes.plot(places, median, color=LINES[0], marker="o", markersize=3, label="median")
+    axes.plot(places, most, color=LINES[1], marker="o", markersize=3, linewidth=1, label="largest")
+    axes.set_yscale("log")
+    _finish(axes, statistics.layers, "Norm of hidden states", "L2 norm")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
+def massive_activations(statistics: LayerStatistics) -> Figure:
+    """How far the largest channel of a vector stands out, and how much of it the top three are."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    places = range(len(statistics.layers))
+    median, most = statistics.largest.T
+    top.plot(places, median, color=LINES[0], marker="o", markersize=3, label="median token")
+    top.plot(places, most, color=LINES[1], marker="o", markersize=3, label="worst token")
+    top.axhline(1000, color=FAINT, linewidth=1, linestyle="--")
+    top.set_yscale("log")
+    top.set_ylabel("largest / median channel", color=INK, fontsize=8)
+    top.legend(frameon=False, fontsize=8, labelcolor=INK)
+    clean(top)
+    bottom.bar(places, 100 * statistics.top3_energy, width=0.8, color=LINES[0])
+    bottom.set_ylim(0, 100)
+    _finish(bottom, statistics.layers, "Massive activations", "% of variance in 3 channels")
+    return figure
+
+
+def similarity(statistics: LayerStatistics) -> Figure:
+    """Layers against layers: linear CKA, and the cosine of the same token, both of LN(h)."""
+    figure = Figure(figsize=(8.4, 4), layout="constrained")
+    figure.suptitle("Similarity of layers", color=INK)
+    pairs = {"linear CKA": statistics.cka, "cosine of a token": statistics.cosine}
+    for axes, (name, values) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
+        least = min(0.0, float(np.nanmin(values, initial=0.0)))
+        drawn = axes.imshow(values, COLOUR_MAP, vmin=least, vmax=1, origin="lower")
+        layer_ticks(axes.xaxis, statistics.layers, most=8)
+        axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
+        axes.set_title(name, color=INK, fontsize=9)
+        axes.set_xlabel("LLM layer", color=INK)
+        clean(axes)
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=INK, labelsize=8)
+    return figure
+
+
+def error_by_layer(errors: Mapping[int, float], codec: str) -> Figure:
+    """Mean error of LN(h) that a codec made, by layer; of :func:`inspection.layer_error`."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(range(len(errors)), list(errors.values()), width=0.8, color=LINES[0])
+    _finish(axes, list(errors), f"Error of the codec, {codec}", "error of LN(h)")
+    return figure
+
+
+def token_lengths(store: FeatureStore) -> Figure:
+    """How many captions have how many tokens, those that were cut apart."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    lengths = store.captions["num_tokens"].to_numpy()
+    cut = store.captions["num_cut_tokens"].to_numpy() > 0
+    width = max(1, -(-int(lengths.max()) // 80))
+    edges = np.arange(0.5, lengths.max() + width + 0.5, width).tolist()
+    kinds = [("whole", lengths[~cut], LINES[0]), ("cut", lengths[cut], LINES[1])]
+    names, values, colours = zip(*(kind for kind in kinds if len(kind[1])), strict=True)
+    axes.hist(values, edges, stacked=True, color=colours, label=names)
+    axes.axvline(lengths.mean(), color=INK, linewidth=1, linestyle="--")
+    if cut.any():
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.set_title(f"Tokens a caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
+    axes.set_xlabel("tokens", color=INK)
+    axes.set_ylabel("captions", color=INK)
+    clean(axes)
+    return figure
+
+
+def knowledge(found: Knowledge, routing: Routing | None = None) -> Figure:
+    """How well each layer tells labels, above what a router reads.
+
+    Bands are 95 % intervals over captions, dashed lines chance, the mark the best layer.
+
+    Args:
+        routing: of a run: its mean over blocks is drawn below.
+    """
+    num = len(found.probes)
+    columns = min(3, num)
+    rows = -(-num // columns) + (routing is not None)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"What layers know ({found.pool} over tokens)", color=INK)
+    grid = figure.add_gridspec(rows, columns)
+    places = range(len(found.layers))
+    for number, probe in enumerate(found.probes):
+        axes = figure.add_subplot(grid[divmod(number, columns)])
+        axes.fill_between(places, probe.low, probe.high, color=LINES[0], alpha=0.25, linewidth=0)
+        axes.plot(places, probe.accuracy, color=LINES[0], marker="o", markersize=2.5, linewidth=1)
+        axes.axhline(probe.chance, color=FAINT, linewidth=1, linestyle="--")
+        axes.plot(probe.best, probe.accuracy[probe.best], "o", color=LINES[1], markersize=5)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        clean(axes)
+        layer_ticks(axes.xaxis, found.layers, most=8)
+        axes.set_title(f"{probe.label}, {probe.num_classes} classes", color=INK, fontsize=9)
+    if routing is not None:
+        axes = figure.add_subplot(grid[rows - 1, :])
+        mean = dict(zip(routing.layers, np.mean(routing.weights, axis=0), strict=True))
+        axes.bar(
+            places, [mean.get(layer, 0.0) for layer in found.layers], width=0.8, color=LINES[2]
+        )
+        axes.axhline(1 / len(mean), color=INK, linewidth=1, linestyle="--")
+        clean(axes)
+        layer_ticks(axes.xaxis, found.layers)
+        axes.set_title("what the router reads, mean over blocks", color=INK, fontsize=9)
+    figure.supxlabel("LLM layer", color=INK, fontsize=9)
+    return figure
+
+
+def _finish(axes: Axes, layers: Sequence[int], title: str, label: str) -> None:
+    """Titles, and layers below."""
+    axes.figure.suptitle(title, color=INK, fontsize=10)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    layer_ticks(axes.xaxis, layers)
+    axes.set_xlabel("LLM layer", color=INK)
+    axes.set_ylabel(label, color=INK, fontsize=8)
+    clean(axes)

@@ -1,0 +1,21 @@
+"""Frozen networks: found, loaded, run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "hub": ["Source", "find_model"],
+        "llm": [
+            "Encoder",
+            "attention_of",
+            "describe_model",
+            "lay_out",
+            "load_tokenizer",
+            "parse_layers",
+            "tokenizer_digest",
+        ],
+        "packing": ["keeps_apart", "refuse_mixing"],
+        "vae": ["Autoencoder", "find_vae", "latents_to_images", "open_decoder", "pixel_codec"],
+    },
+)

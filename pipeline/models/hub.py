@@ -1,0 +1,155 @@
+"""Models on the Hugging Face Hub, in folders and in GGUF files."""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...schemas import InputError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = ".safetensors"
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine.
+
+    Attributes:
+        name: as a user would name it again: ``org/name@commit``, a folder or a GGUF file.
+        folder: what transformers loads.
+        files: name -> sha256 of the files that decide the hidden states.
+    """
+
+    name: str
+    folder: Path
+    files: dict[str, str] = field(hash=False)
+
+
+def find_model(name: str, option: str = "--model", with_code: bool = False) -> Source:
+    """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
+
+    A hub id may carry a revision: ``org/name@revision``. Of a hub model only configuration,
+    tokenizer and safetensors are fetched.
+
+    Args:
+        option: of the command line, named in messages.
+        with_code: fetch the code of a hub model too.
+
+    Raises:
+        InputError: nothing there, or nothing that transformers could load.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(str(path.resolve()), path.resolve(), _hash_files(path, option))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"{option} {name}: a file must be a .gguf; for safetensors name the folder that "
+                "holds config.json"
+            )
+        digest = hash_file(path)
+        return Source(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
+    if is_hub_id(name):
+        folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
+        return Source(hub_name(name, folder), folder, _hash_files(folder, option))
+    raise InputError(f"{option} {name}: no such folder or file, and no hub id (org/name)")
+
+
+def _hash_files(folder: Path, option: str) -> dict[str, str]:
+    files = sorted(p for p in folder.iterdir() if p.suffix == _WEIGHTS or p.name == "config.json")
+    if not any(file.name == "config.json" for file in files):
+        raise InputError(f"{option} {folder}: no config.json in this folder")
+    if not any(file.suffix == _WEIGHTS for file in files):
+        raise InputError(f"{option} {folder}: no .safetensors in this folder")
+    return {file.name: hash_file(file) for file in files}
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a model's file."""
+    # The hub's cache names large files by their sha256, which saves reading them.
+    target = file.resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``org/name`` or ``org/name@revision``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
+
+
+def hub_name(name: str, folder: Path) -> str:
+    """A hub id with the commit that was fetched, which its folder is named after."""
+    return f"{name.partition('@')[0]}@{folder.name}"
+
+
+def download(name: str, files: Sequence[str], option: str) -> Path:
+    """The folder of a hub model with the files of these patterns, fetched where they are not here.
+
+    Args:
+        option: of the command line, named in messages.
+
+    Raises:
+        InputError: not to be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hub_id, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=[*files]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{option} {name}: no such folder here, and not to be had from the hub: {error}"
+        ) from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SEMROUTE_CACHE") or Path(base) / "semroute")
+
+
+def _convert_gguf(file: Path, digest: str) -> Path:
+    """De-quantise once: transformers takes ten times longer to load a GGUF than safetensors."""
+    folder = _cache_folder() / "gguf" / digest[:32]
+    if folder.is_dir():
+        return folder
+    from transformers import AutoModel, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        try:
+            arguments = {"gguf_file": file.name}
+            model = AutoModel.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        except ImportError as error:
+            raise InputError(
+                f"--model {file}: reading GGUF needs the package gguf; pip install 'semroute[gguf]'"
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--model {file}: transformers cannot read it: {error}") from error
+        # The weights are plain float32 now; transformers still marks the model as quantised
+        # and would refuse to save it.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was quicker
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

@@ -1,0 +1,348 @@
+"""The frozen LLM: token batches -> hidden states of chosen layers, by forward hooks. No storage."""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ...schemas import InputError, ModelIdentity
+from .hub import LOAD_ERRORS, Source
+
+Dtype = Literal["float32", "bfloat16"]
+Sink = Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a family of text towers in transformers calls its parts."""
+
+    embedding: str
+    blocks: str
+    norm: str
+
+
+FORMS = (
+    Form("embed_tokens", "layers", "norm"),  # Llama, Qwen, Gemma, Mistral and most since
+    Form("embed_tokens", "block", "final_layer_norm"),  # T5, mT5, UMT5
+    Form("embed_in", "layers", "final_layer_norm"),  # GPT-NeoX
+    Form("wte", "h", "ln_f"),  # GPT-2
+)
+"""The families that are known: a model can be used whose text tower has one of these forms."""
+
+_ENCODER_ONLY = {"t5", "mt5", "umt5"}
+"""Model types of which transformers has a class without the decoder."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The text tower of a model: of a vision-language model the language model, of an
+    encoder-decoder the encoder.
+
+    Attributes:
+        module: the tower; called with ``input_ids`` and ``attention_mask``.
+        name: its name inside the model, "" where the model is the tower.
+        form: what its parts are called.
+        causal: whether a token sees only those before it.
+    """
+
+    module: Any
+    name: str
+    form: Form
+    causal: bool
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        blocks: torch.nn.ModuleList = getattr(self.module, self.form.blocks)
+        return blocks
+
+    @property
+    def norm(self) -> torch.nn.Module:
+        norm: torch.nn.Module = getattr(self.module, self.form.norm)
+        return norm
+
+    def keep_blocks(self, number: int) -> None:
+        """Remove the blocks above the first ``number``."""
+        setattr(self.module, self.form.blocks, self.blocks[:number])
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer (a fast one, transformers)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source.name}: no tokenizer that transformers loads: {error}") from error
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of the tokenizer's serialised state."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def describe_model(source: Source) -> ModelIdentity:
+    """Identity of the text tower, from the model's configuration; no weights are loaded.
+
+    Raises:
+        InputError: not a model that transformers knows, or its text tower is of no known form.
+    """
+    tower = _sketch(source)
+    config = tower.module.config
+    return ModelIdentity(
+        architecture=config.model_type,
+        num_layers=len(tower.blocks),
+        width=config.hidden_size,
+        causal=tower.causal,
+        files=source.files,
+    )
+
+
+def attention_of(source: Source) -> str:
+    """The attention implementation of transformers that the model runs with: ``sdpa`` where the
+    model's class has it, or ``eager`` (Gemma 2, whose scores have a soft cap).
+
+    Raises:
+        InputError: as :func:`describe_model`.
+    """
+    attention: str = _sketch(source).module.config._attn_implementation
+    return attention
+
+
+def find_tower(model: Any, name: str) -> Tower:
+    """Where in a model of transformers the text goes, and what the parts are called there.
+
+    Args:
+        name: of the model, for the error.
+
+    Raises:
+        InputError: no form in :data:`FORMS` fits; the nearest one is named, with what is lacking.
+    """
+    encoder = model.get_encoder()
+    module = model.get_decoder() if encoder is model else encoder
+    lacking = [
+        [part for part in dataclasses.astuple(form) if not hasattr(module, part)] for form in FORMS
+    ]
+    fewest = min(lacking, key=len)
+    form = FORMS[lacking.index(fewest)]
+    if fewest:
+        raise InputError(
+            f"{name}: {type(module).__name__}, the text tower of {type(model).__name__}, is of no "
+            f"known form; it lacks {', '.join(fewest)}. Expected a decoder LLM such as Llama, "
+            "Qwen, Gemma or Mistral, a vision-language model around one, or a T5 encoder."
+        )
+    (path,) = [path for path, part in model.named_modules() if part is module]
+    bidirectional = encoder is not model or (
+        getattr(module.config, "use_bidirectional_attention", None) is True  # EmbeddingGemma
+    )
+    return Tower(module, path, form, causal=not bidirectional)
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """``all`` -> 1..L; ``every:3`` -> each third, counted back from L; ``1-10,17`` -> those.
+
+    0 is the embedding output, l the output of block l, L the output after the final norm.
+
+    Raises:
+        InputError: another form, a layer that does not exist, or one named twice.
+    """
+    if text == "all":
+        return list(range(1, num_layers + 1))
+    if match := re.fullmatch(r"every:([1-9]\d*)", text):
+        return sorted(range(num_layers, 0, -int(match[1])))
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise InputError(f"--layers {text!r}: expected all, every:3, or numbers such as 1-10,17")
+    layers: list[int] = []
+    for part in text.split(","):
+        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        if max(first, last) > num_layers:
+            raise InputError(
+                f"--layers: no layer {max(first, last)}; the model has layers 0 to {num_layers}"
+            )
+        if first > last:
+            raise InputError(
+                f"--layers: {part} ends before it begins; did you mean {last}-{first}?"
+            )
+        layers += range(first, last + 1)
+    if len(set(layers)) < len(layers):
+        raise InputError(f"--layers {text!r} names a layer twice")
+    return sorted(layers)
+
+
+class Encoder:
+    """A loaded text tower that hands over one layer at a time.
+
+    Args:
+        source: from :func:`find_model`.
+        layers: ascending, see :func:`parse_layers`. Blocks above the last one are not run.
+        dtype: in which the LLM runs.
+        device: default: the first GPU, or the CPU.
+    """
+
+    def __init__(
+        self, source: Source, layers: Sequence[int], dtype: Dtype, device: str | None = None
+    ) -> None:
+        self.layers = list(layers)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, loaded = _make(
+            source,
+            "from_pretrained",
+            source.folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        self.tower = find_tower(model, source.name)
+        _refuse_missing(source, self.tower, loaded["missing_keys"])
+        num_layers = len(self.tower.blocks)
+        # What a first block receives: some models add to what their embedding gives, or scale it.
+        self._needs_input = self.layers[0] == 0
+        self.tower.keep_blocks(max(1, self.layers[-1]))
+        self.tower.module.eval().requires_grad_(False).to(self.device)
+        self._outputs = {
+            index: self.tower.norm if layer == num_layers else self.tower.blocks[layer - 1]
+            for index, layer in enumerate(self.layers)
+            if layer > 0
+        }
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the tower can be told where in its caption a token stands."""
+        return "position_ids" in inspect.signature(self.tower.module.forward).parameters
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        sequences: Sequence[np.ndarray],
+        kept: Sequence[int],
+        sink: Sink,
+        line: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        """Run one batch.
+
+        Args:
+            sequences: token ids of each caption, template included.
+            kept: first row wanted of each sequence.
+            sink: called as ``sink(index, rows)`` for each layer in turn, ``index`` into ``layers``;
+                ``rows`` are the wanted rows of all sequences, packed, ``[rows, H]`` in the LLM's
+                dtype, on its device. Only that layer is alive.
+            line: of the batch, in which each sequence stands, ascending from 0. Several in one
+                stand one after the other, and are kept apart by positions that begin anew, which
+                transformers makes its masks of (``masking_utils.find_packed_sequence_indices``);
+                whether a model heeds them is to be tried
+                (:mod:`semroute.pipeline.models.packing`). Default: each in its own, padded on the
+                right.
+        """
+        inputs, wanted = lay_out(sequences, kept, line)
+        # Numbers of rows, not a mask: a device would have to count one, and be waited for.
+        chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
+
+        def receive(_module: Any, inputs: Any) -> None:
+            sink(0, inputs[0].flatten(0, 1).index_select(0, chosen))
+
+        def give(index: int) -> Callable[[Any, Any, Any], None]:
+            def take(_module: Any, _inputs: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
+                sink(index, hidden.flatten(0, 1).index_select(0, chosen))
+
+            return take
+
+        handles = [
+            module.register_forward_hook(give(index)) for index, module in self._outputs.items()
+        ]
+        if self._needs_input:
+            handles.append(self.tower.blocks[0].register_forward_pre_hook(receive))
+        try:
+            self.tower.module(
+                **{name: values.to(self.device) for name, values in inputs.items()},
+                use_cache=False,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def lay_out(
+    sequences: Sequence[np.ndarray],
+    kept: Sequence[int],
+    line: Sequence[int] | np.ndarray | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch as transformers takes it.
+
+    Args: as for :meth:`Encoder.encode`.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, or, where sequences share a line, ``position_ids``:
+        int64 ``[B, T]`` each; and which rows are wanted, bool ``[B, T]``.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences])
+    line = np.arange(len(lengths)) if line is None else np.asarray(line)
+    ends = np.cumsum(lengths)
+    stops = ends - (ends - lengths)[np.searchsorted(line, line)]  # in their line
+    shape = (int(line[-1]) + 1, int(stops.max()))
+    tokens = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    wanted = torch.zeros_like(tokens, dtype=torch.bool)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    for row, stop, sequence, first in zip(line, stops, sequences, kept, strict=True):
+        start = stop - len(sequence)
+        tokens[row, start:stop] = torch.from_numpy(sequence)
+        mask[row, start:stop] = 1
+        wanted[row, start + first : stop] = True
+        positions[row, stop:] = torch.arange(shape[1] - stop)  # of the next, or of padding
+    if shape[0] < len(sequences):
+        return {"input_ids": tokens, "position_ids": positions}, wanted
+    return {"input_ids": tokens, "attention_mask": mask}, wanted
+
+
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise InputError(f"{source.name}: no model that transformers knows: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _sketch(source: Source) -> Tower:
+    """The tower without weights."""
+    with torch.device("meta"):
+        return find_tower(_make(source, "from_config", _config(source)), source.name)
+
+
+def _make(source: Source, constructor: str, *arguments: Any, **options: Any) -> Any:
+    """The model without heads: ``from_config`` or ``from_pretrained`` of the class that fits."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.utils import logging
+
+    encoder_only = _config(source).model_type in _ENCODER_ONLY
+    auto = AutoModelForTextEncoding if encoder_only else AutoModel
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # heads are left out on purpose; transformers lists them
+    try:
+        return getattr(auto, constructor)(*arguments, trust_remote_code=False, **options)
+    except LOAD_ERRORS as error:
+        raise InputError(f"{source.name}: transformers cannot load it: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _refuse_missing(source: Source, tower: Tower, missing: Iterable[str]) -> None:
+    """Weights that the files lack would be random numbers; transformers only warns."""
+    prefix = f"{tower.name}." if tower.name else ""
+    inside = sorted(name for name in missing if name.startswith(prefix))
+    if inside:
+        raise InputError(
+            f"{source.name}: {len(inside)} weights of {type(tower.module).__name__} are not in its "
+            f"files, the first is {inside[0]}; expected all of them"
+        )

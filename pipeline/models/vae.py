@@ -1,0 +1,274 @@
+"""A VAE of diffusers: images -> mean and deviation of its posterior, and latents -> images.
+
+Codes are what the VAE gives; latents, which models are trained on, are ``code * scale + shift``.
+
+Shapes: n images, C channels of a latent, H x W pixels, h x w latent.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+
+from ...schemas import InputError, LatentIdentity, differences
+
+if TYPE_CHECKING:
+    from .hub import Source
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """Latent = code * scale + shift; code is uint8, latent in [-1, 1]."""
+
+    scale: float
+    shift: float
+
+
+def pixel_codec() -> PixelCodec:
+    """0 -> -1, 255 -> 1."""
+    return PixelCodec(scale=2 / 255, shift=-1.0)
+
+
+def latents_to_images(latents: np.ndarray, scale: float, shift: float) -> np.ndarray:
+    """Pixel latents float ``[n, 3, H, W]`` -> images uint8 ``[n, H, W, 3]``, clipped."""
+    codes = np.rint((latents - shift) / scale).clip(0, 255).astype(np.uint8)
+    return codes.transpose(0, 2, 3, 1)
+
+
+CLASSES = [n for n in get_args(LatentIdentity.model_fields["vae"].annotation) if n != "pixels"]
+"""Of diffusers, whose conventions are known."""
+_VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a film of one frame
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model"
+_FILES = [_CONFIG, f"{_WEIGHTS}.safetensors*", f"{_WEIGHTS}-*-of-*.safetensors"]
+_PROBE = 512
+"""Side of an image of which no more than the latent's shape is wanted."""
+
+
+def find_vae(name: str) -> "Source":
+    """Locate a VAE: its folder, a folder that holds it as ``vae``, or a hub id of either kind.
+
+    Of a hub model only the VAE's configuration and safetensors are fetched.
+
+    Raises:
+        InputError: nothing there, or not a VAE whose conventions are known.
+    """
+    from .hub import Source, download, hash_file, hub_name, is_hub_id
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        folder = folder.resolve()
+        found = str(folder)
+    elif is_hub_id(name):
+        folder = download(name, [*_FILES, *(f"vae/{file}" for file in _FILES)], "--vae")
+        found = hub_name(name, folder)
+    else:
+        raise InputError(
+            f"--vae {name}: no such folder, and no hub id (org/name); expected one, or pixels"
+        )
+    if not (folder / _CONFIG).exists() and (folder / "vae" / _CONFIG).exists():
+        folder = folder / "vae"
+    _class_name(folder, name)
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.name in (_CONFIG, f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.safetensors.index.json")
+        or file.match(f"{_WEIGHTS}-*-of-*.safetensors")
+    )
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise InputError(f"--vae {name}: no {_WEIGHTS}.safetensors in {folder}")
+    return Source(found, folder, {file.name: hash_file(file) for file in files})
+
+
+class Autoencoder:
+    """What a VAE's configuration says; the weights are loaded when they are first needed.
+
+    Args:
+        source: from :func:`find_vae`.
+        device: where it runs, in float32: the VAE of SDXL overflows float16.
+
+    Raises:
+        InputError: diffusers is not installed, or too old.
+    """
+
+    def __init__(self, source: "Source", device: str = "cpu") -> None:
+        self.source = source
+        self.device = device
+        self.name = _class_name(source.folder, source.name)
+        try:
+            import diffusers
+        except ImportError as error:
+            raise InputError(
+                f"--vae {source.name}: {self.name} is a class of diffusers, which is not "
+                "installed: pip install 'semroute[vae]'"
+            ) from error
+        try:
+            self._class: Any = getattr(diffusers, self.name)
+        except AttributeError as error:
+            raise InputError(
+                f"--vae {source.name}: diffusers {diffusers.__version__} has no {self.name}; "
+                "expected a later version"
+            ) from error
+        self.config: dict[str, Any] = self._class.load_config(source.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        """The network, in evaluation mode."""
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model = self._class.from_pretrained(self.source.folder, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"--vae {self.source.name}: diffusers cannot load it: {error}"
+            ) from error
+        return model.float().eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _probe(self) -> tuple[int, int, bool]:
+        """Channels, pixels a latent pixel, and whether there is a posterior; without weights."""
+        import torch
+
+        with torch.device("meta"), torch.inference_mode():
+            model = self._class.from_config(self.config).eval()
+            codes, deviation = self._encode(model, torch.zeros(1, 3, _PROBE, _PROBE))
+        return codes.shape[1], _PROBE // codes.shape[-1], deviation is not None
+
+    @property
+    def has_deviation(self) -> bool:
+        """Whether it gives a distribution, and not just a latent."""
+        return self._probe[2]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of images of so many pixels: C, h, w.
+
+        Raises:
+            InputError: the VAE does not tile them.
+        """
+        channels, factor, _ = self._probe
+        if height % factor or width % factor:
+            raise InputError(
+                f"--vae {self.source.name} makes one latent pixel of {factor} x {factor} pixels, "
+                f"and images are {height} x {width}; expected multiples of {factor}. Name a size "
+                "with --size."
+            )
+        return channels, height // factor, width // factor
+
+    @cached_property
+    def scale(self) -> list[float]:
+        """By channel: latent = code * scale + shift.
+
+        ``(code - mean) / std * scaling_factor``, where mean is ``latents_mean`` or, for all
+        channels, ``shift_factor``, as in the pipelines of diffusers; what a configuration does not
+        have is 0, 1 and 1.
+        """
+        factor = self.config.get("scaling_factor")
+        factor = 1.0 if factor is None else float(factor)
+        return [factor / std for std in self._by_channel("latents_std", 1.0)]
+
+    @cached_property
+    def shift(self) -> list[float]:
+        """By channel, see :attr:`scale`."""
+        means = self._by_channel("latents_mean", self.config.get("shift_factor") or 0.0)
+        return [0.0 - mean * scale for mean, scale in zip(means, self.scale, strict=True)]
+
+    def _by_channel(self, key: str, default: float) -> list[float]:
+        values = self.config.get(key)
+        return [default] * self._probe[0] if values is None else [*map(float, values)]
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mean and deviation of the posterior; of a VAE without one, its latent and None.
+
+        Args:
+            images: RGB uint8 ``[n, 3, H, W]``.
+
+        Returns:
+            Codes, float32 ``[n, C, h, w]`` each.
+        """
+        import torch
+
+        codec = pixel_codec()
+        with torch.inference_mode():
+            pixels = torch.from_numpy(images).to(self.device) * codec.scale + codec.shift
+            mean, deviation = self._encode(self.model, pixels)
+            return mean.cpu().numpy(), None if deviation is None else deviation.cpu().numpy()
+
+    def _encode(
+        self, model: Any, pixels: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
+        found = model.encode(pixels.unsqueeze(2) if self.name in _VIDEO else pixels)
+        if "latent_dist" not in found:
+            return found["latents" if "latents" in found else "latent"], None
+        mean, deviation = found.latent_dist.mean, found.latent_dist.std
+        if self.name in _VIDEO:
+            mean, deviation = mean.squeeze(2), deviation.squeeze(2)
+        return mean, deviation
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents float32 ``[n, C, h, w]``, as models are trained on -> RGB uint8
+        ``[n, H, W, 3]``; one at a time, so that a picture does not depend on others."""
+        import torch
+
+        scale, shift = (
+            torch.tensor(value, device=self.device).reshape(-1, 1, 1)
+            for value in (self.scale, self.shift)
+        )
+        codec, images = pixel_codec(), []
+        with torch.inference_mode():
+            for latent in latents:
+                code = (torch.from_numpy(latent).to(self.device) - shift) / scale
+                code = code[None, :, None] if self.name in _VIDEO else code[None]
+                image = self.model.decode(code).sample.reshape(3, *self._image_size(latent.shape))
+                images.append(image.cpu().numpy())
+        return latents_to_images(np.stack(images), codec.scale, codec.shift)
+
+    def _image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        factor = self._probe[1]
+        return shape[1] * factor, shape[2] * factor
+
+
+def open_decoder(
+    identity: LatentIdentity, vae: str, device: str = "cpu"
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Latents float32 ``[n, C, h, w]`` -> images uint8 ``[n, H, W, 3]``.
+
+    Args:
+        identity: of the latent store that a model was trained on.
+        vae: where its VAE is, see :func:`find_vae`; not needed where latents are pixels.
+
+    Raises:
+        InputError: no VAE there, or not the one of the identity.
+    """
+    if identity.vae == "pixels":
+        codec = pixel_codec()
+        return lambda latents: latents_to_images(latents, codec.scale, codec.shift)
+    source = find_vae(vae)
+    different = differences(source.files, identity.files, "files")
+    if different:
+        listed = "\n  ".join(map(str, different))
+        raise InputError(
+            f"--vae {vae} is not the VAE of these latents:\n  {listed}\nName that one."
+        )
+    return Autoencoder(source, device).decode
+
+
+def _class_name(folder: Path, name: str) -> str:
+    try:
+        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"--vae {name}: no {_CONFIG} in this folder, nor in vae/") from error
+    except ValueError as error:
+        raise InputError(f"--vae {name}: {folder / _CONFIG} is no JSON: {error}") from error
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found not in CLASSES:
+        raise InputError(
+            f"--vae {name}: {_CONFIG} names the class {found!r}; expected one of "
+            f"{', '.join(CLASSES)}"
+        )
+    return str(found)

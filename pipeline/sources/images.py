@@ -1,0 +1,157 @@
+"""Files of images -> pixels, and pixels <-> latents: the image itself, scaled to [-1, 1]."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ...schemas import InputError
+from .table import Unreadable
+
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on an image lies on its side
+
+
+@dataclass(frozen=True)
+class Images:
+    """What was found when every file of a table was looked at.
+
+    Attributes:
+        size: height and width that all have, or will have after resizing.
+        digests: sha256 of each encoded file; None where there is no file.
+        broken: row -> why its image cannot be read, as far as a look tells.
+        sizes: height and width of each image as it is, int64 ``[rows, 2]``; 0 where it is broken.
+    """
+
+    size: tuple[int, int]
+    digests: list[str | None]
+    broken: dict[int, str]
+    sizes: np.ndarray
+
+
+def choose_buckets(size: int, step: int) -> list[tuple[int, int]]:
+    """Heights and widths of images of about one area and many ratios, the square first.
+
+    Sides are multiples of ``step``. The longer one goes from ``size`` to twice that, and the
+    shorter one is the largest with an area of at most size x size, as in kohya's sd-scripts. With
+    1,024 and 64 these are 33 shapes, all of them SDXL's (arXiv 2307.01952, appendix I).
+
+    Raises:
+        InputError: ``size`` is no multiple of ``step``.
+    """
+    if size % step:
+        raise InputError(f"--size {size} is no multiple of the step of --buckets, {step}")
+    pairs = [(long, size * size // long // step * step) for long in range(size, 2 * size + 1, step)]
+    both = {pair for long, short in pairs for pair in ((long, short), (short, long))}
+    return sorted(both, key=lambda pair: (abs(pair[0] - pair[1]), pair))
+
+
+def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which bucket's ratio is nearest to that of each image, of ratios as of factors; of buckets of
+    one ratio the one with the larger area. int32 ``[rows]``, 0 for images of no size.
+
+    Args:
+        sizes: height and width, ``[rows, 2]``.
+    """
+    known = np.asarray(buckets, np.float64)
+    order = np.argsort(-known.prod(1), kind="stable")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(sizes[:, 0] / sizes[:, 1])
+        away = np.abs(ratios[:, None] - np.log(known[order, 0] / known[order, 1]))
+    nearest = order[np.argmin(np.round(np.nan_to_num(away), 9), 1)]
+    return np.where(sizes.min(1) > 0, nearest, 0).astype(np.int32)
+
+
+def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int | None) -> Images:
+    """Look at every file once, before any work.
+
+    Raises:
+        InputError: no image is readable, or sizes differ and none is asked for.
+    """
+    digests: list[str | None] = []
+    broken: dict[int, str] = {}
+    sizes: dict[tuple[int, int], int] = {}  # height and width -> first row that has it
+    each: list[tuple[int, int]] = []
+    for row, file in enumerate(files):
+        each.append((0, 0))
+        if isinstance(file, Unreadable):
+            digests.append(None)
+            broken[row] = file.reason
+            continue
+        digests.append(hashlib.sha256(file).hexdigest())
+        try:
+            with Image.open(io.BytesIO(file)) as image:
+                sideways = _orientation(image) > 4
+                shape = (image.height, image.width)
+                each[row] = shape[::-1] if sideways else shape
+                sizes.setdefault(each[row], row)
+        except Exception as error:  # whatever a decoder makes of damaged bytes
+            broken[row] = _reason(error)
+    if not sizes:
+        listed = "\n  ".join(f"row {row}: {text}" for row, text in [*broken.items()][:5])
+        raise InputError(f"{source}: none of {len(digests)} images can be read:\n  {listed}")
+    if size is None and len(sizes) > 1:
+        (first, start), (second, row) = list(sizes.items())[:2]
+        raise InputError(
+            f"{source}: images have {len(sizes)} sizes (row {start} is {first[1]} x {first[0]}, "
+            f"row {row} is {second[1]} x {second[0]}); expected one. Name one with --size."
+        )
+    common = (size, size) if size is not None else next(iter(sizes))
+    return Images(common, digests, broken, np.array(each, np.int64).reshape(-1, 2))
+
+
+def images_fingerprint(digests: Iterable[str | None]) -> str:
+    """sha256 over the digests; 32 zero bytes stand for a file that was not there."""
+    return hashlib.sha256(b"".join(bytes.fromhex(d or "00" * 32) for d in digests)).hexdigest()
+
+
+def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarray | Unreadable:
+    """An encoded image -> RGB uint8 ``[3, H, W]``, or why it cannot be read.
+
+    Upright (by its EXIF orientation), what is transparent on white; resized on its shorter side,
+    then cropped in the centre, where it has not that size already.
+    """
+    if isinstance(file, Unreadable):
+        return file
+    try:
+        with Image.open(io.BytesIO(file)) as opened:
+            image = _rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # whatever a decoder makes of damaged bytes
+        return Unreadable(_reason(error))
+    height, width = size
+    if (image.height, image.width) != (height, width):
+        factor = max(height / image.height, width / image.width)
+        resized = (
+            max(width, round(image.width * factor)),
+            max(height, round(image.height * factor)),
+        )
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image, np.uint8).transpose(2, 0, 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow decodes a PNG whole to look for a tag behind the pixels, where none is ever.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+        raise ValueError(f"pixels of mode {image.mode}; expected 8 bits a channel")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    # Of a file in memory Pillow names the object, with its address.
+    known = "cannot identify image file"
+    text = "no image of a known format" if known in str(error) else str(error)
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,104 @@
+"""Files of prompts as benchmarks publish them: texts, and what belongs to each."""
+
+import json
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from ...schemas import InputError, Prompt
+from .table import column_names, read_samples, read_table
+
+TEXT_COLUMNS = ("prompt", "prompts", "text", "caption")
+GROUP_COLUMNS = ("tag", "category")
+ID_COLUMNS = ("id",)
+
+
+def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
+    """Read prompts, in the order of their file.
+
+    Args:
+        source: a table or a list of lines, see
+            :func:`semroute.pipeline.sources.table.read_samples`; or a ``.json``: a list of
+            prompts, or an object of names and prompts as GenAI-Bench's, where a prompt is a string
+            or an object that has one.
+        text_column: default: the first of ``prompt``, ``prompts``, ``text`` and ``caption``,
+            whatever its case.
+
+    Raises:
+        InputError: no such file or format, no column of prompts, or a prompt that is empty.
+    """
+    if PurePosixPath(source).suffix.lower() == ".json":
+        return _read_json(source, text_column)
+    names = column_names(source)
+    texts = text_column or _find(names, TEXT_COLUMNS)
+    samples = read_samples(source, text_column=texts, need="text")
+    captions = samples.texts().to_pylist()
+    several = next((row for row, found in enumerate(captions) if len(found) > 1), None)
+    if several is not None:
+        raise InputError(
+            f"{source}: row {several} has {len(captions[several])} captions; expected one a prompt"
+        )
+    columns = {
+        key: _find(names, known) for key, known in (("group", GROUP_COLUMNS), ("name", ID_COLUMNS))
+    }
+    values: dict[str, list[Any]] = {}
+    for key, column in columns.items():
+        if column is not None:
+            _, table = read_table(source, samples.text_column, [column])
+            values[key] = [None if v is None else str(v) for v in table[column].to_pylist()]
+    records: Sequence[str | None] = [None] * len(captions)
+    if PurePosixPath(source).suffix.lower() == ".jsonl":
+        with fsspec.open(source, "rb") as file:
+            lines = file.read().decode("utf-8").split("\n")
+        records = [line.strip() for line in lines if line.strip()]
+    return [
+        Prompt(
+            text=found[0],
+            name=(values["name"][row] if "name" in values else None) or f"{row:05d}",
+            group=values["group"][row] if "group" in values else None,
+            record=records[row],
+        )
+        for row, found in enumerate(captions)
+    ]
+
+
+def _read_json(source: str, text_column: str | None) -> list[Prompt]:
+    try:
+        with fsspec.open(source, "rb") as file:
+            document = json.load(file)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{source}: no such file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{source} is no readable json file: {error}") from error
+    if isinstance(document, dict):
+        entries = [(str(name), value) for name, value in document.items()]
+    elif isinstance(document, list):
+        entries = [(f"{row:05d}", value) for row, value in enumerate(document)]
+    else:
+        entries = []
+    if not entries:
+        raise InputError(f"{source} holds no prompts; expected a list, or an object of them")
+    return [_of_json(source, name, value, text_column) for name, value in entries]
+
+
+def _of_json(source: str, name: str, value: Any, text_column: str | None) -> Prompt:
+    group = None
+    if isinstance(value, dict):
+        column = text_column or _find([*value], TEXT_COLUMNS)
+        found = _find([*value], GROUP_COLUMNS)
+        group = str(value[found]) if found is not None else None
+        value = value.get(column) if column is not None else None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(
+            f"{source}: entry {name} has no prompt; expected a string, or an object with "
+            f"{text_column or ', '.join(TEXT_COLUMNS)}"
+        )
+    return Prompt(value, name, group)
+
+
+def _find(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The first known name that there is, whatever its case."""
+    lower = {name.casefold(): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower), None)

@@ -1,0 +1,358 @@
+"""The user's captioned images: parquet, jsonl, csv, tsv, txt or webdataset tars, local or any
+fsspec URL."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ...schemas import InputError, SamplesIdentity, fingerprint
+from .webdataset import PLACE, TEXT, Reader, Tars
+
+TEXT_COLUMNS = ("text", "prompt", "caption")
+IMAGE_COLUMNS = ("image",)
+TAR = ".tar"
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt", TAR)
+T = TypeVar("T")
+_SHOWN = 5  # offending rows listed in a message
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image: why there is none."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of an input file, in its order.
+
+    Attributes:
+        source: path or URL as the user named it.
+        table: the two columns below, where they exist.
+        text_column: name of the column with captions; None where the file has none.
+        image_column: name of the column with images; None where the file has none.
+    """
+
+    source: str
+    table: pa.Table
+    text_column: str | None
+    image_column: str | None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def slice(self, start: int, stop: int) -> "Samples":
+        """Some of the rows."""
+        return replace(self, table=self.table.slice(start, stop - start))
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """Some of the rows, in the order given."""
+        return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
+
+    def texts(self) -> pa.ListArray:
+        """Captions as ``list<large_string>``, one list a row.
+
+        Raises:
+            InputError: a caption is missing or blank, or a row has no caption.
+        """
+        assert self.text_column is not None
+        column = self.table[self.text_column]
+        if _is_list(column.type):
+            column = column.cast(pa.list_(pa.large_string())).combine_chunks()
+        else:
+            texts = column.cast(pa.large_string()).combine_chunks()
+            offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
+            column = pa.ListArray.from_arrays(offsets, texts)
+        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column.flatten())), 0)
+        blank = pc.list_parent_indices(column).filter(pc.fill_null(blank, True))
+        none = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
+        rows = sorted({*blank.to_pylist(), *none.to_pylist()})
+        if rows:
+            shown = ", ".join(str(row) for row in rows[:_SHOWN])
+            more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+            raise InputError(
+                f"{self.source}: {len(rows)} of {len(self)} rows have an empty caption in column "
+                f"{self.text_column!r} (rows {shown}{more}, counted from 0). Remove them: the null "
+                "caption is always stored, and caption dropout happens in training."
+            )
+        return column
+
+    def image_names(self) -> pa.Array:
+        """Path of each image (string, null where there is none); bytes are not copied."""
+        if self.image_column is None:
+            return pa.nulls(len(self), pa.string())
+        column = self.table[self.image_column].combine_chunks()
+        if pa.types.is_struct(column.type):
+            return pc.struct_field(column, "path").cast(pa.string())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return column.cast(pa.string())
+        return pa.nulls(len(self), pa.string())
+
+    def image_files(self) -> Iterator[bytes | Unreadable]:
+        """The encoded bytes of every image, in order, or why there are none.
+
+        The column holds paths (relative ones start at the file's folder), bytes, or structs of
+        ``bytes`` and ``path`` as HF datasets writes them; or places in tars.
+
+        Raises:
+            InputError: the column holds something else.
+        """
+        assert self.image_column is not None
+        with Reader() as tars:
+            for row, value in enumerate(_python_values(self.table[self.image_column])):
+                try:
+                    yield self._image_file(row, value, tars)
+                except FileNotFoundError:
+                    yield Unreadable(f"no such file: {_image_name(value)}")
+                except OSError as error:
+                    yield Unreadable(f"{_image_name(value)}: {error}")
+
+    def _image_file(self, row: int, value: Any, tars: Reader) -> bytes | Unreadable:
+        if isinstance(value, dict) and [*value] == PLACE.names:
+            return tars.read(value["tar"], value["start"], value["size"])
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if not value:
+            return Unreadable("the row names no image")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise InputError(
+                f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
+            )
+        if "://" in value:
+            with fsspec.open(value, "rb") as file:
+                return file.read()
+        filesystem, path = fsspec.core.url_to_fs(self.source)
+        return filesystem.cat_file(str(PurePosixPath(path).parent / value))
+
+    def identity(self) -> SamplesIdentity:
+        """Number of rows and fingerprint of their captions, to join stores made from one file."""
+        if self.text_column is None:
+            return SamplesIdentity(num_samples=len(self), fingerprint=None)
+        texts = self.texts()
+        return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts))
+
+
+def read_samples(
+    source: str,
+    *,
+    text_column: str | None = None,
+    image_column: str | None = None,
+    limit: int | None = None,
+    need: str,
+) -> Samples:
+    """Read a table of captions, images or both.
+
+    Args:
+        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (a caption a line); a local
+            path or any URL that fsspec knows. Or ``.tar``, maybe several by a pattern, see
+            :meth:`semroute.pipeline.sources.webdataset.Tars.open`.
+        text_column: a column of strings or of lists of strings; default: the first of ``text``,
+            ``prompt``, ``caption`` that exists. Of tars ``txt`` (files) or a key of their JSON.
+        image_column: default: ``image`` if it exists. Of tars an extension; default: the first of
+            jpg, jpeg, png, webp that a sample has.
+        limit: only the first rows.
+        need: ``"text"`` or ``"image"``: the column that must exist.
+
+    Raises:
+        InputError: no such file or format, not parseable, empty, or no such column.
+    """
+    tars = Tars.open(source) if _suffix(source) == TAR else None
+    if tars is not None and not tars.samples:
+        raise InputError(f"{source} holds no samples; expected files such as 000.jpg and 000.txt")
+    names = column_names(source) if tars is None else tars.names()
+    defaults = TEXT_COLUMNS if tars is None else (TEXT, *TEXT_COLUMNS)
+    text = _find_column(names, source, text_column, defaults, "--text-column", need == "text")
+    image = _find_column(
+        names, source, image_column, IMAGE_COLUMNS, "--image-column", need == "image"
+    )
+    columns = [name for name in (text, image) if name is not None]
+    if tars is not None:
+        table = tars.table(columns, limit)
+    else:
+        names_of = image if need == "text" else None
+        table = _parsed(source, partial(_read_columns, columns=columns, names_of=names_of))
+        image = image if image in table.schema.names else None
+    if limit is not None:
+        table = table.slice(0, limit)
+    if table.num_rows == 0:
+        raise InputError(f"{source} has no rows; expected at least one")
+    if text is not None:
+        kind = table.schema.field(text).type
+        value = kind.value_type if _is_list(kind) else kind
+        if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+            raise InputError(
+                f"{source}: column {text!r} holds {kind}; expected strings or lists of strings"
+            )
+    return Samples(source, table, text, image)
+
+
+def read_table(
+    source: str, text_column: str | None = None, columns: Sequence[str] | None = None
+) -> tuple[str, pa.Table]:
+    """The name of the column of captions, and that column with others; of tables, not of tars.
+
+    Args:
+        source: see :func:`read_samples`.
+        text_column: default: the first of ``text``, ``prompt``, ``caption`` that exists.
+        columns: others to read; default all.
+
+    Raises:
+        InputError: no such file, format or column.
+    """
+    if _suffix(source) == TAR:
+        raise InputError(f"{source}: labels are read from a table, not from tars")
+    names = column_names(source)
+    text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", True)
+    missing = sorted({*(columns or ())} - {*names})
+    if missing:
+        raise InputError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(names)}"
+        )
+    wanted = [name for name in names if columns is None or name in columns or name == text]
+    return str(text), _parsed(source, partial(_read_columns, columns=wanted))
+
+
+def column_names(source: str) -> list[str]:
+    """Of a table: its columns; of a jsonl the keys of its first object; of a txt ``text``.
+
+    Raises:
+        InputError: no such file or format, or it is empty.
+    """
+    return _parsed(source, _column_names)
+
+
+def _suffix(source: str) -> str:
+    return PurePosixPath(source).suffix.lower()
+
+
+def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
+    suffix = _suffix(source)
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{source}: cannot tell the format from {suffix or 'a name without suffix'!r}; "
+            f"expected one of {', '.join(SUFFIXES)}"
+        )
+    try:
+        with fsspec.open(source, "rb") as file:
+            if not file.read(1):
+                raise InputError(f"{source} is empty; expected at least one row")
+            file.seek(0)
+            return read(file, suffix)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{source}: no such file") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{source} is no readable {suffix[1:]} file: {error}") from error
+
+
+def _column_names(file: BinaryIO, suffix: str) -> list[str]:
+    if suffix == ".parquet":
+        return list(pyarrow.parquet.read_schema(pa.PythonFile(file, "r")).names)
+    if suffix == ".txt":
+        return ["text"]
+    if suffix == ".jsonl":
+        return list(_first_object(file))
+    with pyarrow.csv.open_csv(file, parse_options=_csv_options(suffix)) as reader:
+        return list(reader.schema.names)
+
+
+def _read_columns(
+    file: BinaryIO, suffix: str, columns: list[str], names_of: str | None = None
+) -> pa.Table:
+    """Some columns; of ``names_of``, a column of images, names alone: bytes may be too many."""
+    if suffix == ".parquet":
+        parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
+        if names_of is not None:
+            columns = _named(parquet.schema_arrow, columns, names_of)
+        return parquet.read(columns)
+    if suffix == ".txt":
+        lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
+        return pa.table({"text": pa.array([line.removesuffix("\r") for line in lines])})
+    if suffix == ".jsonl":
+        # Only these columns are parsed: others may change their type from row to row.
+        first = _first_object(file)
+        file.seek(0)
+        fields = [(name, pa.infer_type([first[name]])) for name in columns]
+        options = pyarrow.json.ParseOptions(
+            explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
+        )
+        return pyarrow.json.read_json(file, parse_options=options)
+    return pyarrow.csv.read_csv(
+        file,
+        parse_options=_csv_options(suffix),
+        convert_options=pyarrow.csv.ConvertOptions(
+            include_columns=columns,
+            column_types={name: pa.string() for name in columns},
+            null_values=[],
+        ),
+    )
+
+
+def _named(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
+    """Columns to read where of images only names are wanted; none where images have no names."""
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind):
+        name = [f"{image}.path"] if kind.get_field_index("path") >= 0 else []
+    else:
+        name = [] if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else [image]
+    return [column for column in columns if column != image] + name
+
+
+def _first_object(file: BinaryIO) -> dict[str, Any]:
+    line = next((line for line in file if line.strip()), b"")
+    first = json.loads(line)
+    if not isinstance(first, dict):
+        raise InputError(f"a line of jsonl must be an object; found {line[:60]!r}")
+    return first
+
+
+def _csv_options(suffix: str) -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(
+        delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
+    )
+
+
+def _find_column(
+    names: Sequence[str],
+    source: str,
+    wanted: str | None,
+    defaults: Sequence[str],
+    option: str,
+    required: bool,
+) -> str | None:
+    candidates = [wanted] if wanted is not None else list(defaults)
+    found = next((name for name in candidates if name in names), None)
+    if found is None and (required or wanted is not None):
+        expected = " or ".join(repr(name) for name in candidates)
+        raise InputError(
+            f"{source} has no column {expected}; its columns are "
+            f"{', '.join(names)}. Name one with {option}."
+        )
+    return found
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _image_name(value: Any) -> str:
+    return str(value["path"]) if isinstance(value, dict) else str(value)
+
+
+def _python_values(column: pa.ChunkedArray) -> Iterator[Any]:
+    for chunk in column.chunks:
+        for scalar in chunk:
+            yield scalar.as_py()

@@ -1,0 +1,239 @@
+"""Webdataset tars: which files belong to which sample, and where their bytes are.
+
+A sample is all files of a tar whose names are the same up to the first dot of the last part
+(``dir/000.jpg``, ``dir/000.txt``), in the order in which they first occur. Names without such a
+dot, or with nothing before it, belong to no sample, as in webdataset.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+
+from ...schemas import InputError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE = "image"
+"""Column of whichever of these a sample has."""
+TEXT = "txt"
+"""Column of captions that are files of their own."""
+_JSON = "json"
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+_BLOCK = 512
+PLACE = pa.struct(
+    [("path", pa.string()), ("tar", pa.string()), ("start", pa.int64()), ("size", pa.int64())]
+)
+"""Where the bytes of a file are: its name, for people, the tar, and bytes from where on."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Tars:
+    """The samples of some tars; their bytes are read when asked for.
+
+    Attributes:
+        source: as the user named them.
+        samples: the tar of each sample, and its files by extension.
+    """
+
+    source: str
+    samples: list[tuple[str, dict[str, _Member]]]
+
+    @classmethod
+    def open(cls, source: str) -> "Tars":
+        """Read the headers of all tars.
+
+        Args:
+            source: path or URL, of which ``*``, ``?``, ``{000..012}`` and ``{a,b}`` may stand for
+                several.
+
+        Raises:
+            InputError: no such tar, or one that is damaged or cut off.
+        """
+        samples: list[tuple[str, dict[str, _Member]]] = []
+        for path in expand(source):
+            try:
+                with fsspec.open(path, "rb") as file:
+                    samples += [(path, files) for files in _read_headers(file, path)]
+            except (FileNotFoundError, IsADirectoryError) as error:
+                raise InputError(f"{source}: no such file: {path}") from error
+            except tarfile.TarError as error:
+                raise InputError(f"{path} is no readable tar: {error}") from error
+        return cls(source, samples)
+
+    def names(self) -> list[str]:
+        """Columns: extensions, ``image`` where there are images, and the keys of the first JSON."""
+        found = {extension: None for _, files in self.samples for extension in files}
+        images = [IMAGE] if any(extension in found for extension in IMAGE_EXTENSIONS) else []
+        first = next((place for place in self.samples if _JSON in place[1]), None)
+        keys = [] if first is None else [*self._json([first])[0]]
+        return [*found, *images, *keys]
+
+    def table(self, columns: Sequence[str], limit: int | None) -> pa.Table:
+        """Some columns: captions as strings or lists of them, images as :data:`PLACE`.
+
+        Raises:
+            InputError: a caption is no text, or no JSON.
+        """
+        samples = self.samples[:limit]
+        return pa.table({name: self._column(name, samples) for name in columns})
+
+    def _column(self, name: str, samples: list[tuple[str, dict[str, _Member]]]) -> pa.Array:
+        extensions = IMAGE_EXTENSIONS if name == IMAGE else (name,)
+        if name == TEXT:
+            texts = self._read(samples, TEXT)
+            return pa.array([text and text.removesuffix("\n") for text in texts], pa.string())
+        if not any(extension in files for _, files in samples for extension in extensions):
+            documents = self._json(samples)
+            try:
+                return pa.array([document.get(name) for document in documents])
+            except pa.ArrowInvalid as error:
+                raise InputError(f"{self.source}: {name!r} of the JSON: {error}") from error
+        places = []
+        for tar, files in samples:
+            member = next((files[each] for each in extensions if each in files), None)
+            places.append(
+                member
+                and {
+                    "path": f"{tar}/{member.name}",
+                    "tar": tar,
+                    "start": member.start,
+                    "size": member.size,
+                }
+            )
+        return pa.array(places, PLACE)
+
+    def _json(self, samples: list[tuple[str, dict[str, _Member]]]) -> list[dict[str, Any]]:
+        documents = []
+        for (tar, files), text in zip(samples, self._read(samples, _JSON), strict=True):
+            try:
+                document = json.loads(text or "{}")
+            except ValueError as error:
+                raise InputError(f"{tar}: {files[_JSON].name} is no JSON: {error}") from error
+            if not isinstance(document, dict):
+                raise InputError(f"{tar}: {files[_JSON].name} must hold an object: {text!r:.60}")
+            documents.append(document)
+        return documents
+
+    def _read(
+        self, samples: list[tuple[str, dict[str, _Member]]], extension: str
+    ) -> list[str | None]:
+        """Contents of one file of each sample, None where it has none."""
+        texts: list[str | None] = []
+        with Reader() as reader:
+            for tar, files in samples:
+                member = files.get(extension)
+                if member is None:
+                    texts.append(None)
+                    continue
+                try:
+                    texts.append(reader.read(tar, member.start, member.size).decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{tar}: {member.name} is no UTF-8: {error}") from error
+        return texts
+
+
+class Reader:
+    """Reads parts of files, of which it keeps the last one open."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """Bytes of a path or URL.
+
+        Raises:
+            OSError: the file is not there, or ends before.
+        """
+        if path != self._path:
+            self.__exit__()
+            self._file = None
+            self._file, self._path = fsspec.open(path, "rb").open(), path
+        assert self._file is not None
+        self._file.seek(start)
+        content = self._file.read(size)
+        if len(content) != size:
+            raise OSError(f"{path} ends at byte {start + len(content)}")
+        return content
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths or URLs that a pattern stands for: braces in their order, then ``*`` and ``?`` sorted.
+
+    Raises:
+        InputError: nothing matches.
+    """
+    paths: list[str] = []
+    for plain in _braces(pattern):
+        if not re.search(r"[*?]", plain):
+            paths.append(plain)
+            continue
+        filesystem, path = fsspec.core.url_to_fs(plain)
+        found = sorted(filesystem.glob(path))
+        if not found:
+            raise InputError(f"{pattern}: no such file: nothing matches {plain}")
+        paths += [filesystem.unstrip_protocol(each) for each in found] if "://" in plain else found
+    return paths
+
+
+def _braces(pattern: str) -> list[str]:
+    """``a{0..2}{x,y}`` -> a0x, a0y, a1x ...; a range is padded to the width of its start."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices: list[list[str]] = []
+    for number, part in enumerate(parts):
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        if number % 2 == 0:
+            choices.append([part])
+        elif bounds:
+            first, last = bounds.groups()
+            numbers = range(int(first), int(last) + 1)
+            choices.append([str(each).zfill(len(first)) for each in numbers])
+        else:
+            choices.append(part.split(","))
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:
+    """Files of each sample of one tar, by extension."""
+    samples: dict[str, dict[str, _Member]] = {}
+    end = 0
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:
+            end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
+            match = _NAME.fullmatch(info.name) if info.isfile() else None
+            if match is None:
+                continue
+            files = samples.setdefault(match[1], {})
+            extension = match[2].lower()
+            if extension in files:
+                raise InputError(f"{path} holds {info.name} twice")
+            files[extension] = _Member(info.name, info.offset_data, info.size)
+    # tarfile takes a header that is damaged or cut off for the end, as it does with the end of the
+    # first of two tars that were put together.
+    file.seek(end)
+    rest = file.read()
+    if len(rest) < _BLOCK or rest.strip(b"\0"):
+        raise InputError(
+            f"{path} is damaged or cut off: after byte {end:,} expected zeros to the end of the tar"
+        )
+    return [*samples.values()]

@@ -1,0 +1,16 @@
+"""Stores on disk: created, written, read, locked and verified."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "base": ["Ledger", "check_unchanged"],
+        "documents": ["StoreError", "render_table", "settle", "write_contract"],
+        "features": ["Caption", "Codes", "FeatureStore", "Rows"],
+        "latents": ["LatentStore", "array_shapes"],
+        "layout": ["Packing", "pack", "rows_of"],
+        "lock": ["Lock", "LockedError", "is_dead", "locked", "read_driver"],
+        "open": ["open_features", "open_latents", "open_store"],
+    },
+)

@@ -1,0 +1,294 @@
+"""One sharded Zarr array of rows: allocated whole, written a shard at a time, read in runs of rows.
+
+Shard files are written and read straight, of objects only the parts needed, where the array has
+exactly the codecs that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at the
+end; in a chunk ``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on the index).
+Others are read through zarr-python. To the byte a file is what zarr-python would write, which takes
+three times as long for it: tasks of an event loop around every chunk.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+
+from ...schemas import InputError, Layout, WrittenFile, write_whole
+from ...schemas.files import is_local, list_files, read_files, read_ranges, write_files
+from ..codecs.chunks import ZSTD_LEVEL
+from .shard_file import (
+    ABSENT,
+    CRC_BYTES,
+    CorruptShardError,
+    Pieces,
+    ShardFile,
+    chunk_crc,
+    known_form,
+    read_bytes,
+    zstd_context,
+)
+
+
+class RowArray:
+    """Rows ``[num_shards * rows_per_shard, *row_shape]`` in shards.
+
+    Args:
+        path: folder of the Zarr array, or one behind a URL (``upath.UPath``).
+        layout: of the store.
+        direct: read the shard files themselves; None: where the array is of the known form.
+
+    Attributes:
+        is_known: whether the array has exactly the codecs that :func:`allocate` gives it.
+    """
+
+    def __init__(self, path: Path, layout: Layout, *, direct: bool | None = None) -> None:
+        self.path = path
+        self.layout = layout
+        self.is_local = is_local(path)
+        self.array: Any = open_array(path, whole=False)
+        self.row_shape: tuple[int, ...] = tuple(self.array.shape[1:])
+        self.dtype: np.dtype = self.array.dtype
+        expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
+        if self.array.shape != expected:
+            raise CorruptShardError(
+                f"{path}: the array is {self.array.shape} but the manifest says {expected}"
+            )
+        form = known_form(self.array)
+        self.is_known = form is not None
+        self.direct = self.is_known if direct is None else direct
+        if not self.direct and not self.is_local:
+            self.array = zarr.open_array(store=str(path), mode="r")
+        self.order = form.order if form else None
+        self._shards: dict[int, ShardFile] = {}
+
+    def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
+        """Write one whole shard, and make sure that it is on disk, or in the object store.
+
+        Args:
+            rows: ``[rows_per_shard, *row_shape]``; rows that are not in use are zero and cost
+                nothing.
+
+        Returns:
+            What was written, by path relative to the array.
+        """
+        expected = (self.layout.rows_per_shard, *self.row_shape)
+        if rows.shape != expected or rows.dtype != self.dtype:
+            raise ValueError(
+                f"a shard is written whole: expected {expected} {self.dtype}, found {rows.shape} "
+                f"{rows.dtype}"
+            )
+        if not self.is_known:
+            raise InputError(
+                f"{self.path}: the array has other codecs than semroute gives it, and is for "
+                "reading only"
+            )
+        name = _shard_name(shard, len(self.row_shape))
+        parts = self._code(rows)
+        # A worker that was taken for dead may still be writing the same bytes.
+        write_whole(self.path / name, *parts, alone=False)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        return {name: WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())}
+
+    def _code(self, rows: np.ndarray) -> list[bytes]:
+        """The file of a shard in parts: its chunks, but for those of zeros, and the index."""
+        num = self.layout.rows_per_chunk
+        firsts = range(0, len(rows), num)
+
+        def code(first: int, *, always: bool = False) -> bytes:
+            chunk = rows[first : first + num]
+            chunk = np.ascontiguousarray(chunk.transpose(self.order) if self.order else chunk)
+            if not (always or chunk.any()):
+                return b""
+            coded = (
+                chunk.tobytes()
+                if self.order is None
+                else zstd_context.compressor.compress(chunk.data)
+            )
+            return coded + chunk_crc(coded)
+
+        if self.layout.num_threads > 1:
+            with ThreadPoolExecutor(self.layout.num_threads) as pool:
+                chunks = [*pool.map(code, firsts)]
+        else:
+            chunks = [*map(code, firsts)]
+        if not any(chunks):  # a shard of nothing but zeros is there all the same
+            chunks = [code(first, always=True) for first in firsts]
+        index = np.full((len(chunks), 2), ABSENT, "<u8")
+        sizes = np.array([*map(len, chunks)], np.uint64)
+        there = sizes > 0
+        index[there, 0], index[there, 1] = (np.cumsum(sizes) - sizes)[there], sizes[there]
+        return [*chunks, index.tobytes(), chunk_crc(index.tobytes())]
+
+    def read(
+        self,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        out: np.ndarray,
+        select: Sequence[int] | slice = slice(None),
+    ) -> None:
+        """Copy runs of rows, one after the other, into ``out``.
+
+        Args:
+            starts, stops: ``[runs]``.
+            out: ``[sum(stops - starts), selected, ...]``.
+            select: positions along the first axis of a row.
+
+        Raises:
+            CorruptShardError: a chunk's checksum does not fit its bytes; checked when a chunk is
+                first read.
+            InputError: the shard is not there.
+        """
+        self.read_pieces(Pieces.of(starts, stops, self.layout.rows_per_chunk), out, select)
+
+    def read_pieces(
+        self, pieces: "Pieces", out: np.ndarray, select: Sequence[int] | slice = slice(None)
+    ) -> None:
+        """Copy pieces of chunks to their targets in ``out``; neighbours of one chunk read it once.
+
+        Args, errors: as for :meth:`read`.
+        """
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        whole = select == slice(None) and out.shape[1:] == self.row_shape
+        mapped = self.direct and self.is_local
+        fetched = self._fetch(pieces.chunk, num_chunks) if self.direct and not mapped else {}
+        if mapped and self.order is None and whole and out.flags.c_contiguous:
+            if out.dtype != self.dtype or len(out) < (pieces.target + pieces.num).max(initial=0):
+                raise ValueError(f"out is {out.dtype} {out.shape}, which the rows do not fit")
+            for shard, part in pieces.by_shard(num_chunks):
+                self._shard(shard).copy(part, out)
+            return
+        last, rows = -1, np.empty(0)
+        for chunk, first, num, target in pieces:
+            if chunk != last:
+                rows = self._chunk(*divmod(chunk, num_chunks), fetched.get(chunk))
+                last = chunk
+            out[target : target + num] = rows[first : first + num, select]
+
+    def _fetch(self, chunks: np.ndarray, num_chunks: int) -> dict[int, np.ndarray]:
+        """Chunks of objects as they are stored, by number over all shards: many at a time."""
+        wanted = np.unique(chunks)
+        shards = np.unique(wanted // num_chunks).tolist()
+        new = [shard for shard in shards if shard not in self._shards]
+        paths = [self._shard_path(shard) for shard in new]
+        size = 16 * num_chunks + CRC_BYTES
+        try:
+            indexes = read_ranges(paths, [-size] * len(new), [None] * len(new))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"a shard of {self.path} is not written yet; run the command that makes this "
+                "store again"
+            ) from error
+        for shard, index in zip(new, indexes, strict=True):
+            self._shards[shard] = self._open(shard, np.frombuffer(index, np.uint8))
+        places = [self._shards[chunk // num_chunks].place(chunk % num_chunks) for chunk in wanted]
+        stored = [(int(c), place) for c, place in zip(wanted, places, strict=True) if place]
+        coded = read_ranges(
+            [self._shard_path(chunk // num_chunks) for chunk, _ in stored],
+            [start for _, (start, _) in stored],
+            [stop for _, (_, stop) in stored],
+        )
+        pairs = zip(stored, coded, strict=True)
+        return {chunk: np.frombuffer(content, np.uint8) for (chunk, _), content in pairs}
+
+    def _chunk(self, shard: int, number: int, coded: np.ndarray | None = None) -> np.ndarray:
+        """One chunk ``[rows_per_chunk, *row_shape]``, perhaps a view of the mapped file."""
+        if not self.direct:
+            start = shard * self.layout.rows_per_shard + number * self.layout.rows_per_chunk
+            return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
+        return self._shard(shard).chunk(number, coded)
+
+    def _shard(self, shard: int) -> "ShardFile":
+        file = self._shards.get(shard)
+        if file is None:
+            content = read_bytes(self._shard_path(shard))
+            file = self._shards[shard] = self._open(shard, content)
+        return file
+
+    def _open(self, shard: int, content: np.ndarray) -> "ShardFile":
+        """Args: content: the file, or its end, of which chunks are then given."""
+        path, chunk_shape = self._shard_path(shard), (self.layout.rows_per_chunk, *self.row_shape)
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        return ShardFile(path, content, chunk_shape, self.dtype, num_chunks, self.order)
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.path / _shard_name(shard, len(self.row_shape))
+
+    def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
+        """Read a whole shard of an array of the known form, every checksum included.
+
+        Args:
+            content: of its file, uint8; default: it is read.
+
+        Raises:
+            CorruptShardError: bytes that are not those that were written.
+            InputError: the shard is not there.
+        """
+        content = read_bytes(self._shard_path(shard)) if content is None else content
+        file = self._open(shard, content)
+        for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
+            file.chunk(number)
+
+
+def open_array(path: Path, *, whole: bool = True) -> Any:
+    """A Zarr array; of one behind a URL its files are read at once.
+
+    Args:
+        whole: all its files, or only its metadata, which is enough for shards.
+    """
+    if is_local(path):
+        return zarr.open_array(store=str(path), mode="r" if whole else "r+")
+    files = read_files(path, list_files(path) if whole else ["zarr.json"])
+    buffer = default_buffer_prototype().buffer
+    held = {name: buffer.from_bytes(content) for name, content in files.items()}
+    return zarr.open_array(zarr.storage.MemoryStore(held), mode="r")
+
+
+@contextmanager
+def new_group(path: Path) -> Iterator[Any]:
+    """A Zarr group to make arrays in; their files are written when the block ends."""
+    files: dict[str, Any] = {}
+    yield zarr.create_group(zarr.storage.MemoryStore(files))
+    write_files(path, {name: buffer.to_bytes() for name, buffer in files.items()})
+
+
+def allocate(
+    group: Any,
+    name: str,
+    layout: Layout,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype,
+    dimension_names: Sequence[str],
+    attributes: Mapping[str, Any],
+    order: Sequence[int] | None = None,
+) -> None:
+    """Create the metadata of an array in a Zarr group; no shard is written.
+
+    Args:
+        order: compress chunks by zstd with their axes in this order; None: as they are, without
+            compression.
+    """
+    group.create_array(
+        name,
+        shape=(layout.num_shards * layout.rows_per_shard, *row_shape),
+        chunks=(layout.rows_per_chunk, *row_shape),
+        shards=(layout.rows_per_shard, *row_shape),
+        dtype=dtype,
+        serializer=BytesCodec(endian="little") if dtype.itemsize > 1 else BytesCodec(),
+        filters=None if order is None else [TransposeCodec(order=tuple(order))],
+        compressors=[*([] if order is None else [ZstdCodec(level=ZSTD_LEVEL)]), Crc32cCodec()],
+        fill_value=0,
+        dimension_names=list(dimension_names),
+        attributes=dict(attributes),
+    )
+
+
+def _shard_name(shard: int, row_dimensions: int) -> str:
+    return "/".join(["c", str(shard), *["0"] * row_dimensions])

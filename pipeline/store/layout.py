@@ -1,0 +1,116 @@
+"""Where every row goes: captions -> shards, rows, chunks and batches. Pure arithmetic."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...schemas import InputError, Layout
+from ..codecs.chunks import choose_rows_per_chunk
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Entries dealt to shards, none across a boundary.
+
+    Attributes:
+        layout: shapes of the arrays.
+        shard: shard of each entry, int32 ``[entries]``.
+        row_start: first row of each entry, int64 ``[entries]``; its rows are consecutive.
+        num_rows: rows of each entry, int64 ``[entries]``.
+    """
+
+    layout: Layout
+    shard: np.ndarray
+    row_start: np.ndarray
+    num_rows: np.ndarray
+
+    def entries(self, shard: int) -> range:
+        """Entries of a shard; they are consecutive."""
+        first, stop = np.searchsorted(self.shard, [shard, shard + 1])
+        return range(int(first), int(stop))
+
+    def work(self) -> dict[int, tuple[int, int]]:
+        """Shard -> its entries and rows."""
+        entries = np.bincount(self.shard, minlength=self.layout.num_shards).tolist()
+        rows = np.bincount(self.shard, self.num_rows, minlength=self.layout.num_shards)
+        return dict(enumerate(zip(entries, rows.astype(np.int64).tolist(), strict=True)))
+
+
+def rows_of(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rows of entries, one entry after the other: int64 ``[sum(counts)]``."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+
+
+def pack(
+    num_rows: np.ndarray,
+    *,
+    bytes_per_row: int,
+    shard_bytes: int,
+    batch_tokens: int,
+    rows_per_chunk: int | None = None,
+    aligned: bool = False,
+    num_threads: int = 1,
+    earlier: Sequence[int] = (),
+    breaks: Sequence[int] = (),
+) -> Packing:
+    """Deal entries to shards in the order given; a shard ends where the next does not fit.
+
+    Args:
+        num_rows: rows of each entry, ``[entries]``, all positive.
+        bytes_per_row: uncompressed.
+        shard_bytes: wanted size of a full shard; rounded down to whole chunks, and up to hold the
+            longest entry.
+        batch_tokens, num_threads: recorded in the layout, where workers find them.
+        rows_per_chunk: default as :func:`choose_rows_per_chunk`.
+        aligned: begin every entry at a chunk. Zeros between entries are free under compression, and
+            no entry's chunk holds another's rows, which would be decompressed in vain.
+        earlier: entries that there were each time before a store grew, ascending. The next entry
+            begins a shard, and the size of shards is that of the first generation.
+        breaks: other entries that begin a shard, as they are of another kind than those before.
+
+    Raises:
+        InputError: an entry of a later generation does not fit into a shard.
+    """
+    if rows_per_chunk is None:
+        rows_per_chunk = choose_rows_per_chunk(bytes_per_row)
+    used = np.asarray(num_rows, np.int64)
+    num_rows = -(-used // rows_per_chunk) * rows_per_chunk if aligned else used
+    stops_of_generations = [*earlier, len(num_rows)]
+    first_rows = num_rows[: stops_of_generations[0]]
+    total = int(first_rows.sum())
+    wanted = shard_bytes // (bytes_per_row * rows_per_chunk)
+    needed = -(-int(first_rows.max()) // rows_per_chunk)
+    enough = -(-total // rows_per_chunk)
+    rows_per_shard = max(needed, min(wanted, enough)) * rows_per_chunk
+    if num_rows.max() > rows_per_shard:
+        raise InputError(
+            f"an entry of {used[num_rows.argmax()]} rows does not fit into a shard, which has "
+            f"{rows_per_shard} rows since the store was begun; make a new store"
+        )
+
+    stops = np.cumsum(num_rows)
+    shard = np.empty(len(num_rows), np.int32)
+    row_start = np.empty(len(num_rows), np.int64)
+    ends = sorted({*stops_of_generations, *(each for each in breaks if each)})
+    first, num_shards = 0, 0
+    while first < len(num_rows):
+        before = stops[first] - num_rows[first]
+        end = ends[bisect_right(ends, first)]
+        stop = min(end, int(np.searchsorted(stops, before + rows_per_shard, side="right")))
+        shard[first:stop] = num_shards
+        row_start[first:stop] = (
+            num_shards * rows_per_shard + stops[first:stop] - num_rows[first:stop] - before
+        )
+        first, num_shards = stop, num_shards + 1
+    layout = Layout(
+        num_shards=num_shards,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=rows_per_chunk,
+        num_rows=int(used.sum()),
+        batch_tokens=batch_tokens,
+        num_threads=num_threads,
+    )
+    return Packing(layout, shard, row_start, used)

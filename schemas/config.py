@@ -1,0 +1,73 @@
+"""A training configuration from a YAML file and the command line."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .contract import parse
+from .errors import InputError
+from .train import TrainConfig
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training configuration from a YAML file, with ``a.b=value`` put in.
+
+    Raises:
+        InputError: no such file, no YAML, or not a valid configuration.
+    """
+    return parse(TrainConfig, read_yaml(path, overrides), str(path))
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML file holds, with ``a.b=value`` put in.
+
+    Raises:
+        InputError: no such file, no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds {type(document).__name__}; expected keys and values")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
+        try:
+            put(document, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise InputError(f"{override!r}: the value is no YAML: {error}") from error
+    return document
+
+
+def put(document: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, such as ``routing.strategy``; a mapping is put in key by key.
+
+    Raises:
+        InputError: a part of the key before the last holds a value.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            put(document, f"{key}.{name}", inner)
+        return
+    *parents, last = key.split(".")
+    place = document
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise InputError(f"{key}={value}: {parent} holds a value, not keys")
+    place[last] = _number_or(value)
+
+
+def _number_or(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for a string; everybody else takes it for a number."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value

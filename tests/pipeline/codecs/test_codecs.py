@@ -1,0 +1,266 @@
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from semroute.pipeline.codecs.base import Codec
+from semroute.pipeline.codecs.error import CodecError, layer_errors, relative_errors
+from semroute.pipeline.codecs.predictive import SCALES, Delta, Predictive
+from semroute.pipeline.codecs.registry import CODECS
+
+torch = pytest.importorskip("torch")
+from semroute.pipeline.codecs.fit import fit_codec  # noqa: E402
+
+NAMES = [("bf16", None), ("lossless", None), ("delta", 4.0), ("delta", 2.0), ("linear", 4.0),
+         ("linear", 2.0)]  # fmt: skip
+slow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def make_hidden(rows, layers, width, seed=0, kind="residual"):
+    """Hidden states as a residual stream has them, float32 [R, L, H]."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(rows, layers, width, generator=generator)
+    steps[:, 0] *= 3
+    hidden = steps.cumsum(1)
+    if kind == "massive":  # one channel carries nearly all of the norm, as in real LLMs
+        hidden[:: max(1, rows // 3), :, min(1, width - 1)] += 30_000.0
+    if kind == "constant":
+        hidden[::2] = 0.25
+    if kind == "zero":
+        hidden[:] = 0
+    if kind == "tiny":
+        hidden *= 1e-20
+    if kind == "huge":
+        hidden *= 1e15
+    return hidden
+
+
+def encode(codec: Codec, hidden):
+    """Planes as numpy [R, L, size], and what the encoder says a reader gets."""
+    planes, decoded, coded = {plane.name: [] for plane in codec.planes}, [], None
+    for layer in range(hidden.shape[1]):
+        coded = codec.encode(layer, hidden[:, layer], coded)
+        for plane in codec.planes:
+            codes = coded.planes[plane.name]
+            assert codes.shape == (len(hidden), plane.size)
+            planes[plane.name].append(codes.numpy())
+            assert planes[plane.name][-1].dtype == plane.dtype
+        decoded.append(coded.hidden)
+    return {name: np.stack(codes, 1) for name, codes in planes.items()}, torch.stack(decoded, 1)
+
+
+def decode(codec, planes, layers):
+    rows = len(next(iter(planes.values())))
+    out = np.full((rows, len(layers), codec.width), 0xFFFF, np.uint16)
+    codec.decode(planes, layers, np.arange(len(out)), out)
+    return torch.from_numpy(out).view(torch.bfloat16)
+
+
+def decode_torch(codec, planes, layers):
+    return codec.decode_torch({n: torch.from_numpy(p) for n, p in planes.items()}, layers)
+
+
+def ln(hidden):
+    return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-5)
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(2, 33))
+KINDS = ["residual", "massive", "constant", "zero", "tiny", "huge"]
+kinds = st.sampled_from(KINDS)
+
+
+@pytest.mark.parametrize(("name", "quality"), NAMES)
+class TestEveryCodec:
+    @slow
+    @given(shape=shapes, kind=kinds, seed=st.integers(0, 99), data=st.data())
+    def test_both_decoders_give_what_the_encoder_promised(
+        self, name, quality, shape, kind, seed, data
+    ):
+        hidden = make_hidden(*shape, seed=seed, kind=kind)
+        sample = make_hidden(8, *shape[1:], seed=seed + 1)
+        codec, _ = fit_codec(name, sample, quality)
+        planes, promised = encode(codec, hidden)
+        assert torch.isfinite(promised).all()
+        everything = list(range(shape[1]))
+        layers = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
+        for wanted in (everything, layers):
+            for found in (decode(codec, planes, wanted), decode_torch(codec, planes, wanted)):
+                assert found.dtype == torch.bfloat16
+                if name == "linear":  # matrix products round as the library likes
+                    torch.testing.assert_close(
+                        found.float(), promised[:, wanted].float(), rtol=2**-7, atol=1e-3 *
+                        float(promised.float().abs().max())
+                    )  # fmt: skip
+                else:
+                    assert torch.equal(found, promised[:, wanted])
+
+    @slow
+    @given(
+        # Two channels that are nearly equal differ by less than bfloat16 can say.
+        shape=st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(8, 33)),
+        kind=st.sampled_from(["residual", "massive"]),
+        seed=st.integers(0, 99),
+    )
+    def test_the_error_is_what_the_quality_promises(self, name, quality, shape, kind, seed):
+        hidden = make_hidden(*shape, seed=seed, kind=kind)
+        codec, _ = fit_codec(name, make_hidden(8, *shape[1:], seed=seed + 1), quality)
+        _, promised = encode(codec, hidden)
+        if quality is None:
+            assert torch.equal(promised, hidden.to(torch.bfloat16))
+            return
+        # The step is at most 2**-quality of the RMS, rounded by half of an eighth of an octave; a
+        # code is off by half a step at most. bfloat16 of mean, deviation and value does the rest.
+        largest = float(2.0**-quality * 2 ** (1 / 16) / 2 * 1.05 + 2**-7)
+        error = (ln(promised) - ln(hidden)).norm(dim=-1) / ln(hidden).norm(dim=-1).clamp_min(1e-3)
+        assert float(error.max()) <= largest * (1 if name == "delta" else 1.5)
+
+    def test_two_hundred_layers(self, name, quality):
+        hidden = make_hidden(5, 200, 24)
+        codec, _ = fit_codec(name, hidden, quality)
+        planes, promised = encode(codec, hidden)
+        assert torch.equal(decode_torch(codec, planes, [199]), promised[:, [199]])
+        error = CodecError(range(200))
+        for layer in range(200):
+            error.add(layer, hidden[:, layer], promised[:, layer])
+        first, last = error.totals[:20].mean(), error.totals[-20:].mean()
+        assert last <= 1.5 * first + 1e-3  # a closed loop: errors do not pile up
+
+    def test_a_fit_is_a_function_of_its_sample(self, name, quality):
+        sample = make_hidden(20, 3, 16)
+        one, two = fit_codec(name, sample, quality)[0], fit_codec(name, sample, quality)[0]
+        assert one.parameters.keys() == two.parameters.keys()
+        for key, values in one.parameters.items():
+            np.testing.assert_array_equal(values, two.parameters[key])
+
+
+@slow
+@given(bits=st.lists(st.integers(0, 0xFFFF), min_size=12, max_size=12), seed=st.integers(0, 99))
+def test_lossless_keeps_every_bit_pattern_whatever_the_fit(bits, seed):
+    codec, _ = fit_codec("lossless", make_hidden(40, 3, 4, seed=seed))
+    raw = np.array(bits, np.uint16).reshape(1, 3, 4)
+    hidden = torch.from_numpy(raw).view(torch.bfloat16)  # NaN and infinity included
+    planes, _ = encode(codec, hidden)
+    for found in (decode(codec, planes, [0, 1, 2]), decode_torch(codec, planes, [0, 1, 2])):
+        np.testing.assert_array_equal(found.view(torch.uint16).numpy(), raw)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33), (8, 200)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_encoder_does_the_arithmetic_of_tensors(kind, bits, width):
+    """But for sums in another order, which may turn the last bit of what they give."""
+    hidden = make_hidden(70, 3, width, seed=4, kind=kind)
+    fitted, _ = fit_codec("delta", hidden, 4.0)
+    codec = Delta(3, width, fitted.parameters, 4.0, bits)
+    one = other = None
+    for layer in range(3):
+        one = codec.encode(layer, hidden[:, layer], one)
+        other = Predictive.encode(codec, layer, hidden[:, layer], other)
+        assert {*one.planes} == {*other.planes}
+        for name, codes in one.planes.items():
+            assert codes.dtype == other.planes[name].dtype
+            assert (codes != other.planes[name]).float().mean() < 0.02
+        torch.testing.assert_close(ln(one.hidden), ln(other.hidden), atol=0.3, rtol=0.02)
+        expected = relative_errors(ln(hidden[:, layer]), ln(one.hidden) - ln(hidden[:, layer]))
+        for found, wanted in zip(layer_errors(hidden[:, layer], one.hidden), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_threads_code_what_one_does():
+    hidden = make_hidden(400, 2, 40)
+    codec, _ = fit_codec("delta", hidden, 4.0)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for num in (1, 3):
+            torch.set_num_threads(num)
+            found.append(encode(codec, hidden)[0])
+    finally:
+        torch.set_num_threads(before)
+    for name, codes in found[0].items():
+        np.testing.assert_array_equal(codes, found[1][name])
+
+
+def test_a_code_is_never_clipped():
+    """One channel a million times its RMS without it: the vector's step widens instead."""
+    hidden = make_hidden(4, 2, 64)
+    hidden[0, :, 3] = 3e8
+    codec, _ = fit_codec("delta", make_hidden(50, 2, 64), 8.0)
+    planes, promised = encode(codec, hidden)
+    assert planes["escape"].max() > 0
+    torch.testing.assert_close(promised[0, :, 3].float(), hidden[0, :, 3], rtol=2**-7, atol=0)
+
+
+def test_more_quality_is_less_error_and_more_bits():
+    hidden = make_hidden(300, 4, 64)
+    bits, errors = [], []
+    for quality in (2.0, 4.0, 6.0, 8.0):
+        codec, bits_per_value = fit_codec("delta", hidden, quality)
+        error = CodecError(range(4))
+        _, promised = encode(codec, hidden)
+        for layer in range(4):
+            error.add(layer, hidden[:, layer], promised[:, layer])
+        bits.append(bits_per_value)
+        errors.append(error.to_dict()["mean"])
+    assert bits == sorted(bits)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+
+
+def test_codes_of_four_bits_are_chosen_where_they_are_smaller():
+    hidden = make_hidden(400, 1, 384).repeat(1, 8, 1)
+    hidden += 0.5 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    assert fit_codec("delta", hidden, 2.0)[0].code_bits == 4
+    assert fit_codec("delta", hidden, 6.0)[0].code_bits == 8
+
+
+def test_a_matrix_beats_a_slope_where_channels_mix():
+    mixing = torch.randn(32, 32, generator=torch.Generator().manual_seed(5)) / 32**0.5
+    hidden = make_hidden(3000, 1, 32).repeat(1, 4, 1)
+    for layer in range(1, 4):
+        noise = torch.randn(3000, 32, generator=torch.Generator().manual_seed(layer))
+        hidden[:, layer] = hidden[:, layer - 1] @ mixing + 0.1 * noise
+    assert fit_codec("linear", hidden, 4.0)[1] < fit_codec("delta", hidden, 4.0)[1] - 0.5
+
+
+def test_scales_are_eight_an_octave():
+    np.testing.assert_allclose(SCALES[8:] / SCALES[:-8], 2.0, rtol=1e-6)
+
+
+def test_every_codec_has_its_name():
+    assert [codec.name for codec in CODECS.values()] == list(CODECS)
+
+
+class TestCodecError:
+    def test_the_error_is_that_of_the_layer_norm(self):
+        hidden = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+        hidden[:, 5] *= 1000  # a massive activation hides the others
+        coded = hidden.to(torch.bfloat16)
+        error = CodecError([7])
+        error.add(0, hidden[:32], coded[:32])
+        error.add(0, hidden[32:], coded[32:])
+        relative = (ln(coded) - ln(hidden)).norm(dim=-1) / ln(hidden).norm(dim=-1)
+        found = error.to_dict()
+        assert found["mean"] == pytest.approx(relative.mean().item(), rel=1e-4)
+        assert found["max"] == pytest.approx(relative.max().item(), rel=1e-4)
+        assert found["mean_without_top3"] > found["mean"]
+        assert found["max_without_top3"] >= found["mean_without_top3"]
+        assert error.by_layer() == {"7": pytest.approx(found["mean"])}
+
+    def test_an_llm_that_runs_in_bfloat16_loses_nothing(self):
+        hidden = torch.ones(4, 8, dtype=torch.bfloat16)
+        error = CodecError([1])
+        error.add(0, hidden, hidden.clone())
+        assert set(error.to_dict().values()) == {0.0}
+        assert error.counts.tolist() == [4]
+
+    @pytest.mark.parametrize("width", [32, 33, 576])
+    def test_rounding_makes_no_variance_where_there_is_none(self, width):
+        hidden = torch.randn(64, 1, generator=torch.Generator().manual_seed(1)).repeat(1, width)
+        error = CodecError([1])
+        error.add(0, hidden, hidden.bfloat16())
+        assert error.to_dict()["max"] == 0.0
+
+    def test_a_vector_without_variance_counts_as_exact(self):
+        error = CodecError([1])
+        error.add(0, torch.full((2, 8), 3.0), torch.full((2, 8), 3.0, dtype=torch.bfloat16))
+        assert error.to_dict()["max"] == 0.0

@@ -1,0 +1,328 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+pytest.importorskip("torch")
+pytest.importorskip("distributed")  # or a setting for a while takes its defaults away at the end
+
+from semroute.pipeline.executor import connect as places
+from semroute.pipeline.executor.base import ClusterLostError
+from semroute.pipeline.executor.connect import find_cluster
+from semroute.pipeline.executor.jobqueue import with_lifetime
+from semroute.pipeline.executor.workers import look_at_workers
+from semroute.pipeline.extraction.features import extract
+from semroute.schemas import InputError
+
+SHARD_BYTES = 60_000
+
+
+def contents(store):
+    files = [*store.glob("*.parquet"), *store.glob("hidden.zarr/**/*")]
+    return {str(f.relative_to(store)): f.read_bytes() for f in files if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def options(samples_file, tiny_llm):
+    return {
+        "source": str(samples_file),
+        "model": str(tiny_llm),
+        "shard_bytes": SHARD_BYTES,
+        "threads": 1,
+        "limit": 60,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, options):
+    path = tmp_path_factory.mktemp("undisturbed") / "features"
+    extract(features=path, workers=0, report=[].append, **options)
+    return contents(path)
+
+
+class Machines:
+    """A scheduler and workers, each a process that is started by its own command."""
+
+    def __init__(self, folder):
+        self.file = folder / "scheduler.json"
+        self.folder = folder
+        self.processes = []
+        self.start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", self.file)
+        while not self.file.exists():
+            time.sleep(0.05)
+
+    def start(self, *words, **environment):
+        command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *map(str, words[1:])]
+        options = {"start_new_session": True, "cwd": self.folder, "env": os.environ | environment}
+        with (self.folder / "log.txt").open("a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, **options)
+        self.processes.append(process)
+        return process
+
+    def worker(self, *words, profile=False):
+        name = ["--scheduler-file", self.file, "--nthreads", "1", "--no-dashboard", *words]
+        return self.start("worker", *name, DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=str(profile))
+
+    def stop(self):
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def machines(tmp_path):
+    started = Machines(tmp_path)
+    yield started
+    started.stop()
+
+
+class TestSchedulerFile:
+    def test_workers_that_come_and_go_write_the_same_bytes(
+        self, machines, options, undisturbed, tmp_path
+    ):
+        first = machines.worker()
+        said = []
+
+        def report(line):
+            said.append(line)
+            if "to do:" in line:
+                machines.worker()
+                os.killpg(first.pid, signal.SIGKILL)
+
+        path = tmp_path / "features"
+        extract(features=path, cluster=str(machines.file), report=report, **options)
+        assert contents(path) == undisturbed
+        assert said[0].startswith(f"1 workers of {machines.file} on 1 hosts, 0 of them with a GPU")
+        assert any(f"workers of {machines.file}" in line or "to do:" in line for line in said[1:])
+
+    def test_it_waits_for_the_first_worker_and_says_so(self, machines, monkeypatch):
+        monkeypatch.setattr(places, "WAIT_SECONDS", 0)
+        said, wanted = [], []
+
+        def count(dask_scheduler):
+            return dask_scheduler.adaptive_target()
+
+        def report(line):
+            if not said:
+                until = time.monotonic() + 60
+                while not any(wanted) and time.monotonic() < until:
+                    wanted.append(cluster.client.run_on_scheduler(count))
+                machines.worker("--nthreads", "3", profile=True)
+            said.append(line)
+
+        with find_cluster(str(machines.file), None) as cluster:
+            found = look_at_workers(cluster, "s3://bucket/store", report)
+            assert list(cluster.ask(os.getcwd).values())
+        assert said[0] == f"waiting for the first worker of {machines.file}"
+        assert wanted[-1] == 1  # or an adaptive cluster would wait for work as we do for it
+        *profiled, shared = said[1:-1]
+        assert len(profiled) == (sys.version_info < (3, 12))
+        assert all(
+            "start them with DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False" in line
+            for line in profiled
+        )
+        assert "1 workers have several threads" in shared
+        assert not found.have_gpus
+
+    def test_tls_is_what_dask_is_configured_with(self, tmp_path, monkeypatch):
+        pytest.importorskip("cryptography")
+        import dask
+        from distributed.security import Security
+
+        made = Security.temporary()
+        files = {"cert": made.tls_client_cert, "key": made.tls_client_key}
+        paths = {name: tmp_path / f"{name}.pem" for name in files}
+        for name, content in files.items():
+            paths[name].write_text(content)
+        settings = {
+            "distributed.comm.require-encryption": True,
+            "distributed.comm.default-scheme": "tls",
+            "distributed.comm.tls.ca-file": str(paths["cert"]),
+        }
+        for role in ("client", "scheduler", "worker"):
+            settings |= {f"distributed.comm.tls.{role}.{n}": str(p) for n, p in paths.items()}
+        config = {}
+        with dask.config.set(settings, config=config):
+            (tmp_path / "dask.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "dask.yaml"))
+        machines = Machines(tmp_path)
+        try:
+            machines.worker()
+            address = json.loads(machines.file.read_text())["address"]
+            assert address.startswith("tls://")
+            for name in (address, str(machines.file)):
+                with dask.config.set(settings), find_cluster(name, None) as cluster:
+                    assert look_at_workers(cluster, str(tmp_path / "store"), print).threads >= 1
+                with pytest.raises(InputError, match="no Dask scheduler answers"):
+                    find_cluster(name, None).threads()
+        finally:
+            machines.stop()
+
+    def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
+        machines.worker()
+        folder = tmp_path / "mine"
+        with find_cluster(str(machines.file), None) as cluster:
+            cluster.client.wait_for_workers(1, timeout=60)
+            with pytest.raises(InputError, match=r"do not see the folder .*mine.*that all nodes"):
+                look_at_workers(cluster, str(folder / "store"), print)
+
+    def test_a_scheduler_that_dies_while_workers_are_asked(self, machines):
+        machines.worker()
+        with find_cluster(str(machines.file), None) as cluster:
+            cluster.client.wait_for_workers(1, timeout=60)
+            with pytest.raises(ClusterLostError, match=r"is gone: .*the same command again"):
+                cluster.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
+
+    def test_a_scheduler_that_dies_loses_nothing(self, machines, options, undisturbed, tmp_path):
+        machines.worker()
+        path = tmp_path / "features"
+
+        def report(line):
+            if "to do:" in line:
+                os.killpg(machines.processes[0].pid, signal.SIGKILL)
+
+        import dask
+
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+            pytest.raises(ClusterLostError, match="run the same command again"),
+        ):
+            extract(features=path, cluster=str(machines.file), report=report, **options)
+        extract(features=path, workers=0, report=[].append, **options)
+        assert contents(path) == undisturbed
+
+
+def write_jobs(**options):
+    """jobs.yaml: up to two jobs of this machine."""
+    options |= {"memory": "2GB", "python": sys.executable, "walltime": "01:00:00"}
+    jobs = {"kind": "local", "maximum_jobs": 2, "options": options}
+    Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
+
+
+class TestJobs:
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its Popen
+    def test_jobs_of_this_machine(self, options, undisturbed, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_jobs(cores=1, processes=1)
+        path = tmp_path / "features"
+        said, pages = [], []
+
+        def hear(line):
+            said.append(line)
+            if line.startswith("Dask's dashboard: "):
+                with urlopen(line.partition(": ")[2], timeout=30) as page:
+                    pages.append(page.read())
+
+        extract(features=path, cluster="jobs.yaml", report=hear, **options)
+        assert contents(path) == undisturbed
+        said = [line for line in said if not line.startswith("waiting for the first worker")]
+        assert "workers of jobs.yaml" in said[0]
+        assert not any("profiler" in line for line in said)  # it is switched off in jobs
+        link = r"Dask's dashboard: http://127\.0\.0\.1:\d+/status"
+        assert any(re.fullmatch(link, line) for line in said)
+        assert len(pages) == 1
+        assert b"bokeh" in pages[0]
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_there_are_as_many_jobs_as_there_is_work_for(self, tmp_path, monkeypatch):
+        """From one on, that has one task at a time although its job has four cores."""
+        monkeypatch.chdir(tmp_path)
+        write_jobs(cores=4)
+        both = tmp_path / "both"
+
+        def work(shard):
+            number = os.getpid()
+            while not both.exists():
+                (tmp_path / f"{shard}.{number}").touch()
+                if len({path.suffix for path in tmp_path.glob("*.*[0-9]")}) > 1:
+                    both.touch()
+                time.sleep(0.1)
+            return number
+
+        with find_cluster("jobs.yaml", None) as cluster:
+            assert look_at_workers(cluster, str(tmp_path), [].append).threads >= 1
+            assert list(cluster.threads().values()) == [1]
+            found = cluster.run(range(4), work, lambda shard: (shard,), on_progress=print)
+            assert len({number for _, number in found}) == 2
+
+    @pytest.mark.parametrize(
+        ("document", "message"),
+        [
+            ({"kind": "slrum", "maximum_jobs": 2, "options": {}}, "kind"),
+            ({"kind": "local", "options": {}}, "maximum_jobs"),
+            ({"kind": "local", "maximum_jobs": 1, "minimum_jobs": 2, "options": {}}, "more than"),
+            (
+                {"kind": "local", "maximum_jobs": 1, "minimum_jobs": 0, "options": {}},
+                "minimum_jobs",
+            ),
+            ({"kind": "local", "maximum_jobs": 1, "options": {"walltime": "4 h"}}, "such as 04:00"),
+            ("text", "is not valid"),
+        ],
+    )
+    def test_a_bad_file_says_what_is_wrong(self, document, message, tmp_path):
+        (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(document))
+        with pytest.raises(InputError, match=message):
+            find_cluster(str(tmp_path / "jobs.yaml"), None)
+
+    @pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning"
+    )  # its half object
+    def test_what_dask_jobqueue_refuses_is_told(self, tmp_path):
+        jobs = {"kind": "slurm", "maximum_jobs": 1, "options": {"cores": 1, "colour": "blue"}}
+        (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(jobs))
+        with (
+            find_cluster(str(tmp_path / "jobs.yaml"), None) as cluster,
+            pytest.raises(InputError, match="dask-jobqueue refuses it"),
+        ):
+            look_at_workers(cluster, str(tmp_path), print)
+
+    def test_workers_end_before_their_job_does(self):
+        found = with_lifetime({"walltime": "04:00:00"}, 10)["worker_extra_args"]
+        assert found == ["--lifetime", "13500s", "--lifetime-stagger", "300s"]
+        assert 13_500 + 300 == 3 * 3600 + 50 * 60
+        assert with_lifetime({"walltime": 43_200}, 10)["walltime"] == "12:00:00"
+        assert with_lifetime({"walltime": "1-00:00"}, 10)["worker_extra_args"][1] == "85500s"
+        own = {"walltime": "04:00:00", "worker_extra_args": ["--lifetime", "1h"]}
+        assert with_lifetime(own, 10) == own
+        assert with_lifetime({"cores": 1}, 10) == {"cores": 1}
+        with pytest.raises(InputError, match="not longer than"):
+            with_lifetime({"walltime": "00:10:00"}, 10)
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["cluster", "host:8786", "jobs.toml"])
+    def test_what_names_nothing(self, name):
+        with pytest.raises(InputError, match="expected local, an address such as"):
+            find_cluster(name, None)
+
+    def test_workers_are_of_this_machine_only(self):
+        with pytest.raises(InputError, match="--workers 2 is of --cluster local"):
+            find_cluster("tcp://127.0.0.1:1", 2)
+
+    def test_no_scheduler_there(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(places, "CONNECT_SECONDS", 1)
+        with (
+            find_cluster("tcp://127.0.0.1:1", None) as cluster,
+            pytest.raises(InputError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
+        ):
+            look_at_workers(cluster, str(tmp_path), print)
+        with pytest.raises(InputError, match="no scheduler file"):
+            find_cluster(str(tmp_path / "missing.json"), None)
+        (tmp_path / "empty.json").write_text(json.dumps({}))
+        with pytest.raises(InputError, match="dask scheduler --scheduler-file"):
+            find_cluster(str(tmp_path / "empty.json"), None)
+
+    def test_this_machine_by_default(self):
+        assert find_cluster("local", None, gpus=3).workers == 3
+        assert 1 <= find_cluster("local", None, gpus=0).workers <= places.MOST_WORKERS
+        assert shutil.which("nvidia-smi") or find_cluster("local", None).workers >= 1

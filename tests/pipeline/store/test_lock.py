@@ -1,0 +1,127 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from semroute.pipeline.store import lock
+from semroute.pipeline.store.lock import LockedError, is_dead, locked, read_driver
+from semroute.schemas import DRIVER, InputError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from semroute.pipeline.lock import locked
+with locked(Path(sys.argv[1]), print):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that drives a store."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", HOLD, str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield store, process
+        process.kill()
+
+
+def edit(store, **changes):
+    document = json.loads((store / DRIVER).read_text())
+    (store / DRIVER).write_text(json.dumps(document | changes))
+
+
+def test_the_second_driver_is_refused_and_told_of_the_first(other):
+    store, process = other
+    with (
+        pytest.raises(
+            LockedError, match=rf"being written by process {process.pid} on .*, since 20"
+        ),
+        locked(store, print),
+    ):
+        raise AssertionError
+    assert read_driver(store).pid == process.pid
+
+
+def test_the_lock_of_the_dead_is_taken_over(other):
+    store, process = other
+    process.kill()
+    process.wait()
+    assert is_dead(read_driver(store))
+    said = []
+    with locked(store, said.append):
+        assert read_driver(store).pid == os.getpid()
+    assert said == [f"the lock of process {process.pid} on {lock.socket.gethostname()}, which is "
+                    "gone, is taken over"]  # fmt: skip
+    assert not (store / DRIVER).exists()
+
+
+def test_a_pid_that_is_used_again_is_not_the_driver(other):
+    store, process = other
+    edit(store, pid=os.getpid())
+    assert is_dead(read_driver(store))
+    edit(store, pid=process.pid)
+    assert is_dead(read_driver(store)) is False
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
+    store, process = other
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    process.kill()  # its beats come from here
+    edit(store, host="elsewhere")
+    stop = threading.Event()
+
+    def beat():
+        while alive and not stop.wait(0.1):
+            (store / DRIVER).touch()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    said = []
+    try:
+        if alive:
+            with pytest.raises(LockedError, match="on elsewhere"), locked(store, said.append):
+                raise AssertionError
+        else:
+            with locked(store, said.append):
+                assert read_driver(store).pid == os.getpid()
+    finally:
+        stop.set()
+        thread.join()
+    assert "watching for 1 s whether it is alive" in said[0]
+
+
+def test_a_live_driver_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    with locked(tmp_path, print):
+        before = (tmp_path / DRIVER).stat().st_mtime_ns
+        time.sleep(0.3)
+        assert (tmp_path / DRIVER).stat().st_mtime_ns > before
+
+
+def test_only_one_of_many_takes_it(tmp_path):
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", HOLD.replace("time.sleep(60)", "time.sleep(5)"), str(store)]
+    with locked(store, print):
+        edit(store, pid=2**22 + 1)  # a driver that is gone
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen(command, **options) for _ in range(4)]
+        output = [process.communicate() for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1, 1, 1]
+    assert sum("LockedError" in errors for _, errors in output) == 3
+
+
+def test_nothing_is_left_of_a_store_that_was_never_begun(tmp_path):
+    with pytest.raises(InputError), locked(tmp_path / "store", print):
+        raise InputError("bad input")
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"), locked(tmp_path / "file", print):
+        raise AssertionError

@@ -1,0 +1,216 @@
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semroute.pipeline.store.features import NULL_CAPTION
+from semroute.schemas import InputError
+from semroute.trainer.data.dataset import Source
+from semroute.trainer.data.sampler import Order
+
+
+def source(counts, weights=None, shard_size=None, first=1):
+    """Samples 0, 10, 20 ... of so many captions each, whose ids count from ``first``."""
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    captions = np.arange(starts[-1]) + first
+    shards = None if shard_size is None else np.random.default_rng(0).permutation(captions)
+    return Source(
+        np.arange(len(counts)) * 10,
+        starts,
+        captions,
+        None if weights is None else np.asarray(weights, np.float64),
+        None if shards is None else (shards - first) // shard_size,
+    )
+
+
+def order(*counts, seed=0, dropout=0.0, shard_size=3, **arguments):
+    sources = [source(each, shard_size=shard_size) for each in counts]
+    return Order(sources, seed=seed, caption_dropout=dropout, **arguments)
+
+
+def table(order, first, num):
+    """int64 [P, 3]"""
+    places = order.places(first, num)
+    return np.stack([places.source, places.sample, places.caption], 1)
+
+
+counted = st.lists(st.integers(1, 4), min_size=1, max_size=30)
+orders = st.fixed_dictionaries(
+    {
+        "counts": st.lists(counted, min_size=1, max_size=3),
+        "seed": st.integers(0, 2**40),
+        "dropout": st.sampled_from([0.0, 0.3]),
+        "window": st.sampled_from([None, 1, 2, 1000]),
+    }
+)
+
+
+def make(kind):
+    counts = kind["counts"]
+    return order(
+        *counts,
+        seed=kind["seed"],
+        dropout=kind["dropout"],
+        window=kind["window"],
+        proportions=[0.25] * (len(counts) - 1),
+    )
+
+
+class TestOrder:
+    @settings(deadline=None)
+    @given(orders, st.integers(0, 5000), st.lists(st.integers(1, 700), max_size=6), st.randoms())
+    def test_it_does_not_matter_how_it_is_cut(self, kind, first, lengths, random):
+        whole = table(make(kind), first, sum(lengths))
+        stops = np.cumsum([0, *lengths]).tolist()
+        parts = [*itertools.pairwise(stops)]
+        random.shuffle(parts)  # by anyone, at any time
+        again = make(kind)
+        for start, stop in parts:
+            fresh = make(kind)  # no memory of what came before
+            for reader in (again, fresh):
+                assert np.array_equal(table(reader, first + start, stop - start), whole[start:stop])
+
+    @settings(deadline=None)
+    @given(orders)
+    def test_an_epoch_holds_every_sample_once(self, kind):
+        mixed = make(kind)
+        found = table(mixed, 0, 2600)
+        for number, counts in enumerate(kind["counts"]):
+            samples = found[found[:, 0] == number, 1]
+            epochs = samples[: len(samples) // len(counts) * len(counts)].reshape(-1, len(counts))
+            assert len(epochs) >= 2
+            assert (np.sort(epochs) == np.arange(len(counts)) * 10).all()
+
+    @settings(deadline=None)
+    @given(orders)
+    def test_captions_are_those_of_the_sample(self, kind):
+        mixed = make(kind)
+        for number, sample, caption in table(mixed, 0, 300).tolist():
+            own = mixed.sources[number]
+            start, stop = own.starts[sample // 10 :][:2]
+            allowed = own.captions[start:stop].tolist()
+            assert caption in allowed or (kind["dropout"] and caption == NULL_CAPTION)
+
+    @pytest.mark.parametrize(
+        ("counts", "seed", "digest"),
+        [
+            ([1] * 10, 0, "9aeb9da94faae7c7"),
+            ([1, 2, 3, 4, 5] * 10, 3, "e63e2bb345cfba70"),
+            ([3] * 7, 2**33 + 1, "e1f5999bdcd47a16"),
+        ],
+    )
+    def test_a_plain_order_is_what_it_was_in_the_first_version(self, counts, seed, digest):
+        places = order(counts, seed=seed, dropout=0.1).places(13, 200)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        choice = places.caption - 1 - starts[places.sample // 10]
+        choice[places.caption == NULL_CAPTION] = -1
+        found = b"".join(v.astype("<i8").tobytes() for v in (places.sample // 10, choice))
+        assert hashlib.sha256(found).hexdigest()[:16] == digest
+
+    @pytest.mark.parametrize("window", [None, 2])
+    def test_epochs_and_seeds_differ(self, window):
+        drawn = [
+            tuple(order([1] * 50, seed=seed, window=window).places(50 * epoch, 50).sample)
+            for seed in (0, 1)
+            for epoch in (0, 1)
+        ]
+        assert len(set(drawn)) == 4
+
+    def test_dropout_is_the_share_that_was_asked_for(self):
+        def share(dropout):
+            captions = order([1], dropout=dropout).places(0, 20_000).caption
+            return np.mean(captions == NULL_CAPTION)
+
+        assert share(0.1) == pytest.approx(0.1, abs=0.01)
+        assert share(0.0) == 0
+        assert share(1.0) == 1
+
+    def test_a_sample_is_not_dropped_at_every_epoch(self):
+        assert len(set(order([1], dropout=0.5).places(0, 64).caption)) == 2
+
+    @pytest.mark.parametrize("window", [None, 2])
+    def test_captions_of_a_sample_are_chosen_evenly(self, window):
+        captions = order([1, 3], window=window).places(0, 30_000).caption
+        shares = np.bincount(captions)[1:] / 15_000
+        assert shares == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3], abs=0.02)
+
+    @pytest.mark.parametrize("window", [None, 2])
+    def test_captions_of_a_sample_are_chosen_by_their_weights(self, window):
+        weighed = source([2, 1, 3], [1, 3, 5, 2, 2, 0.5], shard_size=2)
+        places = Order([weighed], seed=0, caption_dropout=0, window=window).places(0, 60_000)
+        shares = np.bincount(places.caption)[1:] / 20_000
+        expected = [0.25, 0.75, 1, 2 / 4.5, 2 / 4.5, 0.5 / 4.5]
+        assert shares == pytest.approx(expected, abs=0.01)
+
+
+class TestMixture:
+    @settings(deadline=None)
+    @given(
+        st.lists(st.floats(0.001, 0.3), min_size=1, max_size=3),
+        st.integers(0, 10**9),
+    )
+    def test_proportions_are_kept_in_every_block(self, proportions, block):
+        mixed = order(*[[1] * 7] * (1 + len(proportions)), proportions=proportions)
+        source, turn = mixed.deal.turns(1024 * block, 1024)
+        for number, share in enumerate(proportions, 1):
+            own = turn[source == number]
+            assert abs(len(own) - 1024 * share) <= 1
+            assert (np.diff(own) == 1).all()
+            # to a sample over everything before, however long ago it began
+            assert not len(own) or abs(own[0] - 1024 * block * share) <= 1 + 1e-6 * block
+
+    def test_sources_take_turns_within_a_block(self):
+        source, _ = order([1], [1], proportions=[0.5]).deal.turns(0, 1024)
+        runs = np.diff(np.flatnonzero(np.diff(source)))
+        assert runs.max() < 20
+        other = order([1], [1], proportions=[0.5], seed=1).deal.turns(0, 1024)[0]
+        assert not np.array_equal(source, other)
+
+    def test_each_source_has_an_order_of_its_own(self):
+        mixed = table(order([1] * 40, [1] * 40, proportions=[0.5]), 0, 80)
+        first, second = (mixed[mixed[:, 0] == number, 1] for number in (0, 1))
+        num = min(len(first), len(second))
+        assert not np.array_equal(first[:num], second[:num])
+
+    def test_too_little_for_the_first_is_refused(self):
+        with pytest.raises(InputError, match=r"0\.6, 0\.4, leave .* for the first source; give"):
+            order([1], [1], [1], proportions=[0.6, 0.4])
+
+
+class TestShards:
+    def shards(self, window, num=4000, size=100):
+        """Shard of every sample in the order in which it comes: int64 [N]."""
+        made = order([1] * num, window=window, shard_size=size)
+        captions = made.places(0, num).caption
+        return made.sources[0].shards[captions - 1]
+
+    @pytest.mark.parametrize("window", [1, 3, 8])
+    def test_so_many_shards_are_read_at_a_time(self, window):
+        shards = self.shards(window)
+        for start in range(0, 4000, 50):
+            assert len(np.unique(shards[start : start + 50])) <= window + 2
+        if window > 1:  # the window goes round: shards that are cut by the end begin the epoch
+            assert len(np.unique(shards[:50])) >= window
+
+    def test_a_shard_is_spread_over_the_window(self):
+        shards = self.shards(8)
+        for shard in range(40):
+            places = np.sort(np.flatnonzero(shards == shard))
+            gaps = np.diff(np.concatenate([places, [places[0] + 4000]]))
+            span = 4000 - gaps.max()  # around the end
+            assert 600 < span < 1000
+            assert np.sort(gaps)[-2] < 150
+
+    def test_a_window_of_everything_is_a_permutation(self):
+        mates = np.mean(self.shards(1000)[1:] == self.shards(1000)[:-1])
+        assert mates == pytest.approx(1 / 40, abs=0.01)
+
+    def test_captions_of_one_sample_may_lie_in_several_shards(self):
+        made = order([3] * 400, window=2, shard_size=100)
+        for epoch in range(3):
+            captions = made.places(400 * epoch, 400).caption
+            shards = made.sources[0].shards[captions - 1]
+            assert max(len(np.unique(shards[i : i + 20])) for i in range(0, 400, 20)) <= 4

@@ -1,0 +1,246 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from semroute.cli import cli
+from semroute.schemas import InputError, TrainConfig
+from semroute.trainer.evaluation.image_set import find_shard, picture_number
+from semroute.trainer.training.train import train
+
+TEXTS = ["a red cup", "two green trees", "a blue car", "a small dog", "a black box"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, feature_store, latent_store):
+    """A run of one step."""
+    path = tmp_path_factory.mktemp("runs") / "depth"
+    train(
+        TrainConfig.model_validate(
+            {
+                "features": str(feature_store),
+                "latents": str(latent_store),
+                "output": str(path),
+                "steps": 1,
+                "mixed_precision": "no",
+                "model": {"size": "nano", "depth": 2, "width": 32, "patch_size": 6},
+                "data": {"batch_size": 4},
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "metadata.jsonl"
+    lines = [{"tag": "counting", "include": [], "prompt": text} for text in TEXTS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def command(run, prompts, out, *options):
+    given = ["sample", run, "--prompts", prompts, "--layout", "geneval", "--out", out]
+    given += ["--images-per-prompt", 3, "--num-steps", 2, "--cfg-scale", 2, "--batch-size", 4]
+    return [str(part) for part in (*given, *options)]
+
+
+def draw(*arguments, code=0, env=None):
+    result = CliRunner().invoke(cli, command(*arguments), env=env)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(run, prompts, tmp_path_factory):
+    """The whole in one go."""
+    out = tmp_path_factory.mktemp("whole") / "pictures"
+    output = draw(run, prompts, out)
+    assert "15/15" in output  # the bar
+    assert f"{out}: 15 pictures drawn, 15 of 15 are there" in output
+    return out
+
+
+class TestSample:
+    def test_the_folder_holds_the_benchmark_and_what_it_is(self, drawn, prompts):
+        found = contents(drawn)
+        pictures = {f"{i:05d}/samples/{k:05d}.png" for i in range(5) for k in range(3)}
+        beside = {f"{i:05d}/metadata.jsonl" for i in range(5)}
+        assert {*found} == pictures | beside | {"captions.jsonl", "pictures.json", "grid.png"}
+        lines = prompts.read_text().splitlines()
+        assert [found[f"{i:05d}/metadata.jsonl"].decode().strip() for i in range(5)] == lines
+        listed = [json.loads(line) for line in found["captions.jsonl"].splitlines()]
+        assert {line["image"] for line in listed} == pictures
+        assert listed[4] == {
+            "image": "00001/samples/00001.png",
+            "caption": TEXTS[1],
+            "number": 1,
+            "group": "counting",
+        }
+
+    def test_pictures_of_a_prompt_differ(self, drawn):
+        files = [(drawn / f"00000/samples/0000{k}.png").read_bytes() for k in range(3)]
+        assert len({*files}) == 3
+
+    def test_a_single_picture_is_that_of_prompt(self, run, drawn, tmp_path):
+        options = ["--num-steps", "2", "--cfg-scale", "2", "--out", str(tmp_path)]
+        given = [part for text in TEXTS for part in ("--prompt", text)]
+        assert CliRunner().invoke(cli, ["sample", str(run), *given, *options]).exit_code == 0
+        for number in range(5):
+            one = np.asarray(Image.open(tmp_path / f"{number:06d}.png")).astype(int)
+            other = np.asarray(Image.open(drawn / f"{number:05d}/samples/00000.png")).astype(int)
+            assert np.abs(one - other).max() <= 1
+
+    def test_shards_draw_the_same_bytes(self, run, prompts, drawn, tmp_path):
+        for shard in ("1/3", "2/3"):
+            assert "of 15 are there" in draw(run, prompts, tmp_path / "a", "--shard", shard)
+        assert not (tmp_path / "a" / "grid.png").exists()
+        draw(run, prompts, tmp_path / "a", "--shard", "0/3")
+        assert contents(tmp_path / "a") == contents(drawn)
+
+    def test_processes_of_a_launcher_draw_a_shard_each(self, run, prompts, drawn, tmp_path):
+        for rank in "10":
+            env = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+            output = draw(run, prompts, tmp_path / "a", env=env)
+            assert f"shard {rank} of 2" in output
+        assert contents(tmp_path / "a") == contents(drawn)
+
+    def test_another_batch_size_changes_rounding_only(self, run, prompts, drawn, tmp_path):
+        draw(run, prompts, tmp_path / "a", "--batch-size", 7)
+        for file in drawn.glob("*/samples/*.png"):
+            one = np.asarray(Image.open(file)).astype(int)
+            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(drawn))).astype(int)
+            assert np.abs(one - other).max() <= 1
+
+    def test_what_is_missing_is_drawn_and_the_rest_is_kept(self, run, prompts, drawn, tmp_path):
+        out = tmp_path / "a"
+        draw(run, prompts, out)
+        (out / "00002/samples/00001.png").unlink()
+        kept = out / "00000/samples/00000.png"
+        mine = (out / "00003/samples/00000.png").read_bytes()
+        kept.write_bytes(mine)
+        assert "1 pictures drawn, 15 of 15 are there" in draw(run, prompts, out)
+        assert kept.read_bytes() == mine
+        kept.write_bytes(contents(drawn)["00000/samples/00000.png"])
+        assert contents(out) | {"grid.png": b""} == contents(drawn) | {"grid.png": b""}
+
+    def test_processes_side_by_side_of_which_one_is_killed(self, run, prompts, drawn, tmp_path):
+        out = tmp_path / "a"
+        shards = [command(run, prompts, out, "--shard", f"{i}/2") for i in range(2)]
+        start = [sys.executable, "-m", "semroute.cli"]
+        processes = [subprocess.Popen(start + shard, stderr=subprocess.PIPE) for shard in shards]
+        while not (out / "00001/samples/00001.png").exists():  # of shard 1
+            assert processes[1].poll() is None
+            time.sleep(0.002)
+        processes[1].send_signal(signal.SIGKILL)
+        _, errors = processes[0].communicate()
+        assert processes[0].returncode == 0, errors.decode()
+        processes[1].communicate()
+        for file in out.glob("*/samples/*"):
+            assert file.read_bytes() == contents(drawn)[file.relative_to(out).as_posix()]
+        draw(run, prompts, out, "--shard", "1/2")
+        assert contents(out) == contents(drawn)
+
+    def test_features_of_the_same_file_stand_in_for_the_llm(
+        self, run, prompts, drawn, tiny_llm, tmp_path
+    ):
+        features = tmp_path / "features"
+        extract = ["extract", prompts, features, "--model", tiny_llm, "--workers", 0]
+        given = [str(part) for part in (*extract, "--codec", "bf16")]
+        assert CliRunner().invoke(cli, given).exit_code == 0
+        draw(run, prompts, tmp_path / "a", "--features", features, "--model", "gone")
+        record = json.loads((tmp_path / "a" / "pictures.json").read_text())
+        assert record["codec"] == "bf16"
+        for file in drawn.glob("*/samples/*.png"):
+            one = np.asarray(Image.open(file)).astype(int)
+            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(drawn))).astype(int)
+            assert np.abs(one - other).max() <= 2
+        other = tmp_path / "other.jsonl"
+        other.write_text(prompts.read_text().replace("dog", "cat"))
+        output = draw(run, other, tmp_path / "b", "--features", features, code=1)
+        assert "was not extracted from" in output
+        assert "the prompts differ" in output
+
+    @pytest.mark.parametrize(
+        ("layout", "file"),
+        [
+            ("plain", "00004/00000.png"),
+            ("genai-bench", "0/00004.jpeg"),
+            ("drawbench", "samples/0/00004.jpg"),
+            ("t2i-compbench", "counting/samples/a black box_000004.png"),
+        ],
+    )
+    def test_other_layouts(self, run, prompts, tmp_path, layout, file):
+        options = ["--layout", layout, "--images-per-prompt", 1]
+        draw(run, prompts, tmp_path / "a", *options)
+        with Image.open(tmp_path / "a" / file) as image:
+            assert image.size == (12, 12)
+            assert image.format == ("PNG" if file.endswith("png") else "JPEG")
+
+    def test_num_takes_the_first(self, run, prompts, tmp_path):
+        draw(run, prompts, tmp_path / "a", "--num", 2)
+        assert len([*(tmp_path / "a").glob("*/samples/*.png")]) == 6
+
+
+class TestRefusals:
+    def test_pictures_drawn_otherwise(self, run, prompts, drawn):
+        before = contents(drawn)
+        output = draw(run, prompts, drawn, "--seed", 1, "--images-per-prompt", 2, code=1)
+        assert "num_images: 2 instead of 3" in output
+        assert "sampling.seed: 1 instead of 0" in output
+        assert contents(drawn) == before
+
+    def test_a_folder_of_something_else(self, run, prompts, tmp_path):
+        (tmp_path / "mine.txt").write_text("mine")
+        output = draw(run, prompts, tmp_path, code=1)
+        assert "it holds mine.txt. Name a new folder" in output
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_a_damaged_record(self, run, prompts, tmp_path):
+        (tmp_path / "pictures.json").write_text("{")
+        assert "pictures.json is damaged" in draw(run, prompts, tmp_path, code=1)
+
+    @pytest.mark.parametrize("option", ["--layout=plain", "--shard=0/2", "--images-per-prompt=2"])
+    def test_options_of_files_of_prompts_alone(self, run, option):
+        result = CliRunner().invoke(cli, ["sample", str(run), "--prompt", "a", option])
+        assert result.exit_code == 1
+        assert f"{option.split('=')[0]} belongs to --prompts FILE" in result.output
+
+    def test_prompts_and_a_prompt(self, run, prompts, tmp_path):
+        output = draw(run, prompts, tmp_path, "--prompt", "a cat", code=1)
+        assert "give either --features, --prompt or --prompts" in output
+
+    @pytest.mark.parametrize("shard", ["3/3", "1", "a/2", "-1/2", "1/0"])
+    def test_shards_that_do_not_exist(self, shard):
+        with pytest.raises(InputError, match="expected I/N, from 0/N to N-1/N"):
+            find_shard(shard)
+
+
+def test_pictures_have_numbers_of_their_own():
+    numbers = {picture_number(prompt, image) for prompt in range(50) for image in range(20)}
+    assert len(numbers) == 1000
+    assert [picture_number(prompt, 0) for prompt in range(3)] == [0, 1, 2]
+
+
+def test_without_a_launcher_there_is_one_shard(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for rank in (None, "3"):  # which some schedulers set for reasons of their own
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert find_shard(None) == (0, 1)
+    assert find_shard("1/4") == (1, 4)

@@ -1,0 +1,621 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from semroute.cli import cli
+from semroute.pipeline.store.lock import LockedError
+from semroute.schemas import InputError, TrainConfig
+from semroute.trainer.model.dit import DiT
+from semroute.trainer.runs.checkpoint import latest_checkpoint
+from semroute.trainer.runs.metrics import read_metrics
+from semroute.trainer.runs.run import load_run
+from semroute.trainer.training.dry_run import plan
+from semroute.trainer.training.optimizers import make_optimizers, make_schedule
+from semroute.trainer.training.train import train
+from semroute.trainer.training.trainer import TrainingInterrupted
+
+NUMBERS = ("loss", "grad_norm", "lr", "routing_entropy")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def configure(feature_store, latent_store, tmp_path):
+    """A configuration of a run that takes a fraction of a second; parts may be replaced."""
+
+    def configure(output="run", strategy="depth", **changes):
+        document = {
+            "features": str(feature_store),
+            "latents": str(latent_store),
+            "output": str(tmp_path / output),
+            "steps": 6,
+            "log_every": 2,
+            "checkpoint_every": 100,
+            "mixed_precision": "no",
+            "routing": {"strategy": strategy},
+            "model": {"size": "nano", "depth": 2, "patch_size": 4},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+            "data": {"batch_size": 8, "noise_draws": 2, "prefetch": 2},
+            "ema": {"every": 2},
+        }
+        for key, value in changes.items():
+            nested = isinstance(value, dict)
+            document[key] = {**document.get(key, {}), **value} if nested else value
+        return TrainConfig.model_validate(document)
+
+    return configure
+
+
+def tensors(path):
+    checkpoint = latest_checkpoint(Path(path))
+    return {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "ema", "optimizer")
+        for name, tensor in getattr(checkpoint, kind)().items()
+    }
+
+
+def assert_same_bits(first, second):
+    first, second = tensors(first), tensors(second)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def numbers(path):
+    return [[line["step"], *(line[name] for name in NUMBERS)] for line in read_metrics(Path(path))]
+
+
+VARIANTS = {
+    "adamw": {},
+    "muon": {"optimizer": {"name": "muon"}},
+    "accumulation": {"grad_accum_steps": 2},
+    "time, adaln, x0": {
+        "strategy": "time",
+        "model": {"conditioning": "adaln"},
+        "flow": {"prediction": "x0"},
+    },
+    "bf16": {"mixed_precision": "bf16"},
+    "penultimate": {"strategy": "penultimate"},
+}
+
+
+class TestResume:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_continues_bit_for_bit(self, configure, variant):
+        changes = VARIANTS[variant]
+        whole = train(configure("whole", **changes))
+        train(configure("parts", steps=2, **changes))
+        parts = train(configure("parts", **changes))
+        assert_same_bits(whole, parts)
+        assert numbers(whole) == numbers(parts)
+
+    @pytest.mark.parametrize("order", ["random", "shards"])
+    def test_a_selection_and_a_mixture_continue(self, configure, order):
+        stores = {name: getattr(configure(), name) for name in ("features", "latents")}
+        source = {**stores, "proportion": 0.3, "select": {"filter": "sample_id < 20"}}
+        data = {"select": {"filter": "sample_id >= 20"}, "mixture": [source]}
+        changes = {"data": {**data, "order": order, "window": 2}, "steps": 40, "log_every": 1}
+        whole, parts = configure("whole", **changes), configure("parts", **changes)
+        train(parts.model_copy(update={"steps": 17}))
+        for config in (whole, parts):
+            train(config)
+        assert_same_bits(whole.output, parts.output)
+        assert numbers(whole.output) == numbers(parts.output)
+
+    def test_after_a_kill_in_the_middle_of_everything(self, configure):
+        whole = train(configure("whole"))
+        config = configure("killed", checkpoint_every=3)
+        train(config.model_copy(update={"steps": 5}))
+        # As a kill at step 5 leaves it: metrics beyond the checkpoint, half a line, half a save.
+        killed = Path(config.output)
+        (killed / "checkpoints" / "step-00000005").rename(
+            killed / "checkpoints" / "step-00000006.tmp"
+        )
+        with (killed / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "lo')
+        train(config)
+        assert_same_bits(whole, killed)
+        assert numbers(whole) == numbers(killed)
+        assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == [
+            "step-00000003",
+            "step-00000006",
+        ]
+
+    def test_a_finished_run_is_left_as_it_is(self, configure):
+        path = train(configure())
+        before = numbers(path)
+        train(configure())
+        assert numbers(path) == before
+
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_saves_and_the_same_command_continues(self, configure, sign, capsys):
+        whole = train(configure("whole", steps=40))
+        config = configure("stopped", steps=40)
+        metrics = Path(config.output) / "metrics.jsonl"
+
+        def interrupt():
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            os.kill(os.getpid(), sign)
+            os.kill(os.getpid(), sign)  # a launcher hands on what the terminal has sent already
+
+        sender = threading.Thread(target=interrupt)
+        handler = signal.getsignal(sign)
+        sender.start()
+        with pytest.raises(TrainingInterrupted, match="Run the same command to continue"):
+            train(config)
+        sender.join()
+        assert signal.getsignal(sign) is handler
+        stopped = latest_checkpoint(Path(config.output)).step
+        assert 2 <= stopped < 40
+        assert f"Stopped after step {stopped} of 40" in capsys.readouterr().err
+        train(config)
+        assert_same_bits(whole, config.output)
+        assert numbers(whole) == numbers(config.output)
+
+
+class TestOutput:
+    def test_another_configuration_is_refused_key_by_key(self, configure):
+        train(configure(steps=1))
+        with pytest.raises(InputError) as error:
+            train(configure(steps=1, strategy="static", seed=7))
+        assert "routing.strategy: 'static' instead of 'depth'" in str(error.value)
+        assert "seed: 7 instead of 0" in str(error.value)
+
+    def test_what_changes_no_weight_may_change(self, configure):
+        path = train(configure(steps=2))
+        train(configure(steps=4, log_every=1, keep_checkpoints=1, data={"prefetch": 1}))
+        assert latest_checkpoint(path).step == 4
+        assert [line["step"] for line in read_metrics(path)] == [2, 3, 4]
+
+    def test_steps_may_not_shrink(self, configure):
+        train(configure(steps=3))
+        with pytest.raises(InputError, match="steps: 2 instead of 3"):
+            train(configure(steps=2))
+
+    def test_steps_may_not_grow_where_the_schedule_depends_on_them(self, configure):
+        train(configure(steps=2, optimizer={"schedule": "cosine"}))
+        with pytest.raises(InputError, match="steps: 3 instead of 2"):
+            train(configure(steps=3, optimizer={"schedule": "cosine"}))
+
+    def test_another_store_is_refused(self, configure):
+        path = train(configure(steps=1))
+        record = json.loads((path / "run.json").read_text())
+        record["features"]["captions"]["seed"] = 99
+        (path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(InputError, match=r"features.captions.seed: 0 instead of 99"):
+            train(configure(steps=1))
+
+    def test_foreign_files_are_not_written_over(self, configure):
+        config = configure()
+        Path(config.output).mkdir()
+        (Path(config.output) / "thesis.tex").write_text("")
+        with pytest.raises(InputError, match=r"holds thesis.tex but no run.json. Name a new"):
+            train(config)
+
+    def test_one_process_trains_a_run(self, configure, tmp_path, capsys):
+        config = configure(steps=200, log_every=1, checkpoint_every=2)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "config.json")]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = Path(config.output)
+        try:
+            while not [*path.glob("checkpoints/step-*[0-9]")]:
+                assert child.poll() is None
+                time.sleep(0.01)
+            child.send_signal(signal.SIGSTOP)
+            with pytest.raises(LockedError, match=f"written by process {child.pid} on .* stop it"):
+                train(config)
+            assert latest_checkpoint(path).step < 200
+        finally:
+            child.kill()
+            child.wait()
+        train(config)
+        assert f"the lock of process {child.pid} on" in capsys.readouterr().err
+        assert latest_checkpoint(path).step == 200
+        assert not (path / "driver.json").exists()
+
+    def test_a_file_is_not_a_directory(self, configure):
+        config = configure()
+        Path(config.output).write_text("")
+        with pytest.raises(InputError, match="is a file; expected a new folder"):
+            train(config)
+
+    def test_only_the_newest_checkpoints_are_kept(self, configure):
+        path = train(configure(steps=5, checkpoint_every=1, keep_checkpoints=2))
+        names = sorted(p.name for p in (path / "checkpoints").iterdir())
+        assert names == ["step-00000004", "step-00000005"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model": {"patch_size": 5}}, "not divisible by model.patch_size 5"),
+            ({"model": {"num_kv_heads": 3}}, "not a multiple of model.num_kv_heads 3"),
+            ({"data": {"batch_size": 8}, "features": "/nowhere"}, "is no feature store"),
+        ],
+    )
+    def test_nothing_is_written_before_everything_is_checked(self, configure, changes, message):
+        config = configure(**changes)
+        with pytest.raises(InputError, match=message):
+            train(config)
+        assert not Path(config.output).exists()
+
+    def test_tensorboard_gets_the_same_numbers(self, configure):
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        path = train(configure(steps=4, log_every=2, tracker="tensorboard"))
+        found = {}
+        for file in path.rglob("events.out.tfevents*"):
+            for event in EventFileLoader(str(file)).Load():
+                for value in event.summary.value:
+                    if value.tag == "loss":
+                        found[event.step] = value.tensor.float_val[0]
+        expected = {line["step"]: line["loss"] for line in read_metrics(path)}
+        assert found == pytest.approx(expected, rel=1e-6)
+
+    def test_a_tracker_that_is_not_installed_is_named(self, configure, monkeypatch):
+        def find(name):
+            return None if name == "comet_ml" else find_spec(name)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+        with pytest.raises(InputError, match=r"comet_ml is not installed: pip install comet-ml"):
+            train(configure(steps=2, tracker="comet_ml"))
+
+    def test_trackers_are_those_of_accelerate(self):
+        from accelerate.utils import LoggerType
+
+        known = {*get_args(TrainConfig.model_fields["tracker"].annotation)}
+        assert known - {"none"} <= {*map(str, LoggerType)} - {"all"}
+
+    def test_fp16_is_refused_with_a_reason(self, configure):
+        with pytest.raises(ValueError, match=r"65,504.*use bf16"):
+            configure(mixed_precision="fp16")
+
+
+class TestTraining:
+    def test_learns_and_says_so(self, configure):
+        path = train(
+            configure(
+                steps=60,
+                log_every=20,
+                flow={"shift": 1.0},
+                optimizer={"lr": 3e-3},
+                data={"batch_size": 16},
+            )
+        )
+        lines = read_metrics(path)
+        assert [line["step"] for line in lines] == [20, 40, 60]
+        assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
+        assert lines[-1]["routing_entropy"] < 1.0
+        for line in lines:
+            assert 0 <= line["data_wait_share"] <= 1
+            assert line["samples_per_second"] > 0
+        alpha = load_run(path).weights()
+        assert alpha.shape == (1, 2, 4)
+
+    @pytest.mark.parametrize(
+        "routing",
+        [
+            {"strategy": "token", "top_k": 2},
+            {"strategy": "depth", "weights": "signed", "rank": 2, "smooth_penalty": 0.1},
+            {"strategy": "time", "t_jitter": 0.1},
+            {"strategy": "one-per-block"},
+            {"strategy": "concat", "layers": [1, 3]},
+            {"strategy": "attention", "layers": [1, 3, 4]},
+        ],
+        ids=lambda routing: routing["strategy"],
+    )
+    def test_strategies_train_and_continue_bit_for_bit(self, configure, routing):
+        whole = train(configure("whole", routing=routing))
+        half = configure("parts", routing=routing, steps=4)
+        train(half)
+        train(configure("parts", routing=routing, gradient_checkpointing=True))
+        assert_same_bits(whole, Path(half.output))
+        weights = load_run(whole).weights()
+        assert weights.shape == (21 if routing["strategy"] == "time" else 1, 2, 4)
+        assert np.isfinite(weights).all()
+
+    def test_a_jitter_is_told_to_the_gates_alone(self, configure):
+        runs = [
+            train(configure(name, routing={"strategy": "time", **changes}, steps=3))
+            for name, changes in (("exact", {}), ("jittered", {"t_jitter": 0.2}))
+        ]
+        # Gates start as uniform whatever they are told: the first loss is the same.
+        losses = [read_metrics(path)[0]["loss"] for path in runs]
+        assert losses[0] == losses[1]
+        # And the network's first prediction is zero whatever it reads: then they learn apart.
+        gates = [tensors(path)["model/router.gates.weight_out"] for path in runs]
+        assert not torch.equal(*gates)
+
+    def test_a_penalty_acts_and_is_not_in_the_loss(self, configure):
+        routing = {"strategy": "depth", "uniform_penalty": 1e4}
+        optimizer = {"router_lr": 0.1}
+        free, held = (
+            train(configure(name, optimizer=optimizer, routing=changes, steps=30))
+            for name, changes in (("free", {}), ("held", routing))
+        )
+        spread = [load_run(path, weights="model").weights().std() for path in (free, held)]
+        assert spread[1] < 0.5 * spread[0]
+        losses = [read_metrics(path)[-1]["loss"] for path in (free, held)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.5)
+
+    def test_start_refuses_a_projection_of_another_width(self, configure):
+        start = str(train(configure("start", routing={"strategy": "concat", "layers": [1, 3]})))
+        with pytest.raises(InputError, match="width_read: 32 instead of 64"):
+            train(configure("other", start=start))
+
+    def test_a_loss_that_is_not_finite_stops_with_the_samples(self, configure):
+        config = configure(optimizer={"lr": 1e30, "warmup_steps": 0}, steps=50)
+        with pytest.raises(FloatingPointError, match=r"samples of this rank: \d+, .*learning"):
+            train(config)
+
+
+class TestRanks:
+    """Real processes, started by torchrun: accelerate's own launcher runs only one on a CPU."""
+
+    @pytest.fixture
+    def launch(self, tmp_path):
+        def launch(config):
+            (tmp_path / "config.json").write_text(config.model_dump_json())
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+            command += ["--standalone", "-m", "semroute.cli", "train"]
+            return subprocess.Popen(
+                [*command, str(tmp_path / "config.json")],
+                env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+        return launch
+
+    def run(self, script, config, tmp_path, environment):
+        """A script on two ranks, to its end."""
+        (tmp_path / "script.py").write_text(script)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += ["--standalone", str(tmp_path / "script.py"), str(tmp_path / "config.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def wait_for(self, path, step, process):
+        """Until that step is logged."""
+        while process.poll() is None:
+            if any(line["step"] >= step for line in read_metrics(Path(path))):
+                return
+            time.sleep(0.02)
+        raise AssertionError(process.communicate()[0])
+
+    def test_killed_in_mid_epoch_and_continued_by_one_rank(self, configure, launch):
+        """What a sample adds to the loss is a function of its position, its t and noise included:
+        equal losses, step by step, are equal samples. An epoch has 25 steps."""
+        changes = {"log_every": 1, "steps": 40, "checkpoint_every": 4}
+        changes["validation"] = {"share": 0.1, "every": 4, "num_samples": 12, "num_bins": 4}
+        whole, config = train(configure("whole", **changes)), configure("two", **changes)
+        process = launch(config)
+        try:
+            self.wait_for(config.output, 11, process)
+        finally:
+            # Torchrun gives each rank a session of its own, so that all must be named.
+            ranks = psutil.Process(process.pid).children(recursive=True)
+            for one in (process, *ranks):
+                one.kill()
+            psutil.wait_procs(ranks)
+            process.communicate()
+        killed = latest_checkpoint(Path(config.output)).step
+        assert 8 <= killed < 40
+        by_two = read_metrics(Path(config.output))
+        train(config)
+        expected, found = (
+            {line["step"]: line for line in read_metrics(Path(path))}
+            for path in (whole, config.output)
+        )
+        assert [*found] == [*range(1, 41)]
+        for step, line in found.items():
+            assert line["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4), step
+        losses = [line["loss"] for line in expected.values()]
+        assert len({round(loss, 3) for loss in losses}) > 20
+        for line in by_two[:killed]:
+            assert line["loss"] == pytest.approx(expected[line["step"]]["loss"], rel=1e-4)
+            if "validation_by_t" in line:
+                assert line["validation_by_t"] == pytest.approx(
+                    expected[line["step"]]["validation_by_t"], rel=1e-3
+                )
+        first, second = tensors(whole), tensors(config.output)
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+
+    def test_sigterm_saves_on_all_ranks(self, configure, launch):
+        config = configure(steps=5000, log_every=1, checkpoint_every=5000)
+        process = launch(config)
+        self.wait_for(config.output, 2, process)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode != 0
+        stopped = latest_checkpoint(Path(config.output)).step
+        assert f"Stopped after step {stopped} of 5000" in output
+        assert read_metrics(Path(config.output))[-1]["step"] == stopped
+
+    def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, tmp_path):
+        """Accelerate does not do it on a CPU, so the script does what it does on GPUs."""
+        changes = {"strategy": "time", "routing": {"strategy": "time", "uniform_penalty": 0.1}}
+        changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
+        train(configure("sharded", **{**changes, "steps": 2}))  # so that it continues, cut up
+        config = configure("sharded", **{**changes, "steps": 4})
+        self.run(SHARDED, config, tmp_path, {"ACCELERATE_USE_CPU": "1"})
+        train(configure("sharded", **changes))  # to step 6, whole again
+        first, second = tensors(train(configure("whole", **changes))), tensors(config.output)
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+
+    def test_deepspeed_is_refused_before_anything_is_written(
+        self, configure, tmp_path, monkeypatch
+    ):
+        """``accelerate launch`` sets this variable from ``distributed_type: DEEPSPEED``."""
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        config = configure()
+        (tmp_path / "run.json").write_text(config.model_dump_json())
+        outcome = CliRunner().invoke(cli, ["train", str(tmp_path / "run.json")])
+        assert outcome.exit_code == 1
+        assert outcome.output == (
+            "Error: found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: "
+            "launch with docs/accelerate/ddp.yaml or fsdp2.yaml, see docs/training.md\n"
+        )
+        assert not Path(config.output).exists()
+        with pytest.raises(InputError, match="found DeepSpeed"):
+            plan(config, measure_steps=1)
+
+    def test_ranks_that_do_not_see_each_other_are_refused(self, configure, monkeypatch, tmp_path):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="2 processes were started, and"):
+            train(configure())
+        assert not (tmp_path / "run").exists()
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed.fsdp import fully_shard
+from semroute.schemas import TrainConfig
+from semroute.trainer import loop
+
+def shard(model, *optimizers):
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        if type(module).__name__ in ("SelfAttention", "SwiGLU"):
+            fully_shard(module)
+    fully_shard(model, reshard_after_forward=True)
+    parameters = dict(model.named_parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [parameters[names[id(p)]] for p in group["params"]]
+    return model, *optimizers
+
+torch.set_num_threads(1)
+make = loop.make_accelerator
+def make_accelerator(config):
+    accelerator = make(config)
+    accelerator.prepare = shard
+    return accelerator
+loop.make_accelerator = make_accelerator
+loop.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
+"""
+
+
+class TestIsolation:
+    def test_training_never_imports_the_llm_library(self, configure, tmp_path):
+        config = configure(steps=1)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        code = (
+            "import sys\n"
+            "from semroute.schemas import TrainConfig\n"
+            "from semroute.trainer.training.trainer import train\n"
+            "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+            "from semroute.trainer.runs.run import load_run\n"
+            "found = {name.partition('.')[0] for name in sys.modules}\n"
+            "print(sorted(found & {'transformers', 'tokenizers', 'dask', 'distributed'}))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "config.json")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "[]"
+
+
+class TestOptimizers:
+    def dit(self, configure, strategy):
+        config = configure(strategy=strategy)
+        return DiT(
+            config.model,
+            config.routing,
+            latent_shape=(3, 12, 12),
+            layers=[1, 2, 3, 4],
+            num_llm_layers=4,
+            text_width=32,
+        )
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    @pytest.mark.parametrize("strategy", ["uniform", "depth", "joint"])
+    def test_every_parameter_is_in_one_group(self, configure, name, strategy):
+        dit = self.dit(configure, strategy)
+        config = configure(optimizer={"name": name}).optimizer
+        optimizers = make_optimizers(dit, config)
+        assert len(optimizers) == (2 if name == "muon" else 1)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        numbered = [id(p) for group in groups for p in group["params"]]
+        assert sorted(numbered) == sorted(id(p) for p in dit.parameters())
+
+    def test_the_router_has_its_own_rate_and_no_decay(self, configure):
+        dit = self.dit(configure, "depth")
+        config = configure(optimizer={"router_lr": 0.03, "weight_decay": 0.1}).optimizer
+        (adamw,) = make_optimizers(dit, config)
+        others, router = adamw.param_groups
+        assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
+        assert (router["lr"], router["weight_decay"]) == (0.03, 0.0)
+        assert [id(p) for p in router["params"]] == [id(p) for p in dit.router_parameters()]
+
+    @pytest.mark.parametrize("strategy", ["static", "depth", "time", "joint"])
+    def test_a_logit_moves_by_about_the_routers_rate_whatever_the_strategy(
+        self, configure, strategy
+    ):
+        moved = {}
+        for scaling in ("fan_in", "none"):
+            dit = self.dit(configure, strategy)
+            options = {"router_lr": 1e-3, "router_scaling": scaling}
+            optimizer = make_optimizers(dit, configure(optimizer=options).optimizer)[0]
+            for _ in range(10):
+                logits = dit.router.logits(torch.linspace(0, 1, 16))
+                optimizer.zero_grad()
+                (logits[..., 0] - logits[..., 1:].mean(-1)).mean().neg().backward()
+                optimizer.step()
+            moved[scaling] = dit.router.logits(torch.linspace(0, 1, 16))[..., 0].mean().item() / 10
+        assert 0.5e-3 < moved["fan_in"] < 3e-3
+        if strategy in ("time", "joint"):
+            assert moved["none"] > 20e-3
+
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [
+            ("constant", [0.5, 1, 1, 1, 1]),
+            ("linear", [0.5, 1, 0.75, 0.5, 0.25]),
+            ("cosine", [0.5, 1, 0.8536, 0.5, 0.1464]),
+        ],
+    )
+    @pytest.mark.parametrize("start", [0, 1, 3])
+    def test_schedules_are_functions_of_the_step(self, configure, schedule, expected, start):
+        config = configure(steps=5, optimizer={"warmup_steps": 1, "schedule": schedule, "lr": 1.0})
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = make_schedule(optimizer, config, start)
+        found = []
+        for _ in range(start, 5):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert found == pytest.approx(expected[start:], abs=1e-4)

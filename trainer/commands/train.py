@@ -1,0 +1,110 @@
+"""``semroute shapes`` and ``semroute train``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...schemas import InputError, read_config
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Images to train on."
+)
+@click.option(
+    "--num-test", default=600, show_default=True, type=click.IntRange(2), help="Test captions."
+)
+@click.option(
+    "--num-dev",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to tune on.",
+)
+@click.option(
+    "--images-per-caption",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Drawn anew for each.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the whole world.")
+def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
+    """Draw a world of captioned coloured shapes into OUT.
+
+    OUT/train.parquet is what to train on; OUT/test.parquet holds captions that do not occur in it,
+    half of them about combinations of colour and shape that do not either. OUT/dev.parquet holds
+    yet others, to choose settings by.
+
+    \b
+    Example:
+      semroute shapes shapes --num 20000 --seed 0
+    """
+    from ..shapes.dataset import write_world
+
+    click.echo(write_world(out, num, seed, **sizes))
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Say what it will take, and train nothing.")
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Of a dry run: processes to plan for. Default: 1."
+)
+@click.option(
+    "--step-seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Of a dry run: what a step takes, to say what the stores must deliver.",
+)
+@click.option(
+    "--measure",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Of a dry run: take so many steps here, to see what one takes, and forget them.",
+)
+def train(
+    config: Path,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    ranks: int | None,
+    step_seconds: float | None,
+    measure: int | None,
+) -> None:
+    """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
+
+    The LLM is never loaded. The same command continues what was stopped. On several GPUs:
+    accelerate launch -m semroute.cli train CONFIG
+
+    \b
+    Examples:
+      semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
+      semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
+    """
+    parsed = read_config(config, overrides)
+    if dry_run:
+        if step_seconds is not None and measure is not None:
+            raise InputError("give either --step-seconds or --measure")
+        from ..training.dry_run import plan
+
+        click.echo(
+            plan(
+                parsed, num_ranks=ranks or 1, step_seconds=step_seconds, measure_steps=measure or 0
+            )
+        )
+        return
+    if not (ranks is None and step_seconds is None and measure is None):
+        raise InputError("--ranks, --step-seconds and --measure are of a --dry-run")
+    from ..training.train import train as run
+    from ..training.trainer import TrainingInterrupted
+
+    try:
+        path = run(parsed)
+    except TrainingInterrupted:
+        sys.exit(130)
+    except FloatingPointError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{path} is trained: semroute plot {path}")

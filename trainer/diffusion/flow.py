@@ -1,0 +1,87 @@
+"""Rectified flow: the path between data and noise, which t are trained, the target and the loss.
+
+t is sigma: 0 is data, 1 is pure noise, and the shift is part of t (training and sampling share it).
+
+Shapes: B batch; x is [B, ...], t is [B].
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...schemas import FlowConfig
+
+# Below this t a velocity is not computed from x0: its error would be divided by almost nothing.
+MIN_T = 0.2
+
+
+@dataclass(frozen=True)
+class Flow:
+    """x_t = (1 - t) x0 + t noise (Liu et al. 2022; Esser et al. 2024, sections 3.1 and 5.3.2).
+
+    Attributes:
+        prediction: what the network predicts, ``velocity`` (noise - x0) or ``x0``.
+        t_mean, t_std: of the normal logit of t, before the shift.
+        shift: t <- shift t / (1 + (shift - 1) t).
+    """
+
+    prediction: Literal["velocity", "x0"] = "velocity"
+    t_mean: float = 0.0
+    t_std: float = 1.0
+    shift: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: FlowConfig) -> "Flow":
+        return cls(config.prediction, config.t_mean, config.t_std, config.shift)
+
+    def warp(self, t: Tensor) -> Tensor:
+        """The shift: a monotone map of [0, 1] onto itself that spends more of it near noise."""
+        return self.shift * t / (self.shift * t + (1.0 - t))
+
+    def sample_t(self, num: int, generator: torch.Generator) -> Tensor:
+        """fp32 [num] in [0, 1]: logit-normal, then shifted. Drawn on the generator's device."""
+        z = torch.randn(num, generator=generator, device=generator.device)
+        return self.warp(torch.sigmoid(self.t_mean + self.t_std * z))
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        t = _like(t, x0)
+        return (1.0 - t) * x0 + t * noise
+
+    def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity dx/dt that a prediction stands for: (x_t - x0) / t where it is x0.
+
+        t must be above 0 where the network predicts x0.
+        """
+        if self.prediction == "velocity":
+            return prediction
+        return (x_t - prediction) / _like(t, x_t)
+
+    def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of the velocity, one number a sample: fp32 [B].
+
+        Where the network predicts x0 its error is divided by max(t, 0.2)^2, which is the velocity's
+        error but for small t.
+        """
+        target = noise - x0 if self.prediction == "velocity" else x0
+        error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # [B]
+        return error if self.prediction == "velocity" else error / t.clamp(min=MIN_T).square()
+
+    def schedule(self, num_steps: int) -> Tensor:
+        """The t of a solver: fp64 [num_steps + 1] on the CPU, from exactly 1 down to exactly 0.
+
+        Equal steps, then the same shift as in training.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; a schedule needs at least 1")
+        return self.warp(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64))
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to be multiplied with x."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))

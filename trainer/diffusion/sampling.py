@@ -1,0 +1,167 @@
+"""Solving dx/dt = v from noise to data, with classifier-free guidance. Plain functions.
+
+Shapes: B batch, C channels, R rows (tokens of all captions, packed), U captions, L layers, H text
+width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .flow import Flow
+from .noise import starting_noise
+
+
+class Model(Protocol):
+    """What sampling asks of a network; see ``trainer.dit.DiT``."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def router(self) -> Any: ...
+
+    def encode_text(
+        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+    ) -> Any: ...
+
+    def denoise(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor: ...
+
+
+Conditioning = Callable[[Tensor], Any]
+"""t [B] -> what the model's ``denoise`` reads as text at that t."""
+
+Clock = Callable[[Tensor, Tensor], Tensor]
+"""x_t [B, C, h, w] and nominal t [B] -> the t that gates are told, [B]; see ``trainer.clock``."""
+
+Callback = Callable[[int, float, Tensor], None]
+"""Called after each step with the number of steps done, t and x_t [B, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the way from noise to data is gone.
+
+    Attributes:
+        num_steps: of the schedule.
+        cfg_scale: guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans
+            2022); at 1 the null text is not computed at all.
+        cfg_interval: lowest and highest t that are guided. Outside it, steps are taken without
+            guidance and without its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        method: ``euler``, one evaluation a step; or ``heun``, two, of second order (Karras et al.
+            2022, arXiv 2206.00364, algorithm 1), whose last step is Euler's.
+        clock: what gates of the noise level are told in place of the nominal t, which network and
+            solver keep. None: the nominal t. Of no effect where routing does not depend on t.
+    """
+
+    num_steps: int = 50
+    cfg_scale: float = 6.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    method: Literal["euler", "heun"] = "euler"
+    clock: Clock | None = None
+
+
+def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
+    """The text of a batch for any t: computed once and kept, unless the routing depends on t.
+
+    Args as ``DiT.encode_text``.
+    """
+    if model.router.depends_on_t:
+        return lambda t: model.encode_text(hidden, offsets, caption, t)
+    text = model.encode_text(hidden, offsets, caption)
+    return lambda t: text
+
+
+def solve(
+    model: Model,
+    flow: Flow,
+    text: Conditioning,
+    null: Conditioning | None,
+    noise: Tensor,
+    how: Solver,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Along the flow's schedule, from t = 1 to t = 0.
+
+    Args:
+        text, null: what the captions and the null caption give at any t; null may be None at a
+            scale of 1.
+        noise: [B, C, h, w], x at t = 1.
+
+    Returns:
+        latents [B, C, h, w].
+
+    Raises:
+        ValueError: guidance without the null text.
+    """
+    if how.cfg_scale != 1.0 and null is None:
+        raise ValueError(
+            f"cfg_scale is {how.cfg_scale} but there is no null text to guide away from: pass the "
+            "null caption's features, or cfg_scale=1"
+        )
+    low, high = how.cfg_interval
+
+    def velocity(x: Tensor, now: float) -> Tensor:
+        t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
+        told = t if how.clock is None else how.clock(x, t)
+        v = flow.to_velocity(model.denoise(x, t, text(told)), x, t)
+        if null is None or how.cfg_scale == 1.0 or not low <= now <= high:
+            return v
+        v_null = flow.to_velocity(model.denoise(x, t, null(told)), x, t)
+        return v_null + how.cfg_scale * (v - v_null)
+
+    schedule = flow.schedule(how.num_steps).tolist()
+    x = noise
+    for step, (now, after) in enumerate(pairwise(schedule), start=1):
+        v = velocity(x, now)
+        if how.method == "heun" and step < how.num_steps:
+            v = (v + velocity(x + (after - now) * v, after)) / 2
+        x = x + (after - now) * v
+        if callback is not None:
+            callback(step, after, x)
+    return x
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    flow: Flow,
+    hidden: Tensor,
+    offsets: Tensor,
+    null_hidden: Tensor | None = None,
+    how: Solver = Solver(),
+    *,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    shape: tuple[int, int, int] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """One latent a caption.
+
+    Args:
+        model: on the device of ``hidden``.
+        hidden: [R, len(router.layers_read), H] packed rows of U captions, any float dtype.
+        offsets: int64 [U + 1].
+        null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
+            cfg_scale 1.
+        seed, numbers: the noise of sample i is a function of (seed, numbers[i]), by default of
+            (seed, i): to sample a list in batches, pass the numbers of each.
+        shape: (C, h, w) of the latents, by default ``model.latent_shape``.
+
+    Returns:
+        fp32 [U, C, h, w] on the device of ``hidden``, in the units the model was trained on.
+    """
+    num = len(offsets) - 1
+    text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device))
+    null = None
+    if null_hidden is not None and how.cfg_scale != 1.0:
+        ends = torch.tensor([0, len(null_hidden)])
+        null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
+    numbers = range(num) if numbers is None else numbers
+    shape = model.latent_shape if shape is None else shape
+    noise = starting_noise(shape, seed=seed, numbers=numbers).to(hidden.device)
+    return solve(model, flow, text, null, noise, how, callback)

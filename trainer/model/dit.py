@@ -1,0 +1,534 @@
+"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers a block.
+
+The architecture is the one of arXiv 2602.03510 as its code has it: RMSNorm, grouped-query attention
+with RMS-normed queries and keys, 2D rotary positions, SwiGLU, and by default no timestep embedding.
+
+Shapes: B batch, C channels, N image tokens, W width, R rows (tokens of all captions, packed),
+P pairs of a batch item and a row, U unique captions, T text tokens of the longest caption, H text
+width, D blocks, L layers, A attention heads, G key/value heads, E head width, M SwiGLU width.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
+from .gates import phi
+from .strategies import Mixed, make_router
+
+ROPE_THETA = 1e4
+RMS_EPS = 1e-6
+T_SCALE = 1000.0
+
+
+# ----------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a DiT; a named one may be changed number by number in ``ModelConfig``."""
+
+    depth: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+
+
+SIZES = {
+    "nano": Size(depth=6, width=96, num_heads=4, num_kv_heads=1, head_dim=24, mlp_width=256),
+    "small": Size(depth=12, width=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1536),
+    "base": Size(depth=12, width=768, num_heads=12, num_kv_heads=3, head_dim=64, mlp_width=3072),
+    "paper": Size(depth=24, width=2048, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=8192),
+}
+
+
+def resolve_size(config: ModelConfig) -> Size:
+    """The named size with the numbers that the configuration replaces.
+
+    Raises:
+        InputError: heads that cannot be grouped, or a head_dim that 2D RoPE cannot split.
+    """
+    names = ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    size = replace(SIZES[config.size], **given)
+    if size.num_heads % size.num_kv_heads:
+        raise InputError(
+            f"model.num_heads {size.num_heads} is not a multiple of model.num_kv_heads "
+            f"{size.num_kv_heads}: each key/value head serves the same number of query heads"
+        )
+    if size.head_dim % 4:
+        raise InputError(
+            f"model.head_dim {size.head_dim} is not divisible by 4: 2D rotary positions turn pairs "
+            "of channels, half of them by the row and half by the column"
+        )
+    return size
+
+
+# ----------------------------------------------------------------------------------------- parts
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in fp32 whatever autocast says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / rms(x): [..., W] -> fp32 [..., 1]."""
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+        return (norm.square() / x.shape[-1] + RMS_EPS).rsqrt()
+
+
+class RotaryPositions(nn.Module):
+    """2D RoPE: half of the channel pairs turn with the row of the patch, half with its column."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        exponents = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
+        self.register_buffer("frequencies", ROPE_THETA**-exponents, persistent=False)  # [E/4]
+
+    def forward(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a grid of patches, row by row: fp32 [N, E/2] each."""
+        frequencies = self.get_buffer("frequencies")
+        row, column = torch.meshgrid(
+            torch.arange(rows, dtype=torch.float32, device=frequencies.device),
+            torch.arange(columns, dtype=torch.float32, device=frequencies.device),
+            indexing="ij",
+        )
+        position = torch.stack([row.flatten(), column.flatten()], dim=1)  # [N, 2]
+        angles = (position[:, :, None] * frequencies).flatten(1)  # [N, E/2]
+        return angles.cos(), angles.sin()
+
+
+Rotary = tuple[Tensor, Tensor]
+"""What :class:`RotaryPositions` gives."""
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn queries or keys by their positions: [B, A, N, E]."""
+    cos, sin = rotary  # [N, E/2]
+    first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention with grouped key/value heads: [B, A, N, E], [B, G, T, E] twice -> [B, N, A*E]."""
+    out = F.scaled_dot_product_attention(
+        q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, N, A*E] -> [B, A, N, E]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Image tokens attend to each other."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.head_dim = size.head_dim
+        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+        self.q = nn.Linear(size.width, inner, bias=False)
+        self.k = nn.Linear(size.width, kv, bias=False)
+        self.v = nn.Linear(size.width, kv, bias=False)
+        self.out = nn.Linear(inner, size.width, bias=False)
+        self.q_norm = RMSNorm(size.head_dim)
+        self.k_norm = RMSNorm(size.head_dim)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q = rotate(self.q_norm(heads(self.q(x), self.head_dim)), rotary)  # [B, A, N, E]
+        k = rotate(self.k_norm(heads(self.k(x), self.head_dim)), rotary)  # [B, G, N, E]
+        v = heads(self.v(x), self.head_dim)  # [B, G, N, E]
+        return self.out(attend(q, k, v))  # [B, N, W]
+
+
+class CrossAttention(nn.Module):
+    """Image tokens attend to text. Keys and values do not depend on the image: see
+    ``DiT.encode_text``."""
+
+    def __init__(self, size: Size, text_width: int) -> None:
+        super().__init__()
+        self.head_dim = size.head_dim
+        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+        self.q = nn.Linear(size.width, inner, bias=False)
+        self.text_k = nn.Linear(text_width, kv, bias=False)
+        self.text_v = nn.Linear(text_width, kv, bias=False)
+        self.out = nn.Linear(inner, size.width, bias=False)
+        self.q_norm = RMSNorm(size.head_dim)
+        self.k_norm = RMSNorm(size.head_dim)
+
+    def read_weights(self) -> Tensor:
+        """What makes keys and values of projected text, one above the other: [2*G*E, H]."""
+        return torch.cat([self.text_k.weight, self.text_v.weight])
+
+    def read(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what :meth:`read_weights` gave: [B, T, 2*G*E] -> [B, G, T, E] each."""
+        k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))  # [B, G, T, E] each
+        return self.k_norm(k).to(v.dtype), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
+        return self.out(attend(q, k, v, mask))  # [B, N, W]
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) * value(x))."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.gate = nn.Linear(size.width, size.mlp_width, bias=False)
+        self.value = nn.Linear(size.width, size.mlp_width, bias=False)
+        self.out = nn.Linear(size.mlp_width, size.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.value(x))  # [B, N, W] -> [B, N, M] -> [B, N, W]
+
+
+class NoiseEmbedder(nn.Module):
+    """t -> the vector that adaLN modulates with."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(phi(t, T_SCALE))  # [B] -> [B, 128] -> [B, W]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift  # [B, N, W], [B, 1, W] twice
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, SwiGLU. The query of cross-attention is not pre-normed."""
+
+    def __init__(self, size: Size, text_width: int, conditioned: bool) -> None:
+        super().__init__()
+        self.self_norm = RMSNorm(size.width)
+        self.self_attention = SelfAttention(size)
+        self.cross_attention = CrossAttention(size, text_width)
+        self.mlp_norm = RMSNorm(size.width)
+        self.mlp = SwiGLU(size)
+        self.modulation = nn.Linear(size.width, 6 * size.width) if conditioned else None
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        rotary: Rotary,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        if self.modulation is None or noise is None:
+            x = x + self.self_attention(self.self_norm(x), rotary)  # [B, N, W]
+            x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
+            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
+        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
+        attended = self.self_attention(modulate(self.self_norm(x), shift_a, scale_a), rotary)
+        x = x + gate_a * attended  # [B, N, W]
+        x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """What every block's cross-attention reads, padded to the batch's longest caption.
+
+    Attributes:
+        keys, values: of each block, [B, G, T, E].
+        mask: bool [B, 1, 1, T], False at padding.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+class DiT(nn.Module):
+    """The network: x_t, t and packed hidden states -> the prediction that ``Flow`` interprets.
+
+    Args:
+        config: size, patch and conditioning.
+        routing: the strategy.
+        latent_shape: (C, height, width) of latents; of those with several shapes, the one that
+            is sampled where no other is asked for. Positions are relative, so that no weight
+            depends on height and width.
+        layers: LLM layers in the feature store.
+        num_llm_layers: number of blocks of the LLM.
+        text_width: H.
+        mixes: what the feature store holds in place of layers, where it does.
+
+    Attributes:
+        gradient_checkpointing: keep only what enters each block for the backward pass.
+
+    Raises:
+        InputError: latents that patches do not tile, an impossible size, or a strategy that cannot
+            read what is stored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        *,
+        latent_shape: tuple[int, int, int],
+        layers: Sequence[int],
+        num_llm_layers: int,
+        text_width: int,
+        mixes: Mixes | None = None,
+    ) -> None:
+        super().__init__()
+        size = resolve_size(config)
+        channels, height, width = latent_shape
+        patch = config.patch_size
+        self.latent_shape = (channels, height, width)
+        self.patch_size = patch
+        self.check_shape(latent_shape)
+        self.size = size
+        self.gradient_checkpointing = False
+        conditioned = config.conditioning == "adaln"
+
+        # A fork, so that the rest of the network starts with the same weights under any strategy.
+        with torch.random.fork_rng(devices=[]):
+            self.router = make_router(
+                routing,
+                layers=layers,
+                num_llm_layers=num_llm_layers,
+                num_blocks=size.depth,
+                text_width=text_width,
+                mixes=mixes,
+            )
+        width_read = self.router.width_read(text_width)
+        self.context_norm = RMSNorm(width_read)
+        self.context = nn.Linear(width_read, text_width)
+        self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
+        self.patch_in = nn.Linear(channels * patch * patch, size.width)
+        self.rotary = RotaryPositions(size.head_dim)
+        self.blocks = nn.ModuleList(Block(size, text_width, conditioned) for _ in range(size.depth))
+        self.norm_out = RMSNorm(size.width)
+        self.modulation_out = nn.Linear(size.width, 2 * size.width) if conditioned else None
+        self.patch_out = nn.Linear(size.width, channels * patch * patch)
+        self.initialize_weights()
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Refuse latents of (C, height, width) that this network cannot take.
+
+        Raises:
+            InputError: patches do not tile them, or they have other channels.
+        """
+        channels, height, width = shape
+        if height % self.patch_size or width % self.patch_size:
+            raise InputError(
+                f"latents of {height} x {width} are not divisible by model.patch_size "
+                f"{self.patch_size}: choose a patch size that divides both"
+            )
+        if channels != self.latent_shape[0]:
+            raise InputError(
+                f"latents have {channels} channels, but this model was made for "
+                f"{self.latent_shape[0]}"
+            )
+
+    def initialize_weights(self) -> None:
+        """Fresh weights from torch's default generator. The router is left alone: its own zeros are
+        what makes every strategy start as uniform."""
+        router = {*self.router.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module not in router:
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        # As in the reference: projected text starts small, about N(0, 1) for H = 2560.
+        nn.init.normal_(self.context.weight, std=0.02)
+
+        # adaLN-zero: self-attention and SwiGLU of every block start switched off.
+        for block in cast(Iterable[Block], self.blocks):
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+        if self.modulation_out is not None:
+            nn.init.zeros_(self.modulation_out.weight)
+
+        # The first prediction is zero, whatever the input.
+        nn.init.zeros_(self.patch_out.weight)
+
+    # ------------------------------------------------------------------------------ parameters
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What the routing strategy learns; empty where its weights are fixed."""
+        return list(self.router.parameters())
+
+    def block_matrices(self) -> list[nn.Parameter]:
+        """The 2D weights of the blocks: what Muon is made for."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
+    # ------------------------------------------------------------------------------------ text
+
+    def encode_text(
+        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+    ) -> TextConditioning:
+        """Mix, project, and lay out the text of a batch.
+
+        Without dependence on t everything is computed once a unique caption, and the result may be
+        kept for all steps of sampling; otherwise once a batch item, for its own t.
+
+        Args:
+            hidden: [R, len(router.layers_read), H], any float dtype: rows of U unique captions.
+            offsets: int64 [U + 1]; caption u is rows offsets[u] to offsets[u + 1], at least one.
+                Best left on the CPU, with ``caption``: a GPU then waits for nothing.
+            caption: int64 [B], which unique caption each batch item has.
+            t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
+        """
+        starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
+        steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
+        mask = steps < lengths[:, None]  # [B, T]
+        if self.router.depends_on_t:
+            rows = (starts[:, None] + steps)[mask].to(hidden.device)  # [P]
+            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
+            starts = lengths.cumsum(0) - lengths  # [B], now of pairs
+        else:
+            fused = self.router(hidden)  # [R, D or 1, H]
+        # Padding repeats the caption's first row and is masked: it is finite, and weighs nothing.
+        index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
+        index = index.to(hidden.device)
+
+        attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
+        both = self._project(fused, [attention.read_weights() for attention in attentions])
+        keys, values = [], []
+        # Of all blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] a block.
+        padded = both.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
+        each = padded.unflatten(-1, both.shape[1:]).unbind(2)
+        for attention, of_block in zip(attentions, each, strict=True):
+            k, v = attention.read(of_block)  # [B, G, T, E] each
+            keys.append(k)
+            values.append(v)
+        return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
+
+    def _project(self, fused: Tensor, weights: list[Tensor]) -> Tensor:
+        """What every block's keys and values are made of: Linear(RMSNorm(fused)) times its weights.
+
+        That is (fused W^T) s + b for the scale s of each row, so where rows are more than there are
+        rows of weights, W is multiplied with these and not with them.
+
+        Args:
+            fused: fp32 [R or P, D or 1, H].
+            weights: of each block, [2*G*E, H].
+
+        Returns:
+            [R or P, D, 2*G*E].
+        """
+        num_blocks = len(weights)
+        weight = torch.cat(weights)  # [D*2*G*E, H]
+        scale: Tensor | None = None
+        if fused.shape[0] * fused.shape[1] > len(weight):
+            bias = (weight @ self.context.bias).unflatten(0, (num_blocks, 1, -1))  # [D, 1, 2*G*E]
+            weight = weight @ (self.context.weight * self.context_norm.weight)  # [D*2*G*E, H]
+            scale = self.context_norm.scale(fused).transpose(0, 1)  # [D or 1, R or P, 1]
+            context = fused.transpose(0, 1)  # [D or 1, R or P, H]
+        else:  # one by one: rows are rounded alike however many mixes there are
+            mixes = [self.context(self.context_norm(mix)) for mix in fused.unbind(1)]
+            context = torch.stack(mixes)  # [D or 1, R or P, H]
+        if torch.is_autocast_enabled(context.device.type):  # before it is shared, not a copy each
+            context = context.to(torch.get_autocast_dtype(context.device.type))
+        by_block = weight.unflatten(0, (num_blocks, -1)).mT  # [D, H, 2*G*E]
+        product = torch.bmm(context.expand(num_blocks, -1, -1), by_block)  # [D, R or P, 2*G*E]
+        if scale is not None:
+            product = (product * scale + bias).to(product.dtype)
+        return product.transpose(0, 1)  # [R or P, D, 2*G*E]
+
+    @contextmanager
+    def reading(self, mixes: Mixes | None) -> Iterator[None]:
+        """While it lasts, read features that hold these mixes; None: that hold layers.
+
+        Raises:
+            InputError: mixes of other weights than this network's; or a network of strategy
+                ``mixes`` and features that hold layers.
+        """
+        router = self.router
+        if mixes is None and isinstance(router, Mixed):
+            raise InputError(
+                "this network reads mixes of layers, but the features hold layers: rewrite them "
+                "with --routing of its run"
+            )
+        if mixes is not None:
+            layers, weights = router.fixed_weights()
+            distance = mixes.distance(layers, weights.tolist())
+            if distance > SAME_WEIGHTS:
+                raise InputError(
+                    f"the features hold mixes of layers {mixes.layers} under other weights than "
+                    "this network's: rewrite them with --routing of its run"
+                )
+            self.router = Mixed(mixes).to(self.context.weight.device)
+        try:
+            yield
+        finally:
+            self.router = router
+
+    # ----------------------------------------------------------------------------------- image
+
+    def denoise(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        """The prediction for one noise level an item: [B, C, h, w], [B] -> fp32 [B, C, h, w]."""
+        channels, height, width = x_t.shape[1:]
+        self.check_shape((channels, height, width))
+        rotary = self.rotary(height // self.patch_size, width // self.patch_size)
+        noise = None if self.noise_embedder is None else self.noise_embedder(t)  # [B, W]
+        x = self.patch_in(self._patchify(x_t)).float()  # [B, N, W], the residual stream is fp32
+        for block, k, v in zip(self.blocks, text.keys, text.values, strict=True):
+            inputs = (x, noise, rotary, k, v, text.mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)  # [B, N, W]
+        x = self.norm_out(x)  # [B, N, W]
+        if self.modulation_out is not None and noise is not None:
+            shift, scale = self.modulation_out(F.silu(noise))[:, None].float().chunk(2, dim=-1)
+            x = modulate(x, shift, scale)  # [B, N, W]
+        return self._unpatchify(self.patch_out(x).float(), height, width)  # [B, C, h, w]
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        hidden: Tensor,
+        offsets: Tensor,
+        caption: Tensor,
+        told: Tensor | None = None,
+    ) -> Tensor:
+        """Training in one call, so that wrappers of ``forward`` see every parameter used.
+
+        x_t [B, C, h, w], t [B], and text as :meth:`encode_text` takes it -> fp32 [B, C, h, w].
+        ``told`` [B] is the t that routing is told, by default t.
+        """
+        text = self.encode_text(hidden, offsets, caption, t if told is None else told)
+        return self.denoise(x_t, t, text)  # [B, C, h, w]
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        p = self.patch_size
+        x = x.reshape(batch, channels, height // p, p, width // p, p)  # [B, C, h/p, p, w/p, p]
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C*p*p]
+
+    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        p, channels = self.patch_size, self.latent_shape[0]
+        x = x.reshape(len(x), height // p, width // p, channels, p, p)  # [B, h/p, w/p, C, p, p]
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)  # [B, C, h, w]

@@ -1,0 +1,102 @@
+"""Grids of generated images."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...pipeline.style import DPI, INK, Figure
+from ...schemas import InputError
+
+RIGHT, WRONG = "#1b8a5a", "#c8553d"
+CAPTIONS = "captions.jsonl"
+"""In a folder of pictures: a line a picture, its file and its caption."""
+
+
+def sample_grid(
+    images: NDArray[np.uint8],
+    captions: Sequence[str],
+    marks: Sequence[bool] | None = None,
+    *,
+    columns: int = 6,
+) -> Figure:
+    """Images over their captions, enlarged pixel by pixel.
+
+    Args:
+        images: [N, height, width, 3] uint8.
+        marks: whether each is right: a green tick or a red cross, and a frame of that colour.
+
+    Raises:
+        InputError: no images, or not one caption (and mark) an image.
+    """
+    found = {len(images), len(captions), len(images if marks is None else marks)}
+    if len(found) > 1 or not len(images):
+        raise InputError(
+            f"found {len(images)} images, {len(captions)} captions and "
+            f"{'no' if marks is None else len(marks)} marks, expected one of each an image"
+        )
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    wrapped = [textwrap.wrap(caption, 24) or [""] for caption in captions]
+    lines = max(map(len, wrapped))
+    figure = Figure(
+        figsize=(1.75 * columns + 0.1, (1.75 + 0.15 * lines) * rows + 0.1),
+        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
+    )
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(images) :]:
+        axes.set_visible(False)
+    for number, (axes, image, text) in enumerate(zip(panels.flat, images, wrapped, strict=False)):
+        axes.imshow(image, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        padded = text + [""] * (lines - len(text))  # so that all rows of panels are alike
+        axes.set_xlabel("\n".join(padded), fontsize=8, color=INK, labelpad=3)
+        axes.spines[:].set_visible(False)
+        if marks is not None:
+            colour = RIGHT if marks[number] else WRONG
+            axes.spines[:].set(visible=True, color=colour, linewidth=2)
+            axes.text(
+                1.0,
+                1.0,
+                "✓" if marks[number] else "✗",
+                transform=axes.transAxes,
+                ha="center",
+                va="center",
+                fontsize=8,
+                fontweight="bold",
+                color="white",
+                bbox={"boxstyle": "circle,pad=0.15", "facecolor": colour, "edgecolor": "none"},
+            )
+    return figure
+
+
+def save_images(
+    out: Path, images: NDArray[np.uint8], captions: Sequence[str], grid: Figure
+) -> list[Path]:
+    """Write each image as a PNG, ``captions.jsonl`` that says which is which, and a grid of all.
+
+    Args:
+        images: uint8 [N, height, width, 3].
+        grid: from :func:`sample_grid`.
+
+    Returns:
+        The grid, and the list of captions.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    listed = out / CAPTIONS
+    if listed.exists():  # of an earlier time, perhaps with more pictures
+        for line in listed.read_text("utf-8").splitlines():
+            (out / Path(json.loads(line)["image"]).name).unlink(missing_ok=True)
+    lines = []
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        name = f"{number:06d}.png"
+        Image.fromarray(image).save(out / name)
+        lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
+    listed.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    grid.savefig(out / "grid.png", dpi=DPI)
+    return [out / "grid.png", listed]

@@ -1,0 +1,25 @@
+"""The run directory: written, opened, exported."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checkpoint": [
+            "Checkpoint",
+            "cut_like",
+            "gather",
+            "latest_checkpoint",
+            "list_checkpoints",
+            "load_optimizer_tensors",
+            "optimizer_tensors",
+            "save_checkpoint",
+        ],
+        "export": ["export_router", "load_router"],
+        "metrics": ["add_line", "read_metrics", "trim_metrics"],
+        "noise_level": ["open_estimator"],
+        "record": ["build_model", "find_run", "read_record", "write_record"],
+        "run": ["Run", "load_run", "open_run", "open_start", "plot_run", "start_from"],
+        "scores": ["Evaluation", "Report"],
+    },
+)

@@ -1,0 +1,94 @@
+"""The router of a run alone, as two files that anyone can read.
+
+On disk::
+
+    config.json            schemas.RouterRecord
+    router.safetensors     alpha, t, layers; and the router's own parameters
+
+Shapes: T noise levels, D blocks, L layers.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ...schemas import InputError, RouterRecord, parse, write_document
+from ..model.router import Router
+from ..model.strategies import make_router
+from .run import Run
+
+CONFIG = "config.json"
+TENSORS = "router.safetensors"
+NUM_T = 101
+"""Noise levels that alpha is tabled at, where it depends on t."""
+_PARAMETERS = "parameters."
+
+
+def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
+    """Write the router of a run into a new or empty folder.
+
+    ``alpha`` float32 [T, D, L] are its weights at ``t`` float32 [T] (one, any, where they do not
+    depend on it) over ``layers`` int64 [L]: enough to mix by without this library. Where tokens
+    weigh layers each for itself it is the mean over some tokens, and parameters are what counts.
+
+    Raises:
+        InputError: the folder holds other files.
+    """
+    folder, router, record = Path(out), run.model.router, run.record
+    if folder.exists() and (not folder.is_dir() or {*os.listdir(folder)} - {CONFIG, TENSORS}):
+        raise InputError(f"{folder} is there and holds other files: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    t = torch.linspace(0, 1, NUM_T) if router.depends_on_t else torch.ones(1)
+    tensors = {
+        "alpha": torch.from_numpy(run.weights(t.numpy())),
+        "t": t,
+        "layers": torch.tensor(run.layers),
+        **{_PARAMETERS + name: value.cpu() for name, value in router.state_dict().items()},
+    }
+    said = RouterRecord(
+        routing=record.config.routing,
+        layers=run.layers,
+        num_llm_layers=record.features.model.num_layers,
+        num_blocks=run.model.size.depth,
+        text_width=record.features.model.width,
+        mixes=record.features.mixes,
+        features=record.features,
+        model_source=record.model_source,
+        step=run.step,
+        weights=run.source,
+    )
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / TENSORS, {"format": "pt", "strategy": said.routing.strategy})
+    write_document(folder / CONFIG, said.model_dump_json(indent=1) + "\n")
+    return folder
+
+
+def load_router(path: str | os.PathLike[str]) -> Router:
+    """The router of a folder that :func:`export_router` wrote, as a module: called with packed
+    hidden states [R, layers_read, H] it gives what every block reads.
+
+    Raises:
+        InputError: no such folder, or it is damaged.
+    """
+    folder = Path(path)
+    try:
+        document = json.loads((folder / CONFIG).read_text("utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no exported router: {error}") from error
+    said = parse(RouterRecord, document, str(folder / CONFIG))
+    with torch.random.fork_rng(devices=[]):
+        router = make_router(
+            said.routing,
+            layers=said.layers if said.mixes is None else said.features.layers,
+            num_llm_layers=said.num_llm_layers,
+            num_blocks=said.num_blocks,
+            text_width=said.text_width,
+            mixes=said.mixes,
+        )
+    own = [name for name in tensors if name.startswith(_PARAMETERS)]
+    router.load_state_dict({name.removeprefix(_PARAMETERS): tensors[name] for name in own})
+    return router.eval().requires_grad_(False)

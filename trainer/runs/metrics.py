@@ -1,0 +1,55 @@
+"""``metrics.jsonl`` and the weights over time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...schemas import write_document
+
+METRICS = "metrics.jsonl"
+WEIGHTS = "routing.jsonl"
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("loss", pa.float64(), nullable=False),
+        pa.field("grad_norm", pa.float64(), nullable=False),
+        pa.field("lr", pa.float64(), nullable=False),
+        pa.field("samples_per_second", pa.float64(), nullable=False),
+        pa.field("data_wait_share", pa.float64(), nullable=False),
+        pa.field("routing_entropy", pa.float64(), nullable=False),
+        pa.field("validation_loss", pa.float64()),
+        pa.field("validation_by_t", pa.list_(pa.float64())),
+    ]
+)
+"""A line of ``metrics.jsonl``: after ``step`` steps. Loss and grad_norm (before clipping) are means
+since the line before; data_wait_share is the share of that time spent waiting for data; and
+routing_entropy is in nats over log L, so 1 is uniform. Where it was measured, validation_by_t is
+the loss on held-out samples in equal parts of t from 0 to 1, and validation_loss their mean."""
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl``, or of ``routing.jsonl``; a last line that was cut off by a kill
+    is left out."""
+    file = path / name
+    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:
+    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``."""
+    with (path / name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Remove lines after ``step``: a run that continues there writes them again."""
+    for name in (METRICS, WEIGHTS):
+        if name == METRICS or (path / name).exists():
+            kept = [line for line in read_metrics(path, name) if line["step"] <= step]
+            write_document(path / name, "".join(json.dumps(line) + "\n" for line in kept))

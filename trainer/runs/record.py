@@ -1,0 +1,129 @@
+"""``run.json``: the record of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...schemas import (
+    DRIVER,
+    InputError,
+    RunRecord,
+    TrainConfig,
+    differences,
+    parse,
+    write_document,
+)
+from ..model.dit import DiT
+from .checkpoint import Checkpoint, latest_checkpoint
+
+RECORD = "run.json"
+
+# Keys of a record that say what it was trained on, and measured by.
+_STORES = {"features", "codec", "latents", "validation", "selection", "mixture"}
+# Keys of a configuration that may change when a run continues: where things are (the stores are
+# compared by identity), and what is kept and shown. None of them changes a weight.
+FREE: Any = {
+    "features": True,
+    "latents": True,
+    "output": True,
+    "steps": True,
+    "log_every": True,
+    "checkpoint_every": True,
+    "keep_checkpoints": True,
+    "gradient_checkpointing": True,
+    "tracker": True,
+    "data": {
+        "prefetch": True,
+        "workers": True,
+        "select": {"columns"},
+        "mixture": {"__all__": {"features": True, "latents": True, "select": {"columns"}}},
+    },
+    "validation": {"every", "features", "latents"},
+}
+
+
+# ------------------------------------------------------------------------------------- run.json
+
+
+def build_model(record: RunRecord) -> DiT:
+    """The network that a record describes, its fresh weights a function of ``config.seed``."""
+    llm = record.features.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record.config.seed)
+        return DiT(
+            record.config.model,
+            record.config.routing,
+            latent_shape=record.latents.shape,
+            layers=record.features.layers,
+            num_llm_layers=llm.num_layers,
+            text_width=llm.width,
+            mixes=record.features.mixes,
+        )
+
+
+def write_record(path: Path, record: RunRecord) -> None:
+    """Write ``run.json``, whole or not at all."""
+    write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read ``run.json``.
+
+    Raises:
+        InputError: it is not there, or damaged.
+    """
+    file = path / RECORD
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path} is no run: it has no {RECORD}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    return parse(RunRecord, document, str(file))
+
+
+def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | None]:
+    """The run to continue in a directory, or a new one.
+
+    Returns:
+        The record to write, and the checkpoint to continue from (None: from the start).
+
+    Raises:
+        InputError: the directory holds something else, or a run that this is not.
+    """
+    if not (path / RECORD).exists():
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; expected a new folder for the run")
+        present = {p.name for p in path.iterdir()} if path.exists() else set()
+        foreign = sorted(present - {f"{RECORD}.tmp", DRIVER})
+        if foreign:
+            raise InputError(
+                f"{path} is not empty and no run: it holds {', '.join(foreign[:5])} but no "
+                f"{RECORD}. Name a new folder."
+            )
+        return record, None
+    before = read_record(path)
+    stores = differences(
+        record.model_dump(mode="json", include=_STORES),
+        before.model_dump(mode="json", include=_STORES),
+    )
+    changed = differences(_fixed(record.config), _fixed(before.config))
+    if record.config.steps < before.config.steps or (
+        record.config.steps > before.config.steps and record.config.optimizer.schedule != "constant"
+    ):
+        changed += differences({"steps": record.config.steps}, {"steps": before.config.steps})
+    if stores or changed:
+        listed = "\n  ".join(map(str, (*stores, *changed)))
+        raise InputError(
+            f"{path} is another run; what you asked for now, against what it has:\n  {listed}\n"
+            "Run the command as it was, or name a new folder. (steps may grow, where "
+            "optimizer.schedule is constant.)"
+        )
+    kept = before.model_copy(update={"config": record.config, "versions": record.versions})
+    return kept, latest_checkpoint(path)
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=FREE)

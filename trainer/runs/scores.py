@@ -1,0 +1,123 @@
+"""``evaluation.json``: the scores of a run."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...schemas import write_document
+from ...schemas.display import align, to_html
+
+EVALUATION = "evaluation.json"
+EVALUATION_SCHEMA = pa.schema(
+    [
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("skill", pa.string(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("high", pa.float64(), nullable=False),
+        pa.field("chance", pa.float64()),
+        pa.field("num_images", pa.int64(), nullable=False),
+        pa.field("num_scenes", pa.int64(), nullable=False),
+    ]
+)
+"""A row a split and skill; see :class:`Evaluation`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores by split and skill (see ``shapes.judge_cells`` for what a skill means).
+
+    Attributes:
+        table: ``EVALUATION_SCHEMA``. ``accuracy`` is the share of the ``num_images`` images whose
+            caption asks for the skill that show it; ``low`` and ``high`` are its 95 % bootstrap
+            interval over the ``num_scenes`` scenes; ``chance`` is what perfect images of other
+            captions reach, null where a split has a single scene.
+    """
+
+    table: pa.Table
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """split -> skill -> the other columns; JSON-able."""
+        scores: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in self.table.to_pylist():
+            scores.setdefault(row.pop("split"), {})[row.pop("skill")] = row
+        return scores
+
+    def to_text(self) -> str:
+        """An aligned table; a line a split and skill."""
+        return align(self._rows(), num_words=2)
+
+    __str__ = to_text
+    __repr__ = to_text
+
+    def _repr_html_(self) -> str:
+        return to_html(self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        head = ["split", "skill", "accuracy", "95 % interval", "chance", "images", "scenes"]
+        return [
+            head,
+            *(
+                [
+                    row["split"],
+                    row["skill"],
+                    f"{row['accuracy']:.3f}",
+                    f"{row['low']:.3f} to {row['high']:.3f}",
+                    "-" if row["chance"] is None else f"{row['chance']:.3f}",
+                    str(row["num_images"]),
+                    str(row["num_scenes"]),
+                ]
+                for row in self.table.to_pylist()
+            ),
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What ``semroute evaluate`` found of a run, and how; ``evaluation.json`` in its directory.
+
+    Attributes:
+        step, weights: the checkpoint, and ``ema`` or ``model``.
+        features: the store whose captions were drawn.
+        num_steps, seed: of sampling.
+        scores: by guidance scale.
+        cfg_interval: lowest and highest t that were guided.
+    """
+
+    step: int
+    weights: str
+    features: str
+    num_steps: int
+    seed: int
+    scores: Mapping[float, Evaluation]
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+
+    def write(self, run: Path) -> Path:
+        """Write the file, whole or not at all."""
+        path = run / EVALUATION
+        scores = [
+            {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
+            for cfg_scale, evaluation in self.scores.items()
+        ]
+        document = {f.name: getattr(self, f.name) for f in fields(self)} | {"scores": scores}
+        write_document(path, json.dumps(document, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, run: Path) -> "Report | None":
+        """What :meth:`write` wrote; None where the run was not evaluated."""
+        path = run / EVALUATION
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text("utf-8"))
+        scores = {
+            entry["cfg_scale"]: Evaluation(
+                pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
+            )
+            for entry in document["scores"]
+        }
+        return cls(**document | {"scores": scores})

@@ -1,0 +1,240 @@
+"""Several runs beside each other: what they were told, what they came to, and their curves.
+
+Runs may be unfinished, and of a study. Nothing is trained or sampled.
+"""
+
+import base64
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ...pipeline.style import Figure
+from ...schemas import InputError, RunRecord, flat, write_document
+from ..plots.runs import curves_of_runs, loss_by_t, routing_of_runs
+from ..runs.checkpoint import list_checkpoints
+from ..runs.metrics import METRICS_SCHEMA, read_metrics
+from ..runs.record import FREE, read_record
+from ..runs.run import load_run
+from ..runs.scores import Report
+from .job import JUDGED
+
+ALL = "all"
+"""The skill that is compared: everything that a caption asks for."""
+STRATEGY = "routing.strategy"
+_STYLE = (
+    "body{font-family:system-ui,sans-serif;margin:2rem;color:#1f2933}"
+    "table{border-collapse:collapse}td,th{padding:.25rem .75rem;text-align:right;"
+    "border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}"
+    "img{max-width:100%}"
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Runs beside each other; ``compare`` makes it.
+
+    Attributes:
+        paths: of the runs.
+        names: what is left of their paths where they differ.
+        records: their ``run.json``.
+        table: a row a run: ``run``, ``strategy``, each setting that differs by its dotted key,
+            ``step``, ``loss`` (mean over the last tenth of the lines), ``validation`` (the last one
+            measured), a column a score of everything a caption asks for, ``entropy`` of the routing
+            weights (last logged, 1 is uniform) and ``samples/s`` (median). Null where a run has
+            none.
+    """
+
+    paths: list[Path]
+    names: list[str]
+    records: list[RunRecord]
+    table: pa.Table
+
+    @cached_property
+    def metrics(self) -> list[pa.Table]:
+        """Of each run, as :meth:`Run.metrics`."""
+        lines = [read_metrics(path) for path in self.paths]
+        return [pa.Table.from_pylist(each, schema=METRICS_SCHEMA) for each in lines]
+
+    def figures(self) -> dict[str, Figure]:
+        """``curves``: loss, loss on held-out samples and entropy over the steps; ``by-t``: the last
+        loss on held-out samples by noise level; ``routing``: the weights of each run at its newest
+        checkpoint. Without those that no run has."""
+        found: dict[str, Figure] = {}
+        if any(metrics.num_rows for metrics in self.metrics):
+            found["curves"] = curves_of_runs(self.metrics, self.names)
+        if any(_validated(metrics).num_rows for metrics in self.metrics):
+            last = {
+                name: _validated(metrics)["validation_by_t"][-1].as_py()
+                for name, metrics in zip(self.names, self.metrics, strict=True)
+                if _validated(metrics).num_rows
+            }
+            found["by-t"] = loss_by_t(last)
+        weights = {}
+        for name, path in zip(self.names, self.paths, strict=True):
+            if list_checkpoints(path):
+                run = load_run(path)
+                weights[name] = (run.weights().mean(0), run.layers)
+        if weights:
+            found["routing"] = routing_of_runs(weights)
+        return found
+
+    def to_text(self) -> str:
+        """An aligned table."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if number else cell.ljust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    __str__ = to_text
+    __repr__ = to_text
+
+    def _repr_html_(self) -> str:
+        head, *body = self._rows()
+        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def write_html(self, out: str | os.PathLike[str]) -> Path:
+        """The table and the figures as one page that needs nothing else."""
+        drawn = []
+        for name, figure in self.figures().items():
+            code = base64.b64encode(figure._repr_png_()[0]).decode()
+            drawn.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/png;base64,{code}'>")
+        out = Path(out)
+        write_document(
+            out,
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Runs</title>"
+            f"<style>{_STYLE}</style><h1>{len(self.paths)} runs</h1>{self._repr_html_()}"
+            f"{''.join(drawn)}</html>\n",
+        )
+        return out
+
+    def to_json(self) -> str:
+        """The table, a list of rows."""
+        return json.dumps(self.table.to_pylist(), indent=1)
+
+    def _rows(self) -> list[list[str]]:
+        names = self.table.column_names
+        body = [[_cell(name, row[name]) for name in names] for row in self.table.to_pylist()]
+        return [names, *body]
+
+
+def compare(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
+    """Look at runs, finished or not.
+
+    Raises:
+        InputError: no runs, one twice, or a path that is none.
+    """
+    found = [Path(path) for path in paths]
+    if not found or len({*found}) < len(found):
+        raise InputError(f"found {len(found)} runs, {len({*found})} of them different: name each")
+    records = [read_record(path) for path in found]
+    settings = [_settings(record) for record in records]
+    keys = list(dict.fromkeys(key for each in settings for key in each if key != STRATEGY))
+    differing = [key for key in keys if len({json.dumps(s.get(key)) for s in settings}) > 1]
+    names = _short(found)
+    rows = []
+    for path, name, said in zip(found, names, settings, strict=True):
+        rows.append(
+            {
+                "run": name,
+                "strategy": said[STRATEGY],
+                **{key: said.get(key) for key in differing},
+                **_came_to(path),
+            }
+        )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda column: column in ("entropy", "samples/s"))  # last, scores before them
+    arrays = {column: _array([row.get(column) for row in rows]) for column in columns}
+    return Comparison(found, names, records, pa.table(arrays))
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """What can make a difference, by key: not where things are, nor what is logged and kept."""
+    codec = record.codec
+    return {
+        "LLM": record.model_source.rstrip("/").rpartition("/")[2],
+        "codec": codec.name if codec.quality is None else f"{codec.name} {codec.quality:g}",
+        "layers": record.features.layers,
+        "samples": record.features.samples.num_samples,
+        "steps": record.config.steps,
+        **flat(record.config.model_dump(mode="json", exclude=FREE)),
+    }
+
+
+def _came_to(path: Path) -> dict[str, Any]:
+    """What a run's files say of it."""
+    lines = read_metrics(path)
+    tenth = lines[-max(1, len(lines) // 10) :]
+    measured = [line for line in lines if line.get("validation_loss") is not None]
+    return {
+        "step": lines[-1]["step"] if lines else 0,
+        "loss": statistics.fmean(line["loss"] for line in tenth) if lines else None,
+        **({"validation": measured[-1]["validation_loss"]} if measured else {}),
+        **_scores(path),
+        "entropy": lines[-1]["routing_entropy"] if lines else None,
+        "samples/s": statistics.median(x["samples_per_second"] for x in lines) if lines else None,
+    }
+
+
+def _scores(path: Path) -> dict[str, float]:
+    """Split and guidance -> accuracy in everything asked for, as evaluate or a study judged."""
+    report = Report.read(path)
+    if report is not None:
+        return {
+            f"{split} at {scale:g}": skills[ALL]["accuracy"]
+            for scale, evaluation in report.scores.items()
+            for split, skills in evaluation.to_dict().items()
+            if ALL in skills
+        }
+    if not (path / JUDGED).exists():
+        return {}
+    judged = pq.read_table(path / JUDGED)
+    judged = judged.filter(pc.equal(judged["skill"], ALL))
+    right = pc.cast(judged["right"], pa.float64())
+    grouped = judged.append_column("share", right).group_by(["split", "cfg_scale"])
+    rows = grouped.aggregate([("share", "mean")]).to_pylist()
+    rows.sort(key=lambda row: (row["cfg_scale"], row["split"] == "held-out"))
+    return {f"{row['split']} at {row['cfg_scale']:g}": row["share_mean"] for row in rows}
+
+
+def _validated(metrics: pa.Table) -> pa.Table:
+    return metrics.filter(pc.is_valid(metrics["validation_loss"]))
+
+
+def _array(values: list[Any]) -> pa.Array:
+    """Of one type; as text where values are of several."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or (len(kinds) == 1 and not kinds & {list, dict}):
+        return pa.array(values)
+    return pa.array([None if value is None else json.dumps(value) for value in values])
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "step":
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(paths: Sequence[Path]) -> list[str]:
+    """Paths without the folders that all of them share."""
+    whole = [path.absolute() for path in paths]
+    shared = os.path.commonpath([path.parent for path in whole])
+    return [path.relative_to(shared).as_posix() for path in whole]

@@ -1,0 +1,181 @@
+"""What the judgements of a study say about its arms, with intervals and their units.
+
+A claim about an arm is a claim about training it again: its unit is the seed, and its interval
+Student's t over seeds. A claim about these trained runs on other captions has the caption as its
+unit: a bootstrap over captions. Both are given for differences, which are paired: arms of one seed
+share weights at the start, data and noise, and are judged by the same captions from the same noise.
+
+Shapes: S seeds, C captions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy import stats
+
+from ...schemas import Scoring
+from ..shapes.judge import SKILLS
+
+NUM_RESAMPLES = 2000
+LEVEL = 0.95
+Interval = tuple[float | None, float | None]
+CLAIMS_SCHEMA = pa.schema(
+    [
+        pa.field("cfg_scale", pa.float64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("skill", pa.string(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("seeds", pa.list_(pa.float64()), nullable=False),
+        pa.field("reference", pa.string()),
+        pa.field("difference", pa.float64()),
+        pa.field("seeds_low", pa.float64()),
+        pa.field("seeds_high", pa.float64()),
+        pa.field("captions_low", pa.float64()),
+        pa.field("captions_high", pa.float64()),
+        pa.field("num_captions", pa.int64(), nullable=False),
+    ]
+)
+"""A row a guidance scale, split, skill and arm. ``accuracy`` is the mean over ``seeds``, those of
+each; ``low`` and ``high`` its 95 % interval over seeds, null for a single seed. ``difference``
+is to the arm ``reference`` over the seeds of both, with intervals over seeds and over captions;
+null where an arm is compared with none."""
+
+
+def make_claims(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
+    """Summarise ``results.parquet``: ``CLAIMS_SCHEMA``.
+
+    Args:
+        references: arm -> the one that it is compared with; itself, or left out: with none.
+    """
+    rows = []
+    for (cfg_scale, split, skill), part in _groups(results, ["cfg_scale", "split", "skill"]):
+        shares = {arm: _shares(table) for (arm,), table in _groups(part, ["arm"])}
+        for arm, right in shares.items():
+            reference = references.get(arm, arm)
+            base = shares.get(reference, {})
+            of_seeds = np.array([each.mean() for each in right.values()])
+            low, high = over_seeds(of_seeds)
+            row = {
+                "cfg_scale": cfg_scale,
+                "split": split,
+                "skill": skill,
+                "arm": arm,
+                "accuracy": float(of_seeds.mean()),
+                "low": low,
+                "high": high,
+                "seeds": of_seeds.tolist(),
+                "num_captions": len(next(iter(right.values()))),
+            }
+            if arm != reference and (both := [seed for seed in right if seed in base]):
+                difference = np.stack([right[seed] - base[seed] for seed in both])
+                row["reference"] = reference
+                row["difference"] = float(difference.mean())
+                row["seeds_low"], row["seeds_high"] = over_seeds(difference.mean(1))
+                row["captions_low"], row["captions_high"] = over_captions(difference.mean(0))
+            rows.append(row)
+    return pa.Table.from_pylist(rows, schema=CLAIMS_SCHEMA)
+
+
+def over_seeds(values: NDArray[np.float64]) -> Interval:
+    """95 % interval of the mean of [S] values by Student's t; none of a single one."""
+    if len(values) < 2:
+        return None, None
+    mean, error = float(values.mean()), float(stats.sem(values))
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+    return mean - reach, mean + reach
+
+
+def over_captions(values: NDArray[np.float64], seed: int = 0) -> Interval:
+    """95 % percentile bootstrap interval of the mean of [C] values (Efron 1979)."""
+    num = len(values)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES)  # [resamples, C]
+    low, high = np.percentile(times @ values / num, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return float(low), float(high)
+
+
+def counting(results: pa.Table) -> pa.Table:
+    """How many objects were drawn where so many were asked for, by arm and guidance scale.
+
+    Columns arm, cfg_scale, split, num_asked, and ``num_found``, the mean over images and seeds.
+    """
+    once = results.filter(pc.equal(results["skill"], "total"))
+    keys = ["arm", "cfg_scale", "split", "num_asked"]
+    table = once.group_by(keys).aggregate([("num_found", "mean")])
+    order = [(key, "ascending") for key in keys]
+    return table.rename_columns([*keys, "num_found"]).sort_by(order)
+
+
+def inflation(results: pa.Table) -> pa.Table:
+    """Objects drawn less objects asked for, by arm and guidance scale.
+
+    Columns arm, cfg_scale, ``objects``, the mean over images and then seeds, and ``low`` and
+    ``high``, its 95 % interval over seeds, null for a single seed.
+    """
+    once = results.filter(pc.equal(results["skill"], "total"))
+    asked, found = (once[name].cast(pa.float64()) for name in ("num_asked", "num_found"))
+    table = once.append_column("more", pc.subtract(found, asked))
+    means = table.group_by(["arm", "cfg_scale", "seed"]).aggregate([("more", "mean")])
+    rows = []
+    for (arm, cfg_scale), part in _groups(means, ["arm", "cfg_scale"]):
+        values = part["more_mean"].to_numpy()
+        low, high = over_seeds(values)
+        rows.append((arm, cfg_scale, float(values.mean()), low, high))
+    names = ("arm", "cfg_scale", "objects", "low", "high")
+    return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def _shares(table: pa.Table) -> dict[int, NDArray[np.float64]]:
+    """Seed -> share of images that are right, of each caption: [C]."""
+    means = table.group_by(["seed", "caption"]).aggregate([("right", "mean")])
+    means = means.sort_by([("seed", "ascending"), ("caption", "ascending")])
+    return {seed: part["right_mean"].to_numpy() for (seed,), part in _groups(means, ["seed"])}
+
+
+def _groups(table: pa.Table, keys: Sequence[str]) -> Iterator[tuple[tuple, pa.Table]]:
+    """The rows of every combination of values that occurs, in order of appearance."""
+    for values in table.group_by(keys, use_threads=False).aggregate([]).to_pylist():
+        masks = [pc.equal(table[key], values[key]) for key in keys]
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = pc.and_(mask, other)
+        yield tuple(values[key] for key in keys), table.filter(mask)
+
+
+Chance = Mapping[str, Mapping[str, float]]
+"""Split -> skill -> accuracy of true images of other captions."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is compared.
+
+    Attributes:
+        title: of the report.
+        references: arm -> the one that it is compared with.
+        unit: what a seed is called: ``seeds``, or ``runs`` where weights are swapped in them.
+        num_units: how many there are of an arm.
+        notes: further lines.
+    """
+
+    title: str
+    arms: Sequence[str]
+    references: Mapping[str, str]
+    scoring: Scoring
+    num_units: int
+    unit: str = "seeds"
+    notes: Sequence[str] = ()
+
+
+def claim_rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
+    """By skill in the order of ``SKILLS``, then by arm as they came."""
+    mask = pc.and_(pc.equal(claims["split"], split), pc.equal(claims["cfg_scale"], cfg_scale))
+    return sorted(claims.filter(mask).to_pylist(), key=lambda row: SKILLS.index(row["skill"]))

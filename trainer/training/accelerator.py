@@ -1,0 +1,86 @@
+"""The Accelerate side of training: processes, precision, signals."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+
+from ...schemas import InputError, TrainConfig
+
+AGAIN_SECONDS = 1.0
+"""A second Ctrl-C that comes later than this means it."""
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for this configuration.
+
+    Raises:
+        InputError: a launcher that asks for what checkpoints cannot hold, or whose processes do not
+            see one another.
+    """
+    # A process keeps the settings of its first Accelerator and refuses others: a notebook that
+    # trains twice needs them forgotten. The process group stays.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    # Checked first: Accelerate would import DeepSpeed, or fail where it is not installed.
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: launch with "
+            "docs/accelerate/ddp.yaml or fsdp2.yaml, see docs/training.md"
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.grad_accum_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output,
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, and Accelerate takes each for one of "
+            f"{accelerator.num_processes}. On a CPU set ACCELERATE_USE_CPU=1."
+        )
+    kind = accelerator.distributed_type.value
+    if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise InputError(
+            f"{kind} keeps the states of optimisers in parts of its own, which checkpoints here "
+            "would not hold: use FSDP with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
+        )
+    return accelerator
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[float]]:
+    """Collect when SIGTERM and Ctrl-C came instead of dying; the second Ctrl-C interrupts at once.
+
+    One that follows within a second is the same: the terminal gives Ctrl-C to every process, and a
+    launcher hands it on to its own.
+
+    Outside the main thread Python cannot handle signals, and the list stays empty.
+    """
+    received: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received and number == signal.SIGINT and now - received[-1] > AGAIN_SECONDS:
+            raise KeyboardInterrupt
+        received.append(now)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

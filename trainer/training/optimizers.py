@@ -1,0 +1,89 @@
+"""What moves the weights of a run, and how far in which step."""
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...schemas import OptimizerConfig, TrainConfig
+from ..model.dit import DiT
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class Muon(torch.optim.Muon):
+    """``torch.optim.Muon``, whose products of bfloat16 matrices are made in float32 on a CPU, and
+    rounded to bfloat16 then.
+
+    So are a GPU's. A CPU without instructions for bfloat16 takes many times as long for its
+    own, which is most of a small network's step; the results differ as orders of summation do.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """As ``torch.optim.Muon`` does."""
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            return super().step(closure)
+        with _InFloat32():
+            return super().step(closure)
+
+
+class _InFloat32(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in _PRODUCTS and args[0].dtype == torch.bfloat16:
+            wide = (argument.float() for argument in args)
+            return function(*wide, **(kwargs or {})).bfloat16()
+        return function(*args, **(kwargs or {}))
+
+
+def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, with the router in a group of its own rate and no decay; and Muon where asked for."""
+    shares = dit.router.parameter_groups()
+    router = [parameter for part, _ in shares for parameter in part]
+    matrices = dit.block_matrices() if config.name == "muon" else []
+    apart = {id(parameter) for parameter in (*router, *matrices)}
+    others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if router:
+        if config.router_scaling == "none":
+            shares = [(router, 1.0)]
+        groups += [
+            {"params": part, "lr": config.router_lr * share, "weight_decay": 0.0}
+            for part, share in shares
+        ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+    ]
+    if matrices:
+        muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+        optimizers.append(muon)
+    return optimizers
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> LambdaLR:
+    """Warm-up, then constant, cosine or linear, about to take step ``step``."""
+    warmup, steps = config.optimizer.warmup_steps, config.steps
+
+    def factor(now: int) -> float:
+        if now < warmup:
+            return (now + 1) / (warmup + 1)
+        left = 1.0 - (now - warmup) / max(1, steps - warmup)
+        match config.optimizer.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return left
+            case "cosine":
+                return 0.5 - 0.5 * math.cos(math.pi * left)
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)

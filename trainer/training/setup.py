@@ -1,0 +1,97 @@
+"""What a run is made of: everything opened and checked, and nothing written."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.store.features import FeatureStore
+from ...pipeline.store.latents import LatentStore
+from ...pipeline.store.open import open_features, open_latents
+from ...schemas import InputError, RunRecord, TrainConfig
+from ..data.dataset import Pair, by_shape, open_pairs
+from ..model.dit import DiT
+from ..runs.checkpoint import Checkpoint
+from ..runs.record import build_model, find_run
+from ..runs.run import Run, open_start
+from .validation import Validation, open_validation
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, everything checked and nothing written.
+
+    Attributes:
+        found: the checkpoint to continue from; None: from the start.
+        model: fresh weights.
+        start: the run that ``config.start`` names, where the run is new.
+        validation: what the run is measured by.
+    """
+
+    features: FeatureStore
+    latents: LatentStore
+    pairs: list[Pair]
+    record: RunRecord
+    found: Checkpoint | None
+    model: DiT
+    start: Run | None
+    validation: Validation | None
+
+
+def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
+    """Open and check all that training needs.
+
+    Args:
+        building: entered while the network is made.
+
+    Raises:
+        InputError: as :func:`train`.
+    """
+    features, latents = open_features(config.features), open_latents(config.latents)
+    pairs = open_pairs(features, latents, config.data)
+    record, found = find_run(Path(config.output), make_record(config, pairs))
+    with building or nullcontext():
+        model = build_model(record)
+    for shape in by_shape(pairs):
+        model.check_shape(shape)
+    start = open_start(model, record) if found is None else None
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        package = config.tracker.replace("_", "-")
+        raise InputError(
+            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
+        )
+    validation = open_validation(config, features, latents, model.router.layers_read)
+    return Setup(features, latents, pairs, record, found, model, start, validation)
+
+
+def make_record(config: TrainConfig, pairs: Sequence[Pair]) -> RunRecord:
+    """What ``run.json`` says of a run that starts now.
+
+    Args:
+        pairs: the run's own stores, and those of its mixture.
+    """
+    first, *others = pairs
+    features, latents = first.features, first.latents
+    names = ("torch", "accelerate", "numpy")
+    second = config.validation.features
+    return RunRecord(
+        config=config,
+        features=features.manifest.identity,
+        codec=features.manifest.codec,
+        latents=latents.manifest.identity,
+        validation=None if second is None else open_features(second).manifest.identity.samples,
+        selection=first.selection,
+        mixture=[pair.record() for pair in others],
+        model_source=features.manifest.provenance.model,
+        vae_source=latents.manifest.provenance.model,
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in names},
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,88 @@
+"""``train``: a run from its configuration to its last checkpoint."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ...pipeline.store.lock import locked
+from ...schemas import InputError, TrainConfig
+from ..data.loader import Stream
+from ..runs.checkpoint import Checkpoint, latest_checkpoint
+from ..runs.metrics import trim_metrics
+from ..runs.record import write_record
+from ..runs.run import start_from
+from .accelerator import make_accelerator
+from .setup import prepare
+from .trainer import Trainer
+from .validation import held_out
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> Path:
+    """Train, or continue a run that was stopped, and return its directory.
+
+    An output directory with a ``run.json`` is continued from its newest checkpoint, bit for bit on
+    the same machine; ``steps`` may have grown.
+
+    Args:
+        progress: show a bar.
+
+    Raises:
+        InputError: before any work: a store that is unfinished or not the one that the run was
+            started with, another configuration than the run's, or parts that do not fit. Or another
+            process trains this run.
+        FloatingPointError: loss or gradient is not finite; with the sample ids of the batch.
+        TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written first.
+    """
+    setup = prepare(config)
+    model, record, found, path = setup.model, setup.record, setup.found, Path(config.output)
+    if setup.start is not None:
+        start_from(model, record, setup.start)
+    accelerator = make_accelerator(config)
+    stream = Stream(
+        setup.features,
+        setup.latents,
+        config.data,
+        seed=config.seed,
+        layers=model.router.layers_read,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        grad_accum_steps=config.grad_accum_steps,
+        held_out=held_out(config.validation, setup.latents.ids),
+        start_step=0 if found is None else found.step,
+        codes=accelerator.device.type != "cpu"
+        and any(pair.features.codec.matrices for pair in setup.pairs),
+        pairs=setup.pairs,
+    )
+    # Every rank has looked at the directory before one of them writes to it.
+    accelerator.wait_for_everyone()
+    main = accelerator.is_main_process
+    with locked(path, _report) if main else nullcontext() as lock:
+        if main:
+            _check_unchanged(path, found)
+            write_record(path, record)
+            trim_metrics(path, stream.start_step)
+            if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
+                for pair in stream.pairs:
+                    tqdm.write(pair.summary(), file=sys.stderr)
+        trainer = Trainer(config, accelerator, model, found, setup.validation)
+        if trainer.step < config.steps:
+            trainer.fit(stream, progress, lock)
+        accelerator.end_training()
+    return path
+
+
+def _report(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _check_unchanged(path: Path, found: Checkpoint | None) -> None:
+    """Refuse to continue from a checkpoint that another process has trained on from since."""
+    newest = latest_checkpoint(path)
+    steps = [None if each is None else each.step for each in (found, newest)]
+    if steps[0] != steps[1]:
+        raise InputError(
+            f"another process has trained {path} to step {steps[1]} meanwhile: run the same "
+            "command again"
+        )
