@@ -12,21 +12,21 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from semroute.trainer.data.dataset import Source
-from semroute.trainer.data.sampler import Order
+from semroute.trainer.data.dataset import SampleIndex
+from semroute.trainer.data.sampler import MixtureSampler
 
 SEEDS = 3
 
 
-def make_order(num_samples: int, num_shards: int, window: int | None, seed: int) -> Order:
+def make_order(num_samples: int, num_shards: int, window: int | None, seed: int) -> MixtureSampler:
     rng = np.random.default_rng(1000 + seed)
     shards = rng.permutation(num_samples) * num_shards // num_samples
     ids = np.arange(num_samples)
-    source = Source(ids, np.arange(num_samples + 1), ids + 1, shards=shards)
-    return Order([source], seed=seed, caption_dropout=0, window=window)
+    source = SampleIndex(ids, np.arange(num_samples + 1), ids + 1, shards=shards)
+    return MixtureSampler([source], seed=seed, caption_dropout=0, window=window)
 
 
-def measure(order: Order, batch_size: int) -> list[float]:
+def measure(order: MixtureSampler, batch_size: int) -> list[float]:
     """Shards per batch; shares of pairs of batch mates that share a shard and that meet again in
     the next epoch; rank correlation of the positions of samples in two epochs."""
     num = len(order.sources[0]) // batch_size * batch_size

@@ -24,7 +24,7 @@ import click
 import numpy as np
 import psutil
 
-from semroute.pipeline.executor.base import NO_PROFILE, Cluster, Writing, report_progress
+from semroute.pipeline.executor.base import NO_PROFILE, Cluster, Deferred, report_progress
 from semroute.schemas import Receipt
 
 WORKERS_PER_PROCESS = 250
@@ -41,7 +41,7 @@ unnoticed in a process of its own but takes whole cores with hundreds in one pro
 
 def sleep(
     shard: int, texts: list[str], tokens: np.ndarray, seconds: float, num: int
-) -> Writing[Receipt]:
+) -> Deferred[Receipt]:
     """Simulate a shard: batches, then writing, which is a tenth of it."""
     for batch in range(num):
         time.sleep(0.9 * seconds / num)
@@ -61,7 +61,7 @@ def sleep(
             worker="host:1",
         )
 
-    return Writing(write)
+    return Deferred(write)
 
 
 async def host(address: str, num: int) -> None:

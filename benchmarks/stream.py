@@ -146,11 +146,11 @@ def open_own(paths: tuple[Path, Path]) -> Callable[[Path, Source, int], Batches]
     def batches(_path: Path, _source: Source, workers: int) -> Batches:
         from semroute.pipeline.store.open import open_features, open_latents
         from semroute.schemas import DataConfig
-        from semroute.trainer.data.loader import PaddedStream
+        from semroute.trainer.data.loader import PaddedLoader
 
         features, latents = open_features(paths[0]), open_latents(paths[1])
         data = DataConfig(batch_size=BATCH, workers=workers, caption_dropout=0)
-        stream = PaddedStream(features, latents, data, seed=0, layers=features.layers)
+        stream = PaddedLoader(features, latents, data, seed=0, layers=features.layers)
         return ((batch.hidden, batch.mask) for batch in stream)
 
     return batches

@@ -34,8 +34,8 @@ from semroute.pipeline.models.vae import latents_to_images
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import read_config
-from semroute.trainer.diffusion.noise import draw
-from semroute.trainer.diffusion.sampling import Solver
+from semroute.trainer.diffusion.noise import draw_noise
+from semroute.trainer.diffusion.sampling import SamplingConfig
 from semroute.trainer.evaluation.shapes import evaluate
 from semroute.trainer.runs.run import Run, load_run
 from semroute.trainer.shapes.dataset import read_scenes, write_world
@@ -148,7 +148,7 @@ def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, floa
     decode = functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)
     for scale in GUIDANCE:
         scores, _ = evaluate(
-            run.model, run.flow, store, ids, scenes, splits, decode, Solver(16, scale),
+            run.model, run.flow, store, ids, scenes, splits, decode, SamplingConfig(16, scale),
             seed=seed, batch_size=80, progress=False,
         )  # fmt: skip
         found = scores.to_dict()["test"]
@@ -165,7 +165,7 @@ def held_out_loss(
     for part in torch.arange(len(ids)).split(50):
         first, num = int(part[0]), len(part)
         shape = run.model.latent_shape
-        t, noise = draw(run.flow, shape, seed=seed, first=first, num=num, draws=DRAWS)
+        t, noise = draw_noise(run.flow, shape, seed=seed, first=first, num=num, draws=DRAWS)
         x0, caption = (x.repeat_interleave(DRAWS, 0) for x in (images[part], torch.arange(num)))
         rows = store.read(ids[part.numpy()], run.model.router.layers_read)
         x_t, offsets = run.flow.interpolate(x0, noise, t), torch.from_numpy(rows.offsets)

@@ -231,7 +231,7 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
     how = {name: options.pop(name) for name in names}
     plan = planning.make_plan(captions, **options)
     plan.report_warnings(report_line)
-    probed = probing.run_probe(plan, planning.default_batch_tokens()) if probe else None
+    probed = probing.run_benchmark(plan, planning.default_batch_tokens()) if probe else None
     found = estimation.estimate(plan, probe=probed, **how)
     click.echo(found.to_json() if as_json else found)
 

@@ -5,11 +5,11 @@ from .checksums import Checksums
 from .cluster import JobQueue
 from .config import read_config, read_yaml
 from .contract import Contract, ContractError, Difference, differences, digest, flat, parse, render
-from .display import Facts, Findings
+from .display import Report, Summary
 from .errors import InputError
 from .fingerprint import fingerprint
-from .images import JudgeRecord, LayoutName, PicturesRecord, Prompt
-from .lock import DRIVER, Driver
+from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
+from .lock import LOCK_FILE, LockOwner
 from .manifest import (
     MAX_QUALITY,
     MIN_QUALITY,
@@ -51,13 +51,14 @@ from .train import (
 
 __all__ = [
     "CAPTIONS_SCHEMA",
-    "DRIVER",
     "LATENT_SAMPLES_SCHEMA",
+    "LOCK_FILE",
     "MAX_QUALITY",
     "MIN_QUALITY",
     "PARTIAL",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
+    "BenchmarkName",
     "Bucket",
     "CaptionsIdentity",
     "Checksums",
@@ -67,15 +68,13 @@ __all__ = [
     "DataConfig",
     "Derived",
     "Difference",
-    "Driver",
     "EMAConfig",
-    "Facts",
     "FeatureIdentity",
     "FeatureManifest",
-    "Findings",
     "Fit",
     "FlowConfig",
     "Generation",
+    "ImageSetRecord",
     "InputError",
     "JobQueue",
     "JudgeRecord",
@@ -83,17 +82,17 @@ __all__ = [
     "LatentIdentity",
     "LatentManifest",
     "Layout",
-    "LayoutName",
+    "LockOwner",
     "Mixes",
     "MixtureRecord",
     "ModelConfig",
     "ModelIdentity",
     "OptimizerConfig",
-    "PicturesRecord",
     "Prompt",
     "Provenance",
     "Quarantine",
     "Receipt",
+    "Report",
     "RouterRecord",
     "Routing",
     "RoutingConfig",
@@ -104,6 +103,7 @@ __all__ = [
     "SelectionRecord",
     "SourceConfig",
     "StudyConfig",
+    "Summary",
     "Template",
     "TrainConfig",
     "Tuning",

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Facts:
+class Summary:
     """Names and values under a title; ``str()`` aligns them, notebooks show a table."""
 
     title: str
@@ -29,7 +29,7 @@ class Facts:
 
 
 @dataclass(frozen=True, repr=False)
-class Findings:
+class Report:
     """What a look at a store found, twice.
 
     Attributes:
@@ -37,7 +37,7 @@ class Findings:
         details: the same and more, for machines; plain JSON types.
     """
 
-    facts: Facts
+    facts: Summary
     details: Mapping[str, Any]
 
     def __repr__(self) -> str:

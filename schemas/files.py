@@ -20,7 +20,7 @@ _TIMES = ("mtime", "LastModified", "last_modified", "created")
 """What file systems of fsspec call the time of the last change."""
 
 
-class PlaceError(InputError):
+class StorageError(InputError):
     """A place that cannot be reached, or not be written to."""
 
 
@@ -50,7 +50,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         found: Any = UPath(text.rstrip("/"), use_listings_cache=False)
         _ = found.fs  # made when first asked for, and with it the package that it needs
     except (ValueError, ImportError) as error:
-        raise PlaceError(f"{path}: {error}") from error
+        raise StorageError(f"{path}: {error}") from error
     return found
 
 

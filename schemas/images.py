@@ -7,7 +7,7 @@ from pydantic import Field
 
 from .contract import Contract
 
-LayoutName = Literal["plain", "geneval", "genai-bench", "drawbench", "t2i-compbench"]
+BenchmarkName = Literal["plain", "geneval", "genai-bench", "drawbench", "t2i-compbench"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Prompt:
     record: str | None = None
 
 
-class PicturesRecord(Contract):
+class ImageSetRecord(Contract):
     """``pictures.json``: how the pictures of a folder are drawn, whichever process draws them."""
 
     format: Literal["semroute.pictures"] = "semroute.pictures"
     format_version: Literal[1] = 1
-    layout: LayoutName
+    layout: BenchmarkName
     """Whose scorer the folder is laid out for."""
     num_prompts: Annotated[int, Field(ge=1)]
     prompts: str

@@ -2,11 +2,11 @@
 
 from .contract import Contract
 
-DRIVER = "driver.json"
+LOCK_FILE = "driver.json"
 """In a store that is being filled."""
 
 
-class Driver(Contract):
+class LockOwner(Contract):
     """``driver.json``: the process that is filling a store, or training a run."""
 
     host: str

@@ -13,7 +13,7 @@ LAYER_MAJOR = (1, 0, 2)
 
 
 @dataclass(frozen=True)
-class Plane:
+class ArraySpec:
     """One array of codes, ``[R, L, size]``.
 
     Attributes:
@@ -32,7 +32,7 @@ class Plane:
 
 
 def allocate(
-    planes: Iterable[Plane], num_rows: int, num_layers: int, used: np.ndarray
+    planes: Iterable[ArraySpec], num_rows: int, num_layers: int, used: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Arrays of a shard's codes, by name ``[num_rows, num_layers, size]``: zeros, but for the rows
     in use, each of which is to be written.

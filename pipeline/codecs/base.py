@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .array_spec import Plane
+from .array_spec import ArraySpec
 
 LN_EPS = 1e-5
 """Of the parameter-free layer norm that routing applies (arXiv 2602.03510, reference code)."""
@@ -75,7 +75,7 @@ class Codec(ABC):
 
     @cached_property
     @abstractmethod
-    def planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[ArraySpec, ...]:
         """What is stored."""
 
     @abstractmethod

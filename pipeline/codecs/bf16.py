@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .array_spec import U2, Plane
+from .array_spec import U2, ArraySpec
 from .base import Codec, Coded, Layers, Planes
 
 
@@ -22,8 +22,8 @@ class Bf16(Codec):
     aligned = False
 
     @cached_property
-    def planes(self) -> tuple[Plane, ...]:
-        return (Plane("hidden", U2, self.width, None, "bits of bfloat16"),)
+    def planes(self) -> tuple[ArraySpec, ...]:
+        return (ArraySpec("hidden", U2, self.width, None, "bits of bfloat16"),)
 
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
         import torch

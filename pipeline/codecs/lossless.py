@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import kernels
-from .array_spec import LAYER_MAJOR, U1, Plane, pair, unpair, wrap
+from .array_spec import LAYER_MAJOR, U1, ArraySpec, pair, unpair, wrap
 from .base import Codec, Coded, Layers, Planes, output_places
 
 MIN_COUNT = 32
@@ -30,12 +30,14 @@ class Lossless(Codec):
     aligned = False
 
     @cached_property
-    def planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[ArraySpec, ...]:
         half = (self.width + 1) // 2
         return (
-            Plane("code", U1, half, LAYER_MAJOR, "two exponents a byte, 4 bits each; 15: escape"),
-            Plane("escape", U1, self.width, LAYER_MAJOR, "zigzag code - 14 where code is 15"),
-            Plane("mantissa", U1, self.width, None, "sign, then the 7 bits of the mantissa"),
+            ArraySpec(
+                "code", U1, half, LAYER_MAJOR, "two exponents a byte, 4 bits each; 15: escape"
+            ),
+            ArraySpec("escape", U1, self.width, LAYER_MAJOR, "zigzag code - 14 where code is 15"),
+            ArraySpec("mantissa", U1, self.width, None, "sign, then the 7 bits of the mantissa"),
         )
 
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import kernels
-from .array_spec import LAYER_MAJOR, U1, U2, Plane, pair, unpair, wrap
+from .array_spec import LAYER_MAJOR, U1, U2, ArraySpec, pair, unpair, wrap
 from .base import (
     LN_EPS,
     NUM_MASSIVE,
@@ -45,14 +45,15 @@ class Predictive(Codec):
     """
 
     @cached_property
-    def planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[ArraySpec, ...]:
         codes = {8: "zigzag code, 255: escape", 4: "two zigzag codes a byte, 15: escape"}
         return (
-            Plane("code", U1, -(-self.width * self.code_bits // 8), LAYER_MAJOR,
+            ArraySpec("code", U1, -(-self.width * self.code_bits // 8), LAYER_MAJOR,
                   codes[self.code_bits]),
-            Plane("escape", U2, self.width, LAYER_MAJOR,
-                  f"zigzag code - {self._limit - 1} where code is {self._limit}"),
-            Plane("scalar", U1, 5, (2, 1, 0), "bfloat16 mean, bfloat16 deviation, scale number"),
+            ArraySpec("escape", U2, self.width, LAYER_MAJOR,
+                      f"zigzag code - {self._limit - 1} where code is {self._limit}"),
+            ArraySpec("scalar", U1, 5, (2, 1, 0),
+                      "bfloat16 mean, bfloat16 deviation, scale number"),
         )  # fmt: skip
 
     @property

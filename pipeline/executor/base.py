@@ -47,7 +47,7 @@ LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Writing(Generic[R]):
+class Deferred(Generic[R]):
     """What a task returns in place of its result when all that is left of it is writing: the next
     task begins meanwhile.
 
@@ -220,7 +220,7 @@ class Cluster:
     def run(
         self,
         shards: Sequence[int],
-        function: Callable[..., R | Writing[R]],
+        function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         *,
         on_progress: Progress,
@@ -229,7 +229,7 @@ class Cluster:
 
         Args:
             function: importable by name, so that workers can find it. What it returns is the
-                result, or :class:`Writing` that gives it.
+                result, or :class:`Deferred` that gives it.
             arguments: called when a shard's turn comes, so that what tasks carry is never all
                 alive.
             on_progress: gets what tasks tell by :func:`report_progress`, from another thread.
@@ -250,7 +250,7 @@ class Cluster:
     def _in_process(
         self,
         shards: Sequence[int],
-        function: Callable[..., R | Writing[R]],
+        function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
         stopped: threading.Event,
@@ -284,7 +284,7 @@ class Cluster:
     def _on_dask(
         self,
         shards: Sequence[int],
-        function: Callable[..., R | Writing[R]],
+        function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
         stopped: threading.Event,
@@ -390,7 +390,7 @@ class _Tasks:
 
 def _begin(
     writer: ThreadPoolExecutor,
-    function: Callable[..., R | Writing[R]],
+    function: Callable[..., R | Deferred[R]],
     arguments: Callable[[int], tuple[Any, ...]],
     shard: int,
 ) -> "Future[R]":
@@ -401,17 +401,17 @@ def _begin(
     except Exception as error:
         written.set_exception(error)
         return written
-    if isinstance(found, Writing):
+    if isinstance(found, Deferred):
         return writer.submit(found.finish)
     written.set_result(found)
     return written
 
 
-def _run_in_worker(function: Callable[..., R | Writing[R]], *arguments: Any) -> R:
+def _run_in_worker(function: Callable[..., R | Deferred[R]], *arguments: Any) -> R:
     """Run a task in a worker of Dask, which begins another while this one writes: a task that
     secedes gives its thread away (distributed.secede)."""
     found = function(*arguments)
-    if not isinstance(found, Writing):
+    if not isinstance(found, Deferred):
         return found
     from distributed import secede
 

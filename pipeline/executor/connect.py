@@ -16,7 +16,7 @@ MOST_WORKERS = 4
 """By default on a machine without GPUs: each holds the model."""
 
 
-def find_cluster(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
+def connect(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
     """The cluster of ``--cluster``; nothing is started or reached yet.
 
     Args:

@@ -20,7 +20,7 @@ JSON_SECONDS = 1.0
 
 
 @dataclass
-class Meter:
+class ProgressReporter:
     """Counts what was done and shows it, from several threads.
 
     Attributes:
@@ -50,7 +50,7 @@ class Meter:
     _shown: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ProgressReporter":
         if self.remaining and self.style == "auto" and _is_watched():
             self._bar = tqdm(
                 total=self._total()[0],

@@ -39,7 +39,7 @@ class _Answer:
     may_stop: bool
 
 
-def look_at_workers(cluster: Cluster, store: str, report: Callable[[str], None]) -> Workers:
+def inspect_workers(cluster: Cluster, store: str, report: Callable[[str], None]) -> Workers:
     """Wait for the first worker of a Dask cluster, and check all that are there.
 
     Of this machine's own workers nothing need be asked, and none is started.

@@ -17,15 +17,15 @@ from ...schemas import (
     write_whole,
 )
 from ..sources.images import images_fingerprint
-from ..sources.table import Samples
-from ..store.base import Ledger, check_unchanged
+from ..sources.table import SampleTable
+from ..store.base import Store, check_unchanged
 from ..store.documents import (
     CHECKSUMS,
     GROWING,
     MANIFEST,
     StoreError,
+    commit,
     render_table,
-    settle,
     write_contract,
 )
 from ..store.features import FeatureStore
@@ -35,7 +35,7 @@ from .plan import Plan
 
 
 def stage(
-    store: Ledger[Any], manifest: FeatureManifest | LatentManifest, files: Mapping[str, bytes]
+    store: Store[Any], manifest: FeatureManifest | LatentManifest, files: Mapping[str, bytes]
 ) -> None:
     """Write what a store will be beside what it is; from the last rename on, it is decided.
 
@@ -43,7 +43,7 @@ def stage(
         manifest: of the store to be.
         files: all others that are not as they were, by path relative to the store.
     """
-    settle(store.path)
+    commit(store.path)
     check_unchanged(store)
     staged = store.path / GROWING
     for name, content in files.items():
@@ -129,7 +129,7 @@ def check_images(store: LatentStore, digests: Sequence[str | None], source: str)
 
 
 def latent_generations(
-    samples: Samples,
+    samples: SampleTable,
     digests: Sequence[str | None],
     packing: Packing,
     begun: LatentStore | None,
@@ -149,7 +149,7 @@ def latent_generations(
     ]
 
 
-def grow(
+def append(
     store: S,
     manifest: FeatureManifest | LatentManifest,
     tables: Mapping[str, pa.Table],
@@ -185,7 +185,7 @@ def grow(
         metadata["shape"][0] = layout.num_shards * layout.rows_per_shard
         files[name] = json.dumps(metadata, indent=2).encode()
     stage(store, manifest, files)
-    settle(store.path)
+    commit(store.path)
     return type(store).open(store.path, complete=False)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from ...schemas import InputError, Provenance, Quarantine, Receipt
 from ...schemas.files import is_local
 from ...schemas.units import format_bytes
-from ..executor.base import Cluster, DiskFullError, Interrupted, Writing
-from ..executor.connect import find_cluster
-from ..executor.progress import Meter, Style
+from ..executor.base import Cluster, Deferred, DiskFullError, Interrupted
+from ..executor.connect import connect
+from ..executor.progress import ProgressReporter, Style
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
@@ -41,7 +41,7 @@ class ExtractionError(InputError):
 
 
 @contextmanager
-def at_work(
+def exclusive_writer(
     store: Path,
     cluster: str,
     workers: int | None,
@@ -51,14 +51,14 @@ def at_work(
 ) -> Iterator[Cluster]:
     """Be the driver of a store, on the cluster that was named; its workers end with the block.
 
-    Args: as for :func:`semroute.pipeline.executor.connect.find_cluster`.
+    Args: as for :func:`semroute.pipeline.executor.connect.connect`.
 
     Raises:
         LockedError: another process fills this store.
         InputError: no such cluster.
     """
     hint = f" semroute status {store} shows it."
-    with locked(store, report, hint) as lock, find_cluster(cluster, workers, gpus) as found:
+    with locked(store, report, hint) as lock, connect(cluster, workers, gpus) as found:
         found.stop = lock.stop
         try:
             yield found
@@ -71,10 +71,10 @@ def at_work(
             ) from error
 
 
-def fill(
+def run_shards(
     store: FeatureStore | LatentStore,
     remaining: Sequence[int],
-    function: Callable[..., Receipt | Writing[Receipt]],
+    function: Callable[..., Receipt | Deferred[Receipt]],
     arguments: Callable[[int], tuple[Any, ...]],
     packing: Packing,
     *,
@@ -99,7 +99,7 @@ def fill(
         Interrupted: Ctrl-C.
         ClusterLostError: the scheduler is gone.
     """
-    meter = Meter(
+    meter = ProgressReporter(
         store.path.name,
         unit,
         packing.work(),

@@ -18,15 +18,15 @@ from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, request_codec
 from ..executor.base import Cluster
 from ..executor.progress import Style
-from ..executor.workers import look_at_workers
+from ..executor.workers import inspect_workers
 from ..models.packing import NUM_CAPTIONS
 from ..store.features import FeatureStore
 from ..store.layout import pack
 from ..text.captions import Captions
-from .append import added_bytes, check_rows, generations, grow
-from .driver import at_work, check_space, fill, provenance
+from .append import added_bytes, append, check_rows, generations
+from .driver import check_space, exclusive_writer, provenance, run_shards
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
-from .worker import Fitted, Job, Task, encode_shard, fit_sample, try_packing
+from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_packing
 
 Batching = Literal["auto", "padded", "packed"]
 
@@ -88,7 +88,7 @@ def extract(
             the worker with the fewest has. A store that is continued keeps the number it was begun
             with, so that its bytes do not depend on the workers.
         cluster: where: ``local``, the address or the file of a Dask scheduler, or a job queue; see
-            :func:`semroute.pipeline.executor.connect.find_cluster`.
+            :func:`semroute.pipeline.executor.connect.connect`.
         force: begin although the target has too little space.
         report: takes one line of text at a time.
         progress: ``json``: an object a line on standard output, once a second.
@@ -100,9 +100,9 @@ def extract(
         Interrupted: Ctrl-C.
     """
     features = locate(features)
-    with at_work(features, cluster, workers, report) as machines:
+    with exclusive_writer(features, cluster, workers, report) as machines:
         begun = FeatureStore.begun(features)
-        there = look_at_workers(machines, str(features), report)
+        there = inspect_workers(machines, str(features), report)
         if dtype == "auto":
             dtype = "bfloat16" if there.have_gpus else "float32"
             dtype = begun.manifest.identity.dtype if begun is not None else dtype
@@ -166,7 +166,7 @@ def extract(
             begun.check_same(manifest.before_growth())
             check_space(features, added_bytes(begun, manifest), force)
             tables = {"samples": plan.samples_table(), "captions": table}
-            store = grow(begun, manifest, tables, report)
+            store = append(begun, manifest, tables, report)
         elif begun is not None:
             store = begun
             store.check_same(manifest)
@@ -184,11 +184,11 @@ def extract(
         remaining = store.remaining()
         machines.limit(len(remaining))
 
-        def arguments(shard: int) -> tuple[Job, Task]:
+        def arguments(shard: int) -> tuple[Job, ShardTask]:
             entries = packing.entries(shard)
             chosen = slice(entries.start, entries.stop)
             row_start = packing.row_start[chosen] - shard * packing.layout.rows_per_shard
-            return job, Task.of(captions, chosen, shard, row_start)
+            return job, ShardTask.of(captions, chosen, shard, row_start)
 
         report(
             f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
@@ -196,7 +196,7 @@ def extract(
             f"{identity.model.width}: {format_bytes(packing.layout.num_rows * bytes_per_row)}; "
             f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {machines}"
         )
-        fill(
+        run_shards(
             store,
             remaining,
             encode_shard,
@@ -210,10 +210,10 @@ def extract(
     return store
 
 
-def _some(captions: Captions, chosen: slice) -> Task:
+def _some(captions: Captions, chosen: slice) -> ShardTask:
     """Captions as a task that is no shard's."""
     counts = captions.num_tokens[chosen]
-    return Task.of(captions, chosen, 0, np.cumsum(counts) - counts)
+    return ShardTask.of(captions, chosen, 0, np.cumsum(counts) - counts)
 
 
 def _try(job: Job, plan: Plan, machines: Cluster) -> str:

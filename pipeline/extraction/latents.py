@@ -20,9 +20,9 @@ from ...schemas import (
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
-from ..executor.base import Writing, report_progress, worker_name
+from ..executor.base import Deferred, report_progress, worker_name
 from ..executor.progress import Style
-from ..executor.workers import look_at_workers, own_device
+from ..executor.workers import inspect_workers, own_device
 from ..models.vae import Autoencoder, find_vae, pixel_codec
 from ..sources.images import (
     choose_buckets,
@@ -31,14 +31,14 @@ from ..sources.images import (
     images_fingerprint,
     nearest_bucket,
 )
-from ..sources.table import Samples, Unreadable, read_samples
+from ..sources.table import SampleTable, Unreadable, read_samples
 from ..store.latents import LatentStore
 from ..store.layout import pack
-from .append import check_images, grow, latent_generations
-from .driver import at_work, check_space, fill, provenance
+from .append import append, check_images, latent_generations
+from .driver import check_space, exclusive_writer, provenance, run_shards
 
 if TYPE_CHECKING:
-    from ..models.hub import Source
+    from ..models.hub import ModelFiles
 
 
 LATENT_CHUNK_BYTES = 16_384
@@ -97,7 +97,7 @@ def encode_images(
         raise InputError("--buckets are of about one area: name it with --size, such as 1024")
     shapes = [] if size is None or buckets is None else choose_buckets(size, buckets)
     gpus = 0 if vae == "pixels" else None
-    with at_work(latents, cluster, workers, report, gpus=gpus) as machines:
+    with exclusive_writer(latents, cluster, workers, report, gpus=gpus) as machines:
         begun = LatentStore.begun(latents)
         samples = read_samples(
             source, text_column=text_column, image_column=image_column, limit=limit, need="image"
@@ -106,7 +106,7 @@ def encode_images(
         if images.broken:
             report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")
         located = None if vae == "pixels" else find_vae(vae)
-        there = look_at_workers(machines, str(latents), report)
+        there = inspect_workers(machines, str(latents), report)
         threads = 1 if located is None else there.threads
         if begun is not None:
             threads = begun.manifest.layout.num_threads
@@ -156,7 +156,7 @@ def encode_images(
         if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
             begun.check_same(manifest.before_growth())
             check_space(latents, (len(samples) - len(begun)) * num_bytes, force)
-            store = grow(begun, manifest, {"samples": table}, report)
+            store = append(begun, manifest, {"samples": table}, report)
         elif begun is not None:
             store = begun
             store.check_same(manifest)
@@ -183,7 +183,7 @@ def encode_images(
             f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
             f"to do: {len(remaining)}, {machines}"
         )
-        fill(
+        run_shards(
             store,
             remaining,
             _encode_images,
@@ -203,10 +203,10 @@ def encode_images(
 
 
 def _identity(
-    located: "Source | None",
+    located: "ModelFiles | None",
     size: tuple[int, int],
     shapes: list[tuple[int, int]],
-    samples: Samples,
+    samples: SampleTable,
     digests: list[str | None],
 ) -> LatentIdentity:
     """What the stored numbers depend on, known before any image is encoded."""
@@ -264,7 +264,7 @@ class _Task:
     """
 
     store: Path
-    vae: "Source | None"
+    vae: "ModelFiles | None"
     shard: int
     ids: list[int]
     files: list[bytes | Unreadable]
@@ -272,7 +272,7 @@ class _Task:
     bucket: int
 
 
-def _encode_images(task: _Task) -> Writing[Receipt]:
+def _encode_images(task: _Task) -> Deferred[Receipt]:
     """Encode one shard of images, then write it and its receipt. Runs in a worker."""
     started = time.perf_counter()
     store = LatentStore.open(task.store, complete=False)
@@ -326,7 +326,7 @@ def _encode_images(task: _Task) -> Writing[Receipt]:
             store.quarantine_images(task.shard, broken)
         return written
 
-    return Writing(write)
+    return Deferred(write)
 
 
 def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> list[np.ndarray]:
@@ -348,6 +348,6 @@ def _stored(codes: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _load_vae(source: "Source", device: str) -> Autoencoder:
+def _load_vae(source: "ModelFiles", device: str) -> Autoencoder:
     """The VAE, loaded once a worker."""
     return Autoencoder(source, device)

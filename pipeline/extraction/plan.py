@@ -16,13 +16,13 @@ from ...schemas import (
     FeatureManifest,
     SamplesIdentity,
 )
-from ..sources.table import Samples, read_samples
+from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
 from ..text.captions import Captions, build_captions
 from ..text.templates import foreign_markers, read_template
 
 if TYPE_CHECKING:
-    from ..models.hub import Source
+    from ..models.hub import ModelFiles
 
 
 CPU_BATCH_TOKENS = 512
@@ -49,8 +49,8 @@ class Plan:
         foreign_markers: of the template, which the LLM has no token for.
     """
 
-    model: Source
-    samples: Samples
+    model: ModelFiles
+    samples: SampleTable
     captions: Captions
     identity: FeatureIdentity
     earlier: list[SamplesIdentity]

@@ -37,14 +37,14 @@ from ..codecs.error import CodecError, codec_error
 from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
 from ..codecs.registry import CODECS, request_codec
-from ..executor.base import Writing, report_progress, worker_name
+from ..executor.base import Deferred, report_progress, worker_name
 from ..executor.progress import Style
-from ..executor.workers import look_at_workers
+from ..executor.workers import inspect_workers
 from ..sources.table import read_samples
 from ..store.features import FeatureStore
 from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
-from .driver import at_work, check_space, fill, provenance
+from .driver import check_space, exclusive_writer, provenance, run_shards
 
 BATCH_BYTES = 64_000_000
 """Decoded bytes of the source that a worker holds at a time."""
@@ -133,8 +133,8 @@ def rewrite(
         codec = source.manifest.codec.name
         quality = source.manifest.codec.quality if quality is None else quality
     spec = request_codec(codec, quality)
-    with at_work(out, cluster, workers, report, gpus=0) as machines:
-        look_at_workers(machines, str(out), report)
+    with exclusive_writer(out, cluster, workers, report, gpus=0) as machines:
+        inspect_workers(machines, str(out), report)
         begun = FeatureStore.begun(out)
         if begun is not None:
             asked = begun.manifest.codec
@@ -220,7 +220,7 @@ def rewrite(
             entries = packing.entries(shard)
             return job, shard, selection.ids[entries.start : entries.stop]
 
-        fill(
+        run_shards(
             store,
             remaining,
             _rewrite_shard,
@@ -234,7 +234,7 @@ def rewrite(
     return store
 
 
-def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Writing[Receipt]:
+def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
     """Read and encode one shard, then write it and its receipt. Runs in a worker.
 
     Args:
@@ -294,7 +294,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Writing[Receipt]:
         seconds={"encode": time.perf_counter() - started},
         worker=worker_name(),
     )
-    return Writing(partial(store.complete_shard, planes, receipt))
+    return Deferred(partial(store.complete_shard, planes, receipt))
 
 
 def _shuffle(

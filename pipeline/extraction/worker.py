@@ -22,17 +22,17 @@ from ..codecs import base as codecs
 from ..codecs.array_spec import allocate
 from ..codecs.error import CodecError, layer_errors
 from ..codecs.fit import fit_codec, fitted_spec
-from ..executor.base import Writing, report_progress, worker_name
+from ..executor.base import Deferred, report_progress, worker_name
 from ..executor.workers import own_device
-from ..models.packing import NUM_CAPTIONS, keeps_apart, refuse_mixing
+from ..models.packing import NUM_CAPTIONS, check_packing, supports_packing
 from ..store.features import FeatureStore
 from ..store.layout import rows_of
 from ..text.batching import Batch, batches
 from ..text.captions import Captions
-from ..text.tokenization import Sequences
+from ..text.tokenization import RaggedTokens
 
 if TYPE_CHECKING:
-    from ..models.hub import Source
+    from ..models.hub import ModelFiles
     from ..models.llm import Encoder
 
 
@@ -54,16 +54,16 @@ class Job:
     """What every task of an extraction shares."""
 
     store: Path
-    source: "Source"
+    source: "ModelFiles"
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """The captions of one shard; rows count from the shard's start."""
 
     shard: int
     texts: list[str]
-    sequences: Sequences
+    sequences: RaggedTokens
     kept: np.ndarray
     row_start: np.ndarray
     has_null: bool
@@ -74,7 +74,9 @@ class Task:
         return self.sequences.lengths - self.kept
 
     @classmethod
-    def of(cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray) -> "Task":
+    def of(
+        cls, captions: Captions, chosen: slice, shard: int, row_start: np.ndarray
+    ) -> "ShardTask":
         return cls(
             shard=shard,
             texts=captions.texts[chosen].to_pylist(),
@@ -95,7 +97,7 @@ class Fitted:
     warnings: list[str]
 
 
-def encode_shard(job: Job, task: Task) -> Writing[Receipt]:
+def encode_shard(job: Job, task: ShardTask) -> Deferred[Receipt]:
     """Encode one shard, then write it and its receipt. Runs in a worker."""
     store = FeatureStore.open(job.store, complete=False)
     with _naming_culprit(store, job.source, task), _model_in_use:
@@ -106,7 +108,7 @@ def encode_shard(job: Job, task: Task) -> Writing[Receipt]:
             shard.keep(last)
         return store.complete_shard(shard.planes, shard.receipt())
 
-    return Writing(write)
+    return Deferred(write)
 
 
 class NotFiniteError(ValueError):
@@ -121,7 +123,7 @@ class NotFiniteError(ValueError):
         self.entries = entries
 
     @classmethod
-    def of(cls, layer: int, task: Task, rows: np.ndarray) -> "NotFiniteError":
+    def of(cls, layer: int, task: ShardTask, rows: np.ndarray) -> "NotFiniteError":
         found = np.searchsorted(task.row_start, rows, side="right") - 1
         entries = [*dict.fromkeys(found.tolist())]
         return cls(
@@ -159,7 +161,7 @@ class _Shard:
         warnings: of what was met.
     """
 
-    def __init__(self, store: FeatureStore, task: Task) -> None:
+    def __init__(self, store: FeatureStore, task: ShardTask) -> None:
         layout, self._layers = store.manifest.layout, store.manifest.identity.layers
         shape = (layout.rows_per_shard, len(self._layers))
         rows = rows_of(task.row_start, task.num_rows)
@@ -240,7 +242,7 @@ def _read_codec(store: Path, *_described: Codec | int) -> codecs.Codec:
     return FeatureStore.open(store, complete=False).codec
 
 
-def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, _Part]:
+def _encode(store: FeatureStore, source: "ModelFiles", task: ShardTask) -> tuple[_Shard, _Part]:
     """A shard, and the part of it that is still to be kept: the LLM is free already."""
     import torch
 
@@ -263,7 +265,7 @@ def _encode(store: FeatureStore, source: "Source", task: Task) -> tuple[_Shard, 
 
 
 @contextmanager
-def _naming_culprit(store: FeatureStore, source: "Source", task: Task) -> Iterator[None]:
+def _naming_culprit(store: FeatureStore, source: "ModelFiles", task: ShardTask) -> Iterator[None]:
     """Of a line of captions that are not finite, raise for the one."""
     try:
         yield
@@ -275,7 +277,7 @@ def _naming_culprit(store: FeatureStore, source: "Source", task: Task) -> Iterat
 
 
 def _find_culprit(
-    store: FeatureStore, source: "Source", task: Task, error: NotFiniteError
+    store: FeatureStore, source: "ModelFiles", task: ShardTask, error: NotFiniteError
 ) -> NotFiniteError:
     """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
     attention is multiplied by zero, and stays NaN."""
@@ -299,21 +301,24 @@ def _find_culprit(
 _tried: "weakref.WeakSet[Encoder]" = weakref.WeakSet()
 
 
-def _try_once(encoder: "Encoder", task: Task) -> None:
+def _try_once(encoder: "Encoder", task: ShardTask) -> None:
     """Once a worker: another device may have other kernels than where the store was begun."""
     if encoder not in _tried:
-        refuse_mixing(encoder, list(task.sequences[:NUM_CAPTIONS]))
+        check_packing(encoder, list(task.sequences[:NUM_CAPTIONS]))
         _tried.add(encoder)
 
 
-def encoder_of(source: "Source", identity: FeatureIdentity) -> "Encoder":
+def encoder_of(source: "ModelFiles", identity: FeatureIdentity) -> "Encoder":
     """The LLM of a store as tasks of this process have it: loaded by the first who asks."""
     return _load_encoder(source, tuple(identity.layers), identity.dtype, own_device())
 
 
 @lru_cache(maxsize=1)
 def _load_encoder(
-    source: "Source", layers: tuple[int, ...], dtype: Literal["float32", "bfloat16"], device: str
+    source: "ModelFiles",
+    layers: tuple[int, ...],
+    dtype: Literal["float32", "bfloat16"],
+    device: str,
 ) -> "Encoder":
     from transformers.utils import logging
 
@@ -325,7 +330,7 @@ def _load_encoder(
 
 def _run(
     encoder: "Encoder",
-    task: Task,
+    task: ShardTask,
     layout: Layout,
     code: "Callable[[int, torch.Tensor], dict[str, torch.Tensor]]",
     warnings: list[str],
@@ -394,12 +399,12 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
+def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
     """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
     with _model_in_use:
         encoder = encoder_of(job.source, identity)
         try:
-            apart = keeps_apart(encoder, list(task.sequences))
+            apart = supports_packing(encoder, list(task.sequences))
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -410,13 +415,13 @@ def try_packing(job: Job, task: Task, identity: FeatureIdentity) -> str:
         return ""
 
 
-def fit_sample(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
+def fit_sample(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
     """Encode a sample and fit the codec to it. Runs in a worker."""
     with _model_in_use:
         return _fit_to(job, task, manifest)
 
 
-def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
+def _fit_to(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
     import torch
 
     torch.set_num_threads(manifest.layout.num_threads)
@@ -461,7 +466,7 @@ def _fit_to(job: Job, task: Task, manifest: FeatureManifest) -> Fitted:
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
 
 
-def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: Task) -> list[str]:
+def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: ShardTask) -> list[str]:
     """Whether first kept tokens look like attention sinks."""
     counts = task.num_rows
     eligible = counts > 1

@@ -17,7 +17,7 @@ from ..codecs.fit import encode_rows, fit_codec, fit_rows
 from ..executor.base import num_cpus
 from ..extraction.plan import LINE_TOKENS, Plan
 from ..models.llm import Encoder
-from ..models.packing import NUM_CAPTIONS, keeps_apart
+from ..models.packing import NUM_CAPTIONS, supports_packing
 from ..text.batching import batches
 
 SECONDS = 20.0
@@ -36,7 +36,7 @@ REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class CodecTrial:
     """What a codec did to rows that it was not fitted on.
 
     Attributes:
@@ -53,7 +53,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Probe:
+class LLMBenchmark:
     """A short run of the LLM over some of a plan's captions.
 
     Attributes:
@@ -83,7 +83,7 @@ class Probe:
         least = MIN_ROWS_A_CHANNEL * self.hidden.shape[2] if codec == "linear" else 1
         return fitted >= least and bool(self.held.any())
 
-    def try_codec(self, name: str, quality: float | None, positions: list[int]) -> Trial:
+    def try_codec(self, name: str, quality: float | None, positions: list[int]) -> CodecTrial:
         """Fit a codec to some of the rows and measure it on the others.
 
         Args:
@@ -99,7 +99,7 @@ class Probe:
             chunks = compress(codec, encode_rows(codec, rows, error))
             seconds.append(time.perf_counter() - started)
         num_bytes = sum(len(chunk) for plane in chunks.values() for chunk in plane)
-        return Trial(
+        return CodecTrial(
             bits_per_value=8 * num_bytes / rows.numel(),
             error=error.to_dict()["mean"],
             encode_seconds=min(seconds) / len(rows),
@@ -107,7 +107,7 @@ class Probe:
         )
 
 
-def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
+def run_benchmark(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> LLMBenchmark:
     """Run the LLM over batches as extraction makes them, in random order, for some seconds.
 
     All CPU cores are used, or one GPU.
@@ -127,7 +127,7 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
     num = min(len(captions), max(64, int(seconds * CAPTIONS_A_SECOND)))
     lengths = captions.sequence_lengths[:num]
     tried = [captions.sequences[i] for i in range(min(num, NUM_CAPTIONS))]
-    line_tokens = LINE_TOKENS if keeps_apart(encoder, tried) else None
+    line_tokens = LINE_TOKENS if supports_packing(encoder, tried) else None
     order = list(batches(lengths, batch_tokens, line_tokens))
     order = [order[i] for i in np.random.default_rng(0).permutation(len(order))]
     parts: list[torch.Tensor] = []
@@ -167,7 +167,7 @@ def run_probe(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> Probe:
     hidden = torch.cat(parts)
     if not hidden.isfinite().all():
         raise InputError("the LLM gave NaN or infinity; with --dtype bfloat16 try float32")
-    return Probe(
+    return LLMBenchmark(
         device=str(encoder.device)
         + (f", {num_cpus()} threads" if encoder.device.type == "cpu" else ""),
         num_captions=num_captions,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...schemas import Facts, Findings, Receipt
+from ...schemas import Receipt, Report, Summary
 from ...schemas.units import format_bytes
 from ..codecs.error import codec_error, layer_error
 from ..store.features import FeatureStore
@@ -14,7 +14,7 @@ from ..store.open import open_store
 _SHOWN = 5
 
 
-def inspect(path: str | os.PathLike[str]) -> Findings:
+def inspect(path: str | os.PathLike[str]) -> Report:
     """Look at a feature or latent store, finished or not.
 
     Raises:
@@ -43,7 +43,7 @@ def inspect(path: str | os.PathLike[str]) -> Findings:
     if quarantined:
         shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
         items["quarantined"] = f"{len(quarantined)} shards: {shown}"
-    return Findings(Facts(f"{type(store).__name__} {store.path}", items), details)
+    return Report(Summary(f"{type(store).__name__} {store.path}", items), details)
 
 
 def _describe_features(

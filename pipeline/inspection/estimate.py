@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...schemas import Codec, Facts, InputError
+from ...schemas import Codec, InputError, Summary
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, request_codec
 from ..extraction.plan import Plan
 
 if TYPE_CHECKING:
-    from .benchmark import Probe, Trial
+    from .benchmark import CodecTrial, LLMBenchmark
 
 
 TYPICAL_BITS = {
@@ -54,7 +54,7 @@ class Cell:
     num_bytes: int
     once_bytes: int
     raw_bytes: int
-    trial: Trial | None
+    trial: CodecTrial | None
 
     @property
     def size(self) -> str:
@@ -80,7 +80,7 @@ class Estimate:
         details: the same for machines; plain JSON types.
     """
 
-    facts: Facts
+    facts: Summary
     tables: Mapping[str, list[list[str]]]
     advice: list[str]
     details: Mapping[str, Any]
@@ -123,7 +123,7 @@ def estimate(
     quality: float | None = None,
     samples_per_second: float = 100.0,
     passes: float = 10.0,
-    probe: Probe | None = None,
+    probe: LLMBenchmark | None = None,
 ) -> Estimate:
     """Sizes, times, bandwidths and the break-even of caching a plan's captions.
 
@@ -132,8 +132,8 @@ def estimate(
         codec, quality: as for extraction; default: all codecs.
         samples_per_second: speed of training, over all devices.
         passes: times that the samples are trained on, over all epochs, seeds and ablations.
-        probe: from :func:`semroute.pipeline.inspection.benchmark.run_probe`; without one there are
-            no times, and codecs have their typical sizes.
+        probe: from :func:`semroute.pipeline.inspection.benchmark.run_benchmark`; without one there
+            are no times, and codecs have their typical sizes.
 
     Raises:
         InputError: a quality for a codec that has none.
@@ -145,7 +145,7 @@ def estimate(
         [_size(plan, layers, spec, probe) for spec in specs]
         for layers in _choose(plan.identity.layers)
     ]
-    work = _Work.of(plan, samples_per_second, passes, probe)
+    work = _Workload.of(plan, samples_per_second, passes, probe)
     sizes = [["layers", *(cell.name for cell in cells[0])]]
     for row in cells:
         sizes.append([_name_layers(row[0].layers), *(cell.size for cell in row)])
@@ -164,7 +164,7 @@ def estimate(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Workload:
     """How much there is to do, and how fast this machine does it.
 
     Attributes:
@@ -189,7 +189,9 @@ class _Work:
     load_seconds: float
 
     @classmethod
-    def of(cls, plan: Plan, samples_per_second: float, passes: float, probe: Probe | None) -> _Work:
+    def of(
+        cls, plan: Plan, samples_per_second: float, passes: float, probe: LLMBenchmark | None
+    ) -> _Workload:
         import torch
 
         captions = plan.captions
@@ -231,7 +233,7 @@ class _Work:
         """That training reads."""
         return self.samples_per_second * self.sample_bytes(cell)
 
-    def decode_cores(self, cell: Cell, trial: Trial) -> float:
+    def decode_cores(self, cell: Cell, trial: CodecTrial) -> float:
         """CPU cores that decode what training reads."""
         rate = self.samples_per_second * self.sample_rows * cell.raw_bytes / self.rows
         return rate / trial.decode_bytes_per_second
@@ -260,7 +262,7 @@ def _choose(layers: list[int]) -> list[list[int]]:
     return [layers] + [choice for choice in fewer if 0 < len(choice) < len(layers)]
 
 
-def _size(plan: Plan, layers: list[int], spec: Codec, probe: Probe | None) -> Cell:
+def _size(plan: Plan, layers: list[int], spec: Codec, probe: LLMBenchmark | None) -> Cell:
     width, trial = plan.identity.model.width, None
     if probe is not None and probe.can_fit(spec.name):
         positions = [plan.identity.layers.index(layer) for layer in layers]
@@ -277,7 +279,7 @@ def _size(plan: Plan, layers: list[int], spec: Codec, probe: Probe | None) -> Ce
     return Cell(layers, spec, num_bytes, matrices, 2 * num_values, trial)
 
 
-def _facts(plan: Plan, work: _Work, probe: Probe | None) -> Facts:
+def _facts(plan: Plan, work: _Workload, probe: LLMBenchmark | None) -> Summary:
     captions, identity = plan.captions, plan.identity
     cut = int(np.count_nonzero(captions.num_cut))
     items = {
@@ -296,10 +298,10 @@ def _facts(plan: Plan, work: _Work, probe: Probe | None) -> Facts:
             f"{probe.tokens_per_second:,.0f} tokens/s on {probe.device} ({probe.num_captions:,} "
             f"captions in {probe.seconds:.1f} s)"
         )
-    return Facts(f"estimate for {plan.samples.source}", items)
+    return Summary(f"estimate for {plan.samples.source}", items)
 
 
-def _costs(cell: Cell, work: _Work) -> dict[str, str]:
+def _costs(cell: Cell, work: _Workload) -> dict[str, str]:
     """A row of the second table, by column."""
     row = {
         "codec": cell.name,
@@ -321,7 +323,7 @@ def _costs(cell: Cell, work: _Work) -> dict[str, str]:
     }
 
 
-def _advise(cells: Sequence[Cell], work: _Work) -> list[str]:
+def _advise(cells: Sequence[Cell], work: _Workload) -> list[str]:
     """Whether caching pays, for the smallest of the codecs that were measured, or in general."""
     smallest = min(cells, key=lambda cell: cell.num_bytes)
     advice = [
@@ -375,7 +377,7 @@ def _advise(cells: Sequence[Cell], work: _Work) -> list[str]:
 
 
 def _details(
-    plan: Plan, cells: Sequence[Sequence[Cell]], work: _Work, probe: Probe | None
+    plan: Plan, cells: Sequence[Sequence[Cell]], work: _Workload, probe: LLMBenchmark | None
 ) -> dict[str, Any]:
     known = work.tokens_per_second is not None
     return {

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from ...schemas import Routing
 from ..store.features import FeatureStore
 from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
-from .linear_probe import Knowledge
+from .linear_probe import ProbeResults
 from .statistics import LayerStatistics
 
 
@@ -99,7 +99,7 @@ def token_lengths(store: FeatureStore) -> Figure:
     return figure
 
 
-def knowledge(found: Knowledge, routing: Routing | None = None) -> Figure:
+def knowledge(found: ProbeResults, routing: Routing | None = None) -> Figure:
     """How well each layer tells labels, above what a router reads.
 
     Bands are 95 % intervals over captions, dashed lines chance, the mark the best layer.

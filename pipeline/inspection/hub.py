@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ...schemas import DRIVER, InputError, parse
+from ...schemas import LOCK_FILE, InputError, parse
 from ...schemas.files import is_local, list_files
 from ...schemas.units import format_bytes
 from ..store.documents import CHECKSUMS, MANIFEST
@@ -159,7 +159,7 @@ def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str
     if store.checksums is None:  # of an early version, which listed nothing
         known |= {name for name in found if name.startswith(store.group)}
         known |= {name for name in found if name.endswith(".parquet")}
-    files = {name: entry.num_bytes for name, entry in found.items() if name in known - {DRIVER}}
+    files = {name: entry.num_bytes for name, entry in found.items() if name in known - {LOCK_FILE}}
     if len(files) > MAX_FILES:
         raise InputError(
             f"{store.path} has {len(files):,} files, but the Hub takes {MAX_FILES:,} in a "

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...schemas import Facts, InputError
+from ...schemas import InputError, Summary
 from ..codecs.base import LN_EPS
 from ..sources.labels import Label, classify, read_labels
 from ..store.features import FeatureStore
@@ -37,7 +37,7 @@ _CAPTIONS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """How well a label is read from each layer, on captions that the probe was not fitted to.
 
     Attributes:
@@ -67,7 +67,7 @@ class Probe:
 
 
 @dataclass(frozen=True, repr=False)
-class Knowledge:
+class ProbeResults:
     """What the layers of a store know.
 
     Attributes:
@@ -79,7 +79,7 @@ class Knowledge:
 
     layers: list[int]
     pool: Pool
-    probes: list[Probe]
+    probes: list[LinearProbe]
     skipped: list[str]
 
     def __repr__(self) -> str:
@@ -91,13 +91,13 @@ class Knowledge:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> Summary:
         items = {probe.label: self._line(probe) for probe in self.probes}
         items |= {f"not probed {number}": why for number, why in enumerate(self.skipped, 1)}
         first, last = self.layers[0], self.layers[-1]
-        return Facts(f"Linear probes of layers {first} to {last}, {self.pool} over tokens", items)
+        return Summary(f"Linear probes of layers {first} to {last}, {self.pool} over tokens", items)
 
-    def _line(self, probe: Probe) -> str:
+    def _line(self, probe: LinearProbe) -> str:
         best = probe.best
         return (
             f"best in layer {self.layers[best]}: {probe.accuracy[best]:.1%} "
@@ -116,7 +116,7 @@ def probe_layers(
     pool: Pool = "mean",
     num_captions: int = NUM_CAPTIONS,
     progress: bool = True,
-) -> Knowledge:
+) -> ProbeResults:
     """Probe every stored layer for labels of captions, and for which word a token is.
 
     Layers are compared on LN(h), as routing mixes them; a caption's label on the mean (or the last)
@@ -173,7 +173,7 @@ def probe_layers(
                 result.append(_accuracy(features[layer], label))
             bar.update()
     probes = [_summary(label, result) for (label, _), result in zip(subjects, results, strict=True)]
-    return Knowledge(store.layers, pool, probes, [*skipped, *_left_out(found)])
+    return ProbeResults(store.layers, pool, probes, [*skipped, *_left_out(found)])
 
 
 def _left_out(labels: Sequence[Label]) -> Iterator[str]:
@@ -263,13 +263,13 @@ def _on_dev(scores: tuple[float, float, float]) -> float:
     return scores[0]
 
 
-def _summary(label: Label, results: Sequence[tuple[float, float]]) -> Probe:
+def _summary(label: Label, results: Sequence[tuple[float, float]]) -> LinearProbe:
     values = label.values[label.values >= 0]
     fit, _, judge = _split(len(values))
     usual = np.bincount(values[fit], minlength=len(label.classes)).argmax()
     num = judge.stop - judge.start
     intervals = [wilson(accuracy, num) for accuracy, _ in results]
-    return Probe(
+    return LinearProbe(
         label=label.name,
         num_classes=len(label.classes),
         num_fitted=fit.stop,

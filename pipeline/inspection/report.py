@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...schemas import Findings, write_document
+from ...schemas import Report, write_document
 from ..codecs.error import layer_error
 from ..models.vae import latents_to_images, pixel_codec
 from ..store.features import FeatureStore
@@ -140,7 +140,7 @@ def _svg(figure: Figure, name: str) -> str:
     return f"<img src='data:image/svg+xml;base64,{data}' alt='{escape(name)}'>"
 
 
-def _page(found: Findings, sections: Mapping[str, str]) -> str:
+def _page(found: Report, sections: Mapping[str, str]) -> str:
     title = escape(found.facts.title)
     body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
     return (

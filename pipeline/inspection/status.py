@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from ...schemas import Driver, Facts, Findings
+from ...schemas import LockOwner, Report, Summary
 from ...schemas.files import list_names, locate
 from ...schemas.units import format_bytes
 from ..store.documents import MANIFEST, StoreError
@@ -20,7 +20,7 @@ _SHOWN = 5
 _OWN = {"token", "begun", "beats"}  # of a driver's file, for drivers alone
 
 
-def status(path: str | os.PathLike[str]) -> Findings:
+def status(path: str | os.PathLike[str]) -> Report:
     """Look at a store that is being filled, or was; or for which captions are being planned.
 
     Raises:
@@ -70,10 +70,10 @@ def status(path: str | os.PathLike[str]) -> Findings:
         "driver": None if driver is None else driver.model_dump(exclude=_OWN),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
-    return Findings(_facts(store.path, unit, details), details)
+    return Report(_facts(store.path, unit, details), details)
 
 
-def _planned(path: Any, driver: Driver) -> Findings:
+def _planned(path: Any, driver: LockOwner) -> Report:
     """Of a store that has no manifest yet."""
     dead = is_dead(driver)
     details = {
@@ -87,10 +87,10 @@ def _planned(path: Any, driver: Driver) -> Findings:
         if dead
         else f"being planned by {_who(details)}"
     )
-    return Findings(Facts(f"{path}", {"state": state}), details)
+    return Report(Summary(f"{path}", {"state": state}), details)
 
 
-def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Facts:
+def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
     share = details["rows"] / max(1, details["rows_total"])
     items = {
         "state": _state(details),
@@ -113,7 +113,7 @@ def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Facts:
     if details["quarantined"]:
         shown = "; ".join(f"shard {s}: {r}" for s, r in [*details["quarantined"].items()][:_SHOWN])
         items["quarantined"] = f"{len(details['quarantined'])} shards: {shown}"
-    return Facts(f"{path}", items)
+    return Summary(f"{path}", items)
 
 
 def _state(details: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "hub": ["Source", "find_model"],
+        "hub": ["ModelFiles", "find_model"],
         "llm": [
             "Encoder",
             "attention_of",
@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "parse_layers",
             "tokenizer_digest",
         ],
-        "packing": ["keeps_apart", "refuse_mixing"],
+        "packing": ["supports_packing", "check_packing"],
         "vae": ["Autoencoder", "find_vae", "latents_to_images", "open_decoder", "pixel_codec"],
     },
 )

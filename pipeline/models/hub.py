@@ -19,7 +19,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFiles:
     """A model on this machine.
 
     Attributes:
@@ -33,7 +33,7 @@ class Source:
     files: dict[str, str] = field(hash=False)
 
 
-def find_model(name: str, option: str = "--model", with_code: bool = False) -> Source:
+def find_model(name: str, option: str = "--model", with_code: bool = False) -> ModelFiles:
     """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
 
     A hub id may carry a revision: ``org/name@revision``. Of a hub model only configuration,
@@ -48,7 +48,7 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> S
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Source(str(path.resolve()), path.resolve(), _hash_files(path, option))
+        return ModelFiles(str(path.resolve()), path.resolve(), _hash_files(path, option))
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(
@@ -56,10 +56,10 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> S
                 "holds config.json"
             )
         digest = hash_file(path)
-        return Source(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
+        return ModelFiles(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
     if is_hub_id(name):
         folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
-        return Source(hub_name(name, folder), folder, _hash_files(folder, option))
+        return ModelFiles(hub_name(name, folder), folder, _hash_files(folder, option))
     raise InputError(f"{option} {name}: no such folder or file, and no hub id (org/name)")
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from ...schemas import InputError, ModelIdentity
-from .hub import LOAD_ERRORS, Source
+from .hub import LOAD_ERRORS, ModelFiles
 
 Dtype = Literal["float32", "bfloat16"]
 Sink = Callable[[int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class Form:
+class ModuleNames:
     """What a family of text towers in transformers calls its parts."""
 
     embedding: str
@@ -29,11 +29,11 @@ class Form:
     norm: str
 
 
-FORMS = (
-    Form("embed_tokens", "layers", "norm"),  # Llama, Qwen, Gemma, Mistral and most since
-    Form("embed_tokens", "block", "final_layer_norm"),  # T5, mT5, UMT5
-    Form("embed_in", "layers", "final_layer_norm"),  # GPT-NeoX
-    Form("wte", "h", "ln_f"),  # GPT-2
+MODULE_NAMES = (
+    ModuleNames("embed_tokens", "layers", "norm"),  # Llama, Qwen, Gemma, Mistral and most since
+    ModuleNames("embed_tokens", "block", "final_layer_norm"),  # T5, mT5, UMT5
+    ModuleNames("embed_in", "layers", "final_layer_norm"),  # GPT-NeoX
+    ModuleNames("wte", "h", "ln_f"),  # GPT-2
 )
 """The families that are known: a model can be used whose text tower has one of these forms."""
 
@@ -42,7 +42,7 @@ _ENCODER_ONLY = {"t5", "mt5", "umt5"}
 
 
 @dataclass(frozen=True)
-class Tower:
+class TextTower:
     """The text tower of a model: of a vision-language model the language model, of an
     encoder-decoder the encoder.
 
@@ -55,7 +55,7 @@ class Tower:
 
     module: Any
     name: str
-    form: Form
+    form: ModuleNames
     causal: bool
 
     @property
@@ -73,7 +73,7 @@ class Tower:
         setattr(self.module, self.form.blocks, self.blocks[:number])
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ModelFiles) -> Any:
     """The model's tokenizer (a fast one, transformers)."""
     from transformers import AutoTokenizer
 
@@ -90,7 +90,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
-def describe_model(source: Source) -> ModelIdentity:
+def describe_model(source: ModelFiles) -> ModelIdentity:
     """Identity of the text tower, from the model's configuration; no weights are loaded.
 
     Raises:
@@ -107,7 +107,7 @@ def describe_model(source: Source) -> ModelIdentity:
     )
 
 
-def attention_of(source: Source) -> str:
+def attention_of(source: ModelFiles) -> str:
     """The attention implementation of transformers that the model runs with: ``sdpa`` where the
     model's class has it, or ``eager`` (Gemma 2, whose scores have a soft cap).
 
@@ -118,22 +118,24 @@ def attention_of(source: Source) -> str:
     return attention
 
 
-def find_tower(model: Any, name: str) -> Tower:
+def find_tower(model: Any, name: str) -> TextTower:
     """Where in a model of transformers the text goes, and what the parts are called there.
 
     Args:
         name: of the model, for the error.
 
     Raises:
-        InputError: no form in :data:`FORMS` fits; the nearest one is named, with what is lacking.
+        InputError: no form in :data:`MODULE_NAMES` fits; the nearest one is named, with what is
+            lacking.
     """
     encoder = model.get_encoder()
     module = model.get_decoder() if encoder is model else encoder
     lacking = [
-        [part for part in dataclasses.astuple(form) if not hasattr(module, part)] for form in FORMS
+        [part for part in dataclasses.astuple(form) if not hasattr(module, part)]
+        for form in MODULE_NAMES
     ]
     fewest = min(lacking, key=len)
-    form = FORMS[lacking.index(fewest)]
+    form = MODULE_NAMES[lacking.index(fewest)]
     if fewest:
         raise InputError(
             f"{name}: {type(module).__name__}, the text tower of {type(model).__name__}, is of no "
@@ -144,7 +146,7 @@ def find_tower(model: Any, name: str) -> Tower:
     bidirectional = encoder is not model or (
         getattr(module.config, "use_bidirectional_attention", None) is True  # EmbeddingGemma
     )
-    return Tower(module, path, form, causal=not bidirectional)
+    return TextTower(module, path, form, causal=not bidirectional)
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
@@ -189,7 +191,7 @@ class Encoder:
     """
 
     def __init__(
-        self, source: Source, layers: Sequence[int], dtype: Dtype, device: str | None = None
+        self, source: ModelFiles, layers: Sequence[int], dtype: Dtype, device: str | None = None
     ) -> None:
         self.layers = list(layers)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -304,7 +306,7 @@ def lay_out(
     return {"input_ids": tokens, "attention_mask": mask}, wanted
 
 
-def _config(source: Source) -> Any:
+def _config(source: ModelFiles) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -314,13 +316,13 @@ def _config(source: Source) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _sketch(source: Source) -> Tower:
+def _sketch(source: ModelFiles) -> TextTower:
     """The tower without weights."""
     with torch.device("meta"):
         return find_tower(_make(source, "from_config", _config(source)), source.name)
 
 
-def _make(source: Source, constructor: str, *arguments: Any, **options: Any) -> Any:
+def _make(source: ModelFiles, constructor: str, *arguments: Any, **options: Any) -> Any:
     """The model without heads: ``from_config`` or ``from_pretrained`` of the class that fits."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.utils import logging
@@ -337,7 +339,7 @@ def _make(source: Source, constructor: str, *arguments: Any, **options: Any) -> 
         logging.set_verbosity(verbosity)
 
 
-def _refuse_missing(source: Source, tower: Tower, missing: Iterable[str]) -> None:
+def _refuse_missing(source: ModelFiles, tower: TextTower, missing: Iterable[str]) -> None:
     """Weights that the files lack would be random numbers; transformers only warns."""
     prefix = f"{tower.name}." if tower.name else ""
     inside = sorted(name for name in missing if name.startswith(prefix))

@@ -27,7 +27,7 @@ class PackingError(InputError):
     """Captions that stand in one line of a batch are not kept apart."""
 
 
-def keeps_apart(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> bool:
+def supports_packing(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> bool:
     """Try it: on a line of captions whose neighbours change, and against the caption alone.
 
     A neighbour's words must not change a bit, as the shapes are the same; positions must begin anew
@@ -62,14 +62,14 @@ def keeps_apart(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> bool:
     return True
 
 
-def refuse_mixing(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> None:
+def check_packing(encoder: "Encoder", sequences: Sequence[np.ndarray]) -> None:
     """In a worker of a store whose captions are packed.
 
     Raises:
         PackingError: this machine's kernels do not keep captions apart, as those where the store
             was begun did.
     """
-    if not keeps_apart(encoder, sequences):
+    if not supports_packing(encoder, sequences):
         raise PackingError(
             f"on {encoder.device} the LLM does not keep captions apart that stand in one line of "
             "a batch, as it did where the store was begun, or gives nothing finite: take such a "

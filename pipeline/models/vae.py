@@ -18,7 +18,7 @@ import torch
 from ...schemas import InputError, LatentIdentity, differences
 
 if TYPE_CHECKING:
-    from .hub import Source
+    from .hub import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ _PROBE = 512
 """Side of an image of which no more than the latent's shape is wanted."""
 
 
-def find_vae(name: str) -> "Source":
+def find_vae(name: str) -> "ModelFiles":
     """Locate a VAE: its folder, a folder that holds it as ``vae``, or a hub id of either kind.
 
     Of a hub model only the VAE's configuration and safetensors are fetched.
@@ -58,7 +58,7 @@ def find_vae(name: str) -> "Source":
     Raises:
         InputError: nothing there, or not a VAE whose conventions are known.
     """
-    from .hub import Source, download, hash_file, hub_name, is_hub_id
+    from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -82,7 +82,7 @@ def find_vae(name: str) -> "Source":
     )
     if not any(file.suffix == ".safetensors" for file in files):
         raise InputError(f"--vae {name}: no {_WEIGHTS}.safetensors in {folder}")
-    return Source(found, folder, {file.name: hash_file(file) for file in files})
+    return ModelFiles(found, folder, {file.name: hash_file(file) for file in files})
 
 
 class Autoencoder:
@@ -96,7 +96,7 @@ class Autoencoder:
         InputError: diffusers is not installed, or too old.
     """
 
-    def __init__(self, source: "Source", device: str = "cpu") -> None:
+    def __init__(self, source: "ModelFiles", device: str = "cpu") -> None:
         self.source = source
         self.device = device
         self.name = _class_name(source.folder, source.name)

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "labels": ["Label", "classify", "read_labels"],
         "prompts": ["read_prompts"],
-        "table": ["Samples", "Unreadable", "column_names", "read_samples", "read_table"],
+        "table": ["SampleTable", "Unreadable", "column_names", "read_samples", "read_table"],
     },
 )

@@ -17,7 +17,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
-from .webdataset import PLACE, TEXT, Reader, Tars
+from .webdataset import BYTE_RANGE, TEXT, Reader, WebDataset
 
 TEXT_COLUMNS = ("text", "prompt", "caption")
 IMAGE_COLUMNS = ("image",)
@@ -35,7 +35,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleTable:
     """Rows of an input file, in its order.
 
     Attributes:
@@ -53,11 +53,11 @@ class Samples:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def slice(self, start: int, stop: int) -> "Samples":
+    def slice(self, start: int, stop: int) -> "SampleTable":
         """Some of the rows."""
         return replace(self, table=self.table.slice(start, stop - start))
 
-    def take(self, rows: np.ndarray) -> "Samples":
+    def take(self, rows: np.ndarray) -> "SampleTable":
         """Some of the rows, in the order given."""
         return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
@@ -120,7 +120,7 @@ class Samples:
                     yield Unreadable(f"{_image_name(value)}: {error}")
 
     def _image_file(self, row: int, value: Any, tars: Reader) -> bytes | Unreadable:
-        if isinstance(value, dict) and [*value] == PLACE.names:
+        if isinstance(value, dict) and [*value] == BYTE_RANGE.names:
             return tars.read(value["tar"], value["start"], value["size"])
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -153,13 +153,13 @@ def read_samples(
     image_column: str | None = None,
     limit: int | None = None,
     need: str,
-) -> Samples:
+) -> SampleTable:
     """Read a table of captions, images or both.
 
     Args:
         source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (a caption a line); a local
             path or any URL that fsspec knows. Or ``.tar``, maybe several by a pattern, see
-            :meth:`semroute.pipeline.sources.webdataset.Tars.open`.
+            :meth:`semroute.pipeline.sources.webdataset.WebDataset.open`.
         text_column: a column of strings or of lists of strings; default: the first of ``text``,
             ``prompt``, ``caption`` that exists. Of tars ``txt`` (files) or a key of their JSON.
         image_column: default: ``image`` if it exists. Of tars an extension; default: the first of
@@ -170,7 +170,7 @@ def read_samples(
     Raises:
         InputError: no such file or format, not parseable, empty, or no such column.
     """
-    tars = Tars.open(source) if _suffix(source) == TAR else None
+    tars = WebDataset.open(source) if _suffix(source) == TAR else None
     if tars is not None and not tars.samples:
         raise InputError(f"{source} holds no samples; expected files such as 000.jpg and 000.txt")
     names = column_names(source) if tars is None else tars.names()
@@ -197,7 +197,7 @@ def read_samples(
             raise InputError(
                 f"{source}: column {text!r} holds {kind}; expected strings or lists of strings"
             )
-    return Samples(source, table, text, image)
+    return SampleTable(source, table, text, image)
 
 
 def read_table(

@@ -26,7 +26,7 @@ TEXT = "txt"
 _JSON = "json"
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _BLOCK = 512
-PLACE = pa.struct(
+BYTE_RANGE = pa.struct(
     [("path", pa.string()), ("tar", pa.string()), ("start", pa.int64()), ("size", pa.int64())]
 )
 """Where the bytes of a file are: its name, for people, the tar, and bytes from where on."""
@@ -40,7 +40,7 @@ class _Member:
 
 
 @dataclass(frozen=True)
-class Tars:
+class WebDataset:
     """The samples of some tars; their bytes are read when asked for.
 
     Attributes:
@@ -52,7 +52,7 @@ class Tars:
     samples: list[tuple[str, dict[str, _Member]]]
 
     @classmethod
-    def open(cls, source: str) -> "Tars":
+    def open(cls, source: str) -> "WebDataset":
         """Read the headers of all tars.
 
         Args:
@@ -82,7 +82,7 @@ class Tars:
         return [*found, *images, *keys]
 
     def table(self, columns: Sequence[str], limit: int | None) -> pa.Table:
-        """Some columns: captions as strings or lists of them, images as :data:`PLACE`.
+        """Some columns: captions as strings or lists of them, images as :data:`BYTE_RANGE`.
 
         Raises:
             InputError: a caption is no text, or no JSON.
@@ -113,7 +113,7 @@ class Tars:
                     "size": member.size,
                 }
             )
-        return pa.array(places, PLACE)
+        return pa.array(places, BYTE_RANGE)
 
     def _json(self, samples: list[tuple[str, dict[str, _Member]]]) -> list[dict[str, Any]]:
         documents = []

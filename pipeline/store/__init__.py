@@ -5,8 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["Ledger", "check_unchanged"],
-        "documents": ["StoreError", "render_table", "settle", "write_contract"],
+        "base": ["Store", "check_unchanged"],
+        "documents": ["StoreError", "render_table", "commit", "write_contract"],
         "features": ["Caption", "Codes", "FeatureStore", "Rows"],
         "latents": ["LatentStore", "array_shapes"],
         "layout": ["Packing", "pack", "rows_of"],

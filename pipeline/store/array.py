@@ -25,8 +25,8 @@ from ..codecs.chunks import ZSTD_LEVEL
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
+    ChunkSlices,
     CorruptShardError,
-    Pieces,
     ShardFile,
     chunk_crc,
     known_form,
@@ -35,7 +35,7 @@ from .shard_file import (
 )
 
 
-class RowArray:
+class ShardedArray:
     """Rows ``[num_shards * rows_per_shard, *row_shape]`` in shards.
 
     Args:
@@ -146,10 +146,10 @@ class RowArray:
                 first read.
             InputError: the shard is not there.
         """
-        self.read_pieces(Pieces.of(starts, stops, self.layout.rows_per_chunk), out, select)
+        self.read_pieces(ChunkSlices.of(starts, stops, self.layout.rows_per_chunk), out, select)
 
     def read_pieces(
-        self, pieces: "Pieces", out: np.ndarray, select: Sequence[int] | slice = slice(None)
+        self, pieces: "ChunkSlices", out: np.ndarray, select: Sequence[int] | slice = slice(None)
     ) -> None:
         """Copy pieces of chunks to their targets in ``out``; neighbours of one chunk read it once.
 

@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...schemas import (
-    DRIVER,
+    LOCK_FILE,
     PARTIAL,
     Checksums,
     Difference,
-    Facts,
     FeatureManifest,
     LatentManifest,
     Quarantine,
     Receipt,
+    Summary,
     WrittenFile,
     differences,
     digest,
@@ -37,10 +37,10 @@ from .documents import (
     MANIFEST,
     C,
     StoreError,
+    commit,
     parse_contract,
     read_contract,
     read_manifest,
-    settle,
     shard_of,
     write_contract,
 )
@@ -49,7 +49,7 @@ M = TypeVar("M", FeatureManifest, LatentManifest)
 _RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
 
 
-class Ledger(Generic[M]):
+class Store(Generic[M]):
     """What both kinds of store share: manifest, receipts, quarantine, state."""
 
     kind: ClassVar[str]
@@ -112,14 +112,14 @@ class Ledger(Generic[M]):
         """
         if not (path / MANIFEST).exists():
             return None
-        settle(path)
+        commit(path)
         return cls.open(path, complete=False)
 
     @classmethod
     def prepare(cls, path: Path, tables: Sequence[str]) -> None:
         """An empty folder to create a store in; what a creation that was killed left is removed."""
         own = {cls.group, *tables, CHECKSUMS}
-        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)} | {DRIVER}
+        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)} | {LOCK_FILE}
         if is_local(path) and path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; expected a new folder")
         held = list_names(path)
@@ -140,7 +140,7 @@ class Ledger(Generic[M]):
                 "continued. Put it back, or name a new folder."
             )
         path.mkdir(parents=True, exist_ok=True)
-        for name in held - {DRIVER}:  # that is of the process that creates it
+        for name in held - {LOCK_FILE}:  # that is of the process that creates it
             remove(path / name)
 
     @cached_property
@@ -321,9 +321,9 @@ class Ledger(Generic[M]):
         """Bytes of the shards written so far."""
         return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
 
-    def facts(self) -> Facts:
+    def facts(self) -> Summary:
         """What this store is, for a repr; every kind of store has its own."""
-        return Facts(f"{type(self).__name__} {self.path}", {"state": self._state()})
+        return Summary(f"{type(self).__name__} {self.path}", {"state": self._state()})
 
     def __repr__(self) -> str:
         return str(self.facts())
@@ -338,7 +338,7 @@ class Ledger(Generic[M]):
         return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
 
 
-def check_unchanged(store: Ledger[Any]) -> None:
+def check_unchanged(store: Store[Any]) -> None:
     """Refuse to go on where another process has changed what the store is.
 
     Raises:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...schemas import (
-    DRIVER,
+    LOCK_FILE,
     Checksums,
     Contract,
     FeatureManifest,
@@ -22,7 +22,7 @@ from ...schemas import (
     render,
     write_document,
 )
-from ...schemas.files import PlaceError, is_local, list_files, read_file, remove
+from ...schemas.files import StorageError, is_local, list_files, read_file, remove
 
 C = TypeVar("C", bound=Contract)
 MANIFEST = "manifest.json"
@@ -52,7 +52,7 @@ def read_manifest(path: Path, kind: str) -> Any:
     except Exception as error:  # no rights, no network: each package of fsspec has its own
         if is_local(path):
             raise
-        raise PlaceError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def render_table(table: pa.Table) -> bytes:
@@ -64,13 +64,13 @@ def render_table(table: pa.Table) -> bytes:
 
 def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
     """The manifest, without which there is no store; before it the checksums of all else."""
-    names = [name for name in list_files(path) if name != DRIVER]
+    names = [name for name in list_files(path) if name != LOCK_FILE]
     checksums = {name: digest_file(path / name) for name in names}
     write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
     write_contract(path / MANIFEST, manifest)
 
 
-def settle(path: Path) -> None:
+def commit(path: Path) -> None:
     """Put what is staged in its place, the manifest last; drop it where it was not decided."""
     staged = path / GROWING
     names = list_files(staged)

@@ -23,16 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, Facts, FeatureManifest, Mixes, write_whole
+from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ...schemas.units import format_bytes
 from ..codecs.base import Codec
 from ..codecs.fit import digest_parameters
 from ..codecs.registry import CODECS, open_codec
-from .array import RowArray, allocate, new_group
-from .base import Ledger
+from .array import ShardedArray, allocate, new_group
+from .base import Store
 from .documents import StoreError, render_table, write_manifest
 from .parameters import read_parameters, write_parameters
-from .shard_file import Pieces
+from .shard_file import ChunkSlices
 
 FEATURES_FORMAT = "semroute.features"
 BLOCK_BYTES = 4_000_000
@@ -108,7 +108,7 @@ class Codes:
         return self.codec.decode_torch(moved, self.layers)
 
 
-class FeatureStore(Ledger[FeatureManifest]):
+class FeatureStore(Store[FeatureManifest]):
     """Cached hidden states: ``len``, ``store[i]``, :meth:`read`, :attr:`captions`."""
 
     kind = "feature"
@@ -164,14 +164,14 @@ class FeatureStore(Ledger[FeatureManifest]):
         return cls(path, manifest)
 
     @cached_property
-    def arrays(self) -> dict[str, RowArray]:
+    def arrays(self) -> dict[str, ShardedArray]:
         """The stored codes, an array a plane of the codec."""
         root, layout = self.path / self.group, self.manifest.layout
         direct = None if self.direct else False
         for plane in self.codec.planes:
             self.check_files(f"{self.group}/{plane.name}/zarr.json")
         return {
-            plane.name: RowArray(root / plane.name, layout, direct=direct)
+            plane.name: ShardedArray(root / plane.name, layout, direct=direct)
             for plane in self.codec.planes
         }
 
@@ -255,7 +255,9 @@ class FeatureStore(Ledger[FeatureManifest]):
         elif len(out) < offsets[-1]:
             raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
         rows = out[: offsets[-1]]
-        self._read(Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk), positions, rows)
+        self._read(
+            ChunkSlices.of(starts, stops, self.manifest.layout.rows_per_chunk), positions, rows
+        )
         return Rows(rows, offsets)
 
     def read_padded(
@@ -297,7 +299,9 @@ class FeatureStore(Ledger[FeatureManifest]):
         held = np.arange(len(counts)) if places is None else np.asarray(places, np.int64)
         if len(held) != len(counts) or (held >= len(out)).any() or (held < 0).any():
             raise ValueError(f"places {held} of {len(counts)} captions in {len(out)}")
-        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk, held * out.shape[1])
+        pieces = ChunkSlices.of(
+            starts, stops, self.manifest.layout.rows_per_chunk, held * out.shape[1]
+        )
         self._read(pieces, positions, out.reshape(-1, *shape))
         for place, count in zip(held.tolist(), counts.tolist(), strict=True):
             out[place, count:] = 0
@@ -312,7 +316,7 @@ class FeatureStore(Ledger[FeatureManifest]):
         starts, stops, _ = self._runs(ids)
         return np.asarray(stops - starts)
 
-    def _read(self, pieces: Pieces, positions: list[int], rows: np.ndarray) -> None:
+    def _read(self, pieces: ChunkSlices, positions: list[int], rows: np.ndarray) -> None:
         """Decode pieces to their targets in ``rows``, uint16 ``[rows, len(positions), H]``."""
         if self.codec.name == "bf16":
             everything = positions == list(range(len(self.layers)))
@@ -321,7 +325,7 @@ class FeatureStore(Ledger[FeatureManifest]):
             )
             return
 
-        def decode(block: Pieces) -> None:
+        def decode(block: ChunkSlices) -> None:
             planes = self._planes(block.packed(), int(block.num.sum()), max(positions) + 1)
             self.codec.decode(planes, positions, block.rows(), rows)
 
@@ -351,13 +355,13 @@ class FeatureStore(Ledger[FeatureManifest]):
         """
         starts, stops, offsets = self._runs(ids)
         positions = self._positions(layers)
-        pieces = Pieces.of(starts, stops, self.manifest.layout.rows_per_chunk)
+        pieces = ChunkSlices.of(starts, stops, self.manifest.layout.rows_per_chunk)
         planes = self._planes(pieces, int(offsets[-1]), max(positions) + 1, empty)
         return Codes(planes, offsets, self.codec, positions)
 
     def _planes(
         self,
-        pieces: Pieces,
+        pieces: ChunkSlices,
         num_rows: int,
         num_layers: int,
         empty: Empty = np.empty,
@@ -486,7 +490,7 @@ class FeatureStore(Ledger[FeatureManifest]):
         """Uncompressed bf16 bytes of one token, all stored layers."""
         return 2 * len(self.layers) * self.manifest.identity.model.width
 
-    def facts(self) -> Facts:
+    def facts(self) -> Summary:
         identity, layout, codec = (
             self.manifest.identity,
             self.manifest.layout,
@@ -522,7 +526,7 @@ class FeatureStore(Ledger[FeatureManifest]):
         }
         if self.is_complete:
             items["bytes"] += f", {self.padded_bytes() / num_bytes:.2f}x less than padded bf16"
-        return Facts(f"FeatureStore {self.path}", items)
+        return Summary(f"FeatureStore {self.path}", items)
 
 
 def _last_part(model: str) -> str:

@@ -17,21 +17,21 @@ import pyarrow as pa
 
 from ...schemas import (
     LATENT_SAMPLES_SCHEMA,
-    Facts,
     LatentIdentity,
     LatentManifest,
     Quarantine,
+    Summary,
     write_whole,
 )
 from ...schemas.units import format_bytes
-from .array import RowArray, allocate, new_group
-from .base import Ledger
+from .array import ShardedArray, allocate, new_group
+from .base import Store
 from .documents import StoreError, render_table, write_manifest
 
 _SHOWN = 5  # broken images named in a message
 
 
-class LatentStore(Ledger[LatentManifest]):
+class LatentStore(Store[LatentManifest]):
     """Encoded images, of each sample one."""
 
     kind = "latent"
@@ -62,7 +62,7 @@ class LatentStore(Ledger[LatentManifest]):
         return cls(path, manifest)
 
     @cached_property
-    def arrays(self) -> dict[str, RowArray]:
+    def arrays(self) -> dict[str, ShardedArray]:
         """The stored codes: ``mean``, and ``deviation`` where there is one; of each bucket that has
         samples."""
         used = np.unique(self.buckets).tolist() if self.manifest.identity.buckets else [0]
@@ -70,7 +70,7 @@ class LatentStore(Ledger[LatentManifest]):
         for name in names:
             self.check_files(f"{self.group}/{name}/zarr.json")
         root, layout = self.path / self.group, self.manifest.layout
-        return {name: RowArray(root / name, layout) for name in names}
+        return {name: ShardedArray(root / name, layout) for name in names}
 
     def names(self, bucket: int = 0) -> list[str]:
         """Names of a bucket's arrays: of the mean, then of the deviation where there is one."""
@@ -208,7 +208,7 @@ class LatentStore(Ledger[LatentManifest]):
         self.arrays[name].read(rows, rows + 1, codes)
         return codes.astype(np.float32)
 
-    def facts(self) -> Facts:
+    def facts(self) -> Summary:
         identity = self.manifest.identity
         num_dropped = len(identity.dropped)
         dropped = f", {num_dropped:,} of them dropped: their images could not be read"
@@ -216,7 +216,7 @@ class LatentStore(Ledger[LatentManifest]):
         vae: str = identity.vae
         if vae != "pixels":
             vae += f" ({self.manifest.provenance.model})"
-        return Facts(
+        return Summary(
             f"LatentStore {self.path}",
             {
                 "vae": vae,

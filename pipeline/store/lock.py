@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...schemas import DRIVER, Driver, InputError, render, write_document
-from ...schemas.files import PlaceError, create_object, is_local, read_file, remove
+from ...schemas import LOCK_FILE, InputError, LockOwner, render, write_document
+from ...schemas.files import StorageError, create_object, is_local, read_file, remove
 
 BEAT_SECONDS = 5.0
 """How often a driver shows that it lives."""
@@ -60,7 +60,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
         LockedError: another driver is at work.
         PlaceError: the store is behind a URL that cannot be written to.
     """
-    path, local = store / DRIVER, is_local(store)
+    path, local = store / LOCK_FILE, is_local(store)
     is_new = local and not store.exists()
     if local:
         try:
@@ -69,7 +69,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
             raise InputError(f"{store} is a file; expected a new folder") from error
     else:
         _check_kind(store)
-    own = Driver(
+    own = LockOwner(
         host=socket.gethostname(),
         pid=os.getpid(),
         begun=_begun(os.getpid()),
@@ -107,34 +107,34 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
             store.rmdir()
 
 
-def read_driver(store: Path) -> Driver | None:
+def read_driver(store: Path) -> LockOwner | None:
     """Who writes to a store, or died while doing so."""
-    return _read(store / DRIVER)
+    return _read(store / LOCK_FILE)
 
 
-def is_dead(driver: Driver) -> bool | None:
+def is_dead(driver: LockOwner) -> bool | None:
     """Whether a driver of this machine is gone; None for one of another."""
     if driver.host != socket.gethostname():
         return None
     return _begun(driver.pid) != driver.begun
 
 
-def _read(path: Path) -> Driver | None:
+def _read(path: Path) -> LockOwner | None:
     try:
-        return Driver.model_validate(json.loads(read_file(path).decode("utf-8")))
+        return LockOwner.model_validate(json.loads(read_file(path).decode("utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # as a ValidationError is
         return None
 
 
 def _check_kind(store: Any) -> None:
     if store.protocol == "hf":
-        raise PlaceError(
+        raise StorageError(
             f"{store}: every file would be a commit to the Hub. Name another place, and take the "
             "finished store to the Hub with semroute push."
         )
 
 
-def _show_life(path: Path, own: Driver) -> None:
+def _show_life(path: Path, own: LockOwner) -> None:
     if is_local(path):
         os.utime(path)
     else:
@@ -146,13 +146,13 @@ def _sign(path: Path) -> Any:
     return path.stat().st_mtime_ns if is_local(path) else read_file(path)
 
 
-def _create(path: Path, own: Driver) -> bool:
+def _create(path: Path, own: LockOwner) -> bool:
     """Put the file where there is none: whether it was put."""
     if not is_local(path):
         try:
             return create_object(path, render(own).encode())
         except Exception as error:  # no rights, no network: each package of fsspec has its own
-            raise PlaceError(
+            raise StorageError(
                 f"{path.parent} cannot be written to: {type(error).__name__}: {error}"
             ) from error
     # Linked, not opened: whoever sees the file sees all of it.
@@ -167,8 +167,8 @@ def _create(path: Path, own: Driver) -> bool:
         aside.unlink()
 
 
-def _aside(path: Path, own: Driver) -> Path:
-    return path.with_name(f"{DRIVER}.{own.token}")
+def _aside(path: Path, own: LockOwner) -> Path:
+    return path.with_name(f"{LOCK_FILE}.{own.token}")
 
 
 def _link(file: Path, path: Path) -> None:
@@ -182,7 +182,7 @@ def _link(file: Path, path: Path) -> None:
             target.write(file.read_text("utf-8"))
 
 
-def _take(path: Path, own: Driver, report: Callable[[str], None], hint: str) -> None:
+def _take(path: Path, own: LockOwner, report: Callable[[str], None], hint: str) -> None:
     taken_over = False
     while not _create(path, own):
         found = _read(path)
@@ -210,14 +210,14 @@ def _take(path: Path, own: Driver, report: Callable[[str], None], hint: str) -> 
             raise _held(path, found, hint)
 
 
-def _held(path: Path, found: Driver, hint: str) -> LockedError:
+def _held(path: Path, found: LockOwner, hint: str) -> LockedError:
     return LockedError(
         f"{path.parent} is being written by process {found.pid} on {found.host}, since "
         f"{found.started}. Wait for it, or stop it.{hint}"
     )
 
 
-def _is_gone(path: Path, found: Driver, report: Callable[[str], None]) -> bool:
+def _is_gone(path: Path, found: LockOwner, report: Callable[[str], None]) -> bool:
     dead = is_dead(found)
     if dead is not None:
         return dead

@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ChunkSlices:
     """Parts of chunks and where their rows go, ordered by chunk; int64 ``[pieces]`` each.
 
     Attributes:
@@ -68,7 +68,7 @@ class Pieces:
         stops: np.ndarray,
         rows_per_chunk: int,
         targets: np.ndarray | None = None,
-    ) -> "Pieces":
+    ) -> "ChunkSlices":
         """Cut runs of rows at the boundaries of chunks.
 
         Args:
@@ -97,17 +97,17 @@ class Pieces:
         arrays = (self.chunk, self.first, self.num, self.target)
         return zip(*(values.tolist() for values in arrays), strict=True)
 
-    def where(self, part: np.ndarray | slice) -> "Pieces":
+    def where(self, part: np.ndarray | slice) -> "ChunkSlices":
         """Some of them."""
-        return Pieces(self.chunk[part], self.first[part], self.num[part], self.target[part])
+        return ChunkSlices(self.chunk[part], self.first[part], self.num[part], self.target[part])
 
-    def blocks(self, num_chunks: int) -> Iterator["Pieces"]:
+    def blocks(self, num_chunks: int) -> Iterator["ChunkSlices"]:
         """The same in parts of about so many chunks; no chunk is in two."""
         starts = np.flatnonzero(np.diff(self.chunk, prepend=-1))[::num_chunks].tolist()
         for start, stop in pairwise([*starts, len(self.chunk)]):
             yield self.where(slice(start, stop))
 
-    def by_shard(self, num_chunks: int) -> Iterator[tuple[int, "Pieces"]]:
+    def by_shard(self, num_chunks: int) -> Iterator[tuple[int, "ChunkSlices"]]:
         """Shard -> its pieces, whose chunks are counted within it."""
         shard = self.chunk // num_chunks
         starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
@@ -116,9 +116,9 @@ class Pieces:
             number = int(shard[start])
             yield number, replace(found, chunk=found.chunk - number * num_chunks)
 
-    def packed(self) -> "Pieces":
+    def packed(self) -> "ChunkSlices":
         """The same, with targets one after the other from 0."""
-        return Pieces(self.chunk, self.first, self.num, np.cumsum(self.num) - self.num)
+        return ChunkSlices(self.chunk, self.first, self.num, np.cumsum(self.num) - self.num)
 
     def rows(self) -> np.ndarray:
         """Target of every row, int64 ``[sum(num)]``."""
@@ -150,7 +150,7 @@ class ShardFile:
         self.offsets, self.sizes = table[:, 0].copy(), table[:, 1].copy()
         self.checked = np.zeros(num_chunks, bool)
 
-    def copy(self, pieces: Pieces, out: np.ndarray) -> None:
+    def copy(self, pieces: ChunkSlices, out: np.ndarray) -> None:
         """Rows of chunks that are stored as they are, to their targets in a contiguous ``out``."""
         for number in pieces.chunk[~self.checked[pieces.chunk]].tolist():
             self.chunk(number)

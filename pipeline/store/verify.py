@@ -13,7 +13,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ...schemas import (
-    DRIVER,
+    LOCK_FILE,
     Checksums,
     Contract,
     InputError,
@@ -24,7 +24,7 @@ from ...schemas import (
     render,
 )
 from ...schemas.files import list_files, locate, read_file
-from .array import RowArray, open_array
+from .array import ShardedArray, open_array
 from .documents import CHECKSUMS, GROWING, MANIFEST, digest_file
 from .features import FeatureStore
 from .latents import LatentStore
@@ -241,7 +241,7 @@ class _Findings:
             for what in _caption_problems(store):
                 self.problem("captions.parquet", what)
 
-    def check_arrays(self, store: FeatureStore | LatentStore) -> dict[str, RowArray]:
+    def check_arrays(self, store: FeatureStore | LatentStore) -> dict[str, ShardedArray]:
         """Metadata and parameters against the manifest; returns the arrays that can be read."""
         found = store.arrays
         if isinstance(store, FeatureStore):
@@ -259,7 +259,7 @@ class _Findings:
     def check_shards(
         self,
         store: FeatureStore | LatentStore,
-        arrays: dict[str, RowArray],
+        arrays: dict[str, ShardedArray],
         entries: Callable[[int], tuple[int, int]] | None,
         progress: bool,
     ) -> set[str]:
@@ -345,7 +345,7 @@ class _Findings:
         return content
 
     def _check_chunks(
-        self, name: str, array: RowArray, shard: int, content: np.ndarray | None
+        self, name: str, array: ShardedArray, shard: int, content: np.ndarray | None
     ) -> None:
         """Index and chunks by their own checksums: says where in the shard the damage is."""
         try:
@@ -354,7 +354,7 @@ class _Findings:
             self.problem(name, str(error).removeprefix(f"{self.path}/"), shard)
 
     def check_strangers(self, known: set[str]) -> None:
-        known |= {MANIFEST, CHECKSUMS, DRIVER}
+        known |= {MANIFEST, CHECKSUMS, LOCK_FILE}
         if (self.path / CHECKSUMS).exists():
             of_the_hub = ("README.md", ".gitattributes", ".cache/huggingface/")
             for name in self.files:
@@ -370,8 +370,8 @@ def _shard_of(name: str, num_shards: int) -> int | None:
 
 
 def _arrays_of(
-    store: FeatureStore | LatentStore, arrays: dict[str, RowArray], shard: int
-) -> dict[str, RowArray]:
+    store: FeatureStore | LatentStore, arrays: dict[str, ShardedArray], shard: int
+) -> dict[str, ShardedArray]:
     """Of these the ones that hold a shard: those of its bucket, where there are buckets."""
     if not isinstance(store, LatentStore) or not store.manifest.identity.buckets:
         return arrays

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "batching": ["Batch", "batches"],
         "captions": ["Captions", "build_captions"],
         "templates": ["foreign_markers", "read_template"],
-        "tokenization": ["Sequences"],
+        "tokenization": ["RaggedTokens"],
     },
 )

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ...schemas import CaptionsIdentity, InputError, Template, fingerprint
 from .templates import NULL_TEXT, bos_token, eos_token, split_template
-from .tokenization import Frame, Sequences, frame_texts, tokenize
+from .tokenization import RaggedTokens, TemplateTokens, frame_texts, tokenize
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Captions:
     """
 
     texts: pa.Array
-    sequences: Sequences
+    sequences: RaggedTokens
     kept: np.ndarray
     num_cut: np.ndarray
     caption_ids: pa.ListArray
@@ -110,7 +110,7 @@ def build_captions(
             f"--max-length {max_length} leaves no token for the caption: the template takes "
             f"{len(prefix_tokens) + len(suffix_tokens)}"
         )
-    frame = Frame(prefix, suffix, lead, tail, suffix_tokens, max_length)
+    frame = TemplateTokens(prefix, suffix, lead, tail, suffix_tokens, max_length)
     sequences, num_cut = frame_texts(tokenizer, dealt.texts, frame)
     kept = sequences.common_prefix([] if keep_prefix else prefix_tokens)
     kept[0] = 0

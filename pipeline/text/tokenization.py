@@ -16,7 +16,7 @@ BAR_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Sequences:
+class RaggedTokens:
     """Token ids of texts, one after the other: ``len``, ``sequences[i]``, slices.
 
     Attributes:
@@ -28,7 +28,7 @@ class Sequences:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence["Sequences"]) -> "Sequences":
+    def of(cls, parts: Sequence["RaggedTokens"]) -> "RaggedTokens":
         """Several, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
         tokens = np.concatenate([part.tokens for part in parts])
@@ -40,8 +40,8 @@ class Sequences:
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...
     @overload
-    def __getitem__(self, index: slice) -> "Sequences": ...
-    def __getitem__(self, index: int | slice) -> "np.ndarray | Sequences":
+    def __getitem__(self, index: slice) -> "RaggedTokens": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | RaggedTokens":
         if not isinstance(index, slice):
             number = range(len(self))[index]
             return self.tokens[self.offsets[number] : self.offsets[number + 1]]
@@ -49,7 +49,7 @@ class Sequences:
         if step != 1:
             raise IndexError(f"a step of {step}; sequences lie one after the other")
         offsets = self.offsets[start : max(start, stop) + 1]
-        return Sequences(self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
+        return RaggedTokens(self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(len(self)))
@@ -59,12 +59,12 @@ class Sequences:
         """Tokens of each, int64 ``[texts]``."""
         return np.diff(self.offsets)
 
-    def without(self, leading: np.ndarray) -> "Sequences":
+    def without(self, leading: np.ndarray) -> "RaggedTokens":
         """The same without the first tokens of each, int64 ``[texts]``."""
         row = np.repeat(np.arange(len(self)), self.lengths)
         place = np.arange(len(row)) - (self.offsets[:-1] - self.offsets[0])[row]
         lengths = self.lengths - leading
-        return Sequences(self.tokens[place >= leading[row]], np.append(0, np.cumsum(lengths)))
+        return RaggedTokens(self.tokens[place >= leading[row]], np.append(0, np.cumsum(lengths)))
 
     def common_prefix(self, prefix: Sequence[int]) -> np.ndarray:
         """How many of its first tokens each has in common with ``prefix``, int64 ``[texts]``."""
@@ -77,7 +77,7 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class Frame:
+class TemplateTokens:
     """What stands around every text.
 
     Attributes:
@@ -94,7 +94,7 @@ class Frame:
     ending: Sequence[int]
     max_length: int
 
-    def assemble(self, ids: Sequence[Sequence[int]]) -> tuple[Sequences, np.ndarray]:
+    def assemble(self, ids: Sequence[Sequence[int]]) -> tuple[RaggedTokens, np.ndarray]:
         """Whole sequences from the tokens of texts with prefix and suffix; and what was cut off."""
         lead, tail, ending = (np.array(t, np.int32) for t in (self.lead, self.tail, self.ending))
         counts = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -114,10 +114,12 @@ class Frame:
         last = place - (self.max_length - len(ending))
         ends = (last >= 0) & (whole > self.max_length)[row]
         tokens[ends] = ending[last[ends]]
-        return Sequences(tokens, offsets), whole - lengths
+        return RaggedTokens(tokens, offsets), whole - lengths
 
 
-def frame_texts(tokenizer: Any, texts: pa.Array, frame: Frame) -> tuple[Sequences, np.ndarray]:
+def frame_texts(
+    tokenizer: Any, texts: pa.Array, frame: TemplateTokens
+) -> tuple[RaggedTokens, np.ndarray]:
     """Tokenise texts in their frame.
 
     Args:
@@ -136,7 +138,7 @@ def frame_texts(tokenizer: Any, texts: pa.Array, frame: Frame) -> tuple[Sequence
             parts.append(sequences)
             cut.append(lost)
             bar.update(len(block))
-    return Sequences.of(parts), np.concatenate(cut)
+    return RaggedTokens.of(parts), np.concatenate(cut)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

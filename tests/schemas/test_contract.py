@@ -2,7 +2,7 @@ import pytest
 
 from semroute.schemas import (
     ContractError,
-    Facts,
+    Summary,
     TrainConfig,
     differences,
     parse,
@@ -59,7 +59,7 @@ def test_differences_are_found_leaf_by_leaf():
 
 
 def test_facts_say_the_same_in_text_and_html():
-    facts = Facts("A <store>", {"bytes": "1 & 2", "state": "complete"})
+    facts = Summary("A <store>", {"bytes": "1 & 2", "state": "complete"})
     assert str(facts) == "A <store>\n  bytes  1 & 2\n  state  complete"
     html = facts._repr_html_()
     assert "A &lt;store&gt;" in html

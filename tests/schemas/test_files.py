@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.extraction.append import stage  # noqa: E402
-from semroute.pipeline.extraction.driver import at_work  # noqa: E402
+from semroute.pipeline.extraction.driver import exclusive_writer  # noqa: E402
 from semroute.pipeline.extraction.features import extract  # noqa: E402
 from semroute.pipeline.extraction.latents import encode_images  # noqa: E402
 from semroute.pipeline.inspection.status import status  # noqa: E402
@@ -32,9 +32,9 @@ from semroute.pipeline.store.documents import StoreError  # noqa: E402
 from semroute.pipeline.store.lock import LockedError, locked, read_driver  # noqa: E402
 from semroute.pipeline.store.open import open_features, open_latents  # noqa: E402
 from semroute.pipeline.store.verify import repair, verify  # noqa: E402
-from semroute.schemas import DRIVER, InputError, write_document  # noqa: E402
+from semroute.schemas import LOCK_FILE, InputError, write_document  # noqa: E402
 from semroute.schemas.files import (  # noqa: E402
-    PlaceError,
+    StorageError,
     create_object,
     list_files,
     list_names,
@@ -176,7 +176,7 @@ class TestExtraction:
         assert contents(store.path) == contents(local.path)
         ids = [3, 4, 100]
         assert np.array_equal(open_features(url).read(ids).bits, local.read(ids).bits)
-        assert not (store.path / DRIVER).exists()
+        assert not (store.path / LOCK_FILE).exists()
         assert verify(url).problems == verify(url).warnings == []
 
     def test_damage_is_found_and_written_anew(self, place, arguments, local, s3):
@@ -272,9 +272,9 @@ class TestLock:
                 raise AssertionError
             time.sleep(0.5)
             assert read_driver(place).beats > 0
-            document = json.loads(read_file(place / DRIVER))  # between beats
-        assert not (place / DRIVER).exists()
-        write_document(place / DRIVER, json.dumps(document | {"host": "elsewhere"}))
+            document = json.loads(read_file(place / LOCK_FILE))  # between beats
+        assert not (place / LOCK_FILE).exists()
+        write_document(place / LOCK_FILE, json.dumps(document | {"host": "elsewhere"}))
         said = []
         with locked(place, said.append):
             assert "watching for 0 s whether it is alive" in said[0]
@@ -292,7 +292,7 @@ class TestLock:
             while not end.wait(0.1):
                 beats += 1
                 document = alive.model_copy(update={"beats": beats}).model_dump_json()
-                write_document(place / DRIVER, document)
+                write_document(place / LOCK_FILE, document)
 
         thread = threading.Thread(target=beat)
         thread.start()
@@ -309,7 +309,7 @@ class TestLock:
         place = locate("s3://bucket/many")
         with locked(place, print):
             dead = read_driver(place).model_copy(update={"pid": 2**22 + 1})
-        write_document(place / DRIVER, dead.model_dump_json())
+        write_document(place / LOCK_FILE, dead.model_dump_json())
         begin, outcomes = threading.Barrier(4), []
 
         def drive():
@@ -337,12 +337,12 @@ class TestLock:
             done.append(shard)
             if shard == 1:
                 other = read_driver(place).model_copy(update={"token": "another"})
-                write_document(place / DRIVER, other.model_dump_json())
+                write_document(place / LOCK_FILE, other.model_dump_json())
                 assert machines.stop.wait(5)
 
         with (
             pytest.raises(LockedError, match="another driver took this one for dead"),
-            at_work(place, "local", 0, print) as machines,
+            exclusive_writer(place, "local", 0, print) as machines,
         ):
             [*machines.run(range(5), work, lambda s: (s,), on_progress=lambda *_: None)]
         assert done == [0, 1]
@@ -351,11 +351,11 @@ class TestLock:
 
 class TestRefusals:
     def test_the_hub_is_written_to_by_push(self, arguments, monkeypatch):
-        with pytest.raises(PlaceError, match=r"a commit to the Hub.*semroute push"):
+        with pytest.raises(StorageError, match=r"a commit to the Hub.*semroute push"):
             extract(features="hf://datasets/somebody/features", **arguments)
 
     def test_no_bucket(self, s3, arguments):
-        with pytest.raises(PlaceError, match=r"cannot be written to: .*bucket does not exist"):
+        with pytest.raises(StorageError, match=r"cannot be written to: .*bucket does not exist"):
             extract(features="s3://nowhere-else/features", **arguments)
 
     def test_a_manifest_that_another_changed(self, place, arguments):
@@ -374,4 +374,4 @@ class TestRefusals:
         done = CliRunner().invoke(cli, ["inspect", "nowhere://x"])
         assert done.exit_code == 1
         assert "nowhere" in done.output
-        assert issubclass(PlaceError, InputError)
+        assert issubclass(StorageError, InputError)

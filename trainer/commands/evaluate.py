@@ -91,9 +91,9 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
         JUDGEMENTS,
         QUESTION,
         SCORES,
-        Judge,
+        VQAScorer,
         default_dtype,
-        judge_pictures,
+        score_images,
     )
 
     if find_shard(None)[1] > 1:
@@ -120,8 +120,8 @@ def judge_source(source: str, name: str, options: dict[str, Any]) -> None:
     short = PurePosixPath(name.partition("@")[0]).name
     out = options["out"] or Path(table).parent / "judged" / short
     try:
-        verdict = judge_pictures(
-            lambda: Judge(
+        verdict = score_images(
+            lambda: VQAScorer(
                 model.folder,
                 name,
                 record.dtype,

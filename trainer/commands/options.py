@@ -73,13 +73,13 @@ def take_solver(run: Any, how: dict[str, Any]) -> Any:
         run: :class:`semroute.trainer.runs.run.Run`, whose clock is meant.
 
     Returns:
-        A :class:`semroute.trainer.diffusion.sampling.Solver`.
+        A :class:`semroute.trainer.diffusion.sampling.SamplingConfig`.
     """
-    from ..diffusion.sampling import Solver
+    from ..diffusion.sampling import SamplingConfig
 
     clock = run.clock(how.pop("clock"))
     names = ("num_steps", "cfg_scale", "cfg_interval", "method")
-    return Solver(**{name: how.pop(name) for name in names if name in how}, clock=clock)
+    return SamplingConfig(**{name: how.pop(name) for name in names if name in how}, clock=clock)
 
 
 def refuse_options(names: Any, why: str) -> None:

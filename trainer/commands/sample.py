@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from ...schemas import InputError, LayoutName
+from ...schemas import BenchmarkName, InputError
 from .evaluate import F
 from .options import clock_option, open_vae_decoder, refuse_options, sampling_options, take_solver
 
@@ -20,7 +20,7 @@ _PROMPTS = (
     ),
     click.option(
         "--layout",
-        type=click.Choice(get_args(LayoutName)),
+        type=click.Choice(get_args(BenchmarkName)),
         help="Of --prompts: whose scorer the folder is for. Default: plain.",
     ),
     click.option(
@@ -56,7 +56,7 @@ def take_prompts_options(how: dict[str, Any], file: str | None) -> dict[str, Any
     return {name: how.pop(name) for name in _PROMPTS_ALONE}
 
 
-def draw_file(
+def generate_file(
     run: Any,
     file: str,
     num: int | None,
@@ -78,33 +78,38 @@ def draw_file(
         model: where it is; default: where it was.
         options: from :func:`take_prompts_options`.
         how, said: the solver, and what was said of it.
-        drawing: of :func:`semroute.trainer.evaluation.image_set.draw_gallery`.
+        drawing: of :func:`semroute.trainer.evaluation.image_set.generate_image_set`.
     """
     from ...pipeline.sources.prompts import read_prompts
-    from ..evaluation.benchmarks import LAYOUTS
-    from ..evaluation.image_set import draw_gallery, find_shard, finish_gallery, open_gallery
+    from ..evaluation.benchmarks import BENCHMARK_FORMATS
+    from ..evaluation.image_set import (
+        find_shard,
+        finish_image_set,
+        generate_image_set,
+        open_image_set,
+    )
 
     shard = find_shard(options["shard"])
-    layout: LayoutName = options["layout"] or "plain"
+    layout: BenchmarkName = options["layout"] or "plain"
     prompts = read_prompts(file, options["text_column"])[:num]
     source, ids = conditions(run, [prompt.text for prompt in prompts], features, file, model)
-    gallery = open_gallery(
+    gallery = open_image_set(
         out,
         prompts,
         run,
         layout=layout,
-        num_images=options["images_per_prompt"] or LAYOUTS[layout].num_images,
+        num_images=options["images_per_prompt"] or BENCHMARK_FORMATS[layout].num_images,
         codec="none" if features is None else source.manifest.codec.name,
         sampling=said,
     )
-    drawn = draw_gallery(gallery, run, source, ids, decode, how, shard=shard, **drawing)
+    drawn = generate_image_set(gallery, run, source, ids, decode, how, shard=shard, **drawing)
     missing = len(gallery.missing())
     click.echo(
         f"{gallery.out}: {drawn:,} pictures drawn, {len(gallery) - missing:,} of "
         f"{len(gallery):,} are there"
     )
     if not missing:
-        click.echo(finish_gallery(gallery))
+        click.echo(finish_image_set(gallery))
 
 
 def conditions(
@@ -199,7 +204,7 @@ def sample(
     if bool(texts) + (file is not None or features is not None) != 1:
         raise InputError("give either --features, --prompt or --prompts")
     benchmark = take_prompts_options(how, file)
-    from ..evaluation.generate import draw
+    from ..evaluation.generate import generate_samples
     from ..runs.run import open_run
 
     trained = open_run(run, step, weights)
@@ -210,7 +215,9 @@ def sample(
     if file is not None:
         out = out or run / "pictures" / Path(file).stem
         decode = open_vae_decoder(trained, vae)
-        draw_file(trained, file, num, features, model, decode, out, benchmark, solver, said, **how)
+        generate_file(
+            trained, file, num, features, model, decode, out, benchmark, solver, said, **how
+        )
         return
     if features is not None:
         from ...pipeline.store.open import open_features
@@ -232,5 +239,5 @@ def sample(
             raise
         click.echo(f"{error}\nSo latents are written, not pictures. Name it with --vae.", err=True)
     folder = out or run / "samples"
-    for path in draw(trained, source, ids, wanted, decoder, folder, solver, **how):
+    for path in generate_samples(trained, source, ids, wanted, decoder, folder, solver, **how):
         click.echo(path)

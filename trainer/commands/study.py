@@ -124,7 +124,7 @@ def ablate(
     from ..studies.ablation import ablate as swap
     from ..studies.figures import left_out_panels
     from ..studies.report import write_comparison
-    from ..studies.results import Archive
+    from ..studies.results import ResultsTable
     from ..studies.runner import RESULTS
     from ..studies.statistics import Outline
 
@@ -136,7 +136,7 @@ def ablate(
         seed=seed,
     )
     trained = [open_run(run, None, "ema") for run in runs]
-    archive = Archive(out / RESULTS, ("arm", "seed"))
+    archive = ResultsTable(out / RESULTS, ("arm", "seed"))
     results = swap(
         trained, scoring, open_decoder, archive, leave_one_out=leave_one_out, report=tqdm.write
     )
@@ -209,13 +209,13 @@ def lag(
       semroute lag runs/time --features features-test --cfg-scale 1 --cfg-scale 6
     """
     from ...pipeline.store.open import open_features
-    from ..diffusion.sampling import Solver
+    from ..diffusion.sampling import SamplingConfig
     from ..evaluation.lag import report_lag
     from ..runs.run import open_run
 
     trained = open_run(run, None, "ema")
     store = open_features(features)
     trained.check_features(store.manifest.identity)
-    solver = Solver(num_steps, clock=trained.clock(clock))
+    solver = SamplingConfig(num_steps, clock=trained.clock(clock))
     for line in report_lag(trained, store, num, solver, seed=seed, **how):
         click.echo(line)

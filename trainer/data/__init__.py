@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "batch": ["Batch", "on_device"],
-        "dataset": ["Pair", "Source", "by_shape", "check_joined", "open_pairs"],
-        "loader": ["PaddedStream", "Stream"],
-        "sampler": ["Order"],
+        "dataset": ["StorePair", "SampleIndex", "by_shape", "check_joined", "open_pairs"],
+        "loader": ["PaddedLoader", "PackedLoader"],
+        "sampler": ["MixtureSampler"],
     },
 )

@@ -35,7 +35,7 @@ def allocate_plane(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return allocate(shape, torch.from_numpy(np.empty(0, dtype)).dtype).numpy()
 
 
-class Buffers:
+class BufferPool:
     """Memory that is lent and comes back by itself."""
 
     def __init__(self) -> None:
@@ -62,4 +62,4 @@ class Buffers:
             del self._free[:-MAX_FREE]
 
 
-_buffers = Buffers()
+_buffers = BufferPool()

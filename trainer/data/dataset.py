@@ -30,7 +30,7 @@ from .filters import parse_filter
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class SampleIndex:
     """Samples to train on, of one pair of stores.
 
     Attributes:
@@ -86,7 +86,7 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Pair:
+class StorePair:
     """A feature and a latent store of the same samples, and what of them is trained on.
 
     Attributes:
@@ -97,11 +97,11 @@ class Pair:
 
     features: FeatureStore
     latents: LatentStore
-    source: Source
+    source: SampleIndex
     selection: SelectionRecord | None = None
     proportion: float | None = None
 
-    def without(self, held_out: Sequence[int] | np.ndarray) -> "Pair":
+    def without(self, held_out: Sequence[int] | np.ndarray) -> "StorePair":
         """The same, but for some samples.
 
         Raises:
@@ -153,7 +153,7 @@ class Pair:
         )
 
 
-def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -> list[Pair]:
+def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -> list[StorePair]:
     """The pair of stores that a run names, and those of its mixture.
 
     Raises:
@@ -183,12 +183,12 @@ def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -
     return pairs
 
 
-def by_shape(pairs: Sequence[Pair]) -> dict[Shape, dict[int, Source]]:
+def by_shape(pairs: Sequence[StorePair]) -> dict[Shape, dict[int, SampleIndex]]:
     """What is trained on, apart by the shape of its latents: shape -> number of the pair -> source.
 
     The shape that most is shown of comes first.
     """
-    found: dict[Shape, dict[int, Source]] = {}
+    found: dict[Shape, dict[int, SampleIndex]] = {}
     for number, pair in enumerate(pairs):
         buckets = pair.latents.buckets[pair.source.samples]
         counts = np.diff(pair.source.starts)
@@ -201,19 +201,19 @@ def by_shape(pairs: Sequence[Pair]) -> dict[Shape, dict[int, Source]]:
     return dict(sorted(found.items(), key=lambda item: -sum(shares_of(pairs, item[1]))))
 
 
-def proportions(pairs: Sequence[Pair]) -> list[float]:
+def proportions(pairs: Sequence[StorePair]) -> list[float]:
     """Share of all positions that each pair has."""
     others = [pair.proportion or 0.0 for pair in pairs[1:]]
     return [1.0 - sum(others), *others]
 
 
-def shares_of(pairs: Sequence[Pair], sources: Mapping[int, Source]) -> list[float]:
+def shares_of(pairs: Sequence[StorePair], sources: Mapping[int, SampleIndex]) -> list[float]:
     """Share of all positions that these parts of pairs have."""
     whole = proportions(pairs)
     return [whole[n] * len(part) / len(pairs[n].source) for n, part in sources.items()]
 
 
-def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig) -> Pair:
+def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig) -> StorePair:
     """What a configuration chooses from a pair of stores.
 
     A filter is about each caption of each sample. Captions that it leaves out are never shown, and
@@ -225,8 +225,8 @@ def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig
     check_joined(features, latents)
     whole = everything(features, latents)
     if config.filter is None and config.caption_weights is None:
-        return Pair(features, latents, whole)
-    columns = Columns(features, latents, config.columns)
+        return StorePair(features, latents, whole)
+    columns = JoinedColumns(features, latents, config.columns)
     sample = np.repeat(np.arange(len(whole)), np.diff(whole.starts))
     kept = np.ones(len(sample), bool)
     if config.filter is not None:
@@ -253,23 +253,23 @@ def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig
         left_out_captions=len(whole.captions) - len(source.captions),
         fingerprint=digest.hexdigest(),
     )
-    return Pair(features, latents, source, record)
+    return StorePair(features, latents, source, record)
 
 
-def everything(features: FeatureStore, latents: LatentStore) -> Source:
+def everything(features: FeatureStore, latents: LatentStore) -> SampleIndex:
     """All samples that have a latent, and all their captions, alike."""
     lists = features.samples["caption_ids"].combine_chunks().take(pa.array(latents.ids))
     shards = features.captions["shard"].to_numpy().astype(np.int64)
     captions = lists.values.to_numpy()
     starts = lists.offsets.to_numpy().astype(np.int64)
-    return Source(latents.ids, starts, captions, shards=shards[captions])
+    return SampleIndex(latents.ids, starts, captions, shards=shards[captions])
 
 
-def _source(whole: Source, samples: np.ndarray, captions: np.ndarray) -> Source:
+def _source(whole: SampleIndex, samples: np.ndarray, captions: np.ndarray) -> SampleIndex:
     """Part of a source, by masks."""
     number = np.repeat(np.arange(len(whole)), np.diff(whole.starts))
     counts = np.bincount(number[captions], minlength=len(whole))[samples]
-    return Source(
+    return SampleIndex(
         whole.samples[samples],
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         whole.captions[captions],
@@ -278,7 +278,7 @@ def _source(whole: Source, samples: np.ndarray, captions: np.ndarray) -> Source:
     )
 
 
-class Columns:
+class JoinedColumns:
     """Columns of both stores and of a table of the user's, by caption of a sample.
 
     Args:
@@ -293,7 +293,7 @@ class Columns:
         self.name = table
         self.num_samples = len(latents)
 
-    def passing(self, text: str, whole: Source, sample: np.ndarray) -> np.ndarray:
+    def passing(self, text: str, whole: SampleIndex, sample: np.ndarray) -> np.ndarray:
         """Whether a filter keeps each caption: bool ``[M]``; what is null it leaves out."""
         expression, names = parse_filter(text)
         columns = {name: self.column(name, whole, sample) for name in sorted(names)}
@@ -308,7 +308,7 @@ class Columns:
         return kept
 
     def weights(
-        self, given: Sequence[float] | str, whole: Source, sample: np.ndarray
+        self, given: Sequence[float] | str, whole: SampleIndex, sample: np.ndarray
     ) -> np.ndarray:
         """Weight of each caption: float64 ``[M]``.
 
@@ -339,7 +339,7 @@ class Columns:
             )
         return weights
 
-    def column(self, name: str, whole: Source, sample: np.ndarray) -> pa.Array:
+    def column(self, name: str, whole: SampleIndex, sample: np.ndarray) -> pa.Array:
         """One column: ``[M]``."""
         if name in self.by_caption.schema.names:
             return _array(self.by_caption[name]).take(pa.array(whole.captions))

@@ -27,12 +27,12 @@ from ...pipeline.store.latents import LatentStore
 from ...schemas import DataConfig, InputError
 from .batch import Batch, Kind, PaddedBatch
 from .buffers import allocate, allocate_plane
-from .dataset import Pair, open_pairs, proportions
-from .sampler import Places, make_order
-from .throughput import Meter
+from .dataset import StorePair, open_pairs, proportions
+from .sampler import SampleIndices, make_sampler
+from .throughput import InputStallMonitor
 
 
-class Delivery(IterableDataset[Kind], ABC):
+class StreamingDataset(IterableDataset[Kind], ABC):
     """Batches of one rank, read ahead by threads of its own: what both streams share.
 
     The global batch of a step is ``data.batch_size`` positions, cut into accumulation steps and
@@ -71,7 +71,7 @@ class Delivery(IterableDataset[Kind], ABC):
         grad_accum_steps: int = 1,
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
-        pairs: Sequence[Pair] | None = None,
+        pairs: Sequence[StorePair] | None = None,
     ) -> None:
         parts = world_size * grad_accum_steps
         if data.batch_size % parts:
@@ -91,8 +91,8 @@ class Delivery(IterableDataset[Kind], ABC):
         self.grad_accum_steps = grad_accum_steps
         self.start_step = start_step
         self.held_out = held_out
-        self.meter = Meter(data.workers)
-        self.order = make_order(self.pairs, data, seed)
+        self.meter = InputStallMonitor(data.workers)
+        self.order = make_sampler(self.pairs, data, seed)
         if data.workers > 1:  # threads beside each other instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
@@ -136,7 +136,7 @@ class Delivery(IterableDataset[Kind], ABC):
         those that train sleep between loops (its manual, GOMP_SPINCOUNT): twice as slow on a CPU.
         """
 
-    def _due(self, step: int, micro_step: int) -> tuple[int, Places, Tensor]:
+    def _due(self, step: int, micro_step: int) -> tuple[int, SampleIndices, Tensor]:
         """First position of a batch, what stands there and on, and its latents [B, C, h, w]."""
         first = self.first_position(step, micro_step)
         num = self.data.batch_size // (self.world_size * self.grad_accum_steps)
@@ -223,7 +223,7 @@ class Delivery(IterableDataset[Kind], ABC):
             step += 1
 
 
-class Stream(Delivery[Batch]):
+class PackedLoader(StreamingDataset[Batch]):
     """Batches of packed rows, each unique caption once: what :func:`.loop.train` reads.
 
     Args:
@@ -231,10 +231,10 @@ class Stream(Delivery[Batch]):
             decodes. Codes are more bytes than what they stand for once they are decompressed, so
             it is for codecs that a CPU decodes slowly (``Codec.matrices``).
 
-    Other arguments and errors: as of :class:`Delivery`.
+    Other arguments and errors: as of :class:`StreamingDataset`.
     """
 
-    _options = (*Delivery._options, "codes")
+    _options = (*StreamingDataset._options, "codes")
 
     def __init__(
         self,
@@ -285,11 +285,11 @@ class Stream(Delivery[Batch]):
         )
 
 
-class PaddedStream(Delivery[PaddedBatch]):
+class PaddedLoader(StreamingDataset[PaddedBatch]):
     """Padded batches, for networks that read text so. Rows are read, and decoded, straight to
     where they belong: a caption that two samples of a batch share is read twice.
 
-    Arguments and errors: as of :class:`Delivery`.
+    Arguments and errors: as of :class:`StreamingDataset`.
     """
 
     def read(self, step: int, micro_step: int = 0) -> PaddedBatch:

@@ -17,7 +17,7 @@ import numpy as np
 from ...pipeline.store.features import NULL_CAPTION
 from ...schemas import DataConfig, InputError
 from ...schemas.seeds import as_uniform, philox, seeded_generator
-from .dataset import Pair, Source, by_shape, proportions, shares_of
+from .dataset import SampleIndex, StorePair, by_shape, proportions, shares_of
 
 BLOCK = 1024
 """Positions over which a mixture keeps its proportions, to a sample."""
@@ -26,7 +26,7 @@ _PERMUTATION, _CHOICE, _SHARDS, _MIXTURE, _SHAPES = 0, 1, 8, 9, 10
 
 
 @dataclass(frozen=True)
-class Places:
+class SampleIndices:
     """What stands at positions, int64 ``[P]`` each.
 
     Attributes:
@@ -40,7 +40,7 @@ class Places:
     caption: np.ndarray
 
 
-class Deal:
+class Interleave:
     """Turns dealt to several in proportions, in an order that is a function of (key, turn).
 
     Args:
@@ -83,7 +83,7 @@ class Deal:
         return np.array([block * BLOCK - sum(others), *others], np.int64)
 
 
-class Order:
+class MixtureSampler:
     """Samples and captions by position.
 
     Positions are dealt to sources in their proportions. Each source deals its own out to its
@@ -94,7 +94,7 @@ class Order:
         caption_dropout: share of positions that train the null caption.
         proportions: share of positions of every source but the first, which has the rest.
         window: None: any sample may follow any other. Otherwise samples come shard by shard, and
-            each shard's are spread over those of so many shards: see :class:`Epochs`.
+            each shard's are spread over those of so many shards: see :class:`EpochShuffle`.
         part: number of this order, where it is one of several.
 
     Raises:
@@ -103,7 +103,7 @@ class Order:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[SampleIndex],
         *,
         seed: int,
         caption_dropout: float,
@@ -116,9 +116,11 @@ class Order:
         self.proportions = [1.0 - sum(proportions), *proportions]
         parts = (0, part) if part else ()  # the first words of a seed stay as they are
         self.key = (seed, _CHOICE, *parts)
-        self.deal = Deal(self.proportions, seed, _MIXTURE, *parts)
+        self.deal = Interleave(self.proportions, seed, _MIXTURE, *parts)
         self.epochs = [
-            Epochs(source, seed, (number, part) if part else (number,) if number else (), window)
+            EpochShuffle(
+                source, seed, (number, part) if part else (number,) if number else (), window
+            )
             for number, source in enumerate(sources)
         ]
         if len(sources) * 2 > BLOCK * self.proportions[0]:
@@ -127,7 +129,7 @@ class Order:
                 f"{self.proportions[0]:.3g} of all samples for the first source; give them less"
             )
 
-    def places(self, first: int, num: int) -> Places:
+    def places(self, first: int, num: int) -> SampleIndices:
         """What stands at positions ``first`` to ``first + num``.
 
         Philox is counted by position: four words a position, of which the first decides dropout and
@@ -140,10 +142,10 @@ class Order:
             here = source == number
             sample[here], caption[here] = epochs.places(turn[here], words[here, 1])
         caption[as_uniform(words[:, 0]) < self.caption_dropout] = NULL_CAPTION
-        return Places(source, sample, caption)
+        return SampleIndices(source, sample, caption)
 
 
-class ShapedOrder:
+class BucketSampler:
     """An order of latents of several shapes, of which a batch holds one.
 
     Batches are dealt to shapes by how much of the data each is, and each shape has an order of its
@@ -157,17 +159,17 @@ class ShapedOrder:
 
     def __init__(
         self,
-        orders: Sequence[tuple[Order, Sequence[int]]],
+        orders: Sequence[tuple[MixtureSampler, Sequence[int]]],
         shares: Sequence[float],
         *,
         seed: int,
         batch_size: int,
     ) -> None:
         self.orders = list(orders)
-        self.deal = Deal(shares, seed, _SHAPES)
+        self.deal = Interleave(shares, seed, _SHAPES)
         self.batch_size = batch_size
 
-    def places(self, first: int, num: int) -> Places:
+    def places(self, first: int, num: int) -> SampleIndices:
         """What stands at positions ``first`` to ``first + num``."""
         found = []
         while num:
@@ -179,10 +181,10 @@ class ShapedOrder:
             found.append(replace(places, source=np.asarray(numbers)[places.source]))
             first, num = first + here, num - here
         columns = zip(*((p.source, p.sample, p.caption) for p in found), strict=True)
-        return Places(*map(np.concatenate, columns))
+        return SampleIndices(*map(np.concatenate, columns))
 
 
-class Epochs:
+class EpochShuffle:
     """The samples of one source, again and again in another order.
 
     By default an epoch is a permutation. With a window w it comes shard by shard, for disks and
@@ -196,7 +198,9 @@ class Epochs:
         key: of the source, added to the words of seeds; empty for the first.
     """
 
-    def __init__(self, source: Source, seed: int, key: tuple[int, ...], window: int | None) -> None:
+    def __init__(
+        self, source: SampleIndex, seed: int, key: tuple[int, ...], window: int | None
+    ) -> None:
         self.source = source
         self.seed = seed
         self.window = window
@@ -255,7 +259,9 @@ class Epochs:
         return np.argsort(place, kind="stable"), chosen
 
 
-def make_order(pairs: Sequence[Pair], data: DataConfig, seed: int) -> Order | ShapedOrder:
+def make_sampler(
+    pairs: Sequence[StorePair], data: DataConfig, seed: int
+) -> MixtureSampler | BucketSampler:
     """Which sample of which pair comes when; where latents have several shapes, a batch has one.
 
     Raises:
@@ -266,12 +272,14 @@ def make_order(pairs: Sequence[Pair], data: DataConfig, seed: int) -> Order | Sh
     shapes = [*by_shape(pairs).values()]
     if len(shapes) == 1:
         sources = [pair.source for pair in pairs]
-        return Order(sources, proportions=proportions(pairs)[1:], window=window, **options)
+        return MixtureSampler(sources, proportions=proportions(pairs)[1:], window=window, **options)
     orders, shares = [], []
     for part, sources_of in enumerate(shapes):
         own = shares_of(pairs, sources_of)
         shares.append(sum(own))
         rest = [share / shares[-1] for share in own[1:]]
-        order = Order([*sources_of.values()], proportions=rest, window=window, part=part, **options)
+        order = MixtureSampler(
+            [*sources_of.values()], proportions=rest, window=window, part=part, **options
+        )
         orders.append((order, [*sources_of]))
-    return ShapedOrder(orders, shares, seed=seed, batch_size=data.batch_size)
+    return BucketSampler(orders, shares, seed=seed, batch_size=data.batch_size)

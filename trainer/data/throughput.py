@@ -11,7 +11,7 @@ MIN_SECONDS, MIN_BATCHES = 5.0, 20
 
 
 @dataclass
-class Meter:
+class InputStallMonitor:
     """How long a consumer waited for batches, and how much they were.
 
     Attributes:

@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "flow": ["Flow"],
-        "noise": ["draw", "jitter"],
-        "noise_level": ["Estimator", "calibrate", "effective_t", "shifted"],
-        "sampling": ["Solver", "sample"],
+        "noise": ["draw_noise", "jitter"],
+        "noise_level": ["NoiseLevelEstimator", "calibrate", "effective_t", "shifted"],
+        "sampling": ["SamplingConfig", "sample"],
     },
 )

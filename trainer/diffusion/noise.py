@@ -22,7 +22,7 @@ def starting_noise(shape: tuple[int, ...], *, seed: int, numbers: Sequence[int])
     return torch.stack(draws)
 
 
-def draw(
+def draw_noise(
     flow: Flow, shape: tuple[int, ...], *, seed: int, first: int, num: int, draws: int
 ) -> tuple[Tensor, Tensor]:
     """t [num * draws] and noise [num * draws, *shape] of global positions ``first`` and on.
@@ -42,7 +42,7 @@ def draw(
 def jitter(t: Tensor, deviation: float, *, seed: int, first: int, draws: int) -> Tensor:
     """The t that gates are told in training: t [num * draws], with noise, in [0, 1].
 
-    A function of seed and position as :func:`draw`, whose numbers it leaves alone.
+    A function of seed and position as :func:`draw_noise`, whose numbers it leaves alone.
     """
     noise = []
     for position in range(first, first + len(t) // draws):

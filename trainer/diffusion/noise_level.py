@@ -88,7 +88,7 @@ def describe(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Estimator:
+class NoiseLevelEstimator:
     """t from x_t alone: ridge regression on random Fourier features (Rahimi & Recht 2007).
 
     Calibrated on latents with noise of known t. What it says of latents that are like none of
@@ -112,7 +112,7 @@ class Estimator:
     spreads: Tensor
     limits: Tensor
     errors: Tensor
-    _copies: dict[torch.device, "Estimator"] = field(
+    _copies: dict[torch.device, "NoiseLevelEstimator"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -132,13 +132,13 @@ class Estimator:
         """Mean absolute error of t on latents that were not fitted, t uniform."""
         return float(self.errors.mean())
 
-    def on(self, device: torch.device) -> "Estimator":
+    def on(self, device: torch.device) -> "NoiseLevelEstimator":
         """The same on a device; itself where it is there."""
         if self.mean.device == device:
             return self
         if device not in self._copies:
             moved = {each.name: getattr(self, each.name).to(device) for each in self._tensors()}
-            self._copies[device] = Estimator(**moved)
+            self._copies[device] = NoiseLevelEstimator(**moved)
         return self._copies[device]
 
     def save(self, path: Path) -> None:
@@ -147,7 +147,7 @@ class Estimator:
         write_whole(path, save(tensors))
 
     @classmethod
-    def load(cls, path: Path) -> "Estimator":
+    def load(cls, path: Path) -> "NoiseLevelEstimator":
         """What :meth:`save` wrote.
 
         Raises:
@@ -183,7 +183,7 @@ class Estimator:
         return away.square().mean(1).sqrt()
 
 
-def calibrate(latents: Tensor, *, seed: int = 0) -> Estimator:
+def calibrate(latents: Tensor, *, seed: int = 0) -> NoiseLevelEstimator:
     """Fit an estimator to latents [B, C, h, w]: four fifths are fitted, the rest tells its error.
 
     Raises:
@@ -210,7 +210,7 @@ def calibrate(latents: Tensor, *, seed: int = 0) -> Estimator:
     spreads = torch.stack([part.std(0).clamp(min=1e-6) for part in members])
     none = torch.zeros(NUM_BINS)
     blank = torch.zeros(NUM_FREQUENCIES + num + 1)
-    draft = Estimator(
+    draft = NoiseLevelEstimator(
         mean, scale, frequencies, phases, blank, centres, spreads, limits=none, errors=none
     )
     lifted = draft._lift(features).double()

@@ -35,7 +35,7 @@ class Model(Protocol):
 Conditioning = Callable[[Tensor], Any]
 """t [B] -> what the model's ``denoise`` reads as text at that t."""
 
-Clock = Callable[[Tensor, Tensor], Tensor]
+NoiseLevelMap = Callable[[Tensor, Tensor], Tensor]
 """x_t [B, C, h, w] and nominal t [B] -> the t that gates are told, [B]; see ``trainer.clock``."""
 
 Callback = Callable[[int, float, Tensor], None]
@@ -43,7 +43,7 @@ Callback = Callable[[int, float, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Solver:
+class SamplingConfig:
     """How the way from noise to data is gone.
 
     Attributes:
@@ -62,7 +62,7 @@ class Solver:
     cfg_scale: float = 6.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     method: Literal["euler", "heun"] = "euler"
-    clock: Clock | None = None
+    clock: NoiseLevelMap | None = None
 
 
 def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
@@ -82,7 +82,7 @@ def solve(
     text: Conditioning,
     null: Conditioning | None,
     noise: Tensor,
-    how: Solver,
+    how: SamplingConfig,
     callback: Callback | None = None,
 ) -> Tensor:
     """Along the flow's schedule, from t = 1 to t = 0.
@@ -133,7 +133,7 @@ def sample(
     hidden: Tensor,
     offsets: Tensor,
     null_hidden: Tensor | None = None,
-    how: Solver = Solver(),
+    how: SamplingConfig = SamplingConfig(),
     *,
     seed: int = 0,
     numbers: Sequence[int] | None = None,

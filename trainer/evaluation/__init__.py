@@ -6,10 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "diffusers_pipeline": ["SemanticRoutingPipeline", "export_pipeline"],
-        "generate": ["draw"],
-        "image_set": ["draw_gallery", "find_shard", "finish_gallery", "open_gallery"],
-        "lag": ["Lag", "measure_lag", "report_lag"],
+        "generate": ["generate_samples"],
+        "image_set": ["generate_image_set", "find_shard", "finish_image_set", "open_image_set"],
+        "lag": ["TrajectoryMismatch", "measure_lag", "report_lag"],
         "shapes": ["chance", "evaluate", "interval", "score_run"],
-        "vqascore": ["Judge", "default_dtype", "judge_pictures"],
+        "vqascore": ["VQAScorer", "default_dtype", "score_images"],
     },
 )

@@ -15,14 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...schemas import InputError, LayoutName, Prompt
+from ...schemas import BenchmarkName, InputError, Prompt
 
 MAX_NAME_BYTES = 255
 """Of a file's name, on every common file system."""
 
 
 @dataclass(frozen=True)
-class Places:
+class ImagePaths:
     """Relative paths of all pictures, and of the files that a scorer reads beside them.
 
     Attributes:
@@ -35,7 +35,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BenchmarkFormat:
     """How a benchmark's pictures are laid out.
 
     Attributes:
@@ -44,17 +44,17 @@ class Layout:
     """
 
     num_images: int
-    place: Callable[[Sequence[Prompt], int], Places]
+    place: Callable[[Sequence[Prompt], int], ImagePaths]
 
 
-def lay_out(layout: LayoutName, prompts: Sequence[Prompt], num_images: int) -> Places:
+def image_paths(layout: BenchmarkName, prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
     """Where each picture goes.
 
     Raises:
         InputError: the layout cannot hold these prompts: names of files would be too long, the same
             twice or mean something else to the scorer; or its scorer needs what is not there.
     """
-    places = LAYOUTS[layout].place(prompts, num_images)
+    places = BENCHMARK_FORMATS[layout].place(prompts, num_images)
     seen: dict[str, int] = {}
     for number, files in enumerate(places.pictures):
         for file in files:
@@ -73,8 +73,8 @@ def lay_out(layout: LayoutName, prompts: Sequence[Prompt], num_images: int) -> P
     return places
 
 
-def _plain(prompts: Sequence[Prompt], num_images: int) -> Places:
-    return Places(
+def _plain(prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
+    return ImagePaths(
         [
             [f"{number:05d}/{image:05d}.png" for image in range(num_images)]
             for number in range(len(prompts))
@@ -83,7 +83,7 @@ def _plain(prompts: Sequence[Prompt], num_images: int) -> Places:
     )
 
 
-def _geneval(prompts: Sequence[Prompt], num_images: int) -> Places:
+def _geneval(prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
     """``00000/metadata.jsonl``, the prompt's own line, and ``00000/samples/00000.png``."""
     beside = {}
     for number, prompt in enumerate(prompts):
@@ -99,22 +99,22 @@ def _geneval(prompts: Sequence[Prompt], num_images: int) -> Places:
         [f"{number:05d}/samples/{image:05d}.png" for image in range(num_images)]
         for number in range(len(prompts))
     ]
-    return Places(pictures, beside)
+    return ImagePaths(pictures, beside)
 
 
-def _genai_bench(prompts: Sequence[Prompt], num_images: int) -> Places:
+def _genai_bench(prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
     """``0/ID.jpeg``: the scorer reads one picture a prompt, so others are sets of their own."""
     bad = [prompt.name for prompt in prompts if "/" in prompt.name or prompt.name.startswith(".")]
     if bad:
         raise InputError(f"{bad[0]!r} cannot name a picture; expected names such as 00000")
-    return Places(
+    return ImagePaths(
         [[f"{i}/{prompt.name}.jpeg" for i in range(num_images)] for prompt in prompts], {}
     )
 
 
-def _drawbench(prompts: Sequence[Prompt], num_images: int) -> Places:
+def _drawbench(prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
     """``samples/0/00000.jpg``: in ``samples`` each folder is a model of the scorer."""
-    return Places(
+    return ImagePaths(
         [
             [f"samples/{image}/{number:05d}.jpg" for image in range(num_images)]
             for number in range(len(prompts))
@@ -123,7 +123,7 @@ def _drawbench(prompts: Sequence[Prompt], num_images: int) -> Places:
     )
 
 
-def _t2i_compbench(prompts: Sequence[Prompt], num_images: int) -> Places:
+def _t2i_compbench(prompts: Sequence[Prompt], num_images: int) -> ImagePaths:
     """``CATEGORY/samples/PROMPT_000000.png``, counted through all pictures of the category.
 
     The scorers take the prompt from the name, up to its first underscore, and need all pictures of
@@ -147,14 +147,14 @@ def _t2i_compbench(prompts: Sequence[Prompt], num_images: int) -> Places:
         ]
         count[group] += num_images
         pictures.append(files)
-    return Places(pictures, {})
+    return ImagePaths(pictures, {})
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "plain": Layout(1, _plain),
-    "geneval": Layout(4, _geneval),
-    "genai-bench": Layout(1, _genai_bench),
-    "drawbench": Layout(1, _drawbench),
-    "t2i-compbench": Layout(10, _t2i_compbench),
+BENCHMARK_FORMATS: dict[BenchmarkName, BenchmarkFormat] = {
+    "plain": BenchmarkFormat(1, _plain),
+    "geneval": BenchmarkFormat(4, _geneval),
+    "genai-bench": BenchmarkFormat(1, _genai_bench),
+    "drawbench": BenchmarkFormat(1, _drawbench),
+    "t2i-compbench": BenchmarkFormat(10, _t2i_compbench),
 }
 """By the name that ``semroute sample --layout`` takes."""

@@ -20,7 +20,7 @@ from ...pipeline.extraction.prompts import PromptEncoder
 from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
 from ..diffusion.flow import Flow
-from ..diffusion.sampling import Solver
+from ..diffusion.sampling import SamplingConfig
 from ..runs.record import build_model
 from ..runs.run import Run
 from .generate import generate
@@ -132,7 +132,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
             num_inference_steps: of the schedule.
             guidance_scale: 1 is none.
             guidance_interval: lowest and highest t that are guided.
-            method: of the solver, see :class:`semroute.trainer.diffusion.sampling.Solver`.
+            method: of the solver, see :class:`semroute.trainer.diffusion.sampling.SamplingConfig`.
             num_images_per_prompt: from different noise; those of a prompt follow each other.
             seed: the noise of picture i is a function of (seed, i).
             batch_size: pictures sampled at once.
@@ -155,7 +155,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
             Flow.from_config(record.config.flow),
             self._prompts(texts),
             ids,
-            Solver(num_inference_steps, guidance_scale, guidance_interval, method),
+            SamplingConfig(num_inference_steps, guidance_scale, guidance_interval, method),
             seed=seed,
             batch_size=batch_size,
             progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),

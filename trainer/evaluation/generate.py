@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.features import NULL_CAPTION, Rows
 from ...schemas import InputError, Mixes
 from ..diffusion.flow import Flow
-from ..diffusion.sampling import Callback, Solver, sample
+from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..model.dit import DiT
 from ..plots.images import sample_grid, save_images
 from ..runs.run import Run
@@ -39,7 +39,7 @@ def generate(
     flow: Flow,
     features: Features,
     caption_ids: Sequence[int] | NDArray[np.int64],
-    how: Solver,
+    how: SamplingConfig,
     *,
     seed: int,
     batch_size: int,
@@ -97,14 +97,14 @@ def generate(
     return latents
 
 
-def draw(
+def generate_samples(
     run: Run,
     features: Features,
     caption_ids: Sequence[int],
     texts: Sequence[str],
     decode: Decode | None,
     out: Path,
-    how: Solver,
+    how: SamplingConfig,
     *,
     seed: int,
     batch_size: int,

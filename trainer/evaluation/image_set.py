@@ -20,19 +20,19 @@ from tqdm.auto import tqdm
 
 from ...pipeline.style import DPI
 from ...schemas import (
+    BenchmarkName,
+    ImageSetRecord,
     InputError,
-    LayoutName,
-    PicturesRecord,
     Prompt,
     differences,
     fingerprint,
     parse,
     publish,
 )
-from ..diffusion.sampling import Solver
+from ..diffusion.sampling import SamplingConfig
 from ..plots.images import CAPTIONS, sample_grid
 from ..runs.run import Run
-from .benchmarks import Places, lay_out
+from .benchmarks import ImagePaths, image_paths
 from .generate import Decode, Features, generate
 
 RECORD = "pictures.json"
@@ -45,7 +45,7 @@ _IMAGE_SHIFT = 32
 
 
 @dataclass(frozen=True)
-class Gallery:
+class ImageSet:
     """What a folder is to hold.
 
     Attributes:
@@ -57,8 +57,8 @@ class Gallery:
 
     out: Path
     prompts: Sequence[Prompt]
-    places: Places
-    record: PicturesRecord
+    places: ImagePaths
+    record: ImageSetRecord
 
     @property
     def num_images(self) -> int:
@@ -86,28 +86,28 @@ class Gallery:
         return [picture for picture in range(len(self)) if not self.file(picture).exists()]
 
 
-def open_gallery(
+def open_image_set(
     out: Path,
     prompts: Sequence[Prompt],
     run: Run,
     *,
-    layout: LayoutName,
+    layout: BenchmarkName,
     num_images: int,
     codec: str,
     sampling: Mapping[str, Any],
-) -> Gallery:
+) -> ImageSet:
     """Begin a folder of pictures, or come back to it: everything in it but the pictures is written.
 
     Args:
         num_images: pictures a prompt.
         codec: of the features, ``none`` where the LLM encodes the prompts.
-        sampling: what :func:`draw_gallery` is given besides.
+        sampling: what :func:`generate_image_set` is given besides.
 
     Raises:
         InputError: the layout cannot hold the prompts, or the folder holds something else.
     """
-    places = lay_out(layout, prompts, num_images)
-    record = PicturesRecord(
+    places = image_paths(layout, prompts, num_images)
+    record = ImageSetRecord(
         layout=layout,
         num_prompts=len(prompts),
         prompts=fingerprint([(prompt.name, prompt.text) for prompt in prompts]),
@@ -119,7 +119,7 @@ def open_gallery(
         sampling=json.loads(json.dumps(sampling)),
     )
     _check_folder(out, record)
-    gallery = Gallery(out, prompts, places, record)
+    gallery = ImageSet(out, prompts, places, record)
     lines = [
         {"image": file, "caption": prompt.text, "number": number, "group": prompt.group}
         for number, (prompt, files) in enumerate(zip(prompts, places.pictures, strict=True))
@@ -134,7 +134,7 @@ def open_gallery(
     return gallery
 
 
-def _check_folder(out: Path, record: PicturesRecord) -> None:
+def _check_folder(out: Path, record: ImageSetRecord) -> None:
     """Refuse a folder of other pictures, or of anything else."""
     found = {path.name for path in out.iterdir()} - {UNFINISHED} if out.exists() else set()
     file = out / RECORD
@@ -146,7 +146,7 @@ def _check_folder(out: Path, record: PicturesRecord) -> None:
             )
         return
     try:
-        before = parse(PicturesRecord, json.loads(file.read_text("utf-8")), str(file))
+        before = parse(ImageSetRecord, json.loads(file.read_text("utf-8")), str(file))
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
     different = differences(record, before)
@@ -158,13 +158,13 @@ def _check_folder(out: Path, record: PicturesRecord) -> None:
         )
 
 
-def draw_gallery(
-    gallery: Gallery,
+def generate_image_set(
+    gallery: ImageSet,
     run: Run,
     features: Features,
     caption_ids: Sequence[int],
     decode: Decode,
-    how: Solver,
+    how: SamplingConfig,
     *,
     shard: tuple[int, int] = (0, 1),
     batch_size: int,
@@ -209,7 +209,7 @@ def draw_gallery(
                 features,
                 [caption_ids[number] for number, _ in pairs],
                 how,
-                numbers=[picture_number(number, image) for number, image in pairs],
+                numbers=[image_number(number, image) for number, image in pairs],
                 batch_size=len(batch),
                 seed=seed,
                 shape=shape,
@@ -224,7 +224,7 @@ def draw_gallery(
     return num_left
 
 
-def finish_gallery(gallery: Gallery) -> Path:
+def finish_image_set(gallery: ImageSet) -> Path:
     """When all pictures are there: write ``grid.png``, first pictures of prompts from all over the
     file, and remove what killed processes left.
 
@@ -245,7 +245,7 @@ def finish_gallery(gallery: Gallery) -> Path:
     return path
 
 
-def picture_number(prompt: int, image: int) -> int:
+def image_number(prompt: int, image: int) -> int:
     """The number that the noise of a picture is drawn by; that of the first picture of a prompt is
     the prompt's, as where there is only one of each."""
     return prompt + (image << _IMAGE_SHIFT)

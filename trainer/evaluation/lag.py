@@ -22,8 +22,8 @@ from torch import Tensor
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
 from ...schemas import write_whole
-from ..diffusion.noise_level import Estimator, effective_t, shifted
-from ..diffusion.sampling import Solver
+from ..diffusion.noise_level import NoiseLevelEstimator, effective_t, shifted
+from ..diffusion.sampling import SamplingConfig
 from ..runs.noise_level import open_estimator
 from ..runs.run import Run
 from .generate import generate
@@ -52,7 +52,7 @@ of latents farther from the calibration latents than 99 % of those are."""
 
 
 @dataclass(frozen=True, eq=False)
-class Lag:
+class TrajectoryMismatch:
     """What was found: ``table`` is ``LAG_SCHEMA``; ``error`` the mean absolute error of the
     estimate on forward-noised latents that it was not calibrated on."""
 
@@ -131,14 +131,14 @@ def measure_lag(
     run: Run,
     features: FeatureStore,
     caption_ids: Sequence[int],
-    estimator: Estimator,
-    how: Solver,
+    estimator: NoiseLevelEstimator,
+    how: SamplingConfig,
     *,
     cfg_scales: Sequence[float],
     methods: Sequence[Literal["euler", "heun"]],
     seed: int,
     batch_size: int,
-) -> Lag:
+) -> TrajectoryMismatch:
     """Draw the captions at every guidance scale with every method, and read the clocks on the way.
 
     Args:
@@ -148,7 +148,7 @@ def measure_lag(
     rows = []
     for method in methods:
         for cfg_scale in cfg_scales:
-            reader = Reader(estimator, how.num_steps, seed)
+            reader = TrajectoryProbe(estimator, how.num_steps, seed)
             generate(
                 run.model,
                 run.flow,
@@ -160,14 +160,14 @@ def measure_lag(
                 callback=reader,
             )
             rows += [{"cfg_scale": cfg_scale, "method": method, **row} for row in reader.rows()]
-    return Lag(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), estimator.error)
+    return TrajectoryMismatch(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), estimator.error)
 
 
-class Reader:
+class TrajectoryProbe:
     """A callback of sampling that reads the clocks: it keeps the latents of a batch until that has
     ended, for the oracle needs to know where."""
 
-    def __init__(self, estimator: Estimator, num_steps: int, seed: int) -> None:
+    def __init__(self, estimator: NoiseLevelEstimator, num_steps: int, seed: int) -> None:
         self.estimator = estimator
         self.num_steps = num_steps
         self.generator = torch.Generator().manual_seed(seed + 1)
@@ -227,7 +227,7 @@ def report_lag(
     run: Run,
     features: FeatureStore,
     num: int,
-    how: Solver,
+    how: SamplingConfig,
     *,
     cfg_scales: Sequence[float],
     methods: Sequence[Literal["euler", "heun"]],
@@ -267,7 +267,7 @@ def report_lag(
     ]
 
 
-def lag_figure(lag: Lag, title: str) -> Figure:
+def lag_figure(lag: TrajectoryMismatch, title: str) -> Figure:
     """Lag against nominal t: a panel a method, a colour a guidance scale; the oracle as a line, the
     estimate from x_t alone dashed."""
     methods = list(dict.fromkeys(lag.table["method"].to_pylist()))

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from ...pipeline.store.features import FeatureStore
 from ...schemas import InputError
 from ..diffusion.flow import Flow
-from ..diffusion.sampling import Solver
+from ..diffusion.sampling import SamplingConfig
 from ..model.dit import DiT
 from ..plots.images import sample_grid
 from ..runs.run import Run
-from ..runs.scores import EVALUATION_SCHEMA, Evaluation, Report
+from ..runs.scores import EVALUATION_SCHEMA, Evaluation, EvaluationReport
 from ..shapes.dataset import read_scenes
 from ..shapes.images import render
 from ..shapes.judge import SKILLS, judge, judge_cells, read_cells
@@ -101,7 +101,7 @@ def evaluate(
     scenes: Sequence[Scene],
     splits: Sequence[str],
     decode: Decode,
-    how: Solver,
+    how: SamplingConfig,
     *,
     seed: int,
     batch_size: int,
@@ -170,7 +170,7 @@ def score_run(
     store: FeatureStore,
     samples: str,
     decode: Decode,
-    how: Solver,
+    how: SamplingConfig,
     *,
     cfg_scales: Sequence[float],
     images_per_caption: int,
@@ -223,7 +223,7 @@ def score_run(
         path.parent.mkdir(exist_ok=True)
         sample_grid(images[shown], texts, marks).savefig(path, dpi=150)
         written.append(path)
-    made = Report(
+    made = EvaluationReport(
         run.step,
         run.source,
         str(store.path),

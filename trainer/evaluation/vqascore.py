@@ -81,7 +81,7 @@ def default_dtype() -> Dtype:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-class Judge:
+class VQAScorer:
     """A vision-language model of transformers that is asked about pictures.
 
     Args:
@@ -210,7 +210,7 @@ def _quiet() -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class VQAScores:
     """What a judge says of a list of pictures.
 
     Attributes:
@@ -258,8 +258,8 @@ class Verdict:
         ]
 
 
-def judge_pictures(
-    judge: Callable[[], Judge],
+def score_images(
+    judge: Callable[[], VQAScorer],
     files: Iterable[bytes | Any],
     captions: Sequence[str],
     groups: Sequence[str | None],
@@ -268,7 +268,7 @@ def judge_pictures(
     *,
     batch_size: int,
     chance: bool = False,
-) -> Verdict:
+) -> VQAScores:
     """Judge what is not judged yet, and write ``judgements.parquet`` as it goes.
 
     Args:
@@ -299,7 +299,7 @@ def judge_pictures(
     rows: list[dict[str, Any]] = []
     unreadable: list[str] = []
     waiting: list[tuple[dict[str, Any], Image.Image]] = []
-    loaded: Judge | None = None
+    loaded: VQAScorer | None = None
     saved = time.monotonic()
 
     def save() -> None:
@@ -356,7 +356,7 @@ def judge_pictures(
     if not rows:
         listed = "\n  ".join(unreadable[:3])
         raise InputError(f"none of the {len(captions)} pictures can be read:\n  {listed}")
-    verdict = Verdict(_table(rows), unreadable)
+    verdict = VQAScores(_table(rows), unreadable)
     _write(out / JUDGEMENTS, verdict.judgements)
     _write(out / SCORES, verdict.scores())
     _draw(pictures, verdict.judgements, out / FIGURE)

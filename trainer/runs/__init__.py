@@ -20,6 +20,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "noise_level": ["open_estimator"],
         "record": ["build_model", "find_run", "read_record", "write_record"],
         "run": ["Run", "load_run", "open_run", "open_start", "plot_run", "start_from"],
-        "scores": ["Evaluation", "Report"],
+        "scores": ["Evaluation", "EvaluationReport"],
     },
 )

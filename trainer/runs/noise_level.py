@@ -7,8 +7,8 @@ import torch
 
 from ...pipeline.store.open import open_latents
 from ...schemas import InputError
-from ..diffusion.noise_level import Estimator, calibrate, shifted
-from ..diffusion.sampling import Clock
+from ..diffusion.noise_level import NoiseLevelEstimator, calibrate, shifted
+from ..diffusion.sampling import NoiseLevelMap
 
 CLOCK = "clock.safetensors"
 """Of a run directory: its calibrated estimator."""
@@ -16,7 +16,7 @@ NUM_LATENTS = 4000
 """That an estimator is calibrated on, of a store that has more."""
 
 
-def make_clock(name: str, run: Path, latents: str) -> Clock | None:
+def make_clock(name: str, run: Path, latents: str) -> NoiseLevelMap | None:
     """The clock that a name stands for: ``nominal``, ``shift:K``, or ``estimated``.
 
     Args:
@@ -47,7 +47,7 @@ def make_clock(name: str, run: Path, latents: str) -> Clock | None:
     return lambda x, t: shifted(t, shift)
 
 
-def open_estimator(run: Path, latents: str) -> Estimator:
+def open_estimator(run: Path, latents: str) -> NoiseLevelEstimator:
     """The estimator of a run directory, ``clock.safetensors``; made there where it is not yet.
 
     It is calibrated on latents of the store, evenly picked, as a function of them alone; of several
@@ -58,7 +58,7 @@ def open_estimator(run: Path, latents: str) -> Estimator:
     """
     path = run / CLOCK
     if path.exists():
-        return Estimator.load(path)
+        return NoiseLevelEstimator.load(path)
     store = open_latents(latents)
     ids = store.ids[store.buckets[store.ids] == 0]
     places = np.linspace(0, max(0, len(ids) - 1), min(len(ids), NUM_LATENTS)).astype(np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...schemas import (
-    DRIVER,
+    LOCK_FILE,
     InputError,
     RunRecord,
     TrainConfig,
@@ -97,7 +97,7 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a new folder for the run")
         present = {p.name for p in path.iterdir()} if path.exists() else set()
-        foreign = sorted(present - {f"{RECORD}.tmp", DRIVER})
+        foreign = sorted(present - {f"{RECORD}.tmp", LOCK_FILE})
         if foreign:
             raise InputError(
                 f"{path} is not empty and no run: it holds {', '.join(foreign[:5])} but no "

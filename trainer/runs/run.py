@@ -18,22 +18,22 @@ from ...pipeline.store.open import open_features
 from ...pipeline.style import DPI
 from ...schemas import (
     SAME_WEIGHTS,
-    Facts,
     FeatureIdentity,
     InputError,
     Mixes,
     Routing,
     RunRecord,
+    Summary,
     differences,
 )
 from ..diffusion.flow import Flow
-from ..diffusion.sampling import Clock
+from ..diffusion.sampling import NoiseLevelMap
 from ..model.dit import DiT
 from .checkpoint import list_checkpoints
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
 from .record import build_model, read_record
-from .scores import Report
+from .scores import EvaluationReport
 
 if TYPE_CHECKING:
     from ...pipeline.style import Figure
@@ -201,7 +201,7 @@ class Run:
             f"Rewrite the features with --routing {self.path}, or give those with all layers."
         )
 
-    def clock(self, name: str) -> Clock | None:
+    def clock(self, name: str) -> NoiseLevelMap | None:
         """What gates are told in place of the nominal t; see :func:`.clock.make_clock`.
 
         Raises:
@@ -287,14 +287,14 @@ class Run:
             figures["routing-over-steps"] = routing_over_steps(
                 weights.mean(1), steps, self.layers, over
             )
-        report = Report.read(self.path)
+        report = EvaluationReport.read(self.path)
         for cfg_scale, evaluation in ({} if report is None else report.scores).items():
             assert report is not None
             title = f"Accuracy by skill, {strategy}, step {report.step:,}, guidance {cfg_scale:g}"
             figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation.table, title)
         return figures
 
-    def facts(self) -> Facts:
+    def facts(self) -> Summary:
         """What this run is, for a repr."""
         config, model = self.record.config, self.model
         last = next(reversed(read_metrics(self.path)), None)
@@ -313,7 +313,7 @@ class Run:
         }
         if last is not None:
             items["loss"] = f"{last['loss']:.5g} at step {last['step']:,}"
-        return Facts(f"Run {self.path}", items)
+        return Summary(f"Run {self.path}", items)
 
     def __repr__(self) -> str:
         return str(self.facts())

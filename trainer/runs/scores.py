@@ -77,7 +77,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class EvaluationReport:
     """What ``semroute evaluate`` found of a run, and how; ``evaluation.json`` in its directory.
 
     Attributes:
@@ -108,7 +108,7 @@ class Report:
         return path
 
     @classmethod
-    def read(cls, run: Path) -> "Report | None":
+    def read(cls, run: Path) -> "EvaluationReport | None":
         """What :meth:`write` wrote; None where the run was not evaluated."""
         path = run / EVALUATION
         if not path.exists():

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "figures": ["left_out_panels"],
         "job": ["list_jobs"],
         "report": ["write_comparison", "write_report"],
-        "results": ["Archive"],
+        "results": ["ResultsTable"],
         "runner": ["run_study"],
         "statistics": ["Outline"],
     },

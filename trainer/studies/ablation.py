@@ -21,7 +21,7 @@ from ...schemas import InputError, Scoring
 from ..model.strategies import Given
 from ..runs.run import Run
 from .job import OpenDecoder, judge_run
-from .results import Archive, Asked, Judged, label, name_of
+from .results import EvaluationKey, ResultsTable, RunScores, label, name_of
 
 TRAINED = "as trained"
 TOP = 3
@@ -80,7 +80,7 @@ def ablate(
     runs: Sequence[Run],
     scoring: Scoring,
     open_decoder: OpenDecoder,
-    archive: Archive,
+    archive: ResultsTable,
     *,
     leave_one_out: bool = False,
     report: Callable[[str], None] = print,
@@ -118,13 +118,13 @@ def ablate(
             for done, (name, alpha) in enumerate(plan.items(), start=1):
                 labels: dict[str, str | int] = {"arm": name, "seed": number}
                 digest = _digest(run, weights[number], alpha)
-                asked = Asked(run.record.config, scoring, digest)
+                asked = EvaluationKey(run.record.config, scoring, digest)
                 said = f"{run.path}: {name}, {done}/{len(plan)}"
                 table = archive.find(name_of(labels), asked)
                 if table is None:
                     with reading(run, alpha):
                         table = judge_run(run, scoring, open_decoder)
-                    archive.add(Judged(labels, asked.document(), table))
+                    archive.add(RunScores(labels, asked.document(), table))
                 else:
                     said += ", judged before"
                 report(said)

@@ -25,7 +25,7 @@ from ..runs.checkpoint import list_checkpoints
 from ..runs.metrics import METRICS_SCHEMA, read_metrics
 from ..runs.record import FREE, read_record
 from ..runs.run import load_run
-from ..runs.scores import Report
+from ..runs.scores import EvaluationReport
 from .job import JUDGED
 
 ALL = "all"
@@ -194,7 +194,7 @@ def _came_to(path: Path) -> dict[str, Any]:
 
 def _scores(path: Path) -> dict[str, float]:
     """Split and guidance -> accuracy in everything asked for, as evaluate or a study judged."""
-    report = Report.read(path)
+    report = EvaluationReport.read(path)
     if report is not None:
         return {
             f"{split} at {scale:g}": skills[ALL]["accuracy"]

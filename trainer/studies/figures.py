@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ...pipeline.style import FAINT, INK, LINES, Figure, clean
 from ..shapes.judge import SKILLS
-from .statistics import Chance, Outline, claim_rows
+from .statistics import Chance, Outline, comparison_rows
 
 LEFT_OUT = ("all", "count", "colour", "shape", "binding")
 """Skills of which it is shown what each layer is worth."""
@@ -28,7 +28,7 @@ def score_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
     title = f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over {outline.unit}"
     figure.suptitle(title, color=INK)
     for line, split in zip(axes, lucky, strict=True):
-        rows = claim_rows(claims, split, cfg_scale)
+        rows = comparison_rows(claims, split, cfg_scale)
         for place, skill in zip(line, skills, strict=True):
             clean(place)
             place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
@@ -63,7 +63,7 @@ def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure
                 rows = [
                     row
                     for scale in outline.scoring.cfg_scales
-                    for row in claim_rows(claims, split, scale)
+                    for row in comparison_rows(claims, split, scale)
                     if (row["skill"], row["arm"]) == (skill, arm)
                 ]
                 place.plot(
@@ -128,7 +128,7 @@ def left_out_panels(
         for number, split in enumerate(splits):
             rows = {
                 row["arm"]: row
-                for row in claim_rows(claims, split, cfg_scale)
+                for row in comparison_rows(claims, split, cfg_scale)
                 if row["skill"] == skill
             }
             found = [(n, rows[arm]) for n, arm in arms.items() if arm in rows]

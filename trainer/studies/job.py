@@ -12,7 +12,7 @@ import torch
 
 from ...pipeline.store.open import open_features
 from ...schemas import InputError, LatentIdentity, Scoring, StudyConfig, TrainConfig
-from ..diffusion.sampling import Solver
+from ..diffusion.sampling import SamplingConfig
 from ..evaluation.generate import Decode, generate
 from ..runs.checkpoint import latest_checkpoint
 from ..runs.metrics import METRICS
@@ -21,7 +21,15 @@ from ..shapes.dataset import read_scenes
 from ..shapes.judge import EMPTY, judge_cells, read_cells
 from ..shapes.scenes import Scene
 from ..training.train import train
-from .results import JUDGED_SCHEMA, Archive, Asked, Judged, name_of, read_judged, write_judged
+from .results import (
+    JUDGED_SCHEMA,
+    EvaluationKey,
+    ResultsTable,
+    RunScores,
+    name_of,
+    read_scores,
+    write_scores,
+)
 
 JUDGED = "judged.parquet"
 OpenDecoder = Callable[[LatentIdentity, str, str], Decode]
@@ -54,10 +62,10 @@ class Job:
         return Path(self.config.output)
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> EvaluationKey:
         """What its judgements are to be of."""
         assert self.scoring is not None
-        return Asked(self.config, self.scoring)
+        return EvaluationKey(self.config, self.scoring)
 
     @property
     def labels(self) -> dict[str, str | int]:
@@ -70,13 +78,13 @@ class Job:
         """The labels as one."""
         return name_of(self.labels)
 
-    def judged(self, archive: Archive) -> pa.Table | None:
+    def judged(self, archive: ResultsTable) -> pa.Table | None:
         """Its judgements, where it was trained to its end and judged as the study says now: those
         beside the run, or where that is gone, of the archive."""
-        beside = read_judged(self.path / self.name, self.asked)
+        beside = read_scores(self.path / self.name, self.asked)
         return archive.find(self.title, self.asked) if beside is None else beside
 
-    def is_done(self, archive: Archive) -> bool:
+    def is_done(self, archive: ResultsTable) -> bool:
         """Whether it is trained to its end, and judged where it is to be."""
         if self.scoring is not None:
             return self.judged(archive) is not None
@@ -101,7 +109,7 @@ class Job:
         if self.scoring is None:
             return
         table = judge_run(load_run(self.path), self.scoring, open_decoder)
-        write_judged(self.path / self.name, table, self.asked)
+        write_scores(self.path / self.name, table, self.asked)
 
 
 def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table:
@@ -119,7 +127,7 @@ def judge_run(run: Run, scoring: Scoring, open_decoder: OpenDecoder) -> pa.Table
     if store.captions["text"].take(ids).to_pylist() != table["text"].to_pylist():
         raise InputError(f"{scoring.features} was not extracted from {scoring.samples}")
     decode = open_decoder(run.record.latents, run.record.vae_source, device)
-    how = Solver(
+    how = SamplingConfig(
         scoring.num_steps,
         cfg_interval=scoring.cfg_interval,
         method=scoring.solver,
@@ -192,12 +200,12 @@ def make_job(
     return Job(arm, seed, config, study.trials_of(arm), value)
 
 
-def stored_results(jobs: Sequence[Job], archive: Archive) -> dict[str, Judged]:
+def stored_results(jobs: Sequence[Job], archive: ResultsTable) -> dict[str, RunScores]:
     """Judgements of the runs that are done, by title. They go into the archive, which keeps those
     of arms that the study has no more."""
     found = {job.title: (job, job.judged(archive)) for job in jobs}
     kept = {
-        title: Judged(job.labels, job.asked.document(), table)
+        title: RunScores(job.labels, job.asked.document(), table)
         for title, (job, table) in found.items()
         if table is not None
     }

@@ -13,7 +13,7 @@ from ..evaluation.shapes import chance
 from .figures import counting_panels, guidance_panels, score_panels
 from .job import read_captions
 from .runner import RESULTS, collect
-from .statistics import Chance, Outline, claim_rows, counting, inflation, make_claims
+from .statistics import Chance, Outline, compare_arms, comparison_rows, count_bias, counting
 from .tuning import read_tuning
 
 REPORT = "report.md"
@@ -79,7 +79,7 @@ def write_comparison(
     Args:
         more: further figures by name, drawn of the claims.
     """
-    claims = make_claims(results, outline.references)
+    claims = compare_arms(results, outline.references)
     lucky = chances(outline.scoring)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     written = []
@@ -92,7 +92,7 @@ def write_comparison(
         path = out / "figures" / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
-    lines = to_markdown(claims, lucky, outline) + _inflation(inflation(results), outline)
+    lines = to_markdown(claims, lucky, outline) + _inflation(count_bias(results), outline)
     write_document(out / REPORT, "\n".join(lines) + "\n")
     return [out / REPORT, *written]
 
@@ -134,7 +134,7 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> list[str]:
         for cfg_scale in outline.scoring.cfg_scales:
             lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
             lines += [f"| {' | '.join(head)} |", f"{'| --- ' * len(head)}|"]
-            for row in claim_rows(claims, split, cfg_scale):
+            for row in comparison_rows(claims, split, cfg_scale):
                 base = lucky[split].get(row["skill"])
                 cells = [
                     row["skill"],
@@ -172,7 +172,7 @@ def _summary(
     found = {
         (row["arm"], row["cfg_scale"]): row
         for scale in scales
-        for row in claim_rows(claims, split, scale)
+        for row in comparison_rows(claims, split, scale)
         if row["skill"] == skill
     }
     if not found:

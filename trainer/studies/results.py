@@ -37,7 +37,7 @@ _META = b"judged"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationKey:
     """What a run is trained and judged as; where it lies does not matter.
 
     Attributes:
@@ -61,7 +61,7 @@ class Asked:
         defaults."""
         try:
             config = {**document["config"], "output": self.config.output}
-            said = Asked(
+            said = EvaluationKey(
                 TrainConfig.model_validate(config),
                 Scoring.model_validate(document["scoring"]),
                 document.get("weights", ""),
@@ -72,7 +72,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RunScores:
     """Judgements of one run.
 
     Attributes:
@@ -109,12 +109,12 @@ def label(table: pa.Table, **labels: str | int) -> pa.Table:
     return table
 
 
-def write_judged(path: Path, table: pa.Table, asked: Asked) -> None:
+def write_scores(path: Path, table: pa.Table, asked: EvaluationKey) -> None:
     """Judgements of one run, into its folder."""
     _write(path, table, asked.document())
 
 
-def read_judged(path: Path, asked: Asked) -> pa.Table | None:
+def read_scores(path: Path, asked: EvaluationKey) -> pa.Table | None:
     """Those judgements, where they are there and of what is asked; without metadata."""
     if not path.exists():
         return None
@@ -123,7 +123,7 @@ def read_judged(path: Path, asked: Asked) -> pa.Table | None:
     return table.replace_schema_metadata(None) if asked.is_said(said) else None
 
 
-class Archive:
+class ResultsTable:
     """Judgements of all the runs of a study in one file.
 
     Args:
@@ -139,7 +139,7 @@ class Archive:
         self.columns = columns
 
     @cached_property
-    def held(self) -> dict[str, Judged]:
+    def held(self) -> dict[str, RunScores]:
         """By name."""
         if not self.path.exists():
             return {}
@@ -160,19 +160,19 @@ class Archive:
         for start, stop in zip(starts.tolist(), stops, strict=True):
             labels = {c: name[start].as_py() for c, name in zip(self.columns, names, strict=True)}
             key = keys[start].as_py()
-            found[key] = Judged(labels, said[key], rows.slice(start, stop - start))
+            found[key] = RunScores(labels, said[key], rows.slice(start, stop - start))
         return found
 
-    def find(self, name: str, asked: Asked) -> pa.Table | None:
+    def find(self, name: str, asked: EvaluationKey) -> pa.Table | None:
         """Judgements of a run, where they are held and of what is asked."""
         judged = self.held.get(name)
         return judged.table if judged is not None and asked.is_said(judged.asked) else None
 
-    def add(self, judged: Judged) -> None:
+    def add(self, judged: RunScores) -> None:
         """Write these beside what is held, or in place of those of the same name."""
         self.write({**self.held, judged.name: judged}.values())
 
-    def write(self, every: Iterable[Judged]) -> None:
+    def write(self, every: Iterable[RunScores]) -> None:
         """Put these in place of what is held."""
         self.held = {judged.name: judged for judged in every}
         table = pa.concat_tables([judged.labelled() for judged in self.held.values()])

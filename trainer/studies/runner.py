@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, StudyConfig, TrainConfig
 from .job import JUDGED, Job, OpenDecoder, list_jobs, read_captions, stored_results
-from .results import Archive
+from .results import ResultsTable
 from .tuning import read_chosen, tune
 
 RESULTS = "results.parquet"
@@ -64,7 +64,7 @@ def run_study(
     if study.scoring is not None:
         read_captions(study.scoring)
 
-    def run(jobs: Sequence[Job], name: str, archive: Archive) -> None:
+    def run(jobs: Sequence[Job], name: str, archive: ResultsTable) -> None:
         left = [job for job in jobs if not job.is_done(archive)]
         report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
         run_jobs(left, num_jobs, open_decoder, name)
@@ -76,9 +76,9 @@ def run_study(
         run(others, "judged otherwise", results)
 
 
-def results_of(study: StudyConfig) -> Archive:
+def results_of(study: StudyConfig) -> ResultsTable:
     """All judgements of a study."""
-    return Archive(Path(study.output) / RESULTS, ("arm", "seed"))
+    return ResultsTable(Path(study.output) / RESULTS, ("arm", "seed"))
 
 
 def check_stores(config: TrainConfig) -> None:

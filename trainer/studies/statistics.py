@@ -24,7 +24,7 @@ from ..shapes.judge import SKILLS
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
 Interval = tuple[float | None, float | None]
-CLAIMS_SCHEMA = pa.schema(
+COMPARISON_SCHEMA = pa.schema(
     [
         pa.field("cfg_scale", pa.float64(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
@@ -49,8 +49,8 @@ is to the arm ``reference`` over the seeds of both, with intervals over seeds an
 null where an arm is compared with none."""
 
 
-def make_claims(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
-    """Summarise ``results.parquet``: ``CLAIMS_SCHEMA``.
+def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
+    """Summarise ``results.parquet``: ``COMPARISON_SCHEMA``.
 
     Args:
         references: arm -> the one that it is compared with; itself, or left out: with none.
@@ -81,7 +81,7 @@ def make_claims(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
                 row["seeds_low"], row["seeds_high"] = over_seeds(difference.mean(1))
                 row["captions_low"], row["captions_high"] = over_captions(difference.mean(0))
             rows.append(row)
-    return pa.Table.from_pylist(rows, schema=CLAIMS_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=COMPARISON_SCHEMA)
 
 
 def over_seeds(values: NDArray[np.float64]) -> Interval:
@@ -114,7 +114,7 @@ def counting(results: pa.Table) -> pa.Table:
     return table.rename_columns([*keys, "num_found"]).sort_by(order)
 
 
-def inflation(results: pa.Table) -> pa.Table:
+def count_bias(results: pa.Table) -> pa.Table:
     """Objects drawn less objects asked for, by arm and guidance scale.
 
     Columns arm, cfg_scale, ``objects``, the mean over images and then seeds, and ``low`` and
@@ -175,7 +175,7 @@ class Outline:
     notes: Sequence[str] = ()
 
 
-def claim_rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
+def comparison_rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
     """By skill in the order of ``SKILLS``, then by arm as they came."""
     mask = pc.and_(pc.equal(claims["split"], split), pc.equal(claims["cfg_scale"], cfg_scale))
     return sorted(claims.filter(mask).to_pylist(), key=lambda row: SKILLS.index(row["skill"]))

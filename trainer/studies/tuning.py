@@ -15,7 +15,7 @@ from ..data.dataset import open_pairs
 from ..runs.record import build_model
 from ..training.setup import make_record
 from .job import Job, make_job, stored_results
-from .results import Archive
+from .results import ResultsTable
 
 TRIALS = "trials.parquet"
 TUNING = "tuning.json"
@@ -23,7 +23,7 @@ TUNING = "tuning.json"
 
 def tune(
     study: StudyConfig,
-    run: Callable[[Sequence[Job], str, Archive], None],
+    run: Callable[[Sequence[Job], str, ResultsTable], None],
     report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Arm -> dotted key and the value that it chose; nothing where there is nothing to choose."""
@@ -40,7 +40,7 @@ def tune(
         for value in tuning.values
         for seed in tuning.seeds
     ]
-    archive = Archive(Path(study.output) / TRIALS, ("arm", "value", "seed"))
+    archive = ResultsTable(Path(study.output) / TRIALS, ("arm", "value", "seed"))
     run(jobs, "tuning", archive)
     tables = stored_results(jobs, archive)
     document: dict[str, dict[str, float]] = {}

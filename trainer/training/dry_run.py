@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...schemas import Facts, Findings, TrainConfig
+from ...schemas import Report, Summary, TrainConfig
 from ...schemas.units import format_bytes
 from ..data.batch import on_device
-from ..data.loader import Stream
+from ..data.loader import PackedLoader
 from ..model.dit import DiT
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
@@ -51,7 +51,7 @@ def plan(
     num_ranks: int = 1,
     step_seconds: float | None = None,
     measure_steps: int = 0,
-) -> Findings:
+) -> Report:
     """What :func:`semroute.trainer.training.train.train` would do; nothing is written.
 
     Activations are those that autograd keeps for the backward pass, counted by running the forward
@@ -100,10 +100,12 @@ def plan(
         "step_seconds": step_seconds,
         "step_seconds_measured": measured is not None,
     }
-    return Findings(_facts(config, setup, stream, details), details)
+    return Report(_facts(config, setup, stream, details), details)
 
 
-def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[str, Any]) -> Facts:
+def _facts(
+    config: TrainConfig, setup: Setup, stream: PackedLoader, details: Mapping[str, Any]
+) -> Summary:
     size, batch, steps = setup.model.size, details["batch"], details["steps"]
     parameters, memory = details["parameters"], details["memory_bytes"]
     layers, stored = details["layers_read"], setup.features.layers
@@ -140,7 +142,7 @@ def _facts(config: TrainConfig, setup: Setup, stream: Stream, details: Mapping[s
         "disk": f"a checkpoint {format_bytes(details['checkpoint_bytes'])}, "
         f"{config.keep_checkpoints} kept",
     }
-    return Facts(f"Plan of {config.output}; nothing is trained", items)
+    return Summary(f"Plan of {config.output}; nothing is trained", items)
 
 
 def _layers(layers: Sequence[int]) -> str:
@@ -151,13 +153,13 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layers {listed}"
 
 
-def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> Stream:
+def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> PackedLoader:
     """Rank 0's of so many.
 
     Raises:
         InputError: a batch that they do not divide.
     """
-    return Stream(
+    return PackedLoader(
         setup.features,
         setup.latents,
         config.data,
@@ -171,7 +173,7 @@ def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> Stream:
     )
 
 
-def count_reading(stream: Stream) -> Reading:
+def count_reading(stream: PackedLoader) -> Reading:
     """Count, without reading, what the first steps read."""
     data = stream.data
     tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in stream.pairs]

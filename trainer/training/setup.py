@@ -14,7 +14,7 @@ from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, RunRecord, TrainConfig
-from ..data.dataset import Pair, by_shape, open_pairs
+from ..data.dataset import StorePair, by_shape, open_pairs
 from ..model.dit import DiT
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
@@ -35,7 +35,7 @@ class Setup:
 
     features: FeatureStore
     latents: LatentStore
-    pairs: list[Pair]
+    pairs: list[StorePair]
     record: RunRecord
     found: Checkpoint | None
     model: DiT
@@ -69,7 +69,7 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     return Setup(features, latents, pairs, record, found, model, start, validation)
 
 
-def make_record(config: TrainConfig, pairs: Sequence[Pair]) -> RunRecord:
+def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
     """What ``run.json`` says of a run that starts now.
 
     Args:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
-from ..data.loader import Stream
+from ..data.loader import PackedLoader
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
@@ -40,7 +40,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if setup.start is not None:
         start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
-    stream = Stream(
+    stream = PackedLoader(
         setup.features,
         setup.latents,
         config.data,

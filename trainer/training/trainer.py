@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig, flat
 from ..data.batch import Batch, on_device
-from ..data.loader import Stream
+from ..data.loader import PackedLoader
 from ..diffusion.flow import Flow
-from ..diffusion.noise import draw, jitter
+from ..diffusion.noise import draw_noise, jitter
 from ..model.dit import DiT
 from ..model.router import entropy
 from ..runs.checkpoint import (
@@ -93,7 +93,7 @@ class Trainer:
         }
         self.window = Window() if found is None else Window(**found.state()["window"])
 
-    def fit(self, stream: Stream, show: bool, lock: Lock | None = None) -> None:
+    def fit(self, stream: PackedLoader, show: bool, lock: Lock | None = None) -> None:
         """Take steps; once in a while log, once in a while validate, and once in a while save.
 
         Args:
@@ -171,7 +171,7 @@ class Trainer:
         """Mean loss of a batch, each sample under K draws of t and noise, and the t that routing
         was told."""
         draws = self.config.data.noise_draws
-        t, noise = draw(
+        t, noise = draw_noise(
             self.flow,
             tuple(batch.latents.shape[1:]),
             seed=self.config.seed,
@@ -198,7 +198,11 @@ class Trainer:
 
     @torch.no_grad()
     def log(
-        self, seen: tuple[Tensor, Any], stream: Stream, progress: tqdm, measured: dict[str, Any]
+        self,
+        seen: tuple[Tensor, Any],
+        stream: PackedLoader,
+        progress: tqdm,
+        measured: dict[str, Any],
     ) -> None:
         """A line of metrics: to the file, the tracker and the progress bar; now and then the
         weights of layers to a file of their own."""
@@ -331,7 +335,7 @@ class Window:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
-    def start(self, stream: Stream) -> None:
+    def start(self, stream: PackedLoader) -> None:
         """Start the clocks. Steps of before a restart count for the means, but not for speed."""
         self._began, self._waited = time.perf_counter(), stream.wait_seconds
         self._untimed = len(self.losses)
@@ -347,7 +351,7 @@ class Window:
         self.losses.append(loss)
         self.norms.append(norm)
 
-    def summary(self, stream: Stream) -> dict[str, float]:
+    def summary(self, stream: PackedLoader) -> dict[str, float]:
         """Means and speed."""
         seconds = time.perf_counter() - self._began
         samples = (len(self.losses) - self._untimed) * stream.data.batch_size

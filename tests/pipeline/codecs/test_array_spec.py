@@ -2,13 +2,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.pipeline.codecs.array_spec import LAYER_MAJOR, U1, U2, Plane, allocate
+from semroute.pipeline.codecs.array_spec import LAYER_MAJOR, U1, U2, ArraySpec, allocate
 from semroute.pipeline.store.layout import rows_of
 
 PLANES = [
-    Plane("hidden", U2, 5, None, "as they are"),
-    Plane("code", U1, 3, LAYER_MAJOR, "layer by layer"),
-    Plane("scalar", U1, 4, (2, 1, 0), "value by value"),
+    ArraySpec("hidden", U2, 5, None, "as they are"),
+    ArraySpec("code", U1, 3, LAYER_MAJOR, "layer by layer"),
+    ArraySpec("scalar", U1, 4, (2, 1, 0), "value by value"),
 ]
 
 

@@ -17,7 +17,7 @@ from semroute.schemas import (
     TrainConfig,
     parse,
 )
-from semroute.trainer.diffusion.sampling import Solver
+from semroute.trainer.diffusion.sampling import SamplingConfig
 from semroute.trainer.evaluation.generate import generate
 from semroute.trainer.model.fusion import layer_norm
 from semroute.trainer.runs.run import load_run
@@ -236,7 +236,7 @@ def mixed(run_of, feature_store, tmp_path_factory):
 
 def draw(run, features, ids=(1, 5, 9)):
     options = {"seed": 0, "batch_size": 2, "progress": False}
-    return generate(run.model, run.flow, features, ids, Solver(3, 2.0), **options)
+    return generate(run.model, run.flow, features, ids, SamplingConfig(3, 2.0), **options)
 
 
 class TestRuns:

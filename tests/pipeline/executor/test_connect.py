@@ -17,9 +17,9 @@ pytest.importorskip("distributed")  # or a setting for a while takes its default
 
 from semroute.pipeline.executor import connect as places
 from semroute.pipeline.executor.base import ClusterLostError
-from semroute.pipeline.executor.connect import find_cluster
+from semroute.pipeline.executor.connect import connect
 from semroute.pipeline.executor.jobqueue import with_lifetime
-from semroute.pipeline.executor.workers import look_at_workers
+from semroute.pipeline.executor.workers import inspect_workers
 from semroute.pipeline.extraction.features import extract
 from semroute.schemas import InputError
 
@@ -120,8 +120,8 @@ class TestSchedulerFile:
                 machines.worker("--nthreads", "3", profile=True)
             said.append(line)
 
-        with find_cluster(str(machines.file), None) as cluster:
-            found = look_at_workers(cluster, "s3://bucket/store", report)
+        with connect(str(machines.file), None) as cluster:
+            found = inspect_workers(cluster, "s3://bucket/store", report)
             assert list(cluster.ask(os.getcwd).values())
         assert said[0] == f"waiting for the first worker of {machines.file}"
         assert wanted[-1] == 1  # or an adaptive cluster would wait for work as we do for it
@@ -161,24 +161,24 @@ class TestSchedulerFile:
             address = json.loads(machines.file.read_text())["address"]
             assert address.startswith("tls://")
             for name in (address, str(machines.file)):
-                with dask.config.set(settings), find_cluster(name, None) as cluster:
-                    assert look_at_workers(cluster, str(tmp_path / "store"), print).threads >= 1
+                with dask.config.set(settings), connect(name, None) as cluster:
+                    assert inspect_workers(cluster, str(tmp_path / "store"), print).threads >= 1
                 with pytest.raises(InputError, match="no Dask scheduler answers"):
-                    find_cluster(name, None).threads()
+                    connect(name, None).threads()
         finally:
             machines.stop()
 
     def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
         machines.worker()
         folder = tmp_path / "mine"
-        with find_cluster(str(machines.file), None) as cluster:
+        with connect(str(machines.file), None) as cluster:
             cluster.client.wait_for_workers(1, timeout=60)
             with pytest.raises(InputError, match=r"do not see the folder .*mine.*that all nodes"):
-                look_at_workers(cluster, str(folder / "store"), print)
+                inspect_workers(cluster, str(folder / "store"), print)
 
     def test_a_scheduler_that_dies_while_workers_are_asked(self, machines):
         machines.worker()
-        with find_cluster(str(machines.file), None) as cluster:
+        with connect(str(machines.file), None) as cluster:
             cluster.client.wait_for_workers(1, timeout=60)
             with pytest.raises(ClusterLostError, match=r"is gone: .*the same command again"):
                 cluster.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
@@ -249,8 +249,8 @@ class TestJobs:
                 time.sleep(0.1)
             return number
 
-        with find_cluster("jobs.yaml", None) as cluster:
-            assert look_at_workers(cluster, str(tmp_path), [].append).threads >= 1
+        with connect("jobs.yaml", None) as cluster:
+            assert inspect_workers(cluster, str(tmp_path), [].append).threads >= 1
             assert list(cluster.threads().values()) == [1]
             found = cluster.run(range(4), work, lambda shard: (shard,), on_progress=print)
             assert len({number for _, number in found}) == 2
@@ -272,7 +272,7 @@ class TestJobs:
     def test_a_bad_file_says_what_is_wrong(self, document, message, tmp_path):
         (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(document))
         with pytest.raises(InputError, match=message):
-            find_cluster(str(tmp_path / "jobs.yaml"), None)
+            connect(str(tmp_path / "jobs.yaml"), None)
 
     @pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -281,10 +281,10 @@ class TestJobs:
         jobs = {"kind": "slurm", "maximum_jobs": 1, "options": {"cores": 1, "colour": "blue"}}
         (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(jobs))
         with (
-            find_cluster(str(tmp_path / "jobs.yaml"), None) as cluster,
+            connect(str(tmp_path / "jobs.yaml"), None) as cluster,
             pytest.raises(InputError, match="dask-jobqueue refuses it"),
         ):
-            look_at_workers(cluster, str(tmp_path), print)
+            inspect_workers(cluster, str(tmp_path), print)
 
     def test_workers_end_before_their_job_does(self):
         found = with_lifetime({"walltime": "04:00:00"}, 10)["worker_extra_args"]
@@ -303,26 +303,26 @@ class TestNames:
     @pytest.mark.parametrize("name", ["cluster", "host:8786", "jobs.toml"])
     def test_what_names_nothing(self, name):
         with pytest.raises(InputError, match="expected local, an address such as"):
-            find_cluster(name, None)
+            connect(name, None)
 
     def test_workers_are_of_this_machine_only(self):
         with pytest.raises(InputError, match="--workers 2 is of --cluster local"):
-            find_cluster("tcp://127.0.0.1:1", 2)
+            connect("tcp://127.0.0.1:1", 2)
 
     def test_no_scheduler_there(self, monkeypatch, tmp_path):
         monkeypatch.setattr(places, "CONNECT_SECONDS", 1)
         with (
-            find_cluster("tcp://127.0.0.1:1", None) as cluster,
+            connect("tcp://127.0.0.1:1", None) as cluster,
             pytest.raises(InputError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
         ):
-            look_at_workers(cluster, str(tmp_path), print)
+            inspect_workers(cluster, str(tmp_path), print)
         with pytest.raises(InputError, match="no scheduler file"):
-            find_cluster(str(tmp_path / "missing.json"), None)
+            connect(str(tmp_path / "missing.json"), None)
         (tmp_path / "empty.json").write_text(json.dumps({}))
         with pytest.raises(InputError, match="dask scheduler --scheduler-file"):
-            find_cluster(str(tmp_path / "empty.json"), None)
+            connect(str(tmp_path / "empty.json"), None)
 
     def test_this_machine_by_default(self):
-        assert find_cluster("local", None, gpus=3).workers == 3
-        assert 1 <= find_cluster("local", None, gpus=0).workers <= places.MOST_WORKERS
-        assert shutil.which("nvidia-smi") or find_cluster("local", None).workers >= 1
+        assert connect("local", None, gpus=3).workers == 3
+        assert 1 <= connect("local", None, gpus=0).workers <= places.MOST_WORKERS
+        assert shutil.which("nvidia-smi") or connect("local", None).workers >= 1

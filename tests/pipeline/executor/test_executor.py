@@ -11,9 +11,9 @@ from semroute.pipeline.executor.base import (
     ATTEMPTS,
     IN_FLIGHT,
     Cluster,
+    Deferred,
     DiskFullError,
     Interrupted,
-    Writing,
 )
 
 
@@ -42,7 +42,7 @@ class TestRun:
             with open(f"{folder}/{shard}", "a") as file:
                 file.write("x")
             tries = os.path.getsize(f"{folder}/{shard}")
-            return Writing(finish) if writing else finish()
+            return Deferred(finish) if writing else finish()
 
         cluster = Cluster(workers)
         found = outcomes(cluster, fail)
@@ -89,7 +89,7 @@ def test_a_shard_is_written_while_the_next_is_at_work(workers, tmp_path):
             raise RuntimeError(f"nobody began shard {shard + 1}")
 
         with open(f"{folder}/{shard}", "x"):
-            return Writing(write)
+            return Deferred(write)
 
     assert outcomes(Cluster(workers), task, range(4)) == {shard: shard for shard in range(4)}
 

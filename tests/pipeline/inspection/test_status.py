@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from semroute.cli import cli
 from semroute.pipeline.inspection.status import status
 from semroute.pipeline.store.documents import StoreError
-from semroute.schemas import DRIVER
+from semroute.schemas import LOCK_FILE
 
 
 def begun(store, folder, without=1):
@@ -22,7 +22,7 @@ def begun(store, folder, without=1):
 
 def drive(path, **changes):
     document = {"host": "node7", "pid": 77, "begun": "1", "started": "2026-01-01", "token": "a"}
-    (path / DRIVER).write_text(json.dumps(document | changes))
+    (path / LOCK_FILE).write_text(json.dumps(document | changes))
 
 
 def test_a_complete_store_is_said_to_be_so(feature_store, latent_store):

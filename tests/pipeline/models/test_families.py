@@ -19,7 +19,7 @@ from semroute.pipeline.extraction.plan import make_plan
 from semroute.pipeline.extraction.prompts import encode_prompts
 from semroute.pipeline.models.hub import find_model
 from semroute.pipeline.models.llm import Encoder, attention_of, describe_model, find_tower
-from semroute.pipeline.models.packing import PackingError, keeps_apart, refuse_mixing
+from semroute.pipeline.models.packing import PackingError, check_packing, supports_packing
 from semroute.schemas import InputError
 
 NUM_LAYERS, WIDTH, WINDOW = 3, 32, 4
@@ -265,11 +265,11 @@ def test_neither_padding_nor_fewer_blocks_change_a_layer(family):
 def test_captions_in_one_line_are_kept_apart_or_the_trial_says_not(family, tmp_path):
     made, model, folder = family
     encoder = Encoder(find_model(folder), range(NUM_LAYERS + 1), "float32", "cpu")
-    apart = keeps_apart(encoder, sequences()[:3])
+    apart = supports_packing(encoder, sequences()[:3])
     assert apart == (made.tower not in MIXING)
     if not apart:
         with pytest.raises(PackingError, match="--batching padded"):
-            refuse_mixing(encoder, sequences())
+            check_packing(encoder, sequences())
         captions = tmp_path / "captions.txt"
         captions.write_text("\n".join(TEXTS))
         template = "bos" if made.causal else "eos"
@@ -282,7 +282,7 @@ def test_captions_in_one_line_are_kept_apart_or_the_trial_says_not(family, tmp_p
         assert store.manifest.layout.line_tokens is None
         assert lines[0].startswith("batches are padded: the LLM does not keep captions apart")
         return
-    refuse_mixing(encoder, sequences())
+    check_packing(encoder, sequences())
     expected = torch.cat([online(model, sequence) for sequence in sequences()])
     layers: list[torch.Tensor] = []
     kept, line = [0] * len(sequences()), [0, 0, 1, 1]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import zarr
 
-from semroute.pipeline.store.array import RowArray, allocate
+from semroute.pipeline.store.array import ShardedArray, allocate
 from semroute.pipeline.store.shard_file import CorruptShardError
 from semroute.schemas import InputError, Layout
 
@@ -17,7 +17,7 @@ def array(request, tmp_path):
     dtype = np.dtype(request.param)
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     allocate(group, "x", LAYOUT, ROW, dtype, ("row", "layer", "channel"), {})
-    return RowArray(tmp_path / "a.zarr" / "x", LAYOUT)
+    return ShardedArray(tmp_path / "a.zarr" / "x", LAYOUT)
 
 
 def shard_rows(array, used=32, seed=0):
@@ -42,7 +42,7 @@ def test_runs_come_back_and_zarr_python_agrees(array):
     parts = [first[3:21], second[20:26], first[8:9], first[3:4], second[23:32]]
     expected = np.concatenate(parts)
     assert array.direct
-    slow = RowArray(array.path, LAYOUT, direct=False)
+    slow = ShardedArray(array.path, LAYOUT, direct=False)
     for select in (slice(None), [2, 0], [1]):
         np.testing.assert_array_equal(read(array, starts, stops, select), expected[:, select])
         np.testing.assert_array_equal(read(slow, starts, stops, select), expected[:, select])
@@ -86,7 +86,7 @@ def test_a_file_is_what_zarr_python_would_write(tmp_path, dtype, order, threads)
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     for name in ("ours", "zarrs"):
         allocate(group, name, layout, ROW, np.dtype(dtype), ("a", "b", "c"), {}, order)
-    ours = RowArray(tmp_path / "a.zarr" / "ours", layout)
+    ours = ShardedArray(tmp_path / "a.zarr" / "ours", layout)
     zarrs = group["zarrs"]
     rng = np.random.default_rng(0)
     values = rng.integers(0, 9, (96, *ROW)).astype(dtype)
@@ -132,9 +132,9 @@ def test_every_flipped_byte_is_an_error_never_a_wrong_number(array):
         bad[position] ^= 0x10
         path.write_bytes(bad)
         with pytest.raises(CorruptShardError, match=r"damaged"):
-            read(RowArray(array.path, LAYOUT), [0], [32])
+            read(ShardedArray(array.path, LAYOUT), [0], [32])
     path.write_bytes(good)
-    np.testing.assert_array_equal(read(RowArray(array.path, LAYOUT), [0], [32]), rows)
+    np.testing.assert_array_equal(read(ShardedArray(array.path, LAYOUT), [0], [32]), rows)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100])
@@ -164,7 +164,7 @@ def test_other_codecs_are_left_to_zarr_python(tmp_path):
     )
     values = np.arange(96 * 12, dtype=np.uint16).reshape(96, *ROW)
     array[:] = values
-    rows = RowArray(tmp_path / "x", LAYOUT)
+    rows = ShardedArray(tmp_path / "x", LAYOUT)
     assert not rows.direct
     np.testing.assert_array_equal(read(rows, [5], [15]), values[5:15])
     with pytest.raises(InputError, match=r"other codecs .* is for reading only"):
@@ -174,4 +174,4 @@ def test_other_codecs_are_left_to_zarr_python(tmp_path):
 def test_an_array_that_is_not_the_manifests_is_refused(array):
     other = LAYOUT.model_copy(update={"num_shards": 2})
     with pytest.raises(CorruptShardError, match=r"the array is \(96, 3, 4\) but .* \(64, 3, 4\)"):
-        RowArray(array.path, other)
+        ShardedArray(array.path, other)

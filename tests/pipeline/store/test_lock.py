@@ -9,7 +9,7 @@ import pytest
 
 from semroute.pipeline.store import lock
 from semroute.pipeline.store.lock import LockedError, is_dead, locked, read_driver
-from semroute.schemas import DRIVER, InputError
+from semroute.schemas import LOCK_FILE, InputError
 
 HOLD = """
 import sys, time
@@ -33,8 +33,8 @@ def other(tmp_path):
 
 
 def edit(store, **changes):
-    document = json.loads((store / DRIVER).read_text())
-    (store / DRIVER).write_text(json.dumps(document | changes))
+    document = json.loads((store / LOCK_FILE).read_text())
+    (store / LOCK_FILE).write_text(json.dumps(document | changes))
 
 
 def test_the_second_driver_is_refused_and_told_of_the_first(other):
@@ -59,7 +59,7 @@ def test_the_lock_of_the_dead_is_taken_over(other):
         assert read_driver(store).pid == os.getpid()
     assert said == [f"the lock of process {process.pid} on {lock.socket.gethostname()}, which is "
                     "gone, is taken over"]  # fmt: skip
-    assert not (store / DRIVER).exists()
+    assert not (store / LOCK_FILE).exists()
 
 
 def test_a_pid_that_is_used_again_is_not_the_driver(other):
@@ -80,7 +80,7 @@ def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
 
     def beat():
         while alive and not stop.wait(0.1):
-            (store / DRIVER).touch()
+            (store / LOCK_FILE).touch()
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -101,9 +101,9 @@ def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
 def test_a_live_driver_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     with locked(tmp_path, print):
-        before = (tmp_path / DRIVER).stat().st_mtime_ns
+        before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
         time.sleep(0.3)
-        assert (tmp_path / DRIVER).stat().st_mtime_ns > before
+        assert (tmp_path / LOCK_FILE).stat().st_mtime_ns > before
 
 
 def test_only_one_of_many_takes_it(tmp_path):

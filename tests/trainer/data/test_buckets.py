@@ -14,8 +14,8 @@ from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError, TrainConfig, parse
 from semroute.trainer.data.dataset import by_shape, open_pairs
-from semroute.trainer.data.loader import PaddedStream, Stream
-from semroute.trainer.data.sampler import make_order
+from semroute.trainer.data.loader import PackedLoader, PaddedLoader
+from semroute.trainer.data.sampler import make_sampler
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run
@@ -67,7 +67,7 @@ class TestOrder:
     ):
         stores = open_features(feature_store), open_latents(bucket_store)
         data = DataConfig(batch_size=batch_size, order=order, window=2)
-        found = make_order(open_pairs(*stores, data), data, seed)
+        found = make_sampler(open_pairs(*stores, data), data, seed)
         num = 12 * batch_size
         whole = found.places(0, num)
         buckets = stores[1].buckets[whole.sample].reshape(-1, batch_size)
@@ -79,7 +79,7 @@ class TestOrder:
 
     def test_every_sample_is_shown_as_often(self, stores):
         data = DataConfig(batch_size=5)
-        order = make_order(open_pairs(*stores, data), data, 0)
+        order = make_sampler(open_pairs(*stores, data), data, 0)
         counts = np.bincount(order.places(0, 200 * 1024).sample, minlength=200)
         # Rounded to a batch a block of 1,024 of them.
         assert counts.min() >= 1020
@@ -103,14 +103,14 @@ class TestOrder:
         )
         pairs = open_pairs(open_features(feature_store), open_latents(bucket_store), data)
         assert [*by_shape(pairs)] == [(3, 12, 12), *SHAPES]
-        places = make_order(pairs, data, 0).places(0, 40_000)
+        places = make_sampler(pairs, data, 0).places(0, 40_000)
         assert np.mean(places.source) == pytest.approx(0.4, abs=0.01)
         batches = places.source.reshape(-1, 4)
         assert (batches == batches[:, :1]).all()
 
 
 class TestStream:
-    @pytest.mark.parametrize("kind", [Stream, PaddedStream])
+    @pytest.mark.parametrize("kind", [PackedLoader, PaddedLoader])
     def test_batches_hold_what_the_stores_hold(self, stores, kind):
         stream = kind(*stores, DataConfig(batch_size=6), seed=0, layers=[2])
         shapes = set()
@@ -122,9 +122,11 @@ class TestStream:
 
     def test_ranks_share_a_shape(self, stores):
         data = DataConfig(batch_size=8)
-        whole = Stream(*stores, data, seed=0, layers=[2])
+        whole = PackedLoader(*stores, data, seed=0, layers=[2])
         ranks = [
-            Stream(*stores, data, seed=0, layers=[2], rank=rank, world_size=2, grad_accum_steps=2)
+            PackedLoader(
+                *stores, data, seed=0, layers=[2], rank=rank, world_size=2, grad_accum_steps=2
+            )
             for rank in range(2)
         ]
         for step in range(6):
@@ -166,7 +168,7 @@ class TestRuns:
 
     def test_null_captions_are_dropped_in_as_many_places(self, stores):
         data = DataConfig(batch_size=8, caption_dropout=0.25)
-        order = make_order(open_pairs(*stores, data), data, 0)
+        order = make_sampler(open_pairs(*stores, data), data, 0)
         dropped = order.places(0, 8000).caption == NULL_CAPTION
         assert dropped.mean() == pytest.approx(0.25, abs=0.02)
 

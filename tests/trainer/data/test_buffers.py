@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from semroute.trainer.data import buffers as delivery
-from semroute.trainer.data.buffers import Buffers, allocate
-from semroute.trainer.data.throughput import Meter
+from semroute.trainer.data.buffers import BufferPool, allocate
+from semroute.trainer.data.throughput import InputStallMonitor
 
 
 class TestBuffers:
     def test_memory_is_used_again_once_nobody_looks(self):
-        buffers = Buffers()
+        buffers = BufferPool()
         lent = buffers.lend(100_000)
         place = lent.ctypes.data
         view = torch.from_numpy(lent)[10:20]
@@ -27,7 +27,7 @@ class TestBuffers:
             assert (tensor == n).all()
 
     def test_few_are_kept(self):
-        buffers = Buffers()
+        buffers = BufferPool()
         lent = [buffers.lend(1000 + n) for n in range(30)]
         del lent
         gc.collect()
@@ -42,7 +42,7 @@ class TestMeter:
         """A meter after so many batches of 100 rows and 8 samples in so many seconds."""
         now = [0.0]
         monkeypatch.setattr(delivery.time, "perf_counter", lambda: now[0])
-        meter = Meter(workers=2)
+        meter = InputStallMonitor(workers=2)
         meter.add(3.0, 100, 8)  # the first, which counts for nothing
         for _ in range(batches):
             now[0] += seconds / batches

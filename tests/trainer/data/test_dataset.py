@@ -9,7 +9,7 @@ from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError, parse
 from semroute.trainer.data.dataset import everything, open_pairs, select
-from semroute.trainer.data.loader import Stream
+from semroute.trainer.data.loader import PackedLoader
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ class TestFilter:
             chosen(stores, filter="score > 0", columns=str(tmp_path / "more.parquet"))
 
     def test_what_is_left_out_never_comes(self, stores):
-        stream = Stream(*stores, data(filter="num_tokens < 12"), seed=0, layers=[1])
+        stream = PackedLoader(*stores, data(filter="num_tokens < 12"), seed=0, layers=[1])
         captions = np.unique(np.concatenate(stream.captions(0, 2000)))
         tokens = stores[0].captions["num_tokens"].to_numpy()[captions]
         assert tokens.max() < 12
@@ -192,7 +192,7 @@ class TestMixture:
         self, random_stores, random_store, latent_store, order, codes
     ):
         config = self.mixed(random_store, latent_store, "delta", order=order, window=2)
-        stream = Stream(*random_stores, config, seed=0, layers=[2, 4], codes=codes)
+        stream = PackedLoader(*random_stores, config, seed=0, layers=[2, 4], codes=codes)
         counts = np.zeros(2, int)
         for step in range(4):
             batch = stream.read(step).to("cpu")

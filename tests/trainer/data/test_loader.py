@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data.batch import on_device
-from semroute.trainer.data.loader import PaddedStream, Stream
+from semroute.trainer.data.loader import PackedLoader, PaddedLoader
 from semroute.trainer.diffusion.flow import Flow
-from semroute.trainer.diffusion.noise import draw, jitter
+from semroute.trainer.diffusion.noise import draw_noise, jitter
 
 NUM_SAMPLES = 200
 
@@ -32,8 +32,8 @@ def reading():
 
 
 class TestDraw:
-    def draw(self, first=0, num=4, draws=3, seed=0):
-        return draw(Flow(), (2, 3, 3), seed=seed, first=first, num=num, draws=draws)
+    def draw_noise(self, first=0, num=4, draws=3, seed=0):
+        return draw_noise(Flow(), (2, 3, 3), seed=seed, first=first, num=num, draws=draws)
 
     def test_it_does_not_matter_how_it_is_cut(self):
         t, noise = self.draw(first=5, num=6)
@@ -59,7 +59,7 @@ class TestStream:
                 batch_size=batch_size, prefetch=prefetch, caption_dropout=caption_dropout
             )
             layers = features.layers if layers is None else layers
-            return Stream(features, latents, data, seed=seed, layers=layers, **arguments)
+            return PackedLoader(features, latents, data, seed=seed, layers=layers, **arguments)
 
         return make
 
@@ -90,7 +90,9 @@ class TestStream:
     def test_codes_are_decoded_where_the_batch_goes(self, codec, random_store, latent_store):
         features, latents = open_features(random_store(codec)), open_latents(latent_store)
         late, early = (
-            Stream(features, latents, DataConfig(batch_size=8), seed=0, layers=[2, 4], codes=codes)
+            PackedLoader(
+                features, latents, DataConfig(batch_size=8), seed=0, layers=[2, 4], codes=codes
+            )
             for codes in (True, False)
         )
         cpu = torch.device("cpu")
@@ -150,7 +152,7 @@ class TestStream:
             cut = arguments.pop("accumulation")
             parts = {}
             for rank in range(arguments["world_size"]):
-                stream = Stream(
+                stream = PackedLoader(
                     features,
                     latents,
                     data,
@@ -262,7 +264,7 @@ class TestStream:
         for one in self.take(stream, 3):
             assert torch.equal(next(batches).hidden, one.hidden)
 
-    @pytest.mark.parametrize("kind", ["Stream", "PaddedStream"])
+    @pytest.mark.parametrize("kind", ["PackedLoader", "PaddedLoader"])
     def test_reading_starts_no_threads_of_torch(self, feature_store, latent_store, kind):
         """Of OpenMP, in the thread that reads: they would slow down those that train."""
         code = (
@@ -299,7 +301,7 @@ class TestPadded:
     def test_holds_what_packed_batches_hold(self, stores):
         data = DataConfig(batch_size=24, caption_dropout=0.3)
         options = {"seed": 1, "layers": [4, 2], "rank": 1, "world_size": 2}
-        packed, padded = (kind(*stores, data, **options) for kind in (Stream, PaddedStream))
+        packed, padded = (kind(*stores, data, **options) for kind in (PackedLoader, PaddedLoader))
         for step in range(3):
             one, other = packed.read(step), padded.read(step)
             lengths = one.offsets.diff()[one.caption]
@@ -322,7 +324,7 @@ class TestPadded:
 
     def test_workers_of_a_data_loader_give_the_same_batches(self, feature_store, latent_store):
         stores = open_features(feature_store), open_latents(latent_store)
-        stream = PaddedStream(*stores, DataConfig(batch_size=8), seed=0, layers=[1, 3])
+        stream = PaddedLoader(*stores, DataConfig(batch_size=8), seed=0, layers=[1, 3])
         loader = DataLoader(
             stream, batch_size=None, num_workers=2, multiprocessing_context="forkserver"
         )
@@ -349,7 +351,7 @@ class TestLatents:
     def stream(self, features, latents, take="sample", seed=0, **arguments):
         data = DataConfig(batch_size=40, posterior=take)
         stores = open_features(features), open_latents(latents)
-        return Stream(*stores, data, seed=seed, layers=[1], **arguments)
+        return PackedLoader(*stores, data, seed=seed, layers=[1], **arguments)
 
     def test_draws_from_the_posterior_follow_from_seed_and_position(self, feature_store, posterior):
         whole, again = (self.stream(feature_store, posterior).read(3) for _ in range(2))
@@ -426,7 +428,7 @@ class TestJoin:
         return path
 
     def stream(self, features, latents):
-        return Stream(
+        return PackedLoader(
             open_features(features, complete=False),
             open_latents(latents, complete=False),
             DataConfig(batch_size=4),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.schemas import InputError
-from semroute.trainer.data.dataset import Source
-from semroute.trainer.data.sampler import Order
+from semroute.trainer.data.dataset import SampleIndex
+from semroute.trainer.data.sampler import MixtureSampler
 
 
 def source(counts, weights=None, shard_size=None, first=1):
@@ -17,7 +17,7 @@ def source(counts, weights=None, shard_size=None, first=1):
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     captions = np.arange(starts[-1]) + first
     shards = None if shard_size is None else np.random.default_rng(0).permutation(captions)
-    return Source(
+    return SampleIndex(
         np.arange(len(counts)) * 10,
         starts,
         captions,
@@ -28,7 +28,7 @@ def source(counts, weights=None, shard_size=None, first=1):
 
 def order(*counts, seed=0, dropout=0.0, shard_size=3, **arguments):
     sources = [source(each, shard_size=shard_size) for each in counts]
-    return Order(sources, seed=seed, caption_dropout=dropout, **arguments)
+    return MixtureSampler(sources, seed=seed, caption_dropout=dropout, **arguments)
 
 
 def table(order, first, num):
@@ -140,7 +140,9 @@ class TestOrder:
     @pytest.mark.parametrize("window", [None, 2])
     def test_captions_of_a_sample_are_chosen_by_their_weights(self, window):
         weighed = source([2, 1, 3], [1, 3, 5, 2, 2, 0.5], shard_size=2)
-        places = Order([weighed], seed=0, caption_dropout=0, window=window).places(0, 60_000)
+        places = MixtureSampler([weighed], seed=0, caption_dropout=0, window=window).places(
+            0, 60_000
+        )
         shares = np.bincount(places.caption)[1:] / 20_000
         expected = [0.25, 0.75, 1, 2 / 4.5, 2 / 4.5, 0.5 / 4.5]
         assert shares == pytest.approx(expected, abs=0.01)

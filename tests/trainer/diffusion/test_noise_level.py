@@ -4,7 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semroute.schemas import InputError
-from semroute.trainer.diffusion.noise_level import Estimator, calibrate, effective_t, shifted
+from semroute.trainer.diffusion.noise_level import (
+    NoiseLevelEstimator,
+    calibrate,
+    effective_t,
+    shifted,
+)
 from semroute.trainer.runs.noise_level import CLOCK, make_clock, open_estimator
 
 
@@ -72,8 +77,8 @@ class TestEstimator:
     def test_is_written_and_read(self, estimator, tmp_path):
         estimator.save(tmp_path / CLOCK)
         x = noised(pictures(8), 0.5)
-        assert torch.equal(Estimator.load(tmp_path / CLOCK)(x), estimator(x))
-        assert Estimator.load(tmp_path / CLOCK).error == estimator.error
+        assert torch.equal(NoiseLevelEstimator.load(tmp_path / CLOCK)(x), estimator(x))
+        assert NoiseLevelEstimator.load(tmp_path / CLOCK).error == estimator.error
 
     def test_refuses_latents_of_another_shape(self, estimator):
         with pytest.raises(InputError, match="this clock was calibrated on latents with 54"):

@@ -4,7 +4,7 @@ import torch
 from semroute.schemas import ModelConfig, RoutingConfig
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import starting_noise
-from semroute.trainer.diffusion.sampling import Solver, sample, solve
+from semroute.trainer.diffusion.sampling import SamplingConfig, sample, solve
 from semroute.trainer.model.dit import DiT
 
 SHAPE = (3, 8, 8)
@@ -55,14 +55,14 @@ class TestSolve:
         flow = Flow(prediction, shift=3.0)
         x0 = torch.full((2, *SHAPE), 0.4)
         noise = torch.randn(2, *SHAPE)
-        how = Solver(num_steps, cfg_scale=1.0, method=method)
+        how = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
         out = solve(Towards(flow), flow, lambda t: x0, None, noise, how)
         torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-4)
 
     def test_guidance_extrapolates_from_the_null_text(self, prediction):
         flow = Flow(prediction)
         text, null = torch.full((1, *SHAPE), 1.0), torch.full((1, *SHAPE), 0.25)
-        how = Solver(num_steps=1, cfg_scale=3.0)
+        how = SamplingConfig(num_steps=1, cfg_scale=3.0)
         noise = torch.randn(1, *SHAPE)
         out = solve(Towards(flow), flow, lambda t: text, lambda t: null, noise, how)
         torch.testing.assert_close(out, null + 3.0 * (text - null), rtol=1e-4, atol=1e-4)
@@ -75,7 +75,14 @@ class TestSolve:
 
         noise = torch.randn(1, *SHAPE)
         x0 = torch.zeros(1, *SHAPE)
-        solve(Towards(flow), flow, lambda t: x0, fail, noise, Solver(num_steps=2, cfg_scale=1.0))
+        solve(
+            Towards(flow),
+            flow,
+            lambda t: x0,
+            fail,
+            noise,
+            SamplingConfig(num_steps=2, cfg_scale=1.0),
+        )
 
     def test_steps_outside_the_interval_are_not_guided(self, prediction):
         flow = Flow(prediction)
@@ -89,7 +96,7 @@ class TestSolve:
                 calls.append(t.item())
                 return null
 
-            solver = Solver(num_steps=4, **how)
+            solver = SamplingConfig(num_steps=4, **how)
             return solve(Towards(flow), flow, lambda t: text, unguided, noise, solver), calls
 
         plain, _ = draw(cfg_scale=1.0)
@@ -117,7 +124,7 @@ class TestSolve:
             lambda t: x0,
             None,
             noise,
-            Solver(num_steps=4, cfg_scale=1.0),
+            SamplingConfig(num_steps=4, cfg_scale=1.0),
             callback=lambda step, t, x: seen.append((step, t, x)),
         )
         assert [step for step, _, _ in seen] == [1, 2, 3, 4]
@@ -143,7 +150,7 @@ class TestSolve:
             assert x.shape == (2, *SHAPE)
             return t / 2
 
-        how = Solver(2, cfg_scale=3.0, method=method, clock=clock)
+        how = SamplingConfig(2, cfg_scale=3.0, method=method, clock=clock)
         solve(Watched(flow), flow, text, text, torch.randn(2, *SHAPE), how)
         levels = [1.0, 0.5] if method == "euler" else [1.0, 0.5, 0.5]
         assert nominal == [[t, t] for t in levels for _ in ("text", "null")]
@@ -164,7 +171,7 @@ def test_heun_is_of_second_order():
     exact = noise / torch.e
 
     def error(method, num_steps):
-        how = Solver(num_steps, cfg_scale=1.0, method=method)
+        how = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
         return (solve(Curved(), Flow(), lambda t: t, None, noise, how) - exact).abs().max().item()
 
     # The last step is Euler's, whose own error of one step is of second order too.
@@ -189,7 +196,7 @@ class TestSample:
     def test_batches_do_not_change_a_picture(self, strategy):
         model, flow = dit(strategy), Flow()
         hidden, offsets, null = captions()
-        together = sample(model, flow, hidden, offsets, null, Solver(3, 2.0), seed=5)
+        together = sample(model, flow, hidden, offsets, null, SamplingConfig(3, 2.0), seed=5)
         assert together.shape == (3, *SHAPE)
         alone = sample(
             model,
@@ -197,7 +204,7 @@ class TestSample:
             hidden[2:6],
             torch.tensor([0, 4]),
             null,
-            Solver(3, 2.0),
+            SamplingConfig(3, 2.0),
             seed=5,
             numbers=[1],
         )
@@ -208,18 +215,18 @@ class TestSample:
         hidden, offsets, null = captions()
         calls = []
         model.context.register_forward_hook(lambda *_: calls.append(1))
-        sample(model, flow, hidden, offsets, null, Solver(5, 2.0))
+        sample(model, flow, hidden, offsets, null, SamplingConfig(5, 2.0))
         passes = {"uniform": 2, "depth": 2 * 2, "time": 2 * 5}
         assert len(calls) == passes[strategy]
 
     def test_guidance_without_the_null_caption_is_refused(self, strategy):
         hidden, offsets, _ = captions()
         with pytest.raises(ValueError, match=r"cfg_scale is 6.0 but there is no null text"):
-            sample(dit(strategy), Flow(), hidden, offsets, how=Solver(2))
+            sample(dit(strategy), Flow(), hidden, offsets, how=SamplingConfig(2))
 
     def test_needs_no_null_caption_without_guidance(self, strategy):
         model, flow = dit(strategy), Flow()
         hidden, offsets, null = captions()
-        how = Solver(num_steps=2, cfg_scale=1.0)
+        how = SamplingConfig(num_steps=2, cfg_scale=1.0)
         without = sample(model, flow, hidden, offsets, how=how)
         assert torch.equal(without, sample(model, flow, hidden, offsets, null, how))

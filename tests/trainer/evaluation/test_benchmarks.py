@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semroute.schemas import InputError, Prompt
-from semroute.trainer.evaluation.benchmarks import LAYOUTS, lay_out
+from semroute.trainer.evaluation.benchmarks import BENCHMARK_FORMATS, image_paths
 
 
 def prompts(num=3, group=None):
@@ -24,9 +24,9 @@ def prompts(num=3, group=None):
     ]
 
 
-@given(st.sampled_from(list(LAYOUTS)), st.integers(1, 12), st.integers(1, 5))
+@given(st.sampled_from(list(BENCHMARK_FORMATS)), st.integers(1, 12), st.integers(1, 5))
 def test_every_picture_has_a_place_of_its_own(layout, num, num_images):
-    places = lay_out(layout, prompts(num), num_images)
+    places = image_paths(layout, prompts(num), num_images)
     assert [len(files) for files in places.pictures] == [num_images] * num
     every = [file for files in places.pictures for file in files] + [*places.beside]
     assert len({*every}) == len(every)
@@ -35,7 +35,7 @@ def test_every_picture_has_a_place_of_its_own(layout, num, num_images):
 
 class TestGenEval:
     def test_each_prompt_is_a_folder_with_its_line(self):
-        places = lay_out("geneval", prompts(), 4)
+        places = image_paths("geneval", prompts(), 4)
         folders = {file.split("/")[0] for file in places.beside}
         assert all(folder.isdigit() for folder in folders)
         for number, files in enumerate(places.pictures):
@@ -47,27 +47,27 @@ class TestGenEval:
 
     def test_refuses_prompts_without_their_lines(self):
         with pytest.raises(InputError, match="prompt 0 has no tag and no prompt, which GenEval's"):
-            lay_out("geneval", [Prompt("a cat", "00000")], 1)
+            image_paths("geneval", [Prompt("a cat", "00000")], 1)
 
 
 class TestGenAIBench:
     def test_a_set_of_pictures_is_a_model_of_the_scorer(self):
-        places = lay_out("genai-bench", prompts(), 2)
+        places = image_paths("genai-bench", prompts(), 2)
         assert places.pictures[1] == ["0/00001.jpeg", "1/00001.jpeg"]
 
     @pytest.mark.parametrize("name", ["../00001", ".hidden"])
     def test_refuses_names_that_leave_the_folder(self, name):
         with pytest.raises(InputError, match="cannot name a picture"):
-            lay_out("genai-bench", [Prompt("a cat", name)], 1)
+            image_paths("genai-bench", [Prompt("a cat", name)], 1)
 
     def test_refuses_a_name_twice(self):
         same = [Prompt("a cat", "00000"), Prompt("a dog", "00000")]
         with pytest.raises(InputError, match=r"prompts 0 and 1 would share the file 0/00000\.jpeg"):
-            lay_out("genai-bench", same, 1)
+            image_paths("genai-bench", same, 1)
 
 
 def test_drawbench_is_by_number():
-    assert lay_out("drawbench", prompts(), 2).pictures[2] == [
+    assert image_paths("drawbench", prompts(), 2).pictures[2] == [
         "samples/0/00002.jpg",
         "samples/1/00002.jpg",
     ]
@@ -75,7 +75,7 @@ def test_drawbench_is_by_number():
 
 class TestT2ICompBench:
     def test_names_hold_prompt_and_a_number_through_all_pictures(self):
-        places = lay_out("t2i-compbench", prompts(), 10)
+        places = image_paths("t2i-compbench", prompts(), 10)
         names = [file.removeprefix("samples/") for files in places.pictures for file in files]
         numbers = [int(name.split("_")[-1].split(".")[0]) for name in names]
         assert numbers == list(range(30))
@@ -84,7 +84,7 @@ class TestT2ICompBench:
 
     def test_categories_are_scored_apart(self):
         mixed = [*prompts(1, "color"), *prompts(1, "shape"), *prompts(1, "color")]
-        files = [files for (files,) in lay_out("t2i-compbench", mixed, 1).pictures]
+        files = [files for (files,) in image_paths("t2i-compbench", mixed, 1).pictures]
         bench = "a green bench and a blue bowl"
         assert files == [
             f"color/samples/{bench}_000000.png",
@@ -95,12 +95,12 @@ class TestT2ICompBench:
     @pytest.mark.parametrize("sign", ["_", "/"])
     def test_refuses_what_a_name_cannot_hold(self, sign):
         with pytest.raises(InputError, match=f"prompt 0 has a '{sign}'"):
-            lay_out("t2i-compbench", [Prompt(f"either{sign}or", "00000")], 1)
+            image_paths("t2i-compbench", [Prompt(f"either{sign}or", "00000")], 1)
 
     def test_refuses_a_category_that_leaves_the_folder(self):
         with pytest.raises(InputError, match=r"category '\.\./x' cannot name a folder"):
-            lay_out("t2i-compbench", [Prompt("a cat", "00000", "../x")], 1)
+            image_paths("t2i-compbench", [Prompt("a cat", "00000", "../x")], 1)
 
     def test_refuses_a_prompt_too_long_for_a_name(self):
         with pytest.raises(InputError, match=r"prompt 0 is too long .* 311 bytes of at most 255"):
-            lay_out("t2i-compbench", [Prompt("é" * 150, "00000")], 1)
+            image_paths("t2i-compbench", [Prompt("é" * 150, "00000")], 1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from semroute.cli import cli
 from semroute.schemas import InputError, TrainConfig
-from semroute.trainer.evaluation.image_set import find_shard, picture_number
+from semroute.trainer.evaluation.image_set import find_shard, image_number
 from semroute.trainer.training.train import train
 
 TEXTS = ["a red cup", "two green trees", "a blue car", "a small dog", "a black box"]
@@ -232,9 +232,9 @@ class TestRefusals:
 
 
 def test_pictures_have_numbers_of_their_own():
-    numbers = {picture_number(prompt, image) for prompt in range(50) for image in range(20)}
+    numbers = {image_number(prompt, image) for prompt in range(50) for image in range(20)}
     assert len(numbers) == 1000
-    assert [picture_number(prompt, 0) for prompt in range(3)] == [0, 1, 2]
+    assert [image_number(prompt, 0) for prompt in range(3)] == [0, 1, 2]
 
 
 def test_without_a_launcher_there_is_one_shard(monkeypatch):

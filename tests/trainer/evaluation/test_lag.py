@@ -7,8 +7,14 @@ import torch
 
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise_level import calibrate
-from semroute.trainer.diffusion.sampling import Solver, solve
-from semroute.trainer.evaluation.lag import LAG_SCHEMA, Lag, Reader, best_shift, lag_figure
+from semroute.trainer.diffusion.sampling import SamplingConfig, solve
+from semroute.trainer.evaluation.lag import (
+    LAG_SCHEMA,
+    TrajectoryMismatch,
+    TrajectoryProbe,
+    best_shift,
+    lag_figure,
+)
 
 NUM_STEPS = 10
 
@@ -48,13 +54,13 @@ def estimator():
 
 
 def read(excess, num=64, num_steps=NUM_STEPS):
-    reader = Reader(estimator(), num_steps, seed=0)
+    reader = TrajectoryProbe(estimator(), num_steps, seed=0)
     noise = torch.randn(num, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    how = Solver(num_steps, cfg_scale=1.0)
+    how = SamplingConfig(num_steps, cfg_scale=1.0)
     model = Drawing(IMAGES[:num], excess)
     solve(model, Flow("velocity"), lambda t: t, None, noise, how, reader)
     rows = [{"cfg_scale": 1.0, "method": "euler", **row} for row in reader.rows()]
-    return Lag(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), 0.01)
+    return TrajectoryMismatch(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), 0.01)
 
 
 class TestLag:

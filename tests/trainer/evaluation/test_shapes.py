@@ -8,7 +8,7 @@ import torch
 from semroute.pipeline.store.open import open_features
 from semroute.schemas import InputError, ModelConfig, RoutingConfig
 from semroute.trainer.diffusion.flow import Flow
-from semroute.trainer.diffusion.sampling import Solver
+from semroute.trainer.diffusion.sampling import SamplingConfig
 from semroute.trainer.evaluation.generate import generate
 from semroute.trainer.evaluation.shapes import evaluate, score
 from semroute.trainer.model.dit import DiT
@@ -162,7 +162,7 @@ def network(features, strategy="depth"):
 
 def run(model, features, ids, cfg_scale=2.0, **options):
     given = {"seed": 0, "batch_size": 4, "progress": False}
-    how = Solver(3, cfg_scale)
+    how = SamplingConfig(3, cfg_scale)
     return generate(model, Flow(shift=3.0), features, ids, how, **given | options)
 
 
@@ -222,7 +222,7 @@ class TestEvaluate:
             scenes,
             ["test"] * 6,
             decode,
-            Solver(3, 2.0),
+            SamplingConfig(3, 2.0),
             seed=0,
             batch_size=4,
             progress=False,

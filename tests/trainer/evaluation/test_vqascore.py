@@ -15,8 +15,8 @@ from semroute.schemas import InputError
 from semroute.trainer.evaluation.vqascore import (
     JUDGEMENTS_SCHEMA,
     SCORES_SCHEMA,
-    Judge,
-    Verdict,
+    VQAScorer,
+    VQAScores,
     summarise,
 )
 
@@ -83,7 +83,7 @@ def tiny_vlm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(tiny_vlm):
-    return Judge(tiny_vlm, "tiny", "float32", "cpu")
+    return VQAScorer(tiny_vlm, "tiny", "float32", "cpu")
 
 
 def pictures(num=4, size=12):
@@ -144,14 +144,14 @@ class TestJudge:
 
     def test_refuses_a_model_of_text(self, tiny_llm):
         with pytest.raises(InputError, match="cannot load it as a model of images and text"):
-            Judge(tiny_llm, "llama", "float32")
+            VQAScorer(tiny_llm, "llama", "float32")
 
     def test_refuses_a_model_that_is_not_for_chats(self, tiny_vlm, tmp_path):
         for file in tiny_vlm.iterdir():
             if file.name != "chat_template.jinja":
                 (tmp_path / file.name).symlink_to(file)
         with pytest.raises(InputError, match="has no chat template; expected a model made for"):
-            Judge(tmp_path, "tiny", "float32")
+            VQAScorer(tmp_path, "tiny", "float32")
 
     def test_runs_no_code_of_the_model_unless_told(self, tiny_vlm, tmp_path):
         marker = tmp_path / "ran"
@@ -170,10 +170,10 @@ class TestJudge:
             "class Config(PretrainedConfig):\n    model_type = 'mine'\n"
         )
         with pytest.raises(InputError, match="needs --trust-remote-code"):
-            Judge(folder, "remote", "float32")
+            VQAScorer(folder, "remote", "float32")
         assert not marker.exists()
         with pytest.raises(InputError, match="cannot load it"):  # it is no model still
-            Judge(folder, "remote", "float32", trust_remote_code=True)
+            VQAScorer(folder, "remote", "float32", trust_remote_code=True)
         assert marker.exists()
 
 
@@ -297,7 +297,7 @@ class TestEvaluate:
         whole = folder / "whole"
         evaluate(folder, "--judge", tiny_vlm, "--batch-size", 2, "--out", whole)
         asked = []
-        ask = Judge.ask
+        ask = VQAScorer.ask
 
         def stop(self, images, questions):
             if len(asked) == 4:
@@ -307,10 +307,10 @@ class TestEvaluate:
 
         out = folder / "stopped"
         options = [folder, "--judge", tiny_vlm, "--batch-size", 2, "--out", out]
-        monkeypatch.setattr(Judge, "ask", stop)
+        monkeypatch.setattr(VQAScorer, "ask", stop)
         assert "Run the same command to continue" in evaluate(*options, code=130)
         assert pyarrow.parquet.read_table(out / "judgements.parquet").num_rows == 4
-        monkeypatch.setattr(Judge, "ask", ask)
+        monkeypatch.setattr(VQAScorer, "ask", ask)
         evaluate(*options)
         for name in ("judgements.parquet", "scores.parquet"):
             assert pyarrow.parquet.read_table(out / name).equals(
@@ -331,7 +331,7 @@ class TestEvaluate:
 def test_a_verdict_says_the_same_in_html(folder, tiny_vlm):
     evaluate(folder, "--judge", tiny_vlm)
     table = pyarrow.parquet.read_table(folder / "judged" / "tiny-llava" / "judgements.parquet")
-    verdict = Verdict(table, [])
+    verdict = VQAScores(table, [])
     cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", verdict._repr_html_())
     assert "".join("".join(cells).split()) == "".join(verdict.to_text().split())
 

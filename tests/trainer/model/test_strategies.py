@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from semroute.trainer.model import fusion
 from semroute.schemas import ContractError, InputError, RoutingConfig, parse
+from semroute.trainer.model import fusion
 from semroute.trainer.model.gates import phi
 from semroute.trainer.model.router import entropy
 from semroute.trainer.model.strategies import make_router

@@ -16,7 +16,7 @@ from semroute.trainer.runs.checkpoint import save_checkpoint
 from semroute.trainer.runs.metrics import METRICS, METRICS_SCHEMA
 from semroute.trainer.runs.record import build_model, write_record
 from semroute.trainer.runs.run import load_run, plot_run
-from semroute.trainer.runs.scores import Report
+from semroute.trainer.runs.scores import EvaluationReport
 from semroute.trainer.shapes.images import render
 from semroute.trainer.shapes.scenes import sample_scene
 
@@ -323,7 +323,7 @@ class TestPlotRun:
     def test_adds_accuracy_for_each_guidance_scale(self, make_run, tmp_path):
         scores = {1.0: evaluation(), 3.5: evaluation()}
         run = make_run("depth")
-        Report(10, "ema", "features", 50, 0, scores).write(run.path)
+        EvaluationReport(10, "ema", "features", 50, 0, scores).write(run.path)
         paths = plot_run(run, tmp_path / "plots")
         expected = ["loss.png", "routing.png", "accuracy-cfg-1.png", "accuracy-cfg-3.5.png"]
         assert [path.name for path in paths] == expected

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semroute.schemas import ContractError, InputError, TrainConfig
-from semroute.trainer.diffusion.sampling import Solver, sample
+from semroute.trainer.diffusion.sampling import SamplingConfig, sample
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.train import train
@@ -49,7 +49,7 @@ class TestLoadRun:
         run = load_run(run_path)
         assert run.step == 4
         hidden = torch.randn(3, 4, 32)
-        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), how=Solver(2, 1.0))
+        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), how=SamplingConfig(2, 1.0))
         assert out.shape == (1, 3, 12, 12)
         assert not any(p.requires_grad for p in run.model.parameters())
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import semroute
 from semroute.cli import cli
 from semroute.schemas import InputError, TrainConfig
-from semroute.trainer.runs.scores import EVALUATION_SCHEMA, Evaluation, Report
+from semroute.trainer.runs.scores import EVALUATION_SCHEMA, Evaluation, EvaluationReport
 from semroute.trainer.studies.job import JUDGED
 from semroute.trainer.studies.results import JUDGED_SCHEMA
 from semroute.trainer.training.train import train
@@ -49,7 +49,7 @@ def runs(feature_store, latent_store, tmp_path_factory):
     row = {"split": "test", "skill": "all", "accuracy": 0.625, "low": 0.5, "high": 0.7}
     row |= {"chance": 0.0, "num_images": 8, "num_scenes": 8}
     evaluation = Evaluation(pa.Table.from_pylist([row], schema=EVALUATION_SCHEMA))
-    Report(4, "ema", "features", 50, 0, {3.0: evaluation}).write(depth)
+    EvaluationReport(4, "ema", "features", 50, 0, {3.0: evaluation}).write(depth)
     uniform = run("arms/uniform", "uniform", optimizer={"lr": 1e-3}, keep_checkpoints=1)
     judged = [(3.0, n, 0, "test", "all", n < 3, 1, 1) for n in range(4)]
     judged += [(3.0, n, 0, "test", "colour", True, 1, 1) for n in range(4)]

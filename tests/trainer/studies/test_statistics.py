@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 
 from semroute.trainer.studies.statistics import (
-    CLAIMS_SCHEMA,
+    COMPARISON_SCHEMA,
+    compare_arms,
+    count_bias,
     counting,
-    inflation,
-    make_claims,
     over_captions,
     over_seeds,
 )
@@ -52,8 +52,8 @@ def row(claims, arm, **where):
 class TestMakeClaims:
     def test_means_are_over_seeds_of_means_over_captions(self):
         right = np.random.default_rng(0).random((2, 3, 40)) < [[[0.5]], [[0.8]]]
-        claims = make_claims(judgements(right), AGAINST)
-        assert claims.schema == CLAIMS_SCHEMA
+        claims = compare_arms(judgements(right), AGAINST)
+        assert claims.schema == COMPARISON_SCHEMA
         for number, arm in enumerate(("uniform", "depth")):
             found = row(claims, arm)
             assert found["seeds"] == pytest.approx(right[number].mean(1).tolist())
@@ -66,7 +66,7 @@ class TestMakeClaims:
         for seed, share in enumerate((10, 30, 50, 70)):
             right[0, seed, :share] = True
             right[1, seed, : share + 8 + seed % 2] = True
-        found = row(make_claims(judgements(right), AGAINST), "depth")
+        found = row(compare_arms(judgements(right), AGAINST), "depth")
         assert found["difference"] == pytest.approx(0.085)
         assert 0.07 < found["seeds_low"] < 0.085 < found["seeds_high"] < 0.1
         assert found["low"] < 0.1
@@ -74,7 +74,7 @@ class TestMakeClaims:
 
     def test_the_reference_has_no_difference_and_one_seed_no_interval(self):
         right = np.random.default_rng(0).random((2, 1, 40)) < 0.5
-        claims = make_claims(judgements(right), AGAINST)
+        claims = compare_arms(judgements(right), AGAINST)
         assert row(claims, "uniform")["difference"] is None
         found = row(claims, "depth")
         assert found["low"] is found["seeds_low"] is None
@@ -85,7 +85,7 @@ class TestMakeClaims:
         table = pa.concat_tables(
             [judgements(right), judgements(~right, cfg_scale=1.0, split="held-out", skill="all")]
         )
-        claims = make_claims(table, AGAINST)
+        claims = compare_arms(table, AGAINST)
         first = row(claims, "depth", cfg_scale=3.0, split="test", skill="total")
         other = row(claims, "depth", cfg_scale=1.0, split="held-out", skill="all")
         assert first["accuracy"] == pytest.approx(1 - other["accuracy"])
@@ -96,7 +96,7 @@ class TestMakeClaims:
         wrong = 0
         for _ in range(300):
             right = rng.random((2, 5, 30)) < 0.5
-            found = row(make_claims(judgements(right), AGAINST), "depth")
+            found = row(compare_arms(judgements(right), AGAINST), "depth")
             wrong += not found["seeds_low"] <= 0 <= found["seeds_high"]
         assert 4 <= wrong <= 27
 
@@ -127,10 +127,10 @@ def test_inflation_is_in_objects_with_the_seed_as_its_unit():
     right = np.zeros((2, 3, 10), bool)
     right[0] = True  # of depth, every one is an object too many
     right[1, :, :5] = [[True], [False], [False]]
-    table = inflation(judgements(right)).to_pylist()
+    table = count_bias(judgements(right)).to_pylist()
     found = {each["arm"]: each for each in table}
     assert found["uniform"]["objects"] == found["uniform"]["low"] == 0
     assert found["depth"]["objects"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert found["depth"]["low"] < found["depth"]["objects"] < found["depth"]["high"]
-    alone = inflation(judgements(right[:, :1])).to_pylist()
+    alone = count_bias(judgements(right[:, :1])).to_pylist()
     assert {each["low"] for each in alone} == {None}

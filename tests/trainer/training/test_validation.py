@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semroute.schemas import ContractError, InputError, TrainConfig, ValidationConfig, parse
-from semroute.trainer.data.loader import Stream
+from semroute.trainer.data.loader import PackedLoader
 from semroute.trainer.runs.metrics import METRICS_SCHEMA, read_metrics
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.accelerator import make_accelerator
@@ -66,7 +66,7 @@ class TestHeldOut:
         assert 5 < len(out) < 40
         seen = set()
         for rank in range(world_size):
-            stream = Stream(
+            stream = PackedLoader(
                 setup.features,
                 setup.latents,
                 setup.record.config.data,
