@@ -195,6 +195,22 @@ def test_nothing_imports_the_command_line_but_its_door():
     assert importers == set()
 
 
+def test_stores_are_read_without_torch():
+    light = (
+        "pipeline.codecs",
+        "pipeline.store",
+        "pipeline.sources",
+        "pipeline.executor",
+        "schemas",
+    )
+    heavy = [
+        module
+        for module, path in MODULES.items()
+        if module.startswith(light) and "\nimport torch\n" in path.read_text("utf-8")
+    ]
+    assert heavy == []
+
+
 def test_no_file_outgrows_a_reader():
     long = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
     assert {name: num for name, num in long.items() if num > MAX_LINES} == {}

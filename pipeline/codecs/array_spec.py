@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
+
 
 U1, U2 = np.dtype("u1"), np.dtype("<u2")
 LAYER_MAJOR = (1, 0, 2)

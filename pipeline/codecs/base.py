@@ -15,12 +15,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from .array_spec import ArraySpec
+
+if TYPE_CHECKING:
+    import torch
+
 
 LN_EPS = 1e-5
 """Of the parameter-free layer norm that routing applies (arXiv 2602.03510, reference code)."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from .array_spec import U2, ArraySpec
 from .base import Codec, Coded, Layers, Planes
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Bf16(Codec):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...schemas import Receipt
 from .base import LN_EPS
 from .kernels import in_parts, measure_errors
+
+if TYPE_CHECKING:
+    import torch
+
 
 NUM_LARGEST = 3
 """Channels left out of the second pair of errors: massive activations hide all others."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ... import schemas
 from .base import Codec
@@ -15,6 +14,9 @@ from .chunks import compress
 from .error import CodecError
 from .predictive import Predictive
 from .registry import CODECS
+
+if TYPE_CHECKING:
+    import torch
 
 
 def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from . import kernels
 from .array_spec import LAYER_MAJOR, U1, ArraySpec, pair, unpair, wrap
 from .base import Codec, Coded, Layers, Planes, output_places
+
+if TYPE_CHECKING:
+    import torch
+
 
 MIN_COUNT = 32
 """Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""

@@ -13,13 +13,17 @@ Shapes: R rows (tokens), L layers, H width, D blocks, K mixes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...schemas import InputError, Mixes, Routing
 from .base import LN_EPS
 from .error import relative_errors
+
+if TYPE_CHECKING:
+    import torch
+
 
 SAMPLE_ROWS = 2_048
 """Tokens on which a basis is found and the errors of its ranks are measured."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from . import kernels
 from .array_spec import LAYER_MAJOR, U1, U2, ArraySpec, pair, unpair, wrap
@@ -22,6 +22,10 @@ from .base import (
     pairs_of_layers,
     robust_rms,
 )
+
+if TYPE_CHECKING:
+    import torch
+
 
 RIDGE = 3e-3
 """Of the matrices of ``linear``, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""

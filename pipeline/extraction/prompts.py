@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from ...schemas import FeatureIdentity, InputError, differences
 from ..codecs.bf16 import Bf16
@@ -15,6 +14,8 @@ from ..store.features import Rows
 from ..text.captions import Captions, build_captions
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.llm import Encoder
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from ...schemas import (
     CAPTIONS_SCHEMA,
@@ -45,6 +45,10 @@ from ..store.features import FeatureStore
 from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
 from .driver import check_space, exclusive_writer, provenance, run_shards
+
+if TYPE_CHECKING:
+    import torch
+
 
 BATCH_BYTES = 64_000_000
 """Decoded bytes of the source that a worker holds at a time."""

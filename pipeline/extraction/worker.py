@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ...schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
 from ..codecs import base as codecs
@@ -32,6 +31,8 @@ from ..text.captions import Captions
 from ..text.tokenization import RaggedTokens
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.hub import ModelFiles
     from ..models.llm import Encoder
 

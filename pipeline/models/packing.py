@@ -6,11 +6,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...schemas import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from .llm import Encoder
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
 
 from ...schemas import InputError, LatentIdentity, differences
 
 if TYPE_CHECKING:
+    import torch
+
     from .hub import ModelFiles
 
 

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ...schemas.units import format_bytes
@@ -33,6 +32,10 @@ from .base import Store
 from .documents import StoreError, render_table, write_manifest
 from .parameters import read_parameters, write_parameters
 from .shard_file import ChunkSlices
+
+if TYPE_CHECKING:
+    import torch
+
 
 FEATURES_FORMAT = "semroute.features"
 BLOCK_BYTES = 4_000_000
