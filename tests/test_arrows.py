@@ -226,9 +226,9 @@ def test_no_folder_is_a_drawer():
 
 
 def test_tables_of_contents_hold():
-    """Each public name of a package is there, and so is its module."""
+    """Each public name of a package is there; commands are listed by ``cli`` alone."""
     for name, path in MODULES.items():
-        if path.name != "__init__.py" or name.count(".") != 1:
+        if path.name != "__init__.py" or name.count(".") != 1 or name == "trainer.commands":
             continue
         pytest.importorskip("torch")
         package = __import__(f"semroute.{name}", fromlist=["__all__"])
