@@ -3,16 +3,15 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from ...schemas import InputError, TrainConfig
+from ...schemas.interrupts import draining
 
 AGAIN_SECONDS = 1.0
 """A second Ctrl-C that comes later than this means it."""
@@ -59,28 +58,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[float]]:
-    """Collect when SIGTERM and Ctrl-C came instead of dying; the second Ctrl-C interrupts at once.
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets instead of ending the process; the second Ctrl-C
+    interrupts at once.
 
     One that follows within a second is the same: the terminal gives Ctrl-C to every process, and a
-    launcher hands it on to its own.
+    launcher passes it on to its own.
 
-    Outside the main thread Python cannot handle signals, and the list stays empty.
+    Outside the main thread Python cannot handle signals, and the event is never set.
     """
-    received: list[float] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if received and number == signal.SIGINT and now - received[-1] > AGAIN_SECONDS:
-            raise KeyboardInterrupt
-        received.append(now)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop = threading.Event()
+    with draining(stop, signal.SIGTERM, signal.SIGINT, again_seconds=AGAIN_SECONDS):
+        yield stop

@@ -108,14 +108,14 @@ class Trainer:
             disable=not (show and self.accelerator.is_main_process),
         )
         self.window.start(stream)
-        with progress, closing(iter(stream)) as read, stop_signals() as received:
+        with progress, closing(iter(stream)) as read, stop_signals() as stop:
             batches = on_device(read, self.accelerator.device)
             while self.step < config.steps:
                 if lock is not None and lock.lost:
                     raise LockedError(
                         f"another process took this one for dead and has taken over {self.path}"
                     )
-                seen, stopping = self.take_step(batches, bool(received))
+                seen, stopping = self.take_step(batches, stop.is_set())
                 progress.update()
                 last = self.step == config.steps
                 validating = self.validation is not None and (self.step % every == 0 or last)
