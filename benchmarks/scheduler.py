@@ -2,7 +2,7 @@
 
     python benchmarks/scheduler.py --workers 1,10,100,1000 --seconds 10
 
-The driver is the real one (``pipeline.cluster``) and the scheduler is Dask's, each in its own
+The driver is the real one (``pipeline.executor``) and the scheduler is Dask's, each in its own
 process. Workers are Dask's too, many per process, and only sleep: a given number of seconds per
 shard, in batches with a progress report after each, and then for the time that writing takes, in
 which the next shard may start. Tasks carry as many captions, and receipts as much data, as those of
@@ -24,7 +24,8 @@ import click
 import numpy as np
 import psutil
 
-from semroute.pipeline.executor.base import NO_PROFILE, Cluster, Deferred, report_progress
+from semroute.pipeline.executor.base import Deferred, report_progress
+from semroute.pipeline.executor.dask import NO_PROFILE, DaskExecutor
 from semroute.schemas import Receipt
 
 WORKERS_PER_PROCESS = 250
@@ -108,13 +109,13 @@ def measure(num: int, seconds: float, shards: int, captions: int, tokens: int, s
 
             return held.enter_context(Client(scheduler_file=str(machines.file)))
 
-        cluster = resources.enter_context(Cluster(None, connect))
-        cluster.client.wait_for_workers(num, timeout=START_SECONDS)
+        executor = resources.enter_context(DaskExecutor(connect=connect))
+        executor.client.wait_for_workers(num, timeout=START_SECONDS)
         texts = [f"{number} {'x' * 4 * (tokens // captions)}" for number in range(captions)]
         ids = np.zeros(tokens, np.int32)
         scheduler = sum(machines.scheduler.cpu_times()[:2])
         driver, began = time.process_time(), time.perf_counter()
-        outcomes = cluster.run(
+        outcomes = executor.run(
             range(num * shards),
             sleep,
             lambda shard: (shard, texts, ids, seconds, steps),

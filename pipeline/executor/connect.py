@@ -1,4 +1,4 @@
-"""Which cluster ``--cluster`` names: this machine, a scheduler that runs, or a batch system."""
+"""From ``--cluster`` to its executor: this machine, a running scheduler, or a batch system."""
 
 import json
 import re
@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas import InputError
-from .base import Cluster, connect_client, num_cpus
+from .base import Executor, num_cpus
+from .dask import DaskExecutor, connect_client
 from .jobqueue import job_queue, max_workers, read_job_queue
+from .local import LocalExecutor
 from .workers import num_gpus
 
 MOST_WORKERS = 4
-"""By default on a machine without GPUs: each holds the model."""
+"""Default limit on a machine without GPUs: each worker holds the model."""
 
 
-def connect(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
-    """The cluster of ``--cluster``; nothing is started or reached yet.
+def connect(text: str, workers: int | None, gpus: int | None = None) -> Executor:
+    """Executor for ``--cluster``. Nothing is started or reached yet.
 
     Args:
         text: ``local``; an address, ``tcp://...`` or ``tls://...``; a scheduler file, ``.json``; or
             a YAML of :class:`semroute.schemas.JobQueue`.
-        workers: processes, of ``local`` only; default one a GPU, or one a CPU core up to 4.
-        gpus: of this machine, where tasks use them; default: count them.
+        workers: processes, for ``local`` only; 0: this process, without Dask. Default: one per GPU,
+            or one per CPU core up to 4.
+        gpus: GPUs of this machine that tasks use; default: all.
 
     Raises:
         InputError: none of these, or a number of workers for a cluster that has its own.
@@ -31,20 +34,22 @@ def connect(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
     if text == "local":
         if workers is None:
             workers = (num_gpus() if gpus is None else gpus) or min(num_cpus(), MOST_WORKERS)
-        return Cluster(workers)
+        return LocalExecutor() if workers == 0 else DaskExecutor(workers)
     if workers is not None:
         raise InputError(
-            f"--workers {workers} is of --cluster local; {text} has as many as it has. "
+            f"--workers {workers} is only for --cluster local; {text} has workers of its own. "
             "Leave it out."
         )
     if re.match(r"[a-z]+://", text):
-        return Cluster(None, _address(text), f"at {text}")
+        return DaskExecutor(connect=_address(text), name=f"at {text}")
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
         jobs = read_job_queue(path)
-        return Cluster(None, job_queue(jobs, path), f"of {text}", max_workers(jobs))
+        return DaskExecutor(
+            connect=job_queue(jobs, path), name=f"of {text}", max_workers=max_workers(jobs)
+        )
     if path.suffix == ".json":
-        return Cluster(None, _scheduler_file(path), f"of {text}")
+        return DaskExecutor(connect=_scheduler_file(path), name=f"of {text}")
     raise InputError(
         f"--cluster {text!r}: expected local, an address such as tcp://host:8786, a scheduler file "
         "(.json) or a job queue (.yaml)"
@@ -52,10 +57,10 @@ def connect(text: str, workers: int | None, gpus: int | None = None) -> Cluster:
 
 
 def _address(address: str) -> Callable[[ExitStack], Any]:
-    def connect(resources: ExitStack) -> Any:
+    def open_client(resources: ExitStack) -> Any:
         return connect_client(resources, address, address=address)
 
-    return connect
+    return open_client
 
 
 def _scheduler_file(path: Path) -> Callable[[ExitStack], Any]:
@@ -67,7 +72,7 @@ def _scheduler_file(path: Path) -> Callable[[ExitStack], Any]:
             f"`dask scheduler --scheduler-file {path}` writes one."
         ) from error
 
-    def connect(resources: ExitStack) -> Any:
+    def open_client(resources: ExitStack) -> Any:
         return connect_client(resources, f"{address} (of {path})", scheduler_file=str(path))
 
-    return connect
+    return open_client

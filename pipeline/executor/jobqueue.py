@@ -10,14 +10,18 @@ from typing import Any
 import yaml
 
 from ...schemas import InputError, JobQueue, parse
-from .base import TASK, connect_client
-from .workers import as_variable
+from .dask import TASK, connect_client, no_profile_variable
 
-SHARD_TAKES = "60s"
-"""At first, to a job queue's scheduler; then what it sees."""
+SHARD_DURATION = "60s"
+"""Duration of a shard that the scheduler of a job queue assumes until it has seen one."""
 
 
 def read_job_queue(path: Path) -> JobQueue:
+    """Read the YAML of ``--cluster``.
+
+    Raises:
+        InputError: it cannot be read, or is not valid.
+    """
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -26,24 +30,23 @@ def read_job_queue(path: Path) -> JobQueue:
 
 
 def max_workers(jobs: JobQueue) -> int:
-    """Workers at most."""
+    """Maximum number of workers."""
     processes = jobs.options.get("processes", 1)
     return jobs.maximum_jobs * (processes if isinstance(processes, int) else 1)
 
 
 def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
-    # Dask would start several workers a job, each with a model, and give each as many tasks at a
-    # time as the job has cores.
-    options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
-    words = list(options.get("worker_extra_args", []))
-    if "--nthreads" not in " ".join(map(str, words)):
-        options["worker_extra_args"] = [*words, "--nthreads", "1"]
-    prologue = options.get("job_script_prologue") or []
-    # Of jobs on this machine the script is no shell's: its words are those of one command.
-    word = "env" if jobs.kind == "local" else "export"
-    options = options | {"job_script_prologue": [f"{word} {as_variable()}", *prologue]}
+    """What makes the client of a job queue.
 
-    def connect(resources: ExitStack) -> Any:
+    Args:
+        path: of the YAML, for messages.
+
+    Raises:
+        InputError: the walltime is not valid, see :func:`with_lifetime`.
+    """
+    options = _worker_options(jobs)
+
+    def open_client(resources: ExitStack) -> Any:
         try:
             import dask
             import dask_jobqueue
@@ -60,14 +63,14 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
         )
         configured = f"jobqueue.{options.get('config_name', jobs.kind)}.scheduler-options"
         scheduler = options.get("scheduler_options") or dask.config.get(configured, None) or {}
-        if "dashboard_address" not in scheduler:  # which would be port 8787, open to all the world
+        if "dashboard_address" not in scheduler:  # its default, port 8787, is open to everyone
             scheduler = scheduler | {"dashboard_address": "127.0.0.1:0"}
             link = {"distributed.dashboard.link": "http://127.0.0.1:{port}/status"}
             resources.enter_context(dask.config.set(link))
-        # Or until the first shard is done Dask takes half a second for it, and one job for enough.
-        known = dask.config.get("distributed.scheduler.default-task-durations")
-        durations = {"distributed.scheduler.default-task-durations": {TASK: SHARD_TAKES, **known}}
-        resources.enter_context(dask.config.set(durations))
+        # Dask would assume half a second until the first shard is done, and start one job for all.
+        key = "distributed.scheduler.default-task-durations"
+        durations = {TASK: SHARD_DURATION, **dask.config.get(key)}
+        resources.enter_context(dask.config.set({key: durations}))
         try:
             cluster = resources.enter_context(kind(**options | {"scheduler_options": scheduler}))
             cluster.adapt(minimum_jobs=jobs.minimum_jobs, maximum_jobs=jobs.maximum_jobs)
@@ -75,14 +78,28 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
             raise InputError(f"--cluster {path}: dask-jobqueue refuses it: {error}") from error
         return connect_client(resources, f"the job queue of {path}", address=cluster)
 
-    return connect
+    return open_client
+
+
+def _worker_options(jobs: JobQueue) -> dict[str, Any]:
+    """Options of dask-jobqueue's cluster: one worker per job, one thread per worker."""
+    # Dask would start several workers per job, each with a model, and give each as many tasks at a
+    # time as the job has cores.
+    options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
+    words = list(options.get("worker_extra_args", []))
+    if "--nthreads" not in " ".join(map(str, words)):
+        options["worker_extra_args"] = [*words, "--nthreads", "1"]
+    prologue = options.get("job_script_prologue") or []
+    # The script of a job on this machine is not run by a shell: its words are those of one command.
+    word = "env" if jobs.kind == "local" else "export"
+    return options | {"job_script_prologue": [f"{word} {no_profile_variable()}", *prologue]}
 
 
 def with_lifetime(options: dict[str, Any], margin_minutes: float) -> dict[str, Any]:
-    """Options by which workers close before the batch system kills them: ``--lifetime``.
+    """Options that let workers end before the batch system kills them: ``--lifetime``.
 
     Args:
-        options: of a dask-jobqueue cluster; unchanged where they have no walltime, or a lifetime of
+        options: of a dask-jobqueue cluster; unchanged without a walltime, or with a lifetime of
             their own.
         margin_minutes: between the end of a worker and that of its job.
 
@@ -107,6 +124,7 @@ def with_lifetime(options: dict[str, Any], margin_minutes: float) -> dict[str, A
         raise InputError(
             f"walltime {walltime} is not longer than lifetime_margin_minutes {margin_minutes:g}"
         )
+    # Dask changes each lifetime at random by up to the stagger: lifetime + stagger = left.
     stagger = min(300, int(left.total_seconds() / 10))
     arguments += ["--lifetime", f"{int(left.total_seconds()) - stagger}s"]
     return options | {

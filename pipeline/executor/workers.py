@@ -1,4 +1,4 @@
-"""The workers of a cluster: their versions, GPUs, threads and folders."""
+"""Facts about workers: their versions, GPUs, threads and folders."""
 
 import os
 import sys
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...schemas import InputError
-from .base import NO_PROFILE, Cluster, num_cpus
+from .base import Executor, num_cpus
+from .dask import NO_PROFILE, DaskExecutor, no_profile_variable
 
 WAIT_SECONDS = 5
-"""After which waiting for the first worker is mentioned."""
+"""Waiting for the first worker is reported after this time."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What the workers of a cluster are.
+    """What all workers have.
 
     Attributes:
         have_gpus: each sees at least one.
-        threads: CPU threads for each, where nobody says otherwise.
+        threads: default number of CPU threads for each.
     """
 
     have_gpus: bool
@@ -28,109 +29,107 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What one worker says of itself."""
+class _WorkerFacts:
+    """Facts about one worker."""
 
     gpus: int
     cpus: int
     version: str
     sees_folder: bool
     host: str
-    may_stop: bool
+    may_hang: bool
 
 
-def inspect_workers(cluster: Cluster, store: str, report: Callable[[str], None]) -> Workers:
-    """Wait for the first worker of a Dask cluster, and check all that are there.
+def inspect_workers(executor: Executor, store: str, report: Callable[[str], None]) -> Workers:
+    """Wait for the first worker of a cluster, and check all that are there.
 
-    Of this machine's own workers nothing need be asked, and none is started.
+    Workers on this machine need no check, and are not started for it.
 
     Args:
         store: path or URL that they will write to.
 
     Raises:
-        InputError: no scheduler there; or workers of another version of semroute, or that do not
+        InputError: no scheduler answers; or workers have another version of semroute, or do not
             see the folder of the store.
     """
-    if cluster.connect is None:
-        return Workers(num_gpus() > 0, max(1, num_cpus() // max(1, cluster.workers or 1)))
-    waited = time.monotonic()
-    said = False
-    with cluster.wanted():
-        while not cluster.threads():
-            if not said and time.monotonic() - waited > WAIT_SECONDS:
-                report(f"waiting for the first worker {cluster.name}")
-                said = True
+    if not isinstance(executor, DaskExecutor) or executor.workers is not None:
+        return Workers(num_gpus() > 0, max(1, num_cpus() // max(1, executor.workers or 1)))
+    started = time.monotonic()
+    reported = False
+    with executor.waiting_task():
+        while not executor.threads():
+            if not reported and time.monotonic() - started > WAIT_SECONDS:
+                report(f"waiting for the first worker {executor}")
+                reported = True
             time.sleep(0.2)
     folder = "" if "://" in store else str(Path(store).resolve().parent)
-    answers = cluster.ask(_answer, folder)
-    _check(answers, cluster.threads(), folder, report)
-    gpus = sum(answer.gpus > 0 for answer in answers.values())
-    hosts = len({answer.host for answer in answers.values()})
-    report(f"{len(answers)} workers {cluster.name} on {hosts} hosts, {gpus} of them with a GPU")
-    return Workers(gpus == len(answers), min(answer.cpus for answer in answers.values()))
+    workers = executor.ask(_describe_worker, folder)
+    _check(workers, executor.threads(), folder, report)
+    num_with_gpu = sum(worker.gpus > 0 for worker in workers.values())
+    num_hosts = len({worker.host for worker in workers.values()})
+    report(
+        f"{len(workers)} workers {executor} on {num_hosts} hosts, {num_with_gpu} of them with a GPU"
+    )
+    return Workers(num_with_gpu == len(workers), min(worker.cpus for worker in workers.values()))
 
 
 def _check(
-    answers: dict[str, _Answer],
+    workers: dict[str, _WorkerFacts],
     threads: dict[str, int],
     folder: str,
     report: Callable[[str], None],
 ) -> None:
     from ... import __version__
 
-    others = {a: f"semroute {w.version}" for a, w in answers.items() if w.version != __version__}
-    blind = {a: w.host for a, w in answers.items() if not w.sees_folder}
+    others = {a: f"semroute {w.version}" for a, w in workers.items() if w.version != __version__}
+    blind = {a: w.host for a, w in workers.items() if not w.sees_folder}
     if others:
         raise InputError(
-            f"{len(others)} of {len(answers)} workers have another version than this command, "
-            f"semroute {__version__}: {_some(others)}. Install the same one everywhere."
+            f"{len(others)} of {len(workers)} workers have another version than this command, "
+            f"semroute {__version__}: {_list_some(others)}. Install the same one everywhere."
         )
     if blind:
         raise InputError(
-            f"{len(blind)} of {len(answers)} workers do not see the folder {folder}: "
-            f"{_some(blind)}. Name a folder on a file system that all nodes share."
+            f"{len(blind)} of {len(workers)} workers do not see the folder {folder}: "
+            f"{_list_some(blind)}. Name a folder on a file system that all nodes share."
         )
-    stopping = {a: w.host for a, w in answers.items() if w.may_stop}
-    if stopping:
+    may_hang = {a: w.host for a, w in workers.items() if w.may_hang}
+    if may_hang:
         report(
-            f"warning: {len(stopping)} workers ({_some(stopping)}) run Python 3.11 with Dask's "
-            "profiler, which may stop them for ever (dask/distributed#8616); start them with "
-            f"{as_variable()}"
+            f"warning: {len(may_hang)} workers ({_list_some(may_hang)}) run Python 3.11 with "
+            "Dask's profiler, which may stop them for ever (dask/distributed#8616); start them "
+            f"with {no_profile_variable()}"
         )
     shared = {a: f"{num} threads" for a, num in threads.items() if num > 1}
     if shared:
         report(
-            f"warning: {len(shared)} workers have several threads ({_some(shared)}), but a model "
-            "serves one task at a time; start them with --nthreads 1"
+            f"warning: {len(shared)} workers have several threads ({_list_some(shared)}), but a "
+            "model serves one task at a time; start them with --nthreads 1"
         )
 
 
-def _some(found: dict[str, str]) -> str:
-    listed = ", ".join(f"{address}: {what}" for address, what in [*found.items()][:3])
-    return listed + (" and more" if len(found) > 3 else "")
+def _list_some(facts: dict[str, str]) -> str:
+    listed = ", ".join(f"{address}: {fact}" for address, fact in [*facts.items()][:3])
+    return listed + (" and more" if len(facts) > 3 else "")
 
 
-def _answer(folder: str) -> _Answer:
-    """Runs in a worker."""
+def _describe_worker(folder: str) -> _WorkerFacts:
+    """Describe the worker in which this is called."""
     import socket
 
     from dask.config import get
 
     from ... import __version__
 
-    sees = not folder or os.path.isdir(folder)  # no, too, where it may not look
-    may_stop = sys.version_info < (3, 12) and any(get(key, False) for key in NO_PROFILE)
-    return _Answer(num_gpus(), num_cpus(), __version__, sees, socket.gethostname(), may_stop)
-
-
-def as_variable() -> str:
-    """The setting as a variable of the environment (dask.config)."""
-    ((key, value),) = NO_PROFILE.items()
-    return f"DASK_{key.upper().replace('.', '__')}={value}"
+    sees_folder = not folder or os.path.isdir(folder)  # False also without permission to look
+    may_hang = sys.version_info < (3, 12) and any(get(key, False) for key in NO_PROFILE)
+    return _WorkerFacts(
+        num_gpus(), num_cpus(), __version__, sees_folder, socket.gethostname(), may_hang
+    )
 
 
 def num_gpus() -> int:
-    """None where torch is not installed, which pixels do not need."""
+    """GPUs that this process sees; 0 without torch, which ``pixels`` does not need."""
     try:
         import torch
     except ImportError:
@@ -139,7 +138,8 @@ def num_gpus() -> int:
 
 
 def own_device() -> str:
-    """The worker's own GPU where there are GPUs (workers of a LocalCluster are named 0, 1, ...)."""
+    """Device of this worker: a GPU of its own where there are GPUs, chosen by the worker's name (0,
+    1, ... in a LocalCluster)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -148,5 +148,5 @@ def own_device() -> str:
 
     try:
         return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
-    except ValueError:  # no worker: this is the driver's own process
+    except ValueError:  # not in a worker: this is the process of the driver
         return "cuda:0"

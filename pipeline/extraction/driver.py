@@ -15,7 +15,7 @@ from typing import Any
 from ...schemas import InputError, Provenance, Quarantine, Receipt
 from ...schemas.files import is_local
 from ...schemas.units import format_bytes
-from ..executor.base import Cluster, Deferred, DiskFullError, Interrupted
+from ..executor.base import Deferred, DiskFullError, Executor, Interrupted
 from ..executor.connect import connect
 from ..executor.progress import ProgressReporter, Style
 from ..store.features import FeatureStore
@@ -48,7 +48,7 @@ def exclusive_writer(
     report: Callable[[str], None],
     *,
     gpus: int | None = None,
-) -> Iterator[Cluster]:
+) -> Iterator[Executor]:
     """Be the driver of a store, on the cluster that was named; its workers end with the block.
 
     Args: as for :func:`semroute.pipeline.executor.connect.connect`.
@@ -58,10 +58,10 @@ def exclusive_writer(
         InputError: no such cluster.
     """
     hint = f" semroute status {store} shows it."
-    with locked(store, report, hint) as lock, connect(cluster, workers, gpus) as found:
-        found.stop = lock.stop
+    with locked(store, report, hint) as lock, connect(cluster, workers, gpus) as executor:
+        executor.stop = lock.stop
         try:
-            yield found
+            yield executor
         except Interrupted as error:
             if not lock.lost:
                 raise
@@ -78,7 +78,7 @@ def run_shards(
     arguments: Callable[[int], tuple[Any, ...]],
     packing: Packing,
     *,
-    cluster: Cluster,
+    executor: Executor,
     unit: str,
     report: Callable[[str], None],
     style: Style = "auto",
@@ -89,7 +89,7 @@ def run_shards(
         function: encodes one shard, then writes it and its receipt, which is the result; importable
             by name.
         arguments: shard -> what the function is called with.
-        cluster: where it is called.
+        executor: calls it.
         unit: what entries are called in the progress line.
         report: takes one line of text at a time.
         style: of the progress line.
@@ -105,18 +105,18 @@ def run_shards(
         packing.work(),
         list(remaining),
         style,
-        workers=cluster.num_workers,
-        errors=lambda: cluster.num_errors,
+        workers=lambda: executor.num_workers,
+        errors=lambda: executor.num_errors,
     )
     written, warnings = _Tally(), Counter[str]()
     failed: dict[int, BaseException] = {}
     _sweep(store, report)
-    dashboard = cluster.dashboard() if remaining else ""
+    dashboard = executor.dashboard() if remaining else ""
     if dashboard:
         report(f"Dask's dashboard: {dashboard}")
     try:
         with meter:
-            outcomes = cluster.run(remaining, function, arguments, on_progress=meter.advance)
+            outcomes = executor.run(remaining, function, arguments, on_progress=meter.advance)
             for shard, outcome in outcomes:
                 if isinstance(outcome, Receipt):
                     written.add(outcome)

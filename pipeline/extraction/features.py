@@ -16,7 +16,7 @@ from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, request_codec
-from ..executor.base import Cluster
+from ..executor.base import Executor
 from ..executor.progress import Style
 from ..executor.workers import inspect_workers
 from ..models.packing import NUM_CAPTIONS
@@ -100,9 +100,9 @@ def extract(
         Interrupted: Ctrl-C.
     """
     features = locate(features)
-    with exclusive_writer(features, cluster, workers, report) as machines:
+    with exclusive_writer(features, cluster, workers, report) as executor:
         begun = FeatureStore.begun(features)
-        there = inspect_workers(machines, str(features), report)
+        there = inspect_workers(executor, str(features), report)
         if dtype == "auto":
             dtype = "bfloat16" if there.have_gpus else "float32"
             dtype = begun.manifest.identity.dtype if begun is not None else dtype
@@ -145,8 +145,8 @@ def extract(
         elif batching == "padded":
             line_tokens, against = None, ""
         else:
-            machines.limit(packing.layout.num_shards)
-            against = _try(job, plan, machines)
+            executor.limit(packing.layout.num_shards)
+            against = _try(job, plan, executor)
             line_tokens = None if against else LINE_TOKENS
         if against and batching == "packed":
             raise InputError(f"--batching packed: {against}; take auto or padded")
@@ -174,7 +174,7 @@ def extract(
             fitted = None
             num_bytes = packing.layout.num_rows * bytes_per_row
             if CODECS[codec].fits:
-                fitted = _fit(job, manifest, captions, machines, report)
+                fitted = _fit(job, manifest, captions, executor, report)
                 manifest = manifest.model_copy(update={"codec": fitted.spec})
                 num_bytes = int(num_bytes * fitted.bits_per_value / 16)
             check_space(features, num_bytes, force)
@@ -182,7 +182,7 @@ def extract(
             store = FeatureStore.create(features, manifest, table, plan.samples_table(), parameters)
 
         remaining = store.remaining()
-        machines.limit(len(remaining))
+        executor.limit(len(remaining))
 
         def arguments(shard: int) -> tuple[Job, ShardTask]:
             entries = packing.entries(shard)
@@ -194,7 +194,7 @@ def extract(
             f"{len(plan.samples):,} samples, {len(captions):,} unique captions, "
             f"{packing.layout.num_rows:,} tokens x {len(identity.layers)} layers x "
             f"{identity.model.width}: {format_bytes(packing.layout.num_rows * bytes_per_row)}; "
-            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {machines}"
+            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {executor}"
         )
         run_shards(
             store,
@@ -202,7 +202,7 @@ def extract(
             encode_shard,
             arguments,
             packing,
-            cluster=machines,
+            executor=executor,
             unit="captions",
             report=report,
             style=progress,
@@ -216,12 +216,12 @@ def _some(captions: Captions, chosen: slice) -> ShardTask:
     return ShardTask.of(captions, chosen, 0, np.cumsum(counts) - counts)
 
 
-def _try(job: Job, plan: Plan, machines: Cluster) -> str:
+def _try(job: Job, plan: Plan, executor: Executor) -> str:
     """Try in a worker whether captions can be packed: why not, or ""."""
     captions = plan.captions
     chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
     task = _some(captions, chosen)
-    outcomes = machines.run(
+    outcomes = executor.run(
         [0], try_packing, lambda _: (job, task, plan.identity), on_progress=lambda *_: None
     )
     ((_, found),) = outcomes
@@ -234,7 +234,7 @@ def _fit(
     job: Job,
     manifest: FeatureManifest,
     captions: Captions,
-    machines: Cluster,
+    executor: Executor,
     report: Callable[[str], None],
 ) -> Fitted:
     """Fit the codec to the first captions in store order, in a worker, before anything is kept."""
@@ -248,7 +248,7 @@ def _fit(
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)
 
-        outcomes = machines.run([0], fit_sample, lambda _: (job, task, manifest), on_progress=show)
+        outcomes = executor.run([0], fit_sample, lambda _: (job, task, manifest), on_progress=show)
         ((_, fitted),) = outcomes
     if isinstance(fitted, BaseException):
         raise InputError(f"the codec could not be fitted: {fitted}") from fitted

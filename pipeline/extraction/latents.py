@@ -97,7 +97,7 @@ def encode_images(
         raise InputError("--buckets are of about one area: name it with --size, such as 1024")
     shapes = [] if size is None or buckets is None else choose_buckets(size, buckets)
     gpus = 0 if vae == "pixels" else None
-    with exclusive_writer(latents, cluster, workers, report, gpus=gpus) as machines:
+    with exclusive_writer(latents, cluster, workers, report, gpus=gpus) as executor:
         begun = LatentStore.begun(latents)
         samples = read_samples(
             source, text_column=text_column, image_column=image_column, limit=limit, need="image"
@@ -106,7 +106,7 @@ def encode_images(
         if images.broken:
             report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")
         located = None if vae == "pixels" else find_vae(vae)
-        there = inspect_workers(machines, str(latents), report)
+        there = inspect_workers(executor, str(latents), report)
         threads = 1 if located is None else there.threads
         if begun is not None:
             threads = begun.manifest.layout.num_threads
@@ -165,7 +165,7 @@ def encode_images(
             store = LatentStore.create(latents, manifest, table)
         store.drop_broken = drop_broken
         remaining = store.remaining()
-        machines.limit(len(remaining))
+        executor.limit(len(remaining))
 
         def arguments(shard: int) -> tuple[_Task]:
             entries = packing.entries(shard)
@@ -181,7 +181,7 @@ def encode_images(
         report(
             f"{len(samples):,} images as {identity.vae}, {shape}: "
             f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
-            f"to do: {len(remaining)}, {machines}"
+            f"to do: {len(remaining)}, {executor}"
         )
         run_shards(
             store,
@@ -189,7 +189,7 @@ def encode_images(
             _encode_images,
             arguments,
             packing,
-            cluster=machines,
+            executor=executor,
             unit="images",
             report=report,
             style=progress,

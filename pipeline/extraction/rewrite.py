@@ -137,8 +137,8 @@ def rewrite(
         codec = source.manifest.codec.name
         quality = source.manifest.codec.quality if quality is None else quality
     spec = request_codec(codec, quality)
-    with exclusive_writer(out, cluster, workers, report, gpus=0) as machines:
-        inspect_workers(machines, str(out), report)
+    with exclusive_writer(out, cluster, workers, report, gpus=0) as executor:
+        inspect_workers(executor, str(out), report)
         begun = FeatureStore.begun(out)
         if begun is not None:
             asked = begun.manifest.codec
@@ -208,7 +208,7 @@ def rewrite(
             new = _captions_table(table, packing)
             store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
         remaining = store.remaining()
-        machines.limit(len(remaining))
+        executor.limit(len(remaining))
         job = _Job(source.path.resolve(), out.resolve())
         kept = f"{len(chosen)} of {len(source.layers)} layers"
         if mixes is not None:
@@ -217,7 +217,7 @@ def rewrite(
         size = format_bytes(packing.layout.num_rows * bytes_per_row)
         report(
             f"{len(selection.ids):,} of {len(source):,} captions, {tokens}: {size} before {codec}; "
-            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {machines}"
+            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {executor}"
         )
 
         def arguments(shard: int) -> tuple[_Job, int, np.ndarray]:
@@ -230,7 +230,7 @@ def rewrite(
             _rewrite_shard,
             arguments,
             packing,
-            cluster=machines,
+            executor=executor,
             unit="captions",
             report=report,
             style=progress,

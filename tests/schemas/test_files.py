@@ -338,13 +338,13 @@ class TestLock:
             if shard == 1:
                 other = read_driver(place).model_copy(update={"token": "another"})
                 write_document(place / LOCK_FILE, other.model_dump_json())
-                assert machines.stop.wait(5)
+                assert executor.stop.wait(5)
 
         with (
             pytest.raises(LockedError, match="another driver took this one for dead"),
-            exclusive_writer(place, "local", 0, print) as machines,
+            exclusive_writer(place, "local", 0, print) as executor,
         ):
-            [*machines.run(range(5), work, lambda s: (s,), on_progress=lambda *_: None)]
+            [*executor.run(range(5), work, lambda s: (s,), on_progress=lambda *_: None)]
         assert done == [0, 1]
         assert read_driver(place).token == "another"
 

@@ -15,9 +15,10 @@ import yaml
 pytest.importorskip("torch")
 pytest.importorskip("distributed")  # or a setting for a while takes its defaults away at the end
 
-from semroute.pipeline.executor import connect as places
+from semroute.pipeline.executor import dask as dask_executor
+from semroute.pipeline.executor import workers
 from semroute.pipeline.executor.base import ClusterLostError
-from semroute.pipeline.executor.connect import connect
+from semroute.pipeline.executor.connect import MOST_WORKERS, connect
 from semroute.pipeline.executor.jobqueue import with_lifetime
 from semroute.pipeline.executor.workers import inspect_workers
 from semroute.pipeline.extraction.features import extract
@@ -57,7 +58,8 @@ class Machines:
         self.folder = folder
         self.processes = []
         self.start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", self.file)
-        while not self.file.exists():
+        # It is there before it is written.
+        while not (self.file.exists() and self.file.read_text().endswith("}")):
             time.sleep(0.05)
 
     def start(self, *words, **environment):
@@ -102,11 +104,12 @@ class TestSchedulerFile:
         path = tmp_path / "features"
         extract(features=path, cluster=str(machines.file), report=report, **options)
         assert contents(path) == undisturbed
+        said = [line for line in said if not line.startswith("waiting for the first worker")]
         assert said[0].startswith(f"1 workers of {machines.file} on 1 hosts, 0 of them with a GPU")
         assert any(f"workers of {machines.file}" in line or "to do:" in line for line in said[1:])
 
     def test_it_waits_for_the_first_worker_and_says_so(self, machines, monkeypatch):
-        monkeypatch.setattr(places, "WAIT_SECONDS", 0)
+        monkeypatch.setattr(workers, "WAIT_SECONDS", 0)
         said, wanted = [], []
 
         def count(dask_scheduler):
@@ -116,13 +119,13 @@ class TestSchedulerFile:
             if not said:
                 until = time.monotonic() + 60
                 while not any(wanted) and time.monotonic() < until:
-                    wanted.append(cluster.client.run_on_scheduler(count))
+                    wanted.append(executor.client.run_on_scheduler(count))
                 machines.worker("--nthreads", "3", profile=True)
             said.append(line)
 
-        with connect(str(machines.file), None) as cluster:
-            found = inspect_workers(cluster, "s3://bucket/store", report)
-            assert list(cluster.ask(os.getcwd).values())
+        with connect(str(machines.file), None) as executor:
+            found = inspect_workers(executor, "s3://bucket/store", report)
+            assert list(executor.ask(os.getcwd).values())
         assert said[0] == f"waiting for the first worker of {machines.file}"
         assert wanted[-1] == 1  # or an adaptive cluster would wait for work as we do for it
         *profiled, shared = said[1:-1]
@@ -161,8 +164,8 @@ class TestSchedulerFile:
             address = json.loads(machines.file.read_text())["address"]
             assert address.startswith("tls://")
             for name in (address, str(machines.file)):
-                with dask.config.set(settings), connect(name, None) as cluster:
-                    assert inspect_workers(cluster, str(tmp_path / "store"), print).threads >= 1
+                with dask.config.set(settings), connect(name, None) as executor:
+                    assert inspect_workers(executor, str(tmp_path / "store"), print).threads >= 1
                 with pytest.raises(InputError, match="no Dask scheduler answers"):
                     connect(name, None).threads()
         finally:
@@ -171,17 +174,17 @@ class TestSchedulerFile:
     def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
         machines.worker()
         folder = tmp_path / "mine"
-        with connect(str(machines.file), None) as cluster:
-            cluster.client.wait_for_workers(1, timeout=60)
+        with connect(str(machines.file), None) as executor:
+            executor.client.wait_for_workers(1, timeout=60)
             with pytest.raises(InputError, match=r"do not see the folder .*mine.*that all nodes"):
-                inspect_workers(cluster, str(folder / "store"), print)
+                inspect_workers(executor, str(folder / "store"), print)
 
     def test_a_scheduler_that_dies_while_workers_are_asked(self, machines):
         machines.worker()
-        with connect(str(machines.file), None) as cluster:
-            cluster.client.wait_for_workers(1, timeout=60)
-            with pytest.raises(ClusterLostError, match=r"is gone: .*the same command again"):
-                cluster.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
+        with connect(str(machines.file), None) as executor:
+            executor.client.wait_for_workers(1, timeout=60)
+            with pytest.raises(ClusterLostError, match=r"is gone: .*rerun the same command"):
+                executor.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
 
     def test_a_scheduler_that_dies_loses_nothing(self, machines, options, undisturbed, tmp_path):
         machines.worker()
@@ -195,7 +198,7 @@ class TestSchedulerFile:
 
         with (
             dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
-            pytest.raises(ClusterLostError, match="run the same command again"),
+            pytest.raises(ClusterLostError, match="rerun the same command to resume"),
         ):
             extract(features=path, cluster=str(machines.file), report=report, **options)
         extract(features=path, workers=0, report=[].append, **options)
@@ -249,10 +252,10 @@ class TestJobs:
                 time.sleep(0.1)
             return number
 
-        with connect("jobs.yaml", None) as cluster:
-            assert inspect_workers(cluster, str(tmp_path), [].append).threads >= 1
-            assert list(cluster.threads().values()) == [1]
-            found = cluster.run(range(4), work, lambda shard: (shard,), on_progress=print)
+        with connect("jobs.yaml", None) as executor:
+            assert inspect_workers(executor, str(tmp_path), [].append).threads >= 1
+            assert list(executor.threads().values()) == [1]
+            found = executor.run(range(4), work, lambda shard: (shard,), on_progress=print)
             assert len({number for _, number in found}) == 2
 
     @pytest.mark.parametrize(
@@ -281,10 +284,10 @@ class TestJobs:
         jobs = {"kind": "slurm", "maximum_jobs": 1, "options": {"cores": 1, "colour": "blue"}}
         (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(jobs))
         with (
-            connect(str(tmp_path / "jobs.yaml"), None) as cluster,
+            connect(str(tmp_path / "jobs.yaml"), None) as executor,
             pytest.raises(InputError, match="dask-jobqueue refuses it"),
         ):
-            inspect_workers(cluster, str(tmp_path), print)
+            inspect_workers(executor, str(tmp_path), print)
 
     def test_workers_end_before_their_job_does(self):
         found = with_lifetime({"walltime": "04:00:00"}, 10)["worker_extra_args"]
@@ -306,16 +309,16 @@ class TestNames:
             connect(name, None)
 
     def test_workers_are_of_this_machine_only(self):
-        with pytest.raises(InputError, match="--workers 2 is of --cluster local"):
+        with pytest.raises(InputError, match="--workers 2 is only for --cluster local"):
             connect("tcp://127.0.0.1:1", 2)
 
     def test_no_scheduler_there(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(places, "CONNECT_SECONDS", 1)
+        monkeypatch.setattr(dask_executor, "CONNECT_SECONDS", 1)
         with (
-            connect("tcp://127.0.0.1:1", None) as cluster,
+            connect("tcp://127.0.0.1:1", None) as executor,
             pytest.raises(InputError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
         ):
-            inspect_workers(cluster, str(tmp_path), print)
+            inspect_workers(executor, str(tmp_path), print)
         with pytest.raises(InputError, match="no scheduler file"):
             connect(str(tmp_path / "missing.json"), None)
         (tmp_path / "empty.json").write_text(json.dumps({}))
@@ -324,5 +327,5 @@ class TestNames:
 
     def test_this_machine_by_default(self):
         assert connect("local", None, gpus=3).workers == 3
-        assert 1 <= connect("local", None, gpus=0).workers <= places.MOST_WORKERS
+        assert 1 <= connect("local", None, gpus=0).workers <= MOST_WORKERS
         assert shutil.which("nvidia-smi") or connect("local", None).workers >= 1

@@ -7,19 +7,20 @@ import pytest
 
 pytest.importorskip("torch")
 
-from semroute.pipeline.executor.base import (
-    ATTEMPTS,
-    IN_FLIGHT,
-    Cluster,
-    Deferred,
-    DiskFullError,
-    Interrupted,
-)
+from semroute.pipeline.executor.base import ATTEMPTS, Deferred, DiskFullError, Interrupted
+from semroute.pipeline.executor.dask import IN_FLIGHT, DaskExecutor
+from semroute.pipeline.executor.local import LocalExecutor
 
 
-def outcomes(cluster, function, shards=range(6)):
-    with cluster:
-        return dict(cluster.run(list(shards), function, lambda shard: (shard,), on_progress=ignore))
+def make_executor(workers):
+    return DaskExecutor(workers) if workers else LocalExecutor()
+
+
+def outcomes(executor, function, shards=range(6)):
+    with executor:
+        return dict(
+            executor.run(list(shards), function, lambda shard: (shard,), on_progress=ignore)
+        )
 
 
 def ignore(_shard, _done):
@@ -29,7 +30,7 @@ def ignore(_shard, _done):
 @pytest.mark.parametrize("workers", [0, 2])
 class TestRun:
     def test_every_shard_has_its_result(self, workers):
-        assert outcomes(Cluster(workers), abs) == {shard: shard for shard in range(6)}
+        assert outcomes(make_executor(workers), abs) == {shard: shard for shard in range(6)}
 
     @pytest.mark.parametrize("writing", [False, True])
     def test_what_raises_is_tried_again_and_given_up_alone(self, workers, writing, tmp_path):
@@ -44,20 +45,20 @@ class TestRun:
             tries = os.path.getsize(f"{folder}/{shard}")
             return Deferred(finish) if writing else finish()
 
-        cluster = Cluster(workers)
-        found = outcomes(cluster, fail)
+        executor = make_executor(workers)
+        found = outcomes(executor, fail)
         assert isinstance(found.pop(3), RuntimeError)
         assert found == {shard: shard for shard in (0, 1, 2, 4, 5)}
         tries = [len((tmp_path / str(shard)).read_text()) for shard in range(6)]
         assert tries == [1, 2, 1, ATTEMPTS, 1, 1]
-        assert cluster.num_errors == 1 + ATTEMPTS
+        assert executor.num_errors == 1 + ATTEMPTS
 
     def test_a_full_disk_ends_it(self, workers):
         def full(_shard):
             raise OSError(28, "No space left on device", "somewhere")
 
         with pytest.raises(DiskFullError):
-            outcomes(Cluster(workers), full)
+            outcomes(make_executor(workers), full)
 
     def test_ctrl_c_lets_shards_at_work_end(self, workers):
         def slow(shard):
@@ -66,16 +67,16 @@ class TestRun:
 
         seen = []
 
-        def interrupt(cluster):
-            for shard, _ in cluster.run(range(50), slow, lambda s: (s,), on_progress=ignore):
+        def interrupt(executor):
+            for shard, _ in executor.run(range(50), slow, lambda s: (s,), on_progress=ignore):
                 seen.append(shard)
                 if len(seen) == 2:
                     os.kill(os.getpid(), signal.SIGINT)
 
-        with Cluster(workers) as cluster, pytest.raises(Interrupted):
-            interrupt(cluster)
+        with make_executor(workers) as executor, pytest.raises(Interrupted):
+            interrupt(executor)
         assert 2 <= len(seen) <= 2 + IN_FLIGHT * max(1, workers)
-        assert cluster.stop.is_set()
+        assert executor.stop.is_set()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -91,19 +92,19 @@ def test_a_shard_is_written_while_the_next_is_at_work(workers, tmp_path):
         with open(f"{folder}/{shard}", "x"):
             return Deferred(write)
 
-    assert outcomes(Cluster(workers), task, range(4)) == {shard: shard for shard in range(4)}
+    assert outcomes(make_executor(workers), task, range(4)) == {shard: shard for shard in range(4)}
 
 
 def test_workers_are_without_dasks_profiler_and_pages_are_for_this_machine():
     from dask.config import get
 
-    with Cluster(1) as cluster:
-        assert cluster.client
+    with DaskExecutor(1) as executor:
+        assert executor.client
         assert get("scheduler", None) is None  # a program's own Dask goes on as it was
-        (enabled,) = cluster.ask(get, "distributed.worker.profile.enabled").values()
+        (enabled,) = executor.ask(get, "distributed.worker.profile.enabled").values()
         assert not enabled
-        assert cluster.dashboard().startswith("http://127.0.0.1:")
-    assert not Cluster(0).dashboard()
+        assert executor.dashboard().startswith("http://127.0.0.1:")
+    assert not LocalExecutor().dashboard()
 
 
 class TestDeaths:
@@ -114,7 +115,7 @@ class TestDeaths:
             time.sleep(0.05)
             return shard
 
-        found = outcomes(Cluster(2), kill, range(8))
+        found = outcomes(DaskExecutor(2), kill, range(8))
         assert type(found.pop(2)).__name__ == "KilledWorker"
         assert found == {shard: shard for shard in (0, 1, 3, 4, 5, 6, 7)}
 
@@ -124,14 +125,14 @@ class TestDeaths:
             return os.getpid()
 
         found = {}
-        with Cluster(2) as cluster:
-            for shard, worker in cluster.run(range(20), pid, lambda s: (s,), on_progress=ignore):
+        with DaskExecutor(2) as executor:
+            for shard, worker in executor.run(range(20), pid, lambda s: (s,), on_progress=ignore):
                 found[shard] = worker
                 if len(found) == 3:
                     killed = worker
                     os.kill(killed, signal.SIGKILL)
-            cluster.client.wait_for_workers(2, timeout=60)
-            replaced = cluster.ask(os.getpid).values()
+            executor.client.wait_for_workers(2, timeout=60)
+            replaced = executor.ask(os.getpid).values()
         assert sorted(found) == list(range(20))
         assert len({*replaced}) == 2
         assert killed not in replaced
@@ -140,16 +141,16 @@ class TestDeaths:
         def pid(_shard):
             return os.getpid()
 
-        with Cluster(1) as cluster:
-            ((_, worker),) = cluster.run([0], pid, lambda s: (s,), on_progress=ignore)
-            assert cluster.ask(os.getpid) == {next(iter(cluster.ask(os.getpid))): worker}
+        with DaskExecutor(1) as executor:
+            ((_, worker),) = executor.run([0], pid, lambda s: (s,), on_progress=ignore)
+            assert executor.ask(os.getpid) == {next(iter(executor.ask(os.getpid))): worker}
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
 
 
 def test_it_runs_outside_of_the_main_thread():
     found = {}
-    thread = threading.Thread(target=lambda: found.update(outcomes(Cluster(0), abs)))
+    thread = threading.Thread(target=lambda: found.update(outcomes(LocalExecutor(), abs)))
     thread.start()
     thread.join()
     assert len(found) == 6
