@@ -17,7 +17,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "dask": ["DaskExecutor"],
         "local": ["LocalExecutor"],
-        "progress": ["ProgressReporter"],
+        "progress": [
+            "EntriesDone",
+            "ProgressEvent",
+            "ProgressReporter",
+            "ShardFailed",
+            "ShardWritten",
+            "ShardsEnded",
+            "ShardsStarted",
+            "open_reporter",
+        ],
         "workers": ["inspect_workers", "own_device"],
     },
 )

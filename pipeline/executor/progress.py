@@ -1,11 +1,15 @@
-"""How far a run is: one line in a terminal or a notebook, lines in a log, or JSON for machines."""
+"""Progress of writing shards: the events that a driver emits, and reporters that show them.
+
+A reporter shows one line in a terminal or a notebook, a line now and then in a log, or JSON.
+"""
 
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,141 +19,218 @@ from ...schemas.units import format_bytes
 
 Style = Literal["auto", "json"]
 LOG_SECONDS = 30.0
-"""Between lines where nobody watches a terminal."""
+"""Minimum time between two lines of a log."""
 JSON_SECONDS = 1.0
+"""Minimum time between two lines of JSON."""
 
 
-@dataclass
-class ProgressReporter:
-    """Counts what was done and shows it, from several threads.
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Something that happened while shards were written.
 
     Attributes:
-        title: of the line.
-        unit: what entries are called: captions, images.
-        shards: shard -> its entries and rows.
-        remaining: shards that this run is to write.
-        style: auto: a bar in a terminal or a notebook, else a line now and then; json: an object a
-            line on standard output.
-        workers: how many there are.
-        errors: attempts that failed.
+        num_workers: Dask workers when they were last counted; 0 without Dask.
+        num_errors: failed attempts so far.
     """
 
-    title: str
-    unit: str
-    shards: dict[int, tuple[int, int]]
-    remaining: list[int]
-    style: Style = "auto"
-    workers: Callable[[], int] = lambda: 0
-    errors: Callable[[], int] = lambda: 0
-    num_bytes: int = 0
-    quarantined: int = 0
-    _partial: dict[int, int] = field(default_factory=dict)
-    _over: set[int] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _bar: Any = None
-    _shown: float = 0.0
-    _started: float = field(default_factory=time.perf_counter)
+    num_workers: int
+    num_errors: int
 
-    def __enter__(self) -> "ProgressReporter":
-        if self.remaining and self.style == "auto" and _is_watched():
-            self._bar = tqdm(
-                total=self._total()[0],
-                initial=self._done()[0],
-                unit=f" {self.unit}",
-                desc=self.title,
-                smoothing=0.1,
-            )
-        self._show(force=True)
-        return self
 
-    def __exit__(self, *_exception: object) -> None:
+@dataclass(frozen=True)
+class ShardsStarted(ProgressEvent):
+    """The remaining shards are about to be written.
+
+    Attributes:
+        store: name of the store.
+        shards: numbers of entries and rows of every shard of the store.
+        remaining: shards to be written.
+        started: time.perf_counter() when the run started, before its workers did.
+    """
+
+    store: str
+    shards: Mapping[int, tuple[int, int]]
+    remaining: tuple[int, ...]
+    started: float
+
+
+@dataclass(frozen=True)
+class EntriesDone(ProgressEvent):
+    """A shard in progress has come to so many entries."""
+
+    shard: int
+    num_entries: int
+
+
+@dataclass(frozen=True)
+class ShardWritten(ProgressEvent):
+    """A shard and its receipt were written."""
+
+    shard: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ShardFailed(ProgressEvent):
+    """A shard was given up and quarantined."""
+
+    shard: int
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class ShardsEnded(ProgressEvent):
+    """No further event follows: all shards are over, or the run was stopped."""
+
+
+Listener = Callable[[ProgressEvent], None]
+
+
+def open_reporter(style: Style, unit: str) -> "ProgressReporter":
+    """Listener that shows progress.
+
+    Args:
+        style: auto: a bar in a terminal or a notebook, else a line now and then on standard error;
+            json: one object per line on standard output.
+        unit: name of entries: captions, images.
+    """
+    if style == "json":
+        return JsonReporter(unit)
+    return BarReporter(unit) if _is_watched() else LogReporter(unit)
+
+
+class ProgressReporter(ABC):
+    """Counts what is done and shows it. Events may come from several threads."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._lock = threading.Lock()
+        self._run = ShardsStarted(0, 0, "", {}, (), 0.0)
+        self._latest: ProgressEvent = self._run
+        self._partial: dict[int, int] = {}  # shards in progress -> entries that are done
+        self._over: set[int] = set()
+        self._num_bytes = 0
+        self._num_failed = 0
+
+    def __call__(self, event: ProgressEvent) -> None:
         with self._lock:
-            self._show(force=True)
-            if self._bar is not None:
-                self._bar.close()
-
-    def advance(self, shard: int, entries: int) -> None:
-        """So many entries of a shard at work are done."""
-        with self._lock:
-            if shard not in self._over:
-                self._partial[shard] = entries
-            self._show()
-
-    def finish(self, shard: int, num_bytes: int | None) -> None:
-        """A shard is over: written, with its bytes, or given up."""
-        with self._lock:
-            self._over.add(shard)
-            self._partial.pop(shard, None)
-            if num_bytes is None:
-                self.quarantined += 1
-            else:
-                self.num_bytes += num_bytes
-            self._show()
+            self._latest = event
+            match event:
+                case ShardsStarted():
+                    self._run = event
+                case EntriesDone(shard=shard) if shard not in self._over:
+                    self._partial[shard] = event.num_entries
+                case ShardWritten():
+                    self._end_shard(event.shard)
+                    self._num_bytes += event.num_bytes
+                case ShardFailed():
+                    self._end_shard(event.shard)
+                    self._num_failed += 1
+            if self._run.remaining:
+                self._show(event)
 
     def facts(self) -> dict[str, Any]:
-        """The numbers; plain JSON types."""
+        """Everything that is known; plain JSON types."""
+        shards = self._run.shards
         entries, rows = self._done()
-        total_entries, total_rows = self._total()
-        elapsed = time.perf_counter() - self._started
-        before = [self.shards[s] for s in self.shards.keys() - {*self.remaining}]
-        new_entries = entries - sum(e for e, _ in before)
-        new_rows = rows - sum(r for _, r in before)
-        left = total_rows - rows
+        total_entries, total_rows = _sum(shards.values())
+        elapsed = time.perf_counter() - self._run.started
+        before = [shards[shard] for shard in shards.keys() - {*self._run.remaining}]
+        entries_before, rows_before = _sum(before)
+        new_entries, new_rows = entries - entries_before, rows - rows_before
         return {
-            "store": self.title,
-            "shards": len(before) + len(self._over) - self.quarantined,
-            "shards_total": len(self.shards),
+            "store": self._run.store,
+            "shards": len(before) + len(self._over) - self._num_failed,
+            "shards_total": len(shards),
             self.unit: entries,
             f"{self.unit}_total": total_entries,
             "rows": rows,
             "rows_total": total_rows,
             f"{self.unit}_per_second": new_entries / elapsed,
             "rows_per_second": new_rows / elapsed,
-            "bytes": self.num_bytes,
-            "workers": self.workers(),
-            "errors": self.errors(),
-            "quarantined": self.quarantined,
+            "bytes": self._num_bytes,
+            "workers": self._latest.num_workers,
+            "errors": self._latest.num_errors,
+            "quarantined": self._num_failed,
             "seconds": elapsed,
-            "eta_seconds": left * elapsed / new_rows if new_rows else None,
+            "eta_seconds": (total_rows - rows) * elapsed / new_rows if new_rows else None,
         }
 
-    def _total(self) -> tuple[int, int]:
-        return sum(e for e, _ in self.shards.values()), sum(r for _, r in self.shards.values())
+    @abstractmethod
+    def _show(self, event: ProgressEvent) -> None:
+        """Show the facts after an event; called under the lock."""
+
+    def _end_shard(self, shard: int) -> None:
+        self._over.add(shard)
+        self._partial.pop(shard, None)
 
     def _done(self) -> tuple[int, int]:
-        """Entries and rows, those of shards at work by their share."""
-        at_work = {*self.remaining} - self._over
+        """Entries and rows that are done; of a shard in progress, rows by its share of entries."""
+        in_progress = {*self._run.remaining} - self._over
         entries = rows = 0
-        for shard, (num_entries, num_rows) in self.shards.items():
-            done = (
-                min(self._partial.get(shard, 0), num_entries) if shard in at_work else num_entries
-            )
+        for shard, (num_entries, num_rows) in self._run.shards.items():
+            done = num_entries
+            if shard in in_progress:
+                done = min(self._partial.get(shard, 0), num_entries)
             entries += done
             rows += num_rows * done // max(1, num_entries)
         return entries, rows
 
-    def _show(self, force: bool = False) -> None:
-        if not self.remaining:
-            return
-        now = time.perf_counter()
-        if self._bar is not None:
-            facts = self.facts()
-            self._bar.set_postfix_str(_describe(facts), refresh=False)
-            self._bar.update(facts[self.unit] - self._bar.n)
-            if force:
-                self._bar.refresh()
-            return
-        pause = JSON_SECONDS if self.style == "json" else LOG_SECONDS
-        if not force and now - self._shown < pause:
-            return
-        self._shown = now
+
+class BarReporter(ProgressReporter):
+    """A bar in a terminal or a notebook."""
+
+    _bar: Any = None
+
+    def _show(self, event: ProgressEvent) -> None:
         facts = self.facts()
-        if self.style == "json":
-            print(json.dumps(facts), flush=True)
-            return
+        if isinstance(event, ShardsStarted):
+            self._bar = tqdm(
+                total=facts[f"{self.unit}_total"],
+                initial=facts[self.unit],
+                unit=f" {self.unit}",
+                desc=event.store,
+                smoothing=0.1,
+            )
+        self._bar.set_postfix_str(_describe(facts), refresh=False)
+        self._bar.update(facts[self.unit] - self._bar.n)
+        if isinstance(event, (ShardsStarted, ShardsEnded)):
+            self._bar.refresh()
+        if isinstance(event, ShardsEnded):
+            self._bar.close()
+
+
+class _LineReporter(ProgressReporter):
+    """Lines: the first at once, then one after a pause, and one at the end."""
+
+    _printed = 0.0
+
+    def _show(self, event: ProgressEvent) -> None:
+        now = time.perf_counter()
+        is_due = now - self._printed >= self._pause()
+        if is_due or isinstance(event, (ShardsStarted, ShardsEnded)):
+            self._printed = now
+            self._print(self.facts())
+
+    @abstractmethod
+    def _pause(self) -> float:
+        """Seconds between two lines."""
+
+    @abstractmethod
+    def _print(self, facts: dict[str, Any]) -> None:
+        """Print one line."""
+
+
+class LogReporter(_LineReporter):
+    """Lines of text on standard error."""
+
+    def _pause(self) -> float:
+        return LOG_SECONDS
+
+    def _print(self, facts: dict[str, Any]) -> None:
         eta = facts["eta_seconds"]
         print(
-            f"{self.title}: {facts[self.unit]:,}/{facts[f'{self.unit}_total']:,} {self.unit}, "
+            f"{facts['store']}: {facts[self.unit]:,}/{facts[f'{self.unit}_total']:,} {self.unit}, "
             f"{facts[f'{self.unit}_per_second']:,.1f} {self.unit}/s, {_describe(facts)}"
             + ("" if eta is None else f", {timedelta(seconds=round(eta))} left"),
             file=sys.stderr,
@@ -157,8 +238,27 @@ class ProgressReporter:
         )
 
 
+class JsonReporter(_LineReporter):
+    """JSON objects on standard output, one per line."""
+
+    def _pause(self) -> float:
+        return JSON_SECONDS
+
+    def _print(self, facts: dict[str, Any]) -> None:
+        print(json.dumps(facts), flush=True)
+
+
+def _sum(shards: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Entries and rows of some shards."""
+    entries = rows = 0
+    for num_entries, num_rows in shards:
+        entries += num_entries
+        rows += num_rows
+    return entries, rows
+
+
 def _describe(facts: dict[str, Any]) -> str:
-    """What a line says beside entries, their rate and the time left."""
+    """Everything in a line but the entries, their rate and the time left."""
     parts = [
         f"{facts['shards']:,}/{facts['shards_total']:,} shards",
         f"{facts['rows_per_second']:,.0f} rows/s",
@@ -173,5 +273,5 @@ def _describe(facts: dict[str, Any]) -> str:
 
 
 def _is_watched() -> bool:
-    """A terminal, or a notebook."""
+    """Whether somebody sees a bar: in a terminal or a notebook."""
     return sys.stderr.isatty() or tqdm.__module__ == "tqdm.notebook"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from ...schemas.files import is_local
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, DiskFullError, Executor, Interrupted
 from ..executor.connect import connect
-from ..executor.progress import ProgressReporter, Style
+from ..executor.progress import (
+    EntriesDone,
+    Listener,
+    ProgressEvent,
+    ShardFailed,
+    ShardsEnded,
+    ShardsStarted,
+    ShardWritten,
+)
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
@@ -79,88 +88,100 @@ def run_shards(
     packing: Packing,
     *,
     executor: Executor,
-    unit: str,
     report: Callable[[str], None],
-    style: Style = "auto",
+    listener: Listener,
 ) -> None:
     """Run the remaining shards and finish the store.
 
     Args:
         function: encodes one shard, then writes it and its receipt, which is the result; importable
             by name.
-        arguments: shard -> what the function is called with.
+        arguments: shard -> arguments of the function.
         executor: calls it.
-        unit: what entries are called in the progress line.
         report: takes one line of text at a time.
-        style: of the progress line.
+        listener: takes the events of the run, from any thread.
 
     Raises:
         ExtractionError: shards failed, or the disk is full; all others are written.
         Interrupted: Ctrl-C.
         ClusterLostError: the scheduler is gone.
     """
-    meter = ProgressReporter(
-        store.path.name,
-        unit,
-        packing.work(),
-        list(remaining),
-        style,
-        workers=lambda: executor.num_workers,
-        errors=lambda: executor.num_errors,
-    )
-    written, warnings = _Tally(), Counter[str]()
+    tally, num_shards = _Tally(), packing.layout.num_shards
     failed: dict[int, BaseException] = {}
     _sweep(store, report)
     dashboard = executor.dashboard() if remaining else ""
     if dashboard:
         report(f"Dask's dashboard: {dashboard}")
     try:
-        with meter:
-            outcomes = executor.run(remaining, function, arguments, on_progress=meter.advance)
+        with _announced(store, remaining, packing, executor, listener, tally.started) as emit:
+            on_progress = partial(emit, EntriesDone)
+            outcomes = executor.run(remaining, function, arguments, on_progress=on_progress)
             for shard, outcome in outcomes:
                 if isinstance(outcome, Receipt):
-                    written.add(outcome)
-                    warnings.update(outcome.warnings)
-                    meter.finish(shard, sum(file.num_bytes for file in outcome.files.values()))
+                    tally.add(outcome)
+                    num_bytes = sum(file.num_bytes for file in outcome.files.values())
+                    emit(ShardWritten, shard, num_bytes)
                 else:
                     failed[shard] = outcome
                     entries = list(packing.entries(shard))
                     store.write_quarantine(_quarantine(shard, entries, outcome))
-                    meter.finish(shard, None)
+                    emit(ShardFailed, shard, outcome)
     except DiskFullError as error:
         raise ExtractionError(
-            f"the disk of {store.path} is full ({error.strerror}). What is written is whole "
-            f"and kept: {len(store.remaining())} of {packing.layout.num_shards} shards remain. "
-            "Free some space and run the same command again."
+            f"the disk of {store.path} is full ({error.strerror}). Shards that were written are "
+            f"complete and kept: {len(store.remaining())} of {num_shards} shards remain. "
+            "Free some space and rerun the same command to resume."
         ) from error
     except (Interrupted, KeyboardInterrupt):
         report(
-            f"stopped: {len(store.remaining())} of {packing.layout.num_shards} shards remain; "
-            "the same command continues"
+            f"stopped: {len(store.remaining())} of {num_shards} shards remain; rerun the same "
+            "command to resume"
         )
         raise
-    for warning, num in sorted(warnings.items()):
-        report(f"warning, of {num} of {packing.layout.num_shards} shards: {warning}")
+    for warning, num in sorted(tally.warnings.items()):
+        report(f"warning for {num} of {num_shards} shards: {warning}")
     if failed:
         shown = "\n  ".join(
             f"shard {shard}: {_reason(error)}" for shard, error in sorted(failed.items())[:5]
         )
         raise ExtractionError(
-            f"{len(failed)} of {packing.layout.num_shards} shards failed and are listed with their "
-            f"entries in {store.path / 'quarantine'}:\n  {shown}\nAll others are written. Mend the "
-            "cause and run the same command again."
+            f"{len(failed)} of {num_shards} shards failed and are listed with their entries in "
+            f"{store.path / 'quarantine'}:\n  {shown}\nAll others are written. Remove the cause "
+            "and rerun the same command to resume."
         )
     if not store.is_complete:
         _sweep(store, report)
         store.finish()
-    report(written.summary(store))
+    report(tally.summary(store))
+
+
+@contextmanager
+def _announced(
+    store: FeatureStore | LatentStore,
+    remaining: Sequence[int],
+    packing: Packing,
+    executor: Executor,
+    listener: Listener,
+    started: float,
+) -> Iterator[Callable[..., None]]:
+    """Tell a listener that shards are started and that they have ended; yields a function that
+    emits the events between, from their class and its own attributes."""
+
+    def emit(event: Callable[..., ProgressEvent], *attributes: object) -> None:
+        listener(event(executor.num_workers, executor.num_errors, *attributes))
+
+    emit(ShardsStarted, store.path.name, packing.work(), tuple(remaining), started)
+    try:
+        yield emit
+    finally:
+        emit(ShardsEnded)
 
 
 def _sweep(store: FeatureStore | LatentStore, report: Callable[[str], None]) -> None:
     left = store.sweep()
     if left:
         report(
-            f"{len(left)} files that were being written when their writer was killed are removed: "
+            f"removed {len(left)} files that were being written when their writer was killed: "
             f"{format_bytes(sum(left))}"
         )
 
@@ -174,21 +195,23 @@ def _reason(error: BaseException) -> str:
     if type(error).__name__ == "KilledWorker":
         return (
             "every worker that took it died: out of memory, or killed by the batch system? Its "
-            "captions are listed beside; smaller --batch-tokens take less memory"
+            "captions are listed too; a smaller --batch-tokens takes less memory"
         )
     return f"{type(error).__name__}: {error}"
 
 
 @dataclass
 class _Tally:
-    """What was written in this run."""
+    """Sums over the shards that this run wrote."""
 
     started: float = field(default_factory=time.perf_counter)
     rows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: Counter[str] = field(default_factory=Counter)
 
     def add(self, receipt: Receipt) -> None:
         self.rows += receipt.num_rows
+        self.warnings.update(receipt.warnings)
         for name, seconds in receipt.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 

@@ -17,7 +17,7 @@ from ...schemas.units import format_bytes
 from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, request_codec
 from ..executor.base import Executor
-from ..executor.progress import Style
+from ..executor.progress import Style, open_reporter
 from ..executor.workers import inspect_workers
 from ..models.packing import NUM_CAPTIONS
 from ..store.features import FeatureStore
@@ -203,9 +203,8 @@ def extract(
             arguments,
             packing,
             executor=executor,
-            unit="captions",
             report=report,
-            style=progress,
+            listener=open_reporter(progress, "captions"),
         )
     return store
 

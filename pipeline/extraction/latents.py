@@ -21,7 +21,7 @@ from ...schemas import (
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, report_progress, worker_name
-from ..executor.progress import Style
+from ..executor.progress import Style, open_reporter
 from ..executor.workers import inspect_workers, own_device
 from ..models.vae import Autoencoder, find_vae, pixel_codec
 from ..sources.images import (
@@ -190,9 +190,8 @@ def encode_images(
             arguments,
             packing,
             executor=executor,
-            unit="images",
             report=report,
-            style=progress,
+            listener=open_reporter(progress, "images"),
         )
         if dropped := len(store.manifest.identity.dropped):
             report(

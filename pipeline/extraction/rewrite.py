@@ -38,7 +38,7 @@ from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
 from ..codecs.registry import CODECS, request_codec
 from ..executor.base import Deferred, report_progress, worker_name
-from ..executor.progress import Style
+from ..executor.progress import Style, open_reporter
 from ..executor.workers import inspect_workers
 from ..sources.table import read_samples
 from ..store.features import FeatureStore
@@ -231,9 +231,8 @@ def rewrite(
             arguments,
             packing,
             executor=executor,
-            unit="captions",
             report=report,
-            style=progress,
+            listener=open_reporter(progress, "captions"),
         )
     return store
 

@@ -262,7 +262,7 @@ class TestContinuing:
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-        assert "shards remain; the same command continues" in output
+        assert "shards remain; rerun the same command to resume" in output
         assert "Traceback" not in output
         extract(**arguments)
         assert contents(features) == contents(undisturbed)
@@ -394,7 +394,7 @@ class TestMemory:
         memory_for(3)
         halved = extract(**arguments)
         num = whole.manifest.layout.num_shards
-        assert f"warning, of {num} of {num} shards: batches did not fit" in "\n".join(lines)
+        assert f"warning for {num} of {num} shards: batches did not fit" in "\n".join(lines)
         ids = range(len(whole))
         expected, found = (store.read(ids).tensor().float() for store in (whole, halved))
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
@@ -474,7 +474,7 @@ class TestFailing:
         assert run.returncode == 1
         assert "disk of" in run.stderr
         assert "is full" in run.stderr
-        assert "run the same command again" in run.stderr
+        assert "rerun the same command to resume" in run.stderr
         assert "Traceback" not in run.stderr
         extract(**arguments)
         assert contents(features) == contents(undisturbed)
