@@ -118,6 +118,7 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
     from semroute.pipeline.codecs.registry import CODECS
     from semroute.pipeline.extraction.driver import provenance
     from semroute.pipeline.extraction.plan import make_plan
+    from semroute.pipeline.extraction.requests import CaptionsRequest
     from semroute.pipeline.store.features import FeatureStore
     from semroute.pipeline.store.layout import pack
     from semroute.schemas import Codec, FeatureManifest
@@ -133,7 +134,7 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
         found[f"{part} cpu"] = time.process_time() - cpu
 
     with timed("read, order, tokenise"):
-        made = make_plan(str(captions), model=model)
+        made = make_plan(CaptionsRequest(source=str(captions), model=model))
     with timed("pack"):
         width = made.identity.model.width
         packing = pack(

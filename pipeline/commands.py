@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError
+from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError, parse
 from ..schemas.units import parse_bytes
 from .executor.base import Interrupted
 
@@ -224,12 +224,14 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
       semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
     """
     from .extraction import plan as planning
+    from .extraction.requests import CaptionsRequest
     from .inspection import benchmark as probing
     from .inspection import estimate as estimation
 
     names = ("codec", "quality", "samples_per_second", "passes")
     how = {name: options.pop(name) for name in names}
-    plan = planning.make_plan(captions, **options)
+    request = parse(CaptionsRequest, {"source": captions, **options}, "the plan")
+    plan = planning.make_plan(request)
     plan.report_warnings(report_line)
     probed = probing.run_benchmark(plan, planning.default_batch_tokens()) if probe else None
     found = estimation.estimate(plan, probe=probed, **how)

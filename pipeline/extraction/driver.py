@@ -1,8 +1,9 @@
-"""Fill a store: run the shards that remain, show it, quarantine what fails, finish."""
+"""The way of every job that writes a store: lock, plan, create | append | resume, run, finish."""
 
 import shutil
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import pyarrow as pa
 
 from ...schemas import InputError, Provenance, Quarantine, Receipt
 from ...schemas.files import is_local
@@ -26,12 +29,18 @@ from ..executor.progress import (
     ShardsEnded,
     ShardsStarted,
     ShardWritten,
+    Style,
+    open_reporter,
 )
+from ..executor.workers import Workers, inspect_workers
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
 from ..store.lock import LockedError, locked
+from .append import append
+from .requests import WriteRequest
 
+S = TypeVar("S", FeatureStore, LatentStore)
 _LIBRARIES = (
     "semroute",
     "torch",
@@ -78,6 +87,122 @@ def exclusive_writer(
                 f"another driver took this one for dead and has taken over {store}; semroute "
                 f"status {store} shows it"
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlan(ABC, Generic[S]):
+    """A store to be written: everything about it that is known before its first shard.
+
+    Attributes:
+        path: where it is, or will be.
+        existing: the store there, finished or not; None: a new one is created.
+        manifest: as it will be.
+        packing: which entry goes into which shard.
+    """
+
+    unit: ClassVar[str]
+    """Name of entries in the progress line."""
+    path: Path
+    existing: S | None
+    manifest: Any
+    packing: Packing
+
+    def settle(self, executor: Executor, report: Callable[[str], None]) -> Self:
+        """The plan with what only a worker can tell."""
+        return self
+
+    @abstractmethod
+    def tables(self) -> dict[str, pa.Table]:
+        """All rows of the store's tables, by name without ``.parquet``."""
+
+    @abstractmethod
+    def new_bytes(self) -> int:
+        """Bytes that shards which are not there yet will take, about."""
+
+    @abstractmethod
+    def create(self) -> S:
+        """Create the store, without a shard."""
+
+    def prepare(self, store: S) -> S:
+        """The store, told what it needs to know while it is written."""
+        return store
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is written, in one line."""
+
+    @abstractmethod
+    def task(self, shard: int) -> tuple[Any, ...]:
+        """Arguments with which :meth:`function` writes a shard."""
+
+    @staticmethod
+    @abstractmethod
+    def function(*task: Any) -> Deferred[Receipt]:
+        """Write one shard and its receipt, in a worker."""
+
+
+def write_store(
+    store_type: type[S],
+    plan_store: Callable[[S | None, Workers], StorePlan[S]],
+    request: WriteRequest,
+    report: Callable[[str], None],
+    progress: Style,
+    *,
+    gpus: int | None = None,
+) -> S:
+    """Create a store, or append to it, or resume it: the way of every command that writes one.
+
+    Args:
+        plan_store: what is there, and what the workers are -> the plan; asks no worker.
+        gpus: GPUs of this machine that tasks use; default: all.
+
+    Raises:
+        InputError: bad input, before any work; or a store that was made differently.
+        LockedError: another process writes this store.
+        ExtractionError, Interrupted, ClusterLostError: as :func:`run_shards`.
+    """
+    path = request.target
+    with exclusive_writer(path, request.cluster, request.workers, report, gpus=gpus) as executor:
+        existing = store_type.begun(path)
+        workers = inspect_workers(executor, str(path), report)
+        plan = plan_store(existing, workers).settle(executor, report)
+        store = plan.prepare(open_or_create(plan, request.force, report))
+        remaining = store.remaining()
+        executor.limit(len(remaining))
+        report(
+            f"{plan.describe()}; shards: {plan.packing.layout.num_shards}, to do: "
+            f"{len(remaining)}, {executor}"
+        )
+        run_shards(
+            store,
+            remaining,
+            plan.function,
+            plan.task,
+            plan.packing,
+            executor=executor,
+            report=report,
+            listener=open_reporter(progress, plan.unit),
+        )
+    return store
+
+
+def open_or_create(plan: StorePlan[S], force: bool, report: Callable[[str], None]) -> S:
+    """The store of a plan, with room for all of its shards: created, appended to, or as it is.
+
+    Raises:
+        StoreError: the store there was made differently.
+        InputError: too little space, and not ``force``.
+    """
+    existing, manifest = plan.existing, plan.manifest
+    if existing is None:
+        check_space(plan.path, plan.new_bytes(), force)
+        return plan.create()
+    if len(manifest.grown_from) > len(existing.manifest.grown_from):
+        existing.check_same(manifest.before_growth())
+        check_space(plan.path, plan.new_bytes(), force)
+        return append(existing, manifest, plan.tables(), report)
+    existing.check_same(manifest)
+    return existing
 
 
 def run_shards(

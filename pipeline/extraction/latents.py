@@ -17,12 +17,13 @@ from ...schemas import (
     LatentIdentity,
     LatentManifest,
     Receipt,
+    parse,
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, report_progress, worker_name
-from ..executor.progress import Style, open_reporter
-from ..executor.workers import inspect_workers, own_device
+from ..executor.progress import Style
+from ..executor.workers import Workers, own_device
 from ..models.vae import Autoencoder, find_vae, pixel_codec
 from ..sources.images import (
     choose_buckets,
@@ -34,8 +35,9 @@ from ..sources.images import (
 from ..sources.table import SampleTable, Unreadable, read_samples
 from ..store.latents import LatentStore
 from ..store.layout import pack
-from .append import append, check_images, latent_generations
-from .driver import check_space, exclusive_writer, provenance, run_shards
+from .append import check_images, latent_generations
+from .driver import StorePlan, provenance, write_store
+from .requests import LatentsRequest
 
 if TYPE_CHECKING:
     from ..models.hub import ModelFiles
@@ -53,152 +55,193 @@ def encode_images(
     source: str,
     latents: str | Path,
     *,
-    vae: str = "pixels",
-    image_column: str | None = None,
-    text_column: str | None = None,
-    size: int | None = None,
-    buckets: int | None = None,
-    limit: int | None = None,
-    drop_broken: bool = False,
-    shard_bytes: int = 256_000_000,
-    workers: int | None = None,
-    cluster: str = "local",
-    force: bool = False,
     report: Callable[[str], None] = print,
     progress: Style = "auto",
+    **options: Any,
 ) -> LatentStore:
-    """Encode the images of a table of samples into a latent store, of each row one.
+    """Encode the images of a table of samples into a latent store, one per row.
 
-    Called again with the same arguments it continues where it was stopped. Called with a source
-    that gained rows at its end, it adds new shards to the store and leaves the old ones.
+    Called again with the same arguments it resumes where it was stopped. Called with a source that
+    gained rows at its end, it adds new shards to the store and leaves the old ones.
 
     Args:
-        source: the same table that the features were made from, with an image column.
-        latents: folder of the store, or the URL of one in an object store that fsspec knows.
-        vae: ``pixels``: the image itself, scaled to [-1, 1]; or a VAE of diffusers, see
-            :func:`semroute.pipeline.models.vae.find_vae`.
-        text_column: of the captions, which join latents with features.
-        size: height and width in pixels; shorter side resized, then centre crop. Default: all
-            images have one size already.
-        buckets: with ``size``, bring each image to the nearest of several shapes of about that area
-            instead, whose sides are multiples of this many pixels; see
-            :func:`semroute.pipeline.sources.images.choose_buckets`.
-        drop_broken: complete the store although images are missing or cannot be read; training
-            leaves their samples out.
-        limit, shard_bytes, workers, cluster, force, report, progress: as in :func:`extract`.
+        source, latents, options: the fields of
+            :class:`semroute.pipeline.extraction.requests.LatentsRequest`; ``latents`` is its
+            target.
+        report, progress: as in :func:`semroute.pipeline.extraction.features.extract`.
 
     Raises:
         InputError: as in :func:`extract`; or images could not be read, after all others were
             encoded.
         ExtractionError, Interrupted: as in :func:`extract`.
     """
-    latents = locate(latents)
-    if buckets is not None and size is None:
+    request = parse(
+        LatentsRequest, {"source": source, "target": locate(latents), **options}, "the latents"
+    )
+    if request.buckets is not None and request.size is None:
         raise InputError("--buckets are of about one area: name it with --size, such as 1024")
-    shapes = [] if size is None or buckets is None else choose_buckets(size, buckets)
-    gpus = 0 if vae == "pixels" else None
-    with exclusive_writer(latents, cluster, workers, report, gpus=gpus) as executor:
-        begun = LatentStore.begun(latents)
-        samples = read_samples(
-            source, text_column=text_column, image_column=image_column, limit=limit, need="image"
-        )
-        images = describe_images(samples.image_files(), samples.source, size)
-        if images.broken:
-            report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")
-        located = None if vae == "pixels" else find_vae(vae)
-        there = inspect_workers(executor, str(latents), report)
-        threads = 1 if located is None else there.threads
-        if begun is not None:
-            threads = begun.manifest.layout.num_threads
-        digests = images.digests if begun is None else _since_begun(begun, images.digests)
-        counts = []
-        if begun is not None:
-            check_images(begun, digests, samples.source)
-            counts = [each.samples.num_samples for each in begun.manifest.generations]
-        earlier = [count for count in counts if count < len(samples)]
-        identity = _identity(located, images.size, shapes, samples, digests)
-        bucket = np.zeros(len(samples), np.int32)
-        if shapes:
-            bucket = nearest_bucket(images.sizes, shapes)
-            if begun is not None and begun.manifest.identity.buckets == identity.buckets:
-                bucket[: len(begun)] = begun.buckets  # of images that were mended since, too
-        # Entry k of the packing is sample order[k]: generation by generation, bucket by bucket.
-        generation = np.searchsorted(earlier, np.arange(len(samples)), side="right")
-        order = np.lexsort((bucket, generation))
-        breaks = np.flatnonzero(np.diff(bucket[order])) + 1
-        values = [np.prod(each.shape) for each in identity.buckets] or [np.prod(identity.shape)]
-        latent_bytes = int(max(values)) * np.dtype(identity.dtype).itemsize
-        num_bytes = latent_bytes * (1 + identity.deviation)
-        packing = pack(
-            np.ones(len(samples), np.int64),
-            bytes_per_row=num_bytes,
-            shard_bytes=shard_bytes,
-            batch_tokens=1
-            if located is None
-            else max(1, BATCH_PIXELS // int(np.prod(images.size))),
-            rows_per_chunk=max(1, LATENT_CHUNK_BYTES // latent_bytes),
-            num_threads=threads,
-            earlier=earlier,
-            breaks=breaks.tolist(),
-        )
-        manifest = LatentManifest(
-            status="extracting",
-            identity=identity,
-            layout=packing.layout,
-            provenance=provenance(source, vae if located is None else located.name),
-            grown_from=latent_generations(samples, digests, packing, begun),
-        )
-        rows = np.empty(len(samples), np.int64)
-        rows[order] = packing.row_start
-        columns = [range(len(samples)), samples.image_names(), digests, rows, bucket]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
-        table = pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)
-        if begun is not None and len(manifest.grown_from) > len(begun.manifest.grown_from):
-            begun.check_same(manifest.before_growth())
-            check_space(latents, (len(samples) - len(begun)) * num_bytes, force)
-            store = append(begun, manifest, {"samples": table}, report)
-        elif begun is not None:
-            store = begun
-            store.check_same(manifest)
-        else:
-            check_space(latents, len(samples) * num_bytes, force)
-            store = LatentStore.create(latents, manifest, table)
-        store.drop_broken = drop_broken
-        remaining = store.remaining()
-        executor.limit(len(remaining))
 
-        def arguments(shard: int) -> tuple[_Task]:
-            entries = packing.entries(shard)
-            ids = order[entries.start : entries.stop]
-            number = int(bucket[ids[0]])
-            image = shapes[number] if shapes else images.size
-            files = [*samples.take(ids).image_files()]
-            return (_Task(latents.resolve(), located, shard, ids.tolist(), files, image, number),)
+    def plan(existing: LatentStore | None, workers: Workers) -> LatentPlan:
+        return plan_latents(request, existing, workers, report)
 
-        shape = " x ".join(map(str, identity.shape))
-        if shapes:
-            shape = f"in {len(np.unique(bucket))} of {len(shapes)} buckets"
+    gpus = 0 if request.vae == "pixels" else None
+    store = write_store(LatentStore, plan, request, report, progress, gpus=gpus)
+    if dropped := len(store.manifest.identity.dropped):
         report(
-            f"{len(samples):,} images as {identity.vae}, {shape}: "
-            f"{format_bytes(len(samples) * num_bytes)}; shards: {packing.layout.num_shards}, "
-            f"to do: {len(remaining)}, {executor}"
+            f"warning: {dropped:,} of {len(store):,} samples are dropped, for their images "
+            f"cannot be read; they are listed in {store.path / 'quarantine'}"
         )
-        run_shards(
-            store,
-            remaining,
-            _encode_images,
-            arguments,
-            packing,
-            executor=executor,
-            report=report,
-            listener=open_reporter(progress, "images"),
-        )
-        if dropped := len(store.manifest.identity.dropped):
-            report(
-                f"warning: {dropped:,} of {len(samples):,} samples are dropped, for their images "
-                f"cannot be read; they are listed in {store.path / 'quarantine'}"
-            )
     return store
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPlan(StorePlan[LatentStore]):
+    """A latent store to be encoded.
+
+    Attributes:
+        request: what was asked for.
+        samples: the user's table.
+        digests: sha256 of each sample's image; None where it cannot be read.
+        vae: None where latents are pixels.
+        size: height and width of images that are in no bucket.
+        shapes: height and width of images of each bucket; empty where there are none.
+        bucket: bucket of each sample, int32 ``[samples]``.
+        order: sample of each entry of the packing, int64 ``[samples]``: generation by generation,
+            bucket by bucket.
+        bytes_per_sample: largest number of bytes that a sample takes.
+    """
+
+    unit = "images"
+
+    manifest: LatentManifest
+    request: LatentsRequest
+    samples: SampleTable
+    digests: list[str | None]
+    vae: "ModelFiles | None"
+    size: tuple[int, int]
+    shapes: list[tuple[int, int]]
+    bucket: np.ndarray
+    order: np.ndarray
+    bytes_per_sample: int
+
+    def tables(self) -> dict[str, pa.Table]:
+        num = len(self.samples)
+        rows = np.empty(num, np.int64)
+        rows[self.order] = self.packing.row_start
+        columns = [range(num), self.samples.image_names(), self.digests, rows, self.bucket]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, LATENT_SAMPLES_SCHEMA, strict=True)]
+        return {"samples": pa.table(arrays, schema=LATENT_SAMPLES_SCHEMA)}
+
+    def new_bytes(self) -> int:
+        done = 0 if self.existing is None else len(self.existing)
+        return (len(self.samples) - done) * self.bytes_per_sample
+
+    def create(self) -> LatentStore:
+        return LatentStore.create(self.path, self.manifest, self.tables()["samples"])
+
+    def prepare(self, store: LatentStore) -> LatentStore:
+        store.drop_broken = self.request.drop_broken
+        return store
+
+    def describe(self) -> str:
+        identity = self.manifest.identity
+        shape = " x ".join(map(str, identity.shape))
+        if self.shapes:
+            shape = f"in {len(np.unique(self.bucket))} of {len(self.shapes)} buckets"
+        size = format_bytes(len(self.samples) * self.bytes_per_sample)
+        return f"{len(self.samples):,} images as {identity.vae}, {shape}: {size}"
+
+    def task(self, shard: int) -> "tuple[_Task]":
+        entries = self.packing.entries(shard)
+        ids = self.order[entries.start : entries.stop]
+        number = int(self.bucket[ids[0]])
+        image = self.shapes[number] if self.shapes else self.size
+        files = [*self.samples.take(ids).image_files()]
+        path = self.path.resolve()
+        return (_Task(path, self.vae, shard, ids.tolist(), files, image, number),)
+
+    @staticmethod
+    def function(*task: Any) -> Deferred[Receipt]:
+        return _encode_images(*task)
+
+
+def plan_latents(
+    request: LatentsRequest,
+    existing: LatentStore | None,
+    workers: Workers,
+    report: Callable[[str], None],
+) -> LatentPlan:
+    """Plan a latent store: reads all images once, and asks no worker.
+
+    Raises:
+        InputError: bad input; or ``existing`` was not made from the first rows of the source.
+    """
+    size, source = request.size, request.source
+    shapes = (
+        [] if size is None or request.buckets is None else choose_buckets(size, request.buckets)
+    )
+    samples = read_samples(
+        source,
+        text_column=request.text_column,
+        image_column=request.image_column,
+        limit=request.limit,
+        need="image",
+    )
+    images = describe_images(samples.image_files(), samples.source, size)
+    if images.broken:
+        report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")
+    vae = None if request.vae == "pixels" else find_vae(request.vae)
+    threads = 1 if vae is None else workers.threads
+    digests, earlier = images.digests, []
+    if existing is not None:
+        threads = existing.manifest.layout.num_threads
+        digests = _since_begun(existing, images.digests)
+        check_images(existing, digests, samples.source)
+        counts = [each.samples.num_samples for each in existing.manifest.generations]
+        earlier = [count for count in counts if count < len(samples)]
+    identity = _identity(vae, images.size, shapes, samples, digests)
+    bucket = np.zeros(len(samples), np.int32)
+    if shapes:
+        bucket = nearest_bucket(images.sizes, shapes)
+        if existing is not None and existing.manifest.identity.buckets == identity.buckets:
+            bucket[: len(existing)] = existing.buckets  # of images that were mended since, too
+    generation = np.searchsorted(earlier, np.arange(len(samples)), side="right")
+    order = np.lexsort((bucket, generation))
+    values = [np.prod(each.shape) for each in identity.buckets] or [np.prod(identity.shape)]
+    latent_bytes = int(max(values)) * np.dtype(identity.dtype).itemsize
+    bytes_per_sample = latent_bytes * (1 + identity.deviation)
+    packing = pack(
+        np.ones(len(samples), np.int64),
+        bytes_per_row=bytes_per_sample,
+        shard_bytes=request.shard_bytes,
+        batch_tokens=1 if vae is None else max(1, BATCH_PIXELS // int(np.prod(images.size))),
+        rows_per_chunk=max(1, LATENT_CHUNK_BYTES // latent_bytes),
+        num_threads=threads,
+        earlier=earlier,
+        breaks=(np.flatnonzero(np.diff(bucket[order])) + 1).tolist(),
+    )
+    manifest = LatentManifest(
+        status="extracting",
+        identity=identity,
+        layout=packing.layout,
+        provenance=provenance(source, request.vae if vae is None else vae.name),
+        grown_from=latent_generations(samples, digests, packing, existing),
+    )
+    return LatentPlan(
+        path=request.target,
+        existing=existing,
+        manifest=manifest,
+        packing=packing,
+        request=request,
+        samples=samples,
+        digests=digests,
+        vae=vae,
+        size=images.size,
+        shapes=shapes,
+        bucket=bucket,
+        order=order,
+        bytes_per_sample=bytes_per_sample,
+    )
 
 
 def _identity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
 from ..text.captions import Captions, build_captions
 from ..text.templates import foreign_markers, read_template
+from .requests import CaptionsRequest
 
 if TYPE_CHECKING:
     from ..models.hub import ModelFiles
@@ -114,25 +115,14 @@ class Plan:
             report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
 
 
-def make_plan(
-    source: str,
-    *,
-    model: str,
-    template: str = "bos",
-    text_column: str | None = None,
-    layers: str = "all",
-    max_length: int = 512,
-    keep_prefix: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    limit: int | None = None,
-    seed: int = 0,
-    begun: FeatureManifest | None = None,
-) -> Plan:
+def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None) -> Plan:
     """Read, deduplicate and tokenise the captions; no weights are loaded.
 
-    Args: as for :func:`semroute.pipeline.extraction.features.extract`; ``auto`` is bfloat16 on a
-    GPU and float32 on a CPU. ``begun`` is the manifest of the store that is to be continued: where
-    it has fewer samples than the file, its captions come first, in its order.
+    Args:
+        request: a dtype of ``auto`` is bfloat16 where this machine has a GPU, and float32
+            elsewhere.
+        existing: manifest of the store that is resumed: where it has fewer samples than the file,
+            its captions come first, in its order.
 
     Raises:
         InputError: bad input.
@@ -148,25 +138,28 @@ def make_plan(
         tokenizer_digest,
     )
 
-    template_text = read_template(template)
-    samples = read_samples(source, text_column=text_column, limit=limit, need="text")
+    template_text = read_template(request.template)
+    samples = read_samples(
+        request.source, text_column=request.text_column, limit=request.limit, need="text"
+    )
     texts = samples.texts()
-    counts = [] if begun is None else [g.samples.num_samples for g in begun.generations]
+    counts = [] if existing is None else [g.samples.num_samples for g in existing.generations]
     earlier = [count for count in counts if count < len(samples)]
-    located = find_model(model)
+    located = find_model(request.model)
     described = describe_model(located)
-    chosen = parse_layers(layers, described.num_layers)
+    chosen = parse_layers(request.layers, described.num_layers)
     tokenizer = load_tokenizer(located)
     captions = build_captions(
         texts,
         tokenizer,
         template=template_text,
-        max_length=max_length,
-        keep_prefix=keep_prefix,
+        max_length=request.max_length,
+        keep_prefix=request.keep_prefix,
         causal=described.causal,
-        seed=seed,
+        seed=request.seed,
         earlier=earlier,
     )
+    dtype = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     identity = FeatureIdentity(
@@ -177,7 +170,7 @@ def make_plan(
         final_norm="normed" if chosen[-1] == described.num_layers else "absent",
         dtype=dtype,
         attention=attention_of(located),
-        max_length=max_length,
+        max_length=request.max_length,
         captions=captions.identity,
         samples=samples.identity(),
     )

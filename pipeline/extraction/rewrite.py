@@ -5,10 +5,10 @@ No LLM is run. Shapes: R rows (tokens), L layers, K mixes of them, D blocks, H w
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from ...schemas import (
     SamplesIdentity,
     differences,
     fingerprint,
+    parse,
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
@@ -37,14 +38,15 @@ from ..codecs.error import CodecError, codec_error
 from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
 from ..codecs.registry import CODECS, request_codec
-from ..executor.base import Deferred, report_progress, worker_name
-from ..executor.progress import Style, open_reporter
-from ..executor.workers import inspect_workers
+from ..executor.base import Deferred, Executor, report_progress, worker_name
+from ..executor.progress import Style
+from ..executor.workers import Workers
 from ..sources.table import read_samples
 from ..store.features import FeatureStore
 from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
-from .driver import check_space, exclusive_writer, provenance, run_shards
+from .driver import StorePlan, provenance, write_store
+from .requests import RewriteRequest
 
 if TYPE_CHECKING:
     import torch
@@ -80,161 +82,197 @@ def rewrite(
     features: str | Path,
     out: str | Path,
     *,
-    codec: str | None = None,
-    quality: float | None = None,
-    layers: str = "all",
-    routing: Routing | None = None,
-    rank: int | None = None,
-    shuffle_layers: int | None = None,
-    captions: str | None = None,
-    text_column: str | None = None,
-    shard_bytes: int = 256_000_000,
-    workers: int | None = None,
-    cluster: str = "local",
-    force: bool = False,
     report: Callable[[str], None] = print,
     progress: Style = "auto",
+    **options: Any,
 ) -> FeatureStore:
-    """Write a complete feature store once more, otherwise.
+    """Write a complete feature store once more: another codec, fewer layers, mixes, fewer captions.
 
-    Called again with the same arguments it continues where it was stopped. Receipts have what is
-    lost here; what the source had lost is in the manifest (``derived``); at most the two add up.
+    Called again with the same arguments it resumes where it was stopped. Receipts have what is lost
+    here; what the source had lost is in the manifest (``derived``); at most the two add up.
 
     Args:
-        features: what to rewrite.
-        out: a new folder, or a URL.
-        codec, quality: as for extraction; default the codec of the source.
-        layers: ``all`` of the source, ``every:3`` or ``1-10,17``, all of which it must hold.
-        routing: store only mixes of the layers, enough of them for what its blocks read. That the
-            source is of the run's LLM is for the caller to check.
-        rank: how many mixes; default the fewest whose mean error is under 1e-2.
-        shuffle_layers: a seed: within each caption its layers change places at random, so that no
-            layer can be told from another. A control: what routing still gains on such features
-            does not come from choosing layers. Of codec ``bf16``.
-        captions: table of captions, all of which the source must hold; default all of them. The
-            samples of the new store are its rows.
-        text_column: of ``captions``.
-        shard_bytes: size of a full shard, uncompressed.
-        workers: processes; default one a CPU core up to 4; 0: this one, without Dask.
-        cluster, force, report, progress: as for extraction.
+        features, out, options: the fields of
+            :class:`semroute.pipeline.extraction.requests.RewriteRequest`; ``out`` is its target.
+        report, progress: as in :func:`semroute.pipeline.extraction.features.extract`.
 
     Raises:
-        InputError: bad input, before any work; or a store that was made otherwise.
+        InputError: bad input, before any work; or a store that was made differently.
         ExtractionError: shards failed and are in quarantine.
         Interrupted: Ctrl-C.
     """
-    out = locate(out)
-    source = open_features(features)
-    if str(out.resolve()) == str(source.path.resolve()):
+    request = parse(
+        RewriteRequest, {"features": features, "target": locate(out), **options}, "the rewriting"
+    )
+    source = open_features(request.features)
+    if str(request.target.resolve()) == str(source.path.resolve()):
         raise InputError(f"{out} is the store itself; name a new folder")
-    identity = source.manifest.identity
-    chosen = _choose_layers(layers, source)
-    _check_routing(routing, rank, layers, source)
-    if shuffle_layers is not None:
-        _check_shuffle(codec or source.manifest.codec.name, routing, source)
-    selection = _select(source, captions, text_column)
-    if codec is None:
-        codec = source.manifest.codec.name
-        quality = source.manifest.codec.quality if quality is None else quality
-    spec = request_codec(codec, quality)
-    with exclusive_writer(out, cluster, workers, report, gpus=0) as executor:
-        inspect_workers(executor, str(out), report)
-        begun = FeatureStore.begun(out)
-        if begun is not None:
-            asked = begun.manifest.codec
-            spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
-        table = source.captions.take(pa.array(selection.ids))
-        num_tokens = table["num_tokens"].to_numpy()
-        first = _First(source, selection.ids, num_tokens)
-        mixes, final_layer = identity.mixes, identity.llm_layers[-1]
-        if routing is None:
-            last_layer = chosen[-1] if mixes is None else final_layer
-        else:
-            before = None if begun is None else begun.manifest.identity.mixes
-            mixes = before if _asked_for(before, routing, rank) else None
-            if mixes is None:
-                sample = first.read(SAMPLE_ROWS, routing.layers, None)
-                mixes = find_mixes(routing, sample, rank)
-            report(_describe_mixes(mixes))
-            chosen, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
-        bytes_per_row = 2 * len(chosen) * identity.model.width
-        packing = pack(
-            num_tokens,
-            bytes_per_row=bytes_per_row,
-            shard_bytes=shard_bytes,
-            batch_tokens=source.manifest.layout.batch_tokens,
-            aligned=CODECS[codec].aligned,
+    layers = _choose_layers(request.layers, source)
+    _check_routing(request.routing, request.rank, request.layers, source)
+    if request.shuffle_layers is not None:
+        name = request.codec or source.manifest.codec.name
+        _check_shuffle(name, request.routing, source)
+    selection = _select(source, request.captions, request.text_column)
+
+    def plan(existing: FeatureStore | None, _workers: Workers) -> RewritePlan:
+        return plan_rewrite(request, source, layers, selection, existing, report)
+
+    return write_store(FeatureStore, plan, request, report, progress, gpus=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewritePlan(StorePlan[FeatureStore]):
+    """A feature store to be made from another one.
+
+    Attributes:
+        source: the store that is read.
+        selection: captions and samples of the new store.
+        captions: their rows of captions.parquet, as in the source.
+        parameters: fitted arrays of the codec, for a new store.
+        bits_per_value: that the codec takes, as found on the sample that it was fitted to.
+    """
+
+    unit = "captions"
+
+    manifest: FeatureManifest
+    source: FeatureStore
+    selection: _Selection
+    captions: pa.Table
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
+    bits_per_value: float = 16.0
+
+    def settle(self, executor: Executor, report: Callable[[str], None]) -> "RewritePlan":
+        """Fit the codec to the first captions; here, as no LLM is run."""
+        name, width = self.manifest.codec.name, self.manifest.identity.model.width
+        if self.existing is not None or not CODECS[name].fits:
+            return self
+        first = _First(self.source, self.selection.ids, self._num_tokens)
+        num = first.num_captions(fit_rows(width))
+        report(f"fitting {name} to {num:,} captions, {self._num_tokens[:num].sum():,} tokens")
+        sample = first.read(fit_rows(width), *_reading(self.source, self.manifest.identity))
+        fitted, bits = fit_codec(name, sample, self.manifest.codec.quality)
+        spec = fitted_spec(self.manifest.codec, fitted, num, len(sample))
+        manifest = self.manifest.model_copy(update={"codec": spec})
+        return replace(
+            self, manifest=manifest, parameters=dict(fitted.parameters), bits_per_value=bits
         )
-        error = codec_error(list(source.receipts().values()))
-        manifest = FeatureManifest(
-            status="extracting",
-            identity=identity.model_copy(
-                update={
-                    "layers": chosen,
-                    "mixes": mixes,
-                    "shuffled": identity.shuffled if shuffle_layers is None else shuffle_layers,
-                    "final_norm": identity.final_norm if last_layer == final_layer else "absent",
-                    "captions": CaptionsIdentity(
-                        num_captions=len(selection.ids),
-                        fingerprint=fingerprint(table["text"]),
-                        seed=identity.captions.seed,
-                    ),
-                    "samples": selection.identity,
-                }
-            ),
-            layout=packing.layout,
-            codec=spec,
-            derived=Derived(codec=source.manifest.codec, codec_error=error.get("mean")),
-            provenance=provenance(str(features), source.manifest.provenance.model),
+
+    def tables(self) -> dict[str, pa.Table]:
+        return {
+            "samples": self.selection.samples,
+            "captions": _captions_table(self.captions, self.packing),
+        }
+
+    def new_bytes(self) -> int:
+        return int(self._uncompressed() * self.bits_per_value / 16)
+
+    def create(self) -> FeatureStore:
+        tables = self.tables()
+        return FeatureStore.create(
+            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
         )
-        if begun is not None:
-            store = begun
-            store.check_same(manifest)
-        else:
-            parameters: dict[str, np.ndarray] = {}
-            num_bytes = packing.layout.num_rows * bytes_per_row
-            if CODECS[codec].fits:
-                num = first.num_captions(fit_rows(identity.model.width))
-                report(f"fitting {codec} to {num:,} captions, {num_tokens[:num].sum():,} tokens")
-                sample = first.read(
-                    fit_rows(identity.model.width), *_reading(source, manifest.identity)
-                )
-                fitted, bits = fit_codec(codec, sample, spec.quality)
-                parameters = dict(fitted.parameters)
-                spec = fitted_spec(spec, fitted, num, len(sample))
-                manifest = manifest.model_copy(update={"codec": spec})
-                num_bytes = int(num_bytes * bits / 16)
-            check_space(out, num_bytes, force)
-            new = _captions_table(table, packing)
-            store = FeatureStore.create(out, manifest, new, selection.samples, parameters)
-        remaining = store.remaining()
-        executor.limit(len(remaining))
-        job = _Job(source.path.resolve(), out.resolve())
-        kept = f"{len(chosen)} of {len(source.layers)} layers"
+
+    def describe(self) -> str:
+        layers, mixes = self.manifest.identity.layers, self.manifest.identity.mixes
+        kept = f"{len(layers)} of {len(self.source.layers)} layers"
         if mixes is not None:
-            kept = f"{len(chosen)} mixes of {len(mixes.layers)} layers"
-        tokens = f"{packing.layout.num_rows:,} tokens x {kept}"
-        size = format_bytes(packing.layout.num_rows * bytes_per_row)
-        report(
-            f"{len(selection.ids):,} of {len(source):,} captions, {tokens}: {size} before {codec}; "
-            f"shards: {packing.layout.num_shards}, to do: {len(remaining)}, {executor}"
+            kept = f"{len(layers)} mixes of {len(mixes.layers)} layers"
+        return (
+            f"{len(self.selection.ids):,} of {len(self.source):,} captions, "
+            f"{self.packing.layout.num_rows:,} tokens x {kept}: "
+            f"{format_bytes(self._uncompressed())} before {self.manifest.codec.name}"
         )
 
-        def arguments(shard: int) -> tuple[_Job, int, np.ndarray]:
-            entries = packing.entries(shard)
-            return job, shard, selection.ids[entries.start : entries.stop]
+    def task(self, shard: int) -> tuple[_Job, int, np.ndarray]:
+        entries = self.packing.entries(shard)
+        job = _Job(self.source.path.resolve(), self.path.resolve())
+        return job, shard, self.selection.ids[entries.start : entries.stop]
 
-        run_shards(
-            store,
-            remaining,
-            _rewrite_shard,
-            arguments,
-            packing,
-            executor=executor,
-            report=report,
-            listener=open_reporter(progress, "captions"),
-        )
-    return store
+    @staticmethod
+    def function(*task: Any) -> Deferred[Receipt]:
+        return _rewrite_shard(*task)
+
+    @property
+    def _num_tokens(self) -> np.ndarray:
+        return np.asarray(self.captions["num_tokens"].to_numpy())
+
+    def _uncompressed(self) -> int:
+        identity = self.manifest.identity
+        return self.packing.layout.num_rows * 2 * len(identity.layers) * identity.model.width
+
+
+def plan_rewrite(
+    request: RewriteRequest,
+    source: FeatureStore,
+    layers: list[int],
+    selection: _Selection,
+    existing: FeatureStore | None,
+    report: Callable[[str], None],
+) -> RewritePlan:
+    """Plan a rewriting; for mixes a sample of the source is read.
+
+    Args:
+        layers: those of the source that are kept, unless they are mixed.
+    """
+    before = source.manifest
+    codec, quality = request.codec or before.codec.name, request.quality
+    if request.codec is None and quality is None:
+        quality = before.codec.quality
+    spec = request_codec(codec, quality)
+    if existing is not None:
+        asked = existing.manifest.codec
+        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
+    table = source.captions.take(pa.array(selection.ids))
+    num_tokens = table["num_tokens"].to_numpy()
+    mixes, final_layer = before.identity.mixes, before.identity.llm_layers[-1]
+    last_layer = layers[-1] if mixes is None else final_layer
+    if request.routing is not None:
+        mixes = None if existing is None else existing.manifest.identity.mixes
+        if not _asked_for(mixes, request.routing, request.rank):
+            first = _First(source, selection.ids, num_tokens)
+            sample = first.read(SAMPLE_ROWS, request.routing.layers, None)
+            mixes = find_mixes(request.routing, sample, request.rank)
+        assert mixes is not None
+        report(_describe_mixes(mixes))
+        layers, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
+    packing = pack(
+        num_tokens,
+        bytes_per_row=2 * len(layers) * before.identity.model.width,
+        shard_bytes=request.shard_bytes,
+        batch_tokens=before.layout.batch_tokens,
+        aligned=CODECS[codec].aligned,
+    )
+    shuffled = before.identity.shuffled
+    changes = {
+        "layers": layers,
+        "mixes": mixes,
+        "shuffled": shuffled if request.shuffle_layers is None else request.shuffle_layers,
+        "final_norm": before.identity.final_norm if last_layer == final_layer else "absent",
+        "captions": CaptionsIdentity(
+            num_captions=len(selection.ids),
+            fingerprint=fingerprint(table["text"]),
+            seed=before.identity.captions.seed,
+        ),
+        "samples": selection.identity,
+    }
+    error = codec_error(list(source.receipts().values()))
+    manifest = FeatureManifest(
+        status="extracting",
+        identity=before.identity.model_copy(update=changes),
+        layout=packing.layout,
+        codec=spec,
+        derived=Derived(codec=before.codec, codec_error=error.get("mean")),
+        provenance=provenance(str(request.features), before.provenance.model),
+    )
+    return RewritePlan(
+        path=request.target,
+        existing=existing,
+        manifest=manifest,
+        packing=packing,
+        source=source,
+        selection=selection,
+        captions=table,
+    )
 
 
 def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:

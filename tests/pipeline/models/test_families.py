@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.extraction.plan import make_plan
 from semroute.pipeline.extraction.prompts import encode_prompts
+from semroute.pipeline.extraction.requests import CaptionsRequest
 from semroute.pipeline.models.hub import find_model
 from semroute.pipeline.models.llm import Encoder, attention_of, describe_model, find_tower
 from semroute.pipeline.models.packing import PackingError, check_packing, supports_packing
@@ -369,9 +370,9 @@ def test_a_model_of_an_unknown_form_is_refused_before_its_weights_are_read(
 def test_a_template_of_another_llm_is_warned_of(samples_file, tiny_llm):
     lines: list[str] = []
     for template in ("bos", "lumina2", "flux2"):
-        make_plan(str(samples_file), model=str(tiny_llm), template=template).report_warnings(
-            lines.append
-        )
+        make_plan(
+            CaptionsRequest(source=str(samples_file), model=str(tiny_llm), template=template)
+        ).report_warnings(lines.append)
     (line,) = lines
     markers = r"\[SYSTEM_PROMPT\], \[/SYSTEM_PROMPT\], \[INST\], \[/INST\]"
     assert re.search(rf"warning: the template has {markers}, which .* made for another LLM", line)

@@ -1,0 +1,133 @@
+"""What is asked of the jobs that write stores: one frozen, validated request per command."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+from ...schemas import Routing
+
+Positive = Annotated[int, Field(ge=1)]
+CodecName = Literal["bf16", "lossless", "delta", "linear"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CaptionsRequest(_Request):
+    """Captions, and the LLM that is to read them; enough to plan and to estimate."""
+
+    source: str
+    """Table of captions, see :func:`semroute.pipeline.sources.table.read_samples`."""
+    model: str
+    """Hub id, folder or GGUF file, see :func:`semroute.pipeline.models.hub.find_model`."""
+    template: str = "bos"
+    """Preset or file, see :mod:`semroute.pipeline.text.templates`."""
+    text_column: str | None = None
+    """Column of captions; default: text, prompt or caption."""
+    layers: str = "all"
+    """``all``, ``every:3`` or ``1-10,17``."""
+    max_length: Positive = 512
+    """Maximum length in tokens, the template included."""
+    keep_prefix: bool = False
+    """Store the template's prefix rows for every caption."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the LLM. auto: as the existing store has it; for a new one bfloat16 on a GPU and
+    float32 on a CPU."""
+    limit: Positive | None = None
+    """Only the first samples."""
+    seed: int = 0
+    """Seed of the order in which captions are dealt to shards."""
+
+
+class WriteRequest(_Request):
+    """Where and by whom a store is written."""
+
+    target: SkipValidation[Path]
+    """Folder of the store, or its URL in an object store, see
+    :func:`semroute.schemas.files.locate`."""
+    shard_bytes: Positive = 256_000_000
+    """Size of a full shard, uncompressed."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes; default: one per GPU, or one per CPU core up to 4. 0: this one, without Dask."""
+    cluster: str = "local"
+    """``local``, the address or the file of a Dask scheduler, or a job queue; see
+    :func:`semroute.pipeline.executor.connect.connect`."""
+    force: bool = False
+    """Begin although the target has too little space."""
+
+
+class ExtractRequest(CaptionsRequest, WriteRequest):
+    """Request of :func:`semroute.pipeline.extraction.features.extract`."""
+
+    codec: CodecName = "delta"
+    """How hidden states are stored, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are
+    fitted to a sample of the captions first."""
+    quality: float | None = None
+    """Quality of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the
+    default) gives an error of LN(h) of 1.1e-2; one more halves it and costs one bit per value."""
+    batch_tokens: Positive | None = None
+    """Tokens per batch, padding included; default: as the existing store has it; for a new one 512
+    on a CPU and 16,384 on a GPU."""
+    batching: Literal["auto", "padded", "packed"] = "auto"
+    """``padded``: each row of a batch is one caption, padded to the longest. ``packed``: several,
+    one after the other, which the LLM must keep apart. auto: as the existing store has it; for a
+    new one packed where a trial of the LLM shows that it keeps them apart."""
+    threads: Positive | None = None
+    """CPU threads per worker; default: all cores over all workers; on a cluster, as many as the
+    worker with the fewest has. A store that is resumed keeps its number, so that its bytes do not
+    depend on the workers."""
+
+
+class LatentsRequest(WriteRequest):
+    """Request of :func:`semroute.pipeline.extraction.latents.encode_images`."""
+
+    source: str
+    """The table that the features were made from, with an image column."""
+    vae: str = "pixels"
+    """``pixels``: the image itself, scaled to [-1, 1]; or a VAE of diffusers, see
+    :func:`semroute.pipeline.models.vae.find_vae`."""
+    image_column: str | None = None
+    """Column of images; default: image."""
+    text_column: str | None = None
+    """Column of captions, which join latents with features."""
+    size: Positive | None = None
+    """Height and width in pixels: the shorter side is resized, then the centre is cropped. Default:
+    all images have one size already."""
+    buckets: Positive | None = None
+    """With ``size``: bring each image to the nearest of several shapes of about that area instead,
+    whose sides are multiples of this many pixels; see
+    :func:`semroute.pipeline.sources.images.choose_buckets`."""
+    limit: Positive | None = None
+    """Only the first samples."""
+    drop_broken: bool = False
+    """Complete the store although images are missing or cannot be read; training leaves their
+    samples out."""
+
+
+class RewriteRequest(WriteRequest):
+    """Request of :func:`semroute.pipeline.extraction.rewrite.rewrite`."""
+
+    features: SkipValidation[str | Path]
+    """The store to rewrite."""
+    codec: CodecName | None = None
+    """As for extraction; default: the codec of the source."""
+    quality: float | None = None
+    """As for extraction; default: that of the source, where the codec is its own."""
+    layers: str = "all"
+    """``all`` of the source, ``every:3`` or ``1-10,17``, all of which it must hold."""
+    routing: Routing | None = None
+    """Store only mixes of the layers, enough of them for what its blocks read. The caller checks
+    that the source is of the run's LLM."""
+    rank: Positive | None = None
+    """Number of mixes; default: the fewest whose mean error is under 1e-2."""
+    shuffle_layers: Annotated[int, Field(ge=0)] | None = None
+    """Seed: within each caption its layers change places at random, so that no layer can be told
+    from another. A control: what routing still gains on such features does not come from choosing
+    layers. For codec ``bf16``."""
+    captions: str | None = None
+    """Table of captions, all of which the source must hold; default: all of them. Its rows are the
+    samples of the new store."""
+    text_column: str | None = None
+    """Column of ``captions``."""
