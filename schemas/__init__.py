@@ -30,7 +30,7 @@ from .manifest import (
     SamplesIdentity,
     Template,
 )
-from .mixes import SAME_WEIGHTS, Mixes, Routing
+from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
 from .receipt import Quarantine, Receipt, WrittenFile
 from .router import RouterRecord
 from .run import MixtureRecord, RunRecord, SelectionRecord
@@ -52,6 +52,7 @@ from .train import (
 __all__ = [
     "CAPTIONS_SCHEMA",
     "LATENT_SAMPLES_SCHEMA",
+    "LN_EPS",
     "LOCK_FILE",
     "MAX_QUALITY",
     "MIN_QUALITY",

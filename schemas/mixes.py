@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from .contract import Contract
 
 Matrix = list[list[float]]
+LN_EPS = 1e-5
+"""Epsilon of LN, the parameter-free layer norm that routing applies (arXiv 2602.03510, reference
+code)."""
 SAME_WEIGHTS = 1e-5
 """Weights no farther apart are the same, computed on another device."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codecs.base import LN_EPS
+from ...schemas import LN_EPS
 from ..store.features import FeatureStore
 
 NUM_ROWS = 4_096

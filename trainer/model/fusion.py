@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LN_EPS = 1e-5
+from ...schemas import LN_EPS
+
 # Elements normalised at once: on a CPU what stays in its caches, on a GPU 256 MiB of fp32.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
