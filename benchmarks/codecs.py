@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from semroute.pipeline.codecs.base import LN_EPS
+from semroute.pipeline.codecs.base import layer_norm
 from semroute.pipeline.codecs.error import CodecError
 from semroute.pipeline.codecs.fit import bits_per_value, fit_codec
 from semroute.pipeline.store.open import open_features
@@ -66,18 +66,14 @@ PEERS: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], Callable[[int], f
 ]
 
 
-def norm(hidden: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
-
-
 def errors(hidden: torch.Tensor, found: torch.Tensor) -> tuple[dict[str, float], float]:
     """Errors of LN(h), and of random softmax mixes of it over layers (mean of ``NUM_MIXES``)."""
     error = CodecError(range(hidden.shape[1]))
     for layer in range(hidden.shape[1]):
         error.add(layer, hidden[:, layer], found[:, layer].clone())
     logits = torch.randn(NUM_MIXES, hidden.shape[1], generator=torch.Generator().manual_seed(0))
-    mixes = [torch.einsum("kl,rlh->rkh", logits.softmax(-1), norm(h)) for h in (hidden, found)]
-    expected, got = mixes
+    weights = logits.softmax(-1)
+    expected, got = (torch.einsum("kl,rlh->rkh", weights, layer_norm(h)) for h in (hidden, found))
     mixed = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     return error.to_dict(), float(mixed.mean())
 
@@ -88,17 +84,17 @@ def measure_codec(
     codec, _ = fit_codec(name, sample, quality)
     num_layers = hidden.shape[1]
     gigabytes = 2 * hidden.numel() / 1e9
-    planes: dict[str, list[torch.Tensor]] = {plane.name: [] for plane in codec.planes}
+    parts: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in codec.arrays}
     coded, seconds = None, 0.0
     for layer in range(num_layers):
         one = hidden[:, layer].contiguous()
         began = time.perf_counter()
         coded = codec.encode(layer, one, coded)
         seconds += time.perf_counter() - began
-        for plane, codes in coded.planes.items():
-            planes[plane].append(codes)
-    tensors = {plane: torch.stack(codes, 1) for plane, codes in planes.items()}
-    arrays = {plane: codes.numpy() for plane, codes in tensors.items()}
+        for array, codes in coded.codes.items():
+            parts[array].append(codes)
+    tensors = {array: torch.stack(codes, 1) for array, codes in parts.items()}
+    arrays = {array: codes.numpy() for array, codes in tensors.items()}
     out = np.empty(hidden.shape, np.uint16)
     layers, rows = range(num_layers), np.arange(len(out))
     decode = best_of(lambda: codec.decode(arrays, layers, rows, out))

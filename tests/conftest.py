@@ -128,7 +128,7 @@ def random_store(
 
 def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16") -> None:
     """A feature store written with numpy alone: a token a byte, and one for BOS."""
-    from semroute.pipeline.codecs.fit import digest_parameters
+    from semroute.pipeline.codecs.base import digest_parameters
     from semroute.pipeline.codecs.registry import CODECS, open_codec
     from semroute.pipeline.extraction.driver import provenance
     from semroute.pipeline.sources.table import read_samples
@@ -219,22 +219,22 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
             np.arange(packing.row_start[i], packing.row_start[i] + lengths[i]) for i in entries
         ]
         used = np.concatenate(shard_rows) - shard * packing.layout.rows_per_shard
-        planes = {
-            plane.name: np.zeros((packing.layout.rows_per_shard, 4, plane.size), plane.dtype)
-            for plane in codec.planes
+        arrays = {
+            spec.name: np.zeros((packing.layout.rows_per_shard, 4, spec.size), spec.dtype)
+            for spec in codec.arrays
         }
-        for name, codes in planes.items():
+        for name, codes in arrays.items():
             largest = 0x3F80 if name == "hidden" else 256
             codes[used] = rng.integers(0, largest, codes[used].shape)
-        if "scalar" in planes:  # numbers of a sensible size: means and deviations about 1
-            planes["scalar"][used, :, 1:4:2] = 0x3F
-            planes["scalar"][used, :, 4] = rng.integers(150, 190, (len(used), 4))
+        if "scalar" in arrays:  # numbers of a sensible size: means and deviations about 1
+            arrays["scalar"][used, :, 1:4:2] = 0x3F
+            arrays["scalar"][used, :, 4] = rng.integers(150, 190, (len(used), 4))
         store.write_receipt(
             Receipt(
                 shard=shard,
                 num_rows=len(used),
                 num_entries=len(entries),
-                files=store.write_shard(shard, planes),
+                files=store.write_shard(shard, arrays),
                 codec_error=error,
                 warnings=[],
                 seconds={},

@@ -1,18 +1,16 @@
-"""Hidden states to arrays of integers and back; arithmetic, no storage."""
+"""Hidden states to arrays of integers and back: arithmetic, no storage."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "array_spec": ["allocate"],
-        "base": ["Codec", "Coded"],
+        "base": ["ArraySpec", "Codec", "Coded", "allocate", "digest_parameters"],
         "bf16": ["Bf16"],
         "chunks": ["choose_rows_per_chunk", "compress", "decompress"],
         "error": ["CodecError", "codec_error", "layer_error", "layer_errors"],
         "fit": [
             "bits_per_value",
-            "digest_parameters",
             "encode_rows",
             "fit_codec",
             "fit_rows",

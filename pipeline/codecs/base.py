@@ -1,6 +1,6 @@
-"""Hidden states <-> codes, and the error that this makes. Arithmetic only, no storage.
+"""The contract of codecs: hidden states <-> arrays of integers. Arithmetic only, no storage.
 
-A codec turns the hidden states of a token, all layers, into *planes*: arrays of plain integers that
+A codec turns the hidden states of a token, all layers, into *codes*: arrays of plain integers that
 standard Zarr codecs compress well and any Zarr implementation reads. Layers are coded from the
 lowest stored one up, each from what a reader will have of the layer below (a closed loop, so that
 errors do not pile up). Decoding exists twice, in numpy (kernels compiled by numba) and in torch, on
@@ -11,28 +11,74 @@ Shapes: R rows (tokens), L stored layers, H width.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from .array_spec import ArraySpec
+from ...schemas import LN_EPS
 
 if TYPE_CHECKING:
     import torch
 
+U1, U2 = np.dtype("u1"), np.dtype("<u2")
+LAYER_MAJOR = (1, 0, 2)
+"""An :attr:`ArraySpec.order`: all rows of the first layer, then all rows of the second ..."""
 
-LN_EPS = 1e-5
-"""Of the parameter-free layer norm that routing applies (arXiv 2602.03510, reference code)."""
-NUM_MASSIVE = 8
-"""Channels left out of the RMS that scales a vector's step: with them in, one massive activation
-makes the step of all ordinary channels coarse."""
-
-Planes = Mapping[str, np.ndarray]
+CodeArrays = Mapping[str, np.ndarray]
+"""Codes by the name of their array, ``[R, L, size]`` each."""
 Layers = Sequence[int]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of codes, ``[R, L, size]``.
+
+    Attributes:
+        name: of the Zarr array.
+        dtype: of its values.
+        size: values per row and layer.
+        order: axes of (row, layer, value) as they lie in a compressed chunk; None: the chunk is
+            not compressed and its axes stay as they are.
+        meaning: one line, for the array's attributes.
+    """
+
+    name: str
+    dtype: np.dtype
+    size: int
+    order: tuple[int, int, int] | None
+    meaning: str
+
+
+def allocate(
+    specs: Iterable[ArraySpec], num_rows: int, num_layers: int, used: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Memory for a shard's codes, by name ``[num_rows, num_layers, size]``.
+
+    Rows that are not in use are zero; those in use are to be written. In memory the axes lie in the
+    order of chunks, so that what is written for one layer, and what is cut out for one chunk, is
+    contiguous. Three rows (a, b, c) of two layers (0, 1) under ``LAYER_MAJOR``::
+
+        as indexed   [row, layer]    a0 a1 | b0 b1 | c0 c1
+        in memory    [layer, row]    a0 b0 c0 | a1 b1 c1
+
+    Args:
+        used: rows in use, int64.
+    """
+    unused = np.ones(num_rows, bool)
+    unused[used] = False
+    arrays = {}
+    for spec in specs:
+        order = spec.order or (0, 1, 2)
+        shape = (num_rows, num_layers, spec.size)
+        memory = np.empty([shape[axis] for axis in order], spec.dtype)
+        arrays[spec.name] = memory.transpose(np.argsort(order))
+        arrays[spec.name][unused] = 0
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -40,24 +86,24 @@ class Coded:
     """One layer of a batch, coded.
 
     Attributes:
-        planes: by name, ``[R, size]``, on the device of the hidden states.
+        codes: by the name of their array, ``[R, size]``, on the device of the hidden states.
         hidden: what a reader will get, bfloat16 ``[R, H]``.
         state: what the layer above is coded from; None where layers stand alone.
     """
 
-    planes: Mapping[str, torch.Tensor]
+    codes: Mapping[str, torch.Tensor]
     hidden: torch.Tensor
     state: Any = None
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """Hidden states of L layers of width H <-> planes.
+    """Hidden states of L layers of width H <-> codes.
 
     Attributes:
         name: in manifests.
         fits: names of the fitted arrays.
-        aligned: whether captions begin at chunks, for which every plane must be compressed.
+        aligned: whether captions begin at chunks, for which every array must be compressed.
         matrices: whether decoding multiplies matrices, which is better left to a GPU.
         num_layers, width: L and H.
         parameters: fitted arrays by name, see :meth:`fit`.
@@ -78,8 +124,8 @@ class Codec(ABC):
 
     @cached_property
     @abstractmethod
-    def planes(self) -> tuple[ArraySpec, ...]:
-        """What is stored."""
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays that a store holds."""
 
     @abstractmethod
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
@@ -88,26 +134,28 @@ class Codec(ABC):
         Args:
             layer: position among the stored layers, from 0.
             hidden: finite, any float dtype, ``[R, H]``.
-            below: of the position below, None for position 0.
+            below: the position below, coded; None for position 0.
         """
 
     @abstractmethod
-    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
+    def decode(
+        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    ) -> None:
         """Decode on the CPU.
 
         Args:
-            planes: ``[R, L, size]`` each.
+            codes: ``[R, L, size]`` each.
             layers: positions wanted, in the order wanted.
             targets: row of ``out`` that each row goes to, int64 ``[R]``.
-            out: takes the bits of bfloat16, uint16 ``[rows, len(layers), H]``.
+            out: receives the bits of bfloat16, uint16 ``[rows, len(layers), H]``.
         """
 
     @abstractmethod
-    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
-        """Decode where the planes are: bfloat16 ``[R, len(layers), H]``.
+    def decode_torch(self, codes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
+        """Decode on the device that holds the codes: bfloat16 ``[R, len(layers), H]``.
 
         Args:
-            planes: ``[R, L, size]`` each.
+            codes: ``[R, L, size]`` each.
             layers: positions wanted, in the order wanted.
         """
 
@@ -117,7 +165,7 @@ class Codec(ABC):
         return {}
 
     def _parameter(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """A fitted array as a tensor, kept a device; uint16 are bits of bfloat16."""
+        """A fitted array as a tensor, cached per device; uint16 are bits of bfloat16."""
         import torch
 
         key = (name, device, dtype)
@@ -130,29 +178,28 @@ class Codec(ABC):
         return cache[key]
 
 
-def robust_rms(normed: torch.Tensor) -> torch.Tensor:
-    """RMS over the last axis without its 8 largest channels: ``[..., H]`` -> ``[...]``."""
-    squares = normed.square()
-    num = min(NUM_MASSIVE, squares.shape[-1] // 2)
-    rest = squares.sum(-1) - squares.topk(num, dim=-1).values.sum(-1)
-    return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
+def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes, dtypes and values of fitted arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        array = np.ascontiguousarray(parameters[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
-def output_places(layers: Layers) -> np.ndarray:
-    """Position -> where it goes in the output, -1 where it is not wanted; up to the last wanted."""
-    places = np.full(max(layers) + 1, -1, np.int64)
-    places[list(layers)] = np.arange(len(layers))
-    return places
-
-
-def pairs_of_layers(sample: torch.Tensor) -> Any:
-    """Weights ``[R, 1]``, LN(h) of the layer below (zeros for the first) and of the layer."""
+def layer_norm(hidden: torch.Tensor) -> torch.Tensor:
+    """LN(h) as routing reads it, without parameters, in float32: ``[..., H]`` -> ``[..., H]``."""
     import torch
 
-    below: torch.Tensor | None = None
-    for layer in range(sample.shape[1]):
-        hidden = sample[:, layer].float()
-        normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=LN_EPS)
-        weight = robust_rms(normed).clamp_min(1e-3)[:, None] ** -2
-        yield weight, torch.zeros_like(normed) if below is None else below, normed
-        below = normed
+    return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
+
+
+def output_slots(layers: Layers) -> np.ndarray:
+    """For each position up to the last one wanted, its index in the output; -1: not wanted.
+
+    Positions 4 and 1 of six: ``[-1, 1, -1, -1, 0]``.
+    """
+    slots = np.full(max(layers) + 1, -1, np.int64)
+    slots[list(layers)] = np.arange(len(layers))
+    return slots

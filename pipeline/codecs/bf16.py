@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .array_spec import U2, ArraySpec
-from .base import Codec, Coded, Layers, Planes
+from .base import U2, ArraySpec, CodeArrays, Codec, Coded, Layers
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,7 @@ class Bf16(Codec):
     aligned = False
 
     @cached_property
-    def planes(self) -> tuple[ArraySpec, ...]:
+    def arrays(self) -> tuple[ArraySpec, ...]:
         return (ArraySpec("hidden", U2, self.width, None, "bits of bfloat16"),)
 
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
@@ -34,11 +33,13 @@ class Bf16(Codec):
         rounded = hidden.to(torch.bfloat16)
         return Coded({"hidden": rounded.view(torch.uint16)}, rounded)
 
-    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
-        out[targets] = planes["hidden"][:, list(layers)]
+    def decode(
+        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    ) -> None:
+        out[targets] = codes["hidden"][:, list(layers)]
 
-    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
+    def decode_torch(self, codes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
-        bits = planes["hidden"].view(torch.bfloat16)
+        bits = codes["hidden"].view(torch.bfloat16)
         return bits if list(layers) == list(range(bits.shape[1])) else bits[:, list(layers)]

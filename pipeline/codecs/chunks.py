@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import zstandard
 
-from .base import Codec
-
-
-def compress(codec: Codec, planes: Mapping[str, np.ndarray]) -> dict[str, list[bytes]]:
-    """The chunks of planes ``[R, L, size]`` as a store has them; b"" is all zeros."""
-    zstd, size = zstandard.ZstdCompressor(ZSTD_LEVEL), _rows_per_chunk(codec)
-    chunks: dict[str, list[bytes]] = {}
-    for plane in codec.planes:
-        whole, chunks[plane.name] = planes[plane.name], []
-        for start in range(0, len(whole), size):
-            part = whole[start : start + size]
-            if plane.order is None:
-                chunk = part.tobytes()
-            else:
-                chunk = zstd.compress(part.transpose(plane.order).tobytes()) if part.any() else b""
-            chunks[plane.name].append(chunk)
-    return chunks
-
-
-def decompress(
-    codec: Codec, chunks: Mapping[str, list[bytes]], num_rows: int
-) -> dict[str, np.ndarray]:
-    """Planes of ``num_rows`` rows from what :func:`compress` gave."""
-    zstd, size = zstandard.ZstdDecompressor(), _rows_per_chunk(codec)
-    planes = {}
-    for plane in codec.planes:
-        shape = (num_rows, codec.num_layers, plane.size)
-        whole = planes[plane.name] = np.zeros(shape, plane.dtype)
-        for number, chunk in enumerate(chunks[plane.name]):
-            part = whole[number * size : (number + 1) * size]
-            if plane.order is None:
-                part[:] = np.frombuffer(chunk, plane.dtype).reshape(part.shape)
-            elif chunk:
-                view = part.transpose(plane.order)
-                view[:] = np.frombuffer(zstd.decompress(chunk), plane.dtype).reshape(view.shape)
-    return planes
-
-
-def _rows_per_chunk(codec: Codec) -> int:
-    return choose_rows_per_chunk(2 * codec.num_layers * codec.width)
-
+if TYPE_CHECKING:
+    from .base import CodeArrays, Codec
 
 MAX_ROWS_PER_CHUNK = 8
-"""Unit of read: small against a caption of 5 to 100 tokens, so that little is read in vain."""
+"""A chunk is the unit of reading: small against a caption of 5 to 100 tokens, so that little is
+read in vain."""
 CHUNK_BYTES = 262_144
-"""Uncompressed: a chunk's own cost (a table of zstd's, a look-up) is little against so much. Of a
-large LLM it is a token or two."""
+"""Uncompressed size of a chunk: large against what each chunk costs (a table for zstd, a lookup).
+For a large LLM that is one or two tokens."""
+ZSTD_LEVEL = 1
+"""Codes are noise with a known histogram: higher levels search for matches that are not there, and
+came out larger."""
 
 
 def choose_rows_per_chunk(bytes_per_row: int) -> int:
@@ -61,6 +31,96 @@ def choose_rows_per_chunk(bytes_per_row: int) -> int:
     return max(1, min(MAX_ROWS_PER_CHUNK, round(CHUNK_BYTES / bytes_per_row)))
 
 
-ZSTD_LEVEL = 1
-"""Codes are noise with a known histogram: higher levels search for matches that are not there, and
-came out larger."""
+class _Zstd(threading.local):
+    """One per thread: they must not be shared, and making one costs as much as a small chunk."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
+
+
+@dataclass(frozen=True)
+class ChunkCodec:
+    """Rows of a chunk <-> its bytes, without a checksum.
+
+    Attributes:
+        shape: of the chunk, rows first.
+        dtype: of its values.
+        order: axes as they lie in the chunk, under zstd; None: as they are, uncompressed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: tuple[int, ...] | None
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size when decoded."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def _stored_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.order or ())
+
+    @cached_property
+    def _inverse_order(self) -> tuple[int, ...]:
+        return tuple(np.argsort(self.order or ()).tolist())
+
+    def encode(self, rows: np.ndarray, *, always: bool = False) -> bytes:
+        """The bytes of rows; b"" where all of them are zero.
+
+        Args:
+            always: give the bytes of zeros too.
+        """
+        rows = np.ascontiguousarray(rows if self.order is None else rows.transpose(self.order))
+        if not (always or rows.any()):
+            return b""
+        return rows.tobytes() if self.order is None else _zstd.compressor.compress(rows.data)
+
+    def decode(self, content: bytes | memoryview) -> np.ndarray:
+        """Rows from the bytes of a chunk, which are not empty; uncompressed ones are a view.
+
+        Raises:
+            zstandard.ZstdError, ValueError: the bytes are not such a chunk.
+        """
+        if self.order is None:
+            return np.frombuffer(content, self.dtype).reshape(self.shape)
+        stored = _zstd.decompressor.decompress(content, self.num_bytes)
+        rows = np.frombuffer(stored, self.dtype).reshape(self._stored_shape)
+        return rows.transpose(self._inverse_order)
+
+
+def compress(codec: Codec, codes: CodeArrays) -> dict[str, list[bytes]]:
+    """The chunks of each array of codes ``[R, L, size]``, as a store has them."""
+    size = _rows_per_chunk(codec)
+    chunks = {}
+    for spec in codec.arrays:
+        whole = codes[spec.name]
+        parts = [whole[start : start + size] for start in range(0, len(whole), size)]
+        chunks[spec.name] = [
+            ChunkCodec(part.shape, spec.dtype, spec.order).encode(part) for part in parts
+        ]
+    return chunks
+
+
+def decompress(
+    codec: Codec, chunks: Mapping[str, list[bytes]], num_rows: int
+) -> dict[str, np.ndarray]:
+    """Arrays of codes of ``num_rows`` rows from the chunks that :func:`compress` gave."""
+    size = _rows_per_chunk(codec)
+    codes = {}
+    for spec in codec.arrays:
+        whole = np.zeros((num_rows, codec.num_layers, spec.size), spec.dtype)
+        for number, chunk in enumerate(chunks[spec.name]):
+            part = whole[number * size : (number + 1) * size]
+            if chunk:
+                part[:] = ChunkCodec(part.shape, spec.dtype, spec.order).decode(chunk)
+        codes[spec.name] = whole
+    return codes
+
+
+def _rows_per_chunk(codec: Codec) -> int:
+    return choose_rows_per_chunk(2 * codec.num_layers * codec.width)

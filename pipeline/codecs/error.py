@@ -1,4 +1,4 @@
-"""What a codec does to LN(h), which is what routing reads: measured, never assumed."""
+"""Error that a codec makes in LN(h), which routing reads: measured, never assumed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...schemas import Receipt
-from .base import LN_EPS
+from ...schemas import LN_EPS, Receipt
+from .base import layer_norm
 from .kernels import in_parts, measure_errors
 
 if TYPE_CHECKING:
     import torch
-
 
 NUM_LARGEST = 3
 """Channels left out of the second pair of errors: massive activations hide all others."""
@@ -29,7 +28,7 @@ def relative_errors(
         expected, error: float32 ``[..., H]``.
 
     Returns:
-        Twice ``[...]``; 0 where ``expected`` is zero.
+        Both ``[...]``; 0 where ``expected`` is zero.
     """
     expected, error = expected.square(), error.square()
     largest = expected.topk(min(NUM_LARGEST, expected.shape[-1] - 1), dim=-1)
@@ -42,35 +41,33 @@ def relative_errors(
 
 
 def layer_errors(hidden: torch.Tensor, coded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Error of LN(h) of each vector, as :func:`relative_errors`, on the device where they are.
+    """Errors of LN(h) of each vector, as :func:`relative_errors` gives them, on its device.
 
     Args:
         hidden: as the LLM gave them, any float dtype, ``[R, H]``.
-        coded: what a reader gets of them, ``[R, H]``.
+        coded: what a reader gets, ``[R, H]``.
     """
     import torch
 
-    width = hidden.shape[-1:]
     if hidden.device.type == "cpu" and coded.dtype == torch.bfloat16:
         values, bits = hidden.float().contiguous().numpy(), coded.view(torch.uint16).numpy()
         relative, bare = (np.empty(len(values), np.float32) for _ in range(2))
-        largest = min(NUM_LARGEST, width[0] - 1)
+        largest = min(NUM_LARGEST, hidden.shape[-1] - 1)
 
-        def part(rows: slice) -> None:
+        def measure_part(rows: slice) -> None:
             measure_errors(values[rows], bits[rows], LN_EPS, largest, relative[rows], bare[rows])
 
-        in_parts(part, len(values))
+        in_parts(measure_part, len(values))
         return torch.from_numpy(relative), torch.from_numpy(bare)
-    expected = torch.nn.functional.layer_norm(hidden.float(), width, eps=LN_EPS)
-    found = torch.nn.functional.layer_norm(coded.float(), width, eps=LN_EPS)
-    return relative_errors(expected, found - expected)
+    expected = layer_norm(hidden)
+    return relative_errors(expected, layer_norm(coded) - expected)
 
 
 @dataclass
 class CodecError:
     """Relative L2 error of LN(h), gathered over a shard.
 
-    LN is the parameter-free layer norm of routing, in float32. ``bare`` leaves out the three
+    LN is the parameter-free layer norm of routing, in float32. ``bare`` errors leave out the three
     largest channels of each vector, from error and norm alike. Vectors without any variance have
     no LN(h) and count as exact.
 
@@ -94,11 +91,11 @@ class CodecError:
         self.add_errors(layer, *layer_errors(hidden, coded))
 
     def add_normed(self, layer: int, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """The same for what no LN is applied to any more, float32 ``[R, H]`` both."""
+        """Compare vectors that are normalised already, float32 ``[R, H]`` both."""
         self.add_errors(layer, *relative_errors(expected, found - expected))
 
     def add_errors(self, layer: int, relative: torch.Tensor, bare: torch.Tensor) -> None:
-        """The same, from what :func:`layer_errors` gave."""
+        """Add the errors that :func:`layer_errors` gave."""
         self.counts[layer] += len(relative)
         if not len(relative):
             return
@@ -118,7 +115,7 @@ class CodecError:
         }
 
     def by_layer(self) -> dict[str, float]:
-        """LLM layer -> mean."""
+        """LLM layer -> mean error."""
         means = self.totals / np.maximum(self.counts, 1)
         return {str(layer): float(mean) for layer, mean in zip(self.layers, means, strict=True)}
 
@@ -135,7 +132,7 @@ def codec_error(receipts: list[Receipt]) -> dict[str, float]:
 
 
 def layer_error(receipts: list[Receipt]) -> dict[int, float]:
-    """LLM layer -> mean error of LN(h) over all shards that tell it, weighted by rows."""
+    """LLM layer -> mean error of LN(h) over all shards that record it, weighted by rows."""
     measured = [receipt for receipt in receipts if receipt.layer_error]
     weights = [receipt.num_rows for receipt in measured]
     return {

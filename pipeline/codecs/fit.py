@@ -1,15 +1,13 @@
-"""Fit a codec to a sample of hidden states, and see how small it makes them."""
+"""Fit a codec to a sample of hidden states, and measure how small it makes them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ... import schemas
-from .base import Codec
+from .base import Codec, digest_parameters
 from .chunks import compress
 from .error import CodecError
 from .predictive import Predictive
@@ -18,26 +16,15 @@ from .registry import CODECS
 if TYPE_CHECKING:
     import torch
 
-
-def digest_parameters(parameters: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, shapes, dtypes and values of fitted arrays."""
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        array = np.ascontiguousarray(parameters[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
-MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL = 8_192, 8
-"""Tokens that a codec is fitted on: so many, and so many a channel of the LLM."""
+MIN_FIT_ROWS, FIT_ROWS_PER_CHANNEL = 8_192, 8
+"""Tokens to fit a codec on: at least so many, and so many per channel of the LLM."""
 FIT_CHECKED = 2_048
 """Rows of the sample on which codes of 4 and of 8 bits are compared."""
 
 
 def fit_rows(width: int) -> int:
     """Tokens to fit a codec on, for an LLM of this width."""
-    return max(MIN_FIT_ROWS, FIT_ROWS_A_CHANNEL * width)
+    return max(MIN_FIT_ROWS, FIT_ROWS_PER_CHANNEL * width)
 
 
 def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> tuple[Codec, float]:
@@ -48,7 +35,7 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
         quality: for ``delta`` and ``linear``.
 
     Returns:
-        The codec, and how many bits a value it took for the first rows of the sample.
+        The codec, and its bits per value on the first rows of the sample.
     """
     num_layers, width = sample.shape[1:]
     parameters = CODECS[name].fit(sample)
@@ -65,7 +52,7 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
 
 
 def fitted_spec(spec: schemas.Codec, codec: Codec, captions: int, rows: int) -> schemas.Codec:
-    """What a manifest says of a codec once it is fitted to so many captions and rows."""
+    """The spec of a codec for the manifest, once it is fitted to so many captions and rows."""
     fit = schemas.Fit(
         num_captions=captions, num_rows=rows, sha256=digest_parameters(codec.parameters)
     )
@@ -74,25 +61,26 @@ def fitted_spec(spec: schemas.Codec, codec: Codec, captions: int, rows: int) -> 
 
 
 def bits_per_value(codec: Codec, rows: torch.Tensor) -> float:
-    """Bits that a value of hidden states ``[R, L, H]`` takes in the chunks of a store."""
+    """Bits per value of hidden states ``[R, L, H]`` in the chunks of a store."""
     chunks = compress(codec, encode_rows(codec, rows))
-    return 8 * sum(len(chunk) for plane in chunks.values() for chunk in plane) / rows.numel()
+    num_bytes = sum(len(chunk) for of_array in chunks.values() for chunk in of_array)
+    return 8 * num_bytes / rows.numel()
 
 
 def encode_rows(
     codec: Codec, rows: torch.Tensor, error: CodecError | None = None
 ) -> dict[str, np.ndarray]:
-    """All layers of hidden states ``[R, L, H]`` as planes ``[R, L, size]``.
+    """Code all layers of hidden states ``[R, L, H]``: arrays by name, ``[R, L, size]``.
 
     Args:
-        error: gathers what the codec does to LN(h).
+        error: gathers the error of LN(h).
     """
     coded = None
-    planes: dict[str, list[np.ndarray]] = {plane.name: [] for plane in codec.planes}
+    layers: dict[str, list[np.ndarray]] = {spec.name: [] for spec in codec.arrays}
     for layer in range(rows.shape[1]):
         coded = codec.encode(layer, rows[:, layer], coded)
         if error is not None:
             error.add(layer, rows[:, layer], coded.hidden)
-        for name, codes in coded.planes.items():
-            planes[name].append(codes.cpu().numpy())
-    return {name: np.stack(parts, 1) for name, parts in planes.items()}
+        for name, codes in coded.codes.items():
+            layers[name].append(codes.cpu().numpy())
+    return {name: np.stack(parts, 1) for name, parts in layers.items()}

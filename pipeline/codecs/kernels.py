@@ -1,8 +1,9 @@
-"""Loops of codecs on a CPU, compiled by numba on first use and kept where it can write: one pass of
-rows that stay in the cache, where tensors take twenty passes over memory.
+"""Loops of codecs on a CPU, compiled by numba on first use: one pass over rows that stay in the
+cache, where tensors take twenty passes over memory.
 
-They hold no lock, so threads run them side by side. Shapes: R rows, L layers, H width. Row i of
-codes is decoded to row ``targets[i]`` of ``out``.
+Compiled code is cached on disk where a folder can be written. It releases the GIL, so threads run
+side by side. Shapes: R rows, L layers, H width. Row i of codes is decoded to row ``targets[i]`` of
+``out``.
 """
 
 from collections.abc import Callable
@@ -17,28 +18,29 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 MIN_PART_ROWS = 64
-"""Rows that are worth a thread."""
+"""Fewest rows that are worth a thread."""
 
 LANES = 32
-"""Of the search for the largest values; 16 and 64 were slower."""
+"""Lanes of the search for the largest values; 16 and 64 were slower."""
 
 ROUND = np.float32(12_582_912.0)
-"""1.5 * 2**23: added and taken away again it rounds to nearest even what is under 2**22."""
+"""1.5 * 2**23: adding and subtracting it rounds numbers below 2**22 to nearest even."""
 
 
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Compiled code is kept for the next process, where there is a folder to keep it in.
+    """Compile a function, and cache the code for the next process where a folder can be written.
 
-    Nothing is checked before a division (``error_model``): a check leaves no vectors in a loop.
+    Nothing is checked before a division (``error_model``): a check would keep a loop from being
+    vectorised.
     """
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the home can be written
+    except RuntimeError:  # neither this folder nor the home directory can be written
         return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def _summing(function: Callable[..., Any]) -> Any:
-    """The same where values may be taken in any order, and so by vectors; NaN gives anything."""
+    """Compile a sum in any order, and so vectorised; of NaN the result is undefined."""
     return _compiled(function, fastmath={"reassoc", "nsz", "nnan"})
 
 
@@ -46,8 +48,8 @@ def _summing(function: Callable[..., Any]) -> Any:
 
 
 def _memcpy_code(_context, target, source, num_bytes):  # type: ignore[no-untyped-def]
-    """C's memcpy between two addresses. The assignment of a slice becomes a loop, which takes four
-    times as long."""
+    """C's memcpy between two addresses; the assignment of a slice compiles to a loop, which takes
+    four times as long."""
 
     def generate(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
         to, start = (builder.inttoptr(value, cgutils.voidptr_t) for value in arguments[:2])
@@ -61,8 +63,10 @@ _memcpy: Any = intrinsic(_memcpy_code)
 
 @_compiled
 def copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
-    """Copy runs of bytes, int64 ``[runs]`` each, in bytes. Bounds are the caller's to check: beyond
-    them lies memory that is not the arrays'."""
+    """Copy runs of bytes; starts, sizes and targets are int64 ``[runs]``, in bytes.
+
+    The caller must check bounds: nothing here keeps a run inside its array.
+    """
     for run in range(len(starts)):
         _memcpy(
             np.uintp(out.ctypes.data + targets[run]),
@@ -92,12 +96,14 @@ def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def decode_lossless(code, escape, mantissa, base, follow, places, targets, out):  # type: ignore[no-untyped-def]
+def decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):  # type: ignore[no-untyped-def]
+    """As :meth:`semroute.pipeline.codecs.lossless.Lossless.decode_torch`; slots are those of
+    :func:`semroute.pipeline.codecs.base.output_slots`."""
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
     distance = np.empty(width, np.uint8)
     for row in range(rows):
-        for layer in range(len(places)):
+        for layer in range(len(slots)):
             _unpack(code[row, layer], escape[row, layer], zigzag)
             for channel in range(width):
                 zigzag[channel] = (zigzag[channel] >> 1) ^ -(zigzag[channel] & 1)
@@ -107,8 +113,8 @@ def decode_lossless(code, escape, mantissa, base, follow, places, targets, out):
                 known = follow[layer]
                 for channel in range(width):
                     distance[channel] = zigzag[channel] + known[distance[channel]]
-            if places[layer] >= 0:
-                bits = out[targets[row], places[layer]]
+            if slots[layer] >= 0:
+                bits = out[targets[row], slots[layer]]
                 for channel in range(width):
                     exponent = np.uint16(np.uint8(distance[channel] + base[layer, channel]))
                     rest = np.uint16(mantissa[row, layer, channel])
@@ -127,11 +133,11 @@ def _scalars(scalar):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
-    """values * deviation + mean -> bits of bfloat16, to nearest even. ``bits`` is room for it."""
+    """values * deviation + mean -> bits of bfloat16, to nearest even; ``bits`` is scratch."""
     width = len(values)
-    room = bits.view(np.float32)
+    floats = bits.view(np.float32)
     for channel in range(width):
-        room[channel] = values[channel] * deviation + mean
+        floats[channel] = values[channel] * deviation + mean
     for channel in range(width):
         value = bits[channel]
         rounded = value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))
@@ -139,14 +145,16 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
 
 
 @_compiled
-def decode_delta(code, escape, scalar, scales, slope, bias, places, targets, out):  # type: ignore[no-untyped-def]
+def decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out):  # type: ignore[no-untyped-def]
+    """As :meth:`semroute.pipeline.codecs.predictive.Predictive.decode_torch`; slots are those of
+    :func:`semroute.pipeline.codecs.base.output_slots`."""
     rows, _, width = escape.shape
     state = np.zeros(width, np.float32)
     zigzag = np.empty(width, np.int32)
     bits = np.empty(width, np.uint32)
     for row in range(rows):
         state[:] = 0
-        for layer in range(len(places)):
+        for layer in range(len(slots)):
             _unpack(code[row, layer], escape[row, layer], zigzag)
             scale = scales[scalar[row, layer, 4]]
             for channel in range(width):
@@ -154,9 +162,9 @@ def decode_delta(code, escape, scalar, scales, slope, bias, places, targets, out
                 state[channel] = (
                     state[channel] * slope[layer, channel] + bias[layer, channel]
                 ) + number * scale
-            if places[layer] >= 0:
+            if slots[layer] >= 0:
                 mean, deviation = _scalars(scalar[row, layer])
-                _to_bits(state, mean, deviation, bits, out[targets[row], places[layer]])
+                _to_bits(state, mean, deviation, bits, out[targets[row], slots[layer]])
 
 
 @_compiled
@@ -172,22 +180,23 @@ def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-u
 
 
 @_compiled
-def denormalise(state, scalar, layer, place, targets, out):  # type: ignore[no-untyped-def]
+def denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-untyped-def]
+    """LN(h) of one layer, float32 [R, H] -> bits of bfloat16 of h, in a slot of ``out``."""
     bits = np.empty(state.shape[1], np.uint32)
     for row in range(len(state)):
         mean, deviation = _scalars(scalar[row, layer])
-        _to_bits(state[row], mean, deviation, bits, out[targets[row], place])
+        _to_bits(state[row], mean, deviation, bits, out[targets[row], slot])
 
 
 # ----------------------------------------------------------------------------------------- encoding
 
-# Loops count: numba hands those over the values of an array to LLVM in a form that it makes no
-# vectors of, and they are ten times slower.
+# Loops run over indices: LLVM does not vectorise what numba makes of a loop over the values of an
+# array, which is ten times slower.
 
 
 @_summing
 def _mean(values):  # type: ignore[no-untyped-def]
-    """In float64, so that rounding makes no variance where there is none."""
+    """The mean, in float64 so that rounding makes no variance where there is none."""
     total = np.float64(0)
     for i in range(len(values)):
         total += values[i]
@@ -212,30 +221,34 @@ def _squares(values):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _widest(values):  # type: ignore[no-untyped-def]
-    """Bits of the largest size: in the order of sizes, and found by vectors, being integers."""
+    """Bits of the largest magnitude; as integers they have the same order, and vectorise."""
     bits, widest = values.view(np.int32), np.int32(0)
     for i in range(len(bits)):
-        size = np.int32(bits[i] & np.int32(0x7FFFFFFF))  # or it would be 64 bits wide
+        size = np.int32(bits[i] & np.int32(0x7FFFFFFF))  # without the cast it would be 64 bits wide
         widest = size if size > widest else widest
     return widest
 
 
 @_compiled
 def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
-    """The places of the values of largest size, the first of equal ones.
+    """Indices of the values of largest magnitude, the first of equal ones.
 
-    Values are dealt to lanes, whose largest are kept: one pass by vectors finds them, and then each
-    place takes a look at the lanes and at one lane's values. One pass that keeps a sorted few is a
-    branch a value which no processor foresees.
+    Value i belongs to lane i modulo the number of lanes, and each lane's largest is kept: one
+    vectorised pass finds them all. Then each rank looks at the lanes' largest and, to replace the
+    one it takes, at the values of one lane. (One pass that keeps a sorted few would branch for each
+    value in a way that no processor predicts.) Six values in three lanes::
+
+        values  5 1 7 | 2 9 3      lane 0: 5 2    lane 1: 1 9    lane 2: 7 3
+        tops    5 9 7              the largest is 9, in lane 1, whose next is 1: tops 5 1 7
 
     Args:
-        most: int64 [most], written.
-        sizes: room for as many numbers as there are values, rounded up to whole lanes, uint32.
-        tops: room for a number a lane, uint32.
+        most: receives the indices, int64 [most].
+        sizes: scratch, uint32 [number of values, rounded up to whole lanes].
+        tops: scratch, uint32 [lanes].
     """
     bits, lanes = values.view(np.uint32), len(tops)
     for i in range(len(bits)):
-        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0: taken already, or none
+        sizes[i] = (bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(1)  # 0 means taken, or padding
     sizes[len(bits) :] = 0
     tops[:] = 0
     for start in range(0, len(sizes), lanes):
@@ -249,21 +262,21 @@ def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
         first = len(sizes)
         for lane in range(lanes):
             if tops[lane] == top:
-                place = lane
-                while sizes[place] != top:
-                    place += lanes
-                first = min(first, place)
+                index = lane
+                while sizes[index] != top:
+                    index += lanes
+                first = min(first, index)
         most[rank] = first
         sizes[first] = 0
         top = np.uint32(0)
-        for place in range(first % lanes, len(sizes), lanes):
-            top = max(top, sizes[place])
+        for index in range(first % lanes, len(sizes), lanes):
+            top = max(top, sizes[index])
         tops[first % lanes] = top
 
 
 @_compiled
 def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
-    """Bits of bfloat16, to nearest even; ``bits`` is room for one number, uint32 [1]."""
+    """Bits of bfloat16, to nearest even; ``bits`` is scratch, uint32 [1]."""
     bits.view(np.float32)[0] = value
     return (bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
         16
@@ -287,18 +300,18 @@ def encode_delta(  # type: ignore[no-untyped-def]
         below: state of the layer below, float32 [R, H], or [0, H].
         slope, bias: float32 [H].
         scales: float32 [256].
-        step: in RMS.
-        massive: channels that are left out of the RMS.
+        step: in units of the RMS.
+        massive: number of channels left out of the RMS.
         code, escape, scalar: uint8 [R, H or ceil(H / 2)], uint16 [R, H], uint8 [R, 5]; written.
         state, decoded: float32 and uint16 [R, H]; written.
     """
-    # Loops are short, so that each is compiled to vectors; what they hand on stays in the cache.
+    # Loops are short so that each is vectorised; what they hand on stays in the cache.
     rows, width = hidden.shape
     narrow = code.shape[1] < width
     limit = np.float32(15 if narrow else 255)
     normed, residual = np.empty(width, np.float32), np.empty(width, np.float32)
     zigzag, low = np.empty(width, np.float32), np.empty(width + 1, np.uint8)
-    room, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
+    scratch, bits = np.empty(width, np.uint32), np.empty(1, np.uint32)
     one = bits.view(np.float32)
     most, tops = np.empty(massive, np.int64), np.empty(LANES, np.uint32)
     sizes = np.empty(-(-width // LANES) * LANES, np.uint32)
@@ -355,7 +368,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
         scalar[row, 0], scalar[row, 1] = mean_bits & 0xFF, mean_bits >> 8
         scalar[row, 2], scalar[row, 3] = deviation_bits & 0xFF, deviation_bits >> 8
         scalar[row, 4] = chosen
-        _to_bits(into, mean, deviation, room, coded)
+        _to_bits(into, mean, deviation, scratch, coded)
 
 
 @_compiled
@@ -365,25 +378,25 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
     Args:
         hidden: float32 [R, H].
         coded: bits of bfloat16, uint16 [R, H].
-        largest: channels that are left out of ``bare``.
+        largest: number of channels left out of ``bare``.
         relative, bare: float32 [R]; written.
     """
     rows, width = hidden.shape
-    room = np.empty(width, np.uint32)
-    found = room.view(np.float32)
+    found_bits = np.empty(width, np.uint32)
+    found = found_bits.view(np.float32)
     expected, sizes = np.empty(width, np.float32), np.empty(-(-width // LANES) * LANES, np.uint32)
     most, tops = np.empty(largest, np.int64), np.empty(LANES, np.uint32)
     for row in range(rows):
         values, bits = hidden[row], coded[row]
         for channel in range(width):
-            room[channel] = np.uint32(bits[channel]) << np.uint32(16)
-        mean, other = _mean(values), _mean(found)
+            found_bits[channel] = np.uint32(bits[channel]) << np.uint32(16)
+        mean, found_mean = _mean(values), _mean(found)
         inverse = np.float32(1) / np.sqrt(_variance(values, mean) + np.float32(eps))
-        other_inverse = np.float32(1) / np.sqrt(_variance(found, other) + np.float32(eps))
+        found_inverse = np.float32(1) / np.sqrt(_variance(found, found_mean) + np.float32(eps))
         for channel in range(width):
             expected[channel] = (values[channel] - mean) * inverse
         for channel in range(width):
-            found[channel] = (found[channel] - other) * other_inverse - expected[channel]
+            found[channel] = (found[channel] - found_mean) * found_inverse - expected[channel]
         norm, total = _squares(expected), _squares(found)
         known = np.float32(norm > np.float32(1e-6))
         relative[row] = known * np.sqrt(total / max(norm, np.float32(1e-6)))
@@ -396,7 +409,7 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
 
 
 def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
-    """Call a compiled loop for all rows, with as many threads as torch would use."""
+    """Call a compiled loop for slices of all rows, in as many threads as torch would use."""
     import torch
 
     parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))

@@ -9,24 +9,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import kernels
-from .array_spec import LAYER_MAJOR, U1, ArraySpec, pair, unpair, wrap
-from .base import Codec, Coded, Layers, Planes, output_places
+from .base import LAYER_MAJOR, U1, ArraySpec, CodeArrays, Codec, Coded, Layers, output_slots
+from .bits import pair, unpair, wrap
 
 if TYPE_CHECKING:
     import torch
 
-
 MIN_COUNT = 32
-"""Times that an exponent must occur in the sample for ``lossless`` to learn what follows it."""
+"""How often a distance must occur in the sample for ``lossless`` to learn what follows it."""
 
 
 class Lossless(Codec):
-    """bfloat16 to the bit, the exponent apart from sign and mantissa, which are noise.
+    """bfloat16 to the bit; the exponent is coded apart from sign and mantissa, which are noise::
 
-    An exponent is coded as its distance from what usually stands there: ``base``, the median of
-    its layer and channel, plus ``follow``, how far the exponent was from its own base one layer
-    below -> how far it then is here. Both are fitted; all arithmetic is modulo 256, so that every
-    bit pattern comes back, whatever the fit.
+        bfloat16   s eeeeeeee mmmmmmm
+        mantissa   s          mmmmmmm
+        distance     eeeeeeee - base of its layer and channel
+        residual     distance - follow of the distance one layer below
+
+    ``base`` is the median exponent of a layer and channel. ``follow`` maps the distance of the
+    exponent one layer below to the distance to expect here. Both are fitted; all arithmetic is
+    modulo 256, so that every bit pattern comes back, whatever the fit.
     """
 
     name = "lossless"
@@ -34,7 +37,7 @@ class Lossless(Codec):
     aligned = False
 
     @cached_property
-    def planes(self) -> tuple[ArraySpec, ...]:
+    def arrays(self) -> tuple[ArraySpec, ...]:
         half = (self.width + 1) // 2
         return (
             ArraySpec(
@@ -58,37 +61,38 @@ class Lossless(Codec):
             residual = wrap(distance - follow[(below.state & 0xFF).long()])
         zigzag = (residual << 1) ^ (residual >> 31)  # 0..255
         narrow = zigzag.clamp_max(15)
-        planes = {
+        codes = {
             "code": pair(narrow),
             "escape": torch.where(zigzag >= 15, zigzag - 14, 0).to(torch.uint8),
             "mantissa": ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8),
         }
-        return Coded(planes, rounded, distance)
+        return Coded(codes, rounded, distance)
 
-    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
-        wanted = output_places(layers)
+    def decode(
+        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    ) -> None:
         kernels.decode_lossless(
-            planes["code"],
-            planes["escape"],
-            planes["mantissa"],
+            codes["code"],
+            codes["escape"],
+            codes["mantissa"],
             self.parameters["base"],
             self.parameters["follow"],
-            wanted,
+            output_slots(layers),
             targets,
             out,
         )
 
-    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
+    def decode_torch(self, codes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
-        device = planes["code"].device
+        device = codes["code"].device
         base = self._parameter("base", device, torch.int32)
         follow = self._parameter("follow", device, torch.int32)
-        found = {}
+        decoded = {}
         distance = torch.zeros(0)
         for layer in range(max(layers) + 1):
-            narrow = unpair(planes["code"][:, layer], self.width)
-            escape = planes["escape"][:, layer].int()
+            narrow = unpair(codes["code"][:, layer], self.width)
+            escape = codes["escape"][:, layer].int()
             zigzag = torch.where(narrow == 15, 14 + escape, narrow) & 0xFF
             residual = (zigzag >> 1) ^ -(zigzag & 1)
             if layer:
@@ -96,10 +100,10 @@ class Lossless(Codec):
             distance = wrap(residual)
             if layer in layers:
                 exponent = (distance + base[layer]) & 0xFF
-                sign_mantissa = planes["mantissa"][:, layer].int()
+                sign_mantissa = codes["mantissa"][:, layer].int()
                 bits = (sign_mantissa & 0x80) << 8 | exponent << 7 | sign_mantissa & 0x7F
-                found[layer] = wrap(bits, 1 << 15).to(torch.int16).view(torch.bfloat16)
-        return torch.stack([found[layer] for layer in layers], 1)
+                decoded[layer] = wrap(bits, 1 << 15).to(torch.int16).view(torch.bfloat16)
+        return torch.stack([decoded[layer] for layer in layers], 1)
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
@@ -112,13 +116,15 @@ class Lossless(Codec):
         distance = (exponents - base).astype(np.int8)
         follow = np.zeros((sample.shape[1], 256), np.int8)
         for layer in range(1, sample.shape[1]):
+            # Counts of (below, here) over rows and channels, distances moved to 0..255.
             below = distance[:, layer - 1].ravel().astype(np.int32) + 128
             here = distance[:, layer].ravel().astype(np.int32) + 128
             joint = np.bincount(below * 256 + here, minlength=1 << 16).reshape(256, 256)
             counts = joint.sum(1)
-            middle = (joint.cumsum(1) * 2 < counts[:, None]).sum(1)  # medians
+            middle = (joint.cumsum(1) * 2 < counts[:, None]).sum(1)  # median ``here`` of each below
             known = np.flatnonzero(counts >= MIN_COUNT)
-            if len(known):
+            if len(known):  # a rare distance is followed by what follows the nearest known one
                 nearest = known[np.abs(np.arange(256)[:, None] - known).argmin(1)]
+                # From -128, ..., 127 to the order of unsigned bytes: 0, ..., 127, -128, ..., -1.
                 follow[layer] = np.roll(middle[nearest] - 128, 128).astype(np.int8)
         return {"base": base, "follow": follow.view(np.uint8)}

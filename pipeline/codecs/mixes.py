@@ -4,8 +4,8 @@ Block d reads ``sum_l weights_dl LN(H^(l))``. The weights of D blocks are D vect
 fewer dimensions, and neighbouring layers are alike, so what blocks read is close to combinations of
 K <= D mixes. The basis of rank K is the best in the least squares of what blocks read, each block
 relative to its own norm (Eckart & Young 1936). With G the Gram matrix of LN(H^(l)) on a sample and
-W the weights, each row divided by the root of its w G w^T, its directions are the first K
-eigenvectors of W G W^T.
+W the weights, each row divided by the root of its w G w^T, the directions of the basis are the
+first K eigenvectors of W G W^T.
 
 Shapes: R rows (tokens), L layers, H width, D blocks, K mixes.
 """
@@ -18,34 +18,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...schemas import InputError, Mixes, Routing
-from .base import LN_EPS
+from .base import layer_norm
 from .error import relative_errors
 
 if TYPE_CHECKING:
     import torch
 
-
 SAMPLE_ROWS = 2_048
-"""Tokens on which a basis is found and the errors of its ranks are measured."""
+"""Tokens to find a basis and to measure the errors of its ranks on."""
 TOLERANCE = 1e-2
-"""Mean relative error of what blocks read under which a rank is chosen: that of the codecs' default
-quality."""
+"""A rank is chosen whose mean relative error of what blocks read is below this, the error of the
+codecs' default quality."""
 MIN_EIGENVALUE = 1e-12
-"""Of the largest; smaller ones are the rounding of float32 weights."""
+"""Relative to the largest; smaller ones are the rounding of float32 weights."""
 CHUNK_ROWS = 128
-"""Rows computed on at a time."""
+"""Rows computed at a time."""
 
 
 def mix(hidden: torch.Tensor, basis: Sequence[Sequence[float]]) -> torch.Tensor:
     """Mixes of normalised layers: any float ``[R, L, H]``, ``[K, L]`` -> float32 ``[R, K, H]``.
 
-    LN is the parameter-free layer norm of routing, in float32. With weights in place of a basis it
-    is what blocks read.
+    LN is the parameter-free layer norm of routing, in float32. With the weights as the basis, the
+    result is what blocks read.
     """
-    import torch
-
-    normed = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=LN_EPS)
-    return _matrix(basis, hidden.device) @ normed
+    return _matrix(basis, hidden.device) @ layer_norm(hidden)
 
 
 def combine(mixes: torch.Tensor, coefficients: Sequence[Sequence[float]]) -> torch.Tensor:
@@ -54,15 +50,15 @@ def combine(mixes: torch.Tensor, coefficients: Sequence[Sequence[float]]) -> tor
 
 
 def find_mixes(routing: Routing, sample: torch.Tensor, rank: int | None = None) -> Mixes:
-    """The mixes that stand for a routing.
+    """Find the mixes that stand for a routing.
 
     Args:
         routing: over the layers of ``sample``, D blocks.
         sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
-        rank: how many; default the fewest whose error is under :data:`TOLERANCE`.
+        rank: how many; default: the fewest whose error is below :data:`TOLERANCE`.
 
     Raises:
-        InputError: there are not so many independent mixes.
+        InputError: fewer mixes are independent.
     """
     weights = np.array(routing.weights)  # [D, L]
     gram = _gram(sample)
@@ -77,9 +73,8 @@ def find_mixes(routing: Routing, sample: torch.Tensor, rank: int | None = None) 
             f"mixes; expected 1 to {highest}"
         )
     values, vectors = values[:highest].clip(1e-12), vectors[:, :highest]
-    vectors = vectors * np.where(
-        vectors.sum(0) < 0, -1, 1
-    )  # eigenvectors have no sign of their own
+    # Eigenvectors are unique up to their sign.
+    vectors = vectors * np.where(vectors.sum(0) < 0, -1, 1)
     root = np.sqrt(values)
     basis = (vectors / root).T @ scaled  # [K, L]
     coefficients = norms[:, None] * vectors * root  # [D, K]
@@ -98,7 +93,7 @@ def find_mixes(routing: Routing, sample: torch.Tensor, rank: int | None = None) 
 def _gram(sample: torch.Tensor) -> np.ndarray:
     """Mean over rows and channels of products of LN(H^(l)): ``[R, L, H]`` -> float64 ``[L, L]``.
 
-    In float64: a product in float32 need not be symmetric, and what it lacks looks like another
+    In float64: a product in float32 need not be symmetric, and the asymmetry looks like another
     independent mix.
     """
     import torch
@@ -106,8 +101,7 @@ def _gram(sample: torch.Tensor) -> np.ndarray:
     num_rows, num_layers, width = sample.shape
     total = torch.zeros(num_layers, num_layers, dtype=torch.float64)
     for part in sample.split(CHUNK_ROWS):
-        normed = torch.nn.functional.layer_norm(part.float(), (width,), eps=LN_EPS)
-        flat = normed.transpose(0, 1).flatten(1).double()  # [L, R * H]
+        flat = layer_norm(part).transpose(0, 1).flatten(1).double()  # [L, R * H]
         total += flat @ flat.T
     return total.numpy() / (num_rows * width)
 
@@ -115,15 +109,15 @@ def _gram(sample: torch.Tensor) -> np.ndarray:
 def _errors(
     sample: torch.Tensor, weights: np.ndarray, basis: np.ndarray, coefficients: np.ndarray
 ) -> list[float]:
-    """Mean relative error of what blocks read from the first 1, 2 ... K mixes of a sample."""
+    """Mean relative error of what blocks read from the first 1, 2, ..., K mixes, on a sample."""
     totals = np.zeros(len(basis))
     for part in sample.split(CHUNK_ROWS):
         expected = mix(part, weights.tolist())  # [R, D, H]
         mixes = mix(part, basis.tolist())  # [R, K, H]
-        left = expected
+        rest = expected  # what the first k mixes do not give
         for k in range(len(basis)):
-            left = left - combine(mixes[:, k : k + 1], coefficients[:, k : k + 1].tolist())
-            totals[k] += float(relative_errors(expected, left)[0].sum())
+            rest = rest - combine(mixes[:, k : k + 1], coefficients[:, k : k + 1].tolist())
+            totals[k] += float(relative_errors(expected, rest)[0].sum())
     return (totals / (len(sample) * len(weights))).tolist()
 
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...schemas import LN_EPS
 from . import kernels
-from .array_spec import LAYER_MAJOR, U1, U2, ArraySpec, pair, unpair, wrap
 from .base import (
-    LN_EPS,
-    NUM_MASSIVE,
+    LAYER_MAJOR,
+    U1,
+    U2,
+    ArraySpec,
+    CodeArrays,
     Codec,
     Coded,
     Layers,
-    Planes,
-    output_places,
-    pairs_of_layers,
-    robust_rms,
+    layer_norm,
+    output_slots,
 )
+from .bits import pair, unpair, wrap
 
 if TYPE_CHECKING:
     import torch
 
-
+NUM_MASSIVE = 8
+"""Channels left out of the RMS that scales a vector's step: with them in, one massive activation
+makes the step of all ordinary channels coarse."""
 RIDGE = 3e-3
-"""Of the matrices of ``linear``, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""
+"""Ridge of the matrices of ``linear``, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""
 MAX_CODE = 32_767
 """Codes are int16 before they are split; a larger one widens its vector's step instead."""
 LOWEST_SCALE = 24
@@ -37,19 +41,26 @@ SCALES = np.exp2(np.arange(256) / 8 - LOWEST_SCALE).astype(np.float32)
 
 
 class Predictive(Codec):
-    """LN(h) predicted from the layer below, the residual on a uniform step.
+    """LN(h) predicted from the layer below, the residual rounded to uniform steps.
 
     ``LN(h) = (h - mean) / deviation``, deviation = sqrt(var + 1e-5), both kept in bfloat16 so that
     h itself comes back. A vector's step is 2**-quality times its RMS without its 8 largest
-    channels, on a scale of 8 steps an octave. Codes that do not fit their 4 or 8 bits have an
+    channels, on a scale with 8 steps per octave. Codes that do not fit their 4 or 8 bits have an
     escape, so that none is ever clipped.
 
     Two codes of 4 bits share a byte: Huffman coding, which is all that zstd can do with noise,
     wastes bits on alphabets of few symbols.
+
+    From residual to bytes, with codes of 4 bits (15 is the escape)::
+
+        residual / step, rounded     0  -1   2  -9
+        zigzag                       0   1   4  17
+        code                         0   1   4  15    two per byte
+        escape                       0   0   0   3    zigzag - 14 where the code is 15
     """
 
     @cached_property
-    def planes(self) -> tuple[ArraySpec, ...]:
+    def arrays(self) -> tuple[ArraySpec, ...]:
         codes = {8: "zigzag code, 255: escape", 4: "two zigzag codes a byte, 15: escape"}
         return (
             ArraySpec("code", U1, -(-self.width * self.code_bits // 8), LAYER_MAJOR,
@@ -62,7 +73,7 @@ class Predictive(Codec):
 
     @property
     def _limit(self) -> int:
-        """The code that says escape."""
+        """The code that marks an escape."""
         return 2**self.code_bits - 1
 
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
@@ -75,28 +86,28 @@ class Predictive(Codec):
         deviation = (variance + LN_EPS).sqrt().to(torch.bfloat16)
         normed = (hidden - mean.float()) / deviation.float()
         predicted = self._predict(layer, below)
-        residual = self._turn(layer, normed - predicted)
+        residual = self._rotate(layer, normed - predicted)
         needed = torch.maximum(
-            robust_rms(normed)[:, None] * 2.0**-self._quality,
+            _robust_rms(normed)[:, None] * 2.0**-self._quality,
             residual.abs().amax(-1, keepdim=True) / (MAX_CODE / 2**0.0625 - 1),
         )
-        needed = needed.nan_to_num(nan=1.0)  # refused later, by who asks whether all is finite
+        needed = needed.nan_to_num(nan=1.0)  # refused later, by the check that all is finite
         number = (8 * (needed.clamp_min(1e-30).log2() + LOWEST_SCALE)).round().clamp(0, 255).int()
         scale = torch.from_numpy(SCALES).to(hidden.device)[number.long()]  # [R, 1]
-        codes = (residual / scale).round().clamp(-MAX_CODE, MAX_CODE)
-        state = predicted + self._turn_back(layer, codes * scale)
-        zigzag = codes.int()
-        zigzag = (zigzag << 1) ^ (zigzag >> 31)
+        steps = (residual / scale).round().clamp(-MAX_CODE, MAX_CODE)
+        state = predicted + self._rotate_back(layer, steps * scale)
+        signed = steps.int()
+        zigzag = (signed << 1) ^ (signed >> 31)
         low = zigzag.clamp_max(self._limit)
         scalars = torch.cat([mean, deviation], 1).view(torch.uint8)  # little-endian, [R, 4]
         escape = torch.where(zigzag >= self._limit, zigzag - (self._limit - 1), 0)
-        planes = {
+        codes = {
             "code": low.to(torch.uint8) if self.code_bits == 8 else pair(low),
             "escape": wrap(escape, 1 << 15).to(torch.int16).view(torch.uint16),
             "scalar": torch.cat([scalars, number.to(torch.uint8)], 1),
         }
         decoded = state * deviation.float() + mean.float()
-        return Coded(planes, decoded.to(torch.bfloat16), state)
+        return Coded(codes, decoded.to(torch.bfloat16), state)
 
     @property
     def _quality(self) -> float:
@@ -107,59 +118,57 @@ class Predictive(Codec):
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         """LN(h) of a layer from what a reader has of the layer below, fp32 ``[R or 1, H]``."""
 
-    def _turn(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
-        """The residual in the basis that is coded."""
+    def _rotate(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        """The residual in the basis in which it is coded."""
         return residual
 
-    def _turn_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
-        """And back."""
+    def _rotate_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`_rotate`."""
         return residual
 
-    def decode_torch(self, planes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
+    def decode_torch(self, codes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
         import torch
 
-        device = planes["code"].device
+        device = codes["code"].device
         scales = torch.from_numpy(SCALES).to(device)
-        found = {}
+        decoded = {}
         below: Coded | None = None
         for layer in range(max(layers) + 1):
-            code = planes["code"][:, layer]
+            code = codes["code"][:, layer]
             low = code.int() if self.code_bits == 8 else unpair(code, self.width)
-            escape = planes["escape"][:, layer].view(torch.int16).int() & 0xFFFF
+            escape = codes["escape"][:, layer].view(torch.int16).int() & 0xFFFF
             zigzag = torch.where(low == self._limit, self._limit - 1 + escape, low)
-            codes = ((zigzag >> 1) ^ -(zigzag & 1)).float()
-            scalar = planes["scalar"][:, layer]
+            steps = ((zigzag >> 1) ^ -(zigzag & 1)).float()
+            scalar = codes["scalar"][:, layer]
             scale = scales[scalar[:, 4:].long()]
-            state = self._predict(layer, below) + self._turn_back(layer, codes * scale)
+            state = self._predict(layer, below) + self._rotate_back(layer, steps * scale)
             below = Coded({}, state, state)
             if layer in layers:
                 words = scalar[:, 1:4:2].int() << 8 | scalar[:, 0:4:2].int()
                 both = wrap(words, 1 << 15).to(torch.int16).view(torch.bfloat16).float()
                 mean, deviation = both.split(1, 1)
-                found[layer] = (state * deviation + mean).to(torch.bfloat16)
-        return torch.stack([found[layer] for layer in layers], 1)
+                decoded[layer] = (state * deviation + mean).to(torch.bfloat16)
+        return torch.stack([decoded[layer] for layer in layers], 1)
 
 
 class Delta(Predictive):
-    """Predicted by a slope and a bias a channel."""
+    """Prediction by one slope and one bias per channel."""
 
     name = "delta"
     fits = ("slope", "bias")
 
     def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
-        """On a CPU by a compiled loop: sums in another order, and else the same arithmetic."""
+        """On a CPU a compiled loop: the same arithmetic, but sums in another order."""
         import torch
 
         if hidden.device.type != "cpu":
             return super().encode(layer, hidden, below)
         values = hidden.float().contiguous().numpy()
         before = values[:0] if below is None else below.state.numpy()
-        codes = {
-            plane.name: np.empty((len(values), plane.size), plane.dtype) for plane in self.planes
-        }
+        codes = {spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.arrays}
         state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
 
-        def part(rows: slice) -> None:
+        def encode_part(rows: slice) -> None:
             kernels.encode_delta(
                 values[rows],
                 before[rows],
@@ -174,10 +183,10 @@ class Delta(Predictive):
                 decoded[rows],
             )
 
-        kernels.in_parts(part, len(values))
-        planes = {name: torch.from_numpy(array) for name, array in codes.items()}
+        kernels.in_parts(encode_part, len(values))
+        tensors = {name: torch.from_numpy(array) for name, array in codes.items()}
         hidden = torch.from_numpy(decoded).view(torch.bfloat16)
-        return Coded(planes, hidden, torch.from_numpy(state))
+        return Coded(tensors, hidden, torch.from_numpy(state))
 
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         import torch
@@ -188,15 +197,17 @@ class Delta(Predictive):
             return bias
         return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
 
-    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
+    def decode(
+        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    ) -> None:
         kernels.decode_delta(
-            planes["code"],
-            planes["escape"],
-            planes["scalar"],
+            codes["code"],
+            codes["escape"],
+            codes["scalar"],
             SCALES,
             self.parameters["slope"],
             self.parameters["bias"],
-            output_places(layers),
+            output_slots(layers),
             targets,
             out,
         )
@@ -207,7 +218,7 @@ class Delta(Predictive):
         import torch
 
         slopes, biases = [], []
-        for weight, x, y in pairs_of_layers(sample):
+        for weight, x, y in _regressions(sample):
             mean_x, mean_y = _average(weight, x), _average(weight, y)
             x, y = x - mean_x, y - mean_y
             slope = (weight * x * y).sum(0) / ((weight * x * x).sum(0) + 1e-6)
@@ -220,11 +231,11 @@ class Delta(Predictive):
 
 
 class Linear(Predictive):
-    """Predicted by a matrix and a bias a layer; the residual turned to its principal axes.
+    """Prediction by one matrix and bias per layer; the residual rotated to its principal axes.
 
     ``LN(h_l) = LN(h_(l-1)) @ matrix_l + bias_l + (codes * scale) @ rotation_l``. The rotation
-    (Karhunen-Loève) takes out what is left of correlation between channels, and puts the large
-    codes first, where they are wide. Decoding is two matrix products a layer.
+    (Karhunen-Loève) removes the correlation that is left between channels, and puts the
+    largest codes first. Decoding is two matrix products per layer.
     """
 
     name = "linear"
@@ -240,12 +251,12 @@ class Linear(Predictive):
             return bias
         return below.state @ self._parameter("matrix", device, torch.float32)[layer] + bias
 
-    def _turn(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
         import torch
 
         return residual @ self._parameter("rotation", residual.device, torch.float32)[layer].T
 
-    def _turn_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+    def _rotate_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
         import torch
 
         return residual @ self._parameter("rotation", residual.device, torch.float32)[layer]
@@ -256,35 +267,37 @@ class Linear(Predictive):
         matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
         return matrix, rotation
 
-    def decode(self, planes: Planes, layers: Layers, targets: np.ndarray, out: np.ndarray) -> None:
+    def decode(
+        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    ) -> None:
         matrix, rotation = self._matrices
-        wanted = output_places(layers)
+        slots = output_slots(layers)
         state = np.zeros((len(targets), self.width), np.float32)
         residual = np.empty_like(state)
-        for layer in range(len(wanted)):
+        for layer in range(len(slots)):
             kernels.decode_codes(
-                planes["code"],
-                planes["escape"],
-                planes["scalar"],
+                codes["code"],
+                codes["escape"],
+                codes["scalar"],
                 layer,
                 SCALES,
                 residual,
             )
             below = state @ matrix[layer] if layer else np.float32(0)
             state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
-            if wanted[layer] >= 0:
-                kernels.denormalise(state, planes["scalar"], layer, wanted[layer], targets, out)
+            if slots[layer] >= 0:
+                kernels.denormalise(state, codes["scalar"], layer, slots[layer], targets, out)
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
         """``matrix``, ``rotation``: bits of bfloat16 ``[L, H, H]``; ``bias``: float32 ``[L, H]``.
 
-        Ridge regression weighted by 1 / RMS**2, and the eigenvectors of what it leaves.
+        Ridge regression weighted by 1 / RMS**2, and the eigenvectors of its residual.
         """
         import torch
 
         matrices, rotations, biases = [], [], []
-        for weight, x, y in pairs_of_layers(sample):
+        for weight, x, y in _regressions(sample):
             mean_x, mean_y = _average(weight, x), _average(weight, y)
             centred = x - mean_x
             gram = ((centred * weight).T @ centred).double()
@@ -292,8 +305,8 @@ class Linear(Predictive):
             cross = ((centred * weight).T @ (y - mean_y)).double()
             matrix = torch.linalg.solve(gram, cross).bfloat16()
             bias = mean_y - mean_x @ matrix.float()
-            left = (y - x @ matrix.float() - bias) * weight.sqrt()
-            axes = torch.linalg.eigh((left.T @ left).double()).eigenvectors  # ascending
+            rest = (y - x @ matrix.float() - bias) * weight.sqrt()
+            axes = torch.linalg.eigh((rest.T @ rest).double()).eigenvectors  # ascending
             matrices.append(matrix)
             rotations.append(axes.flip(1).T.bfloat16())
             biases.append(bias)
@@ -302,6 +315,31 @@ class Linear(Predictive):
             "rotation": torch.stack(rotations).view(torch.uint16).cpu().numpy(),
             "bias": torch.stack(biases).cpu().numpy(),
         }
+
+
+def _robust_rms(normed: torch.Tensor) -> torch.Tensor:
+    """RMS over the last axis without its 8 largest channels: ``[..., H]`` -> ``[...]``."""
+    squares = normed.square()
+    num = min(NUM_MASSIVE, squares.shape[-1] // 2)
+    rest = squares.sum(-1) - squares.topk(num, dim=-1).values.sum(-1)
+    return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
+
+
+def _regressions(
+    sample: torch.Tensor,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """By layer: weights ``[R, 1]``, and LN(h) of the layer below (zeros for the first) and of it.
+
+    Both ``[R, H]``: the second is to be predicted from the first.
+    """
+    import torch
+
+    below: torch.Tensor | None = None
+    for layer in range(sample.shape[1]):
+        normed = layer_norm(sample[:, layer])
+        weight = _robust_rms(normed).clamp_min(1e-3)[:, None] ** -2
+        yield weight, torch.zeros_like(normed) if below is None else below, normed
+        below = normed
 
 
 def _average(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

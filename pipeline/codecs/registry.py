@@ -14,21 +14,19 @@ from .lossless import Lossless
 from .predictive import Delta, Linear, Predictive
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Bf16, Lossless, Delta, Linear)}
+DEFAULT_QUALITY = 4.0
+"""Error of LN(h) 1.1e-2; see docs/benchmarks/codecs.md."""
 
 
 def open_codec(
     spec: schemas.Codec, num_layers: int, width: int, parameters: Mapping[str, np.ndarray]
 ) -> Codec:
-    """The codec that a manifest names, with its fitted parameters."""
+    """Open the codec that a manifest names, with its fitted parameters."""
     return CODECS[spec.name](num_layers, width, parameters, spec.quality, spec.code_bits or 8)
 
 
-DEFAULT_QUALITY = 4.0
-"""Error of LN(h) 1.1e-2; see docs/benchmarks/codecs.md."""
-
-
 def request_codec(name: str, quality: float | None) -> schemas.Codec:
-    """The codec as asked for, not yet fitted."""
+    """The spec of a codec as the user asked for it, not yet fitted."""
     if not issubclass(CODECS[name], Predictive):
         if quality is not None:
             raise InputError(

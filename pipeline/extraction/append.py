@@ -179,8 +179,8 @@ def append(
         whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
         files[f"{name}.parquet"] = render_table(whole)
     names = store.arrays if isinstance(manifest, FeatureManifest) else array_shapes(manifest)
-    for plane in names:
-        name = f"{store.group}/{plane}/zarr.json"
+    for array in names:
+        name = f"{store.group}/{array}/zarr.json"
         metadata = json.loads(store.read_file(name).to_pybytes())
         metadata["shape"][0] = layout.num_shards * layout.rows_per_shard
         files[name] = json.dumps(metadata, indent=2).encode()

@@ -327,7 +327,7 @@ def _encode_images(task: _Task) -> Deferred[Receipt]:
         vae = _load_vae(task.vae, own_device())
     loaded = time.perf_counter()
     shape = (layout.rows_per_shard, *store.shape(task.bucket))
-    planes = [np.zeros(shape, identity.dtype) for _ in store.names(task.bucket)]
+    arrays = [np.zeros(shape, identity.dtype) for _ in store.names(task.bucket)]
     broken: dict[int, str] = {}
     told = 0
     for first in range(0, len(task.files), layout.batch_tokens):
@@ -344,8 +344,8 @@ def _encode_images(task: _Task) -> Deferred[Receipt]:
                 good.append(row)
         if not good:
             continue
-        for plane, codes in zip(planes, _codes(vae, pixels), strict=True):
-            plane[[first + row for row in good]] = _stored(codes[good], identity.dtype)
+        for array, codes in zip(arrays, _codes(vae, pixels), strict=True):
+            array[[first + row for row in good]] = _stored(codes[good], identity.dtype)
         if first + len(files) - told >= PROGRESS:
             told = first + len(files)
             report_progress(task.shard, told)
@@ -362,7 +362,7 @@ def _encode_images(task: _Task) -> Deferred[Receipt]:
     )
 
     def write() -> Receipt:
-        named = dict(zip(store.names(task.bucket), planes, strict=True))
+        named = dict(zip(store.names(task.bucket), arrays, strict=True))
         written = store.complete_shard(named, receipt)
         if broken:
             store.quarantine_images(task.shard, broken)

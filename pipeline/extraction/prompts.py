@@ -70,7 +70,7 @@ class EncodedPrompts:
         rows = np.empty((int(captions.num_tokens[entry]), *shape), np.uint16)
 
         def sink(index: int, hidden: "torch.Tensor") -> None:
-            rows[:, index] = codec.encode(index, hidden, None).planes["hidden"].cpu().numpy()
+            rows[:, index] = codec.encode(index, hidden, None).codes["hidden"].cpu().numpy()
 
         self._encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
         if self.mixes is None:

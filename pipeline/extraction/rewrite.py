@@ -32,8 +32,7 @@ from ...schemas import (
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
-from ..codecs.array_spec import allocate
-from ..codecs.base import Coded
+from ..codecs.base import Coded, allocate
 from ..codecs.error import CodecError, codec_error
 from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
@@ -294,7 +293,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
     codec = store.codec
     error = CodecError(layers if mixes is None else range(len(mixes.weights)))
     used = rows_of(row_start, counts)
-    planes = allocate(codec.planes, layout.rows_per_shard, len(layers), used)
+    arrays = allocate(codec.arrays, layout.rows_per_shard, len(layers), used)
     read, basis = _reading(source, store.manifest.identity)
     for part in _parts(counts, max(1, BATCH_BYTES // source.bytes_per_row())):
         given = source.read(ids[part], read).tensor()  # [R, L or K, H]
@@ -312,8 +311,8 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
                 error.add(index, one, coded.hidden)
             else:
                 decoded.append(coded.hidden)
-            for name, codes in coded.planes.items():
-                planes[name][rows, index] = codes.numpy()
+            for name, codes in coded.codes.items():
+                arrays[name][rows, index] = codes.numpy()
         if mixes is not None:
             before = source.mixes
             if before is None:
@@ -335,7 +334,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
         seconds={"encode": time.perf_counter() - started},
         worker=worker_name(),
     )
-    return Deferred(partial(store.complete_shard, planes, receipt))
+    return Deferred(partial(store.complete_shard, arrays, receipt))
 
 
 def _shuffle(

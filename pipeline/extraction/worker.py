@@ -18,7 +18,7 @@ import numpy as np
 
 from ...schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
 from ..codecs import base as codecs
-from ..codecs.array_spec import allocate
+from ..codecs.base import allocate
 from ..codecs.error import CodecError, layer_errors
 from ..codecs.fit import fit_codec, fitted_spec
 from ..executor.base import Deferred, report_progress, worker_name
@@ -107,7 +107,7 @@ def encode_shard(job: Job, task: ShardTask) -> Deferred[Receipt]:
     def write() -> Receipt:
         with _naming_culprit(store, job.source, task):
             shard.keep(last)
-        return store.complete_shard(shard.planes, shard.receipt())
+        return store.complete_shard(shard.arrays, shard.receipt())
 
     return Deferred(write)
 
@@ -157,7 +157,7 @@ class _Shard:
     """A shard that fills with codes.
 
     Attributes:
-        planes: by name, ``[rows_per_shard, L, size]``.
+        arrays: codes by name, ``[rows_per_shard, L, size]``.
         seconds: where the time went.
         warnings: of what was met.
     """
@@ -167,7 +167,7 @@ class _Shard:
         shape = (layout.rows_per_shard, len(self._layers))
         rows = rows_of(task.row_start, task.num_rows)
         self._codec = _codec_of(store)
-        self.planes = allocate(self._codec.planes, *shape, rows)
+        self.arrays = allocate(self._codec.arrays, *shape, rows)
         self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
         self.warnings: list[str] = []
         self._task = task
@@ -184,7 +184,7 @@ class _Shard:
             relative, bare = layer_errors(hidden, coded.hidden)
             norm = torch.linalg.vector_norm(hidden.float(), dim=-1)
             self._below = coded
-        return {"norm": norm, "relative": relative, "bare": bare, **coded.planes}
+        return {"norm": norm, "relative": relative, "bare": bare, **coded.codes}
 
     def keep(self, part: _Part) -> None:
         """Put what a batch gave where it belongs.
@@ -202,7 +202,7 @@ class _Shard:
                     raise NotFiniteError.of(self._layers[index], self._task, bad)
                 self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
                 for name, codes in found.items():
-                    self.planes[name][part.rows, index] = codes.numpy()
+                    self.arrays[name][part.rows, index] = codes.numpy()
 
     def receipt(self) -> Receipt:
         """But for what is known when the shard is written."""

@@ -98,7 +98,7 @@ class LLMBenchmark:
             started = time.perf_counter()
             chunks = compress(codec, encode_rows(codec, rows, error))
             seconds.append(time.perf_counter() - started)
-        num_bytes = sum(len(chunk) for plane in chunks.values() for chunk in plane)
+        num_bytes = sum(len(chunk) for of_array in chunks.values() for chunk in of_array)
         return CodecTrial(
             bits_per_value=8 * num_bytes / rows.numel(),
             error=error.to_dict()["mean"],

@@ -246,18 +246,18 @@ class Store(Generic[M]):
         contents = read_files(self.path, names)
         return [parse_contract(self.path / name, contents[name], kind) for name in names]
 
-    def write_shard(self, shard: int, planes: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
+    def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
         """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
         return {
             f"{self.group}/{name}/{file}": written
-            for name, codes in planes.items()
+            for name, codes in arrays.items()
             for file, written in self.arrays[name].write_shard(shard, codes).items()
         }
 
-    def complete_shard(self, planes: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:
+    def complete_shard(self, arrays: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:
         """Write a shard, then its receipt, which gets the files and the seconds of writing."""
         started = time.perf_counter()
-        files = self.write_shard(receipt.shard, planes)
+        files = self.write_shard(receipt.shard, arrays)
         seconds = {**receipt.seconds, "write": time.perf_counter() - started}
         written = receipt.model_copy(update={"files": files, "seconds": seconds})
         self.write_receipt(written)

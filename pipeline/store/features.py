@@ -24,8 +24,7 @@ import pyarrow.compute as pc
 
 from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ...schemas.units import format_bytes
-from ..codecs.base import Codec
-from ..codecs.fit import digest_parameters
+from ..codecs.base import Codec, digest_parameters
 from ..codecs.registry import CODECS, open_codec
 from .array import ShardedArray, allocate, new_group
 from .base import Store
@@ -91,13 +90,13 @@ class Codes:
     """Packed codes of several captions: what is on disk, decompressed, to be decoded anywhere.
 
     Attributes:
-        planes: by name, ``[rows, L, size]``; L are the stored layers up to the last one wanted.
+        arrays: by name, ``[rows, L, size]``; L are the stored layers up to the last one wanted.
         offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
         codec: that decodes them.
         layers: positions of the layers wanted.
     """
 
-    planes: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
     offsets: np.ndarray
     codec: Codec
     layers: list[int]
@@ -106,8 +105,8 @@ class Codes:
         """Decoded on a device, to which only the codes are moved: bfloat16 ``[rows, L, H]``."""
         import torch
 
-        planes = {name: torch.from_numpy(codes) for name, codes in self.planes.items()}
-        moved = {name: codes.to(device, non_blocking=True) for name, codes in planes.items()}
+        tensors = {name: torch.from_numpy(codes) for name, codes in self.arrays.items()}
+        moved = {name: codes.to(device, non_blocking=True) for name, codes in tensors.items()}
         return self.codec.decode_torch(moved, self.layers)
 
 
@@ -146,17 +145,17 @@ class FeatureStore(Store[FeatureManifest]):
         num_layers, width = len(identity.layers), identity.model.width
         codec = open_codec(manifest.codec, num_layers, width, parameters or {})
         with new_group(path / cls.group) as group:
-            for plane in codec.planes:
-                values = "channel" if plane.size == width else f"{plane.name}_value"
+            for spec in codec.arrays:
+                values = "channel" if spec.size == width else f"{spec.name}_value"
                 allocate(
                     group,
-                    plane.name,
+                    spec.name,
                     manifest.layout,
-                    (num_layers, plane.size),
-                    plane.dtype,
+                    (num_layers, spec.size),
+                    spec.dtype,
                     ("row", "layer", values),
-                    {"semroute": {"codec": codec.name, "meaning": plane.meaning}},
-                    plane.order,
+                    {"semroute": {"codec": codec.name, "meaning": spec.meaning}},
+                    spec.order,
                 )
             write_parameters(group, codec.parameters)
             layers = group.create_array(
@@ -168,14 +167,14 @@ class FeatureStore(Store[FeatureManifest]):
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
-        """The stored codes, an array a plane of the codec."""
+        """The stored codes, one array per array of the codec."""
         root, layout = self.path / self.group, self.manifest.layout
         direct = None if self.direct else False
-        for plane in self.codec.planes:
-            self.check_files(f"{self.group}/{plane.name}/zarr.json")
+        for spec in self.codec.arrays:
+            self.check_files(f"{self.group}/{spec.name}/zarr.json")
         return {
-            plane.name: ShardedArray(root / plane.name, layout, direct=direct)
-            for plane in self.codec.planes
+            spec.name: ShardedArray(root / spec.name, layout, direct=direct)
+            for spec in self.codec.arrays
         }
 
     @cached_property
@@ -329,8 +328,8 @@ class FeatureStore(Store[FeatureManifest]):
             return
 
         def decode(block: ChunkSlices) -> None:
-            planes = self._planes(block.packed(), int(block.num.sum()), max(positions) + 1)
-            self.codec.decode(planes, positions, block.rows(), rows)
+            codes = self._codes(block.packed(), int(block.num.sum()), max(positions) + 1)
+            self.codec.decode(codes, positions, block.rows(), rows)
 
         chunk_bytes = self.manifest.layout.rows_per_chunk * self.bytes_per_row()
         blocks = [*pieces.blocks(max(1, BLOCK_BYTES // chunk_bytes))]
@@ -359,10 +358,10 @@ class FeatureStore(Store[FeatureManifest]):
         starts, stops, offsets = self._runs(ids)
         positions = self._positions(layers)
         pieces = ChunkSlices.of(starts, stops, self.manifest.layout.rows_per_chunk)
-        planes = self._planes(pieces, int(offsets[-1]), max(positions) + 1, empty)
-        return Codes(planes, offsets, self.codec, positions)
+        codes = self._codes(pieces, int(offsets[-1]), max(positions) + 1, empty)
+        return Codes(codes, offsets, self.codec, positions)
 
-    def _planes(
+    def _codes(
         self,
         pieces: ChunkSlices,
         num_rows: int,
@@ -370,12 +369,12 @@ class FeatureStore(Store[FeatureManifest]):
         empty: Empty = np.empty,
     ) -> dict[str, np.ndarray]:
         """Codes of the lowest stored layers, ``[num_rows, num_layers, size]`` each."""
-        planes = {}
+        codes = {}
         for name, array in self.arrays.items():
             size = array.row_shape[1]
-            planes[name] = empty((num_rows, num_layers, size), array.dtype)
-            array.read_pieces(pieces, planes[name], slice(num_layers))
-        return planes
+            codes[name] = empty((num_rows, num_layers, size), array.dtype)
+            array.read_pieces(pieces, codes[name], slice(num_layers))
+        return codes
 
     def _runs(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of captions, from and to, and where they go when they are packed."""

@@ -30,7 +30,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(_buffers.lend(num_bytes)).view(dtype).view(shape)
 
 
-def allocate_plane(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def allocate_codes(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """:func:`allocate` for codes."""
     return allocate(shape, torch.from_numpy(np.empty(0, dtype)).dtype).numpy()
 

@@ -26,7 +26,7 @@ from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...schemas import DataConfig, InputError
 from .batch import Batch, Kind, PaddedBatch
-from .buffers import allocate, allocate_plane
+from .buffers import allocate, allocate_codes
 from .dataset import StorePair, open_pairs, proportions
 from .sampler import SampleIndices, make_sampler
 from .throughput import InputStallMonitor
@@ -267,7 +267,7 @@ class PackedLoader(StreamingDataset[Batch]):
             here = places.source == number
             caption[here] = before + np.searchsorted(ids, places.caption[here])
             if hidden is None:
-                codes.append(pair.features.read_codes(ids, self.layers, empty=allocate_plane))
+                codes.append(pair.features.read_codes(ids, self.layers, empty=allocate_codes))
             else:
                 rows = hidden.view(torch.uint16).numpy()
                 pair.features.read(ids, self.layers, out=rows[offsets[before] :])

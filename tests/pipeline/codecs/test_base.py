@@ -2,10 +2,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.pipeline.codecs.array_spec import LAYER_MAJOR, U1, U2, ArraySpec, allocate
+from semroute.pipeline.codecs.base import LAYER_MAJOR, U1, U2, ArraySpec, allocate
 from semroute.pipeline.store.layout import rows_of
 
-PLANES = [
+SPECS = [
     ArraySpec("hidden", U2, 5, None, "as they are"),
     ArraySpec("code", U1, 3, LAYER_MAJOR, "layer by layer"),
     ArraySpec("scalar", U1, 4, (2, 1, 0), "value by value"),
@@ -26,12 +26,12 @@ def test_rows_that_no_caption_has_are_zero(gaps, counts, num_layers):
 
     num_rows = max(expected, default=0) + 3
     for value in (255, 7):  # the second time in memory that is not zero
-        arrays = allocate(PLANES, num_rows, num_layers, used)
-        for plane in PLANES:
-            array = arrays[plane.name]
-            assert array.shape == (num_rows, num_layers, plane.size)
-            assert array.dtype == plane.dtype
-            assert array.transpose(plane.order or (0, 1, 2)).flags.c_contiguous
+        arrays = allocate(SPECS, num_rows, num_layers, used)
+        for spec in SPECS:
+            array = arrays[spec.name]
+            assert array.shape == (num_rows, num_layers, spec.size)
+            assert array.dtype == spec.dtype
+            assert array.transpose(spec.order or (0, 1, 2)).flags.c_contiguous
             array[used] = value
-            assert int(array.astype(int).sum()) == value * len(used) * num_layers * plane.size
+            assert int(array.astype(int).sum()) == value * len(used) * num_layers * spec.size
             array[:] = 255

@@ -36,28 +36,28 @@ def make_hidden(rows, layers, width, seed=0, kind="residual"):
 
 
 def encode(codec: Codec, hidden):
-    """Planes as numpy [R, L, size], and what the encoder says a reader gets."""
-    planes, decoded, coded = {plane.name: [] for plane in codec.planes}, [], None
+    """Codes as numpy [R, L, size], and what the encoder says a reader gets."""
+    codes, decoded, coded = {spec.name: [] for spec in codec.arrays}, [], None
     for layer in range(hidden.shape[1]):
         coded = codec.encode(layer, hidden[:, layer], coded)
-        for plane in codec.planes:
-            codes = coded.planes[plane.name]
-            assert codes.shape == (len(hidden), plane.size)
-            planes[plane.name].append(codes.numpy())
-            assert planes[plane.name][-1].dtype == plane.dtype
+        for spec in codec.arrays:
+            array = coded.codes[spec.name]
+            assert array.shape == (len(hidden), spec.size)
+            codes[spec.name].append(array.numpy())
+            assert codes[spec.name][-1].dtype == spec.dtype
         decoded.append(coded.hidden)
-    return {name: np.stack(codes, 1) for name, codes in planes.items()}, torch.stack(decoded, 1)
+    return {name: np.stack(layers, 1) for name, layers in codes.items()}, torch.stack(decoded, 1)
 
 
-def decode(codec, planes, layers):
-    rows = len(next(iter(planes.values())))
+def decode(codec, codes, layers):
+    rows = len(next(iter(codes.values())))
     out = np.full((rows, len(layers), codec.width), 0xFFFF, np.uint16)
-    codec.decode(planes, layers, np.arange(len(out)), out)
+    codec.decode(codes, layers, np.arange(len(out)), out)
     return torch.from_numpy(out).view(torch.bfloat16)
 
 
-def decode_torch(codec, planes, layers):
-    return codec.decode_torch({n: torch.from_numpy(p) for n, p in planes.items()}, layers)
+def decode_torch(codec, codes, layers):
+    return codec.decode_torch({n: torch.from_numpy(a) for n, a in codes.items()}, layers)
 
 
 def ln(hidden):
@@ -79,12 +79,12 @@ class TestEveryCodec:
         hidden = make_hidden(*shape, seed=seed, kind=kind)
         sample = make_hidden(8, *shape[1:], seed=seed + 1)
         codec, _ = fit_codec(name, sample, quality)
-        planes, promised = encode(codec, hidden)
+        codes, promised = encode(codec, hidden)
         assert torch.isfinite(promised).all()
         everything = list(range(shape[1]))
         layers = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
         for wanted in (everything, layers):
-            for found in (decode(codec, planes, wanted), decode_torch(codec, planes, wanted)):
+            for found in (decode(codec, codes, wanted), decode_torch(codec, codes, wanted)):
                 assert found.dtype == torch.bfloat16
                 if name == "linear":  # matrix products round as the library likes
                     torch.testing.assert_close(
@@ -117,8 +117,8 @@ class TestEveryCodec:
     def test_two_hundred_layers(self, name, quality):
         hidden = make_hidden(5, 200, 24)
         codec, _ = fit_codec(name, hidden, quality)
-        planes, promised = encode(codec, hidden)
-        assert torch.equal(decode_torch(codec, planes, [199]), promised[:, [199]])
+        codes, promised = encode(codec, hidden)
+        assert torch.equal(decode_torch(codec, codes, [199]), promised[:, [199]])
         error = CodecError(range(200))
         for layer in range(200):
             error.add(layer, hidden[:, layer], promised[:, layer])
@@ -139,8 +139,8 @@ def test_lossless_keeps_every_bit_pattern_whatever_the_fit(bits, seed):
     codec, _ = fit_codec("lossless", make_hidden(40, 3, 4, seed=seed))
     raw = np.array(bits, np.uint16).reshape(1, 3, 4)
     hidden = torch.from_numpy(raw).view(torch.bfloat16)  # NaN and infinity included
-    planes, _ = encode(codec, hidden)
-    for found in (decode(codec, planes, [0, 1, 2]), decode_torch(codec, planes, [0, 1, 2])):
+    codes, _ = encode(codec, hidden)
+    for found in (decode(codec, codes, [0, 1, 2]), decode_torch(codec, codes, [0, 1, 2])):
         np.testing.assert_array_equal(found.view(torch.uint16).numpy(), raw)
 
 
@@ -155,10 +155,10 @@ def test_the_compiled_encoder_does_the_arithmetic_of_tensors(kind, bits, width):
     for layer in range(3):
         one = codec.encode(layer, hidden[:, layer], one)
         other = Predictive.encode(codec, layer, hidden[:, layer], other)
-        assert {*one.planes} == {*other.planes}
-        for name, codes in one.planes.items():
-            assert codes.dtype == other.planes[name].dtype
-            assert (codes != other.planes[name]).float().mean() < 0.02
+        assert {*one.codes} == {*other.codes}
+        for name, array in one.codes.items():
+            assert array.dtype == other.codes[name].dtype
+            assert (array != other.codes[name]).float().mean() < 0.02
         torch.testing.assert_close(ln(one.hidden), ln(other.hidden), atol=0.3, rtol=0.02)
         expected = relative_errors(ln(hidden[:, layer]), ln(one.hidden) - ln(hidden[:, layer]))
         for found, wanted in zip(layer_errors(hidden[:, layer], one.hidden), expected, strict=True):
@@ -185,8 +185,8 @@ def test_a_code_is_never_clipped():
     hidden = make_hidden(4, 2, 64)
     hidden[0, :, 3] = 3e8
     codec, _ = fit_codec("delta", make_hidden(50, 2, 64), 8.0)
-    planes, promised = encode(codec, hidden)
-    assert planes["escape"].max() > 0
+    codes, promised = encode(codec, hidden)
+    assert codes["escape"].max() > 0
     torch.testing.assert_close(promised[0, :, 3].float(), hidden[0, :, 3], rtol=2**-7, atol=0)
 
 

@@ -42,25 +42,25 @@ def widen(bits):
 
 def decode_as_documented(group, rows):
     """Whole arrays read by zarr-python -> float32 [rows, L, H]."""
-    planes = {name: array[rows] for name, array in group.arrays() if name != "layer"}
-    if "hidden" in planes:
-        return widen(planes["hidden"])
+    codes = {name: array[rows] for name, array in group.arrays() if name != "layer"}
+    if "hidden" in codes:
+        return widen(codes["hidden"])
     fitted = {name: array[...] for name, array in group["parameters"].arrays()}
     out = []
-    if "mantissa" in planes:
+    if "mantissa" in codes:
         # Code and escape are a byte together: arithmetic is modulo 256.
-        residual = signed(unpack(planes["code"], planes["escape"]) & 255)
+        residual = signed(unpack(codes["code"], codes["escape"]) & 255)
         distance = residual[:, 0]
         for layer in range(residual.shape[1]):
             if layer:
                 distance = residual[:, layer] + fitted["follow"][layer][distance & 255]
             exponent = (distance + fitted["base"][layer]) & 255
-            rest = planes["mantissa"][:, layer].astype(np.int64)
+            rest = codes["mantissa"][:, layer].astype(np.int64)
             out.append(widen((rest & 128) << 8 | exponent << 7 | rest & 127))
         return np.stack(out, 1)
-    scalar = planes["scalar"]
+    scalar = codes["scalar"]
     mean, deviation = (widen(scalar[..., i : i + 2].copy().view("<u2")) for i in (0, 2))
-    residual = signed(unpack(planes["code"], planes["escape"])) * SCALES[scalar[..., 4]][..., None]
+    residual = signed(unpack(codes["code"], codes["escape"])) * SCALES[scalar[..., 4]][..., None]
     state = np.zeros(scalar.shape[::2][:1] + fitted["bias"].shape[1:])
     for layer in range(scalar.shape[1]):
         if "slope" in fitted:
@@ -142,14 +142,14 @@ class TestEveryCodec:
         path = random_store(name) / "hidden.zarr"
         store = open_features(path.parent)
         data = xarray.open_zarr(path, consolidated=False)
-        for plane, array in store.arrays.items():
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / plane)}}
+        for key, array in store.arrays.items():
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / key)}}
             expected = array.array[:40]
             np.testing.assert_array_equal(
                 tensorstore.open(spec, read=True).result()[:40].read().result(), expected
             )
-            np.testing.assert_array_equal(data[plane][:40].values, expected)
-            assert data[plane].dims[:2] == ("row", "layer")
+            np.testing.assert_array_equal(data[key][:40].values, expected)
+            assert data[key].dims[:2] == ("row", "layer")
 
     def test_a_store_behind_a_url_reads_the_same(self, name, random_store, memory_url):
         path = random_store(name)
@@ -164,8 +164,8 @@ class TestEveryCodec:
     def test_a_flipped_bit_is_an_error_and_never_wrong_numbers(self, name, random_store, tmp_path):
         path = tmp_path / "store"
         shutil.copytree(random_store(name), path)
-        for plane in open_features(path).arrays:
-            file = path / "hidden.zarr" / plane / "c" / "0" / "0" / "0"
+        for array in open_features(path).arrays:
+            file = path / "hidden.zarr" / array / "c" / "0" / "0" / "0"
             whole = file.read_bytes()
             for place in (3, len(whole) // 2, len(whole) - 9):
                 flipped = bytearray(whole)

@@ -157,10 +157,10 @@ class TestFeatureStore(StoreContract):
 
         found = store.read_codes([3, 1, 2], [2, 4], empty=empty)
         expected = store.read_codes([3, 1, 2], [2, 4])
-        assert [id(plane) for plane in found.planes.values()] == [id(plane) for plane in given]
-        assert [*found.planes] == ["code", "escape", "scalar"]
-        for name, plane in expected.planes.items():
-            assert np.array_equal(found.planes[name], plane)
+        assert [id(array) for array in found.arrays.values()] == [id(array) for array in given]
+        assert [*found.arrays] == ["code", "escape", "scalar"]
+        for name, array in expected.arrays.items():
+            assert np.array_equal(found.arrays[name], array)
 
     def test_what_is_not_stored_is_named(self, feature_store):
         store = semroute.open_features(feature_store)
