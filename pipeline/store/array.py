@@ -21,7 +21,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from ...schemas import InputError, Layout, WrittenFile, write_whole
 from ...schemas.files import is_local, list_files, read_files, read_ranges, write_files
-from ..codecs.chunks import ZSTD_LEVEL
+from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -31,7 +31,6 @@ from .shard_file import (
     chunk_crc,
     known_form,
     read_bytes,
-    zstd_context,
 )
 
 
@@ -65,6 +64,9 @@ class ShardedArray:
         if not self.direct and not self.is_local:
             self.array = zarr.open_array(store=str(path), mode="r")
         self.order = form.order if form else None
+        self.chunk_codec = ChunkCodec(
+            (layout.rows_per_chunk, *self.row_shape), self.dtype, self.order
+        )
         self._shards: dict[int, ShardFile] = {}
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
@@ -103,16 +105,8 @@ class ShardedArray:
         firsts = range(0, len(rows), num)
 
         def code(first: int, *, always: bool = False) -> bytes:
-            chunk = rows[first : first + num]
-            chunk = np.ascontiguousarray(chunk.transpose(self.order) if self.order else chunk)
-            if not (always or chunk.any()):
-                return b""
-            coded = (
-                chunk.tobytes()
-                if self.order is None
-                else zstd_context.compressor.compress(chunk.data)
-            )
-            return coded + chunk_crc(coded)
+            coded = self.chunk_codec.encode(rows[first : first + num], always=always)
+            return coded + chunk_crc(coded) if coded else b""
 
         if self.layout.num_threads > 1:
             with ThreadPoolExecutor(self.layout.num_threads) as pool:
@@ -214,9 +208,8 @@ class ShardedArray:
 
     def _open(self, shard: int, content: np.ndarray) -> "ShardFile":
         """Args: content: the file, or its end, of which chunks are then given."""
-        path, chunk_shape = self._shard_path(shard), (self.layout.rows_per_chunk, *self.row_shape)
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-        return ShardFile(path, content, chunk_shape, self.dtype, num_chunks, self.order)
+        return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
 
     def _shard_path(self, shard: int) -> Path:
         return self.path / _shard_name(shard, len(self.row_shape))

@@ -1,6 +1,5 @@
 """One shard file: its index, its chunks, and the runs of rows read from them."""
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,7 +12,7 @@ import zstandard
 
 from ...schemas import InputError
 from ...schemas.files import is_local, read_file
-from ..codecs.chunks import ZSTD_LEVEL
+from ..codecs.chunks import ChunkCodec
 from ..codecs.kernels import copy_runs
 
 CRC_BYTES = 4
@@ -129,20 +128,8 @@ class ChunkSlices:
 class ShardFile:
     """The bytes of a shard: chunks by number, each checked when first touched."""
 
-    def __init__(
-        self,
-        path: Path,
-        content: np.ndarray,
-        chunk_shape: tuple[int, ...],
-        dtype: np.dtype,
-        num_chunks: int,
-        order: tuple[int, ...] | None,
-    ) -> None:
-        self.path, self.chunk_shape, self.dtype, self.order = path, chunk_shape, dtype, order
-        self.stored_shape = tuple(chunk_shape[axis] for axis in order or ())
-        self.num_bytes = int(np.prod(chunk_shape)) * dtype.itemsize
-        self.back = tuple(np.argsort(order or ()).tolist())
-        self.bytes = content
+    def __init__(self, path: Path, content: np.ndarray, num_chunks: int, codec: ChunkCodec) -> None:
+        self.path, self.bytes, self.codec = path, content, codec
         index = self.bytes[-(16 * num_chunks + CRC_BYTES) :]
         if len(index) != 16 * num_chunks + CRC_BYTES or not _crc_fits(index):
             raise CorruptShardError(f"{path}: the shard's index is damaged")
@@ -159,7 +146,7 @@ class ShardFile:
             for target, num in zip(pieces.target[absent], pieces.num[absent], strict=True):
                 out[target : target + num] = 0
             pieces = pieces.where(~absent)
-        row_bytes = self.num_bytes // self.chunk_shape[0]
+        row_bytes = self.codec.num_bytes // self.codec.shape[0]
         copy_runs(
             self.bytes,
             self.offsets[pieces.chunk].astype(np.int64) + pieces.first * row_bytes,
@@ -182,7 +169,7 @@ class ShardFile:
             coded: as it is stored, where the file is not at hand.
         """
         if (place := self.place(number)) is None:
-            return np.zeros(self.chunk_shape, self.dtype)
+            return np.zeros(self.codec.shape, self.codec.dtype)
         start, size = place[0], place[1] - place[0]
         if coded is None:
             coded = self.bytes[start : start + size]
@@ -196,28 +183,13 @@ class ShardFile:
                     f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not "
                     "fit)"
                 )
-            if self.order is None and size != self.num_bytes + CRC_BYTES:
+            if self.codec.order is None and size != self.codec.num_bytes + CRC_BYTES:
                 raise CorruptShardError(f"{self.path}: chunk {number} has {size} bytes")
             self.checked[number] = True
-        if self.order is None:
-            return coded[:-CRC_BYTES].view(self.dtype).reshape(self.chunk_shape)
         try:
-            stored = zstd_context.decompressor.decompress(coded[:-CRC_BYTES].data, self.num_bytes)
-            rows = np.frombuffer(stored, self.dtype).reshape(self.stored_shape)
+            return self.codec.decode(coded[:-CRC_BYTES].data)
         except (zstandard.ZstdError, ValueError) as error:
             raise CorruptShardError(f"{self.path}: chunk {number} is no zstd: {error}") from error
-        return rows.transpose(self.back)
-
-
-class _Zstd(threading.local):
-    """One a thread: they may not be shared, and to make one costs as much as a small chunk."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(ZSTD_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-zstd_context = _Zstd()
 
 
 def _crc_fits(coded: np.ndarray) -> bool:
