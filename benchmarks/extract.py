@@ -123,7 +123,7 @@ class Captions:
             entries = np.flatnonzero(shards == shard)
             line_tokens = None if padded else layout.line_tokens
             for batch in batches(self.lengths[entries], layout.batch_tokens, line_tokens):
-                yield self.inputs(entries[batch.entries], batch.line)
+                yield self.inputs(entries[batch.entries], batch.row)
 
     def inputs(self, entries: np.ndarray, line: np.ndarray | None = None) -> dict[str, Any]:
         """A batch as inputs of the LLM: packed, or padded on the right."""

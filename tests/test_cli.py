@@ -286,7 +286,7 @@ class TestNonsense:
         assert "name a new folder" in output
 
     def test_models(self, extract, tmp_path):
-        assert "no such folder or file, and no hub id" in extract(model=tmp_path / "nope")
+        assert "no such folder or file, and not a hub id" in extract(model=tmp_path / "nope")
         assert "no config.json" in extract(model=tmp_path)
         (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
         (tmp_path / "model.safetensors").write_bytes(b"")
@@ -297,7 +297,7 @@ class TestNonsense:
         [
             ("--layers", "9", "no layer 9; the model has layers 0 to 4"),
             ("--layers", "most", "expected all, every:3, or numbers"),
-            ("--template", "nope", "is no preset"),
+            ("--template", "nope", "is neither a preset"),
             ("--max-length", "1", "leaves no token for the caption"),
         ],
     )

@@ -361,7 +361,7 @@ def _run(
 
         try:
             sequences, kept = [task.sequences[i] for i in entries], task.kept[entries].tolist()
-            encoder.encode(sequences, kept, take, batch.line)
+            encoder.encode(sequences, kept, take, batch.row)
             if encoder.device.type != "cpu":
                 done = torch.accelerator.current_stream(encoder.device).record_event()
         except (RuntimeError, MemoryError) as error:

@@ -148,7 +148,7 @@ def run_benchmark(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> LL
                 [captions.sequences[i] for i in batch],
                 captions.kept[batch].tolist(),
                 keep,
-                each.line,
+                each.row,
             )
             took = time.perf_counter() - started
             if number == 0:

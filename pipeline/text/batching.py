@@ -1,4 +1,4 @@
-"""Captions as batches of an LLM."""
+"""Captions as batches of an LLM: padded, or packed several to a row."""
 
 from bisect import bisect_right
 from collections import deque
@@ -14,49 +14,61 @@ class Batch:
 
     Attributes:
         entries: indices of the sequences, int64 ``[n]``.
-        line: of the batch, in which each stands, int64 ``[n]`` ascending from 0. Padded, each has
-            its own; packed, several stand in one, one after the other.
+        row: the row of the batch in which each sequence stands, int64 ``[n]`` ascending from 0.
+            Padded, each sequence has its own row; packed, several share one, one after the other.
     """
 
     entries: np.ndarray
-    line: np.ndarray
+    row: np.ndarray
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def halves(self) -> "tuple[Batch, Batch]":
-        """The same in two batches, of whole lines where it has two; of two sequences at least."""
-        middle = (int(self.line[-1]) + 1) // 2
-        cut = int(np.searchsorted(self.line, middle)) if middle else len(self) // 2
-        line = self.line[cut:]
+        """Two batches with half of the rows each, or of the only row half of its sequences.
+
+        Two sequences at least are needed.
+        """
+        middle = (int(self.row[-1]) + 1) // 2
+        cut = int(np.searchsorted(self.row, middle)) if middle else len(self) // 2
+        row = self.row[cut:]
         return (
-            Batch(self.entries[:cut], self.line[:cut]),
-            Batch(self.entries[cut:], line - line[0]),
+            Batch(self.entries[:cut], self.row[:cut]),
+            Batch(self.entries[cut:], row - row[0]),
         )
 
 
 def batches(
-    lengths: np.ndarray, batch_tokens: int, line_tokens: int | None = None
+    lengths: np.ndarray, batch_tokens: int, row_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Split sequences into batches: of similar length each in its own line, or packed into lines.
+    """Split sequences into batches: padded to the longest of similar ones, or packed into rows.
 
-    A pure function of the lengths: batch composition changes bits, and a shard that is encoded
-    again must give the same bytes.
+    Four sequences of 4, 3, 2 and 1 tokens, the packed ones into rows of 5::
+
+        padded     packed
+        a a a a    a a a a d
+        b b b .    b b b c c
+        c c . .
+        d . . .
+
+    A pure function of the lengths: which sequences share a batch changes bits, and a shard that is
+    encoded again must give the same bytes.
 
     Args:
         lengths: tokens of each sequence, ``[n]``, all positive.
-        batch_tokens: at most this many tokens a batch, padding included; a longer sequence is a
+        batch_tokens: at most this many tokens per batch, padding included; a longer sequence is a
             batch by itself.
-        line_tokens: fill lines of so many tokens, or as many as the longest sequence that is left
-            has, each with the longest that fits until none does; None: a line a sequence.
+        row_tokens: pack rows of so many tokens, or of as many as the longest remaining sequence
+            has; each takes the longest sequence that fits until none does. None: one row per
+            sequence.
 
     Yields:
-        Every sequence once; the longest begins the first line.
+        Every sequence once; the longest begins the first row.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
-    if line_tokens is not None:
-        yield from _packed(lengths, order, batch_tokens, line_tokens)
+    if row_tokens is not None:
+        yield from _packed(lengths, order, batch_tokens, row_tokens)
         return
     first = 0
     while first < len(order):
@@ -67,23 +79,23 @@ def batches(
 
 
 def _packed(
-    lengths: np.ndarray, order: np.ndarray, batch_tokens: int, line_tokens: int
+    lengths: np.ndarray, order: np.ndarray, batch_tokens: int, row_tokens: int
 ) -> Iterator[Batch]:
-    waiting: dict[int, deque[int]] = {}  # length -> those that have it
+    waiting: dict[int, deque[int]] = {}  # length -> the sequences that have it
     for entry in order.tolist():
         waiting.setdefault(int(lengths[entry]), deque()).append(entry)
     sizes = sorted(waiting)
     while sizes:
-        width = max(line_tokens, sizes[-1])
+        width = max(row_tokens, sizes[-1])
         entries: list[int] = []
-        line: list[int] = []
-        for number in range(max(1, batch_tokens // width)):
+        rows: list[int] = []
+        for row in range(max(1, batch_tokens // width)):
             room = width
             while fitting := bisect_right(sizes, room):
                 size = sizes[fitting - 1]
                 entries.append(waiting[size].popleft())
-                line.append(number)
+                rows.append(row)
                 room -= size
                 if not waiting[size]:
                     sizes.remove(size)
-        yield Batch(np.array(entries), np.array(line))
+        yield Batch(np.array(entries), np.array(rows))

@@ -1,5 +1,4 @@
-"""Templates that put captions to an LLM: presets, files, and what a tokenizer makes of their
-ends."""
+"""Templates that captions are put into: presets, files, and the BOS and EOS tokens around them."""
 
 import re
 from pathlib import Path
@@ -32,9 +31,9 @@ PRESETS = {
         "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     ),
 }
-"""Named templates. ``eos``: as T5 was trained. ``paper``: as the reference code of arXiv
+"""Named templates. ``eos``: as T5 was trained. ``paper``: as in the reference code of arXiv
 2602.03510, no space, no BOS. From ``qwen-image`` on: as the pipelines of diffusers 0.42 with these
-names put a prompt to their LLM, chat templates written out."""
+names put a prompt to their LLM, with the chat template written out."""
 
 NULL_TEXT = ""
 _MARKER = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]")
@@ -52,34 +51,43 @@ def read_template(name: str) -> str:
         text = Path(name).read_text("utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--template {name!r} is no preset ({', '.join(PRESETS)}) and no readable text file: "
-            f"{error}"
+            f"--template {name!r} is neither a preset ({', '.join(PRESETS)}) nor a readable text "
+            f"file: {error}"
         ) from error
     split_template(text)
     return text
 
 
 def foreign_markers(template: str, tokenizer: Any) -> list[str]:
-    """Markers of a chat template, ``<|word|>`` or ``[WORD]``, that are no single token."""
+    """Markers of a chat template, ``<|word|>`` or ``[WORD]``, that are not a single token."""
     markers = list(dict.fromkeys(_MARKER.findall(template)))
     tokens = tokenize(tokenizer, markers) if markers else []
     return [marker for marker, ids in zip(markers, tokens, strict=True) if len(ids) != 1]
 
 
 def split_template(text: str) -> tuple[bool, str, str, bool]:
-    """Whether BOS comes first, the prefix, the suffix, and whether EOS comes last."""
+    """Parts of a template: whether BOS comes first, prefix, suffix, whether EOS comes last.
+
+    Raises:
+        InputError: not exactly one ``{caption}``, or a ``{bos}`` or ``{eos}`` in another place.
+    """
     without_bos = text.removeprefix("{bos}")
     body = without_bos.removesuffix("{eos}")
     if body.count("{caption}") != 1 or "{bos}" in body or "{eos}" in body:
         raise InputError(
-            f"the template {text!r} must hold {{caption}} exactly once, {{bos}} only at its start "
-            "and {eos} only at its end"
+            f"the template {text!r} must contain {{caption}} exactly once, {{bos}} only at its "
+            "start and {eos} only at its end"
         )
     prefix, suffix = body.split("{caption}")
     return without_bos != text, prefix, suffix, body != without_bos
 
 
 def bos_token(tokenizer: Any, causal: bool) -> int:
+    """The token for ``{bos}``; for a causal LLM without a BOS token its EOS or padding token.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
     if tokenizer.bos_token_id is not None:
         return int(tokenizer.bos_token_id)
     if not causal:
@@ -97,6 +105,11 @@ def bos_token(tokenizer: Any, causal: bool) -> int:
 
 
 def eos_token(tokenizer: Any) -> int:
+    """The token for ``{eos}``.
+
+    Raises:
+        InputError: the tokenizer has no EOS token.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError("the template ends with {eos}, but the tokenizer has no EOS token")
     return int(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""Token ids of many texts: one flat array, made a block of texts at a time."""
+"""Token ids of many texts in one flat array, tokenised a block of texts at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 BLOCK = 8_192
-"""Texts that are tokenised at a time; only theirs are ever alive as objects of Python."""
+"""Texts tokenised at a time: only a block's token ids ever exist as Python objects."""
 BAR_SECONDS = 2.0
-"""After which a bar shows how far it is."""
+"""Seconds after which a progress bar appears."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class RaggedTokens:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence["RaggedTokens"]) -> "RaggedTokens":
-        """Several, one after the other."""
+    def concatenate(cls, parts: Sequence["RaggedTokens"]) -> "RaggedTokens":
+        """Join several, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
         tokens = np.concatenate([part.tokens for part in parts])
         return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]))
@@ -47,7 +47,7 @@ class RaggedTokens:
             return self.tokens[self.offsets[number] : self.offsets[number + 1]]
         start, stop, step = index.indices(len(self))
         if step != 1:
-            raise IndexError(f"a step of {step}; sequences lie one after the other")
+            raise IndexError(f"a slice of sequences has step {step}; expected 1")
         offsets = self.offsets[start : max(start, stop) + 1]
         return RaggedTokens(self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
 
@@ -56,35 +56,36 @@ class RaggedTokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each, int64 ``[texts]``."""
+        """Tokens of each text, int64 ``[texts]``."""
         return np.diff(self.offsets)
 
     def without(self, leading: np.ndarray) -> "RaggedTokens":
-        """The same without the first tokens of each, int64 ``[texts]``."""
-        row = np.repeat(np.arange(len(self)), self.lengths)
-        place = np.arange(len(row)) - (self.offsets[:-1] - self.offsets[0])[row]
+        """A copy without the first ``leading`` tokens of each text, int64 ``[texts]``."""
+        text = np.repeat(np.arange(len(self)), self.lengths)  # that each token belongs to
+        position = np.arange(len(text)) - (self.offsets[:-1] - self.offsets[0])[text]  # in its text
         lengths = self.lengths - leading
-        return RaggedTokens(self.tokens[place >= leading[row]], np.append(0, np.cumsum(lengths)))
+        tokens = self.tokens[position >= leading[text]]
+        return RaggedTokens(tokens, np.append(0, np.cumsum(lengths)))
 
     def common_prefix(self, prefix: Sequence[int]) -> np.ndarray:
-        """How many of its first tokens each has in common with ``prefix``, int64 ``[texts]``."""
+        """Number of first tokens that each text shares with ``prefix``, int64 ``[texts]``."""
         lengths = self.lengths
         common = np.zeros(len(self), np.int64)
-        for place, token in enumerate(prefix):
-            alike = np.flatnonzero((common == place) & (lengths > place))
-            common[alike[self.tokens[self.offsets[alike] + place] == token]] += 1
+        for position, token in enumerate(prefix):
+            alike = np.flatnonzero((common == position) & (lengths > position))
+            common[alike[self.tokens[self.offsets[alike] + position] == token]] += 1
         return common
 
 
 @dataclass(frozen=True)
 class TemplateTokens:
-    """What stands around every text.
+    """The template around every text.
 
     Attributes:
-        prefix, suffix: text that is tokenised together with it.
-        lead, tail: token ids in front and behind.
-        ending: token ids of suffix and tail, which a text that is cut ends with.
-        max_length: longest sequence, all included.
+        prefix, suffix: text around it, tokenised together with it.
+        lead, tail: token ids in front of the prefix and behind the suffix.
+        ending: token ids of suffix and tail, with which a text that is cut ends.
+        max_length: tokens of the longest sequence, all included.
     """
 
     prefix: str
@@ -95,50 +96,65 @@ class TemplateTokens:
     max_length: int
 
     def assemble(self, ids: Sequence[Sequence[int]]) -> tuple[RaggedTokens, np.ndarray]:
-        """Whole sequences from the tokens of texts with prefix and suffix; and what was cut off."""
+        """Whole sequences from the tokens of texts with prefix and suffix, and what was cut off.
+
+        A text of three tokens (a b c, of which c is the suffix) between lead and tail::
+
+            position           0     1     2     3     4
+            own               -1     0     1     2     3
+            max_length 5     lead    a     b     c   tail
+            max_length 4     lead    a     c   tail           c and tail are the ending
+
+        Returns:
+            The sequences, and the number of tokens cut off each, int64 ``[texts]``.
+        """
         lead, tail, ending = (np.array(t, np.int32) for t in (self.lead, self.tail, self.ending))
         counts = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(chain.from_iterable(ids), np.int32, int(counts.sum()))
+        first = np.cumsum(counts) - counts  # of each text, in flat
         whole = counts + len(lead) + len(tail)
         lengths = np.minimum(whole, self.max_length)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        row = np.repeat(np.arange(len(ids)), lengths)
-        place = np.arange(len(row)) - offsets[row]
-        inner = place - len(lead)
-        tokens = np.empty(len(row), np.int32)
-        in_front, behind = inner < 0, inner >= counts[row]
-        inside = ~(in_front | behind)
-        tokens[in_front] = lead[place[in_front]]
-        tokens[inside] = flat[((np.cumsum(counts) - counts)[row] + inner)[inside]]
-        tokens[behind] = tail[(inner - counts[row])[behind]]
-        last = place - (self.max_length - len(ending))
-        ends = (last >= 0) & (whole > self.max_length)[row]
-        tokens[ends] = ending[last[ends]]
+        # For each token of the result: its text, its position in the whole sequence, and its
+        # position among the text's own tokens.
+        text = np.repeat(np.arange(len(ids)), lengths)
+        position = np.arange(len(text)) - offsets[text]
+        own = position - len(lead)
+        in_lead, in_tail = own < 0, own >= counts[text]
+        in_text = ~(in_lead | in_tail)
+        tokens = np.empty(len(text), np.int32)
+        tokens[in_lead] = lead[position[in_lead]]
+        tokens[in_text] = flat[(first[text] + own)[in_text]]
+        tokens[in_tail] = tail[(own - counts[text])[in_tail]]
+        # A sequence that was cut: its last tokens become the ending.
+        in_ending = position - (self.max_length - len(ending))
+        is_ending = (in_ending >= 0) & (whole > self.max_length)[text]
+        tokens[is_ending] = ending[in_ending[is_ending]]
         return RaggedTokens(tokens, offsets), whole - lengths
 
 
-def frame_texts(
-    tokenizer: Any, texts: pa.Array, frame: TemplateTokens
+def apply_template(
+    tokenizer: Any, texts: pa.Array, template: TemplateTokens
 ) -> tuple[RaggedTokens, np.ndarray]:
-    """Tokenise texts in their frame.
+    """Tokenise texts inside a template.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         texts: strings, ``[n]``.
 
     Returns:
         Whole sequences, and how many tokens ``max_length`` cut off each, int64 ``[n]``.
     """
-    parts, cut = [], []
+    parts, cuts = [], []
     with tqdm(total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS) as bar:
         for first in range(0, len(texts), BLOCK):
             block = texts.slice(first, BLOCK).to_pylist()
-            ids = tokenize(tokenizer, [frame.prefix + text + frame.suffix for text in block])
-            sequences, lost = frame.assemble(ids)
+            ids = tokenize(tokenizer, [template.prefix + t + template.suffix for t in block])
+            sequences, num_cut = template.assemble(ids)
             parts.append(sequences)
-            cut.append(lost)
+            cuts.append(num_cut)
             bar.update(len(block))
-    return RaggedTokens.of(parts), np.concatenate(cut)
+    return RaggedTokens.concatenate(parts), np.concatenate(cuts)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

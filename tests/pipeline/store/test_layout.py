@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semroute.pipeline.store.layout import pack
-from semroute.pipeline.text.batching import batches
 from semroute.schemas import InputError
 from semroute.schemas.units import format_bytes, parse_bytes
 
@@ -68,52 +67,6 @@ def test_what_was_packed_stays_where_it_is_when_entries_are_added(rows, cuts, al
 def test_small_stores_are_not_a_full_shard_long():
     layout = pack(np.array([5, 6]), bytes_per_row=2, shard_bytes=10**9, batch_tokens=1).layout
     assert (layout.num_shards, layout.rows_per_shard) == (1, 16)
-
-
-@given(sizes=lengths, budget=st.integers(1, 1000))
-def test_batches_hold_every_sequence_once_within_the_budget(sizes, budget):
-    found = list(batches(sizes, budget))
-    assert sorted(np.concatenate([b.entries for b in found]).tolist()) == list(range(len(sizes)))
-    for batch in found:
-        assert batch.line.tolist() == list(range(len(batch)))
-        assert sizes[batch.entries].max() * len(batch) <= budget or len(batch) == 1
-    again = batches(sizes, budget)
-    assert [b.entries.tolist() for b in again] == [b.entries.tolist() for b in found]
-
-
-@given(sizes=lengths, budget=st.integers(1, 1000), line_tokens=st.integers(1, 300))
-def test_packed_batches_fill_lines_within_the_budget(sizes, budget, line_tokens):
-    found = list(batches(sizes, budget, line_tokens))
-    assert sorted(np.concatenate([b.entries for b in found]).tolist()) == list(range(len(sizes)))
-    left = set(range(len(sizes)))
-    for batch in found:
-        longest = max(int(sizes[entry]) for entry in left)
-        assert sizes[batch.entries[0]] == longest
-        width, num_lines = max(line_tokens, longest), int(batch.line[-1]) + 1
-        assert width * num_lines <= budget or num_lines == 1
-        assert np.unique(np.diff(batch.line, prepend=0)).tolist() in ([0], [0, 1])
-        left -= set(batch.entries.tolist())
-        used = np.bincount(batch.line, sizes[batch.entries])
-        assert used.max() <= width
-        assert not left or used.min() + min(int(sizes[entry]) for entry in left) > width
-    again = batches(sizes, budget, line_tokens)
-    assert [b.entries.tolist() for b in again] == [b.entries.tolist() for b in found]
-
-
-@given(sizes=lengths, line_tokens=st.none() | st.integers(1, 300))
-def test_halves_of_batches_end_in_single_sequences(sizes, line_tokens):
-    def split(batch):
-        assert batch.line[0] == 0
-        if len(batch) == 1:
-            return [batch]
-        first, second = batch.halves()
-        np.testing.assert_array_equal(np.append(first.entries, second.entries), batch.entries)
-        if batch.line[-1]:  # whole lines
-            assert first.line[-1] + 1 + second.line[-1] + 1 == batch.line[-1] + 1
-        return split(first) + split(second)
-
-    for batch in batches(sizes, 1000, line_tokens):
-        assert all(len(part) == 1 for part in split(batch))
 
 
 @pytest.mark.parametrize(

@@ -269,5 +269,6 @@ def test_templates_come_from_presets_or_files(tmp_path):
     assert read_template("bos") == PRESETS["bos"]
     (tmp_path / "mine.txt").write_text("{bos}An image of {caption}\n")
     assert read_template(str(tmp_path / "mine.txt")) == "{bos}An image of {caption}"
-    with pytest.raises(InputError, match=r"no preset \(bos, eos, .*flux2-klein\) and no readable"):
+    message = r"neither a preset \(bos, eos, .*flux2-klein\) nor a readable"
+    with pytest.raises(InputError, match=message):
         read_template("nonsense")
