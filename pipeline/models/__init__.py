@@ -1,4 +1,4 @@
-"""Frozen networks: found, loaded, run."""
+"""Frozen networks: find, load and run them."""
 
 import lazy_loader
 
@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "parse_layers",
             "tokenizer_digest",
         ],
-        "packing": ["supports_packing", "check_packing"],
+        "packing": ["check_packing", "supports_packing"],
         "vae": ["Autoencoder", "find_vae", "latents_to_images", "open_decoder", "pixel_codec"],
     },
 )

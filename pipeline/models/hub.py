@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, in folders and in GGUF files."""
+"""Models found: on the Hugging Face Hub, in folders and in GGUF files."""
 
 import hashlib
 import os
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ...schemas import InputError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+"""Raised by transformers when it cannot load a model."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class ModelFiles:
     """A model on this machine.
 
     Attributes:
-        name: as a user would name it again: ``org/name@commit``, a folder or a GGUF file.
-        folder: what transformers loads.
-        files: name -> sha256 of the files that decide the hidden states.
+        name: names it again on a command line: ``org/name@commit``, a folder or a GGUF file.
+        folder: for transformers to load.
+        files: name -> sha256 of the files that determine the hidden states.
     """
 
     name: str
@@ -36,15 +35,15 @@ class ModelFiles:
 def find_model(name: str, option: str = "--model", with_code: bool = False) -> ModelFiles:
     """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
 
-    A hub id may carry a revision: ``org/name@revision``. Of a hub model only configuration,
-    tokenizer and safetensors are fetched.
+    A hub id may carry a revision: ``org/name@revision``. Only configuration, tokenizer and
+    safetensors of a hub model are downloaded.
 
     Args:
         option: of the command line, named in messages.
-        with_code: fetch the code of a hub model too.
+        with_code: download the code of a hub model too.
 
     Raises:
-        InputError: nothing there, or nothing that transformers could load.
+        InputError: no such model, or none that transformers could load.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -53,14 +52,14 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
         if path.suffix != ".gguf":
             raise InputError(
                 f"{option} {name}: a file must be a .gguf; for safetensors name the folder that "
-                "holds config.json"
+                "contains config.json"
             )
         digest = hash_file(path)
         return ModelFiles(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
     if is_hub_id(name):
         folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
         return ModelFiles(hub_name(name, folder), folder, _hash_files(folder, option))
-    raise InputError(f"{option} {name}: no such folder or file, and no hub id (org/name)")
+    raise InputError(f"{option} {name}: no such folder or file, and not a hub id (org/name)")
 
 
 def _hash_files(folder: Path, option: str) -> dict[str, str]:
@@ -73,8 +72,8 @@ def _hash_files(folder: Path, option: str) -> dict[str, str]:
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of a model's file."""
-    # The hub's cache names large files by their sha256, which saves reading them.
+    """sha256 of a file of a model."""
+    # The hub's cache names large files by their sha256, so they need not be read.
     target = file.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
@@ -88,18 +87,18 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_name(name: str, folder: Path) -> str:
-    """A hub id with the commit that was fetched, which its folder is named after."""
+    """A hub id with the commit that was downloaded, after which its folder is named."""
     return f"{name.partition('@')[0]}@{folder.name}"
 
 
 def download(name: str, files: Sequence[str], option: str) -> Path:
-    """The folder of a hub model with the files of these patterns, fetched where they are not here.
+    """The folder of a hub model; files that match the patterns are downloaded where missing.
 
     Args:
         option: of the command line, named in messages.
 
     Raises:
-        InputError: not to be had.
+        InputError: not available from the hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -109,7 +108,7 @@ def download(name: str, files: Sequence[str], option: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=[*files]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{option} {name}: no such folder here, and not to be had from the hub: {error}"
+            f"{option} {name}: no such folder here, and not available from the hub: {error}"
         ) from error
 
 
@@ -119,10 +118,11 @@ def _cache_folder() -> Path:
 
 
 def _convert_gguf(file: Path, digest: str) -> Path:
-    """De-quantise once: transformers takes ten times longer to load a GGUF than safetensors."""
+    """Convert to safetensors once: transformers takes ten times longer to load a GGUF."""
     folder = _cache_folder() / "gguf" / digest[:32]
     if folder.is_dir():
         return folder
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _convert_gguf(file: Path, digest: str) -> Path:
             ) from error
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--model {file}: transformers cannot read it: {error}") from error
-        # The weights are plain float32 now; transformers still marks the model as quantised
+        # The weights are plain float32 now, but transformers still marks the model as quantised
         # and would refuse to save it.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -148,7 +148,7 @@ def _convert_gguf(file: Path, digest: str) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker
+            if not folder.is_dir():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

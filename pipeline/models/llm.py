@@ -1,4 +1,4 @@
-"""The frozen LLM: token batches -> hidden states of chosen layers, by forward hooks. No storage."""
+"""The frozen LLM: batches of tokens -> hidden states of chosen layers, by forward hooks."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ Sink = Callable[[int, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """What a family of text towers in transformers calls its parts."""
+    """Names that a family of text towers in transformers gives its parts."""
 
     embedding: str
     blocks: str
@@ -35,52 +35,52 @@ MODULE_NAMES = (
     ModuleNames("embed_in", "layers", "final_layer_norm"),  # GPT-NeoX
     ModuleNames("wte", "h", "ln_f"),  # GPT-2
 )
-"""The families that are known: a model can be used whose text tower has one of these forms."""
+"""The known families: a model can be used if its text tower has these parts."""
 
 _ENCODER_ONLY = {"t5", "mt5", "umt5"}
-"""Model types of which transformers has a class without the decoder."""
+"""Model types for which transformers has a class without the decoder."""
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """The text tower of a model: of a vision-language model the language model, of an
-    encoder-decoder the encoder.
+    """The text tower of a model: the language model of a vision-language model, the encoder of an
+    encoder-decoder.
 
     Attributes:
         module: the tower; called with ``input_ids`` and ``attention_mask``.
         name: its name inside the model, "" where the model is the tower.
-        form: what its parts are called.
+        names: of its parts.
         causal: whether a token sees only those before it.
     """
 
     module: Any
     name: str
-    form: ModuleNames
+    names: ModuleNames
     causal: bool
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
-        blocks: torch.nn.ModuleList = getattr(self.module, self.form.blocks)
+        blocks: torch.nn.ModuleList = getattr(self.module, self.names.blocks)
         return blocks
 
     @property
     def norm(self) -> torch.nn.Module:
-        norm: torch.nn.Module = getattr(self.module, self.form.norm)
+        norm: torch.nn.Module = getattr(self.module, self.names.norm)
         return norm
 
     def keep_blocks(self, number: int) -> None:
-        """Remove the blocks above the first ``number``."""
-        setattr(self.module, self.form.blocks, self.blocks[:number])
+        """Remove all blocks but the first ``number``."""
+        setattr(self.module, self.names.blocks, self.blocks[:number])
 
 
 def load_tokenizer(source: ModelFiles) -> Any:
-    """The model's tokenizer (a fast one, transformers)."""
+    """Load the model's tokenizer, a fast one of transformers."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source.name}: no tokenizer that transformers loads: {error}") from error
+        raise InputError(f"{source.name}: transformers loads no tokenizer: {error}") from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -94,9 +94,9 @@ def describe_model(source: ModelFiles) -> ModelIdentity:
     """Identity of the text tower, from the model's configuration; no weights are loaded.
 
     Raises:
-        InputError: not a model that transformers knows, or its text tower is of no known form.
+        InputError: transformers does not know the model, or its text tower is of no known family.
     """
-    tower = _sketch(source)
+    tower = _tower_without_weights(source)
     config = tower.module.config
     return ModelIdentity(
         architecture=config.model_type,
@@ -108,34 +108,34 @@ def describe_model(source: ModelFiles) -> ModelIdentity:
 
 
 def attention_of(source: ModelFiles) -> str:
-    """The attention implementation of transformers that the model runs with: ``sdpa`` where the
-    model's class has it, or ``eager`` (Gemma 2, whose scores have a soft cap).
+    """The attention implementation of transformers for the model: ``sdpa`` where its class has it,
+    or ``eager`` (Gemma 2, whose scores have a soft cap).
 
     Raises:
         InputError: as :func:`describe_model`.
     """
-    attention: str = _sketch(source).module.config._attn_implementation
+    attention: str = _tower_without_weights(source).module.config._attn_implementation
     return attention
 
 
 def find_tower(model: Any, name: str) -> TextTower:
-    """Where in a model of transformers the text goes, and what the parts are called there.
+    """Find the text tower in a model of transformers, and the names of its parts.
 
     Args:
         name: of the model, for the error.
 
     Raises:
-        InputError: no form in :data:`MODULE_NAMES` fits; the nearest one is named, with what is
-            lacking.
+        InputError: no family of :data:`MODULE_NAMES` fits; the message names the parts that the
+            nearest one lacks.
     """
     encoder = model.get_encoder()
     module = model.get_decoder() if encoder is model else encoder
-    lacking = [
-        [part for part in dataclasses.astuple(form) if not hasattr(module, part)]
-        for form in MODULE_NAMES
+    missing = [
+        [part for part in dataclasses.astuple(names) if not hasattr(module, part)]
+        for names in MODULE_NAMES
     ]
-    fewest = min(lacking, key=len)
-    form = MODULE_NAMES[lacking.index(fewest)]
+    fewest = min(missing, key=len)
+    names = MODULE_NAMES[missing.index(fewest)]
     if fewest:
         raise InputError(
             f"{name}: {type(module).__name__}, the text tower of {type(model).__name__}, is of no "
@@ -146,13 +146,13 @@ def find_tower(model: Any, name: str) -> TextTower:
     bidirectional = encoder is not model or (
         getattr(module.config, "use_bidirectional_attention", None) is True  # EmbeddingGemma
     )
-    return TextTower(module, path, form, causal=not bidirectional)
+    return TextTower(module, path, names, causal=not bidirectional)
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
-    """``all`` -> 1..L; ``every:3`` -> each third, counted back from L; ``1-10,17`` -> those.
+    """Layers by name: ``all`` is 1..L, ``every:3`` each third counted back from L, or ``1-10,17``.
 
-    0 is the embedding output, l the output of block l, L the output after the final norm.
+    Layer 0 is the embedding output, l the output of block l, L the output after the final norm.
 
     Raises:
         InputError: another form, a layer that does not exist, or one named twice.
@@ -186,7 +186,7 @@ class Encoder:
     Args:
         source: from :func:`find_model`.
         layers: ascending, see :func:`parse_layers`. Blocks above the last one are not run.
-        dtype: in which the LLM runs.
+        dtype: of the LLM's weights and activations.
         device: default: the first GPU, or the CPU.
     """
 
@@ -206,7 +206,7 @@ class Encoder:
         self.tower = find_tower(model, source.name)
         _refuse_missing(source, self.tower, loaded["missing_keys"])
         num_layers = len(self.tower.blocks)
-        # What a first block receives: some models add to what their embedding gives, or scale it.
+        # Layer 0 is the input of the first block: some models scale their embedding or add to it.
         self._needs_input = self.layers[0] == 0
         self.tower.keep_blocks(max(1, self.layers[-1]))
         self.tower.module.eval().requires_grad_(False).to(self.device)
@@ -218,7 +218,7 @@ class Encoder:
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the tower can be told where in its caption a token stands."""
+        """True if the tower accepts the position of each token in its caption."""
         return "position_ids" in inspect.signature(self.tower.module.forward).parameters
 
     @torch.inference_mode()
@@ -227,25 +227,25 @@ class Encoder:
         sequences: Sequence[np.ndarray],
         kept: Sequence[int],
         sink: Sink,
-        line: Sequence[int] | np.ndarray | None = None,
+        row: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         """Run one batch.
 
         Args:
             sequences: token ids of each caption, template included.
-            kept: first row wanted of each sequence.
+            kept: first token of each sequence whose hidden states are wanted.
             sink: called as ``sink(index, rows)`` for each layer in turn, ``index`` into ``layers``;
-                ``rows`` are the wanted rows of all sequences, packed, ``[rows, H]`` in the LLM's
-                dtype, on its device. Only that layer is alive.
-            line: of the batch, in which each sequence stands, ascending from 0. Several in one
-                stand one after the other, and are kept apart by positions that begin anew, which
-                transformers makes its masks of (``masking_utils.find_packed_sequence_indices``);
-                whether a model heeds them is to be tried
-                (:mod:`semroute.pipeline.models.packing`). Default: each in its own, padded on the
-                right.
+                ``rows`` are the hidden states of the wanted tokens of all sequences, one after the
+                other, ``[tokens, H]`` in the LLM's dtype, on its device. Only that layer is alive.
+            row: the row of the batch in which each sequence stands, ascending from 0. Sequences
+                that share a row are packed one after the other. Positions that start anew keep
+                them apart: transformers derives its masks from them
+                (``masking_utils.find_packed_sequence_indices``). Whether a model respects them has
+                to be tested (:mod:`semroute.pipeline.models.packing`). Default: each sequence in a
+                row of its own, padded on the right.
         """
-        inputs, wanted = lay_out(sequences, kept, line)
-        # Numbers of rows, not a mask: a device would have to count one, and be waited for.
+        inputs, wanted = lay_out(sequences, kept, row)
+        # Indices instead of a mask: a device would have to count a mask, and the CPU to wait.
         chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
 
         def receive(_module: Any, inputs: Any) -> None:
@@ -276,31 +276,37 @@ class Encoder:
 def lay_out(
     sequences: Sequence[np.ndarray],
     kept: Sequence[int],
-    line: Sequence[int] | np.ndarray | None = None,
+    row: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A batch as transformers takes it.
+    """Arrange a batch as inputs of transformers.
+
+    Sequences a (3 tokens), b (2) and c (4), packed into rows 0, 0 and 1::
+
+        input_ids      a a a b b    position_ids   0 1 2 0 1
+                       c c c c .                   0 1 2 3 0
 
     Args: as for :meth:`Encoder.encode`.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, or, where sequences share a line, ``position_ids``:
-        int64 ``[B, T]`` each; and which rows are wanted, bool ``[B, T]``.
+        ``input_ids`` and ``attention_mask``, or, where sequences share a row, ``position_ids``:
+        int64 ``[B, T]`` each; and which tokens are wanted, bool ``[B, T]``.
     """
     lengths = np.array([len(sequence) for sequence in sequences])
-    line = np.arange(len(lengths)) if line is None else np.asarray(line)
+    row = np.arange(len(lengths)) if row is None else np.asarray(row)
     ends = np.cumsum(lengths)
-    stops = ends - (ends - lengths)[np.searchsorted(line, line)]  # in their line
-    shape = (int(line[-1]) + 1, int(stops.max()))
+    first_of_row = np.searchsorted(row, row)
+    stops = ends - (ends - lengths)[first_of_row]  # of each sequence, in its row
+    shape = (int(row[-1]) + 1, int(stops.max()))
     tokens = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros_like(tokens)
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
     positions = torch.arange(shape[1]).repeat(shape[0], 1)
-    for row, stop, sequence, first in zip(line, stops, sequences, kept, strict=True):
+    for r, stop, sequence, first in zip(row, stops, sequences, kept, strict=True):
         start = stop - len(sequence)
-        tokens[row, start:stop] = torch.from_numpy(sequence)
-        mask[row, start:stop] = 1
-        wanted[row, start + first : stop] = True
-        positions[row, stop:] = torch.arange(shape[1] - stop)  # of the next, or of padding
+        tokens[r, start:stop] = torch.from_numpy(sequence)
+        mask[r, start:stop] = 1
+        wanted[r, start + first : stop] = True
+        positions[r, stop:] = torch.arange(shape[1] - stop)  # of the next sequence, or padding
     if shape[0] < len(sequences):
         return {"input_ids": tokens, "position_ids": positions}, wanted
     return {"input_ids": tokens, "attention_mask": mask}, wanted
@@ -312,18 +318,17 @@ def _config(source: ModelFiles) -> Any:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise InputError(f"{source.name}: no model that transformers knows: {error}") from error
+        raise InputError(f"{source.name}: not a model that transformers knows: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
-def _sketch(source: ModelFiles) -> TextTower:
-    """The tower without weights."""
+def _tower_without_weights(source: ModelFiles) -> TextTower:
     with torch.device("meta"):
         return find_tower(_make(source, "from_config", _config(source)), source.name)
 
 
 def _make(source: ModelFiles, constructor: str, *arguments: Any, **options: Any) -> Any:
-    """The model without heads: ``from_config`` or ``from_pretrained`` of the class that fits."""
+    """Make the model without heads: ``from_config`` or ``from_pretrained`` of the fitting class."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.utils import logging
 
@@ -340,7 +345,7 @@ def _make(source: ModelFiles, constructor: str, *arguments: Any, **options: Any)
 
 
 def _refuse_missing(source: ModelFiles, tower: TextTower, missing: Iterable[str]) -> None:
-    """Weights that the files lack would be random numbers; transformers only warns."""
+    """Refuse files that lack weights: these would be random, and transformers only warns."""
     prefix = f"{tower.name}." if tower.name else ""
     inside = sorted(name for name in missing if name.startswith(prefix))
     if inside:

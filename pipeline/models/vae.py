@@ -1,6 +1,6 @@
-"""A VAE of diffusers: images -> mean and deviation of its posterior, and latents -> images.
+"""VAEs of diffusers: images -> mean and deviation of the posterior, and latents -> images.
 
-Codes are what the VAE gives; latents, which models are trained on, are ``code * scale + shift``.
+The output of a VAE is its codes; models are trained on latents, ``code * scale + shift``.
 
 Shapes: n images, C channels of a latent, H x W pixels, h x w latent.
 """
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from ...schemas import InputError, LatentIdentity, differences
+from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
 
 if TYPE_CHECKING:
     import torch
-
-    from .hub import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class PixelCodec:
 
 
 def pixel_codec() -> PixelCodec:
-    """0 -> -1, 255 -> 1."""
+    """The codec of pixels: 0 -> -1, 255 -> 1."""
     return PixelCodec(scale=2 / 255, shift=-1.0)
 
 
@@ -42,35 +41,33 @@ def latents_to_images(latents: np.ndarray, scale: float, shift: float) -> np.nda
 
 
 CLASSES = [n for n in get_args(LatentIdentity.model_fields["vae"].annotation) if n != "pixels"]
-"""Of diffusers, whose conventions are known."""
-_VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a film of one frame
+"""Classes of diffusers whose conventions are known."""
+_VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a video of one frame
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES = [_CONFIG, f"{_WEIGHTS}.safetensors*", f"{_WEIGHTS}-*-of-*.safetensors"]
 _PROBE = 512
-"""Side of an image of which no more than the latent's shape is wanted."""
+"""Side of the image, without data, from which the shape of latents is read."""
 
 
-def find_vae(name: str) -> "ModelFiles":
+def find_vae(name: str) -> ModelFiles:
     """Locate a VAE: its folder, a folder that holds it as ``vae``, or a hub id of either kind.
 
-    Of a hub model only the VAE's configuration and safetensors are fetched.
+    Only the VAE's configuration and safetensors of a hub model are downloaded.
 
     Raises:
-        InputError: nothing there, or not a VAE whose conventions are known.
+        InputError: no such VAE, or one whose conventions are not known.
     """
-    from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
-        found = str(folder)
+        source = str(folder)
     elif is_hub_id(name):
         folder = download(name, [*_FILES, *(f"vae/{file}" for file in _FILES)], "--vae")
-        found = hub_name(name, folder)
+        source = hub_name(name, folder)
     else:
         raise InputError(
-            f"--vae {name}: no such folder, and no hub id (org/name); expected one, or pixels"
+            f"--vae {name}: no such folder, and not a hub id (org/name); expected one, or pixels"
         )
     if not (folder / _CONFIG).exists() and (folder / "vae" / _CONFIG).exists():
         folder = folder / "vae"
@@ -83,21 +80,21 @@ def find_vae(name: str) -> "ModelFiles":
     )
     if not any(file.suffix == ".safetensors" for file in files):
         raise InputError(f"--vae {name}: no {_WEIGHTS}.safetensors in {folder}")
-    return ModelFiles(found, folder, {file.name: hash_file(file) for file in files})
+    return ModelFiles(source, folder, {file.name: hash_file(file) for file in files})
 
 
 class Autoencoder:
-    """What a VAE's configuration says; the weights are loaded when they are first needed.
+    """A VAE by its configuration; the weights are loaded when first needed.
 
     Args:
         source: from :func:`find_vae`.
-        device: where it runs, in float32: the VAE of SDXL overflows float16.
+        device: to run on, in float32: the VAE of SDXL overflows float16.
 
     Raises:
         InputError: diffusers is not installed, or too old.
     """
 
-    def __init__(self, source: "ModelFiles", device: str = "cpu") -> None:
+    def __init__(self, source: ModelFiles, device: str = "cpu") -> None:
         self.source = source
         self.device = device
         self.name = _class_name(source.folder, source.name)
@@ -133,7 +130,7 @@ class Autoencoder:
 
     @cached_property
     def _probe(self) -> tuple[int, int, bool]:
-        """Channels, pixels a latent pixel, and whether there is a posterior; without weights."""
+        """Channels, image pixels per latent pixel, and True if there is a posterior; no weights."""
         import torch
 
         with torch.device("meta"), torch.inference_mode():
@@ -143,14 +140,14 @@ class Autoencoder:
 
     @property
     def has_deviation(self) -> bool:
-        """Whether it gives a distribution, and not just a latent."""
+        """True if the VAE gives a distribution and not only a latent."""
         return self._probe[2]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Of images of so many pixels: C, h, w.
+        """Shape of the latent of an image of so many pixels: C, h, w.
 
         Raises:
-            InputError: the VAE does not tile them.
+            InputError: the image is not a whole number of latent pixels.
         """
         channels, factor, _ = self._probe
         if height % factor or width % factor:
@@ -163,11 +160,11 @@ class Autoencoder:
 
     @cached_property
     def scale(self) -> list[float]:
-        """By channel: latent = code * scale + shift.
+        """Scale by channel, in latent = code * scale + shift.
 
         ``(code - mean) / std * scaling_factor``, where mean is ``latents_mean`` or, for all
-        channels, ``shift_factor``, as in the pipelines of diffusers; what a configuration does not
-        have is 0, 1 and 1.
+        channels, ``shift_factor``, as in the pipelines of diffusers; where a configuration lacks
+        them, mean is 0, std 1 and scaling_factor 1.
         """
         factor = self.config.get("scaling_factor")
         factor = 1.0 if factor is None else float(factor)
@@ -175,7 +172,7 @@ class Autoencoder:
 
     @cached_property
     def shift(self) -> list[float]:
-        """By channel, see :attr:`scale`."""
+        """Shift by channel, see :attr:`scale`."""
         means = self._by_channel("latents_mean", self.config.get("shift_factor") or 0.0)
         return [0.0 - mean * scale for mean, scale in zip(means, self.scale, strict=True)]
 
@@ -184,7 +181,7 @@ class Autoencoder:
         return [default] * self._probe[0] if values is None else [*map(float, values)]
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean and deviation of the posterior; of a VAE without one, its latent and None.
+        """Mean and deviation of the posterior; for a VAE without one, its latent and None.
 
         Args:
             images: RGB uint8 ``[n, 3, H, W]``.
@@ -203,17 +200,19 @@ class Autoencoder:
     def _encode(
         self, model: Any, pixels: "torch.Tensor"
     ) -> tuple["torch.Tensor", "torch.Tensor | None"]:
-        found = model.encode(pixels.unsqueeze(2) if self.name in _VIDEO else pixels)
-        if "latent_dist" not in found:
-            return found["latents" if "latents" in found else "latent"], None
-        mean, deviation = found.latent_dist.mean, found.latent_dist.std
+        output = model.encode(pixels.unsqueeze(2) if self.name in _VIDEO else pixels)
+        if "latent_dist" not in output:
+            return output["latents" if "latents" in output else "latent"], None
+        mean, deviation = output.latent_dist.mean, output.latent_dist.std
         if self.name in _VIDEO:
             mean, deviation = mean.squeeze(2), deviation.squeeze(2)
         return mean, deviation
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents float32 ``[n, C, h, w]``, as models are trained on -> RGB uint8
-        ``[n, H, W, 3]``; one at a time, so that a picture does not depend on others."""
+        """Images, RGB uint8 ``[n, H, W, 3]``, from latents float32 ``[n, C, h, w]``.
+
+        One at a time, so that an image does not depend on others.
+        """
         import torch
 
         scale, shift = (
@@ -237,14 +236,14 @@ class Autoencoder:
 def open_decoder(
     identity: LatentIdentity, vae: str, device: str = "cpu"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Latents float32 ``[n, C, h, w]`` -> images uint8 ``[n, H, W, 3]``.
+    """Open a decoder: latents float32 ``[n, C, h, w]`` -> images uint8 ``[n, H, W, 3]``.
 
     Args:
         identity: of the latent store that a model was trained on.
-        vae: where its VAE is, see :func:`find_vae`; not needed where latents are pixels.
+        vae: its VAE, see :func:`find_vae`; not needed where latents are pixels.
 
     Raises:
-        InputError: no VAE there, or not the one of the identity.
+        InputError: no such VAE, or not the one of the identity.
     """
     if identity.vae == "pixels":
         codec = pixel_codec()
@@ -254,22 +253,23 @@ def open_decoder(
     if different:
         listed = "\n  ".join(map(str, different))
         raise InputError(
-            f"--vae {vae} is not the VAE of these latents:\n  {listed}\nName that one."
+            f"--vae {vae} is not the VAE of these latents:\n  {listed}\nName that VAE."
         )
     return Autoencoder(source, device).decode
 
 
 def _class_name(folder: Path, name: str) -> str:
+    """The class of diffusers that a VAE's configuration names."""
     try:
         config = json.loads((folder / _CONFIG).read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"--vae {name}: no {_CONFIG} in this folder, nor in vae/") from error
     except ValueError as error:
         raise InputError(f"--vae {name}: {folder / _CONFIG} is no JSON: {error}") from error
-    found = config.get("_class_name") if isinstance(config, dict) else None
-    if found not in CLASSES:
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name not in CLASSES:
         raise InputError(
-            f"--vae {name}: {_CONFIG} names the class {found!r}; expected one of "
+            f"--vae {name}: {_CONFIG} names the class {class_name!r}; expected one of "
             f"{', '.join(CLASSES)}"
         )
-    return str(found)
+    return str(class_name)

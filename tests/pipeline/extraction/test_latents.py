@@ -160,7 +160,7 @@ class TestAutoencoder:
             open_decoder(store.manifest.identity, str(tiny_vae("wan")))
 
     def test_what_is_no_vae_is_named(self, tiny_llm, folder):
-        with pytest.raises(InputError, match="no such folder, and no hub id"):
+        with pytest.raises(InputError, match="no such folder, and not a hub id"):
             encode(folder, vae="nothing")
         with pytest.raises(InputError, match=r"names the class None; expected one of Auto"):
             encode(folder, vae=str(tiny_llm))

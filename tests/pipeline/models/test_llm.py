@@ -118,20 +118,20 @@ def test_layers_that_do_not_exist_are_refused(text, message):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such folder or file, and no hub id"):
+    with pytest.raises(InputError, match="no such folder or file, and not a hub id"):
         find_model(str(tmp_path / "missing"))
     with pytest.raises(InputError, match=r"no config\.json in this folder"):
         find_model(str(tmp_path))
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match=r"a file must be a \.gguf"):
         find_model(str(tmp_path / "notes.txt"))
-    with pytest.raises(InputError, match="not to be had from the hub"):
+    with pytest.raises(InputError, match="not available from the hub"):
         find_model("nobody/no-such-model-of-semroute")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no \.safetensors"):
         find_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="no model that transformers knows"):
+    with pytest.raises(InputError, match="not a model that transformers knows"):
         describe_model(find_model(str(tmp_path)))
 
 
