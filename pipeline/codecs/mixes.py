@@ -45,7 +45,7 @@ def mix(hidden: torch.Tensor, basis: Sequence[Sequence[float]]) -> torch.Tensor:
 
 
 def combine(mixes: torch.Tensor, coefficients: Sequence[Sequence[float]]) -> torch.Tensor:
-    """What blocks read: any float ``[R, K, H]``, ``[D, K]`` -> float32 ``[R, D, H]``."""
+    """Inputs of blocks from mixes: any float ``[R, K, H]``, ``[D, K]`` -> float32 ``[R, D, H]``."""
     return _matrix(coefficients, mixes.device) @ mixes.float()
 
 

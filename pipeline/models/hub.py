@@ -82,7 +82,7 @@ def hash_file(file: Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form ``org/name`` or ``org/name@revision``."""
+    """True if a name has the form ``org/name`` or ``org/name@revision``."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
 
 

@@ -265,7 +265,7 @@ def _class_name(folder: Path, name: str) -> str:
     except FileNotFoundError as error:
         raise InputError(f"--vae {name}: no {_CONFIG} in this folder, nor in vae/") from error
     except ValueError as error:
-        raise InputError(f"--vae {name}: {folder / _CONFIG} is no JSON: {error}") from error
+        raise InputError(f"--vae {name}: {folder / _CONFIG} is not JSON: {error}") from error
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     if class_name not in CLASSES:
         raise InputError(

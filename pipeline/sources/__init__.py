@@ -1,4 +1,4 @@
-"""What the user brings: tables, webdataset tars, images, prompts, labels."""
+"""The user's data: tables, webdataset tars, images, prompts, labels."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Files of images -> pixels, and pixels <-> latents: the image itself, scaled to [-1, 1]."""
+"""Files of images -> pixels; sizes and aspect-ratio buckets."""
 
 import hashlib
 import io
@@ -11,18 +11,18 @@ from PIL import Image, ImageOps
 from ...schemas import InputError
 from .table import Unreadable
 
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on an image lies on its side
+_ORIENTATION = 0x0112  # EXIF tag; values from 5 on: width and height are swapped
 
 
 @dataclass(frozen=True)
 class Images:
-    """What was found when every file of a table was looked at.
+    """Facts about every image file of a table.
 
     Attributes:
-        size: height and width that all have, or will have after resizing.
+        size: height and width that all images have, or will have after resizing.
         digests: sha256 of each encoded file; None where there is no file.
-        broken: row -> why its image cannot be read, as far as a look tells.
-        sizes: height and width of each image as it is, int64 ``[rows, 2]``; 0 where it is broken.
+        broken: row -> why its image cannot be read, as far as its header tells.
+        sizes: height and width of each image in its file, int64 ``[rows, 2]``; 0 where broken.
     """
 
     size: tuple[int, int]
@@ -32,25 +32,27 @@ class Images:
 
 
 def choose_buckets(size: int, step: int) -> list[tuple[int, int]]:
-    """Heights and widths of images of about one area and many ratios, the square first.
+    """Heights and widths of about the same area and many ratios, the square first.
 
     Sides are multiples of ``step``. The longer one goes from ``size`` to twice that, and the
     shorter one is the largest with an area of at most size x size, as in kohya's sd-scripts. With
     1,024 and 64 these are 33 shapes, all of them SDXL's (arXiv 2307.01952, appendix I).
 
     Raises:
-        InputError: ``size`` is no multiple of ``step``.
+        InputError: ``size`` is not a multiple of ``step``.
     """
     if size % step:
-        raise InputError(f"--size {size} is no multiple of the step of --buckets, {step}")
+        raise InputError(f"--size {size} is not a multiple of the step of --buckets, {step}")
     pairs = [(long, size * size // long // step * step) for long in range(size, 2 * size + 1, step)]
     both = {pair for long, short in pairs for pair in ((long, short), (short, long))}
     return sorted(both, key=lambda pair: (abs(pair[0] - pair[1]), pair))
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which bucket's ratio is nearest to that of each image, of ratios as of factors; of buckets of
-    one ratio the one with the larger area. int32 ``[rows]``, 0 for images of no size.
+    """Index of the bucket with the nearest ratio, by image, int32 ``[rows]``; 0 without a size.
+
+    Ratios are compared as factors (by their logarithm). Of buckets with the same ratio the one with
+    the larger area is taken.
 
     Args:
         sizes: height and width, ``[rows, 2]``.
@@ -65,10 +67,10 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.
 
 
 def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int | None) -> Images:
-    """Look at every file once, before any work.
+    """Inspect every file once, before any work.
 
     Raises:
-        InputError: no image is readable, or sizes differ and none is asked for.
+        InputError: no image is readable, or sizes differ and ``size`` is None.
     """
     digests: list[str | None] = []
     broken: dict[int, str] = {}
@@ -87,7 +89,7 @@ def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int 
                 shape = (image.height, image.width)
                 each[row] = shape[::-1] if sideways else shape
                 sizes.setdefault(each[row], row)
-        except Exception as error:  # whatever a decoder makes of damaged bytes
+        except Exception as error:  # decoders raise anything on damaged bytes
             broken[row] = _reason(error)
     if not sizes:
         listed = "\n  ".join(f"row {row}: {text}" for row, text in [*broken.items()][:5])
@@ -103,22 +105,22 @@ def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int 
 
 
 def images_fingerprint(digests: Iterable[str | None]) -> str:
-    """sha256 over the digests; 32 zero bytes stand for a file that was not there."""
+    """sha256 over the digests; 32 zero bytes stand for a missing file."""
     return hashlib.sha256(b"".join(bytes.fromhex(d or "00" * 32) for d in digests)).hexdigest()
 
 
 def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarray | Unreadable:
-    """An encoded image -> RGB uint8 ``[3, H, W]``, or why it cannot be read.
+    """An encoded image -> RGB uint8 ``[3, H, W]``, or the reason why it cannot be read.
 
-    Upright (by its EXIF orientation), what is transparent on white; resized on its shorter side,
-    then cropped in the centre, where it has not that size already.
+    Turned upright by its EXIF orientation, transparency over white; an image of another size is
+    resized to cover ``size`` and cropped in the centre.
     """
     if isinstance(file, Unreadable):
         return file
     try:
         with Image.open(io.BytesIO(file)) as opened:
             image = _rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # whatever a decoder makes of damaged bytes
+    except Exception as error:  # decoders raise anything on damaged bytes
         return Unreadable(_reason(error))
     height, width = size
     if (image.height, image.width) != (height, width):
@@ -134,15 +136,15 @@ def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarra
 
 
 def _orientation(image: Image.Image) -> int:
-    # Pillow decodes a PNG whole to look for a tag behind the pixels, where none is ever.
+    # Pillow decodes a whole PNG to look for a tag behind the pixels, where there never is one.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     return int(image.getexif().get(_ORIENTATION, 1))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
-        raise ValueError(f"pixels of mode {image.mode}; expected 8 bits a channel")
+    if image.mode.startswith(("I", "F")):  # Pillow would clip its values at 255
+        raise ValueError(f"pixels of mode {image.mode}; expected 8 bits per channel")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -151,7 +153,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    # Of a file in memory Pillow names the object, with its address.
+    # For a file in memory Pillow names the object, with its address.
     known = "cannot identify image file"
     text = "no image of a known format" if known in str(error) else str(error)
     return f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""What captions are about: labels from the columns of a table, for linear probes."""
+"""Labels of captions from the columns of a table, for linear probes."""
 
 import json
 from collections import Counter
@@ -12,21 +12,21 @@ import numpy as np
 from ...schemas import InputError
 from .table import read_table
 
-LEAST = 20
-"""Captions that a class must have to be a class; with fewer no accuracy can be told."""
-MOST_CLASSES = 64
-"""Of a label that nobody named. With more it is an identifier rather than a label."""
+MIN_CAPTIONS = 20
+"""Fewest captions of a class; with fewer no accuracy can be measured."""
+MAX_CLASSES = 64
+"""Most classes of a label that was not named. With more it is an identifier rather than a label."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """One thing to know about captions.
+    """One label of captions.
 
     Attributes:
         name: column, with dots into JSON objects, lists and structs: ``scene.objects.0.colour``.
         classes: sorted, at least two.
         values: class of each caption by position, int64 ``[N]``; -1 where it has none.
-        num_rare: captions left out because their class has fewer than ``LEAST``.
+        num_rare: captions left out because their class has fewer than ``MIN_CAPTIONS``.
         num_ambiguous: captions left out because two rows of the table label them differently.
     """
 
@@ -41,13 +41,13 @@ class Label:
 
 
 def classify(name: str, values: Sequence[str | None], num_ambiguous: int = 0) -> Label | None:
-    """Number the classes of a label; None where fewer than two have ``LEAST`` captions."""
+    """Number the classes of a label; None where fewer than two have ``MIN_CAPTIONS`` captions."""
     counts = Counter(value for value in values if value is not None)
-    classes = sorted(value for value, count in counts.items() if count >= LEAST)
+    classes = sorted(value for value, count in counts.items() if count >= MIN_CAPTIONS)
     if len(classes) < 2:
         return None
-    number = {value: index for index, value in enumerate(classes)}
-    numbers = np.array([-1 if value is None else number.get(value, -1) for value in values])
+    index = {value: number for number, value in enumerate(classes)}
+    numbers = np.array([-1 if value is None else index.get(value, -1) for value in values])
     num_rare = counts.total() - int(np.count_nonzero(numbers >= 0))
     return Label(name, classes, numbers, num_rare, num_ambiguous)
 
@@ -59,59 +59,60 @@ def read_labels(
     text_column: str | None = None,
     names: Sequence[str] = (),
 ) -> tuple[list[Label], list[str]]:
-    """Labels of captions.
+    """Read labels of captions.
 
     Args:
-        source: a table as :func:`semroute.pipeline.sources.table.read_samples` reads it, no tars: a
-            column of captions, others of strings, numbers, booleans, structs or JSON objects. Null
-            and empty strings are no label.
-        texts: captions to be labelled, N.
-        names: labels wanted, as ``Label`` names them, or the column that holds them. Default: all
-            of at most ``MOST_CLASSES`` classes.
+        source: a table as :func:`semroute.pipeline.sources.table.read_samples` reads it, but not
+            tars: a column of captions, and columns of strings, numbers, booleans, structs or JSON
+            objects. Nulls and empty strings are not labels.
+        texts: captions to label, N.
+        names: labels wanted, as ``Label`` names them, or columns with labels. Default: all of at
+            most ``MAX_CLASSES`` classes.
 
     Returns:
-        The labels, and why others are none: a line each.
+        The labels, and the reason why each of the others cannot be used.
 
     Raises:
         InputError: no such file, column or label, no caption in common, or no usable label.
     """
     columns = sorted({name.split(".")[0] for name in names})
     text, table = read_table(source, text_column, columns or None)
-    known: dict[str, dict[str, str]] = {}
-    found: dict[str, set[str]] = {}
-    place = {caption: index for index, caption in enumerate(texts)}
-    ambiguous: dict[str, set[str]] = {}
-    common = set()
+    by_label: dict[str, dict[str, str]] = {}  # label -> caption -> value
+    distinct: dict[str, set[str]] = {}  # label -> its values
+    ambiguous: dict[str, set[str]] = {}  # label -> captions that have two values
+    wanted_texts, common = set(texts), set()
     for row in table.to_pylist():
         caption = row.pop(text)
-        if caption not in place:
+        if caption not in wanted_texts:
             continue
         common.add(caption)
         for name, value in _leaves(row):
-            if known.setdefault(name, {}).setdefault(caption, value) != value:
+            if by_label.setdefault(name, {}).setdefault(caption, value) != value:
                 ambiguous.setdefault(name, set()).add(caption)
-            found.setdefault(name, set()).add(value)
+            distinct.setdefault(name, set()).add(value)
     if not common:
         raise InputError(
-            f"{source}: none of its {table.num_rows:,} captions is among the {len(texts):,} that "
-            "are stored; name the column of captions with --text-column"
+            f"{source}: none of its {table.num_rows:,} captions is among the {len(texts):,} "
+            "stored ones; name the column of captions with --text-column"
         )
     for name in names:
-        if not any(_is_part(leaf, name) for leaf in known):
-            raise InputError(f"{source} has no label {name!r}; it has {', '.join(sorted(known))}")
+        if not any(_is_part(leaf, name) for leaf in by_label):
+            raise InputError(
+                f"{source} has no label {name!r}; it has {', '.join(sorted(by_label))}"
+            )
     labels, reasons = [], []
-    for name, by_caption in known.items():
+    for name, by_caption in by_label.items():
         if names and not any(_is_part(name, wanted) for wanted in names):
             continue
-        num = len(found[name])
-        if not names and num > MOST_CLASSES:
-            reasons.append(f"{name}: {num:,} values, more than {MOST_CLASSES}")
+        num = len(distinct[name])
+        if not names and num > MAX_CLASSES:
+            reasons.append(f"{name}: {num:,} values, more than {MAX_CLASSES}")
             continue
         unclear = ambiguous.get(name, set())
         values = [None if one in unclear else by_caption.get(one) for one in texts]
         label = classify(name, values, len(unclear))
         if label is None:
-            reasons.append(f"{name}: fewer than two classes of {LEAST} captions or more")
+            reasons.append(f"{name}: fewer than two classes of {MIN_CAPTIONS} captions or more")
         else:
             labels.append(label)
     if not labels:
@@ -124,7 +125,7 @@ def _is_part(leaf: str, name: str) -> bool:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Scalars under a value, with dotted names; JSON objects in strings are gone into."""
+    """Scalars inside a value, with dotted names; JSON objects in strings are parsed."""
     if isinstance(value, str) and value.startswith("{"):
         with suppress(json.JSONDecodeError):
             value = json.loads(value)

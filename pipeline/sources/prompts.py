@@ -1,4 +1,4 @@
-"""Files of prompts as benchmarks publish them: texts, and what belongs to each."""
+"""Files of prompts as benchmarks publish them: texts with their names and groups."""
 
 import json
 from collections.abc import Sequence
@@ -21,24 +21,25 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
     Args:
         source: a table or a list of lines, see
             :func:`semroute.pipeline.sources.table.read_samples`; or a ``.json``: a list of
-            prompts, or an object of names and prompts as GenAI-Bench's, where a prompt is a string
-            or an object that has one.
-        text_column: default: the first of ``prompt``, ``prompts``, ``text`` and ``caption``,
-            whatever its case.
+            prompts, or an object of names and prompts as in GenAI-Bench, where a prompt is a string
+            or an object that contains one.
+        text_column: default: the first of ``prompt``, ``prompts``, ``text`` and ``caption``, in
+            upper or lower case.
 
     Raises:
-        InputError: no such file or format, no column of prompts, or a prompt that is empty.
+        InputError: no such file or format, no column of prompts, or an empty prompt.
     """
     if PurePosixPath(source).suffix.lower() == ".json":
         return _read_json(source, text_column)
     names = column_names(source)
-    texts = text_column or _find(names, TEXT_COLUMNS)
-    samples = read_samples(source, text_column=texts, need="text")
+    text_column = text_column or _find(names, TEXT_COLUMNS)
+    samples = read_samples(source, text_column=text_column, need="text")
     captions = samples.texts().to_pylist()
-    several = next((row for row, found in enumerate(captions) if len(found) > 1), None)
+    several = next((row for row, texts in enumerate(captions) if len(texts) > 1), None)
     if several is not None:
         raise InputError(
-            f"{source}: row {several} has {len(captions[several])} captions; expected one a prompt"
+            f"{source}: row {several} has {len(captions[several])} captions; expected one per "
+            "prompt"
         )
     columns = {
         key: _find(names, known) for key, known in (("group", GROUP_COLUMNS), ("name", ID_COLUMNS))
@@ -55,12 +56,12 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
         records = [line.strip() for line in lines if line.strip()]
     return [
         Prompt(
-            text=found[0],
+            text=texts[0],
             name=(values["name"][row] if "name" in values else None) or f"{row:05d}",
             group=values["group"][row] if "group" in values else None,
             record=records[row],
         )
-        for row, found in enumerate(captions)
+        for row, texts in enumerate(captions)
     ]
 
 
@@ -71,7 +72,7 @@ def _read_json(source: str, text_column: str | None) -> list[Prompt]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{source}: no such file") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{source} is no readable json file: {error}") from error
+        raise InputError(f"{source} is not a readable json file: {error}") from error
     if isinstance(document, dict):
         entries = [(str(name), value) for name, value in document.items()]
     elif isinstance(document, list):
@@ -79,16 +80,16 @@ def _read_json(source: str, text_column: str | None) -> list[Prompt]:
     else:
         entries = []
     if not entries:
-        raise InputError(f"{source} holds no prompts; expected a list, or an object of them")
-    return [_of_json(source, name, value, text_column) for name, value in entries]
+        raise InputError(f"{source} has no prompts; expected a list, or an object of them")
+    return [_prompt(source, name, value, text_column) for name, value in entries]
 
 
-def _of_json(source: str, name: str, value: Any, text_column: str | None) -> Prompt:
+def _prompt(source: str, name: str, value: Any, text_column: str | None) -> Prompt:
     group = None
     if isinstance(value, dict):
         column = text_column or _find([*value], TEXT_COLUMNS)
-        found = _find([*value], GROUP_COLUMNS)
-        group = str(value[found]) if found is not None else None
+        group_column = _find([*value], GROUP_COLUMNS)
+        group = str(value[group_column]) if group_column is not None else None
         value = value.get(column) if column is not None else None
     if not isinstance(value, str) or not value.strip():
         raise InputError(
@@ -99,6 +100,6 @@ def _of_json(source: str, name: str, value: Any, text_column: str | None) -> Pro
 
 
 def _find(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """The first known name that there is, whatever its case."""
+    """The first of the known names that exists, in upper or lower case."""
     lower = {name.casefold(): name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower), None)

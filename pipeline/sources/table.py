@@ -1,5 +1,5 @@
-"""The user's captioned images: parquet, jsonl, csv, tsv, txt or webdataset tars, local or any
-fsspec URL."""
+"""Tables of captions and images: parquet, jsonl, csv, tsv, txt or webdataset tars, local or by any
+URL of fsspec."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +24,12 @@ IMAGE_COLUMNS = ("image",)
 TAR = ".tar"
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt", TAR)
 T = TypeVar("T")
-_SHOWN = 5  # offending rows listed in a message
+_NUM_SHOWN = 5  # offending rows listed in a message
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In place of an image: why there is none."""
+    """An image that cannot be read, with the reason."""
 
     reason: str
 
@@ -54,15 +54,15 @@ class SampleTable:
         return int(self.table.num_rows)
 
     def slice(self, start: int, stop: int) -> "SampleTable":
-        """Some of the rows."""
+        """Rows from start to stop."""
         return replace(self, table=self.table.slice(start, stop - start))
 
     def take(self, rows: np.ndarray) -> "SampleTable":
-        """Some of the rows, in the order given."""
+        """The given rows, in their order."""
         return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
     def texts(self) -> pa.ListArray:
-        """Captions as ``list<large_string>``, one list a row.
+        """Captions as ``list<large_string>``, one list per row.
 
         Raises:
             InputError: a caption is missing or blank, or a row has no caption.
@@ -77,11 +77,11 @@ class SampleTable:
             column = pa.ListArray.from_arrays(offsets, texts)
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column.flatten())), 0)
         blank = pc.list_parent_indices(column).filter(pc.fill_null(blank, True))
-        none = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
-        rows = sorted({*blank.to_pylist(), *none.to_pylist()})
+        empty = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
+        rows = sorted({*blank.to_pylist(), *empty.to_pylist()})
         if rows:
-            shown = ", ".join(str(row) for row in rows[:_SHOWN])
-            more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+            shown = ", ".join(str(row) for row in rows[:_NUM_SHOWN])
+            more = f" and {len(rows) - _NUM_SHOWN} more" if len(rows) > _NUM_SHOWN else ""
             raise InputError(
                 f"{self.source}: {len(rows)} of {len(self)} rows have an empty caption in column "
                 f"{self.text_column!r} (rows {shown}{more}, counted from 0). Remove them: the null "
@@ -90,7 +90,7 @@ class SampleTable:
         return column
 
     def image_names(self) -> pa.Array:
-        """Path of each image (string, null where there is none); bytes are not copied."""
+        """Path of each image (string, null where it has none); bytes are not copied."""
         if self.image_column is None:
             return pa.nulls(len(self), pa.string())
         column = self.table[self.image_column].combine_chunks()
@@ -101,13 +101,13 @@ class SampleTable:
         return pa.nulls(len(self), pa.string())
 
     def image_files(self) -> Iterator[bytes | Unreadable]:
-        """The encoded bytes of every image, in order, or why there are none.
+        """The encoded bytes of each image in order, or the reason why it cannot be read.
 
-        The column holds paths (relative ones start at the file's folder), bytes, or structs of
-        ``bytes`` and ``path`` as HF datasets writes them; or places in tars.
+        The column contains paths (relative to the folder of the table), bytes, structs of ``bytes``
+        and ``path`` as HF datasets writes them, or byte ranges of tars.
 
         Raises:
-            InputError: the column holds something else.
+            InputError: the column contains something else.
         """
         assert self.image_column is not None
         with Reader() as tars:
@@ -139,7 +139,7 @@ class SampleTable:
         return filesystem.cat_file(str(PurePosixPath(path).parent / value))
 
     def identity(self) -> SamplesIdentity:
-        """Number of rows and fingerprint of their captions, to join stores made from one file."""
+        """Number of rows and fingerprint of their captions, to join stores made from one table."""
         if self.text_column is None:
             return SamplesIdentity(num_samples=len(self), fingerprint=None)
         texts = self.texts()
@@ -157,14 +157,14 @@ def read_samples(
     """Read a table of captions, images or both.
 
     Args:
-        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (a caption a line); a local
-            path or any URL that fsspec knows. Or ``.tar``, maybe several by a pattern, see
+        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (one caption per line); a
+            local path or any URL of fsspec. Or ``.tar``, several by a pattern, see
             :meth:`semroute.pipeline.sources.webdataset.WebDataset.open`.
         text_column: a column of strings or of lists of strings; default: the first of ``text``,
-            ``prompt``, ``caption`` that exists. Of tars ``txt`` (files) or a key of their JSON.
-        image_column: default: ``image`` if it exists. Of tars an extension; default: the first of
+            ``prompt``, ``caption`` that exists. For tars ``txt`` (files) or a key of their JSON.
+        image_column: default: ``image`` if it exists. For tars an extension; default: the first of
             jpg, jpeg, png, webp that a sample has.
-        limit: only the first rows.
+        limit: number of first rows to read; None: all.
         need: ``"text"`` or ``"image"``: the column that must exist.
 
     Raises:
@@ -172,7 +172,7 @@ def read_samples(
     """
     tars = WebDataset.open(source) if _suffix(source) == TAR else None
     if tars is not None and not tars.samples:
-        raise InputError(f"{source} holds no samples; expected files such as 000.jpg and 000.txt")
+        raise InputError(f"{source} has no samples; expected files such as 000.jpg and 000.txt")
     names = column_names(source) if tars is None else tars.names()
     defaults = TEXT_COLUMNS if tars is None else (TEXT, *TEXT_COLUMNS)
     text = _find_column(names, source, text_column, defaults, "--text-column", need == "text")
@@ -195,7 +195,7 @@ def read_samples(
         value = kind.value_type if _is_list(kind) else kind
         if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
             raise InputError(
-                f"{source}: column {text!r} holds {kind}; expected strings or lists of strings"
+                f"{source}: column {text!r} contains {kind}; expected strings or lists of strings"
             )
     return SampleTable(source, table, text, image)
 
@@ -203,12 +203,12 @@ def read_samples(
 def read_table(
     source: str, text_column: str | None = None, columns: Sequence[str] | None = None
 ) -> tuple[str, pa.Table]:
-    """The name of the column of captions, and that column with others; of tables, not of tars.
+    """Read a table, but not tars: the name of its column of captions, and its columns.
 
     Args:
         source: see :func:`read_samples`.
         text_column: default: the first of ``text``, ``prompt``, ``caption`` that exists.
-        columns: others to read; default all.
+        columns: to read besides captions; default: all.
 
     Raises:
         InputError: no such file, format or column.
@@ -227,7 +227,7 @@ def read_table(
 
 
 def column_names(source: str) -> list[str]:
-    """Of a table: its columns; of a jsonl the keys of its first object; of a txt ``text``.
+    """Columns of a table: of a jsonl the keys of its first object, of a txt ``text``.
 
     Raises:
         InputError: no such file or format, or it is empty.
@@ -255,7 +255,7 @@ def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{source}: no such file") from error
     except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{source} is no readable {suffix[1:]} file: {error}") from error
+        raise InputError(f"{source} is not a readable {suffix[1:]} file: {error}") from error
 
 
 def _column_names(file: BinaryIO, suffix: str) -> list[str]:
@@ -272,17 +272,17 @@ def _column_names(file: BinaryIO, suffix: str) -> list[str]:
 def _read_columns(
     file: BinaryIO, suffix: str, columns: list[str], names_of: str | None = None
 ) -> pa.Table:
-    """Some columns; of ``names_of``, a column of images, names alone: bytes may be too many."""
+    """Read columns; of ``names_of``, a column of images, only names, as bytes may be too many."""
     if suffix == ".parquet":
         parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
         if names_of is not None:
-            columns = _named(parquet.schema_arrow, columns, names_of)
+            columns = _replace_by_names(parquet.schema_arrow, columns, names_of)
         return parquet.read(columns)
     if suffix == ".txt":
         lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
         return pa.table({"text": pa.array([line.removesuffix("\r") for line in lines])})
     if suffix == ".jsonl":
-        # Only these columns are parsed: others may change their type from row to row.
+        # Only these columns are parsed: the type of others may change from row to row.
         first = _first_object(file)
         file.seek(0)
         fields = [(name, pa.infer_type([first[name]])) for name in columns]
@@ -301,8 +301,8 @@ def _read_columns(
     )
 
 
-def _named(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
-    """Columns to read where of images only names are wanted; none where images have no names."""
+def _replace_by_names(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
+    """Columns with the column of images replaced by that of their names, if they have names."""
     kind = schema.field(image).type
     if pa.types.is_struct(kind):
         name = [f"{image}.path"] if kind.get_field_index("path") >= 0 else []

@@ -1,8 +1,8 @@
-"""Webdataset tars: which files belong to which sample, and where their bytes are.
+"""Webdataset tars: the files of each sample, and where their bytes are.
 
-A sample is all files of a tar whose names are the same up to the first dot of the last part
-(``dir/000.jpg``, ``dir/000.txt``), in the order in which they first occur. Names without such a
-dot, or with nothing before it, belong to no sample, as in webdataset.
+A sample is all files of a tar whose names are equal up to the first dot of the last part
+(``dir/000.jpg``, ``dir/000.txt``); samples are in the order of their first files. Names without
+such a dot, or with nothing before it, belong to no sample, as in webdataset.
 """
 
 import json
@@ -20,20 +20,22 @@ from ...schemas import InputError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE = "image"
-"""Column of whichever of these a sample has."""
+"""Column of images, whichever of these extensions a sample has."""
 TEXT = "txt"
-"""Column of captions that are files of their own."""
+"""Column of captions in files of their own."""
 _JSON = "json"
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _BLOCK = 512
 BYTE_RANGE = pa.struct(
     [("path", pa.string()), ("tar", pa.string()), ("start", pa.int64()), ("size", pa.int64())]
 )
-"""Where the bytes of a file are: its name, for people, the tar, and bytes from where on."""
+"""Where the bytes of a file are: its name, to be shown, the tar, first byte and number of bytes."""
 
 
 @dataclass(frozen=True)
 class _Member:
+    """A file of a tar."""
+
     name: str
     start: int
     size: int
@@ -41,10 +43,10 @@ class _Member:
 
 @dataclass(frozen=True)
 class WebDataset:
-    """The samples of some tars; their bytes are read when asked for.
+    """The samples of several tars; the bytes of their files are read on request.
 
     Attributes:
-        source: as the user named them.
+        source: the tars as the user named them.
         samples: the tar of each sample, and its files by extension.
     """
 
@@ -56,11 +58,10 @@ class WebDataset:
         """Read the headers of all tars.
 
         Args:
-            source: path or URL, of which ``*``, ``?``, ``{000..012}`` and ``{a,b}`` may stand for
-                several.
+            source: path or URL; it may name several by ``*``, ``?``, ``{000..012}`` and ``{a,b}``.
 
         Raises:
-            InputError: no such tar, or one that is damaged or cut off.
+            InputError: no such tar, or one that is damaged or truncated.
         """
         samples: list[tuple[str, dict[str, _Member]]] = []
         for path in expand(source):
@@ -70,22 +71,22 @@ class WebDataset:
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise InputError(f"{source}: no such file: {path}") from error
             except tarfile.TarError as error:
-                raise InputError(f"{path} is no readable tar: {error}") from error
+                raise InputError(f"{path} is not a readable tar: {error}") from error
         return cls(source, samples)
 
     def names(self) -> list[str]:
         """Columns: extensions, ``image`` where there are images, and the keys of the first JSON."""
-        found = {extension: None for _, files in self.samples for extension in files}
-        images = [IMAGE] if any(extension in found for extension in IMAGE_EXTENSIONS) else []
-        first = next((place for place in self.samples if _JSON in place[1]), None)
+        extensions = {extension: None for _, files in self.samples for extension in files}
+        images = [IMAGE] if any(name in extensions for name in IMAGE_EXTENSIONS) else []
+        first = next((sample for sample in self.samples if _JSON in sample[1]), None)
         keys = [] if first is None else [*self._json([first])[0]]
-        return [*found, *images, *keys]
+        return [*extensions, *images, *keys]
 
     def table(self, columns: Sequence[str], limit: int | None) -> pa.Table:
-        """Some columns: captions as strings or lists of them, images as :data:`BYTE_RANGE`.
+        """Columns by name: captions as strings or lists of them, images as :data:`BYTE_RANGE`.
 
         Raises:
-            InputError: a caption is no text, or no JSON.
+            InputError: a caption is not text, or its JSON is not valid.
         """
         samples = self.samples[:limit]
         return pa.table({name: self._column(name, samples) for name in columns})
@@ -101,10 +102,10 @@ class WebDataset:
                 return pa.array([document.get(name) for document in documents])
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.source}: {name!r} of the JSON: {error}") from error
-        places = []
+        byte_ranges = []
         for tar, files in samples:
             member = next((files[each] for each in extensions if each in files), None)
-            places.append(
+            byte_ranges.append(
                 member
                 and {
                     "path": f"{tar}/{member.name}",
@@ -113,7 +114,7 @@ class WebDataset:
                     "size": member.size,
                 }
             )
-        return pa.array(places, BYTE_RANGE)
+        return pa.array(byte_ranges, BYTE_RANGE)
 
     def _json(self, samples: list[tuple[str, dict[str, _Member]]]) -> list[dict[str, Any]]:
         documents = []
@@ -121,16 +122,16 @@ class WebDataset:
             try:
                 document = json.loads(text or "{}")
             except ValueError as error:
-                raise InputError(f"{tar}: {files[_JSON].name} is no JSON: {error}") from error
+                raise InputError(f"{tar}: {files[_JSON].name} is not JSON: {error}") from error
             if not isinstance(document, dict):
-                raise InputError(f"{tar}: {files[_JSON].name} must hold an object: {text!r:.60}")
+                raise InputError(f"{tar}: {files[_JSON].name} must contain an object: {text!r:.60}")
             documents.append(document)
         return documents
 
     def _read(
         self, samples: list[tuple[str, dict[str, _Member]]], extension: str
     ) -> list[str | None]:
-        """Contents of one file of each sample, None where it has none."""
+        """Contents of the file of each sample that has this extension, or None."""
         texts: list[str | None] = []
         with Reader() as reader:
             for tar, files in samples:
@@ -141,12 +142,12 @@ class WebDataset:
                 try:
                     texts.append(reader.read(tar, member.start, member.size).decode("utf-8"))
                 except UnicodeDecodeError as error:
-                    raise InputError(f"{tar}: {member.name} is no UTF-8: {error}") from error
+                    raise InputError(f"{tar}: {member.name} is not UTF-8: {error}") from error
         return texts
 
 
 class Reader:
-    """Reads parts of files, of which it keeps the last one open."""
+    """Reads parts of files; the last file stays open."""
 
     def __init__(self) -> None:
         self._path = ""
@@ -160,10 +161,10 @@ class Reader:
             self._file.close()
 
     def read(self, path: str, start: int, size: int) -> bytes:
-        """Bytes of a path or URL.
+        """Bytes of a file, by path or URL.
 
         Raises:
-            OSError: the file is not there, or ends before.
+            OSError: no such file, or it ends too early.
         """
         if path != self._path:
             self.__exit__()
@@ -178,25 +179,27 @@ class Reader:
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths or URLs that a pattern stands for: braces in their order, then ``*`` and ``?`` sorted.
+    """Paths or URLs that match a pattern: braces in their order, ``*`` and ``?`` sorted.
 
     Raises:
         InputError: nothing matches.
     """
     paths: list[str] = []
-    for plain in _braces(pattern):
+    for plain in _expand_braces(pattern):
         if not re.search(r"[*?]", plain):
             paths.append(plain)
             continue
         filesystem, path = fsspec.core.url_to_fs(plain)
-        found = sorted(filesystem.glob(path))
-        if not found:
+        matches = sorted(filesystem.glob(path))
+        if not matches:
             raise InputError(f"{pattern}: no such file: nothing matches {plain}")
-        paths += [filesystem.unstrip_protocol(each) for each in found] if "://" in plain else found
+        if "://" in plain:
+            matches = [filesystem.unstrip_protocol(match) for match in matches]
+        paths += matches
     return paths
 
 
-def _braces(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> list[str]:
     """``a{0..2}{x,y}`` -> a0x, a0y, a1x ...; a range is padded to the width of its start."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices: list[list[str]] = []
@@ -228,12 +231,13 @@ def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:
             if extension in files:
                 raise InputError(f"{path} holds {info.name} twice")
             files[extension] = _Member(info.name, info.offset_data, info.size)
-    # tarfile takes a header that is damaged or cut off for the end, as it does with the end of the
-    # first of two tars that were put together.
+    # tarfile takes a damaged or truncated header for the end of the tar, and of two concatenated
+    # tars it reads only the first.
     file.seek(end)
     rest = file.read()
     if len(rest) < _BLOCK or rest.strip(b"\0"):
         raise InputError(
-            f"{path} is damaged or cut off: after byte {end:,} expected zeros to the end of the tar"
+            f"{path} is damaged or truncated: after byte {end:,} expected zeros to the end of the "
+            "tar"
         )
     return [*samples.values()]

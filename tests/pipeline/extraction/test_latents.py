@@ -347,7 +347,7 @@ class TestBuckets:
         assert len(found) == len(set(found)) == 33
         assert set(found) <= known
         assert all(h * w <= 1024 * 1024 and {h % 64, w % 64} == {0} for h, w in found)
-        with pytest.raises(InputError, match="--size 1000 is no multiple of the step"):
+        with pytest.raises(InputError, match="--size 1000 is not a multiple of the step"):
             choose_buckets(1000, 64)
 
     @settings(max_examples=50, deadline=None)
@@ -442,7 +442,7 @@ class TestPixels:
 
     def test_what_8_bits_do_not_hold_is_refused(self):
         file = encoded(np.full((4, 4), 40_000, np.uint16))
-        assert "expected 8 bits a channel" in image_to_codes(file, (4, 4)).reason
+        assert "expected 8 bits per channel" in image_to_codes(file, (4, 4)).reason
 
     def test_sizes_that_differ_need_a_size(self):
         files = [encoded(np.zeros((size, 4, 3), np.uint8)) for size in (4, 5)]

@@ -65,13 +65,13 @@ class TestReadPrompts:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("a.json", "[]", "holds no prompts; expected a list"),
-            ("a.json", "{", "is no readable json file"),
+            ("a.json", "[]", "has no prompts; expected a list"),
+            ("a.json", "{", "is not a readable json file"),
             ("a.json", '{"1": {"models": 3}}', "entry 1 has no prompt"),
             ("a.json", '["a", " "]', "entry 00001 has no prompt"),
             ("a.csv", "words\nx\n", "has no column 'text' or 'prompt' or 'caption'"),
             ("a.txt", "a\n\nb\n", "1 of 3 rows have an empty caption"),
-            ("a.jsonl", '{"prompt": ["a", "b"]}', "row 0 has 2 captions; expected one a prompt"),
+            ("a.jsonl", '{"prompt": ["a", "b"]}', "row 0 has 2 captions; expected one per prompt"),
         ],
     )
     def test_refuses_what_holds_no_prompts(self, tmp_path, name, text, message):

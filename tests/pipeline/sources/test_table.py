@@ -97,13 +97,13 @@ def test_nonsense_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot tell the format from '\.xlsx'"):
         read_samples(str(tmp_path / "c.xlsx"), need="text")
     (tmp_path / "c.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(InputError, match="no readable parquet"):
+    with pytest.raises(InputError, match="not a readable parquet"):
         read_samples(str(tmp_path / "c.parquet"), need="text")
     (tmp_path / "c.jsonl").write_text("[1, 2]\n")
     with pytest.raises(InputError, match="must be an object"):
         read_samples(str(tmp_path / "c.jsonl"), need="text")
     pyarrow.parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "n.parquet")
-    with pytest.raises(InputError, match="holds int64; expected strings"):
+    with pytest.raises(InputError, match="contains int64; expected strings"):
         read_samples(str(tmp_path / "n.parquet"), need="text")
 
 
