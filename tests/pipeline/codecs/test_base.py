@@ -1,9 +1,19 @@
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.pipeline.codecs.base import LAYER_MAJOR, U1, U2, ArraySpec, allocate
+from semroute.pipeline.codecs.base import (
+    LAYER_MAJOR,
+    U1,
+    U2,
+    ArraySpec,
+    allocate,
+    layer_norm,
+    output_slots,
+)
 from semroute.pipeline.store.layout import rows_of
+from semroute.trainer.model import fusion
 
 SPECS = [
     ArraySpec("hidden", U2, 5, None, "as they are"),
@@ -35,3 +45,14 @@ def test_rows_that_no_caption_has_are_zero(gaps, counts, num_layers):
             array[used] = value
             assert int(array.astype(int).sum()) == value * len(used) * num_layers * spec.size
             array[:] = 255
+
+
+def test_codecs_and_routing_normalise_alike():
+    """Two definitions, as neither package may import the other, and one LN to the bit."""
+    hidden = torch.randn(40, 3, 64, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    for h in (hidden, hidden.bfloat16()):
+        assert torch.equal(layer_norm(h), fusion.layer_norm(h))
+
+
+def test_positions_find_their_slot_in_the_output():
+    assert output_slots([4, 1]).tolist() == [-1, 1, -1, -1, 0]
