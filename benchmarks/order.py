@@ -32,8 +32,8 @@ def measure(order: MixtureSampler, batch_size: int) -> list[float]:
     num = len(order.sources[0]) // batch_size * batch_size
     shards = order.sources[0].shards
     assert shards is not None
-    first = order.places(0, num).sample.reshape(-1, batch_size)
-    second = order.places(len(order.sources[0]), num).sample
+    first = order.indices(0, num).sample.reshape(-1, batch_size)
+    second = order.indices(len(order.sources[0]), num).sample
     batch_of = np.full(len(order.sources[0]), -1)
     batch_of[second] = np.arange(num) // batch_size
     kinds = [len(np.unique(row)) for row in shards[first]]

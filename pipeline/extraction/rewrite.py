@@ -31,6 +31,7 @@ from ...schemas import (
     parse,
 )
 from ...schemas.files import locate
+from ...schemas.seeds import UnnumberedPurpose, numpy_generator
 from ...schemas.units import format_bytes
 from ..codecs.base import Coded, allocate
 from ..codecs.error import CodecError, codec_error
@@ -344,10 +345,9 @@ def _shuffle(
     that all rows of a caption share."""
     import torch
 
+    purpose = UnnumberedPurpose.LAYER_ORDER
     orders = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, caption)))).permutation(
-            hidden.shape[1]
-        )
+        numpy_generator(seed, purpose, caption).permutation(hidden.shape[1])
         for caption in ids.tolist()
     ]
     order = torch.from_numpy(np.repeat(np.stack(orders), counts, axis=0))  # [R, L]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import CaptionsIdentity, InputError, Template, fingerprint
+from ...schemas.seeds import UnnumberedPurpose, numpy_generator
 from .templates import NULL_TEXT, bos_token, eos_token, split_template
 from .tokenization import RaggedTokens, TemplateTokens, apply_template, tokenize
 
@@ -179,8 +180,9 @@ def _deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> _Uni
     for number, stop in enumerate([*earlier, len(texts)]):
         seen = int(codes[: offsets[stop]].max(initial=-1)) + 1
         seen -= 0 <= null < seen
-        bits = np.random.PCG64([seed, number] if number else seed)
-        order = np.random.Generator(bits).permutation(seen - done)
+        generation = (number,) if number else ()  # the first has none in its key
+        generator = numpy_generator(seed, UnnumberedPurpose.CAPTION_ORDER, *generation)
+        order = generator.permutation(seen - done)
         orders.append(unique[done:seen][order])
         done = seen
     stored = np.concatenate(orders)

@@ -1,44 +1,55 @@
-"""Batches, and their way to the device."""
+"""Batches of features and latents, and their transfer to the device.
+
+Shapes: B batch (of one rank and accumulation step), R rows (tokens of all captions, packed),
+U unique captions, T tokens of the longest caption, L layers, H text width, C channels.
+"""
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline.store.features import Codes
+if TYPE_CHECKING:
+    from ...pipeline.store.features import Codes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one accumulation step.
+    """What one rank trains on in one accumulation step, captions packed and each read once.
+
+    Three samples of two captions, of 3 and 5 rows::
+
+        sample_ids    7   3   9
+        caption       1   0   1         of each sample, among the unique ones
+        offsets       0   3       8     caption 0 is rows 0 to 3 of hidden, caption 1 is 3 to 8
 
     Attributes:
-        step, micro_step: which.
+        step, micro_step: step, and accumulation step within it.
         position: global position of the first sample; the others follow.
         sample_ids: int64 [B].
-        hidden: bfloat16 [R, L, H], rows of U unique captions, each read once; or their codes, one a
-            pair of stores.
+        hidden: bfloat16 [R, L, H], rows of U unique captions; or their codes, one entry per pair of
+            stores.
         offsets: int64 [U + 1], on the CPU.
         caption: int64 [B], index of each sample's caption among the unique ones, on the CPU.
         latents: fp32 [B, C, height, width].
-        sources: int64 [B], which pair of stores each sample is of; None: all of the first.
+        sources: int64 [B], number of the pair of stores that each sample is from; None: the first.
     """
 
     step: int
     micro_step: int
     position: int
     sample_ids: np.ndarray
-    hidden: Tensor | tuple[Codes, ...]
+    hidden: "Tensor | tuple[Codes, ...]"
     offsets: Tensor
     caption: Tensor
     latents: Tensor
     sources: np.ndarray | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same with the large tensors on a device, where codes are decoded."""
+        """The same batch with its large tensors on a device, where codes are decoded."""
         if isinstance(self.hidden, tuple):
             parts = [codes.tensor(device) for codes in self.hidden]
             hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -47,13 +58,13 @@ class Batch:
         return replace(self, hidden=hidden, latents=self.latents.to(device, non_blocking=True))
 
     def record_stream(self, stream: Any) -> None:
-        """Their memory is used on this stream too: ``torch.Tensor.record_stream``."""
+        """Mark the tensors as used on a stream: ``torch.Tensor.record_stream``."""
         for tensor in (self.hidden, self.latents):
             if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
                 tensor.record_stream(stream)
 
     def names(self) -> list[str]:
-        """Each sample by its id, and of a mixture by its pair of stores."""
+        """Each sample by its id; in a mixture, by its pair of stores and its id."""
         if self.sources is None:
             return [str(sample) for sample in self.sample_ids.tolist()]
         both = zip(self.sources.tolist(), self.sample_ids.tolist(), strict=True)
@@ -67,12 +78,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """The same with each sample's caption padded to the batch's longest.
+    """The same with each sample's caption padded to the longest in the batch.
 
     Attributes:
-        step, micro_step, position, sample_ids, latents, sources: as of :class:`Batch`.
+        step, micro_step, position, sample_ids, latents, sources: as for :class:`Batch`.
         hidden: bfloat16 [B, T, L, H], zeros after a caption's last token.
-        mask: bool [B, T], which rows are tokens.
+        mask: bool [B, T], True for rows that are tokens.
     """
 
     step: int
@@ -90,18 +101,15 @@ class PaddedBatch:
         return int(self.mask.sum())
 
 
-Kind = TypeVar("Kind", bound=Batch | PaddedBatch)
-
-
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
-    """Batches with their large tensors on a device: each is copied there, and decoded, while the
-    one before is trained on.
+    """Batches with their large tensors on a device: each is copied there, and decoded, while
+    training uses the previous one.
 
-    By a stream of its own, as in the notes on CUDA semantics of PyTorch's documentation: what
-    trains waits for the copy, and memory is used again when both streams are done with it.
+    The copy has a stream of its own, as in the notes on CUDA semantics of PyTorch's documentation:
+    training waits for the copy, and memory is reused once both streams are done with it.
     """
     module = torch.get_device_module(device)
-    if not hasattr(module, "Stream"):  # mps has none to choose from
+    if not hasattr(module, "Stream"):  # mps has one stream only
         yield from (batch.to(device) for batch in batches)
         return
     copying = module.Stream()

@@ -1,12 +1,13 @@
-"""Which samples and captions of stores take part in training, and how often.
+"""Samples and captions of stores that take part in training, and how often.
 
-Shapes: N samples, M captions of all samples.
+Shapes: N samples, M captions of all samples, P positions.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
@@ -14,9 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from ...pipeline.store.features import FeatureStore
-from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_latents
 from ...schemas import (
     DataConfig,
     InputError,
@@ -28,18 +26,37 @@ from ...schemas import (
 from ...schemas.seeds import as_uniform
 from .filters import parse_filter
 
+if TYPE_CHECKING:
+    from ...pipeline.store.features import FeatureStore
+    from ...pipeline.store.latents import LatentStore
+
+
+_NUM_NAMED = 20
+"""Column names listed in a message."""
+_MAY_DIFFER = {"captions", "samples", "max_length"}
+"""Parts of the identity of features that may differ within a mixture: other captions are its
+point."""
+Shape = tuple[int, int, int]
+"""C, h and w of latents."""
+
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Samples to train on, of one pair of stores.
+    """Samples to train on, of one pair of stores, and their captions.
+
+    Two samples, 4 with one caption and 7 with two::
+
+        samples     4   7
+        starts      0   1       3
+        captions   11  12  40
 
     Attributes:
         samples: ids, ascending: int64 ``[N]``.
         starts: int64 ``[N + 1]``; sample n has captions ``starts[n]:starts[n + 1]``, at least one.
         captions: ids, int64 ``[M]``.
-        weights: how often each caption is shown, against the others of its sample: positive,
-            float64 ``[M]``. None: all alike.
-        shards: in which each caption lies, int64 ``[M]``; for an order by shards.
+        weights: how often each caption is shown, relative to the others of its sample: positive,
+            float64 ``[M]``. None: all equally often.
+        shards: shard of each caption, int64 ``[M]``; for an order by shards.
     """
 
     samples: np.ndarray
@@ -52,37 +69,44 @@ class SampleIndex:
         return len(self.samples)
 
     @cached_property
-    def _below(self) -> np.ndarray:
-        """Share of its sample's weight that captions before each one have: float64 ``[M]``."""
+    def _share_before(self) -> np.ndarray:
+        """Share of its sample's weight that the captions before each one have: float64 ``[M]``."""
         assert self.weights is not None
         first, counts = self.starts[:-1], np.diff(self.starts)
         before = np.cumsum(self.weights) - self.weights
         sums = np.add.reduceat(self.weights, first)
         return np.asarray((before - np.repeat(before[first], counts)) / np.repeat(sums, counts))
 
-    def choose(self, places: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """A caption of each sample: places in :attr:`captions`, int64 ``[P]``.
+    def choose(self, samples: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """A caption of each sample: indices into :attr:`captions`, int64 ``[P]``.
 
         Args:
-            places: in :attr:`samples`, int64 ``[P]``.
-            words: random bits that decide, uint64 ``[P]``.
+            samples: indices into :attr:`samples`, int64 ``[P]``.
+            bits: random bits that decide, uint64 ``[P]``.
         """
-        first = self.starts[places]
-        counts = self.starts[places + 1] - first
+        first = self.starts[samples]
+        counts = self.starts[samples + 1] - first
         if self.weights is None:
-            return np.asarray(first + (words % counts.astype(np.uint64)).astype(np.int64))
-        choice, drawn = np.zeros(len(places), np.int64), as_uniform(words)
+            return np.asarray(first + (bits % counts.astype(np.uint64)).astype(np.int64))
+        # Weights 1, 3 and 4 have the shares 0, 1/8 and 4/8 before them. The choice is how many of
+        # these, not counting the first, the uniform number has reached.
+        choice, uniform = np.zeros(len(samples), np.int64), as_uniform(bits)
         for number in range(1, int(counts.max(initial=1))):
             some = np.flatnonzero(counts > number)
-            choice[some] += drawn[some] >= self._below[first[some] + number]
+            choice[some] += uniform[some] >= self._share_before[first[some] + number]
         return np.asarray(first + choice)
 
-
-_SHOWN = 20  # column names listed in a message
-# What must be the same in all stores of a mixture; other captions are the point of it.
-_FREE = {"captions", "samples", "max_length"}
-Shape = tuple[int, int, int]
-"""C, h and w of latents."""
+    def subset(self, samples: np.ndarray, captions: np.ndarray) -> "SampleIndex":
+        """Some of the samples and captions, by masks ``[N]`` and ``[M]``."""
+        number = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        counts = np.bincount(number[captions], minlength=len(self))[samples]
+        return SampleIndex(
+            self.samples[samples],
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.captions[captions],
+            None if self.weights is None else self.weights[captions],
+            None if self.shards is None else self.shards[captions],
+        )
 
 
 @dataclass(frozen=True)
@@ -90,35 +114,33 @@ class StorePair:
     """A feature and a latent store of the same samples, and what of them is trained on.
 
     Attributes:
-        source: for the order.
-        selection: what was left out; None where everything takes part alike.
-        proportion: of all positions; None: what the others leave.
+        index: samples and captions that are trained on.
+        selection: what was left out; None where all samples and captions take part equally.
+        proportion: share of all positions; None: what the others leave.
     """
 
-    features: FeatureStore
-    latents: LatentStore
-    source: SampleIndex
+    features: "FeatureStore"
+    latents: "LatentStore"
+    index: SampleIndex
     selection: SelectionRecord | None = None
     proportion: float | None = None
 
     def without(self, held_out: Sequence[int] | np.ndarray) -> "StorePair":
-        """The same, but for some samples.
+        """The same pair without some samples.
 
         Raises:
             InputError: none is left.
         """
-        source = self.source
-        kept = ~np.isin(source.samples, held_out)
+        kept = ~np.isin(self.index.samples, held_out)
         if kept.all():
             return self
         if not kept.any():
-            raise InputError(f"{self.features.path}: all samples are held out; hold out less")
-        counts = np.diff(source.starts)
-        captions = np.repeat(kept, counts)
-        return replace(self, source=_source(source, kept, captions))
+            raise InputError(f"{self.features.path}: all samples are held out; hold out fewer")
+        captions = np.repeat(kept, np.diff(self.index.starts))
+        return replace(self, index=self.index.subset(kept, captions))
 
     def row_bytes(self, layers: Sequence[int]) -> float:
-        """Stored bytes of a token; of compressed stores all layers are read."""
+        """Stored bytes per token that reading these layers takes; codecs but bf16 read all."""
         share = 1.0
         if self.features.codec.name == "bf16":
             share = len(layers) / len(self.features.layers)
@@ -130,12 +152,12 @@ class StorePair:
 
     @cached_property
     def latent_bytes(self) -> float:
-        """Stored bytes of a latent."""
+        """Stored bytes per latent."""
         return self.latents.num_bytes() / max(1, len(self.latents.ids))
 
     def summary(self) -> str:
-        """How much takes part, on one line."""
-        text = f"{self.features.path}: {len(self.source):,} samples"
+        """How much takes part, in one line."""
+        text = f"{self.features.path}: {len(self.index):,} samples"
         if self.selection is not None:
             text += (
                 f" (left out by data.select: {self.selection.left_out_samples:,} samples, "
@@ -144,7 +166,7 @@ class StorePair:
         return text if self.proportion is None else f"{text}, {self.proportion:.3g} of all shown"
 
     def record(self) -> MixtureRecord:
-        """What ``run.json`` says of it, where it is not the first."""
+        """Its entry in ``run.json``, where it is not the first pair."""
         return MixtureRecord(
             features=self.features.manifest.identity,
             codec=self.features.manifest.codec,
@@ -153,19 +175,23 @@ class StorePair:
         )
 
 
-def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -> list[StorePair]:
+def open_pairs(
+    features: "FeatureStore", latents: "LatentStore", data: DataConfig
+) -> list[StorePair]:
     """The pair of stores that a run names, and those of its mixture.
 
     Raises:
         InputError: a store is unfinished, or two do not belong together; a filter or column of
             weights does not fit; nothing is left to train on.
     """
+    from ...pipeline.store.open import open_features, open_latents
+
     pairs = [select(features, latents, data.select)]
     for config in data.mixture:
         texts, images = open_features(config.features), open_latents(config.latents)
         different = differences(
-            texts.manifest.identity.model_dump(mode="json", exclude=_FREE),
-            features.manifest.identity.model_dump(mode="json", exclude=_FREE),
+            texts.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
+            features.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
         )
         different += differences(
             images.manifest.identity.model_dump(mode="json", include={"vae", "files"}),
@@ -175,7 +201,7 @@ def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -
             listed = "\n  ".join(map(str, different))
             raise InputError(
                 f"{texts.path} and {images.path} cannot be mixed with {features.path} and "
-                f"{latents.path}; these, against those:\n  {listed}\n"
+                f"{latents.path}:\n  {listed}\n"
                 "Make them with the same model, template, layers and VAE."
             )
         pair = select(texts, images, config.select)
@@ -184,46 +210,46 @@ def open_pairs(features: FeatureStore, latents: LatentStore, data: DataConfig) -
 
 
 def by_shape(pairs: Sequence[StorePair]) -> dict[Shape, dict[int, SampleIndex]]:
-    """What is trained on, apart by the shape of its latents: shape -> number of the pair -> source.
+    """What is trained on, by the shape of its latents: shape -> number of the pair -> samples.
 
-    The shape that most is shown of comes first.
+    The shape that is shown most comes first.
     """
-    found: dict[Shape, dict[int, SampleIndex]] = {}
+    shapes: dict[Shape, dict[int, SampleIndex]] = {}
     for number, pair in enumerate(pairs):
-        buckets = pair.latents.buckets[pair.source.samples]
-        counts = np.diff(pair.source.starts)
+        buckets = pair.latents.buckets[pair.index.samples]
+        counts = np.diff(pair.index.starts)
         for bucket in np.unique(buckets).tolist():
             kept = buckets == bucket
-            part = pair.source
+            part = pair.index
             if not kept.all():
-                part = _source(part, kept, np.repeat(kept, counts))
-            found.setdefault(pair.latents.shape(bucket), {})[number] = part
-    return dict(sorted(found.items(), key=lambda item: -sum(shares_of(pairs, item[1]))))
+                part = part.subset(kept, np.repeat(kept, counts))
+            shapes.setdefault(pair.latents.shape(bucket), {})[number] = part
+    return dict(sorted(shapes.items(), key=lambda item: -sum(shares_of(pairs, item[1]))))
 
 
 def proportions(pairs: Sequence[StorePair]) -> list[float]:
-    """Share of all positions that each pair has."""
+    """Share of all positions per pair."""
     others = [pair.proportion or 0.0 for pair in pairs[1:]]
     return [1.0 - sum(others), *others]
 
 
-def shares_of(pairs: Sequence[StorePair], sources: Mapping[int, SampleIndex]) -> list[float]:
-    """Share of all positions that these parts of pairs have."""
+def shares_of(pairs: Sequence[StorePair], parts: Mapping[int, SampleIndex]) -> list[float]:
+    """Share of all positions per part of a pair, by the number of the pair."""
     whole = proportions(pairs)
-    return [whole[n] * len(part) / len(pairs[n].source) for n, part in sources.items()]
+    return [whole[n] * len(part) / len(pairs[n].index) for n, part in parts.items()]
 
 
-def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig) -> StorePair:
+def select(features: "FeatureStore", latents: "LatentStore", config: SelectionConfig) -> StorePair:
     """What a configuration chooses from a pair of stores.
 
-    A filter is about each caption of each sample. Captions that it leaves out are never shown, and
-    samples without a caption left are not trained on. Samples without a latent never are.
+    A filter tests each caption of each sample. Captions that it leaves out are never shown, and
+    samples without a remaining caption are not trained on, nor are samples without a latent.
 
     Raises:
         InputError: as :func:`open_pairs`.
     """
     check_joined(features, latents)
-    whole = everything(features, latents)
+    whole = all_samples(features, latents)
     if config.filter is None and config.caption_weights is None:
         return StorePair(features, latents, whole)
     columns = JoinedColumns(features, latents, config.columns)
@@ -241,23 +267,23 @@ def select(features: FeatureStore, latents: LatentStore, config: SelectionConfig
             f"{features.path}: the filter {config.filter!r} leaves nothing to train on, of "
             f"{len(whole):,} samples"
         )
-    source = _source(replace(whole, weights=weights), counts > 0, kept)
-    parts = (source.samples, source.starts, source.captions, source.weights)
+    index = replace(whole, weights=weights).subset(counts > 0, kept)
+    parts = (index.samples, index.starts, index.captions, index.weights)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
     record = SelectionRecord(
-        num_samples=len(source),
-        num_captions=len(source.captions),
-        left_out_samples=len(whole) - len(source),
-        left_out_captions=len(whole.captions) - len(source.captions),
+        num_samples=len(index),
+        num_captions=len(index.captions),
+        left_out_samples=len(whole) - len(index),
+        left_out_captions=len(whole.captions) - len(index.captions),
         fingerprint=digest.hexdigest(),
     )
-    return StorePair(features, latents, source, record)
+    return StorePair(features, latents, index, record)
 
 
-def everything(features: FeatureStore, latents: LatentStore) -> SampleIndex:
-    """All samples that have a latent, and all their captions, alike."""
+def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
+    """All samples that have a latent, with all their captions."""
     lists = features.samples["caption_ids"].combine_chunks().take(pa.array(latents.ids))
     shards = features.captions["shard"].to_numpy().astype(np.int64)
     captions = lists.values.to_numpy()
@@ -265,28 +291,15 @@ def everything(features: FeatureStore, latents: LatentStore) -> SampleIndex:
     return SampleIndex(latents.ids, starts, captions, shards=shards[captions])
 
 
-def _source(whole: SampleIndex, samples: np.ndarray, captions: np.ndarray) -> SampleIndex:
-    """Part of a source, by masks."""
-    number = np.repeat(np.arange(len(whole)), np.diff(whole.starts))
-    counts = np.bincount(number[captions], minlength=len(whole))[samples]
-    return SampleIndex(
-        whole.samples[samples],
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        whole.captions[captions],
-        None if whole.weights is None else whole.weights[captions],
-        None if whole.shards is None else whole.shards[captions],
-    )
-
-
 class JoinedColumns:
-    """Columns of both stores and of a table of the user's, by caption of a sample.
+    """Columns of both stores and of the user's table, joined to captions of samples.
 
     Args:
-        table: path or URL of a parquet, csv or jsonl file: with a column ``sample_id``, or as many
-            rows as there are samples, in their order.
+        table: path or URL of a parquet, csv or jsonl file: with a column ``sample_id``, or one row
+            per sample, in their order.
     """
 
-    def __init__(self, features: FeatureStore, latents: LatentStore, table: str | None) -> None:
+    def __init__(self, features: "FeatureStore", latents: "LatentStore", table: str | None) -> None:
         self.by_caption = features.captions
         self.by_sample = [features.samples, latents.samples]
         self.table = None if table is None else _open_table(table)
@@ -294,17 +307,17 @@ class JoinedColumns:
         self.num_samples = len(latents)
 
     def passing(self, text: str, whole: SampleIndex, sample: np.ndarray) -> np.ndarray:
-        """Whether a filter keeps each caption: bool ``[M]``; what is null it leaves out."""
+        """Mask of the captions that a filter keeps: bool ``[M]``; null counts as false."""
         expression, names = parse_filter(text)
         columns = {name: self.column(name, whole, sample) for name in sorted(names)}
         number = "_number"
         table = pa.table({**columns, number: np.arange(len(sample))})
         try:
-            found = table.filter(expression)[number].to_numpy()
+            passed = table.filter(expression)[number].to_numpy()
         except pa.ArrowException as error:
             raise InputError(f"filter {text!r}: {error}") from error
         kept = np.zeros(len(sample), bool)
-        kept[found] = True
+        kept[passed] = True
         return kept
 
     def weights(
@@ -313,20 +326,21 @@ class JoinedColumns:
         """Weight of each caption: float64 ``[M]``.
 
         Args:
-            given: by the place of a caption in its sample, or the name of a column.
+            given: one number per caption of a sample, in their order; or the name of a column.
         """
-        place = np.arange(len(sample)) - whole.starts[sample]
+        # Of samples with 1, 2 and 1 captions:  sample 0 1 1 2, starts 0 1 3 4, within 0 0 1 0.
+        within = np.arange(len(sample)) - whole.starts[sample]
         if not isinstance(given, str):
-            if len(sample) and place.max() >= len(given):
+            if len(sample) and within.max() >= len(given):
                 raise InputError(
                     f"caption_weights has {len(given)} numbers, but sample "
-                    f"{whole.samples[sample[place.argmax()]]} has {place.max() + 1} captions; give "
-                    "one for each, 0 for those that are not to be shown"
+                    f"{whole.samples[sample[within.argmax()]]} has {within.max() + 1} captions; "
+                    "give one number per caption, 0 for those that are not to be shown"
                 )
-            return np.asarray(given, np.float64)[place]
-        found = self.column(given, whole, sample)
+            return np.asarray(given, np.float64)[within]
+        column = self.column(given, whole, sample)
         try:
-            weights = found.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            weights = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowException as error:
             raise InputError(
                 f"caption_weights: column {given!r} has no numbers: {error}"
@@ -335,12 +349,12 @@ class JoinedColumns:
         if len(bad):
             raise InputError(
                 f"caption_weights: column {given!r} has {weights[bad[0]]} for sample "
-                f"{whole.samples[sample[bad[0]]]}; expected numbers from 0 on"
+                f"{whole.samples[sample[bad[0]]]}; expected numbers of 0 or more"
             )
         return weights
 
     def column(self, name: str, whole: SampleIndex, sample: np.ndarray) -> pa.Array:
-        """One column: ``[M]``."""
+        """One column by caption: ``[M]``."""
         if name in self.by_caption.schema.names:
             return _array(self.by_caption[name]).take(pa.array(whole.captions))
         for table in self.by_sample:
@@ -352,45 +366,47 @@ class JoinedColumns:
                 *(n for table in self.by_sample for n in table.schema.names),
                 *(self.table.schema.names if self.table else ()),
             ]
-            shown = ", ".join([*dict.fromkeys(known)][:_SHOWN])
+            shown = ", ".join([*dict.fromkeys(known)][:_NUM_NAMED])
             hint = "" if self.table else "; data.columns names a file with more"
             raise InputError(f"no column {name!r}; there are {shown}{hint}")
-        own = self._joined(name)
+        own = self._table_column(name)
         if not (pa.types.is_list(own.type) or pa.types.is_large_list(own.type)):
             return own.take(pa.array(whole.samples[sample]))
         lists = own.take(pa.array(whole.samples))
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(lengths != np.diff(whole.starts))
+        counts = np.diff(whole.starts)
+        wrong = np.flatnonzero(lengths != counts)
         if len(wrong):
             raise InputError(
                 f"{self.name}: column {name!r} has {lengths[wrong[0]]} values for sample "
-                f"{whole.samples[wrong[0]]}, which has {np.diff(whole.starts)[wrong[0]]} captions; "
-                "give one a caption, or one a sample"
+                f"{whole.samples[wrong[0]]}, which has {counts[wrong[0]]} captions; give one value "
+                "per caption, or one per sample"
             )
         return lists.flatten()
 
-    def _joined(self, name: str) -> pa.Array:
-        """A column of the user's table, by sample; null for samples that it does not have."""
+    def _table_column(self, name: str) -> pa.Array:
+        """A column of the user's table by sample; null for samples that the table lacks."""
         assert self.table is not None
         if "sample_id" not in self.table.schema.names:
-            found = _array(self.table.to_table(columns=[name])[name])
-            if len(found) != self.num_samples:
+            column = _array(self.table.to_table(columns=[name])[name])
+            if len(column) != self.num_samples:
                 raise InputError(
-                    f"{self.name} has {len(found):,} rows but there are {self.num_samples:,} "
-                    "samples; give it a column sample_id, or the rows that the stores were made of"
+                    f"{self.name} has {len(column):,} rows but there are {self.num_samples:,} "
+                    "samples; give it a column sample_id, or the rows that the stores were made "
+                    "from"
                 )
-            return found
+            return column
         table = self.table.to_table(columns=["sample_id", name])
         ids = table["sample_id"].to_numpy()
         if len(np.unique(ids)) != len(ids):
-            raise InputError(f"{self.name}: a sample_id occurs twice; expected one row a sample")
-        place = pc.index_in(pa.array(np.arange(self.num_samples)), pa.array(ids.astype(np.int64)))
-        return _array(table[name]).take(place)
+            raise InputError(f"{self.name}: a sample_id occurs twice; expected one row per sample")
+        row = pc.index_in(pa.array(np.arange(self.num_samples)), pa.array(ids.astype(np.int64)))
+        return _array(table[name]).take(row)
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:
-    found = column.combine_chunks()
-    return found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _open_table(name: str) -> pyarrow.dataset.Dataset:
@@ -404,7 +420,7 @@ def _open_table(name: str) -> pyarrow.dataset.Dataset:
         ) from error
 
 
-def check_joined(features: FeatureStore, latents: LatentStore) -> None:
+def check_joined(features: "FeatureStore", latents: "LatentStore") -> None:
     """Refuse stores that cannot be trained on together.
 
     Raises:
@@ -414,8 +430,8 @@ def check_joined(features: FeatureStore, latents: LatentStore) -> None:
         if not store.is_complete:
             raise InputError(
                 f"{store.path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards remain. Run the command that made it "
-                "once more: it continues where it stopped."
+                f"{store.manifest.layout.num_shards} shards remain. Rerun the command that made it "
+                "to resume."
             )
     text, images = features.manifest.identity.samples, latents.manifest.identity.samples
     if text.num_samples != images.num_samples:
@@ -425,7 +441,7 @@ def check_joined(features: FeatureStore, latents: LatentStore) -> None:
         )
     if images.fingerprint is not None and text.fingerprint != images.fingerprint:
         raise InputError(
-            f"{features.path} and {latents.path} were made from other captions or another order "
-            f"of samples (fingerprints {text.fingerprint} and {images.fingerprint}): make both "
-            "from the same file"
+            f"{features.path} and {latents.path} were made from different captions or a different "
+            f"order of samples (fingerprints {text.fingerprint} and {images.fingerprint}): make "
+            "both from the same file"
         )

@@ -1,7 +1,10 @@
-"""Which sample and which caption comes when. Arithmetic: nothing is read.
+"""Which sample and which caption comes when: arithmetic, without reading anything.
 
-What stands at a position is a pure function of (seed, position). Into how many parts the positions
-are cut, who reads them and after how many restarts make no difference.
+What stands at a position is a pure function of (seed, position), however the positions are divided,
+whoever reads them, and after however many restarts.
+
+    MixtureSampler   any samples together; several sources in fixed proportions
+    BucketSampler    latents of several shapes: a MixtureSampler per shape, one shape per batch
 
 Shapes: P positions, N samples, M captions of all samples, S sources.
 """
@@ -14,15 +17,57 @@ from typing import Any
 
 import numpy as np
 
-from ...pipeline.store.features import NULL_CAPTION
 from ...schemas import DataConfig, InputError
-from ...schemas.seeds import as_uniform, philox, seeded_generator
+from ...schemas.seeds import Purpose, as_uniform, numpy_generator, philox
 from .dataset import SampleIndex, StorePair, by_shape, proportions, shares_of
 
 BLOCK = 1024
-"""Positions over which a mixture keeps its proportions, to a sample."""
-# What a generator is for, the second word of its seed; others have those between.
-_PERMUTATION, _CHOICE, _SHARDS, _MIXTURE, _SHAPES = 0, 1, 8, 9, 10
+"""Turns within which every source has its share, to a sample."""
+
+
+@dataclass(frozen=True)
+class BatchPartition:
+    """Which part of every global batch one process reads.
+
+    A batch is cut into accumulation steps and each of these into ranks: it holds the same samples
+    however it is cut. Of 12 positions, for 2 ranks with 3 accumulation steps each::
+
+        position     0  1 | 2  3 | 4  5 | 6  7 | 8  9 | 10 11
+        micro step      0 |    0 |    1 |    1 |    2 |     2
+        rank            0 |    1 |    0 |    1 |    0 |     1
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    grad_accum_steps: int = 1
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a global batch."""
+        return self.world_size * self.grad_accum_steps
+
+    def size(self, batch_size: int) -> int:
+        """Positions of one part.
+
+        Raises:
+            InputError: ranks and accumulation steps do not divide the batch.
+        """
+        if batch_size % self.num_parts:
+            raise InputError(
+                f"data.batch_size {batch_size} is not a multiple of {self.num_parts}: "
+                f"{self.world_size} ranks with {self.grad_accum_steps} accumulation steps each "
+                "take an equal part"
+            )
+        return batch_size // self.num_parts
+
+    def first_position(self, batch_size: int, step: int, micro_step: int) -> int:
+        """Global position where this rank's part of an accumulation step begins."""
+        part = micro_step * self.world_size + self.rank
+        return step * batch_size + part * self.size(batch_size)
+
+
+WHOLE_BATCH = BatchPartition()
+"""The partition of a single process without accumulation."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +77,7 @@ class SampleIndices:
     Attributes:
         source: number of the pair of stores.
         sample: id in those stores.
-        caption: id in those stores, :data:`NULL_CAPTION` where it is dropped.
+        caption: id in those stores; the null caption's where the caption is dropped.
     """
 
     source: np.ndarray
@@ -41,61 +86,76 @@ class SampleIndices:
 
 
 class Interleave:
-    """Turns dealt to several in proportions, in an order that is a function of (key, turn).
+    """Turns given to several sources in fixed proportions, in an order that is a function of
+    (key, turn).
 
     Args:
-        shares: of each, that sum up to 1; the first takes what rounding leaves.
-        key: words of the generators' seed, to which the number of a block is added.
+        shares: of each source; their sum is 1, and the first takes what rounding leaves.
+        seed, purpose, part: key of the generators, to which the number of a block is added.
     """
 
-    def __init__(self, shares: Sequence[float], *key: int) -> None:
+    def __init__(self, shares: Sequence[float], seed: int, purpose: Purpose, *part: int) -> None:
         self.shares = list(shares)
-        self.key = key
+        self._seed, self._purpose, self._part = seed, purpose, part
 
     def turns(self, first: int, num: int) -> tuple[np.ndarray, np.ndarray]:
-        """Who has each of the turns ``first`` to ``first + num``, and how many it had before:
-        int64 ``[num]``.
+        """Whose turn it is from ``first`` to ``first + num``, and how many turns that source had
+        before: int64 ``[num]`` each.
 
-        In blocks of :data:`BLOCK` turns they have their shares, rounded so that over all blocks
-        nothing is lost.
+        In every block of :data:`BLOCK` turns sources have their shares, rounded so that nothing is
+        lost over all blocks.
         """
         if len(self.shares) == 1:
             return np.zeros(num, np.int64), np.arange(first, first + num)
         blocks = range(first // BLOCK, -(-(first + num) // BLOCK))
-        who, turns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        sources, turns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for block in blocks:
-            before = self._dealt(block)
-            counts = self._dealt(block + 1) - before
-            number = np.repeat(np.arange(len(counts)), counts)
-            turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
-            mixed = seeded_generator(*self.key, block).permutation(BLOCK)
-            place = np.argsort(number[mixed], kind="stable")  # of each in turn
-            who.append(number[mixed])
-            turns.append(np.empty(BLOCK, np.int64))
-            turns[-1][place] = turn
+            source, turn = self._block(block)
+            sources.append(source)
+            turns.append(turn)
         start = first - blocks.start * BLOCK
-        here = slice(start, start + num)
-        return np.concatenate(who)[here], np.concatenate(turns)[here]
+        wanted = slice(start, start + num)
+        return np.concatenate(sources)[wanted], np.concatenate(turns)[wanted]
 
-    def _dealt(self, block: int) -> np.ndarray:
-        """Turns that each had before a block: int64 ``[S]``."""
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`turns` of one block: int64 ``[BLOCK]`` each."""
+        # With 8 turns per block, 5 for source 0, which had 10 before, and 3 for source 1 after 6:
+        #
+        #     source       0  0  0  0  0  1  1  1     in order
+        #     turn        10 11 12 13 14  6  7  8     how many that source had before
+        #     shuffled     1  0  1  0  0  1  0  0     sources in random order
+        #     position     1  3  4  6  7  0  2  5     of source 0's turns, then of source 1's
+        #     turns        6 10  7 11 12  8 13 14     turns[position] = turn: ascending per source
+        before = self._turns_before(block)
+        counts = self._turns_before(block + 1) - before
+        source = np.repeat(np.arange(len(counts)), counts)
+        turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
+        generator = numpy_generator(self._seed, self._purpose, *self._part, block)
+        shuffled = source[generator.permutation(BLOCK)]
+        position = np.argsort(shuffled, kind="stable")
+        turns = np.empty(BLOCK, np.int64)
+        turns[position] = turn
+        return shuffled, turns
+
+    def _turns_before(self, block: int) -> np.ndarray:
+        """Turns that each source had before a block: int64 ``[S]``."""
         others = [int(block * BLOCK * share) for share in self.shares[1:]]
         return np.array([block * BLOCK - sum(others), *others], np.int64)
 
 
 class MixtureSampler:
-    """Samples and captions by position.
+    """Samples and captions by position, from one source or several in proportions.
 
-    Positions are dealt to sources in their proportions. Each source deals its own out to its
-    epochs: epoch e of N samples is those from e * N on, and holds every sample once.
+    Positions are interleaved between sources. Each source divides its own turns into epochs: epoch
+    e of N samples is turns e * N to (e + 1) * N, and holds every sample once.
 
     Args:
         sources: at least one, none of them empty.
         caption_dropout: share of positions that train the null caption.
         proportions: share of positions of every source but the first, which has the rest.
         window: None: any sample may follow any other. Otherwise samples come shard by shard, and
-            each shard's are spread over those of so many shards: see :class:`EpochShuffle`.
-        part: number of this order, where it is one of several.
+            each shard's samples are spread over this many shards: see :class:`EpochShuffle`.
+        part: number of this sampler, where it is one of several.
 
     Raises:
         InputError: proportions leave too little for the first source.
@@ -114,9 +174,9 @@ class MixtureSampler:
         self.sources = list(sources)
         self.caption_dropout = caption_dropout
         self.proportions = [1.0 - sum(proportions), *proportions]
-        parts = (0, part) if part else ()  # the first words of a seed stay as they are
-        self.key = (seed, _CHOICE, *parts)
-        self.deal = Interleave(self.proportions, seed, _MIXTURE, *parts)
+        parts = (0, part) if part else ()  # keys of the first sampler are those of a single one
+        self._seed, self._parts = seed, parts
+        self.interleave = Interleave(self.proportions, seed, Purpose.MIXTURE, *parts)
         self.epochs = [
             EpochShuffle(
                 source, seed, (number, part) if part else (number,) if number else (), window
@@ -129,73 +189,90 @@ class MixtureSampler:
                 f"{self.proportions[0]:.3g} of all samples for the first source; give them less"
             )
 
-    def places(self, first: int, num: int) -> SampleIndices:
+    def indices(self, first: int, num: int) -> SampleIndices:
         """What stands at positions ``first`` to ``first + num``.
 
-        Philox is counted by position: four words a position, of which the first decides dropout and
-        the second the caption.
+        Philox counts in blocks of four words, one block per position: the first word decides
+        dropout, the second the caption.
         """
-        words = philox(*self.key).advance(first).random_raw(4 * num).reshape(-1, 4)
-        source, turn = self.deal.turns(first, num)
+        from ...pipeline.store.features import NULL_CAPTION
+
+        bits = philox(self._seed, Purpose.CHOICE, *self._parts).advance(first)
+        words = bits.random_raw(4 * num).reshape(-1, 4)
+        source, turn = self.interleave.turns(first, num)
         sample, caption = np.empty(num, np.int64), np.empty(num, np.int64)
         for number, epochs in enumerate(self.epochs):
-            here = source == number
-            sample[here], caption[here] = epochs.places(turn[here], words[here, 1])
+            own = source == number
+            sample[own], caption[own] = epochs.samples(turn[own], words[own, 1])
         caption[as_uniform(words[:, 0]) < self.caption_dropout] = NULL_CAPTION
         return SampleIndices(source, sample, caption)
 
 
 class BucketSampler:
-    """An order of latents of several shapes, of which a batch holds one.
+    """Samples by position where latents have several shapes: every batch has one shape.
 
-    Batches are dealt to shapes by how much of the data each is, and each shape has an order of its
-    own. So every sample is shown as often as any other, but samples of a shape only together.
+    Batches are interleaved between shapes by how much of the data each has, and each shape has a
+    sampler of its own. So every sample is shown equally often, but only with samples of its shape.
 
     Args:
-        orders: of each shape, with the number of each of their sources.
+        samplers: of each shape, with the numbers of their sources among all pairs of stores.
         shares: of all positions that each shape has, the largest first.
         batch_size: positions of a batch.
     """
 
     def __init__(
         self,
-        orders: Sequence[tuple[MixtureSampler, Sequence[int]]],
+        samplers: Sequence[tuple[MixtureSampler, Sequence[int]]],
         shares: Sequence[float],
         *,
         seed: int,
         batch_size: int,
     ) -> None:
-        self.orders = list(orders)
-        self.deal = Interleave(shares, seed, _SHAPES)
+        self.samplers = list(samplers)
+        self.interleave = Interleave(shares, seed, Purpose.SHAPES)
         self.batch_size = batch_size
 
-    def places(self, first: int, num: int) -> SampleIndices:
+    def indices(self, first: int, num: int) -> SampleIndices:
         """What stands at positions ``first`` to ``first + num``."""
-        found = []
+        # Batches of 4 positions, of which shape 0 has the first and the third, shape 1 the second:
+        #
+        #     position      0  1  2  3 | 4  5  6  7 | 8  9 10 11
+        #     shape                  0 |          1 |          0
+        #     turn                   0 |          0 |          1
+        #     in its order  0  1  2  3 | 0  1  2  3 | 4  5  6  7
+        parts = []
         while num:
             batch, before = divmod(first, self.batch_size)
-            here = min(num, self.batch_size - before)
-            (shape,), (turn,) = self.deal.turns(batch, 1)
-            order, numbers = self.orders[int(shape)]
-            places = order.places(int(turn) * self.batch_size + before, here)
-            found.append(replace(places, source=np.asarray(numbers)[places.source]))
-            first, num = first + here, num - here
-        columns = zip(*((p.source, p.sample, p.caption) for p in found), strict=True)
+            size = min(num, self.batch_size - before)
+            (shape,), (turn,) = self.interleave.turns(batch, 1)
+            sampler, numbers = self.samplers[int(shape)]
+            part = sampler.indices(int(turn) * self.batch_size + before, size)
+            parts.append(replace(part, source=np.asarray(numbers)[part.source]))
+            first, num = first + size, num - size
+        columns = zip(*((p.source, p.sample, p.caption) for p in parts), strict=True)
         return SampleIndices(*map(np.concatenate, columns))
 
 
 class EpochShuffle:
-    """The samples of one source, again and again in another order.
+    """The samples of one source, epoch after epoch, each in another order.
 
     By default an epoch is a permutation. With a window w it comes shard by shard, for disks and
-    object stores that read whole shards faster than samples here and there: shards in a random
-    order, counted from 0 to n, and each sample of shard s at a random place between s and s + w,
-    modulo n. So everywhere w shards are mixed, one of them begins when another ends, and at w = n
-    this is a permutation again. The caption, which decides the shard, is then a function of epoch
-    and sample instead of the position.
+    object stores that read whole shards faster than scattered samples. The n shards are in random
+    order, and each sample of the s-th has a random place between s and s + w, modulo n. So w shards
+    are mixed everywhere, one of them begins where another ends, and at w = n this is a permutation
+    again. With n = 4 and w = 2::
+
+        place        0       1       2       3       4
+        1st shard    |---------------)
+        2nd shard            |---------------)
+        3rd shard                    |---------------)
+        4th shard    --------)               |--------   around the end
+
+    The caption, which decides the shard, is then a function of epoch and sample instead of the
+    position.
 
     Args:
-        key: of the source, added to the words of seeds; empty for the first.
+        key: of the source, added to the key of generators; empty for the first.
     """
 
     def __init__(
@@ -205,55 +282,60 @@ class EpochShuffle:
         self.seed = seed
         self.window = window
         self._key = key
-        self._known: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._lock = threading.Lock()
 
-    def places(self, turns: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def samples(self, turns: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample and caption ids, int64 ``[P]`` each.
 
         Args:
-            turns: how many samples came before, ascending.
-            words: random bits that choose among captions, uint64 ``[P]``.
+            turns: how many samples of this source came before, ascending.
+            bits: random bits that choose between captions, uint64 ``[P]``.
         """
-        places = np.empty(len(turns), np.int64)
+        # Of 3 samples, turns 2 to 7 are the end of epoch 0, epoch 1, and the start of epoch 2:
+        #
+        #     turn      2 | 3  4  5 | 6
+        #     epoch     0 | 1  1  1 | 2
+        #     within    2 | 0  1  2 | 0     index into that epoch's order
+        samples = np.empty(len(turns), np.int64)
         captions = np.empty(len(turns), np.int64)
         epoch, within = np.divmod(turns, len(self.source))
         numbers, starts = np.unique(epoch, return_index=True)
         for number, (start, stop) in zip(
             numbers.tolist(), pairwise([*starts.tolist(), len(turns)]), strict=True
         ):
-            here = slice(start, stop)
+            run = slice(start, stop)
             order, chosen = self.epoch(number)
-            places[here] = order[within[here]]
+            samples[run] = order[within[run]]
             if chosen is None:
-                captions[here] = self.source.choose(places[here], words[here])
+                captions[run] = self.source.choose(samples[run], bits[run])
             else:
-                captions[here] = chosen[places[here]]
-        return self.source.samples[places], self.source.captions[captions]
+                captions[run] = chosen[samples[run]]
+        return self.source.samples[samples], self.source.captions[captions]
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Every sample once, int64 ``[N]``, and by shards the caption of each, int64 ``[N]``; both
-        as places in the source."""
+        as indices into the source. The last two epochs are cached."""
         with self._lock:
-            if epoch not in self._known:
-                kept = {e: known for e, known in self._known.items() if e == epoch - 1}
-                made = self._random(epoch) if self.window is None else self._by_shards(epoch)
-                self._known = {**kept, epoch: made}
-            return self._known[epoch]
+            if epoch not in self._cache:
+                previous = {e: known for e, known in self._cache.items() if e == epoch - 1}
+                order = self._random(epoch) if self.window is None else self._by_shards(epoch)
+                self._cache = {**previous, epoch: order}
+            return self._cache[epoch]
 
     def _random(self, epoch: int) -> tuple[np.ndarray, None]:
-        generator = seeded_generator(self.seed, _PERMUTATION, epoch, *self._key)
+        generator = numpy_generator(self.seed, Purpose.PERMUTATION, epoch, *self._key)
         return generator.permutation(len(self.source)), None
 
     def _by_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.window is not None
         assert self.source.shards is not None
-        bits = philox(self.seed, _SHARDS, epoch, *self._key)
+        bits = philox(self.seed, Purpose.SHARD_ORDER, epoch, *self._key)
         generator = np.random.Generator(bits)
         num = len(self.source)
         chosen = self.source.choose(np.arange(num), bits.random_raw(num))
         shards, shard = np.unique(self.source.shards[chosen], return_inverse=True)
-        turn = generator.permutation(len(shards))[shard]
+        turn = generator.permutation(len(shards))[shard]  # [N], of each sample's shard
         window = min(self.window, len(shards))
         place = (turn + window * generator.random(num)) % len(shards)
         return np.argsort(place, kind="stable"), chosen
@@ -262,7 +344,7 @@ class EpochShuffle:
 def make_sampler(
     pairs: Sequence[StorePair], data: DataConfig, seed: int
 ) -> MixtureSampler | BucketSampler:
-    """Which sample of which pair comes when; where latents have several shapes, a batch has one.
+    """The sampler of all pairs of stores; where latents have several shapes, a batch has one.
 
     Raises:
         InputError: proportions that leave too little for the first pair.
@@ -271,15 +353,15 @@ def make_sampler(
     options: dict[str, Any] = {"seed": seed, "caption_dropout": data.caption_dropout}
     shapes = [*by_shape(pairs).values()]
     if len(shapes) == 1:
-        sources = [pair.source for pair in pairs]
+        sources = [pair.index for pair in pairs]
         return MixtureSampler(sources, proportions=proportions(pairs)[1:], window=window, **options)
-    orders, shares = [], []
+    samplers, shares = [], []
     for part, sources_of in enumerate(shapes):
         own = shares_of(pairs, sources_of)
         shares.append(sum(own))
         rest = [share / shares[-1] for share in own[1:]]
-        order = MixtureSampler(
+        sampler = MixtureSampler(
             [*sources_of.values()], proportions=rest, window=window, part=part, **options
         )
-        orders.append((order, [*sources_of]))
-    return BucketSampler(orders, shares, seed=seed, batch_size=data.batch_size)
+        samplers.append((sampler, [*sources_of]))
+    return BucketSampler(samplers, shares, seed=seed, batch_size=data.batch_size)

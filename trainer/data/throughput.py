@@ -2,70 +2,77 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_WAIT_SHARE = 0.01
-"""Of the time of steps; more is worth a warning."""
+"""Share of the time spent waiting above which a warning is due."""
 MIN_SECONDS, MIN_BATCHES = 5.0, 20
-"""What a share of waiting is measured over at least."""
+"""Shortest interval over which that share is measured."""
+
+
+class _Snapshot(NamedTuple):
+    """A moment and the totals at it."""
+
+    time: float
+    wait_seconds: float
+    num_rows: int
+    num_samples: int
 
 
 @dataclass
 class InputStallMonitor:
-    """How long a consumer waited for batches, and how much they were.
+    """Time that a consumer waited for batches, and what was delivered.
 
     Attributes:
         workers: threads that read.
-        wait_seconds: so far.
-        num_rows, num_samples: of all batches so far.
+        wait_seconds: total so far.
+        num_rows, num_samples: totals over all batches so far.
     """
 
     workers: int
     wait_seconds: float = 0.0
     num_rows: int = 0
     num_samples: int = 0
-    _since: list[float] = field(default_factory=list)
-    _batches: int = 0
+    _start: _Snapshot | None = None
+    _num_batches: int = 0
     _warned: bool = False
 
     def add(self, waited: float, num_rows: int, num_samples: int) -> None:
-        """One batch more."""
+        """Record one batch."""
         self.wait_seconds += waited
         self.num_rows += num_rows
         self.num_samples += num_samples
-        self._batches += 1
-        if not self._since:  # the first is waited for by everyone
+        self._num_batches += 1
+        if self._start is None:  # measured from the second batch on: everyone waits for the first
             self._restart()
 
     def _restart(self) -> None:
-        self._since = [
-            time.perf_counter(),
-            self.wait_seconds,
-            self.num_rows,
-            self.num_samples,
-        ]
-        self._batches = 0
+        self._start = _Snapshot(
+            time.perf_counter(), self.wait_seconds, self.num_rows, self.num_samples
+        )
+        self._num_batches = 0
 
     def warning(self, stored_bytes: Callable[[float, float], float]) -> str | None:
-        """What to tell of the time since the last question, once: data came too late, and how much
-        is lacking. None where it came in time, or it is too early to say.
+        """A warning that data came too late since the last call, with the throughput that is
+        missing; at most once. None where data was in time, or it is too early to tell.
 
         Args:
-            stored_bytes: what so many rows and samples are in the stores.
+            stored_bytes: bytes that so many rows and samples take in the stores.
         """
-        if not self._since:
+        start = self._start
+        if start is None or self._warned:
             return None
-        seconds = time.perf_counter() - self._since[0]
-        if seconds < MIN_SECONDS or self._batches < MIN_BATCHES or self._warned:
+        seconds = time.perf_counter() - start.time
+        if seconds < MIN_SECONDS or self._num_batches < MIN_BATCHES:
             return None
-        _, waited, rows, samples = self._since
-        share = (self.wait_seconds - waited) / seconds
-        rows, samples = self.num_rows - rows, self.num_samples - samples
+        share = (self.wait_seconds - start.wait_seconds) / seconds
+        rows, samples = self.num_rows - start.num_rows, self.num_samples - start.num_samples
         self._restart()
         if share <= MAX_WAIT_SHARE:
             return None
-        delivered = stored_bytes(rows, samples) / seconds
         self._warned = True
+        delivered = stored_bytes(rows, samples) / seconds
         needed = delivered / max(1e-9, 1 - share)
         threads = "1 thread" if self.workers == 1 else f"{self.workers} threads"
         return (

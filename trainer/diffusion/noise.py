@@ -1,4 +1,7 @@
-"""Noise and noise levels of training and sampling."""
+"""Noise and noise levels of training and sampling, each a function of seed and position.
+
+Shapes: P positions, K noise draws per position, N images; noise is [P*K, *shape] or [N, *shape].
+"""
 
 from collections.abc import Sequence
 
@@ -6,46 +9,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...schemas.seeds import Purpose, UnnumberedPurpose, numpy_generator, torch_generator
 from .flow import Flow
 
 
 def starting_noise(shape: tuple[int, ...], *, seed: int, numbers: Sequence[int]) -> Tensor:
-    """Noise of samples: fp32 [len(numbers), *shape] on the CPU.
+    """Noise that sampling starts from: fp32 [N, *shape] on the CPU.
 
-    Each sample's noise is a function of (seed, its number) alone, so that neither batches nor
-    devices change a picture.
+    An image's noise is a function of (seed, its number) alone, so neither batches nor devices
+    change an image.
     """
-    draws = []
-    for number in numbers:
-        state = int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
-        draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(state)))
-    return torch.stack(draws)
+    purpose = UnnumberedPurpose.STARTING_NOISE
+    generators = (torch_generator(seed, purpose, number) for number in numbers)
+    return torch.stack([torch.randn(shape, generator=each) for each in generators])
 
 
 def draw_noise(
     flow: Flow, shape: tuple[int, ...], *, seed: int, first: int, num: int, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """t [num * draws] and noise [num * draws, *shape] of global positions ``first`` and on.
+    """t [P*K] and noise [P*K, *shape] of ``num`` global positions from ``first`` on, on the CPU.
 
-    Each position has a generator of its own, seeded by (seed, position), so that neither ranks nor
-    accumulation steps nor devices nor restarts change what a sample is trained with. On the CPU.
+    Each position has a generator of its own, so neither ranks nor accumulation steps nor devices
+    nor restarts change what a sample is trained with.
     """
     t, noise = [], []
     for position in range(first, first + num):
-        state = np.random.SeedSequence((seed, 2, position)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        generator = torch_generator(seed, Purpose.NOISE, position)
         t.append(flow.sample_t(draws, generator))
         noise.append(torch.randn(draws, *shape, generator=generator))
     return torch.cat(t), torch.cat(noise)
 
 
 def jitter(t: Tensor, deviation: float, *, seed: int, first: int, draws: int) -> Tensor:
-    """The t that gates are told in training: t [num * draws], with noise, in [0, 1].
+    """The t that routing sees in training: t [P*K] with noise, clipped to [0, 1].
 
-    A function of seed and position as :func:`draw_noise`, whose numbers it leaves alone.
+    A function of seed and position like :func:`draw_noise`, whose numbers it does not change.
     """
-    noise = []
-    for position in range(first, first + len(t) // draws):
-        key = np.random.SeedSequence((seed, 4, position))
-        noise.append(np.random.Generator(np.random.Philox(key)).standard_normal(draws, np.float32))
+    positions = range(first, first + len(t) // draws)
+    generators = (numpy_generator(seed, Purpose.T_JITTER, position) for position in positions)
+    noise = [each.standard_normal(draws, np.float32) for each in generators]
     return (t + deviation * torch.from_numpy(np.concatenate(noise))).clamp(0.0, 1.0)

@@ -17,6 +17,7 @@ from ...schemas import Report, Summary, TrainConfig
 from ...schemas.units import format_bytes
 from ..data.batch import on_device
 from ..data.loader import PackedLoader
+from ..data.sampler import BatchPartition
 from ..model.dit import DiT
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
@@ -165,8 +166,7 @@ def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> PackedLoad
         config.data,
         seed=config.seed,
         layers=setup.model.router.layers_read,
-        world_size=num_ranks,
-        grad_accum_steps=config.grad_accum_steps,
+        partition=BatchPartition(0, num_ranks, config.grad_accum_steps),
         held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if setup.found is None else setup.found.step,
         pairs=setup.pairs,
@@ -177,8 +177,7 @@ def count_reading(stream: PackedLoader) -> Reading:
     """Count, without reading, what the first steps read."""
     data = stream.data
     tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in stream.pairs]
-    parts = stream.world_size * stream.grad_accum_steps
-    size = data.batch_size // parts
+    parts, size = stream.partition.num_parts, stream.num_positions
     fullest, most, rows = 0, 0, []
     for step in range(NUM_LOOKED_AT):
         rows.append(0)

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
 from ..data.loader import PackedLoader
+from ..data.sampler import BatchPartition
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
@@ -46,9 +47,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         config.data,
         seed=config.seed,
         layers=model.router.layers_read,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        grad_accum_steps=config.grad_accum_steps,
+        partition=BatchPartition(
+            accelerator.process_index, accelerator.num_processes, config.grad_accum_steps
+        ),
         held_out=held_out(config.validation, setup.latents.ids),
         start_step=0 if found is None else found.step,
         codes=accelerator.device.type != "cpu"

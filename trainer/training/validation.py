@@ -17,14 +17,13 @@ from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, TrainConfig, ValidationConfig, differences
+from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
 from ..data.dataset import check_joined
 from ..diffusion.flow import Flow
 
 NUM_IMAGES = 64
 """Rows of the network's batch. Not the run's: rounding must not depend on ranks."""
-# What a generator is for, the second word of its seed; the stream has others.
-_SHARE, _NOISE = 6, 7
 
 
 def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
@@ -38,8 +37,8 @@ def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
     """
     if not config.share:
         return ids[:0]
-    bits = np.random.Philox(np.random.SeedSequence((config.seed, _SHARE)))
-    drawn = np.random.Generator(bits).random(int(ids.max(initial=-1)) + 1)[ids]
+    generator = numpy_generator(config.seed, Purpose.HELD_OUT)
+    drawn = generator.random(int(ids.max(initial=-1)) + 1)[ids]
     picked = np.flatnonzero(drawn < config.share)
     return ids[picked[np.argsort(drawn[picked], kind="stable")]]
 
@@ -123,9 +122,7 @@ class Validation:
         """t [B*K], one in each bin, and noise [B*K, *shape]; on the CPU."""
         t, noise = [], []
         for sample in samples.tolist():
-            key = np.random.SeedSequence((self.seed, _NOISE, sample))
-            state = int(key.generate_state(1, np.uint64)[0])
-            generator = torch.Generator().manual_seed(state)
+            generator = torch_generator(self.seed, Purpose.VALIDATION_NOISE, sample)
             places = torch.arange(self.num_bins) + torch.rand(self.num_bins, generator=generator)
             t.append(places / self.num_bins)
             noise.append(torch.randn(self.num_bins, *shape, generator=generator))

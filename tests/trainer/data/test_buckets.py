@@ -1,4 +1,4 @@
-"""Training on latents of several shapes: order, batches, runs and pictures."""
+"""Training on latents of several shapes: order, batches, runs and images."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError, TrainConfig, parse
 from semroute.trainer.data.dataset import by_shape, open_pairs
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import make_sampler
+from semroute.trainer.data.sampler import BatchPartition, make_sampler
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run
@@ -69,10 +69,10 @@ class TestOrder:
         data = DataConfig(batch_size=batch_size, order=order, window=2)
         found = make_sampler(open_pairs(*stores, data), data, seed)
         num = 12 * batch_size
-        whole = found.places(0, num)
+        whole = found.indices(0, num)
         buckets = stores[1].buckets[whole.sample].reshape(-1, batch_size)
         assert (buckets == buckets[:, :1]).all()
-        parts = [found.places(first, min(cut, num - first)) for first in range(0, num, cut)]
+        parts = [found.indices(first, min(cut, num - first)) for first in range(0, num, cut)]
         for name in ("source", "sample", "caption"):
             joined = np.concatenate([getattr(part, name) for part in parts])
             assert np.array_equal(joined, getattr(whole, name))
@@ -80,7 +80,7 @@ class TestOrder:
     def test_every_sample_is_shown_as_often(self, stores):
         data = DataConfig(batch_size=5)
         order = make_sampler(open_pairs(*stores, data), data, 0)
-        counts = np.bincount(order.places(0, 200 * 1024).sample, minlength=200)
+        counts = np.bincount(order.indices(0, 200 * 1024).sample, minlength=200)
         # Rounded to a batch a block of 1,024 of them.
         assert counts.min() >= 1020
         assert counts.max() <= 1028
@@ -103,7 +103,7 @@ class TestOrder:
         )
         pairs = open_pairs(open_features(feature_store), open_latents(bucket_store), data)
         assert [*by_shape(pairs)] == [(3, 12, 12), *SHAPES]
-        places = make_sampler(pairs, data, 0).places(0, 40_000)
+        places = make_sampler(pairs, data, 0).indices(0, 40_000)
         assert np.mean(places.source) == pytest.approx(0.4, abs=0.01)
         batches = places.source.reshape(-1, 4)
         assert (batches == batches[:, :1]).all()
@@ -124,9 +124,7 @@ class TestStream:
         data = DataConfig(batch_size=8)
         whole = PackedLoader(*stores, data, seed=0, layers=[2])
         ranks = [
-            PackedLoader(
-                *stores, data, seed=0, layers=[2], rank=rank, world_size=2, grad_accum_steps=2
-            )
+            PackedLoader(*stores, data, seed=0, layers=[2], partition=BatchPartition(rank, 2, 2))
             for rank in range(2)
         ]
         for step in range(6):
@@ -149,7 +147,7 @@ class TestRuns:
         assert [line["step"] for line in lines if line.get("validation_loss")] == [6, 12]
         assert len({line["loss"] for line in lines}) == 12
 
-    def test_pictures_have_the_size_that_is_asked_for(self, configure, feature_store):
+    def test_images_have_the_size_that_is_asked_for(self, configure, feature_store):
         run = train(configure())
         assert "3 x 16 x 16 and other shapes of 5 buckets" in str(load_run(run))
         out = run / "samples"
@@ -169,7 +167,7 @@ class TestRuns:
     def test_null_captions_are_dropped_in_as_many_places(self, stores):
         data = DataConfig(batch_size=8, caption_dropout=0.25)
         order = make_sampler(open_pairs(*stores, data), data, 0)
-        dropped = order.places(0, 8000).caption == NULL_CAPTION
+        dropped = order.indices(0, 8000).caption == NULL_CAPTION
         assert dropped.mean() == pytest.approx(0.25, abs=0.02)
 
     def test_a_patch_that_does_not_tile_a_shape_is_refused(self, configure):

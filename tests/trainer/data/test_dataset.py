@@ -8,7 +8,7 @@ import pytest
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError, parse
-from semroute.trainer.data.dataset import everything, open_pairs, select
+from semroute.trainer.data.dataset import all_samples, open_pairs, select
 from semroute.trainer.data.loader import PackedLoader
 
 
@@ -56,7 +56,7 @@ class TestFilter:
     def test_by_default_all_take_part(self, stores):
         pair = chosen(stores)
         assert pair.selection is None
-        assert len(pair.source) == 200
+        assert len(pair.index) == 200
 
     def test_columns_of_captions(self, stores):
         pair = chosen(stores, filter="num_tokens < 12 and not match_substring(text, pattern='cup')")
@@ -64,16 +64,16 @@ class TestFilter:
         ids = np.array(features.samples["caption_ids"].combine_chunks().values)
         rows = features.captions.take(pa.array(ids)).to_pylist()
         kept = [i for i, r in enumerate(rows) if r["num_tokens"] < 12 and "cup" not in r["text"]]
-        assert pair.source.samples.tolist() == kept
-        assert pair.source.captions.tolist() == ids[kept].tolist()
+        assert pair.index.samples.tolist() == kept
+        assert pair.index.captions.tolist() == ids[kept].tolist()
         record = pair.selection
         assert (record.num_samples, record.left_out_samples) == (len(kept), 200 - len(kept))
         assert 0 < len(kept) < 200
 
     def test_columns_of_samples(self, stores):
-        last = chosen(stores, filter="sample_id >= 190").source.samples
+        last = chosen(stores, filter="sample_id >= 190").index.samples
         assert last.tolist() == [*range(190, 200)]
-        assert len(chosen(stores, filter="image == '000007.png'").source) == 1
+        assert len(chosen(stores, filter="image == '000007.png'").index) == 1
 
     @pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
     def test_columns_of_a_file_by_row(self, stores, tmp_path, form):
@@ -86,13 +86,13 @@ class TestFilter:
         else:
             path.write_text("".join(json.dumps({"score": v}) + "\n" for v in values))
         pair = chosen(stores, filter="score > 7", columns=str(path))
-        assert pair.source.samples.tolist() == [n for n, v in enumerate(values) if v > 7]
+        assert pair.index.samples.tolist() == [n for n, v in enumerate(values) if v > 7]
 
     def test_columns_of_a_file_by_sample_id(self, stores, tmp_path):
         table = pa.table({"sample_id": [150, 3, 40], "style": ["a", "b", "a"]})
         pyarrow.parquet.write_table(table, tmp_path / "more.parquet")
         pair = chosen(stores, filter="style == 'a'", columns=str(tmp_path / "more.parquet"))
-        assert pair.source.samples.tolist() == [40, 150]  # those without a style are left out
+        assert pair.index.samples.tolist() == [40, 150]  # those without a style are left out
 
     @pytest.mark.parametrize(
         ("select", "message"),
@@ -129,24 +129,24 @@ class TestFilter:
 
     def test_held_out_samples_are_left_out_too(self, stores):
         pair = chosen(stores, filter="sample_id < 20").without([3, 4, 150])
-        assert pair.source.samples.tolist() == [n for n in range(20) if n not in (3, 4)]
+        assert pair.index.samples.tolist() == [n for n in range(20) if n not in (3, 4)]
         with pytest.raises(InputError, match="all samples are held out"):
             pair.without(range(200))
 
 
 class TestSeveralCaptions:
     def test_weights_by_place(self, several):
-        source = chosen(several, caption_weights=[1, 0, 3]).source
-        counts = np.diff(source.starts)
+        index = chosen(several, caption_weights=[1, 0, 3]).index
+        counts = np.diff(index.starts)
         assert counts.tolist() == [[1, 1, 2][n % 3] for n in range(60)]
-        assert source.weights[:5].tolist() == [1, 1, 1, 3, 1]
+        assert index.weights[:5].tolist() == [1, 1, 1, 3, 1]
 
     def test_weights_of_a_column(self, several, lists, tmp_path):
         weights = [[float(len(text)) for text in row] for row in lists]
         pyarrow.parquet.write_table(pa.table({"w": weights}), tmp_path / "w.parquet")
         pair = chosen(several, caption_weights="w", columns=str(tmp_path / "w.parquet"))
-        texts = several[0].captions["text"].take(pa.array(pair.source.captions)).to_pylist()
-        assert pair.source.weights.tolist() == [len(text) for text in texts]
+        texts = several[0].captions["text"].take(pa.array(pair.index.captions)).to_pylist()
+        assert pair.index.weights.tolist() == [len(text) for text in texts]
         weights[4] = [1.0]
         pyarrow.parquet.write_table(pa.table({"w": weights}), tmp_path / "w.parquet")
         with pytest.raises(InputError, match="has 1 values for sample 4, which has 2 captions"):
@@ -158,13 +158,13 @@ class TestSeveralCaptions:
 
     def test_a_filter_leaves_out_single_captions(self, several):
         pair = chosen(several, filter="num_tokens > 12")
-        whole = everything(*several)
+        whole = all_samples(*several)
         tokens = several[0].captions["num_tokens"].to_numpy()
-        assert (tokens[pair.source.captions] > 12).all()
+        assert (tokens[pair.index.captions] > 12).all()
         record = pair.selection
         assert record.num_captions == (tokens[whole.captions] > 12).sum()
         assert record.left_out_captions == (tokens[whole.captions] <= 12).sum()
-        partly = np.diff(pair.source.starts) < np.diff(whole.starts)[pair.source.samples]
+        partly = np.diff(pair.index.starts) < np.diff(whole.starts)[pair.index.samples]
         assert partly.any()
 
     def test_the_fingerprint_is_of_what_is_left(self, several):

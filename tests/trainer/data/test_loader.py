@@ -21,6 +21,7 @@ from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data.batch import on_device
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
+from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import draw_noise, jitter
 
@@ -31,8 +32,8 @@ def reading():
     return [t for t in threading.enumerate() if t.name.startswith("semroute-stream")]
 
 
-class TestDraw:
-    def draw_noise(self, first=0, num=4, draws=3, seed=0):
+class TestNoise:
+    def draw(self, first=0, num=4, draws=3, seed=0):
         return draw_noise(Flow(), (2, 3, 3), seed=seed, first=first, num=num, draws=draws)
 
     def test_it_does_not_matter_how_it_is_cut(self):
@@ -151,15 +152,15 @@ class TestStream:
             )
             cut = arguments.pop("accumulation")
             parts = {}
-            for rank in range(arguments["world_size"]):
+            world_size = arguments.pop("world_size")
+            for rank in range(world_size):
                 stream = PackedLoader(
                     features,
                     latents,
                     data,
                     seed=3,
                     layers=[4],
-                    rank=rank,
-                    grad_accum_steps=cut,
+                    partition=BatchPartition(rank, world_size, cut),
                     **arguments,
                 )
                 for batch in self.take(stream, steps * cut):
@@ -198,12 +199,12 @@ class TestStream:
         with pytest.raises(
             InputError, match="batch_size 8 is not a multiple of 6: 2 ranks with 3 accumulation"
         ):
-            make(batch_size=8, world_size=2, grad_accum_steps=3)
+            make(batch_size=8, partition=BatchPartition(0, 2, 3))
 
     def test_reads_no_further_ahead_than_prefetch(self, make, monkeypatch):
         stream = make(prefetch=3)
         read, steps = stream.read, []
-        monkeypatch.setattr(stream, "read", lambda *place: (steps.append(place), read(*place))[1])
+        monkeypatch.setattr(stream, "read", lambda *step: (steps.append(step), read(*step))[1])
         with closing(iter(stream)) as batches:
             for _ in range(4):
                 next(batches)
@@ -239,7 +240,7 @@ class TestStream:
         assert not reading()
 
     def test_workers_of_a_data_loader_give_the_same_batches(self, make):
-        stream = make(start_step=3, grad_accum_steps=2, held_out=[5, 6])
+        stream = make(start_step=3, partition=BatchPartition(grad_accum_steps=2), held_out=[5, 6])
         expected = self.take(stream, 5)
         assert len(pickle.dumps(stream)) < 20_000
         loader = DataLoader(
@@ -271,10 +272,10 @@ class TestStream:
             "import psutil, sys, torch\n"
             "from semroute import open_features, open_latents\n"
             "from semroute.schemas import DataConfig\n"
-            "from semroute.trainer import stream\n"
+            "from semroute.trainer.data import loader\n"
             "torch.set_num_threads(int(sys.argv[4]))\n"
             "features, latents = open_features(sys.argv[1]), open_latents(sys.argv[2])\n"
-            "make, data = getattr(stream, sys.argv[3]), DataConfig(batch_size=512)\n"
+            "make, data = getattr(loader, sys.argv[3]), DataConfig(batch_size=512)\n"
             "found = make(features, latents, data, seed=0, layers=features.layers)\n"
             "before = psutil.Process().num_threads()\n"
             "found.read(0)\n"
@@ -300,7 +301,7 @@ class TestPadded:
 
     def test_holds_what_packed_batches_hold(self, stores):
         data = DataConfig(batch_size=24, caption_dropout=0.3)
-        options = {"seed": 1, "layers": [4, 2], "rank": 1, "world_size": 2}
+        options = {"seed": 1, "layers": [4, 2], "partition": BatchPartition(1, 2)}
         packed, padded = (kind(*stores, data, **options) for kind in (PackedLoader, PaddedLoader))
         for step in range(3):
             one, other = packed.read(step), padded.read(step)
@@ -357,7 +358,7 @@ class TestLatents:
         whole, again = (self.stream(feature_store, posterior).read(3) for _ in range(2))
         assert torch.equal(whole.latents, again.latents)
         ranks = [
-            self.stream(feature_store, posterior, rank=rank, world_size=2).read(3).latents
+            self.stream(feature_store, posterior, partition=BatchPartition(rank, 2)).read(3).latents
             for rank in range(2)
         ]
         assert torch.equal(torch.cat(ranks), whole.latents)
@@ -442,7 +443,7 @@ class TestJoin:
             tmp_path,
             lambda m: m["identity"]["samples"].update(fingerprint="0" * 64),
         )
-        with pytest.raises(InputError, match=r"other captions or another order .*make both"):
+        with pytest.raises(InputError, match=r"different captions or a different .*make both"):
             self.stream(feature_store, other)
 
     def test_stores_of_other_lengths_are_refused(self, feature_store, latent_store, tmp_path):
@@ -462,7 +463,7 @@ class TestJoin:
 
     def test_an_unfinished_store_is_refused(self, feature_store, latent_store, tmp_path):
         other = self.amended(feature_store, tmp_path, lambda m: m.update(status="extracting"))
-        with pytest.raises(InputError, match=r"is not finished: .* continues where it stopped"):
+        with pytest.raises(InputError, match=r"is not finished: .* Rerun the command .* to resume"):
             self.stream(other, latent_store)
 
 
@@ -477,8 +478,8 @@ class TestJitter:
         assert not torch.equal(whole, jitter(t, 0.1, seed=4, first=10, draws=2))
 
     def test_has_its_deviation_and_stays_a_noise_level(self):
-        told = jitter(torch.full((4000,), 0.5), 0.1, seed=0, first=0, draws=1)
-        assert (told - 0.5).std().item() == pytest.approx(0.1, rel=0.05)
-        assert (told.mean() - 0.5).abs() < 0.01
+        t = jitter(torch.full((4000,), 0.5), 0.1, seed=0, first=0, draws=1)
+        assert (t - 0.5).std().item() == pytest.approx(0.1, rel=0.05)
+        assert (t.mean() - 0.5).abs() < 0.01
         wide = jitter(torch.full((400,), 0.9), 1.0, seed=0, first=0, draws=1)
         assert (wide.min(), wide.max()) == (0.0, 1.0)

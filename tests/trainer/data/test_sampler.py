@@ -33,7 +33,7 @@ def order(*counts, seed=0, dropout=0.0, shard_size=3, **arguments):
 
 def table(order, first, num):
     """int64 [P, 3]"""
-    places = order.places(first, num)
+    places = order.indices(first, num)
     return np.stack([places.source, places.sample, places.caption], 1)
 
 
@@ -103,7 +103,7 @@ class TestOrder:
         ],
     )
     def test_a_plain_order_is_what_it_was_in_the_first_version(self, counts, seed, digest):
-        places = order(counts, seed=seed, dropout=0.1).places(13, 200)
+        places = order(counts, seed=seed, dropout=0.1).indices(13, 200)
         starts = np.concatenate([[0], np.cumsum(counts)])
         choice = places.caption - 1 - starts[places.sample // 10]
         choice[places.caption == NULL_CAPTION] = -1
@@ -113,7 +113,7 @@ class TestOrder:
     @pytest.mark.parametrize("window", [None, 2])
     def test_epochs_and_seeds_differ(self, window):
         drawn = [
-            tuple(order([1] * 50, seed=seed, window=window).places(50 * epoch, 50).sample)
+            tuple(order([1] * 50, seed=seed, window=window).indices(50 * epoch, 50).sample)
             for seed in (0, 1)
             for epoch in (0, 1)
         ]
@@ -121,7 +121,7 @@ class TestOrder:
 
     def test_dropout_is_the_share_that_was_asked_for(self):
         def share(dropout):
-            captions = order([1], dropout=dropout).places(0, 20_000).caption
+            captions = order([1], dropout=dropout).indices(0, 20_000).caption
             return np.mean(captions == NULL_CAPTION)
 
         assert share(0.1) == pytest.approx(0.1, abs=0.01)
@@ -129,18 +129,18 @@ class TestOrder:
         assert share(1.0) == 1
 
     def test_a_sample_is_not_dropped_at_every_epoch(self):
-        assert len(set(order([1], dropout=0.5).places(0, 64).caption)) == 2
+        assert len(set(order([1], dropout=0.5).indices(0, 64).caption)) == 2
 
     @pytest.mark.parametrize("window", [None, 2])
     def test_captions_of_a_sample_are_chosen_evenly(self, window):
-        captions = order([1, 3], window=window).places(0, 30_000).caption
+        captions = order([1, 3], window=window).indices(0, 30_000).caption
         shares = np.bincount(captions)[1:] / 15_000
         assert shares == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3], abs=0.02)
 
     @pytest.mark.parametrize("window", [None, 2])
     def test_captions_of_a_sample_are_chosen_by_their_weights(self, window):
         weighed = source([2, 1, 3], [1, 3, 5, 2, 2, 0.5], shard_size=2)
-        places = MixtureSampler([weighed], seed=0, caption_dropout=0, window=window).places(
+        places = MixtureSampler([weighed], seed=0, caption_dropout=0, window=window).indices(
             0, 60_000
         )
         shares = np.bincount(places.caption)[1:] / 20_000
@@ -156,7 +156,7 @@ class TestMixture:
     )
     def test_proportions_are_kept_in_every_block(self, proportions, block):
         mixed = order(*[[1] * 7] * (1 + len(proportions)), proportions=proportions)
-        source, turn = mixed.deal.turns(1024 * block, 1024)
+        source, turn = mixed.interleave.turns(1024 * block, 1024)
         for number, share in enumerate(proportions, 1):
             own = turn[source == number]
             assert abs(len(own) - 1024 * share) <= 1
@@ -165,10 +165,10 @@ class TestMixture:
             assert not len(own) or abs(own[0] - 1024 * block * share) <= 1 + 1e-6 * block
 
     def test_sources_take_turns_within_a_block(self):
-        source, _ = order([1], [1], proportions=[0.5]).deal.turns(0, 1024)
+        source, _ = order([1], [1], proportions=[0.5]).interleave.turns(0, 1024)
         runs = np.diff(np.flatnonzero(np.diff(source)))
         assert runs.max() < 20
-        other = order([1], [1], proportions=[0.5], seed=1).deal.turns(0, 1024)[0]
+        other = order([1], [1], proportions=[0.5], seed=1).interleave.turns(0, 1024)[0]
         assert not np.array_equal(source, other)
 
     def test_each_source_has_an_order_of_its_own(self):
@@ -186,7 +186,7 @@ class TestShards:
     def shards(self, window, num=4000, size=100):
         """Shard of every sample in the order in which it comes: int64 [N]."""
         made = order([1] * num, window=window, shard_size=size)
-        captions = made.places(0, num).caption
+        captions = made.indices(0, num).caption
         return made.sources[0].shards[captions - 1]
 
     @pytest.mark.parametrize("window", [1, 3, 8])
@@ -213,6 +213,6 @@ class TestShards:
     def test_captions_of_one_sample_may_lie_in_several_shards(self):
         made = order([3] * 400, window=2, shard_size=100)
         for epoch in range(3):
-            captions = made.places(400 * epoch, 400).caption
+            captions = made.indices(400 * epoch, 400).caption
             shards = made.sources[0].shards[captions - 1]
             assert max(len(np.unique(shards[i : i + 20])) for i in range(0, 400, 20)) <= 4

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from semroute.schemas import ContractError, InputError, TrainConfig, ValidationConfig, parse
 from semroute.trainer.data.loader import PackedLoader
+from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.runs.metrics import METRICS_SCHEMA, read_metrics
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.accelerator import make_accelerator
@@ -73,8 +74,7 @@ class TestHeldOut:
                 seed=0,
                 layers=[1],
                 held_out=out,
-                rank=rank,
-                world_size=world_size,
+                partition=BatchPartition(rank, world_size),
             )
             for step in range(50):
                 seen |= {*stream.read(step).sample_ids.tolist()}
