@@ -1,4 +1,4 @@
-"""The diffusion transformer, and what its blocks read."""
+"""The diffusion transformer, and the strategies that mix LLM layers for its blocks."""
 
 import lazy_loader
 
@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "dit": ["DiT"],
         "fusion": ["fuse", "layer_norm"],
-        "router": ["Router", "entropy"],
+        "router": ["Learned", "Router", "entropy"],
         "strategies": ["Given", "make_router"],
     },
 )

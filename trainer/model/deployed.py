@@ -1,7 +1,7 @@
-"""How deployed models read several layers of an LLM, as strategies to compare with.
+"""Baselines: how deployed models read several layers of an LLM, as strategies.
 
-In all of them LN comes first and the projection last, as in every strategy here; where the model
-itself does otherwise the class says so.
+In all of them LN comes first and the projection last, as in every strategy here; where the original
+model differs, the class says so.
 
 Shapes: R rows (tokens of all captions, packed), C rows of a chunk, L layers stored, K layers read,
 H text width, D blocks, A heads, E head width, M SwiGLU width.
@@ -23,12 +23,12 @@ class OnePerBlock(Router):
     """Block d reads one layer, as in HiDream-I1; nothing is learned.
 
     HiDream-I1 (``llama_layers`` of its transformer): 48 blocks, of which block d reads layer
-    min(d, 32) of Llama-3.1-8B, each through a projection of its own; here the keys and values of a
-    block are. Where layers are at least as few as blocks, that is the default. More layers than
-    blocks are spread evenly, from the first stored to the last.
+    min(d, 32) of Llama-3.1-8B, each through a projection of its own; here a block's keys and values
+    are that projection. This is the default where there are no more layers than blocks. Otherwise
+    blocks read layers at equal distances, from the first stored to the last.
 
     Raises:
-        InputError: ``chosen`` is not a stored layer for each block.
+        InputError: ``chosen`` does not name one stored layer per block.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class OnePerBlock(Router):
             chosen = [layers[round(block * step)] for block in range(num_blocks)]
         if len(chosen) != num_blocks:
             raise InputError(
-                f"routing.layers names {len(chosen)} layers for {num_blocks} blocks: name one a "
+                f"routing.layers names {len(chosen)} layers for {num_blocks} blocks: name one per "
                 "block"
             )
         super().__init__(layers, _stored("one-per-block", sorted({*chosen}), layers))
@@ -58,15 +58,15 @@ class OnePerBlock(Router):
 
 
 class Concat(Router):
-    """All blocks read the same layers side by side, as in FLUX.2; nothing is learned but the wider
-    projection, K H x H.
+    """All blocks read the same layers side by side, as in FLUX.2; only the wider projection,
+    K H x H, is learned.
 
     FLUX.2 [dev] reads hidden states 10, 20 and 30 of the 40 layers of Mistral Small 3.1, and
     FLUX.2 [klein] 9, 18 and 27 of the 36 of Qwen3 (``hidden_states_layers`` of their pipelines):
-    a quarter, a half and three quarters of the LLM, the default. They project without LN, norm and
-    bias.
+    a quarter, a half and three quarters of the LLM, which is the default here. They project without
+    LN, norm and bias.
 
-    alpha is the share of what is read, 1/K.
+    alpha is each layer's share of the input, 1/K.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Concat(Router):
         return self.get_buffer("shares")
 
     def fixed_weights(self) -> tuple[list[int], Tensor]:
-        raise no_fixed_mix("concat", "projects each layer by a matrix of its own")
+        raise no_fixed_mix("concat", "projects each layer with its own matrix")
 
     def width_read(self, text_width: int) -> int:
         return len(self.layers_read) * text_width
@@ -92,17 +92,17 @@ class Concat(Router):
 
 class LayerAttention(Router):
     """The layers of a token attend to each other and are then summed with learned weights, as in
-    Krea 2; all blocks read the same.
+    Krea 2; all blocks read the same sum.
 
     Two blocks of attention over layers (queries and keys normed, output gated by a sigmoid) and
     SwiGLU, each 5 H^2 + 3 H M + 2 H + 2 E parameters with M = 2.7 H, and K weights of any sign:
-    ``layerwise_blocks`` and ``projector`` of ``Krea2TextFusion`` in diffusers, of 12 layers of
-    Qwen3-VL-4B, every third from the second, which is the default. Krea 2 applies no LN before, and
-    lets tokens attend to each other after (``refiner_blocks``): a text transformer, which no
-    strategy here has.
+    ``layerwise_blocks`` and ``projector`` of ``Krea2TextFusion`` in diffusers, which read 12 layers
+    of Qwen3-VL-4B, every third from the second; that is the default here. Krea 2 applies no LN
+    before, and lets tokens attend to each other afterwards (``refiner_blocks``): a text
+    transformer, which no strategy here has.
 
     Attention and SwiGLU start switched off and the weights at 1/K, so this starts as the mean of
-    its layers. alpha is those weights.
+    its layers. alpha is these weights.
     """
 
     NUM_BLOCKS = 2
@@ -122,7 +122,7 @@ class LayerAttention(Router):
         self.register_buffer("shares", _shares(self), persistent=False)
 
     def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """(1 + v) / K on the layers that are read, fp32 [1, 1, L]."""
+        """(1 + v) / K at the layers that are read: fp32 [1, 1, L]."""
         positions = [self.layers.index(layer) for layer in self.layers_read]
         index = torch.tensor(positions, device=self.deviation.device)
         deviation = self.deviation.float() / len(self.layers_read)
@@ -184,18 +184,18 @@ class _FusionBlock(nn.Module):
 
 
 def _shares(router: Router) -> Tensor:
-    """1/K on the layers that are read: fp32 [1, 1, L]."""
+    """1/K at the layers that are read: fp32 [1, 1, L]."""
     read = torch.tensor([layer in router.layers_read for layer in router.layers])
     return (read.float() / len(router.layers_read))[None, None]
 
 
 def _stored(strategy: str, chosen: Sequence[int], layers: Sequence[int]) -> list[int]:
-    """The layers that a strategy reads, if the store holds them all."""
+    """The layers that a strategy reads, checked to be in the store."""
     missing = sorted({*chosen} - {*layers})
     if missing or not chosen or len({*chosen}) < len(chosen):
         raise InputError(
             f"strategy {strategy} would read layers {list(chosen)}, of a store that holds "
-            f"{list(layers)}: name different ones of these in routing.layers, or extract those "
-            "that are missing"
+            f"{list(layers)}: name some of these in routing.layers, each once, or extract the "
+            "missing ones"
         )
     return list(chosen)

@@ -1,4 +1,4 @@
-"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers a block.
+"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers per block.
 
 The architecture is the one of arXiv 2602.03510 as its code has it: RMSNorm, grouped-query attention
 with RMS-normed queries and keys, 2D rotary positions, SwiGLU, and by default no timestep embedding.
@@ -32,7 +32,7 @@ T_SCALE = 1000.0
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers of a DiT; a named one may be changed number by number in ``ModelConfig``."""
+    """Dimensions of a DiT. ``ModelConfig`` may replace single numbers of a named size."""
 
     depth: int
     width: int
@@ -76,7 +76,7 @@ def resolve_size(config: ModelConfig) -> Size:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in fp32 whatever autocast says."""
+    """x / rms(x) * weight over the last axis, always in fp32, also under autocast."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """2D RoPE: half of the channel pairs turn with the row of the patch, half with its column."""
+    """2D RoPE: half of the channel pairs rotate with the row of the patch, half with its column."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -113,11 +113,11 @@ class RotaryPositions(nn.Module):
 
 
 Rotary = tuple[Tensor, Tensor]
-"""What :class:`RotaryPositions` gives."""
+"""Cosines and sines, as returned by :class:`RotaryPositions`."""
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn queries or keys by their positions: [B, A, N, E]."""
+    """Queries or keys rotated by their positions: [B, A, N, E]."""
     cos, sin = rotary  # [N, E/2]
     first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -173,11 +173,12 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(size.head_dim)
 
     def read_weights(self) -> Tensor:
-        """What makes keys and values of projected text, one above the other: [2*G*E, H]."""
+        """Weights that turn projected text into keys and values, stacked: [2*G*E, H]."""
         return torch.cat([self.text_k.weight, self.text_v.weight])
 
     def read(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of what :meth:`read_weights` gave: [B, T, 2*G*E] -> [B, G, T, E] each."""
+        """Keys and values, from text multiplied with :meth:`read_weights`: [B, T, 2*G*E] ->
+        [B, G, T, E] each."""
         k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))  # [B, G, T, E] each
         return self.k_norm(k).to(v.dtype), v
 
@@ -200,7 +201,7 @@ class SwiGLU(nn.Module):
 
 
 class NoiseEmbedder(nn.Module):
-    """t -> the vector that adaLN modulates with."""
+    """t -> the vector that adaLN modulates by."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -249,7 +250,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """What every block's cross-attention reads, padded to the batch's longest caption.
+    """Keys and values of every block's cross-attention, padded to the longest caption in the batch.
 
     Attributes:
         keys, values: of each block, [B, G, T, E].
@@ -270,16 +271,15 @@ class DiT(nn.Module):
     Args:
         config: size, patch and conditioning.
         routing: the strategy.
-        latent_shape: (C, height, width) of latents; of those with several shapes, the one that
-            is sampled where no other is asked for. Positions are relative, so that no weight
-            depends on height and width.
+        latent_shape: (C, height, width) of latents; where they have several shapes, the one that is
+            sampled by default. Positions are relative, so no weight depends on height and width.
         layers: LLM layers in the feature store.
         num_llm_layers: number of blocks of the LLM.
         text_width: H.
-        mixes: what the feature store holds in place of layers, where it does.
+        mixes: mixes of layers that the feature store holds in place of layers.
 
     Attributes:
-        gradient_checkpointing: keep only what enters each block for the backward pass.
+        gradient_checkpointing: keep only the inputs of each block for the backward pass.
 
     Raises:
         InputError: latents that patches do not tile, an impossible size, or a strategy that cannot
@@ -308,7 +308,8 @@ class DiT(nn.Module):
         self.gradient_checkpointing = False
         conditioned = config.conditioning == "adaln"
 
-        # A fork, so that the rest of the network starts with the same weights under any strategy.
+        # A fork of the generator: the rest of the network starts with the same weights under any
+        # strategy.
         with torch.random.fork_rng(devices=[]):
             self.router = make_router(
                 routing,
@@ -331,7 +332,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
-        """Refuse latents of (C, height, width) that this network cannot take.
+        """Refuse latents of a shape (C, height, width) that this network cannot take.
 
         Raises:
             InputError: patches do not tile them, or they have other channels.
@@ -349,8 +350,8 @@ class DiT(nn.Module):
             )
 
     def initialize_weights(self) -> None:
-        """Fresh weights from torch's default generator. The router is left alone: its own zeros are
-        what makes every strategy start as uniform."""
+        """Fresh weights from torch's default generator. The router keeps its own, whose zeros make
+        every strategy start as uniform."""
         router = {*self.router.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and module not in router:
@@ -368,17 +369,17 @@ class DiT(nn.Module):
         if self.modulation_out is not None:
             nn.init.zeros_(self.modulation_out.weight)
 
-        # The first prediction is zero, whatever the input.
+        # The first prediction is zero for any input.
         nn.init.zeros_(self.patch_out.weight)
 
     # ------------------------------------------------------------------------------ parameters
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """What the routing strategy learns; empty where its weights are fixed."""
+        """Parameters of the routing strategy; none where its weights are fixed."""
         return list(self.router.parameters())
 
     def block_matrices(self) -> list[nn.Parameter]:
-        """The 2D weights of the blocks: what Muon is made for."""
+        """2D weights of the blocks, for which Muon is made."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     # ------------------------------------------------------------------------------------ text
@@ -388,8 +389,8 @@ class DiT(nn.Module):
     ) -> TextConditioning:
         """Mix, project, and lay out the text of a batch.
 
-        Without dependence on t everything is computed once a unique caption, and the result may be
-        kept for all steps of sampling; otherwise once a batch item, for its own t.
+        Where routing does not depend on t, everything is computed once per unique caption, and the
+        result serves all steps of sampling; otherwise once per batch item, for its own t.
 
         Args:
             hidden: [R, len(router.layers_read), H], any float dtype: rows of U unique captions.
@@ -398,6 +399,13 @@ class DiT(nn.Module):
             caption: int64 [B], which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
         """
+        # Captions of 2 and 3 rows, and three batch items of captions 1, 0, 1:
+        #
+        #     offsets  0 2 5     caption  1 0 1     starts  2 0 2     lengths  3 2 3
+        #
+        #     mask     1 1 1     rows (t-dependent)  2 3 4  0 1  2 3 4    one pair per item and row
+        #              1 1 0     owners              0 0 0  1 1  2 2 2    the item of each pair
+        #              1 1 1     starts of pairs     0       3   5
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
         steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
         mask = steps < lengths[:, None]  # [B, T]
@@ -405,17 +413,17 @@ class DiT(nn.Module):
             rows = (starts[:, None] + steps)[mask].to(hidden.device)  # [P]
             owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
             fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
-            starts = lengths.cumsum(0) - lengths  # [B], now of pairs
+            starts = lengths.cumsum(0) - lengths  # [B], now first pairs
         else:
             fused = self.router(hidden)  # [R, D or 1, H]
-        # Padding repeats the caption's first row and is masked: it is finite, and weighs nothing.
+        # Padding repeats the caption's first row and is masked: it is finite and has no weight.
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = index.to(hidden.device)
 
         attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
         both = self._project(fused, [attention.read_weights() for attention in attentions])
         keys, values = [], []
-        # Of all blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] a block.
+        # All blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] per block.
         padded = both.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
         each = padded.unflatten(-1, both.shape[1:]).unbind(2)
         for attention, of_block in zip(attentions, each, strict=True):
@@ -425,10 +433,10 @@ class DiT(nn.Module):
         return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
 
     def _project(self, fused: Tensor, weights: list[Tensor]) -> Tensor:
-        """What every block's keys and values are made of: Linear(RMSNorm(fused)) times its weights.
+        """Linear(RMSNorm(fused)) times each block's weights, which gives its keys and values.
 
-        That is (fused W^T) s + b for the scale s of each row, so where rows are more than there are
-        rows of weights, W is multiplied with these and not with them.
+        That is (fused W^T) s + b for the scale s of each row. So where there are more rows of text
+        than rows of weights, W is multiplied with the weights first, not with the text.
 
         Args:
             fused: fp32 [R or P, D or 1, H].
@@ -445,10 +453,10 @@ class DiT(nn.Module):
             weight = weight @ (self.context.weight * self.context_norm.weight)  # [D*2*G*E, H]
             scale = self.context_norm.scale(fused).transpose(0, 1)  # [D or 1, R or P, 1]
             context = fused.transpose(0, 1)  # [D or 1, R or P, H]
-        else:  # one by one: rows are rounded alike however many mixes there are
+        else:  # mix by mix: rows are rounded the same however many mixes there are
             mixes = [self.context(self.context_norm(mix)) for mix in fused.unbind(1)]
             context = torch.stack(mixes)  # [D or 1, R or P, H]
-        if torch.is_autocast_enabled(context.device.type):  # before it is shared, not a copy each
+        if torch.is_autocast_enabled(context.device.type):  # once, not in a copy per block
             context = context.to(torch.get_autocast_dtype(context.device.type))
         by_block = weight.unflatten(0, (num_blocks, -1)).mT  # [D, H, 2*G*E]
         product = torch.bmm(context.expand(num_blocks, -1, -1), by_block)  # [D, R or P, 2*G*E]
@@ -458,7 +466,7 @@ class DiT(nn.Module):
 
     @contextmanager
     def reading(self, mixes: Mixes | None) -> Iterator[None]:
-        """While it lasts, read features that hold these mixes; None: that hold layers.
+        """A context in which the network reads features that hold these mixes; None: layers.
 
         Raises:
             InputError: mixes of other weights than this network's; or a network of strategy
@@ -468,15 +476,15 @@ class DiT(nn.Module):
         if mixes is None and isinstance(router, Mixed):
             raise InputError(
                 "this network reads mixes of layers, but the features hold layers: rewrite them "
-                "with --routing of its run"
+                "with --routing and the network's run"
             )
         if mixes is not None:
             layers, weights = router.fixed_weights()
             distance = mixes.distance(layers, weights.tolist())
             if distance > SAME_WEIGHTS:
                 raise InputError(
-                    f"the features hold mixes of layers {mixes.layers} under other weights than "
-                    "this network's: rewrite them with --routing of its run"
+                    f"the features hold mixes of layers {mixes.layers} with weights other than "
+                    "this network's: rewrite them with --routing and the network's run"
                 )
             self.router = Mixed(mixes).to(self.context.weight.device)
         try:
@@ -487,7 +495,7 @@ class DiT(nn.Module):
     # ----------------------------------------------------------------------------------- image
 
     def denoise(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-        """The prediction for one noise level an item: [B, C, h, w], [B] -> fp32 [B, C, h, w]."""
+        """The prediction, with one noise level per item: [B, C, h, w], [B] -> fp32 [B, C, h, w]."""
         channels, height, width = x_t.shape[1:]
         self.check_shape((channels, height, width))
         rotary = self.rotary(height // self.patch_size, width // self.patch_size)
@@ -512,14 +520,21 @@ class DiT(nn.Module):
         hidden: Tensor,
         offsets: Tensor,
         caption: Tensor,
-        told: Tensor | None = None,
+        t_routing: Tensor | None = None,
     ) -> Tensor:
-        """Training in one call, so that wrappers of ``forward`` see every parameter used.
+        """:meth:`encode_text` and :meth:`denoise` in one call, so that wrappers of ``forward`` see
+        every parameter used.
 
-        x_t [B, C, h, w], t [B], and text as :meth:`encode_text` takes it -> fp32 [B, C, h, w].
-        ``told`` [B] is the t that routing is told, by default t.
+        Args:
+            x_t: [B, C, h, w].
+            t: [B].
+            hidden, offsets, caption: as for :meth:`encode_text`.
+            t_routing: [B], the t that routing sees; by default t.
+
+        Returns:
+            fp32 [B, C, h, w].
         """
-        text = self.encode_text(hidden, offsets, caption, t if told is None else told)
+        text = self.encode_text(hidden, offsets, caption, t if t_routing is None else t_routing)
         return self.denoise(x_t, t, text)  # [B, C, h, w]
 
     def _patchify(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers normalised and mixed: the arithmetic under every strategy, with its gradient.
+"""Normalising and mixing layers: the arithmetic of every strategy, with its gradient.
 
 Shapes: B batch, R rows (tokens of all captions, packed), P pairs of a batch item and a row,
 L layers, H text width, D blocks, C rows of a chunk.
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...schemas import LN_EPS
 
-# Elements normalised at once: on a CPU what stays in its caches, on a GPU 256 MiB of fp32.
+# Elements normalised at once: on a CPU as many as fit its caches, on a GPU 256 MiB of fp32.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
@@ -32,19 +32,19 @@ def fuse(
     rows: Tensor | None = None,
     owners: Tensor | None = None,
 ) -> Tensor:
-    """Mix the normalised layers of packed rows, for all blocks in one product over the layer axis.
+    """The normalised layers of packed rows, mixed for all blocks in one product over the layers.
 
     It is computed as ``mean_l LN_l + (alpha - 1/L) LN``: where alpha is uniform the second term is
-    exactly zero, so every strategy at zero logits gives the bits of ``uniform`` whichever matrix
-    kernel its shape selects. Layers are normalised once, chunk by chunk, and never kept normalised,
-    which would be twice the size of the features themselves: the backward pass needs two moments.
+    exactly zero, so every strategy at zero logits gives the bits of ``uniform``, whichever matrix
+    kernel its shape selects. Layers are normalised chunk by chunk and not kept, which would take
+    twice the memory of the features themselves: the backward pass needs two moments per layer only.
 
     Args:
         hidden: [R, L, H], any float dtype, without gradient.
         alpha: None for the plain mean; [1, D or 1, L] shared by all rows; or [B, D or 1, L]
             together with ``rows`` and ``owners``.
-        rows: int64 [P], which row each pair reads.
-        owners: int64 [P], which batch item's alpha each pair uses.
+        rows: int64 [P], the row that each pair reads.
+        owners: int64 [P], the batch item whose alpha each pair uses.
 
     Returns:
         fp32 [R or P, D or 1, H].
@@ -62,7 +62,7 @@ def fuse(
 
 
 class _Fuse(torch.autograd.Function):
-    """The chunked mix; differentiable in the deviation only, as hidden states are frozen."""
+    """The mix in chunks; differentiable in the deviation only, since hidden states are frozen."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class _Fuse(torch.autograd.Function):
         total = torch.zeros_like(deviation)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, len(grad)):
-                # grad . LN(h) without LN(h): products with h, then the mean and the scale.
+                # grad . LN(h) = scale (grad . h - mean sum(grad)): no normalised layer is needed.
                 h = _take(hidden, rows, part).float()  # [C, L, H]
                 mean, scale = moments[:, part].mT  # [C, 1, L] each
                 products = torch.bmm(grad[part], h.mT)  # [C, D, L]
@@ -126,9 +126,9 @@ def _take(hidden: Tensor, rows: Tensor | None, part: slice) -> Tensor:
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """``function`` of runs of rows, joined: [C, L, H] -> [C, ...] for all of [R, L, H].
+    """``function`` chunk by chunk, joined: [C, L, H] -> [C, ...] for all of [R, L, H].
 
-    What a chunk computes is computed again in the backward pass and not kept.
+    Intermediate results of a chunk are recomputed in the backward pass, not kept.
     """
     parts = [
         checkpoint(function, hidden[part], use_reentrant=False, preserve_rng_state=False)

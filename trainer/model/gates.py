@@ -1,6 +1,6 @@
-"""Gates: small networks of the noise level that give logits.
+"""Gates: small networks that turn the noise level into logits.
 
-Shapes: B batch, G gates, L layers.
+Shapes: B batch, G gates, F gate width, L layers.
 """
 
 import math
@@ -26,7 +26,7 @@ def phi(t: Tensor, scale: float) -> Tensor:
 
 
 class Gates(nn.Module):
-    """G gates g(phi(t)) = Linear(SiLU(Linear(phi))), their parameters stacked: one product for all.
+    """G gates g(phi(t)) = Linear(SiLU(Linear(phi))), with stacked parameters: one product for all.
 
     The last layer starts at zero, so that every weight starts at 1/L.
     """

@@ -1,4 +1,4 @@
-"""What every strategy is: weights over the stored LLM layers, and what blocks read under them.
+"""Base classes of the strategies: weights over the stored LLM layers, and what blocks read.
 
 Shapes: B batch, R rows (tokens of all captions, packed), P pairs of a batch item and a row,
 L layers, H text width, D blocks.
@@ -16,14 +16,14 @@ from .fusion import fuse
 
 
 class Router(nn.Module, ABC):
-    """Base of the strategies. A router knows which layers it weighs and which it needs to read.
+    """Base class of the strategies, which knows the layers that it weighs and those that it reads.
 
     Attributes:
         layers: the LLM layers that alpha weighs, in order (all that are stored).
-        layers_read: those of them whose hidden states are needed, in this order; of a store of
-            mixes their numbers.
-        depends_on_t: whether what blocks read changes with t.
-        depends_on_content: whether alpha changes with the token.
+        layers_read: those of them whose hidden states are needed, in this order; for a store of
+            mixes, the numbers of the mixes.
+        depends_on_t: True where what blocks read changes with t.
+        depends_on_content: True where alpha changes with the token.
     """
 
     depends_on_t = False
@@ -36,8 +36,8 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """The weights of the layers: fp32 [B or 1, D or 1, L]; 1 where they do not depend on t, or
-        on the block.
+        """The weights of the layers: fp32 [B or 1, D or 1, L], with 1 where they do not depend on t
+        or on the block.
 
         Args:
             t: [B], only where ``depends_on_t``.
@@ -49,27 +49,27 @@ class Router(nn.Module, ABC):
         """The layers that are read, and alpha over them: fp32 [D or 1, L].
 
         Raises:
-            InputError: what blocks read is no fixed mix of layers.
+            InputError: blocks do not read a fixed mix of layers.
         """
         positions = [self.layers.index(layer) for layer in self.layers_read]
         return [*self.layers_read], self.alpha()[0][:, positions].detach()
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The parameters that weights are made of, each group with its share of the router's
-        learning rate. All others are trained as the network's own.
+        """The parameters that determine the weights, each group with its share of the router's
+        learning rate. All others are trained like the network's own.
 
-        Adam moves every parameter by about its rate a step. A logit that is a parameter moves by
-        that much; one that is a product moves by fan-in times as much, which the share takes back
-        (as muP does for Adam, arXiv 2203.03466).
+        Adam moves every parameter by about its learning rate per step. A logit that is a parameter
+        moves by that much; one that is a product moves by fan-in times as much, for which the share
+        compensates (as muP does for Adam, arXiv 2203.03466).
         """
         return [(list(self.parameters()), 1.0)]
 
     def penalty(self, t: Tensor | None = None) -> Tensor | float:
-        """What is added to the loss: 0.0 unless the configuration asks for a regulariser."""
+        """A term added to the loss: 0.0 unless the configuration asks for a regulariser."""
         return 0.0
 
     def width_read(self, text_width: int) -> int:
-        """Width of what a block reads of a token, before the projection; H but for ``concat``."""
+        """Width of what a block reads per token, before the projection; H except for ``concat``."""
         return text_width
 
     def forward(
@@ -108,14 +108,14 @@ class Learned(Router):
     """Weights from learned logits z, which start at zero: every such strategy starts as uniform.
 
     ``softmax`` (arXiv 2602.03510): alpha = softmax(z). ``signed``: alpha = (1 + z) / L, which is
-    the softmax to first order in z but for a factor that all layers share, and whose weights may
-    fall below zero; the RMSNorm that follows takes the factor out. ``top_k`` keeps the k weights of
-    largest size; the gradient passes to all, as if all had been kept (straight-through, arXiv
-    1308.3432), so that a layer that is out can come back. Layers that tie with the k-th are kept,
-    and so is all of ``uniform`` at the start.
+    the softmax to first order in z except for a factor that all layers share, which the following
+    RMSNorm removes; its weights may be negative. ``top_k`` keeps the k weights of largest absolute
+    value; the gradient reaches all, as if all had been kept (straight-through, arXiv 1308.3432), so
+    a layer that was dropped can come back. Layers that tie with the k-th are kept, so at the start
+    all are.
 
     Raises:
-        InputError: ``top_k`` of fewer layers.
+        InputError: ``top_k`` exceeds the number of layers.
     """
 
     def __init__(self, layers: Sequence[int], config: RoutingConfig) -> None:
@@ -129,7 +129,7 @@ class Learned(Router):
 
     @abstractmethod
     def logits(self, t: Tensor | None = None) -> Tensor:
-        """z(t, d) as [B or 1, D or 1, L]; 1 where it does not depend on t, or on the block."""
+        """z(t, d): [B or 1, D or 1, L], with 1 where it does not depend on t or on the block."""
 
     def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         return self.weigh(self.logits(t))
@@ -152,8 +152,8 @@ class Learned(Router):
 
     def penalty(self, t: Tensor | None = None) -> Tensor | float:
         """``uniform_penalty`` times the chi-square distance of alpha from uniform, L sum_l
-        (alpha_l - 1/L)^2, mean over blocks and t; and ``smooth_penalty`` times the same distance of
-        neighbouring blocks, L sum_l (alpha_l(d + 1) - alpha_l(d))^2."""
+        (alpha_l - 1/L)^2, averaged over blocks and t; plus ``smooth_penalty`` times the same
+        distance between neighbouring blocks, L sum_l (alpha_l(d + 1) - alpha_l(d))^2."""
         toward_uniform, smooth = self.config.uniform_penalty, self.config.smooth_penalty
         if not (toward_uniform or smooth):
             return 0.0
@@ -164,9 +164,9 @@ class Learned(Router):
 
 
 def no_fixed_mix(strategy: str, reason: str) -> InputError:
-    """Refuses to store mixes for a strategy."""
+    """The error for storing the mixes of a strategy that has no fixed ones."""
     return InputError(
-        f"strategy {strategy} {reason}, so no few mixes of layers are all that its blocks read: "
+        f"strategy {strategy} {reason}, so its blocks do not read a few fixed mixes of layers: "
         "keep the layers (strategies penultimate, uniform, static, depth and one-per-block can be "
         "mixed)"
     )
@@ -175,8 +175,8 @@ def no_fixed_mix(strategy: str, reason: str) -> InputError:
 def entropy(alpha: Tensor) -> Tensor:
     """Entropy over the last axis in nats, divided by log L: 1 is uniform, 0 is a single layer.
 
-    Of weights of both signs it is that of their sizes, as shares of the sum of sizes. Of a single
-    layer (L = 1) it is 0.
+    For weights of both signs, the entropy of their absolute values, divided by their sum. For a
+    single layer (L = 1) it is 0.
     """
     share = alpha.abs() / alpha.abs().sum(dim=-1, keepdim=True).clamp(min=1e-12)
     nats = -torch.xlogy(share, share).sum(dim=-1)

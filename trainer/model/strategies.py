@@ -1,9 +1,9 @@
 """The routing strategies: which mix of LLM layers each DiT block reads.
 
-A strategy gives logits z(t, d), weights alpha(t, d) over the layers that are stored, and block d
-reads sum_l alpha_l(t, d) LN(H^(l)) (arXiv 2602.03510, section 3). All logits start at zero, so
-every learned strategy starts as ``uniform``. ``mixes`` alone has fixed weights, and reads what was
-mixed with them before it was stored. Baselines of deployed models are in ``trainer.baselines``.
+A strategy gives logits z(t, d) and weights alpha(t, d) over the stored layers, and block d reads
+sum_l alpha_l(t, d) LN(H^(l)) (arXiv 2602.03510, section 3). All logits start at zero, so every
+learned strategy starts as ``uniform``. ``mixes`` reads layers that were mixed, with the fixed
+weights of another run, before they were stored. Baselines of deployed models: :mod:`.deployed`.
 
 Shapes: B batch, R rows (tokens of all captions, packed), L layers, H text width, D blocks, G gates,
 K mixes of layers, C rows of a chunk.
@@ -22,7 +22,7 @@ from .router import Learned, Router, no_fixed_mix
 
 
 class Penultimate(Router):
-    """B1: layer L-1 alone, as most text-to-image models do; nothing else is read."""
+    """B1: layer L-1 alone, as in most text-to-image models; nothing else is read."""
 
     def __init__(self, layers: Sequence[int], num_llm_layers: int) -> None:
         layer = num_llm_layers - 1
@@ -71,7 +71,7 @@ class Static(Learned):
 
 
 class Depth(Learned):
-    """S2: one learned vector a block; D L parameters."""
+    """S2: one learned vector per block; D L parameters."""
 
     def __init__(self, layers: Sequence[int], num_blocks: int, config: RoutingConfig) -> None:
         super().__init__(layers, config)
@@ -87,7 +87,7 @@ class LowRankDepth(Learned):
     Blocks choose among r patterns of layers: U [D, r] starts at zero, V [r, L] normal.
 
     Raises:
-        InputError: r above D or L, which is no restriction.
+        InputError: r above D or L, where it would not restrict anything.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class _Gated(Learned):
         self.gates = Gates(num_gates, len(self.layers))
 
     def fixed_weights(self) -> tuple[list[int], Tensor]:
-        raise no_fixed_mix(self.config.strategy, "weighs layers anew at every noise level")
+        raise no_fixed_mix(self.config.strategy, "weighs layers differently at every noise level")
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         gates = self.gates
@@ -147,17 +147,17 @@ class Time(_Gated):
 
 
 class Joint(_Gated):
-    """S3: a gate of phi(t) a block; D times the parameters of S1."""
+    """S3: one gate of phi(t) per block; D times the parameters of S1."""
 
     def __init__(self, layers: Sequence[int], num_blocks: int, config: RoutingConfig) -> None:
         super().__init__(layers, num_blocks, config)
 
 
 class Token(Learned):
-    """Each token weighs its own layers: z_dl = q_d . LN(h^(l)) + b_dl, q_d a query a block.
+    """Each token weighs its own layers: z_dl = q_d . LN(h^(l)) + b_dl, with one query per block.
 
-    Attention pooling over layers with keys that are the normalised layers themselves: D (H + L)
-    parameters, all zero at the start. Nothing depends on t, so text is encoded once a prompt.
+    Attention pooling over layers whose keys are the normalised layers themselves: D (H + L)
+    parameters, all zero at the start. Nothing depends on t, so text is encoded once per prompt.
     """
 
     depends_on_content = True
@@ -170,19 +170,19 @@ class Token(Learned):
         self.bias = nn.Parameter(torch.zeros(num_blocks, len(self.layers)))
 
     def fixed_weights(self) -> tuple[list[int], Tensor]:
-        raise no_fixed_mix("token", "weighs layers anew for every token")
+        raise no_fixed_mix("token", "weighs layers differently for every token")
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         return [([self.query], 1 / self.query.shape[1]), ([self.bias], 1.0)]
 
     def logits(self, t: Tensor | None = None) -> Tensor:
-        """Of a token with features that no query responds to."""
+        """Logits of a token to which no query responds."""
         return self.bias[None]
 
     def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         if hidden is None:
             raise ValueError(
-                "strategy token weighs layers by what the token is: pass hidden "
+                "strategy token weighs the layers of each token: pass hidden "
                 f"[R, {len(self.layers_read)}, H], found None"
             )
         weights = in_chunks(lambda part: self._weigh(layer_norm(part)), hidden)  # [R, D, L]
@@ -226,11 +226,10 @@ class Mixed(Router):
 
 
 class Given(Router):
-    """Weights [D or 1, L] that are given, to see what becomes of a network that trained with
-    others; nothing is learned.
+    """Given weights [D or 1, L], to test a network trained with others; nothing is learned.
 
     Raises:
-        InputError: weights of another number of layers.
+        InputError: weights for another number of layers.
     """
 
     def __init__(self, layers: Sequence[int], weights: Tensor) -> None:
@@ -254,19 +253,19 @@ def make_router(
     text_width: int,
     mixes: Mixes | None = None,
 ) -> Router:
-    """The router of a configuration, its fresh weights from torch's default generator.
+    """The router of a configuration, with fresh weights from torch's default generator.
 
     Args:
         layers: LLM layers in the feature store, as its manifest lists them.
-        num_llm_layers: L of the LLM itself, stored or not; ``penultimate`` is layer L - 1 of it.
+        num_llm_layers: L of the LLM itself, stored or not; ``penultimate`` reads its layer L - 1.
         num_blocks: D of the DiT.
         text_width: H.
-        mixes: what the store holds in place of layers, where it does.
+        mixes: mixes of layers that the store holds in place of layers.
 
     Raises:
-        InputError: a strategy of chosen layers on a store that does not hold them; a store of mixes
-            under any strategy but ``mixes``, or for another number of blocks; ``mixes`` on other
-            stores; ``rank`` or ``top_k`` above what there is.
+        InputError: the store does not hold the layers that the strategy reads; a store of mixes
+            with a strategy other than ``mixes``, or for another number of blocks; ``mixes`` on a
+            store of layers; ``rank`` or ``top_k`` too large.
     """
     if mixes is not None:
         _check_mixes(config, mixes, num_blocks)
@@ -297,7 +296,7 @@ def make_router(
         case "mixes":
             raise InputError(
                 f"strategy mixes reads what semroute rewrite --routing RUN stored, but the store "
-                f"holds layers {list(layers)}: make one of it, or choose another strategy"
+                f"holds layers {list(layers)}: rewrite it that way, or choose another strategy"
             )
 
 
@@ -312,5 +311,5 @@ def _check_mixes(config: RoutingConfig, mixes: Mixes, num_blocks: int) -> None:
         raise InputError(
             f"the store holds mixes for {len(mixes.weights)} blocks, but the model has "
             f"{num_blocks}: set model.depth={len(mixes.weights)}, or rewrite the features with "
-            "--routing of a run of that depth"
+            "--routing and a run of that depth"
         )

@@ -168,8 +168,8 @@ class Trainer:
         return (t, batch.hidden), stopping > 0
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of a batch, each sample under K draws of t and noise, and the t that routing
-        was told."""
+        """Mean loss of a batch, each sample under K draws of t and noise; and the t that routing
+        saw."""
         draws = self.config.data.noise_draws
         t, noise = draw_noise(
             self.flow,
@@ -179,15 +179,17 @@ class Trainer:
             num=len(batch.sample_ids),
             draws=draws,
         )
-        told = t
+        t_routing = t
         if deviation := self.config.routing.t_jitter:
-            told = jitter(t, deviation, seed=self.config.seed, first=batch.position, draws=draws)
-        t, told, noise = (each.to(batch.latents.device) for each in (t, told, noise))
+            t_routing = jitter(
+                t, deviation, seed=self.config.seed, first=batch.position, draws=draws
+            )
+        t, t_routing, noise = (each.to(batch.latents.device) for each in (t, t_routing, noise))
         x0 = batch.latents.repeat_interleave(draws, dim=0)  # [B*K, C, h, w]
         caption = batch.caption.repeat_interleave(draws)  # [B*K]
         x_t = self.flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
-        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption, told)
-        return self.flow.loss(prediction, x0, noise, t).mean(), told
+        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption, t_routing)
+        return self.flow.loss(prediction, x0, noise, t).mean(), t_routing
 
     def validate(self) -> dict[str, Any]:
         """The loss on what is never trained on, as metrics; its time is not the steps'."""

@@ -287,13 +287,15 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("strategy", "reason"),
         [
-            ("time", "weighs layers anew at every noise level"),
-            ("joint", "weighs layers anew at every noise level"),
-            ("token", "weighs layers anew for every token"),
+            ("time", "weighs layers differently at every noise level"),
+            ("joint", "weighs layers differently at every noise level"),
+            ("token", "weighs layers differently for every token"),
         ],
     )
     def test_weights_that_are_not_fixed_are_refused(self, run_of, strategy, reason):
-        with pytest.raises(InputError, match=rf"strategy {strategy} {reason}, so no few mixes"):
+        with pytest.raises(
+            InputError, match=rf"strategy {strategy} {reason}, so its blocks do not read"
+        ):
             run_of(strategy).routing()
 
     def test_features_of_another_llm_are_refused(self, run_of, feature_store):
@@ -311,14 +313,14 @@ class TestRuns:
         other = found.mixes.model_copy(update={"weights": run.routing().weights[:2]})
         with pytest.raises(InputError, match=r"2 blocks over 4 layers instead of 3 over 4"):
             run.check_features(found.manifest.identity.model_copy(update={"mixes": other}))
-        with pytest.raises(InputError, match="under other weights than this network's"):
+        with pytest.raises(InputError, match="with weights other than this network's"):
             draw(run, found)
         earlier = load_run(run.path, step=3, weights="model")
         with pytest.raises(
             InputError, match=r"mixes.source: 'ema' instead of 'model'\n  mixes.step: 6"
         ):
             earlier.check_features(mixed("depth").manifest.identity)
-        with pytest.raises(InputError, match="weighs layers anew"):
+        with pytest.raises(InputError, match="weighs layers differently"):
             run_of("time").check_features(found.manifest.identity)
 
     def test_mixes_of_another_llm_are_refused(self, run_of, mixed):

@@ -548,5 +548,7 @@ class TestLayerAttention:
 class TestFixedWeights:
     @pytest.mark.parametrize("name", ["time", "joint", "token", "concat", "attention"])
     def test_what_is_no_fixed_mix_is_refused(self, name):
-        with pytest.raises(InputError, match=f"strategy {name} .* no few mixes .* keep the layers"):
+        with pytest.raises(
+            InputError, match=f"strategy {name} .* few fixed mixes .* keep the layers"
+        ):
             make(name).fixed_weights()
