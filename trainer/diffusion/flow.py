@@ -1,4 +1,4 @@
-"""Rectified flow: the path between data and noise, which t are trained, the target and the loss.
+"""Rectified flow: the path between data and noise, the t that are trained, target and loss.
 
 t is sigma: 0 is data, 1 is pure noise, and the shift is part of t (training and sampling share it).
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...schemas import FlowConfig
 
-# Below this t a velocity is not computed from x0: its error would be divided by almost nothing.
 MIN_T = 0.2
+"""Smallest t by which an error of x0 is divided."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Flow:
 
     Attributes:
         prediction: what the network predicts, ``velocity`` (noise - x0) or ``x0``.
-        t_mean, t_std: of the normal logit of t, before the shift.
+        t_mean, t_std: mean and deviation of the logit of t, which is normal, before the shift.
         shift: t <- shift t / (1 + (shift - 1) t).
     """
 
@@ -37,33 +37,33 @@ class Flow:
         return cls(config.prediction, config.t_mean, config.t_std, config.shift)
 
     def warp(self, t: Tensor) -> Tensor:
-        """The shift: a monotone map of [0, 1] onto itself that spends more of it near noise."""
+        """The shift: a monotone map of [0, 1] onto itself; above 1 it gives more of it to noise."""
         return self.shift * t / (self.shift * t + (1.0 - t))
 
     def sample_t(self, num: int, generator: torch.Generator) -> Tensor:
-        """fp32 [num] in [0, 1]: logit-normal, then shifted. Drawn on the generator's device."""
+        """fp32 [num] in [0, 1]: logit-normal, then shifted; on the generator's device."""
         z = torch.randn(num, generator=generator, device=generator.device)
         return self.warp(torch.sigmoid(self.t_mean + self.t_std * z))
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t."""
+        """x_t, of the shape of x0."""
         t = _like(t, x0)
         return (1.0 - t) * x0 + t * noise
 
     def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity dx/dt that a prediction stands for: (x_t - x0) / t where it is x0.
+        """The velocity dx/dt of a prediction: (x_t - x0) / t where the network predicts x0.
 
-        t must be above 0 where the network predicts x0.
+        t must be above 0 in that case.
         """
         if self.prediction == "velocity":
             return prediction
         return (x_t - prediction) / _like(t, x_t)
 
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of the velocity, one number a sample: fp32 [B].
+        """Mean squared error of the velocity per sample: fp32 [B].
 
-        Where the network predicts x0 its error is divided by max(t, 0.2)^2, which is the velocity's
-        error but for small t.
+        Where the network predicts x0, the error of x0 is divided by max(t, 0.2)^2, which is the
+        velocity's error except at small t.
         """
         target = noise - x0 if self.prediction == "velocity" else x0
         error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # [B]
@@ -72,7 +72,7 @@ class Flow:
     def schedule(self, num_steps: int) -> Tensor:
         """The t of a solver: fp64 [num_steps + 1] on the CPU, from exactly 1 down to exactly 0.
 
-        Equal steps, then the same shift as in training.
+        Equal steps, to which the shift of training is applied.
 
         Raises:
             ValueError: fewer than one step.
@@ -83,5 +83,5 @@ class Flow:
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to be multiplied with x."""
+    """[B] -> [B, 1, ...], which broadcasts with x."""
     return t.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,13 +1,13 @@
-"""How noisy is a latent really? Clocks for routing that depends on t.
+"""The actual noise level of a latent, for routing that depends on t.
 
 Gates learn which layers to read at noise level t. In training x_t has that much noise by
-construction. In sampling it has what the solver and guidance left in it, and the nominal t of the
-schedule is only its label (arXiv 2602.03510 names this the mismatch of time-wise routing). A clock
-says which t the gates are told: the nominal one, a shifted one, or one that is estimated from x_t
-itself. The network and the solver keep the nominal t.
+construction. In sampling it has what solver and guidance left in it, and the nominal t of the
+schedule is only a label (arXiv 2602.03510 calls this the mismatch of time-wise routing). A clock
+gives the t that routing sees: the nominal t, a shifted one, or one estimated from x_t itself. The
+network and the solver keep the nominal t.
 
-The model of a latent behind all of it: x = a x_0 + s n, with n of unit variance, is x_t times a
-factor for t = s / (a + s).
+The model of a latent behind this: x = a x_0 + s n, with n of unit variance, is a multiple of x_t
+for t = s / (a + s).
 
 Shapes: B batch, C channels, F features, M random frequencies, K bins of t.
 """
@@ -24,27 +24,31 @@ from torch import Tensor
 from ...schemas import InputError, write_whole
 
 MIN_LATENTS = 50
+"""Fewest latents to calibrate on."""
 NUM_FREQUENCIES = 1000
 RIDGE = 0.1
 LENGTH = 2.0
-"""Of the Gaussian kernel, in units of the root of the number of features."""
+"""Length of the Gaussian kernel, in units of the root of the number of features."""
 DRAWS = 4
-"""Noise levels that each latent is calibrated at."""
+"""Noise levels per latent in calibration."""
 NUM_BINS = 20
+"""Equal bins of t."""
 QUANTILE = 0.99
+"""Share of calibration latents within a bin's limit."""
 LEVELS = np.linspace(0.1, 0.9, 9)
+"""Quantiles of each channel that are features."""
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """shift t / (1 + (shift - 1) t), a monotone map of [0, 1] onto itself; below 1 towards 0."""
+    """shift t / (1 + (shift - 1) t), a monotone map of [0, 1] onto itself; towards 0 below 1."""
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
 def effective_t(x: Tensor, final: Tensor) -> Tensor:
-    """The noise level of latents by where their trajectory ended: the oracle.
+    """The noise level of latents, given the end of their trajectory: the oracle.
 
     The part of x along the final latent x_0 is signal, the rest is noise: a = <x, x_0> / <x_0,
-    x_0>, s = rms(x - a x_0), t = s / (a + s). For x = (1 - t) x_0 + t n it is t but for chance
+    x_0>, s = rms(x - a x_0), t = s / (a + s). For x = (1 - t) x_0 + t n this is t except for chance
     correlations of x_0 and n, which fall with the root of the number of elements. The paper
     measures "from the model's own final latent"; this formula is our reconstruction.
 
@@ -61,46 +65,47 @@ def effective_t(x: Tensor, final: Tensor) -> Tensor:
     return noise / (signal + noise).clamp(min=1e-12)
 
 
-def describe(x: Tensor) -> Tensor:
-    """What tells noise from picture: fp32 [B, F] of latents [B, C, h, w].
+def noise_features(x: Tensor) -> Tensor:
+    """Features that distinguish noise from image: fp32 [B, F] of latents [B, C, h, w].
 
-    Latents are divided by their RMS first: a common factor changes nothing, as it does not change a
-    signal-to-noise ratio. Then nine quantiles of each channel, and of up to three levels of a Haar
-    pyramid the logarithm of the RMS of details, and their mean and median absolute value relative
-    to it: noise is Gaussian and equal on all scales, pictures are neither.
+    Latents are first divided by their RMS, since a common factor does not change a signal-to-noise
+    ratio. Features are nine quantiles of each channel and, for up to three levels of a Haar
+    pyramid, the logarithm of the RMS of details, and their mean and median absolute value relative
+    to it: noise is Gaussian and equal on all scales, images are neither.
     """
     x = x.float()
     x = x / x.square().mean((1, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
-    found = [torch.quantile(x.flatten(2), levels, dim=2).permute(1, 2, 0).flatten(1)]
+    features = [torch.quantile(x.flatten(2), levels, dim=2).permute(1, 2, 0).flatten(1)]
     for _ in range(3):
         height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
         if min(height, width) < 2:
             break
         x = x[..., :height, :width]
+        # One Haar step on squares of 2 x 2 pixels, a b over c d: three details and a mean.
         a, b, c, d = (x[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
         details = torch.stack([a + b - c - d, a - b + c - d, a - b - c + d], 2).flatten(2) / 2
-        size = details.abs()
+        magnitude = details.abs()
         rms = details.square().mean(2).clamp(min=1e-8).sqrt()  # [B, C]
-        found += [rms.log(), size.mean(2) / rms, size.median(2).values / rms]
+        features += [rms.log(), magnitude.mean(2) / rms, magnitude.median(2).values / rms]
         x = (a + b + c + d) / 2
-    return torch.cat(found, 1)
+    return torch.cat(features, 1)
 
 
 @dataclass(frozen=True)
 class NoiseLevelEstimator:
     """t from x_t alone: ridge regression on random Fourier features (Rahimi & Recht 2007).
 
-    Calibrated on latents with noise of known t. What it says of latents that are like none of
-    these is a guess, so it also says how far they are from them.
+    Calibrated on latents with noise of known t. Its estimate for latents unlike these is a guess,
+    so it can also tell how far latents are from them: :meth:`outside`.
 
     Attributes:
-        mean, scale: fp32 [F], of the features.
+        mean, scale: fp32 [F], mean and deviation of the features.
         frequencies: fp32 [F, M], phases: fp32 [M].
         weights: fp32 [M + F + 1].
-        centres: fp32 [K, F], standardised features by bin of t; spreads: fp32 [K, F].
-        limits: fp32 [K], 99 % of calibration latents lie nearer to their bin's centre.
-        errors: fp32 [K], mean absolute error of t by bin, on latents that were not fitted.
+        centres: fp32 [K, F], standardised features per bin of t; spreads: fp32 [K, F].
+        limits: fp32 [K], 99 % of calibration latents are closer to the centre of their bin.
+        errors: fp32 [K], mean absolute error of t per bin, on latents that were not fitted.
     """
 
     mean: Tensor
@@ -121,19 +126,19 @@ class NoiseLevelEstimator:
         return (self._lift(self._standardised(x)) @ self.weights).clamp(0.0, 1.0)
 
     def outside(self, x: Tensor) -> Tensor:
-        """Whether latents are farther from the calibration latents of their t than 99 % of these
-        are: bool [B]. There the estimate is not calibrated."""
+        """Mask of latents that are farther from the calibration latents of their t than 99 % of
+        these are: bool [B]. Their estimate is not calibrated."""
         features = self._standardised(x)
         bins = _bins(self(x))
         return self._distance(features, bins) > self.limits[bins]
 
     @property
     def error(self) -> float:
-        """Mean absolute error of t on latents that were not fitted, t uniform."""
+        """Mean absolute error of t on latents that were not fitted, for uniform t."""
         return float(self.errors.mean())
 
     def on(self, device: torch.device) -> "NoiseLevelEstimator":
-        """The same on a device; itself where it is there."""
+        """A copy on a device, cached; itself where it is there already."""
         if self.mean.device == device:
             return self
         if device not in self._copies:
@@ -148,16 +153,16 @@ class NoiseLevelEstimator:
 
     @classmethod
     def load(cls, path: Path) -> "NoiseLevelEstimator":
-        """What :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: not the file of an estimator.
+            InputError: the file does not hold an estimator.
         """
         try:
             return cls(**load_file(path))
         except (SafetensorError, TypeError, OSError) as error:
             raise InputError(
-                f"{path} is no calibrated clock ({error}): remove it, and it is made anew"
+                f"{path} is not a calibrated clock ({error}): remove it, and it is made again"
             ) from error
 
     @classmethod
@@ -165,11 +170,11 @@ class NoiseLevelEstimator:
         return [each for each in fields(cls) if each.init]
 
     def _standardised(self, x: Tensor) -> Tensor:
-        features = describe(x)
+        features = noise_features(x)
         if features.shape[1] != len(self.mean):
             raise InputError(
                 f"latents {list(x.shape[1:])} have {features.shape[1]} features, but this clock "
-                f"was calibrated on latents with {len(self.mean)}: calibrate it on such latents"
+                f"was calibrated on latents with {len(self.mean)}: calibrate it on these latents"
             )
         return (features - self.mean) / self.scale
 
@@ -179,15 +184,15 @@ class NoiseLevelEstimator:
         return torch.cat([waves, features, ones], 1)  # [B, M + F + 1]
 
     def _distance(self, features: Tensor, bins: Tensor) -> Tensor:
-        away = (features - self.centres[bins]) / self.spreads[bins]
-        return away.square().mean(1).sqrt()
+        distance = (features - self.centres[bins]) / self.spreads[bins]
+        return distance.square().mean(1).sqrt()
 
 
 def calibrate(latents: Tensor, *, seed: int = 0) -> NoiseLevelEstimator:
-    """Fit an estimator to latents [B, C, h, w]: four fifths are fitted, the rest tells its error.
+    """Fit an estimator to latents [B, C, h, w]: four fifths are fitted, the rest measure its error.
 
     Raises:
-        InputError: fewer latents than can be split and binned.
+        InputError: too few latents to split and bin.
     """
     if len(latents) < MIN_LATENTS:
         raise InputError(
@@ -198,7 +203,7 @@ def calibrate(latents: Tensor, *, seed: int = 0) -> NoiseLevelEstimator:
     cut = len(latents) * 4 // 5
     fitted, t = _noised(latents[:cut], generator)
     fresh, t_fresh = _noised(latents[cut:], generator)
-    features = describe(fitted)
+    features = noise_features(fitted)
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
     features = (features - mean) / scale
     num = features.shape[1]
@@ -219,23 +224,23 @@ def calibrate(latents: Tensor, *, seed: int = 0) -> NoiseLevelEstimator:
     weights = torch.linalg.solve(gram, lifted.T @ t.double()).float()
     draft = replace(draft, weights=weights)
     bins = _bins(t_fresh)
-    away = draft._distance(draft._standardised(fresh), bins)
+    distances = draft._distance(draft._standardised(fresh), bins)
     wrong = (draft(fresh) - t_fresh).abs()
-    each = [bins == number for number in range(NUM_BINS)]
-    limits = torch.stack([torch.quantile(away[part], QUANTILE) for part in each])
-    errors = torch.stack([wrong[part].mean() for part in each])
+    masks = [bins == number for number in range(NUM_BINS)]
+    limits = torch.stack([torch.quantile(distances[mask], QUANTILE) for mask in masks])
+    errors = torch.stack([wrong[mask].mean() for mask in masks])
     return replace(draft, limits=limits, errors=errors)
 
 
 def _noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents under several t each, which are spread evenly: [DRAWS * B, C, h, w], [DRAWS * B]."""
+    """Latents with noise of several t each, evenly spread: [DRAWS * B, C, h, w], [DRAWS * B]."""
     x0 = latents.repeat(DRAWS, 1, 1, 1)
     num = len(x0)
     t = (torch.arange(num) + torch.rand(num, generator=generator)) / num
     t = t[torch.randperm(num, generator=generator)]
     noise = torch.randn(x0.shape, generator=generator)
-    at = t.reshape(-1, 1, 1, 1)
-    return (1 - at) * x0 + at * noise, t
+    level = t.reshape(-1, 1, 1, 1)
+    return (1 - level) * x0 + level * noise, t
 
 
 def _bins(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Solving dx/dt = v from noise to data, with classifier-free guidance. Plain functions.
+"""Sampling: solving dx/dt = v from noise to data, with classifier-free guidance.
 
 Shapes: B batch, C channels, R rows (tokens of all captions, packed), U captions, L layers, H text
 width.
@@ -17,7 +17,7 @@ from .noise import starting_noise
 
 
 class Model(Protocol):
-    """What sampling asks of a network; see ``trainer.dit.DiT``."""
+    """What sampling needs of a network; see :class:`semroute.trainer.model.dit.DiT`."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
@@ -33,10 +33,10 @@ class Model(Protocol):
 
 
 Conditioning = Callable[[Tensor], Any]
-"""t [B] -> what the model's ``denoise`` reads as text at that t."""
+"""t [B] -> the text that the model's ``denoise`` reads at that t."""
 
 NoiseLevelMap = Callable[[Tensor, Tensor], Tensor]
-"""x_t [B, C, h, w] and nominal t [B] -> the t that gates are told, [B]; see ``trainer.clock``."""
+"""x_t [B, C, h, w] and nominal t [B] -> the t that routing sees, [B]; see :mod:`.noise_level`."""
 
 Callback = Callable[[int, float, Tensor], None]
 """Called after each step with the number of steps done, t and x_t [B, C, h, w]."""
@@ -44,18 +44,18 @@ Callback = Callable[[int, float, Tensor], None]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the way from noise to data is gone.
+    """How to integrate from noise to data.
 
     Attributes:
-        num_steps: of the schedule.
+        num_steps: steps of the schedule.
         cfg_scale: guidance mixes velocities, ``null + cfg_scale (text - null)`` (Ho & Salimans
             2022); at 1 the null text is not computed at all.
-        cfg_interval: lowest and highest t that are guided. Outside it, steps are taken without
-            guidance and without its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-        method: ``euler``, one evaluation a step; or ``heun``, two, of second order (Karras et al.
-            2022, arXiv 2206.00364, algorithm 1), whose last step is Euler's.
-        clock: what gates of the noise level are told in place of the nominal t, which network and
-            solver keep. None: the nominal t. Of no effect where routing does not depend on t.
+        cfg_interval: lowest and highest t with guidance. Outside it, steps have neither guidance
+            nor its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        method: ``euler``, one evaluation per step; or ``heun``, two, of second order (Karras et al.
+            2022, arXiv 2206.00364, algorithm 1), except for the last step, which is Euler's.
+        clock: the t that routing sees in place of the nominal t, which network and solver keep.
+            None: the nominal t. Without effect where routing does not depend on t.
     """
 
     num_steps: int = 50
@@ -66,9 +66,10 @@ class SamplingConfig:
 
 
 def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
-    """The text of a batch for any t: computed once and kept, unless the routing depends on t.
+    """The text of a batch for any t: computed once, unless the routing depends on t.
 
-    Args as ``DiT.encode_text``.
+    Args:
+        hidden, offsets, caption: as for :meth:`semroute.trainer.model.dit.DiT.encode_text`.
     """
     if model.router.depends_on_t:
         return lambda t: model.encode_text(hidden, offsets, caption, t)
@@ -82,14 +83,14 @@ def solve(
     text: Conditioning,
     null: Conditioning | None,
     noise: Tensor,
-    how: SamplingConfig,
+    config: SamplingConfig,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Along the flow's schedule, from t = 1 to t = 0.
+    """Integrate along the flow's schedule, from t = 1 to t = 0.
 
     Args:
-        text, null: what the captions and the null caption give at any t; null may be None at a
-            scale of 1.
+        text, null: the text of the captions and of the null caption at any t; null may be None at
+            a scale of 1.
         noise: [B, C, h, w], x at t = 1.
 
     Returns:
@@ -98,27 +99,27 @@ def solve(
     Raises:
         ValueError: guidance without the null text.
     """
-    if how.cfg_scale != 1.0 and null is None:
+    if config.cfg_scale != 1.0 and null is None:
         raise ValueError(
-            f"cfg_scale is {how.cfg_scale} but there is no null text to guide away from: pass the "
-            "null caption's features, or cfg_scale=1"
+            f"cfg_scale is {config.cfg_scale} but there is no null text to guide away from: pass "
+            "the null caption's features, or cfg_scale=1"
         )
-    low, high = how.cfg_interval
+    low, high = config.cfg_interval
 
     def velocity(x: Tensor, now: float) -> Tensor:
         t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
-        told = t if how.clock is None else how.clock(x, t)
-        v = flow.to_velocity(model.denoise(x, t, text(told)), x, t)
-        if null is None or how.cfg_scale == 1.0 or not low <= now <= high:
+        t_routing = t if config.clock is None else config.clock(x, t)
+        v = flow.to_velocity(model.denoise(x, t, text(t_routing)), x, t)
+        if null is None or config.cfg_scale == 1.0 or not low <= now <= high:
             return v
-        v_null = flow.to_velocity(model.denoise(x, t, null(told)), x, t)
-        return v_null + how.cfg_scale * (v - v_null)
+        v_null = flow.to_velocity(model.denoise(x, t, null(t_routing)), x, t)
+        return v_null + config.cfg_scale * (v - v_null)
 
-    schedule = flow.schedule(how.num_steps).tolist()
+    schedule = flow.schedule(config.num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
         v = velocity(x, now)
-        if how.method == "heun" and step < how.num_steps:
+        if config.method == "heun" and step < config.num_steps:
             v = (v + velocity(x + (after - now) * v, after)) / 2
         x = x + (after - now) * v
         if callback is not None:
@@ -133,35 +134,35 @@ def sample(
     hidden: Tensor,
     offsets: Tensor,
     null_hidden: Tensor | None = None,
-    how: SamplingConfig = SamplingConfig(),
+    config: SamplingConfig = SamplingConfig(),
     *,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int, int] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """One latent a caption.
+    """One latent per caption.
 
     Args:
-        model: on the device of ``hidden``.
+        model: a network on the device of ``hidden``.
         hidden: [R, len(router.layers_read), H] packed rows of U captions, any float dtype.
         offsets: int64 [U + 1].
-        null_hidden: [R0, len(router.layers_read), H], the rows of the null caption; not needed at
+        null_hidden: [R0, len(router.layers_read), H], rows of the null caption; not needed at
             cfg_scale 1.
-        seed, numbers: the noise of sample i is a function of (seed, numbers[i]), by default of
-            (seed, i): to sample a list in batches, pass the numbers of each.
+        seed, numbers: the noise of latent i is a function of (seed, numbers[i]), by default of
+            (seed, i). To sample a list in batches, pass the numbers of each batch.
         shape: (C, h, w) of the latents, by default ``model.latent_shape``.
 
     Returns:
-        fp32 [U, C, h, w] on the device of ``hidden``, in the units the model was trained on.
+        fp32 [U, C, h, w] on the device of ``hidden``, in the units that the model was trained on.
     """
     num = len(offsets) - 1
     text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device))
     null = None
-    if null_hidden is not None and how.cfg_scale != 1.0:
+    if null_hidden is not None and config.cfg_scale != 1.0:
         ends = torch.tensor([0, len(null_hidden)])
         null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
     numbers = range(num) if numbers is None else numbers
     shape = model.latent_shape if shape is None else shape
     noise = starting_noise(shape, seed=seed, numbers=numbers).to(hidden.device)
-    return solve(model, flow, text, null, noise, how, callback)
+    return solve(model, flow, text, null, noise, config, callback)

@@ -15,7 +15,7 @@ from ...schemas import InputError
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
 CAPTIONS = "captions.jsonl"
-"""In a folder of pictures: a line a picture, its file and its caption."""
+"""List of a folder of images: one line per image, with its file and its caption."""
 
 
 def sample_grid(
@@ -25,20 +25,21 @@ def sample_grid(
     *,
     columns: int = 6,
 ) -> Figure:
-    """Images over their captions, enlarged pixel by pixel.
+    """Images above their captions, enlarged without interpolation.
 
     Args:
         images: [N, height, width, 3] uint8.
-        marks: whether each is right: a green tick or a red cross, and a frame of that colour.
+        marks: True for images that are right, which get a green tick and frame; otherwise a red
+            cross and frame.
 
     Raises:
-        InputError: no images, or not one caption (and mark) an image.
+        InputError: no images, or not one caption (and mark) per image.
     """
-    found = {len(images), len(captions), len(images if marks is None else marks)}
-    if len(found) > 1 or not len(images):
+    lengths = {len(images), len(captions), len(images if marks is None else marks)}
+    if len(lengths) > 1 or not len(images):
         raise InputError(
             f"found {len(images)} images, {len(captions)} captions and "
-            f"{'no' if marks is None else len(marks)} marks, expected one of each an image"
+            f"{'no' if marks is None else len(marks)} marks, expected one of each per image"
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -54,7 +55,7 @@ def sample_grid(
     for number, (axes, image, text) in enumerate(zip(panels.flat, images, wrapped, strict=False)):
         axes.imshow(image, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-        padded = text + [""] * (lines - len(text))  # so that all rows of panels are alike
+        padded = text + [""] * (lines - len(text))  # all rows of panels are equally high
         axes.set_xlabel("\n".join(padded), fontsize=8, color=INK, labelpad=3)
         axes.spines[:].set_visible(False)
         if marks is not None:
@@ -78,25 +79,25 @@ def sample_grid(
 def save_images(
     out: Path, images: NDArray[np.uint8], captions: Sequence[str], grid: Figure
 ) -> list[Path]:
-    """Write each image as a PNG, ``captions.jsonl`` that says which is which, and a grid of all.
+    """Write one PNG per image, the list ``captions.jsonl``, and the grid of all images.
 
     Args:
         images: uint8 [N, height, width, 3].
         grid: from :func:`sample_grid`.
 
     Returns:
-        The grid, and the list of captions.
+        Paths of the grid and of the list.
     """
     out.mkdir(parents=True, exist_ok=True)
-    listed = out / CAPTIONS
-    if listed.exists():  # of an earlier time, perhaps with more pictures
-        for line in listed.read_text("utf-8").splitlines():
+    list_path = out / CAPTIONS
+    if list_path.exists():  # remove earlier images, of which there may be more
+        for line in list_path.read_text("utf-8").splitlines():
             (out / Path(json.loads(line)["image"]).name).unlink(missing_ok=True)
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"
         Image.fromarray(image).save(out / name)
         lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
-    listed.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    list_path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     grid.savefig(out / "grid.png", dpi=DPI)
-    return [out / "grid.png", listed]
+    return [out / "grid.png", list_path]

@@ -1,34 +1,27 @@
-"""Figures of routing weights."""
+"""Figures of routing weights.
+
+Shapes: D blocks, L layers, T noise levels, S logged steps, P points (of t or steps).
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ...pipeline.style import (
-    COLOUR_MAP,
-    FAINT,
-    INK,
-    LINES,
-    SIGNED_COLOUR_MAP,
-    Figure,
-    clean,
-    layer_ticks,
-)
+from ...pipeline.style import FAINT, INK, LINES, Figure, clean, layer_ticks
 from ...schemas import InputError
+from .axes import block_ticks, mark_uniform, weight_colours
 
 
 def routing_heatmap(
     weights: NDArray[np.floating[Any]], layers: Sequence[int], title: str = "Routing weights"
 ) -> Figure:
-    """Which layers each block reads: weights alpha [D, L], above them their mean over the blocks.
+    """The layers that each block reads: weights alpha [D, L], and above them the mean over blocks.
 
     The weight that every layer has under ``uniform``, 1/L, is marked in the mean and on the colour
-    bar. Where every block reads the same mix only that is drawn. Weights of both signs have colours
-    that part at zero.
+    bar. Where every block reads the same mix, the figure shows only that. Weights of both signs
+    have a colour map that is white at zero.
 
     Raises:
         InputError: weights that are not [D, len(layers)].
@@ -45,9 +38,10 @@ def routing_heatmap(
         top = figure.add_subplot()
     else:
         top, main = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, height))
-        drawn = main.imshow(weights, aspect="auto", **weight_colours(weights))
-        _block_ticks(main, num_blocks)
-        mark_uniform(figure.colorbar(drawn, ax=main, pad=0.02), num_layers)
+        mesh = main.imshow(weights, aspect="auto", **weight_colours(weights))
+        block_ticks(main, num_blocks)
+        main.set_ylabel("DiT block", color=INK)
+        mark_uniform(figure.colorbar(mesh, ax=main, pad=0.02), num_layers)
     top.bar(range(num_layers), weights.mean(0), width=0.8, color=LINES[0])
     top.axhline(1 / num_layers, color=INK, linewidth=1, linestyle="--")
     word = top.annotate(
@@ -80,9 +74,9 @@ def routing_over_time(
     layers: Sequence[int],
     title: str = "Routing weights over the noise level",
 ) -> Figure:
-    """How the mix changes with the noise level: weights alpha [T, D, L] at ascending t [T].
+    """The mix over the noise level: weights alpha [T, D, L] at ascending t [T].
 
-    A panel a block, all on one colour scale; one panel where every block reads the same mix.
+    One panel per block, all on one colour scale; a single panel where all blocks read the same mix.
 
     Raises:
         InputError: weights that are not [T, D, len(layers)], or t that does not ascend.
@@ -107,21 +101,21 @@ def routing_over_steps(
     layers: Sequence[int],
     title: str = "Routing weights over the steps",
 ) -> Figure:
-    """How the mix was learned: weights alpha [S, D, L] after ascending steps [S].
+    """The mix over training: weights alpha [S, D, L] after ascending steps [S].
 
-    A panel a block, all on one colour scale; one panel where every block reads the same mix.
+    One panel per block, all on one colour scale; a single panel where all blocks read the same mix.
 
     Raises:
         InputError: weights that are not [S, D, len(layers)], or fewer than two steps.
     """
     weights = _checked(weights, ("S", "D", "L"), layers)
-    places = np.asarray(steps, np.float64)
-    if places.shape != weights.shape[:1] or len(places) < 2 or (np.diff(places) <= 0).any():
+    steps = np.asarray(steps, np.float64)
+    if steps.shape != weights.shape[:1] or len(steps) < 2 or (np.diff(steps) <= 0).any():
         raise InputError(
-            f"found steps of shape {list(places.shape)} for {len(weights)} rows of weights, "
+            f"found steps of shape {list(steps.shape)} for {len(weights)} rows of weights, "
             "expected as many, at least two, ascending"
         )
-    figure = _block_panels(weights, places, layers, along_x=True)
+    figure = _block_panels(weights, steps, layers, along_x=True)
     figure.suptitle(title, color=INK)
     figure.supxlabel("step", color=INK, fontsize=10)
     figure.supylabel("LLM layer", color=INK, fontsize=10)
@@ -130,12 +124,16 @@ def routing_over_steps(
 
 def _block_panels(
     weights: NDArray[np.floating[Any]],
-    places: NDArray[np.floating[Any]],
+    points: NDArray[np.floating[Any]],
     layers: Sequence[int],
     *,
     along_x: bool,
 ) -> Figure:
-    """Weights [P, D, L] at ascending places, a panel a block: layers along x, or places."""
+    """Weights [P, D, L] at ascending points, one panel per block.
+
+    Args:
+        along_x: points along x and layers along y; otherwise the other way round.
+    """
     if (weights == weights[:, :1]).all():
         weights = weights[:, :1]
     num_blocks, num_layers = weights.shape[1:]
@@ -144,21 +142,22 @@ def _block_panels(
     size = (6.5, 4.0) if num_blocks == 1 else (1.2 + 2.6 * columns, 1.2 + 1.9 * rows)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    edges = np.concatenate([places[:1], (places[1:] + places[:-1]) / 2, places[-1:]])
-    of_layers = np.arange(num_layers + 1) - 0.5
+    # Cells end halfway between points: points 0, 100, 300 have edges 0, 50, 200, 300.
+    edges = np.concatenate([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])
+    layer_edges = np.arange(num_layers + 1) - 0.5
     for block, axes in enumerate(panels.flat):
         if block >= num_blocks:
             axes.set_visible(False)
             continue
         grid = weights[:, block].T if along_x else weights[:, block]
-        sides = (edges, of_layers) if along_x else (of_layers, edges)
-        drawn = axes.pcolormesh(*sides, grid, rasterized=True, **weight_colours(weights))
+        sides = (edges, layer_edges) if along_x else (layer_edges, edges)
+        mesh = axes.pcolormesh(*sides, grid, rasterized=True, **weight_colours(weights))
         if num_blocks > 1:
             axes.set_title(f"block {block + 1}", fontsize=9, color=INK)
         axis = axes.yaxis if along_x else axes.xaxis
         layer_ticks(axis, layers, most=12 if num_blocks == 1 else 6)
         axes.tick_params(colors=INK, labelsize=8)
-    mark_uniform(figure.colorbar(drawn, ax=panels, pad=0.02, aspect=10 + 10 * rows), num_layers)
+    mark_uniform(figure.colorbar(mesh, ax=panels, pad=0.02, aspect=10 + 10 * rows), num_layers)
     return figure
 
 
@@ -172,39 +171,3 @@ def _checked(
             f"[{', '.join(axes)}] with L = {len(layers)}"
         )
     return weights
-
-
-def _block_ticks(axes: Axes, num_blocks: int) -> None:
-    step = -(-num_blocks // 12)
-    places = range(0, num_blocks, step)
-    axes.set_yticks(places, [str(place + 1) for place in places])
-    axes.set_ylabel("DiT block", color=INK)
-
-
-def weight_colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
-    """Colour map and limits: to twice uniform at least, so that noise around uniform does not look
-    like routing."""
-    limit = max(float(np.abs(weights).max()), 2 / weights.shape[-1])
-    if weights.min() >= 0:
-        return {"cmap": COLOUR_MAP, "vmin": 0, "vmax": limit}
-    return {"cmap": SIGNED_COLOUR_MAP, "vmin": -limit, "vmax": limit}
-
-
-def mark_uniform(bar: Any, num_layers: int) -> None:
-    """A line and a word at 1/L on a colour bar."""
-    bar.outline.set_visible(False)
-    bar.ax.axhline(1 / num_layers, color="white", linewidth=1.5)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
-    bar.ax.annotate(
-        "uniform",
-        (0, 1 / num_layers),
-        xycoords=("axes fraction", "data"),
-        xytext=(-3, 0),
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        rotation=90,
-        fontsize=7,
-        color=INK,
-    )

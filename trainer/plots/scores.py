@@ -7,10 +7,11 @@ import pyarrow as pa
 from matplotlib.ticker import PercentFormatter
 
 from ...pipeline.style import FAINT, INK, LINES, Figure, clean
+from .axes import legend_below
 
 
 def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
-    """One bar per skill and split with its 95 % interval, and chance as a mark across it.
+    """One bar per skill and split, with its 95 % interval and a mark at chance.
 
     Args:
         scores: ``EVALUATION_SCHEMA``, see :class:`semroute.trainer.runs.scores.Evaluation`.
@@ -24,14 +25,14 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
     width = 0.8 / len(by_split)
     chances = []
     for number, (split, rows) in enumerate(by_split.items()):
-        places = [
-            skills.index(skill) + width * (number - (len(by_split) - 1) / 2) for skill in rows
-        ]
+        # Bars of a skill stand side by side, centred on its tick.
+        offset = width * (number - (len(by_split) - 1) / 2)
+        centres = [skills.index(skill) + offset for skill in rows]
         heights = [row["accuracy"] for row in rows.values()]
         below = [row["accuracy"] - row["low"] for row in rows.values()]
         above = [row["high"] - row["accuracy"] for row in rows.values()]
         axes.bar(
-            places,
+            centres,
             heights,
             width * 0.92,
             yerr=np.clip([below, above], 0, None),
@@ -41,15 +42,15 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
             label=split,
         )
         chances += [
-            (place, row["chance"])
-            for place, row in zip(places, rows.values(), strict=True)
+            (centre, row["chance"])
+            for centre, row in zip(centres, rows.values(), strict=True)
             if row["chance"] is not None
         ]
     if chances:
         axes.hlines(
             [chance for _, chance in chances],
-            [place - width / 2 for place, _ in chances],
-            [place + width / 2 for place, _ in chances],
+            [centre - width / 2 for centre, _ in chances],
+            [centre + width / 2 for centre, _ in chances],
             color="black",
             linewidth=1.6,
             linestyle=(0, (1.5, 1)),
@@ -64,12 +65,10 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
     clean(axes)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda number: labels[number] == "chance")
-    figure.legend(
+    legend_below(
+        figure,
         [handles[number] for number in order],
         [labels[number] for number in order],
-        loc="outside lower center",
-        ncols=len(order),
-        frameon=False,
-        labelcolor=INK,
+        columns=len(order),
     )
     return figure

@@ -13,15 +13,15 @@ from semroute.trainer.diffusion.noise_level import (
 from semroute.trainer.runs.noise_level import CLOCK, make_clock, open_estimator
 
 
-def pictures(num, size=16, seed=0):
-    """Bright boxes on a dark ground: pictures that are not noise."""
+def images(num, size=16, seed=0):
+    """Bright boxes on a dark ground: images that are not noise."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.full((num, 3, size, size), -0.8)
+    boxes = torch.full((num, 3, size, size), -0.8)
     corners = torch.randint(0, size // 2, (num, 2), generator=generator).tolist()
     colours = torch.rand(num, 3, generator=generator)
-    for image, (top, left), colour in zip(images, corners, colours, strict=True):
+    for image, (top, left), colour in zip(boxes, corners, colours, strict=True):
         image[:, top : top + size // 3, left : left + size // 3] = colour[:, None, None]
-    return images
+    return boxes
 
 
 def noised(images, t, seed=1):
@@ -31,17 +31,17 @@ def noised(images, t, seed=1):
 
 @pytest.fixture(scope="module")
 def estimator():
-    return calibrate(pictures(1000))
+    return calibrate(images(1000))
 
 
 class TestOracle:
     @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.8, 1.0])
     def test_reads_the_level_that_noise_was_added_at(self, t):
-        final = pictures(64, size=64)
+        final = images(64, size=64)
         assert effective_t(noised(final, t), final).mean() == pytest.approx(t, abs=0.01)
 
     def test_a_common_factor_changes_nothing(self):
-        final = pictures(8)
+        final = images(8)
         x = noised(final, 0.4)
         torch.testing.assert_close(effective_t(3 * x, final), effective_t(x, final))
 
@@ -53,30 +53,30 @@ class TestOracle:
 
 class TestEstimator:
     @pytest.mark.parametrize("t", [0.05, 0.3, 0.6, 0.95])
-    def test_reads_new_pictures_within_its_stated_error(self, estimator, t):
-        read = estimator(noised(pictures(400, seed=5), t))
+    def test_reads_new_images_within_its_stated_error(self, estimator, t):
+        read = estimator(noised(images(400, seed=5), t))
         own = float(estimator.errors[int(t * 20)])
         assert (read - t).abs().mean() < 1.5 * own + 0.005
         assert own < 0.06
 
     def test_says_which_latents_it_does_not_know(self, estimator):
-        fresh = noised(pictures(400, seed=5), 0.3)
+        fresh = noised(images(400, seed=5), 0.3)
         assert estimator.outside(fresh).float().mean() < 0.05
         stripes = torch.sign(torch.sin(torch.arange(16.0)))[:, None].expand(400, 3, 16, 16)
         assert estimator.outside(noised(3 * stripes, 0.3)).float().mean() > 0.9
 
     def test_a_common_factor_changes_nothing(self, estimator):
-        x = noised(pictures(8), 0.5)
+        x = noised(images(8), 0.5)
         torch.testing.assert_close(estimator(3 * x), estimator(x), rtol=1e-3, atol=1e-3)
 
     def test_is_a_function_of_its_latents(self, estimator):
-        again = calibrate(pictures(1000))
-        x = noised(pictures(8), 0.5)
+        again = calibrate(images(1000))
+        x = noised(images(8), 0.5)
         assert torch.equal(again(x), estimator(x))
 
     def test_is_written_and_read(self, estimator, tmp_path):
         estimator.save(tmp_path / CLOCK)
-        x = noised(pictures(8), 0.5)
+        x = noised(images(8), 0.5)
         assert torch.equal(NoiseLevelEstimator.load(tmp_path / CLOCK)(x), estimator(x))
         assert NoiseLevelEstimator.load(tmp_path / CLOCK).error == estimator.error
 
@@ -86,18 +86,18 @@ class TestEstimator:
 
     def test_refuses_too_few_latents(self):
         with pytest.raises(InputError, match="found 49 latents to calibrate a clock on"):
-            calibrate(pictures(49))
+            calibrate(images(49))
 
     def test_refuses_another_file(self, tmp_path):
         (tmp_path / CLOCK).write_bytes(b"nonsense")
-        with pytest.raises(InputError, match="is no calibrated clock"):
+        with pytest.raises(InputError, match="is not a calibrated clock"):
             open_estimator(tmp_path, "nowhere")
 
 
 class TestMakeClock:
     def test_names(self, estimator, tmp_path):
         estimator.save(tmp_path / CLOCK)
-        x, t = noised(pictures(4), 0.5), torch.full((4,), 0.5)
+        x, t = noised(images(4), 0.5), torch.full((4,), 0.5)
         assert make_clock("nominal", tmp_path, "nowhere") is None
         assert torch.equal(make_clock("shift:0.5", tmp_path, "nowhere")(x, t), shifted(t, 0.5))
         assert torch.equal(make_clock("estimated", tmp_path, "nowhere")(x, t), estimator(x))
@@ -111,6 +111,6 @@ class TestMakeClock:
 @given(t=st.floats(0, 1), shift=st.floats(0.1, 10))
 @settings(max_examples=50)
 def test_a_shift_keeps_the_ends_and_is_undone_by_its_inverse(t, shift):
-    told = shifted(torch.tensor([0.0, t, 1.0], dtype=torch.float64), shift)
-    assert (told[0], told[2]) == (0.0, pytest.approx(1.0))
-    assert shifted(told, 1 / shift)[1].item() == pytest.approx(t, abs=1e-9)
+    moved = shifted(torch.tensor([0.0, t, 1.0], dtype=torch.float64), shift)
+    assert (moved[0], moved[2]) == (0.0, pytest.approx(1.0))
+    assert shifted(moved, 1 / shift)[1].item() == pytest.approx(t, abs=1e-9)

@@ -55,16 +55,16 @@ class TestSolve:
         flow = Flow(prediction, shift=3.0)
         x0 = torch.full((2, *SHAPE), 0.4)
         noise = torch.randn(2, *SHAPE)
-        how = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
-        out = solve(Towards(flow), flow, lambda t: x0, None, noise, how)
+        config = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
+        out = solve(Towards(flow), flow, lambda t: x0, None, noise, config)
         torch.testing.assert_close(out, x0, rtol=1e-4, atol=1e-4)
 
     def test_guidance_extrapolates_from_the_null_text(self, prediction):
         flow = Flow(prediction)
         text, null = torch.full((1, *SHAPE), 1.0), torch.full((1, *SHAPE), 0.25)
-        how = SamplingConfig(num_steps=1, cfg_scale=3.0)
+        config = SamplingConfig(num_steps=1, cfg_scale=3.0)
         noise = torch.randn(1, *SHAPE)
-        out = solve(Towards(flow), flow, lambda t: text, lambda t: null, noise, how)
+        out = solve(Towards(flow), flow, lambda t: text, lambda t: null, noise, config)
         torch.testing.assert_close(out, null + 3.0 * (text - null), rtol=1e-4, atol=1e-4)
 
     def test_scale_one_never_computes_the_null_text(self, prediction):
@@ -89,27 +89,27 @@ class TestSolve:
         text, null = torch.full((1, *SHAPE), 1.0), torch.full((1, *SHAPE), 0.25)
         noise = torch.randn(1, *SHAPE)
 
-        def draw(**how):
+        def integrate(**options):
             calls = []
 
             def unguided(t):
                 calls.append(t.item())
                 return null
 
-            solver = SamplingConfig(num_steps=4, **how)
-            return solve(Towards(flow), flow, lambda t: text, unguided, noise, solver), calls
+            config = SamplingConfig(num_steps=4, **options)
+            return solve(Towards(flow), flow, lambda t: text, unguided, noise, config), calls
 
-        plain, _ = draw(cfg_scale=1.0)
-        whole, calls = draw(cfg_scale=3.0)
+        plain, _ = integrate(cfg_scale=1.0)
+        whole, calls = integrate(cfg_scale=3.0)
         assert calls == pytest.approx([1.0, 0.75, 0.5, 0.25])
-        never, calls = draw(cfg_scale=3.0, cfg_interval=(0.1, 0.2))
+        never, calls = integrate(cfg_scale=3.0, cfg_interval=(0.1, 0.2))
         assert calls == []
         assert torch.equal(never, plain)
         # The last step of an exact model decides.
-        early, calls = draw(cfg_scale=3.0, cfg_interval=(0.5, 0.75))
+        early, calls = integrate(cfg_scale=3.0, cfg_interval=(0.5, 0.75))
         assert calls == pytest.approx([0.75, 0.5])
         torch.testing.assert_close(early, plain, rtol=1e-4, atol=1e-4)
-        late, calls = draw(cfg_scale=3.0, cfg_interval=(0.2, 0.5))
+        late, calls = integrate(cfg_scale=3.0, cfg_interval=(0.2, 0.5))
         assert calls == pytest.approx([0.5, 0.25])
         torch.testing.assert_close(late, whole, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(late, plain, atol=0.1)
@@ -132,9 +132,9 @@ class TestSolve:
         assert torch.equal(seen[-1][2], out)
 
     @pytest.mark.parametrize("method", ["euler", "heun"])
-    def test_a_clock_tells_the_text_and_not_the_network(self, prediction, method):
+    def test_a_clock_changes_the_t_of_the_text_and_not_of_the_network(self, prediction, method):
         flow = Flow(prediction)
-        told, nominal = [], []
+        seen, nominal = [], []
         x0 = torch.zeros(2, *SHAPE)
 
         class Watched(Towards):
@@ -143,18 +143,18 @@ class TestSolve:
                 return super().denoise(x_t, t, text)
 
         def text(t):
-            told.append(t.tolist())
+            seen.append(t.tolist())
             return x0
 
         def clock(x, t):
             assert x.shape == (2, *SHAPE)
             return t / 2
 
-        how = SamplingConfig(2, cfg_scale=3.0, method=method, clock=clock)
-        solve(Watched(flow), flow, text, text, torch.randn(2, *SHAPE), how)
+        config = SamplingConfig(2, cfg_scale=3.0, method=method, clock=clock)
+        solve(Watched(flow), flow, text, text, torch.randn(2, *SHAPE), config)
         levels = [1.0, 0.5] if method == "euler" else [1.0, 0.5, 0.5]
         assert nominal == [[t, t] for t in levels for _ in ("text", "null")]
-        assert told == [[t / 2, t / 2] for t in levels for _ in ("text", "null")]
+        assert seen == [[t / 2, t / 2] for t in levels for _ in ("text", "null")]
 
 
 class Curved:
@@ -171,8 +171,9 @@ def test_heun_is_of_second_order():
     exact = noise / torch.e
 
     def error(method, num_steps):
-        how = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
-        return (solve(Curved(), Flow(), lambda t: t, None, noise, how) - exact).abs().max().item()
+        config = SamplingConfig(num_steps, cfg_scale=1.0, method=method)
+        found = solve(Curved(), Flow(), lambda t: t, None, noise, config)
+        return (found - exact).abs().max().item()
 
     # The last step is Euler's, whose own error of one step is of second order too.
     assert error("euler", 20) / error("euler", 40) == pytest.approx(2.0, abs=0.2)
@@ -193,7 +194,7 @@ class TestStartingNoise:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 class TestSample:
-    def test_batches_do_not_change_a_picture(self, strategy):
+    def test_batches_do_not_change_an_image(self, strategy):
         model, flow = dit(strategy), Flow()
         hidden, offsets, null = captions()
         together = sample(model, flow, hidden, offsets, null, SamplingConfig(3, 2.0), seed=5)
@@ -222,11 +223,11 @@ class TestSample:
     def test_guidance_without_the_null_caption_is_refused(self, strategy):
         hidden, offsets, _ = captions()
         with pytest.raises(ValueError, match=r"cfg_scale is 6.0 but there is no null text"):
-            sample(dit(strategy), Flow(), hidden, offsets, how=SamplingConfig(2))
+            sample(dit(strategy), Flow(), hidden, offsets, config=SamplingConfig(2))
 
     def test_needs_no_null_caption_without_guidance(self, strategy):
         model, flow = dit(strategy), Flow()
         hidden, offsets, null = captions()
-        how = SamplingConfig(num_steps=2, cfg_scale=1.0)
-        without = sample(model, flow, hidden, offsets, how=how)
-        assert torch.equal(without, sample(model, flow, hidden, offsets, null, how))
+        config = SamplingConfig(num_steps=2, cfg_scale=1.0)
+        without = sample(model, flow, hidden, offsets, config=config)
+        assert torch.equal(without, sample(model, flow, hidden, offsets, null, config))

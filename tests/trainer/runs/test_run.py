@@ -49,7 +49,8 @@ class TestLoadRun:
         run = load_run(run_path)
         assert run.step == 4
         hidden = torch.randn(3, 4, 32)
-        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), how=SamplingConfig(2, 1.0))
+        config = SamplingConfig(2, 1.0)
+        out = sample(run.model, run.flow, hidden, torch.tensor([0, 3]), config=config)
         assert out.shape == (1, 3, 12, 12)
         assert not any(p.requires_grad for p in run.model.parameters())
 
