@@ -1,4 +1,4 @@
-"""The toy dataset of coloured shapes, and its exact judge."""
+"""The toy dataset of coloured shapes, and an exact judge of its images."""
 
 import lazy_loader
 
@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "dataset": ["read_scenes", "write_world"],
         "images": ["render"],
-        "judge": ["judge_cells", "read_cells"],
-        "scenes": ["Scene"],
+        "judge": ["SKILLS", "judge_cells", "read_cells"],
+        "scenes": ["Object", "Scene", "sample_scene"],
     },
 )

@@ -1,4 +1,4 @@
-"""Writes the world of shapes: captioned images to train on, to choose by, and to judge by."""
+"""Datasets of the world of shapes: captioned images for training, tuning and testing."""
 
 import io
 import json
@@ -20,28 +20,28 @@ from .images import render
 from .scenes import Scene, sample_scene
 
 MAX_CAPTIONS = 500_000
-"""Of a world: a small part of those there are, so that new ones are found at once."""
+"""Most captions of one dataset: a small part of all there are, so that new ones are found fast."""
 
 
 @dataclass(frozen=True)
 class WorldSummary:
-    """What ``write_world`` wrote."""
+    """Counts of what :func:`write_world` wrote."""
 
     num_train_images: int
     num_train_captions: int
     num_dev_captions: int
-    """Of seen pairs; one image each."""
+    """Captions of pairs seen in training; one image each."""
     num_test_captions: int
-    """Of seen pairs; one image each."""
+    """Captions of pairs seen in training; one image each."""
     num_held_out_captions: int
-    """With a held-out pair; one image each."""
+    """Captions with a held-out pair; one image each."""
 
     def __str__(self) -> str:
         return (
-            f"to train on: {self.num_train_images:,} images of {self.num_train_captions:,} "
-            f"captions; to choose by: {self.num_dev_captions:,} other captions of the same pairs "
-            f"of colour and shape; to test on: {self.num_test_captions:,} such, and "
-            f"{self.num_held_out_captions:,} of held-out pairs"
+            f"for training: {self.num_train_images:,} images of {self.num_train_captions:,} "
+            f"captions; for choosing settings: {self.num_dev_captions:,} other captions of the "
+            f"same pairs of colour and shape; for testing: {self.num_test_captions:,} more of "
+            f"these, and {self.num_held_out_captions:,} with held-out pairs"
         )
 
 
@@ -56,23 +56,23 @@ def write_world(
 ) -> WorldSummary:
     """Write ``train.parquet``, ``dev.parquet`` and ``test.parquet`` into the folder ``out``.
 
-    A row is an image: ``text``, ``image`` (struct of PNG ``bytes`` and ``path``, as Hugging Face
+    One row per image: ``text``, ``image`` (struct of PNG ``bytes`` and ``path``, as Hugging Face
     datasets stores images), ``scene`` (JSON of ``Scene.to_dict``) and ``split``: ``train``,
     ``dev`` and ``test`` (pairs of colour and shape that training shows, captions that it does not)
-    or ``held-out`` (captions with a pair that training never shows). ``dev`` is to choose settings
-    by, the test file to judge by. No caption occurs in two files. The same arguments give the same
-    rows.
+    or ``held-out`` (captions with a pair that training never shows). ``dev`` is for choosing
+    settings, the test file for scoring. No caption occurs in two files. The same arguments give the
+    same rows.
 
     Args:
         out: a folder that does not exist yet, or is empty; it appears only when it is complete.
         num: images in the training file, a multiple of ``images_per_caption``.
-        images_per_caption: images of each training caption, differing in what it leaves open.
+        images_per_caption: images of each training caption, which differ in what it leaves open.
         num_test: rows of the test file, an even number: half ``test``, half ``held-out``.
         num_dev: rows of the dev file.
 
     Raises:
-        InputError: ``out`` holds something, the numbers do not divide, or more captions are asked
-            for than ``MAX_CAPTIONS``.
+        InputError: ``out`` is not empty, the numbers do not divide, or there are more captions than
+            ``MAX_CAPTIONS``.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -87,8 +87,8 @@ def write_world(
     num_captions = num // images_per_caption + num_dev + num_test
     if num_captions > MAX_CAPTIONS:
         raise InputError(
-            f"found {num_captions:,} captions to draw, expected at most {MAX_CAPTIONS:,}, for all "
-            "must differ: ask for fewer, or for more images a caption"
+            f"found {num_captions:,} different captions to write, expected at most "
+            f"{MAX_CAPTIONS:,}: ask for fewer, or for more images per caption"
         )
     if num_dev < 1:
         raise InputError(f"num_dev is {num_dev}, expected at least 1")
@@ -119,14 +119,14 @@ def write_world(
 
 
 def read_scenes(table: pa.Table) -> list[Scene]:
-    """The scenes of a table of ``write_world``, row by row, from its column ``scene``."""
+    """Scenes of a table of :func:`write_world`, row by row, from its column ``scene``."""
     return [Scene.from_dict(json.loads(text)) for text in table.column("scene").to_pylist()]
 
 
 def _new_captions(
     num: int, held_out: bool, taken: set[str], rng: np.random.Generator
 ) -> Iterator[tuple[str, Scene]]:
-    """Draw ``num`` captions that are not in ``taken`` and add them to it."""
+    """``num`` random captions that are not in ``taken``, to which they are added."""
     for _ in range(num):
         text = None
         while text is None or text in taken:

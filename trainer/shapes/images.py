@@ -1,10 +1,10 @@
-"""Images of the world of shapes, and an exact judge of them.
+"""Images of the world of shapes.
 
-An image is 18 x 18 pixels: a dark grey ground, 3 x 3 cells of 6 x 6, one object a cell. Because the
-world is known exactly, a generated image can be judged skill by skill: how many, which colours,
-which shapes, which colour on which shape, where, how big.
+An image is 18 x 18 pixels: a dark grey ground, 3 x 3 cells of 6 x 6 pixels, at most one object per
+cell. Because the world is known exactly, a generated image can be scored skill by skill (see
+:mod:`.judge`): how many, which colours, which shapes, which colour on which shape, where, how big.
 
-Shapes: N images, 3 x 3 cells, 6 x 6 pixels a cell, 3 channels.
+Shapes: 3 x 3 cells, 6 x 6 pixels per cell, 3 channels.
 """
 
 import itertools
@@ -46,10 +46,10 @@ Cell = tuple[int, int]
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw an image of the scene, [18, 18, 3] uint8 RGB.
+    """An image of the scene: [18, 18, 3] uint8 RGB.
 
-    Objects stand in random cells, one a cell; a relation holds clearly (see ``judge_cells``).
-    A size that the scene leaves open is drawn at random, one for all objects of a group.
+    Objects are in random cells, one per cell; a relation holds clearly (see ``judge_cells``). A
+    size that the scene leaves open is chosen at random, the same for all objects of a group.
     """
     num = scene.num_objects
     if scene.relation is None:
@@ -58,18 +58,18 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
         cells = list(choose(PLACEMENTS[scene.relation], rng))
     image = np.empty((IMAGE_PIXELS, IMAGE_PIXELS, 3), np.uint8)
     image[:] = BACKGROUND
-    places = iter(cells)
+    free = iter(cells)
     for thing in scene.objects:
         bitmap = MASKS[thing.shape, thing.size or choose(tuple(SIZES), rng)]
         for _ in range(thing.count):
-            top, left = (CELL_PIXELS * place for place in next(places))
+            top, left = (CELL_PIXELS * index for index in next(free))
             window = image[top : top + CELL_PIXELS, left : left + CELL_PIXELS]
             window[bitmap] = RGB[thing.colour]
     return image
 
 
 def _mask(text: str) -> NDArray[np.bool_]:
-    """[6, 6] from five words of five characters."""
+    """A bitmap, five words of five characters, as a mask [6, 6]."""
     mask = np.zeros((CELL_PIXELS, CELL_PIXELS), bool)
     mask[:5, :5] = [[mark == "#" for mark in line] for line in text.split()]
     return mask
@@ -83,7 +83,7 @@ MASKS = {
 
 
 def _placements(relation: str) -> tuple[tuple[Cell, Cell], ...]:
-    """Every (row, column) of the first and of the second object that shows the relation clearly."""
+    """All pairs of cells, of the first and the second object, that show the relation clearly."""
     cells: list[Cell] = list(itertools.product(range(GRID), range(GRID)))
     pairs: list[tuple[Cell, Cell]] = []
     for first, second in itertools.product(cells, cells):

@@ -1,4 +1,8 @@
-"""An exact judge of images of the world of shapes."""
+"""An exact judge of images of the world of shapes.
+
+Shapes: N images of 3 x 3 cells, each of 36 pixels with 3 channels; 129 templates, of the 128
+objects and of empty ground.
+"""
 
 import functools
 import itertools
@@ -15,24 +19,26 @@ SKILLS = ("count", "groups", "colour", "shape", "binding", "relation", "size", "
 
 
 def judge(image: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
-    """Which skills an image [18, 18, 3] uint8 shows, of those that the scene asks for.
+    """Skill -> right, of an image [18, 18, 3] uint8, for the skills that the scene asks for.
 
-    See ``judge_cells`` for what each skill means.
+    :func:`judge_cells` explains the skills.
     """
     return judge_cells(read_cells(np.asarray(image)[None])[0], scene)
 
 
 EMPTY = -1
+"""Code of empty ground."""
 UNCLEAR = -2
+"""Code of a cell that is neither an object nor empty."""
 
 
 def read_cells(images: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """What stands in every cell of images [N, 18, 18, 3] uint8: codes [N, 3, 3] int8.
+    """The object in every cell of images [N, 18, 18, 3] uint8: codes [N, 3, 3] int8.
 
-    A code is the index of one of the 128 objects, EMPTY, or UNCLEAR. The object (or empty ground)
-    nearest in squared distance over the cell is chosen, which is the most likely one under Gaussian
-    noise. It is UNCLEAR if what is left, averaged over the object's own pixels or over the ground
-    around it, is more than noise of a fifth of the range leaves.
+    A code is the index of one of the 128 objects, EMPTY, or UNCLEAR. It is the object (or empty
+    ground) with the smallest squared distance over the cell, the most likely one under Gaussian
+    noise. A cell is UNCLEAR if the mean squared error, over the object's own pixels or over the
+    ground around it, exceeds what noise of a fifth of the range leaves.
 
     Raises:
         InputError: the images are not uint8 or not [N, 18, 18, 3].
@@ -44,46 +50,48 @@ def read_cells(images: NDArray[np.uint8]) -> NDArray[np.int8]:
             f"found images {images.dtype} {list(images.shape)}, expected uint8 "
             f"[N, {IMAGE_PIXELS}, {IMAGE_PIXELS}, 3]: decode to RGB bytes first"
         )
+    # Rows of pixels, [N, 3, 6, 3, 6, 3] -> cells, [N, 3, 3, 6, 6, 3] -> [N*9, 36, 3].
     cells = images.reshape(-1, GRID, CELL_PIXELS, GRID, CELL_PIXELS, 3)
     cells = cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, CELL_PIXELS**2, 3)
-    pixels = cells.astype(np.float32) / 255  # (N*9, 36, 3)
-    templates, masks = _templates()  # (129, 36, 3), (129, 36)
-    flat = templates.reshape(len(templates), -1)
+    pixels = cells.astype(np.float32) / 255  # [N*9, 36, 3]
+    templates, masks = _templates()  # [129, 36, 3], [129, 36]
+    flat = templates.reshape(len(templates), -1)  # [129, 108]
+    # |pixels - template|^2 without |pixels|^2, which all templates share.
     nearest = np.argmin((flat**2).sum(1) - 2 * pixels.reshape(len(pixels), -1) @ flat.T, axis=1)
-    rest = ((pixels - templates[nearest]) ** 2).mean(-1)  # (N*9, 36)
-    mask = masks[nearest]
-    inside = (rest * mask).sum(1) / np.maximum(mask.sum(1), 1)
-    outside = (rest * ~mask).sum(1) / (~mask).sum(1)
+    error = ((pixels - templates[nearest]) ** 2).mean(-1)  # [N*9, 36]
+    mask = masks[nearest]  # [N*9, 36]
+    inside = (error * mask).sum(1) / np.maximum(mask.sum(1), 1)  # [N*9]
+    outside = (error * ~mask).sum(1) / (~mask).sum(1)  # [N*9]
     codes = np.where(nearest == len(_THINGS), EMPTY, nearest)
     codes[(inside > _MAX_INSIDE) | (outside > _MAX_OUTSIDE)] = UNCLEAR
     return codes.astype(np.int8).reshape(-1, GRID, GRID)
 
 
 def judge_cells(cells: NDArray[np.int8], scene: Scene) -> dict[str, bool]:
-    """Judge codes [3, 3] of ``read_cells``: skill -> right, for the skills that the scene asks for.
+    """Skill -> right, of codes [3, 3] from ``read_cells``, for the skills that the scene asks for.
 
-    ``count``     scenes that ask for one number: as many objects as asked, whatever they are.
-    ``groups``    scenes of two groups: of each colour-shape pair as many as asked.
-    ``colour``    the colours that occur are exactly those asked.
-    ``shape``     the shapes that occur are exactly those asked.
-    ``binding``   scenes of two objects: the colour-shape pairs that occur are exactly those asked.
-    ``relation``  both objects occur once, and clearly in the relation asked: farther apart along
+    ``count``     scenes that ask for one number: as many objects as asked for, whatever they are.
+    ``groups``    scenes of two groups: of each colour-shape pair as many as asked for.
+    ``colour``    the colours that occur are exactly those asked for.
+    ``shape``     the shapes that occur are exactly those asked for.
+    ``binding``   scenes of two objects: the colour-shape pairs are exactly those asked for.
+    ``relation``  both objects occur once, clearly in the relation asked for: farther apart along
                   its axis than across it; ``next to`` with a common edge, ``far from`` with a row
                   or a column between them.
-    ``size``      scenes that ask for a size: the objects asked occur, all of them in their size.
-    ``total``     as many objects as asked, in every scene.
-    ``all``       everything that was asked is right, and nothing else is there.
+    ``size``      scenes that ask for a size: the objects asked for occur, all in their size.
+    ``total``     as many objects as asked for, in every scene.
+    ``all``       everything that was asked for is right, and nothing else is there.
     """
-    found = [
-        (*(_THINGS[code] if code >= 0 else _NOTHING), place)
-        for place, code in np.ndenumerate(cells)
+    seen = [
+        (*(_THINGS[code] if code >= 0 else _NOTHING), cell)
+        for cell, code in np.ndenumerate(cells)
         if code != EMPTY
     ]
-    pairs = Counter((colour, shape) for colour, shape, _, _ in found)
-    total = len(found) == scene.num_objects
+    pairs = Counter((colour, shape) for colour, shape, _, _ in seen)
+    total = len(seen) == scene.num_objects
     skills = {
-        "colour": {entry[0] for entry in found} == {thing.colour for thing in scene.objects},
-        "shape": {entry[1] for entry in found} == {thing.shape for thing in scene.objects},
+        "colour": {colour for colour, _, _, _ in seen} == {each.colour for each in scene.objects},
+        "shape": {shape for _, shape, _, _ in seen} == {each.shape for each in scene.objects},
         "total": total,
     }
     if scene.kind == "count":
@@ -92,17 +100,18 @@ def judge_cells(cells: NDArray[np.int8], scene: Scene) -> dict[str, bool]:
         skills["binding"] = set(pairs) == {thing.pair for thing in scene.objects}
     if any(thing.size for thing in scene.objects):
         skills["size"] = all(
-            {entry[2] for entry in found if entry[:2] == thing.pair} == {thing.size}
+            {size for *pair, size, _ in seen if tuple(pair) == thing.pair} == {thing.size}
             for thing in scene.objects
         )
     if scene.kind == "groups":
         skills["groups"] = all(pairs[thing.pair] == thing.count for thing in scene.objects)
     if scene.relation is not None:
-        places = [
-            [entry[3] for entry in found if entry[:2] == thing.pair] for thing in scene.objects
-        ]
-        skills["relation"] = all(len(place) == 1 for place in places) and (
-            (places[0][0], places[1][0]) in PLACEMENTS[scene.relation]
+        first, second = (
+            [cell for *pair, _, cell in seen if tuple(pair) == thing.pair]
+            for thing in scene.objects
+        )
+        skills["relation"] = (
+            len(first) == len(second) == 1 and (first[0], second[0]) in PLACEMENTS[scene.relation]
         )
     wanted = Counter({thing.pair: thing.count for thing in scene.objects})
     skills["all"] = pairs == wanted and all(skills.values())
@@ -119,8 +128,8 @@ _MAX_OUTSIDE = 0.09
 
 @functools.cache
 def _templates() -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Every object and, last, empty ground: cells (129, 36, 3) in [0, 1], own pixels (129,
-    36)."""
+    """All objects and, last, empty ground: cells [129, 36, 3] in [0, 1], and masks of the objects'
+    own pixels [129, 36]."""
     masks = [MASKS[shape, size] for _, shape, size in _THINGS]
     masks.append(np.zeros_like(masks[0]))
     colours = [RGB[colour] for colour, _, _ in _THINGS] + [BACKGROUND]

@@ -1,10 +1,10 @@
-"""What captions of the world of shapes ask for, and how they put it.
+"""Scenes of the world of shapes, and the captions that ask for them.
 
-A scene is one object, several equal ones, or two objects or groups with something between them.
-Sentences name colours, shapes, numbers, sizes and places in many ways, some of which (``a square
-and a ring, red and blue respectively``; ``a ring with a square above it``) give no word its meaning
-by its place alone. A quarter of the pairs of colour and shape is held out of training, so that
-composition can be told from memory.
+A scene is one object, several equal ones, or two objects or groups in some relation. Sentences name
+colours, shapes, numbers, sizes and relations in many ways; in some of them (``a square and a ring,
+red and blue respectively``; ``a ring with a square above it``) the position of a word alone does
+not give its meaning. A quarter of the pairs of colour and shape is held out of training, to
+distinguish composition from memory.
 """
 
 import bisect
@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[str, ...]] = {
     "grey": ("grey", "gray"),
     "cyan": ("cyan", "turquoise"),
 }
-"""Colour -> the words for it."""
+"""Colour -> words for it."""
 SHAPES: dict[str, tuple[str, ...]] = {
     "square": ("square",),
     "triangle": ("triangle",),
@@ -37,9 +37,9 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "heart": ("heart",),
     "arch": ("arch", "gateway"),
 }
-"""Shape -> the words for it."""
+"""Shape -> words for it."""
 SIZES: dict[str, tuple[str, ...]] = {"small": ("small", "tiny"), "big": ("big", "large")}
-"""Size -> the words for it."""
+"""Size -> words for it."""
 NUMBERS: dict[int, tuple[str, ...]] = {
     1: ("one", "1", "exactly one", "a single"),
     2: ("two", "2", "exactly two", "a pair of"),
@@ -47,7 +47,7 @@ NUMBERS: dict[int, tuple[str, ...]] = {
     4: ("four", "4", "exactly four"),
     5: ("five", "5", "exactly five"),
 }
-"""Count -> the words for it."""
+"""Count -> words for it."""
 RELATIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "left of": (("left of", "to the left of"), "to its left"),
     "right of": (("right of", "to the right of"), "to its right"),
@@ -56,7 +56,7 @@ RELATIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "next to": (("next to", "beside"), "beside it"),
     "far from": (("far from", "far away from"), "far away from it"),
 }
-"""Relation -> between the first object and the second; and after ``the second with the first``."""
+"""Relation -> words between the first and the second object; words after ``second with first``."""
 KINDS: dict[str, float] = {
     "single": 0.05,
     "count": 0.25,
@@ -65,16 +65,16 @@ KINDS: dict[str, float] = {
     "size": 0.15,
     "groups": 0.2,
 }
-"""Kind of scene -> how often it is drawn."""
+"""Kind of scene -> its share of all scenes."""
 MAX_COUNT = max(NUMBERS)
 MAX_GROUP = 4
-"""Objects of one of two groups: both together fit into nine cells."""
+"""Most objects per group of two: both groups fit into nine cells."""
 HELD_OUT = frozenset(
     (colour, tuple(SHAPES)[(number + shift) % len(SHAPES)])
     for number, colour in enumerate(COLOURS)
     for shift in (0, 3)
 )
-"""Colour-shape pairs that no training scene contains: two of each colour, and two of each shape."""
+"""Colour-shape pairs that no training scene contains: two per colour, and two per shape."""
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ _SINGULAR, _PLURAL = "there is ", "there are "
 
 @dataclass(frozen=True)
 class Object:
-    """``count`` equal objects of a colour and a shape; with ``size`` None any size is right."""
+    """``count`` equal objects of one colour and shape; with ``size`` None, any size is right."""
 
     colour: str
     shape: str
@@ -108,10 +108,10 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for.
+    """The content of a caption.
 
     ``kind`` is one of ``KINDS``: one object (``single``), a number of equal ones (``count``), or
-    two objects that differ in colour and in shape: just both (``pair``), one in a ``relation`` to
+    two objects that differ in colour and in shape: just these (``pair``), one in a ``relation`` to
     the other, one big and one small (``size``), or a number of each (``groups``).
 
     Raises:
@@ -148,16 +148,16 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a held-out colour-shape pair occurs."""
+        """True where a held-out colour-shape pair occurs."""
         return any(thing.pair in HELD_OUT for thing in self.objects)
 
     @property
     def num_objects(self) -> int:
-        """How many objects an image of the scene shows."""
+        """Number of objects that an image of the scene shows."""
         return sum(thing.count for thing in self.objects)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-able document; ``from_dict`` reads it."""
+        """A document for JSON; :meth:`from_dict` reads it."""
         return {
             "kind": self.kind,
             "objects": [asdict(thing) for thing in self.objects],
@@ -166,7 +166,11 @@ class Scene:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Scene":
-        """The scene of a document of ``to_dict``; ValueError where it is not one."""
+        """The scene of a document from :meth:`to_dict`.
+
+        Raises:
+            ValueError: not such a document.
+        """
         try:
             objects = tuple(Object(**thing) for thing in document["objects"])
             return cls(document["kind"], objects, document.get("relation"))
@@ -177,7 +181,7 @@ class Scene:
             ) from error
 
     def captions(self) -> tuple[str, ...]:
-        """Every phrasing, each once, in a fixed order."""
+        """All phrasings, each once, in a fixed order."""
         return _captions(self)
 
     def caption(self, rng: np.random.Generator) -> str:
@@ -186,10 +190,10 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
-    """Draw a scene.
+    """A random scene.
 
     Args:
-        held_out: whether the scene contains at least one held-out colour-shape pair (True) or none.
+        held_out: True for a scene with at least one held-out colour-shape pair, False for none.
     """
     kind = tuple(KINDS)[bisect.bisect(_KIND_EDGES, rng.random())]
     first = choose(_HELD_OUT if held_out else _SEEN, rng)
@@ -210,7 +214,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
     while kind == "groups" and max(counts) == 1:
         counts = [int(count) for count in rng.integers(1, MAX_GROUP + 1, 2)]
     if rng.random() < 0.5:
-        pairs.reverse()  # else the held-out pair would always be named first
+        pairs.reverse()  # otherwise the held-out pair would always be named first
     objects = tuple(
         Object(colour, shape, size, count)
         for (colour, shape), size, count in zip(pairs, sizes, counts, strict=True)
@@ -219,11 +223,11 @@ def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
 
 
 def choose(options: Sequence[T], rng: np.random.Generator) -> T:
-    """One of them, all equally likely."""
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
-# ----------------------------------------------------------------------------------- how it is said
+# ------------------------------------------------------------------------------------ phrasing
 
 
 @functools.lru_cache(maxsize=4096)
@@ -241,7 +245,7 @@ def _captions(scene: Scene) -> tuple[str, ...]:
 
 
 def _bodies(scene: Scene) -> Iterator[str]:
-    """What is there, without a lead."""
+    """Descriptions of the objects, without a lead."""
     if len(scene.objects) == 1:
         yield from _groups(scene.objects[0], numbered=scene.kind == "count")
         return

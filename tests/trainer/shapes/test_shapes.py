@@ -28,7 +28,7 @@ THINGS = list(itertools.product(COLOURS, SHAPES, SIZES))
 """By their codes."""
 
 
-def draw(num, seed, held_out=False):
+def random_scenes(num, seed, held_out=False):
     """Scenes and their true images."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, held_out) for _ in range(num)]
@@ -68,8 +68,8 @@ def things_in(image):
     None where something is no object."""
     cells = read_cells(image[None])[0]
     return [
-        (*(THINGS[code] if code >= 0 else (None, None, None)), *place)
-        for place, code in np.ndenumerate(cells)
+        (*(THINGS[code] if code >= 0 else (None, None, None)), *cell)
+        for cell, code in np.ndenumerate(cells)
         if code != EMPTY
     ]
 
@@ -104,12 +104,12 @@ class TestWorld:
 class TestScene:
     @pytest.mark.parametrize("held_out", [False, True])
     def test_held_out_pairs_are_where_they_belong(self, held_out):
-        scenes, _ = draw(1000, 1, held_out)
+        scenes, _ = random_scenes(1000, 1, held_out)
         assert all(scene.held_out is held_out for scene in scenes)
         assert {scene.kind for scene in scenes} == set(KINDS)
 
     def test_every_seen_pair_number_relation_and_order_occurs(self):
-        scenes, _ = draw(2000, 2)
+        scenes, _ = random_scenes(2000, 2)
         pairs = {thing.pair for scene in scenes for thing in scene.objects}
         assert len(pairs) == len(COLOURS) * len(SHAPES) - len(HELD_OUT)
         assert {s.objects[0].count for s in scenes if s.kind == "count"} == {1, 2, 3, 4, 5}
@@ -119,12 +119,12 @@ class TestScene:
         assert {s.objects[0].size for s in scenes if s.kind == "size"} == set(SIZES)
 
     def test_the_held_out_pair_is_named_first_or_second(self):
-        scenes, _ = draw(500, 3, held_out=True)
+        scenes, _ = random_scenes(500, 3, held_out=True)
         slots = {s.objects[0].pair in HELD_OUT for s in scenes if len(s.objects) == 2}
         assert slots == {True, False}
 
     def test_survives_json(self):
-        for scene in draw(200, 4)[0]:
+        for scene in random_scenes(200, 4)[0]:
             assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
     @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ class TestScene:
 
 class TestCaptions:
     def test_say_everything_that_is_asked(self):
-        for scene in draw(300, 5)[0]:
+        for scene in random_scenes(300, 5)[0]:
             for text in scene.captions():
                 for thing in scene.objects:
                     assert any(word in text for word in COLOURS[thing.colour])
@@ -166,12 +166,12 @@ class TestCaptions:
 
     def test_scenes_that_differ_never_share_a_caption(self):
         owner = {}
-        for scene in set(draw(2000, 6)[0]):
+        for scene in set(random_scenes(2000, 6)[0]):
             for text in scene.captions():
                 assert owner.setdefault(text, scene) == scene
 
     def test_have_several_phrasings_each_once(self):
-        for scene in draw(300, 7)[0]:
+        for scene in random_scenes(300, 7)[0]:
             assert len(scene.captions()) == len(set(scene.captions())) >= 6
 
     def test_read_as_english(self):
@@ -204,30 +204,30 @@ class TestJudge:
     @pytest.mark.parametrize("held_out", [False, True])
     @pytest.mark.parametrize(("sigma", "least"), [(0, 1.0), (0.1, 1.0), (0.2, 0.985)])
     def test_is_right_about_true_images(self, held_out, sigma, least):
-        scenes, images = draw(1500, 8, held_out)
+        scenes, images = random_scenes(1500, 8, held_out)
         scores = accuracy(noisy(images, sigma), scenes)
         assert min(scores.values()) >= least
 
     def test_sees_nothing_in_noise(self):
-        scenes, images = draw(1000, 9)
+        scenes, images = random_scenes(1000, 9)
         noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
         assert max(accuracy(noise, scenes).values()) <= 0.01
 
     def test_sees_nothing_in_blank_images(self):
-        scenes, images = draw(1000, 9)
+        scenes, images = random_scenes(1000, 9)
         for blank in (images * 0 + np.uint8(BACKGROUND[0]), images * 0, images * 0 + np.uint8(255)):
             assert max(accuracy(blank, scenes).values()) == 0
 
     @pytest.mark.parametrize("held_out", [False, True])
     def test_is_near_chance_on_wrong_captions(self, held_out):
-        scenes, images = draw(2000, 10, held_out)
+        scenes, images = random_scenes(2000, 10, held_out)
         scores = accuracy(np.roll(images, 1, axis=0), scenes)
         assert scores.pop("total") < 0.6  # most scenes have one or two objects
         assert 0.15 < scores.pop("count") < 0.25
         assert max(scores.values()) < 0.1
 
     def test_skills_follow_the_kind(self):
-        scenes, images = draw(300, 11)
+        scenes, images = random_scenes(300, 11)
         always = {"colour", "shape", "total", "all"}
         extra = {
             "single": set(),
@@ -262,9 +262,9 @@ class TestJudge:
     @pytest.mark.parametrize("family", [DIRECTIONS, DISTANCES])
     def test_tells_each_relation_from_its_opposites(self, family):
         for relation in family:
-            drawn = Scene("relation", (RED_STAR, BLUE_CROSS), relation)
+            shown = Scene("relation", (RED_STAR, BLUE_CROSS), relation)
             for seed in range(30):
-                image = render(drawn, np.random.default_rng(seed))
+                image = render(shown, np.random.default_rng(seed))
                 for asked in family:
                     scene = Scene("relation", (RED_STAR, BLUE_CROSS), asked)
                     assert judge(image, scene)["relation"] is (asked == relation)
@@ -315,8 +315,8 @@ class TestJudge:
     def test_reads_every_object_everywhere(self):
         cells = list(itertools.product(range(GRID), repeat=2))
         for index, thing in enumerate(THINGS):
-            place = cells[index % len(cells)]
-            assert things_in(paint((*thing, *place))) == [(*thing, *place)]
+            cell = cells[index % len(cells)]
+            assert things_in(paint((*thing, *cell))) == [(*thing, *cell)]
 
     @pytest.mark.parametrize("shape", [(2, 18, 18), (2, 3, 18, 18), (2, 32, 32, 3)])
     def test_refuses_other_images(self, shape):
