@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Purpose(IntEnum):
-    """What a generator is for: the second word of its key."""
+    """Purpose of a generator: the second word of its key."""
 
     PERMUTATION = 0
     """Order of samples in an epoch: epoch, and the source within a mixture."""
     CHOICE = 1
-    """Caption dropout, and which caption of a sample is shown; counted by position."""
+    """Caption dropout, and the choice among captions of a sample; counted by position."""
     NOISE = 2
     """Noise levels and noise that a sample is trained with: position."""
     POSTERIOR = 3
-    """Where in its posterior a latent is taken: position."""
+    """Noise by which a latent is sampled from its posterior: position."""
     T_JITTER = 4
     """Noise on the t that routing sees in training: position."""
     HELD_OUT = 6
@@ -41,9 +41,9 @@ class Purpose(IntEnum):
     SHARD_ORDER = 8
     """Order of shards, and of samples within the window: epoch, and the source."""
     MIXTURE = 9
-    """Which source of a mixture is next: block of turns."""
+    """Order in which the sources of a mixture take turns: block of turns."""
     SHAPES = 10
-    """Which shape of latents the next batch has: block of turns."""
+    """Order in which shapes of latents take turns: block of turns."""
 
 
 class UnnumberedPurpose(Enum):

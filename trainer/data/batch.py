@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one accumulation step, captions packed and each read once.
+    """Training data of one rank for one accumulation step: packed captions, each read once.
 
     Three samples of two captions, of 3 and 5 rows::
 

@@ -156,7 +156,7 @@ class StorePair:
         return self.latents.num_bytes() / max(1, len(self.latents.ids))
 
     def summary(self) -> str:
-        """How much takes part, in one line."""
+        """Its path and counts, in one line."""
         text = f"{self.features.path}: {len(self.index):,} samples"
         if self.selection is not None:
             text += (
@@ -210,7 +210,8 @@ def open_pairs(
 
 
 def by_shape(pairs: Sequence[StorePair]) -> dict[Shape, dict[int, SampleIndex]]:
-    """What is trained on, by the shape of its latents: shape -> number of the pair -> samples.
+    """Samples that are trained on, by the shape of their latents: shape -> number of the pair ->
+    samples.
 
     The shape that is shown most comes first.
     """
@@ -240,7 +241,7 @@ def shares_of(pairs: Sequence[StorePair], parts: Mapping[int, SampleIndex]) -> l
 
 
 def select(features: "FeatureStore", latents: "LatentStore", config: SelectionConfig) -> StorePair:
-    """What a configuration chooses from a pair of stores.
+    """A pair of stores with the samples and captions that a configuration chooses.
 
     A filter tests each caption of each sample. Captions that it leaves out are never shown, and
     samples without a remaining caption are not trained on, nor are samples without a latent.

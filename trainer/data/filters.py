@@ -1,7 +1,7 @@
-"""What a filter says, as an Arrow expression: comparisons and arithmetic over columns, and
-functions of ``pyarrow.compute``.
+"""Filters as Arrow expressions: comparisons and arithmetic over columns, and functions of
+``pyarrow.compute``.
 
-Read as Python's grammar reads it, of which a small part is known; nothing is executed.
+A filter is parsed as Python, of which a small part is allowed; nothing is executed.
 """
 
 import ast
@@ -37,14 +37,14 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 
 
 def parse_filter(text: str) -> tuple[pc.Expression, set[str]]:
-    """The expression that a text means, and the columns that it is about.
+    """The expression of a filter, and the columns that it uses.
 
-    ``num_tokens <= 64 and style in ["photo", "art"]``, ``not match_substring(text, "logo")``,
-    ``aesthetic is not None``. Names are columns; calls are scalar functions of
-    ``pyarrow.compute``, their options by name.
+    Examples: ``num_tokens <= 64 and style in ["photo", "art"]``, ``aesthetic is not None``,
+    ``not match_substring(text, "logo")``. Names are columns; calls are scalar functions of
+    ``pyarrow.compute``, with options by name.
 
     Raises:
-        InputError: with the part that is not understood.
+        InputError: a part is not understood; the message names it.
     """
     columns: set[str] = set()
 
@@ -62,37 +62,37 @@ def parse_filter(text: str) -> tuple[pc.Expression, set[str]]:
                 columns.add(name)
                 return pc.field(name)
             case ast.BoolOp(op=op, values=[first, *others]):
-                found = build(first)
+                combined = build(first)
                 for other in others:
-                    found = apply(node, op, found, build(other))
-                return found
+                    combined = apply(node, op, combined, build(other))
+                return combined
             case ast.UnaryOp(op=op, operand=operand):
                 return apply(node, op, build(operand))
             case ast.BinOp(left=left, op=op, right=right):
                 return apply(node, op, build(left), build(right))
             case ast.Compare(left=left, ops=ops, comparators=rights):
-                found, value = None, build(left)
+                combined, value = None, build(left)  # a < b < c is a < b and b < c
                 for sign, right in zip(ops, map(build, rights), strict=True):
                     one = apply(node, sign, value, right)
-                    found, value = one if found is None else found & one, right
-                return found
+                    combined, value = one if combined is None else combined & one, right
+                return combined
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=options):
                 return call(node, name, arguments, options)
-        raise refuse(node, "is no comparison, column, value or function")
+        raise refuse(node, "is not a comparison, column, value or function")
 
     def apply(node: ast.AST, op: ast.AST, *values: Any) -> Any:
         if type(op) not in _OPERATORS:
-            raise refuse(node, f"has an operator that Arrow lacks ({type(op).__name__})")
+            raise refuse(node, f"has an operator that Arrow does not have ({type(op).__name__})")
         if isinstance(op, ast.Is | ast.IsNot) and values[1] is not None:
-            raise refuse(node, "is not understood: only None follows is")
+            raise refuse(node, "is not understood: only None may follow is")
         try:
             return _OPERATORS[type(op)](*values)
         except (TypeError, AttributeError, pa.ArrowException) as error:
-            raise refuse(node, f"is no Arrow expression: {error}") from error
+            raise refuse(node, f"is not an Arrow expression: {error}") from error
 
     def call(node: ast.Call, name: str, arguments: list[ast.expr], options: list[Any]) -> Any:
         if name not in pc.list_functions() or pc.get_function(name).kind != "scalar":
-            raise refuse(node, f"calls {name}, which is no scalar function of pyarrow.compute")
+            raise refuse(node, f"calls {name}, which is not a scalar function of pyarrow.compute")
         try:
             named = {option.arg: ast.literal_eval(option.value) for option in options}
             return getattr(pc, name)(*map(build, arguments), **named)
@@ -107,5 +107,5 @@ def parse_filter(text: str) -> tuple[pc.Expression, set[str]]:
         raise InputError(f"filter {text!r} is not understood: {error}") from error
     expression = build(tree.body)
     if not isinstance(expression, pc.Expression):
-        raise InputError(f"filter {text!r} is about no column")
+        raise InputError(f"filter {text!r} uses no column")
     return expression, columns

@@ -1,7 +1,7 @@
-"""Which sample and which caption comes when: arithmetic, without reading anything.
+"""The order of samples and captions: arithmetic, without reading anything.
 
-What stands at a position is a pure function of (seed, position), however the positions are divided,
-whoever reads them, and after however many restarts.
+The sample and caption at a position are a pure function of (seed, position), however the positions
+are divided, whoever reads them, and after however many restarts.
 
     MixtureSampler   any samples together; several sources in fixed proportions
     BucketSampler    latents of several shapes: a MixtureSampler per shape, one shape per batch
@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class BatchPartition:
-    """Which part of every global batch one process reads.
+    """The part of every global batch that one process reads.
 
     A batch is cut into accumulation steps and each of these into ranks: it holds the same samples
     however it is cut. Of 12 positions, for 2 ranks with 3 accumulation steps each::
@@ -72,7 +72,7 @@ WHOLE_BATCH = BatchPartition()
 
 @dataclass(frozen=True)
 class SampleIndices:
-    """What stands at positions, int64 ``[P]`` each.
+    """Samples and captions at positions, int64 ``[P]`` each.
 
     Attributes:
         source: number of the pair of stores.
@@ -190,7 +190,7 @@ class MixtureSampler:
             )
 
     def indices(self, first: int, num: int) -> SampleIndices:
-        """What stands at positions ``first`` to ``first + num``.
+        """Samples and captions at positions ``first`` to ``first + num``.
 
         Philox counts in blocks of four words, one block per position: the first word decides
         dropout, the second the caption.
@@ -233,7 +233,7 @@ class BucketSampler:
         self.batch_size = batch_size
 
     def indices(self, first: int, num: int) -> SampleIndices:
-        """What stands at positions ``first`` to ``first + num``."""
+        """Samples and captions at positions ``first`` to ``first + num``."""
         # Batches of 4 positions, of which shape 0 has the first and the third, shape 1 the second:
         #
         #     position      0  1  2  3 | 4  5  6  7 | 8  9 10 11
@@ -258,11 +258,11 @@ class EpochShuffle:
 
     By default an epoch is a permutation. With a window w it comes shard by shard, for disks and
     object stores that read whole shards faster than scattered samples. The n shards are in random
-    order, and each sample of the s-th has a random place between s and s + w, modulo n. So w shards
-    are mixed everywhere, one of them begins where another ends, and at w = n this is a permutation
-    again. With n = 4 and w = 2::
+    order, and each sample of the s-th is put at a random point between s and s + w, modulo n. So w
+    shards are mixed everywhere, one of them begins where another ends, and at w = n this is a
+    permutation again. With n = 4 and w = 2::
 
-        place        0       1       2       3       4
+        point        0       1       2       3       4
         1st shard    |---------------)
         2nd shard            |---------------)
         3rd shard                    |---------------)
@@ -337,8 +337,8 @@ class EpochShuffle:
         shards, shard = np.unique(self.source.shards[chosen], return_inverse=True)
         turn = generator.permutation(len(shards))[shard]  # [N], of each sample's shard
         window = min(self.window, len(shards))
-        place = (turn + window * generator.random(num)) % len(shards)
-        return np.argsort(place, kind="stable"), chosen
+        point = (turn + window * generator.random(num)) % len(shards)
+        return np.argsort(point, kind="stable"), chosen
 
 
 def make_sampler(

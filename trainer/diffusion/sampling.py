@@ -17,7 +17,7 @@ from .noise import starting_noise
 
 
 class Model(Protocol):
-    """What sampling needs of a network; see :class:`semroute.trainer.model.dit.DiT`."""
+    """The part of a network that sampling uses; see :class:`semroute.trainer.model.dit.DiT`."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
@@ -44,7 +44,7 @@ Callback = Callable[[int, float, Tensor], None]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to integrate from noise to data.
+    """Options of the integration from noise to data.
 
     Attributes:
         num_steps: steps of the schedule.

@@ -80,7 +80,7 @@ class Router(nn.Module, ABC):
         rows: Tensor | None = None,
         owners: Tensor | None = None,
     ) -> Tensor:
-        """What the blocks read, before the projection.
+        """The input of the blocks, before the projection.
 
         Args:
             hidden: [R, len(layers_read), H], packed rows in the order of ``layers_read``.

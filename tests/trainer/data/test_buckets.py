@@ -81,7 +81,7 @@ class TestOrder:
         data = DataConfig(batch_size=5)
         order = make_sampler(open_pairs(*stores, data), data, 0)
         counts = np.bincount(order.indices(0, 200 * 1024).sample, minlength=200)
-        # Rounded to a batch a block of 1,024 of them.
+        # Rounded to one batch per block of 1,024 batches.
         assert counts.min() >= 1020
         assert counts.max() <= 1028
 
@@ -96,16 +96,16 @@ class TestOrder:
     def test_a_mixture_has_its_proportions_in_every_shape(
         self, feature_store, bucket_store, latent_store
     ):
-        """Of a store of one shape, and of one with several."""
+        """A store of one shape mixed with one of several."""
         source = {"features": str(feature_store), "latents": str(latent_store)}
         data = parse(
             DataConfig, {"batch_size": 4, "mixture": [{**source, "proportion": 0.4}]}, "test"
         )
         pairs = open_pairs(open_features(feature_store), open_latents(bucket_store), data)
         assert [*by_shape(pairs)] == [(3, 12, 12), *SHAPES]
-        places = make_sampler(pairs, data, 0).indices(0, 40_000)
-        assert np.mean(places.source) == pytest.approx(0.4, abs=0.01)
-        batches = places.source.reshape(-1, 4)
+        indices = make_sampler(pairs, data, 0).indices(0, 40_000)
+        assert np.mean(indices.source) == pytest.approx(0.4, abs=0.01)
+        batches = indices.source.reshape(-1, 4)
         assert (batches == batches[:, :1]).all()
 
 
@@ -164,7 +164,7 @@ class TestRuns:
         assert result.exit_code == 1
         assert "was not trained on 10x10; its sizes are 16x16, 8x24, 24x8" in result.output
 
-    def test_null_captions_are_dropped_in_as_many_places(self, stores):
+    def test_null_captions_are_dropped_equally_often(self, stores):
         data = DataConfig(batch_size=8, caption_dropout=0.25)
         order = make_sampler(open_pairs(*stores, data), data, 0)
         dropped = order.indices(0, 8000).caption == NULL_CAPTION

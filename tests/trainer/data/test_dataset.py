@@ -135,7 +135,7 @@ class TestFilter:
 
 
 class TestSeveralCaptions:
-    def test_weights_by_place(self, several):
+    def test_weights_by_number_of_the_caption(self, several):
         index = chosen(several, caption_weights=[1, 0, 3]).index
         counts = np.diff(index.starts)
         assert counts.tolist() == [[1, 1, 2][n % 3] for n in range(60)]

@@ -267,7 +267,7 @@ class TestStream:
 
     @pytest.mark.parametrize("kind", ["PackedLoader", "PaddedLoader"])
     def test_reading_starts_no_threads_of_torch(self, feature_store, latent_store, kind):
-        """Of OpenMP, in the thread that reads: they would slow down those that train."""
+        """No OpenMP team for the thread that reads: it would slow down the threads that train."""
         code = (
             "import psutil, sys, torch\n"
             "from semroute import open_features, open_latents\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.schemas import InputError
 from semroute.trainer.data.dataset import SampleIndex
-from semroute.trainer.data.sampler import MixtureSampler
+from semroute.trainer.data.sampler import BatchPartition, MixtureSampler
 
 
 def source(counts, weights=None, shard_size=None, first=1):
@@ -33,8 +33,8 @@ def order(*counts, seed=0, dropout=0.0, shard_size=3, **arguments):
 
 def table(order, first, num):
     """int64 [P, 3]"""
-    places = order.indices(first, num)
-    return np.stack([places.source, places.sample, places.caption], 1)
+    found = order.indices(first, num)
+    return np.stack([found.source, found.sample, found.caption], 1)
 
 
 counted = st.lists(st.integers(1, 4), min_size=1, max_size=30)
@@ -103,12 +103,12 @@ class TestOrder:
         ],
     )
     def test_a_plain_order_is_what_it_was_in_the_first_version(self, counts, seed, digest):
-        places = order(counts, seed=seed, dropout=0.1).indices(13, 200)
+        indices = order(counts, seed=seed, dropout=0.1).indices(13, 200)
         starts = np.concatenate([[0], np.cumsum(counts)])
-        choice = places.caption - 1 - starts[places.sample // 10]
-        choice[places.caption == NULL_CAPTION] = -1
-        found = b"".join(v.astype("<i8").tobytes() for v in (places.sample // 10, choice))
-        assert hashlib.sha256(found).hexdigest()[:16] == digest
+        choice = indices.caption - 1 - starts[indices.sample // 10]
+        choice[indices.caption == NULL_CAPTION] = -1
+        content = b"".join(v.astype("<i8").tobytes() for v in (indices.sample // 10, choice))
+        assert hashlib.sha256(content).hexdigest()[:16] == digest
 
     @pytest.mark.parametrize("window", [None, 2])
     def test_epochs_and_seeds_differ(self, window):
@@ -140,10 +140,8 @@ class TestOrder:
     @pytest.mark.parametrize("window", [None, 2])
     def test_captions_of_a_sample_are_chosen_by_their_weights(self, window):
         weighed = source([2, 1, 3], [1, 3, 5, 2, 2, 0.5], shard_size=2)
-        places = MixtureSampler([weighed], seed=0, caption_dropout=0, window=window).indices(
-            0, 60_000
-        )
-        shares = np.bincount(places.caption)[1:] / 20_000
+        sampler = MixtureSampler([weighed], seed=0, caption_dropout=0, window=window)
+        shares = np.bincount(sampler.indices(0, 60_000).caption)[1:] / 20_000
         expected = [0.25, 0.75, 1, 2 / 4.5, 2 / 4.5, 0.5 / 4.5]
         assert shares == pytest.approx(expected, abs=0.01)
 
@@ -200,8 +198,8 @@ class TestShards:
     def test_a_shard_is_spread_over_the_window(self):
         shards = self.shards(8)
         for shard in range(40):
-            places = np.sort(np.flatnonzero(shards == shard))
-            gaps = np.diff(np.concatenate([places, [places[0] + 4000]]))
+            positions = np.sort(np.flatnonzero(shards == shard))
+            gaps = np.diff(np.concatenate([positions, [positions[0] + 4000]]))
             span = 4000 - gaps.max()  # around the end
             assert 600 < span < 1000
             assert np.sort(gaps)[-2] < 150
@@ -216,3 +214,15 @@ class TestShards:
             captions = made.indices(400 * epoch, 400).caption
             shards = made.sources[0].shards[captions - 1]
             assert max(len(np.unique(shards[i : i + 20])) for i in range(0, 400, 20)) <= 4
+
+
+class TestBatchPartition:
+    def test_parts_follow_each_other_by_step_and_then_by_rank(self):
+        ranks = [BatchPartition(rank, world_size=2, grad_accum_steps=3) for rank in (0, 1)]
+        parts = [rank.first_position(12, 5, micro) for micro in range(3) for rank in ranks]
+        assert parts == [60, 62, 64, 66, 68, 70]
+        assert {rank.size(12) for rank in ranks} == {2}
+
+    def test_a_batch_that_it_does_not_divide_is_refused(self):
+        with pytest.raises(InputError, match="batch_size 8 is not a multiple of 6"):
+            BatchPartition(0, 2, 3).size(8)

@@ -84,7 +84,7 @@ class TestPath:
         x0, noise, t = batch()
         assert not flow.loss(exact(flow, x0, noise), x0, noise, t).any()
 
-    def test_loss_is_a_sample_at_a_time(self, prediction):
+    def test_loss_is_per_sample(self, prediction):
         flow = Flow(prediction)
         x0, noise, t = batch()
         guess = torch.zeros_like(x0)

@@ -153,7 +153,7 @@ class TestForward:
     )  # dynamo's own
     @pytest.mark.parametrize("conditioning", ["none", "adaln"])
     def test_blocks_compile_whole(self, conditioning):
-        """One graph a block, and the same numbers; what inductor makes of it is torch's."""
+        """One graph per block, and the same numbers; compiling the graph is up to torch."""
         dit, x, t = make("depth", conditioning), *images()
         hidden, offsets = rows_for(dit)
         expected = dit(x, t, hidden, offsets, CAPTION)

@@ -438,7 +438,7 @@ class TestGated:
         with pytest.raises(ValueError, match=f"{strategy} needs t"):
             make(strategy).alpha()
 
-    def test_joint_gates_equal_one_gate_a_block(self):
+    def test_joint_gates_equal_one_gate_per_block(self):
         router = make("joint")
         randomise(router)
         t = torch.rand(4)

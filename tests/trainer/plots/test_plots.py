@@ -100,7 +100,7 @@ class TestRoutingHeatmap:
 
 
 class TestRoutingOverTime:
-    def test_a_panel_a_block_on_one_scale(self):
+    def test_one_panel_per_block_on_one_scale(self):
         weights, t = softmax(11, 5, 8), np.linspace(0, 1, 11)
         figure = routing_over_time(weights, t, range(1, 9))
         panels = [axes for axes in figure.axes if axes.get_visible()][:5]
@@ -149,7 +149,7 @@ class TestLossCurve:
         (axes,) = loss_curve(metrics(3)).axes
         assert len(axes.lines) == 1
 
-    def test_a_long_fall_is_drawn_on_a_log_scale(self):
+    def test_a_long_fall_has_a_log_scale(self):
         loss = np.geomspace(100, 1, 50)
         (axes,) = loss_curve(pa.table({"step": np.arange(50), "loss": loss})).axes
         assert axes.get_yscale() == "log"
@@ -161,7 +161,7 @@ class TestLossCurve:
 
 
 class TestValidationCurves:
-    def test_a_line_each_part_of_t_and_their_mean(self):
+    def test_one_line_per_part_of_t_and_their_mean(self):
         figure = validation_curves(metrics(validate_every=20))
         (axes,) = figure.axes
         assert [line.get_label() for line in axes.lines] == [
@@ -181,7 +181,7 @@ class TestValidationCurves:
 
 
 class TestRoutingOverSteps:
-    def test_a_panel_a_block_with_steps_along_x(self):
+    def test_one_panel_per_block_with_steps_along_x(self):
         figure = routing_over_steps(softmax(5, 6, 8), np.arange(5) * 100, range(1, 9))
         panels = figure.axes[:6]
         assert [axes.get_title() for axes in panels] == [f"block {n}" for n in range(1, 7)]
@@ -314,7 +314,7 @@ class TestPlotRun:
                 assert np.asarray(image.convert("L")).std() > 5
 
     @pytest.mark.parametrize("strategy", ["time", "joint"])
-    def test_strategies_that_depend_on_t_are_drawn_over_it(self, make_run, tmp_path, strategy):
+    def test_strategies_that_depend_on_t_are_plotted_over_it(self, make_run, tmp_path, strategy):
         paths = plot_run(make_run(strategy), tmp_path / "plots")
         names = ["loss.png", "routing.png", "routing-over-time.png"]
         assert [path.name for path in paths] == names

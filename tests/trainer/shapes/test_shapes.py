@@ -25,7 +25,7 @@ BLUE_CROSS = Object("blue", "cross")
 DIRECTIONS = ("left of", "right of", "above", "below")
 DISTANCES = ("next to", "far from")
 THINGS = list(itertools.product(COLOURS, SHAPES, SIZES))
-"""By their codes."""
+"""All objects, by their codes."""
 
 
 def random_scenes(num, seed, held_out=False):
