@@ -1,4 +1,4 @@
-"""The command line: every command, and what they do alike."""
+"""The command line: the list of commands, and how their errors are shown."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .trainer.commands import evaluate, runs, sample, stores, study, train
 
 
 class _Commands(click.Group):
-    """Commands whose bad input ends in one message, not in a traceback."""
+    """Commands that answer bad input and a full disk with a message instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -24,7 +24,7 @@ class _Commands(click.Group):
                 raise
             where = f" while writing {error.filename}" if error.filename else ""
             raise click.ClickException(
-                f"the disk is full{where}. Free some space and run the same command again."
+                f"the disk is full{where}. Free some space and rerun the same command."
             ) from error
 
 

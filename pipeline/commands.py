@@ -1,8 +1,12 @@
-"""The commands that make stores and look at them: parse, call, print. Imports stay inside."""
+"""The commands that make stores and look at them: parse, call, print. Imports stay inside.
+
+The first half holds what all commands share, those of the trainer too.
+"""
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,34 +19,51 @@ from .executor.base import Interrupted
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator; ``--help`` lists them in this order."""
+    return lambda command: functools.reduce(lambda f, add: add(f), reversed(decorators), command)
+
+
+@contextmanager
+def interruptible(
+    interrupt: type[BaseException] = Interrupted, message: str | None = None
+) -> Iterator[None]:
+    """Exit with code 130 when a command that can be resumed is stopped. Also a decorator.
+
+    Args:
+        interrupt: what stops it.
+        message: printed to standard error.
+    """
+    try:
+        yield
+    except interrupt:
+        if message is not None:
+            report_line(message)
+        sys.exit(130)
+
+
 def report_line(line: str) -> None:
+    """Print to standard error: standard output is for results."""
     click.echo(line, err=True)
 
 
+def print_result(result: Any, as_json: bool) -> None:
+    """Print what a command found, as text or as JSON."""
+    click.echo(result.to_json() if as_json else result)
+
+
+def json_option(help: str = "Print JSON.") -> Callable[[F], F]:
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
 def is_json(options: dict[str, Any]) -> bool:
-    """Standard output is for machines."""
+    """Whether ``--json-progress`` was given: then standard output holds nothing but JSON."""
     return bool(options["progress"] == "json")
 
 
-def interruptible(command: F) -> F:
-    """Ctrl-C, once drained, ends a command with exit code 130."""
+class _ByteSize(click.ParamType):
+    """A number of bytes: ``256MB``, ``1GiB``."""
 
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except Interrupted:
-            sys.exit(130)
-
-    return wrapper  # type: ignore[return-value]
-
-
-def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator."""
-    return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
-
-
-class _Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
@@ -52,20 +73,28 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+BYTE_SIZE = _ByteSize()
 CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
 quality_option = click.option(
     "--quality",
     type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
-    help="Of delta and linear. Default 4: error of LN(h) 1.1e-2; one more halves it and costs a "
-    "bit a value.",
+    help="For delta and linear. Default: 4, an error of 1.1e-2 in LN(h). One step more halves the "
+    "error and costs one bit per value.",
 )
-
-
-_plan_options = _together(
+layers_option = click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    help="all; every:3, counted from the last layer; or a list, such as 1-10,17.",
+)
+limit_option = click.option(
+    "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
+)
+plan_options = options(
     click.option(
         "--model",
         required=True,
-        help="The LLM: a hub id (org/name[@revision]), a folder or a GGUF file.",
+        help="The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file.",
     ),
     click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
     click.option(
@@ -73,110 +102,108 @@ _plan_options = _together(
         default="bos",
         show_default=True,
         help="Preset (bos, eos, describe, paper, qwen-image, lumina2, z-image, flux2, "
-        "flux2-klein) or a file that holds {caption}.",
+        "flux2-klein) or a file that contains {caption}.",
     ),
-    click.option("--keep-prefix", is_flag=True, help="Store the template's prefix rows too."),
     click.option(
-        "--layers",
-        default="all",
-        show_default=True,
-        help="all, every:3 (counted from the last), or 1-10,17.",
+        "--keep-prefix", is_flag=True, help="Also store the rows of the template's prefix."
     ),
+    layers_option,
     click.option(
         "--max-length",
         default=512,
         show_default=True,
         type=click.IntRange(1),
-        help="Tokens, the template included; longer captions are cut, counted and listed.",
+        help="Longest caption in tokens, including the template. Longer captions are cut, counted "
+        "and listed.",
     ),
     click.option(
         "--dtype",
         default="auto",
         show_default=True,
         type=click.Choice(["auto", "float32", "bfloat16"]),
-        help="In which the LLM runs. auto: bfloat16 on a GPU, float32 on a CPU.",
+        help="Precision of the LLM. auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
     click.option(
-        "--seed", default=0, show_default=True, help="Of the order in which captions are stored."
+        "--seed",
+        default=0,
+        show_default=True,
+        help="Seed of the order in which captions are stored.",
     ),
 )
-"""Of every command that plans an extraction."""
-
-
-_limit_option = click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
-work_options = _together(
+"""Options of every command that plans an extraction."""
+work_options = options(
     click.option(
         "--shard-size",
         "shard_bytes",
-        type=_Size(),
+        type=BYTE_SIZE,
         default="256MB",
         show_default=True,
-        help="Size of a shard: the unit of work and of writing.",
+        help="Size of a shard, the unit of work and of writing.",
     ),
     click.option(
         "--workers",
         type=click.IntRange(0),
-        help="Processes. Default: one a GPU, or one a CPU core up to 4. 0: this process, without "
-        "Dask.",
+        help="Worker processes. Default: one per GPU, or one per CPU core, up to 4. 0: run in "
+        "this process, without Dask.",
     ),
     click.option(
         "--cluster",
         default="local",
         show_default=True,
-        help="Where: local; a Dask scheduler, by address (tcp://...) or file (.json); or jobs of a "
-        "batch system (.yaml).",
+        help="Where to run: local; a Dask scheduler, by address (tcp://...) or file (.json); or "
+        "jobs of a batch system (.yaml).",
     ),
-    click.option("--force", is_flag=True, help="Begin although the disk has too little space."),
+    click.option("--force", is_flag=True, help="Start even if the disk has too little free space."),
     click.option(
         "--json-progress",
         "progress",
         flag_value="json",
         default="auto",
-        help="Progress as JSON, an object a line on standard output, all text on standard error.",
+        help="Report progress as JSON, one object per line on standard output; all text goes to "
+        "standard error.",
     ),
 )
-"""Of every command that fills a store."""
+"""Options of every command that fills a store."""
 
 
 @click.command()
 @click.argument("captions")
 @click.argument("features")
-@_plan_options
+@plan_options
 @click.option(
     "--codec",
     default="delta",
     show_default=True,
     type=CODECS,
-    help="How hidden states are stored: from exact and fast to read, to a sixth of the bytes.",
+    help="How to store hidden states: from exact and fast to read, to a sixth of the bytes.",
 )
 @quality_option
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
-    help="Tokens a batch, padding included. Default: 512 on a CPU, 16384 on a GPU.",
+    help="Tokens per batch, including padding. Default: 512 on a CPU, 16384 on a GPU.",
 )
 @click.option(
     "--batching",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "padded", "packed"]),
-    help="Captions of a batch in lines of their own, or packed one after the other; auto: packed "
-    "where a trial shows that the LLM keeps them apart.",
+    help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
+    "packed if a trial shows that the LLM keeps them apart.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="CPU threads a worker, for a new store. Default: all cores over all workers.",
+    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
 )
-@_limit_option
+@limit_option
 @work_options
-@interruptible
+@interruptible()
 def extract(captions: str, features: str, **options: Any) -> None:
-    """Run an LLM over CAPTIONS once; store its layers' hidden states in FEATURES.
+    """Run an LLM over CAPTIONS once and store the hidden states of its layers in FEATURES.
 
     CAPTIONS is a parquet, jsonl, csv, tsv or txt file or URL, or webdataset tars, such as
-    x-{000..031}.tar. The same command continues what was interrupted, and refuses a store that was
-    made otherwise.
+    x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
 
     \b
     Example:
@@ -189,53 +216,53 @@ def extract(captions: str, features: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("captions")
-@_plan_options
-@_limit_option
-@click.option("--codec", type=CODECS, help="Default: all, side by side.")
+@plan_options
+@limit_option
+@click.option("--codec", type=CODECS, help="Only this codec. Default: all, side by side.")
 @quality_option
 @click.option(
     "--samples-per-second",
     default=100.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="Speed of training, over all its devices.",
+    help="Training speed, over all devices.",
 )
 @click.option(
     "--passes",
     default=10.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="Times that the samples are trained on, over all epochs, seeds and ablations.",
+    help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(
     "--probe",
     is_flag=True,
-    help="Run the LLM for 20 seconds: measured sizes and errors, hours, and whether caching pays.",
+    help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
+    "caching pays.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option()
 def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
-    """Say what caching CAPTIONS would take and save, before anything is written.
+    """Estimate what caching CAPTIONS would cost and save. Nothing is written.
 
-    Tokens, bytes by codec and layers, what storage must deliver to train, hours of extraction on
-    this machine, and the break-even against running the LLM during training.
+    Reports tokens, bytes by codec and layers, the speed that training needs from storage, hours of
+    extraction on this machine, and the break-even against running the LLM during training.
 
     \b
     Example:
       semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
     """
-    from .extraction import plan as planning
+    from .extraction.plan import default_batch_tokens, make_plan
     from .extraction.requests import CaptionsRequest
-    from .inspection import benchmark as probing
-    from .inspection import estimate as estimation
+    from .inspection.benchmark import run_benchmark
+    from .inspection.estimate import estimate as run
 
     names = ("codec", "quality", "samples_per_second", "passes")
-    how = {name: options.pop(name) for name in names}
+    workload = {name: options.pop(name) for name in names}
     request = parse(CaptionsRequest, {"source": captions, **options}, "the plan")
-    plan = planning.make_plan(request)
+    plan = make_plan(request)
     plan.report_warnings(report_line)
-    probed = probing.run_benchmark(plan, planning.default_batch_tokens()) if probe else None
-    found = estimation.estimate(plan, probe=probed, **how)
-    click.echo(found.to_json() if as_json else found)
+    benchmark = run_benchmark(plan, default_batch_tokens()) if probe else None
+    print_result(run(plan, probe=benchmark, **workload), as_json)
 
 
 @click.command()
@@ -245,7 +272,7 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
     "--vae",
     default="pixels",
     show_default=True,
-    help="pixels: the image itself, in [-1, 1]. Or a VAE of diffusers: a hub id or a folder.",
+    help="pixels: the image itself, in [-1, 1]. Or a diffusers VAE: a Hub id or a folder.",
 )
 @click.option("--image-column", help="Column of images. Default: image.")
 @click.option("--text-column", help="Column of captions, by which latents and features are joined.")
@@ -254,23 +281,23 @@ def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
     "--buckets",
     type=click.IntRange(1),
     metavar="STEP",
-    help="With --size: to the nearest of many shapes of about that area instead, whose sides are "
-    "multiples of STEP.",
+    help="With --size: resize and crop to the nearest of many shapes of about that area, whose "
+    "sides are multiples of STEP.",
 )
 @click.option(
     "--drop-broken",
     is_flag=True,
-    help="Complete LATENTS without images that cannot be read; training leaves them out.",
+    help="Complete LATENTS without the images that cannot be read; training skips them.",
 )
-@_limit_option
+@limit_option
 @work_options
-@interruptible
+@interruptible()
 def latents(samples: str, latents: str, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
 
-    SAMPLES is the same file that the features were made from, with a column of images: paths,
-    bytes, or both as HF datasets writes them. Images that cannot be read are listed, and fail the
-    command when all others are encoded.
+    SAMPLES is the file that the features were made from, with a column of images: paths, bytes, or
+    both as HF datasets writes them. Images that cannot be read are listed; the command encodes all
+    others, then fails. Rerun the same command to resume.
 
     \b
     Examples:
@@ -284,25 +311,24 @@ def latents(samples: str, latents: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option("--json", "as_json", is_flag=True, help="For machines; the manifest included.")
+@json_option("Print JSON, including the manifest.")
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a page with figures: norms, massive activations, similarity and error by layer, "
-    "lengths, and a search over captions.",
+    help="Also write a page with figures (norms, massive activations, similarity and error by "
+    "layer, lengths) and a search over captions.",
 )
 def inspect(store: str, as_json: bool, html: Path | None) -> None:
-    """Say what a feature or latent STORE holds, finished or not.
+    """Show what a feature or latent STORE holds, finished or not.
 
     \b
     Examples:
       semroute inspect features --json
       semroute inspect features --html features.html
     """
-    from .inspection.describe import inspect as look
+    from .inspection.describe import inspect as run
 
-    found = look(store)
-    click.echo(found.to_json() if as_json else found)
+    print_result(run(store), as_json)
     if html is not None:
         from .inspection.report import write_report
 
@@ -311,33 +337,33 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option()
 def status(store: str, as_json: bool) -> None:
-    """Say how far a STORE is that is being written, by whom, how fast, and what failed.
+    """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
     \b
     Example:
       semroute status features
     """
-    from .inspection.status import status as look
+    from .inspection.status import status as run
 
-    found = look(store)
-    click.echo(found.to_json() if as_json else found)
+    print_result(run(store), as_json)
 
 
 @click.command()
 @click.argument("store")
 @click.argument("repo")
-@click.option("--public", is_flag=True, help="Where REPO is made. Default: private.")
+@click.option("--public", is_flag=True, help="Make a new REPO public. Default: private.")
 @click.option(
-    "--license", help="Of the data, by the Hub's names, such as cc-by-4.0. Default: none is stated."
+    "--license",
+    help="License of the data, by its name on the Hub, such as cc-by-4.0. Default: none stated.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the files and the card, and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the files and the card, and upload nothing.")
 def push(store: str, repo: str, **options: Any) -> None:
-    """Upload a finished STORE to the Hugging Face Hub, as the dataset REPO (name/repository).
+    """Upload a finished STORE to the Hugging Face Hub as the dataset REPO (name/repository).
 
-    With a card that says what it holds and how to read it. Log in first, with `hf auth login`. The
-    same command continues what was interrupted.
+    A dataset card says what the store holds and how to read it. Log in first with `hf auth login`.
+    Rerun the same command to resume.
 
     \b
     Example:
@@ -351,24 +377,25 @@ def push(store: str, repo: str, **options: Any) -> None:
 @click.command()
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option()
 def verify(store: str, repair: bool, as_json: bool) -> None:
-    """Read the whole of STORE and compare it with what was written.
+    """Read all of STORE and check it against what was written.
 
-    Every checksum, range of rows, receipt and key of the manifest. Ends with 1 where something is
-    wrong. After --repair, the command that made the store writes just the bad shards anew.
+    Checks every checksum, row range, receipt and manifest key. The exit code is 1 if anything is
+    wrong. After --repair, rerun the command that made the store: it rewrites only the bad shards.
 
     \b
     Example:
       semroute verify features --repair
     """
-    from .store import verify as verification
+    from .store.verify import repair as mark_bad
+    from .store.verify import verify as run
 
-    found = verification.verify(store, progress=not as_json)
-    click.echo(found.to_json() if as_json else found)
-    if repair and (marked := verification.repair(found)):
+    findings = run(store, progress=not as_json)
+    print_result(findings, as_json)
+    if repair and (marked := mark_bad(findings)):
         report_line(
-            f"{len(marked)} shards are marked as not written: run the command that made them"
+            f"{len(marked)} shards are marked as not written; rerun the command that made them"
         )
-    if found.problems:
+    if findings.problems:
         sys.exit(1)

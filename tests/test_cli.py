@@ -128,7 +128,7 @@ class TestVAE:
         vae.rename(tmp_path / "elsewhere")
         output = CliRunner().invoke(cli, [*map(str, sample), "--out", str(tmp_path / "out")])
         assert output.exit_code == 0
-        assert "So latents are written, not pictures" in output.stderr
+        assert "Latents are written instead of images" in output.stderr
         latents = load_file(tmp_path / "out" / "latents.safetensors")["latents"]
         assert latents.shape == (2, 4, 9, 9)
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["latents.safetensors"]

@@ -1,31 +1,77 @@
-"""Options that several commands share."""
+"""Options that the commands of the trainer share, and what several of them make of these."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ...pipeline.commands import F, options
 from ...schemas import InputError
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    import numpy as np
 
-_SAMPLING = (
-    click.option(
-        "--num-steps",
-        default=50,
+    from ..diffusion.sampling import SamplingConfig
+    from ..runs.run import Run
+
+STOPPED = "Stopped. Rerun the same command to resume."
+SOLVERS = click.Choice(["euler", "heun"])
+
+step_option = click.option(
+    "--step", type=click.IntRange(0), help="Checkpoint to load. Default: the newest."
+)
+weights_option = click.option(
+    "--weights",
+    default="ema",
+    show_default=True,
+    type=click.Choice(["ema", "model"]),
+    help="ema: the moving average of the weights. model: the weights themselves.",
+)
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+batch_size_option = click.option(
+    "--batch-size",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images sampled at once.",
+)
+clock_option = click.option(
+    "--clock",
+    default="nominal",
+    show_default=True,
+    help="Noise level for routing by t: nominal; shift:K; or estimated, from x_t itself.",
+)
+
+
+def num_steps_option(least: int = 1, help: str = "Steps of the solver.") -> Callable[[F], F]:
+    return click.option(
+        "--num-steps", default=50, show_default=True, type=click.IntRange(least), help=help
+    )
+
+
+def cfg_scales_option(*default: float) -> Callable[[F], F]:
+    return click.option(
+        "--cfg-scale",
+        "cfg_scales",
+        multiple=True,
+        default=default,
         show_default=True,
-        type=click.IntRange(1),
-        help="Of the solver.",
-    ),
+        help="Guidance scale; may be given several times.",
+    )
+
+
+sampling_options = options(
+    num_steps_option(),
     click.option(
         "--solver",
         "method",
         default="euler",
         show_default=True,
-        type=click.Choice(["euler", "heun"]),
-        help="heun: of second order, for two evaluations a step.",
+        type=SOLVERS,
+        help="heun is of second order, for two evaluations per step.",
     ),
     click.option(
         "--cfg-interval",
@@ -33,68 +79,71 @@ _SAMPLING = (
         default=(0.0, 1.0),
         show_default=True,
         type=click.FloatRange(0, 1),
-        help="Lowest and highest t that are guided.",
+        help="Lowest and highest t with guidance.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Of the noise."),
-    click.option(
-        "--batch-size",
-        default=64,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Images sampled at once.",
-    ),
-    click.option(
-        "--weights",
-        default="ema",
-        show_default=True,
-        type=click.Choice(["ema", "model"]),
-        help="The moving average, or the weights themselves.",
-    ),
-    click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest."),
+    seed_option,
+    batch_size_option,
+    weights_option,
+    step_option,
+    clock_option,
 )
-
-clock_option = click.option(
-    "--clock",
-    default="nominal",
-    show_default=True,
-    help="The t that routing by t is told: nominal, shift:K, or estimated, from x_t itself.",
-)
+"""Options of every command that samples from a checkpoint of a run."""
 
 
-def sampling_options(command: F) -> F:
-    """Of every command that samples from a run."""
-    return functools.reduce(lambda found, option: option(found), _SAMPLING[::-1], command)
+def scoring_options(*, required: bool, features_type: Any = str) -> Callable[[F], F]:
+    """The captions that runs are scored on, and what their images should show."""
+    return options(
+        click.option(
+            "--features",
+            required=required,
+            type=features_type,
+            help="Feature store of the captions to score on.",
+        ),
+        click.option(
+            "--samples",
+            required=required,
+            help="The test.parquet of the shapes that the features were extracted from.",
+        ),
+    )
 
 
-def take_solver(run: Any, how: dict[str, Any]) -> Any:
-    """Take what makes a solver out of the options of a command.
+def pop_sampling_config(run: Run, options: dict[str, Any]) -> SamplingConfig:
+    """Make a solver of the options that configure one, which are removed from ``options``.
 
     Args:
-        run: :class:`semroute.trainer.runs.run.Run`, whose clock is meant.
-
-    Returns:
-        A :class:`semroute.trainer.diffusion.sampling.SamplingConfig`.
+        run: its clock is used.
     """
     from ..diffusion.sampling import SamplingConfig
 
-    clock = run.clock(how.pop("clock"))
+    clock = run.clock(options.pop("clock"))
     names = ("num_steps", "cfg_scale", "cfg_interval", "method")
-    return SamplingConfig(**{name: how.pop(name) for name in names if name in how}, clock=clock)
+    config = {name: options.pop(name) for name in names if name in options}
+    return SamplingConfig(**config, clock=clock)
 
 
-def refuse_options(names: Any, why: str) -> None:
+def was_given(name: str) -> bool:
+    """Whether the user named a parameter of the current command."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, ParameterSource.DEFAULT)
+
+
+def refuse_options(names: Collection[str], why: str) -> None:
+    """Refuse parameters of the current command that the user named.
+
+    Raises:
+        InputError: ``--option``, followed by ``why``.
+    """
     for parameter in click.get_current_context().command.params:
         if parameter.name in names and was_given(parameter.name):
             raise InputError(f"{parameter.opts[0]} {why}")
 
 
-def was_given(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name)
-    return source not in (None, ParameterSource.DEFAULT)
+def open_vae_decoder(run: Run, vae: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Latents of a run -> images uint8 ``[n, H, W, 3]``.
 
-
-def open_vae_decoder(run: Any, vae: str | None = None) -> Callable[[Any], Any]:
-    """Latents of a run -> images uint8 ``[n, H, W, 3]``."""
+    Args:
+        vae: where it is now. Default: where it was when the latents were made.
+    """
     from ...pipeline.models.vae import open_decoder
 
     device = str(next(run.model.parameters()).device)

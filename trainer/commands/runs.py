@@ -1,17 +1,22 @@
-"""``semroute plot``, ``export`` and ``compare``."""
+"""``semroute plot``, ``export`` and ``compare``: what runs learned, and where it goes."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ...pipeline.commands import json_option, print_result
+from .options import step_option, weights_option
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/figures.")
-@click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the figures. Default: RUN/figures."
+)
+@step_option
 def plot(run: Path, out: Path | None, step: int | None) -> None:
-    """Draw what a RUN learned: routing weights, loss, and the scores of its evaluation.
+    """Plot what a RUN learned: routing weights, loss, and the scores of its evaluation.
 
     \b
     Example:
@@ -26,20 +31,14 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--router", is_flag=True, help="The router alone, as safetensors with its config.")
-@click.option("--step", type=click.IntRange(0), help="Which checkpoint. Default: the newest.")
-@click.option(
-    "--weights",
-    default="ema",
-    show_default=True,
-    type=click.Choice(["ema", "model"]),
-    help="The moving average, or the weights themselves.",
-)
+@click.option("--router", is_flag=True, help="Only the router, as safetensors with its config.")
+@step_option
+@weights_option
 def export(run: Path, out: Path, router: bool, step: int | None, weights: Any) -> None:
-    """Write a RUN into the folder OUT, as a pipeline of diffusers.
+    """Write a RUN into the folder OUT as a diffusers pipeline.
 
-    semroute.SemanticRoutingPipeline.from_pretrained loads it. With --router only the router is
-    written, which semroute.load_router loads, and whose weights any reader of safetensors.
+    semroute.SemanticRoutingPipeline.from_pretrained loads it. With --router, only the router is
+    written: semroute.load_router loads it, and any safetensors reader its weights.
 
     \b
     Examples:
@@ -61,18 +60,18 @@ def export(run: Path, out: Path, router: bool, step: int | None, weights: Any) -
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with figures, too.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with figures.")
+@json_option()
 def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
-    """Put RUNS beside each other: settings that differ, loss, scores, routing, speed.
+    """Compare RUNS side by side: settings that differ, loss, scores, routing, speed.
 
     \b
     Example:
       semroute compare runs/* --html runs.html
     """
-    from ..studies.compare import compare as look
+    from ..studies.compare import compare as run
 
-    found = look(runs)
-    click.echo(found.to_json() if as_json else found)
+    comparison = run(runs)
+    print_result(comparison, as_json)
     if html is not None:
-        click.echo(found.write_html(html), err=as_json)
+        click.echo(comparison.write_html(html), err=as_json)

@@ -1,143 +1,55 @@
-"""``semroute sample``."""
+"""``semroute sample``: images of stored captions, of new prompts or of a benchmark."""
 
-import functools
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ...pipeline.commands import options, report_line
 from ...schemas import BenchmarkName, InputError
-from .evaluate import F
-from .options import clock_option, open_vae_decoder, refuse_options, sampling_options, take_solver
+from .options import open_vae_decoder, pop_sampling_config, refuse_options, sampling_options
 
-_PROMPTS = (
+if TYPE_CHECKING:
+    from ..diffusion.sampling import SamplingConfig
+    from ..evaluation.generate import Features
+    from ..runs.run import Run
+
+NUM_CAPTIONS = 18
+"""Captions taken from a feature store, unless ``--num`` is given."""
+prompts_options = options(
     click.option(
         "--prompts",
         "file",
-        help="A benchmark's file of prompts. The run's LLM is loaded, or give --features that "
-        "were extracted from it.",
+        help="File of prompts of a benchmark. Loads the run's LLM, unless --features extracted "
+        "from this file are given.",
     ),
     click.option(
         "--layout",
         type=click.Choice(get_args(BenchmarkName)),
-        help="Of --prompts: whose scorer the folder is for. Default: plain.",
+        help="With --prompts: the scorer that the folder is laid out for. Default: plain.",
     ),
     click.option(
         "--images-per-prompt",
         type=click.IntRange(1),
-        help="Of --prompts. Default: as many as the benchmark has; 4 for geneval, 10 for "
-        "t2i-compbench, otherwise 1.",
+        help="With --prompts. Default: 4 for geneval, 10 for t2i-compbench, otherwise 1.",
     ),
-    click.option("--text-column", help="Of --prompts. Default: prompt, prompts, text or caption."),
+    click.option(
+        "--text-column",
+        help="With --prompts: column of prompts. Default: prompt, prompts, text or caption.",
+    ),
     click.option(
         "--shard",
         metavar="I/N",
-        help="Of --prompts: only part I of N, from 0. Default: the process's own under torchrun "
-        "or accelerate launch, otherwise all.",
+        help="With --prompts: generate only part I of N, counted from 0. Default: the process's "
+        "own part under torchrun or accelerate launch, otherwise all.",
     ),
 )
-_PROMPTS_ALONE = ("layout", "images_per_prompt", "text_column", "shard")
-
-
-def prompts_options(command: F) -> F:
-    """Options of a file of prompts."""
-    return functools.reduce(lambda found, option: option(found), _PROMPTS[::-1], command)
-
-
-def take_prompts_options(how: dict[str, Any], file: str | None) -> dict[str, Any]:
-    """Take the options of a file of prompts out of those of a command.
-
-    Raises:
-        InputError: one was given, and no file.
-    """
-    if file is None:
-        refuse_options(_PROMPTS_ALONE, "belongs to --prompts FILE")
-    return {name: how.pop(name) for name in _PROMPTS_ALONE}
-
-
-def generate_file(
-    run: Any,
-    file: str,
-    num: int | None,
-    features: str | None,
-    model: str | None,
-    decode: Callable[[Any], Any],
-    out: Path,
-    options: dict[str, Any],
-    how: Any,
-    said: dict[str, Any],
-    **drawing: Any,
-) -> None:
-    """``semroute sample --prompts``: the pictures of a file that are not there yet.
-
-    Args:
-        run: from :func:`semroute.trainer.runs.run.open_run`.
-        num: only the first prompts.
-        features: extracted from the file; None: the LLM encodes the prompts.
-        model: where it is; default: where it was.
-        options: from :func:`take_prompts_options`.
-        how, said: the solver, and what was said of it.
-        drawing: of :func:`semroute.trainer.evaluation.image_set.generate_image_set`.
-    """
-    from ...pipeline.sources.prompts import read_prompts
-    from ..evaluation.benchmarks import BENCHMARK_FORMATS
-    from ..evaluation.image_set import (
-        find_shard,
-        finish_image_set,
-        generate_image_set,
-        open_image_set,
-    )
-
-    shard = find_shard(options["shard"])
-    layout: BenchmarkName = options["layout"] or "plain"
-    prompts = read_prompts(file, options["text_column"])[:num]
-    source, ids = conditions(run, [prompt.text for prompt in prompts], features, file, model)
-    gallery = open_image_set(
-        out,
-        prompts,
-        run,
-        layout=layout,
-        num_images=options["images_per_prompt"] or BENCHMARK_FORMATS[layout].num_images,
-        codec="none" if features is None else source.manifest.codec.name,
-        sampling=said,
-    )
-    drawn = generate_image_set(gallery, run, source, ids, decode, how, shard=shard, **drawing)
-    missing = len(gallery.missing())
-    click.echo(
-        f"{gallery.out}: {drawn:,} pictures drawn, {len(gallery) - missing:,} of "
-        f"{len(gallery):,} are there"
-    )
-    if not missing:
-        click.echo(finish_image_set(gallery))
-
-
-def conditions(
-    run: Any, texts: list[str], features: str | None, file: str | None, model: str | None
-) -> tuple[Any, list[int]]:
-    """Where the hidden states of prompts come from, and which entry each is.
-
-    Raises:
-        InputError: the features are not those of the file, or not the run's.
-    """
-    if features is None:
-        from ...pipeline.extraction.prompts import encode_prompts
-
-        device = str(next(run.model.parameters()).device)
-        source = model or run.record.model_source
-        encoded = encode_prompts(texts, run.record.features, source, device)
-        return encoded, list(range(1, len(texts) + 1))
-    from ...pipeline.store.open import open_features
-
-    store = open_features(features)
-    run.check_features(store.manifest.identity)
-    ids = [row[0] for row in store.samples.slice(0, len(texts))["caption_ids"].to_pylist()]
-    if store.captions["text"].take(ids).to_pylist() != texts:
-        raise InputError(
-            f"{features} was not extracted from {file}: the prompts differ. Run semroute extract "
-            f"{file}, or leave --features out to have the LLM encode them."
-        )
-    return store, ids
+PROMPTS_ONLY = ("layout", "images_per_prompt", "text_column", "shard")
+"""Parameters that need ``--prompts``."""
 
 
 @click.command()
@@ -146,34 +58,35 @@ def conditions(
 @click.option(
     "--num",
     type=click.IntRange(1),
-    help="Captions to take, the first ones. Default: 18 of a store, all of --prompts.",
+    help="Use only this many captions, from the start. Default: 18 of a store, all of --prompts.",
 )
 @click.option(
     "--prompt",
     "texts",
     multiple=True,
-    help="A new prompt; may be given several times. The run's LLM is loaded to encode it.",
+    help="A new prompt; may be given several times. Loads the run's LLM to encode it.",
 )
 @prompts_options
 @click.option(
-    "--model", help="Where that LLM is now. Default: where it was when the features were extracted."
+    "--model",
+    help="Where that LLM is now. Default: where it was when the features were extracted.",
 )
 @click.option(
-    "--vae", help="Where the VAE of its latents is now. Default: where it was when they were made."
+    "--vae",
+    help="Where the VAE of the latents is now. Default: where it was when they were made.",
 )
-@click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance; 1 is none.")
+@click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance scale; 1 means none.")
 @click.option(
     "--size",
     metavar="HEIGHTxWIDTH",
-    help="In pixels, one of the buckets that were trained on. Default: the first of them.",
+    help="In pixels, one of the buckets that the run was trained on. Default: the first.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder of the pictures. Default: RUN/samples, or RUN/pictures/FILE of --prompts FILE.",
+    help="Folder of the images. Default: RUN/samples, or RUN/pictures/FILE for --prompts FILE.",
 )
 @sampling_options
-@clock_option
 def sample(
     run: Path,
     features: str | None,
@@ -186,14 +99,14 @@ def sample(
     out: Path | None,
     weights: Any,
     step: int | None,
-    **how: Any,
+    **sampling: Any,
 ) -> None:
-    """Draw pictures with a trained RUN, from stored captions or new prompts.
+    """Generate images with a trained RUN, from stored captions or new prompts.
 
-    Where the VAE of its latents is not to be had, latents are written instead.
+    If the VAE of its latents cannot be found, the latents are written instead.
 
-    With --prompts, pictures of a benchmark are laid out for its own scorer. The same command
-    continues what was stopped; several processes may draw a shard each.
+    With --prompts, the images of a benchmark are laid out for its own scorer. Rerun the same
+    command to resume; several processes may generate a shard each.
 
     \b
     Examples:
@@ -203,41 +116,186 @@ def sample(
     """
     if bool(texts) + (file is not None or features is not None) != 1:
         raise InputError("give either --features, --prompt or --prompts")
-    benchmark = take_prompts_options(how, file)
-    from ..evaluation.generate import generate_samples
-    from ..runs.run import open_run
-
-    trained = open_run(run, step, weights)
-    said = {key: value for key, value in how.items() if key != "batch_size"}
-    solver = take_solver(trained, how)
-    if size is not None:
-        how["shape"], said["size"] = trained.latent_shape(size), size
+    benchmark = {name: sampling.pop(name) for name in PROMPTS_ONLY}
+    if file is None:
+        refuse_options(PROMPTS_ONLY, "needs --prompts FILE")
+    generator = open_generator(run, step, weights, size, sampling)
     if file is not None:
         out = out or run / "pictures" / Path(file).stem
-        decode = open_vae_decoder(trained, vae)
-        generate_file(
-            trained, file, num, features, model, decode, out, benchmark, solver, said, **how
-        )
+        sample_file(generator, file, num, features, model, vae, out, **benchmark)
         return
     if features is not None:
-        from ...pipeline.store.open import open_features
-
-        store = open_features(features)
-        trained.check_features(store.manifest.identity)
-        rows = store.samples.slice(0, num or 18)["caption_ids"].to_pylist()
-        ids = [row[0] for row in rows]
-        wanted = store.captions["text"].take(ids).to_pylist()
-        source = store
+        captions = stored_captions(generator.run, features, num or NUM_CAPTIONS)
     else:
-        wanted = list(texts[:num])
-        source, ids = conditions(trained, wanted, None, None, model)
-    decoder = None
+        captions = encode_captions(generator.run, texts[:num], model)
+    sample_captions(generator, captions, vae, out or run / "samples")
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A run, and how to sample from it.
+
+    Attributes:
+        run: at one checkpoint.
+        config: of the solver.
+        settings: what the user asked for, as image sets record it.
+        sampling: seed, batch size and, if it is not the default, shape of the latents.
+    """
+
+    run: Run
+    config: SamplingConfig
+    settings: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+
+
+def open_generator(
+    path: Path, step: int | None, weights: Any, size: str | None, options: Mapping[str, Any]
+) -> Generator:
+    """Open a run with the values of :data:`sampling_options`."""
+    from ..runs.run import open_run
+
+    run = open_run(path, step, weights)
+    settings = {name: value for name, value in options.items() if name != "batch_size"}
+    sampling = {**options}
+    config = pop_sampling_config(run, sampling)
+    if size is not None:
+        sampling["shape"], settings["size"] = run.latent_shape(size), size
+    return Generator(run, config, settings, sampling)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions to generate images of.
+
+    Attributes:
+        features: holds their hidden states.
+        ids: their entries in it.
+        texts: the captions.
+        codec: of the stored hidden states; ``none`` if the LLM has just encoded them.
+    """
+
+    features: Features
+    ids: list[int]
+    texts: list[str]
+    codec: str = "none"
+
+
+def stored_captions(run: Run, features: str, num: int) -> Captions:
+    """The first caption of each of the first ``num`` samples of a feature store.
+
+    Raises:
+        InputError: not the features of the run.
+    """
+    from ...pipeline.store.open import open_features
+
+    store = open_features(features)
+    run.check_features(store.manifest.identity)
+    ids = [row[0] for row in store.samples.slice(0, num)["caption_ids"].to_pylist()]
+    texts = store.captions["text"].take(ids).to_pylist()
+    return Captions(store, ids, texts, store.manifest.codec.name)
+
+
+def encode_captions(run: Run, texts: Sequence[str], model: str | None) -> Captions:
+    """New captions, encoded by the run's LLM.
+
+    Args:
+        model: where the LLM is now. Default: where it was.
+    """
+    from ...pipeline.extraction.prompts import encode_prompts
+
+    device = str(next(run.model.parameters()).device)
+    source = model or run.record.model_source
+    encoded = encode_prompts([*texts], run.record.features, source, device)
+    return Captions(encoded, list(range(1, len(texts) + 1)), [*texts])  # 0 is the null caption
+
+
+def sample_captions(generator: Generator, captions: Captions, vae: str | None, out: Path) -> None:
+    """Generate an image of each caption, or its latent if there is no VAE to decode it."""
+    from ..evaluation.generate import generate_samples
+
+    decode = None
     try:
-        decoder = open_vae_decoder(trained, vae)
+        decode = open_vae_decoder(generator.run, vae)
     except InputError as error:
         if vae is not None:
             raise
-        click.echo(f"{error}\nSo latents are written, not pictures. Name it with --vae.", err=True)
-    folder = out or run / "samples"
-    for path in generate_samples(trained, source, ids, wanted, decoder, folder, solver, **how):
+        report_line(f"{error}\nLatents are written instead of images. Name the VAE with --vae.")
+    for path in generate_samples(
+        generator.run,
+        captions.features,
+        captions.ids,
+        captions.texts,
+        decode,
+        out,
+        generator.config,
+        **generator.sampling,
+    ):
         click.echo(path)
+
+
+def sample_file(
+    generator: Generator,
+    file: str,
+    num: int | None,
+    features: str | None,
+    model: str | None,
+    vae: str | None,
+    out: Path,
+    *,
+    layout: BenchmarkName | None,
+    images_per_prompt: int | None,
+    text_column: str | None,
+    shard: str | None,
+) -> None:
+    """``semroute sample --prompts``: generate the missing images of a file of prompts.
+
+    The arguments are the command's options.
+    """
+    from ...pipeline.sources.prompts import read_prompts
+    from ..evaluation.benchmarks import BENCHMARK_FORMATS
+    from ..evaluation.image_set import (
+        find_shard,
+        finish_image_set,
+        generate_image_set,
+        open_image_set,
+    )
+
+    run, layout, own_shard = generator.run, layout or "plain", find_shard(shard)
+    decode = open_vae_decoder(run, vae)
+    prompts = read_prompts(file, text_column)[:num]
+    texts = [prompt.text for prompt in prompts]
+    if features is None:
+        captions = encode_captions(run, texts, model)
+    else:
+        captions = stored_captions(run, features, len(texts))
+        if captions.texts != texts:
+            raise InputError(
+                f"{features} was not extracted from {file}: the prompts differ. Run semroute "
+                f"extract {file}, or leave out --features to have the LLM encode them."
+            )
+    images = open_image_set(
+        out,
+        prompts,
+        run,
+        layout=layout,
+        num_images=images_per_prompt or BENCHMARK_FORMATS[layout].num_images,
+        codec=captions.codec,
+        sampling=generator.settings,
+    )
+    num_new = generate_image_set(
+        images,
+        run,
+        captions.features,
+        captions.ids,
+        decode,
+        generator.config,
+        shard=own_shard,
+        **generator.sampling,
+    )
+    num_missing = len(images.missing())
+    click.echo(
+        f"{images.out}: {num_new:,} images generated, {len(images) - num_missing:,} of "
+        f"{len(images):,} complete"
+    )
+    if not num_missing:
+        click.echo(finish_image_set(images))

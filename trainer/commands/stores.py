@@ -1,7 +1,9 @@
 """``semroute probe`` and ``rewrite``, which may read the routing of a run."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,43 +11,57 @@ from ...pipeline.commands import (
     CODECS,
     interruptible,
     is_json,
+    json_option,
+    layers_option,
+    print_result,
     quality_option,
     report_line,
     work_options,
 )
 from ...schemas import InputError
 
+if TYPE_CHECKING:
+    from ...schemas import Routing
+
 
 @click.command()
 @click.argument("features")
 @click.argument("labels")
-@click.option("--text-column", help="Of LABELS. Default: text, prompt or caption.")
+@click.option(
+    "--text-column", help="Column of captions in LABELS. Default: text, prompt or caption."
+)
 @click.option(
     "--label",
     "names",
     multiple=True,
-    help="Column, with dots into JSON: scene.relation. May be given several times. Default: all "
-    "with few enough classes.",
+    help="Column of labels, with dots to reach into JSON: scene.relation. May be given several "
+    "times. Default: all with few enough classes.",
 )
 @click.option(
     "--pool",
     type=click.Choice(["mean", "last"]),
     default="mean",
     show_default=True,
-    help="Of a caption's tokens.",
+    help="One vector per caption: the mean of its tokens, or the last.",
 )
 @click.option(
     "--num-captions",
     type=click.IntRange(1),
     default=5_000,
     show_default=True,
-    help="Of the store at most.",
+    help="Largest number of captions to use.",
 )
-@click.option("--routing", type=click.Path(path_type=Path), help="A run, to draw what it reads.")
 @click.option(
-    "--figure", type=click.Path(path_type=Path, dir_okay=False), help="Draw accuracy by layer."
+    "--routing",
+    type=click.Path(path_type=Path),
+    help="With --figure: a run; the figure then also shows the layers that it reads.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Image file to plot accuracy by layer into.",
+)
+@json_option()
 def probe(
     features: str,
     labels: str,
@@ -55,10 +71,10 @@ def probe(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say which layer of FEATURES knows what: linear probes for the LABELS of captions.
+    """Show which layers of FEATURES know the LABELS of captions, by linear probes.
 
-    LABELS is a table with the captions and columns of labels. Probes are fitted in closed form to
-    three fifths of the captions, and judged on others. No LLM is run.
+    LABELS is a table with captions and columns of labels. Probes are fitted in closed form to three
+    fifths of the captions and tested on others. No LLM is run.
 
     \b
     Examples:
@@ -66,31 +82,26 @@ def probe(
       semroute probe features partiprompts.tsv --text-column Prompt --label Category
     """
     if routing is not None and figure is None:
-        raise InputError("--routing is drawn: name a picture with --figure")
-    read = None
-    if routing is not None:
-        from ...pipeline.store.open import open_features
-        from ..runs.run import load_run
-
-        read = load_run(routing).routing(open_features(features).manifest.identity)
+        raise InputError("--routing is for the figure: name its file with --figure")
+    weights = None if routing is None else read_routing(routing, features)
     from ...pipeline.inspection.linear_probe import probe_layers
 
-    found = probe_layers(features, labels, labels=names, progress=not as_json, **options)
-    click.echo(found.to_json() if as_json else found)
+    results = probe_layers(features, labels, labels=names, progress=not as_json, **options)
+    print_result(results, as_json)
     if figure is not None:
-        from ...pipeline.inspection import figures
+        from ...pipeline.inspection.figures import knowledge
         from ...pipeline.style import DPI
 
-        figures.knowledge(found, read).savefig(figure, dpi=DPI)
+        knowledge(results, weights).savefig(figure, dpi=DPI)
         click.echo(figure, err=as_json)
 
 
 @click.command()
 @click.argument("features")
 @click.argument("out")
-@click.option("--codec", type=CODECS, help="Default: as it is.")
+@click.option("--codec", type=CODECS, help="Default: the codec of FEATURES.")
 @quality_option
-@click.option("--layers", default="all", show_default=True, help="all, every:3 or 1-10,17.")
+@layers_option
 @click.option(
     "--routing",
     type=click.Path(path_type=Path),
@@ -100,22 +111,28 @@ def probe(
     "--shuffle-layers",
     type=click.IntRange(0),
     metavar="SEED",
-    help="A control: within each caption, layers change places at random. For --codec bf16.",
+    help="A control: shuffle the layers of each caption at random. Needs codec bf16.",
 )
 @click.option(
     "--rank",
     type=click.IntRange(1),
-    help="How many mixes. Default: the fewest whose error of what blocks read is under 1e-2.",
+    help="With --routing: number of mixes. Default: the fewest with an error below 1e-2 in what "
+    "blocks read.",
 )
-@click.option("--captions", help="Only those of this table, whose rows are the new samples.")
-@click.option("--text-column", help="Of the table. Default: text, prompt or caption.")
+@click.option(
+    "--captions", help="Keep only the captions of this table, whose rows become the samples."
+)
+@click.option(
+    "--text-column",
+    help="With --captions: column of captions. Default: text, prompt or caption.",
+)
 @work_options
-@interruptible
+@interruptible()
 def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> None:
-    """Write FEATURES once more into OUT: another codec, fewer layers or captions. No LLM is run.
+    """Rewrite FEATURES into OUT with another codec, fewer layers or captions. No LLM is run.
 
-    With --routing OUT holds no layers, but mixes of them, from which that run can sample and runs
-    with routing.strategy=mixes can train. The same command continues what was interrupted.
+    With --routing, OUT holds mixes of layers instead of layers: that run can sample from them, and
+    runs with routing.strategy=mixes can train on them. Rerun the same command to resume.
 
     \b
     Examples:
@@ -125,9 +142,13 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
     from ...pipeline.extraction.rewrite import rewrite as run
 
     if routing is not None:
-        from ...pipeline.store.open import open_features
-        from ..runs.run import load_run
-
-        identity = open_features(features).manifest.identity
-        options["routing"] = load_run(routing).routing(identity)
+        options["routing"] = read_routing(routing, features)
     click.echo(run(features, out, report=report_line, **options), err=is_json(options))
+
+
+def read_routing(run: Path, features: str) -> Routing:
+    """The routing weights of a run that reads these features."""
+    from ...pipeline.store.open import open_features
+    from ..runs.run import load_run
+
+    return load_run(run).routing(open_features(features).manifest.identity)

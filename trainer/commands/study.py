@@ -1,12 +1,21 @@
-"""The commands that ask many runs, or one run many questions: parse, call, print."""
+"""``semroute study``, ``ablate`` and ``lag``: many runs, or one run many times."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import clock_option
+from ...pipeline.commands import interruptible
+from .options import (
+    SOLVERS,
+    STOPPED,
+    batch_size_option,
+    cfg_scales_option,
+    clock_option,
+    num_steps_option,
+    scoring_options,
+    seed_option,
+)
 
 
 @click.command()
@@ -15,17 +24,17 @@ from .options import clock_option
 @click.option(
     "--jobs",
     type=click.IntRange(1),
-    help="Runs at a time. Default: one a GPU, or one a core where there is none.",
+    help="Runs at a time. Default: one per GPU, or one per CPU core if there is none.",
 )
 @click.option(
     "--arm",
     "arms",
     multiple=True,
-    help="Only this arm, and those that it is compared with; may be given several times. What is "
-    "known of others is kept.",
+    help="Only this arm and those that it is compared with; may be given several times. Scores of "
+    "other arms are kept.",
 )
 @click.option(
-    "--report-only", is_flag=True, help="Only make the report, of the runs that are done."
+    "--report-only", is_flag=True, help="Only write the report, on the runs that are done."
 )
 def study(
     config: Path,
@@ -34,10 +43,10 @@ def study(
     arms: tuple[str, ...],
     report_only: bool,
 ) -> None:
-    """Train and judge all arms and seeds of the YAML file CONFIG, and report.
+    """Train and score all arms and seeds of the YAML file CONFIG, and write a report.
 
-    The same command continues what was stopped. Into the study's folder go the runs, all judgements
-    as results.parquet, and the report with its figures. Without scoring, runs are only trained.
+    The study's folder holds the runs, all scores as results.parquet, and the report with its
+    figures. If CONFIG has no scoring, runs are only trained. Rerun the same command to resume.
 
     \b
     Example:
@@ -53,11 +62,8 @@ def study(
     if arms:
         parsed = parsed.only(arms)
     if not report_only:
-        try:
+        with interruptible(KeyboardInterrupt, STOPPED):
             run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)
-        except KeyboardInterrupt:
-            click.echo("Stopped. Run the same command to continue.", err=True)
-            sys.exit(130)
     if parsed.scoring is None and not report_only:
         for job in list_jobs(parsed):
             click.echo(job.path)
@@ -68,28 +74,11 @@ def study(
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--features",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Feature store of the captions to judge by.",
-)
-@click.option(
-    "--samples", required=True, help="The test.parquet of the shapes that they were extracted from."
-)
-@click.option(
-    "--cfg-scale",
-    "cfg_scales",
-    multiple=True,
-    default=(3.0,),
-    show_default=True,
-    help="Guidance; may be given several times.",
-)
-@click.option("--leave-one-out", is_flag=True, help="Each layer in turn without its weight, too.")
-@click.option(
-    "--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Of Euler's method."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@scoring_options(required=True, features_type=click.Path(path_type=Path))
+@cfg_scales_option(3.0)
+@click.option("--leave-one-out", is_flag=True, help="Also score without each layer in turn.")
+@num_steps_option(help="Steps of Euler's method.")
+@seed_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
 def ablate(
     runs: tuple[Path, ...],
@@ -101,13 +90,13 @@ def ablate(
     seed: int,
     out: Path,
 ) -> None:
-    """Judge RUNS under other routing weights than they learned.
+    """Score RUNS under routing weights other than those they learned.
 
-    Weights are replaced by their mean over blocks, in reverse order, by uniform ones, cut to the
-    three largest, and with several runs of one arm by those of the next. Where they depend on t,
-    they are replaced by their mean over t. With --leave-one-out figures/layers.png shows what each
-    layer is worth beside the weight it has. What is judged is kept: the same command goes on where
-    it was stopped.
+    The weights are replaced by their mean over blocks, by the same in reverse order of blocks, by
+    uniform ones, by their three largest and, with several runs of one arm, by those of the next
+    run. Weights that depend on t are replaced by their mean over t. With --leave-one-out,
+    figures/layers.png shows what each layer is worth beside the weight it has. Scores are kept:
+    rerun the same command to resume.
 
     \b
     Example:
@@ -121,7 +110,7 @@ def ablate(
     from ...schemas import Scoring
     from ..runs.run import open_run
     from ..studies.ablation import TRAINED, WITHOUT, weights_of
-    from ..studies.ablation import ablate as swap
+    from ..studies.ablation import ablate as run_ablation
     from ..studies.figures import left_out_panels
     from ..studies.report import write_comparison
     from ..studies.results import ResultsTable
@@ -136,19 +125,19 @@ def ablate(
         seed=seed,
     )
     trained = [open_run(run, None, "ema") for run in runs]
-    archive = ResultsTable(out / RESULTS, ("arm", "seed"))
-    results = swap(
-        trained, scoring, open_decoder, archive, leave_one_out=leave_one_out, report=tqdm.write
+    table = ResultsTable(out / RESULTS, ("arm", "seed"))
+    results = run_ablation(
+        trained, scoring, open_decoder, table, leave_one_out=leave_one_out, report=tqdm.write
     )
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
     references = dict.fromkeys(arms, TRAINED)
     outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")
-    more = {}
+    figures = {}
     left_out = {layer: WITHOUT.format(layer) for layer in trained[0].layers}
     if not {*left_out.values()}.isdisjoint(arms):
         weights = np.mean([weights_of(run, num_steps).numpy() for run in trained], 0)
-        more["layers"] = lambda claims: left_out_panels(claims, left_out, weights, outline)
-    for path in [out / RESULTS, *write_comparison(results, outline, out, more)]:
+        figures["layers"] = lambda claims: left_out_panels(claims, left_out, weights, outline)
+    for path in [out / RESULTS, *write_comparison(results, outline, out, figures)]:
         click.echo(path)
 
 
@@ -158,51 +147,36 @@ def ablate(
     "--features",
     required=True,
     type=click.Path(path_type=Path),
-    help="Feature store whose captions are drawn.",
+    help="Feature store of the captions to sample from.",
 )
 @click.option(
     "--num",
     default=200,
     show_default=True,
     type=click.IntRange(1),
-    help="Captions to draw, the first ones of the store's samples.",
+    help="Number of captions, from the start of the store.",
 )
-@click.option(
-    "--cfg-scale",
-    "cfg_scales",
-    multiple=True,
-    default=(1.0, 1.5, 3.0, 6.0),
-    show_default=True,
-    help="Guidance; may be given several times.",
-)
+@cfg_scales_option(1.0, 1.5, 3.0, 6.0)
 @click.option(
     "--solver",
     "methods",
     multiple=True,
     default=("euler", "heun"),
     show_default=True,
-    type=click.Choice(["euler", "heun"]),
+    type=SOLVERS,
     help="May be given several times.",
 )
-@click.option(
-    "--num-steps", default=50, show_default=True, type=click.IntRange(2), help="Of the solver."
-)
-@click.option("--seed", default=0, show_default=True, help="Of the noise.")
-@click.option(
-    "--batch-size",
-    default=64,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Images sampled at once.",
-)
+@num_steps_option(least=2)
+@seed_option
+@batch_size_option
 @clock_option
 def lag(
     run: Path, features: Path, num: int, num_steps: int, clock: str, seed: int, **how: Any
 ) -> None:
-    """Measure how noisy latents really are on the way of a RUN, against the nominal noise level.
+    """Measure how noisy latents really are while a RUN samples, against the nominal noise level.
 
-    By the oracle, which knows where each trajectory ended, and by an estimate from x_t alone that
-    is calibrated on forward-noised latents. Writes RUN/lag.parquet and RUN/figures/lag.png.
+    Compares an oracle, which knows where each trajectory ended, with an estimate from x_t alone
+    that is calibrated on forward-noised latents. Writes RUN/lag.parquet and RUN/figures/lag.png.
 
     \b
     Example:

@@ -1,18 +1,18 @@
 """``semroute shapes`` and ``semroute train``."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ...pipeline.commands import interruptible
 from ...schemas import InputError, read_config
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Images to train on."
+    "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Training images."
 )
 @click.option(
     "--num-test", default=600, show_default=True, type=click.IntRange(2), help="Test captions."
@@ -22,22 +22,22 @@ from ...schemas import InputError, read_config
     default=200,
     show_default=True,
     type=click.IntRange(1),
-    help="Captions to tune on.",
+    help="Captions to choose settings by.",
 )
 @click.option(
     "--images-per-caption",
     default=4,
     show_default=True,
     type=click.IntRange(1),
-    help="Drawn anew for each.",
+    help="Images per training caption, each rendered anew.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the whole world.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the whole world.")
 def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
-    """Draw a world of captioned coloured shapes into OUT.
+    """Render a world of captioned coloured shapes into OUT.
 
-    OUT/train.parquet is what to train on; OUT/test.parquet holds captions that do not occur in it,
-    half of them about combinations of colour and shape that do not either. OUT/dev.parquet holds
-    yet others, to choose settings by.
+    OUT/train.parquet is for training. OUT/test.parquet holds captions that do not occur there, half
+    of them with combinations of colour and shape that do not either. OUT/dev.parquet holds further
+    captions, to choose settings by.
 
     \b
     Example:
@@ -51,20 +51,20 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Say what it will take, and train nothing.")
+@click.option("--dry-run", is_flag=True, help="Report what the run would take, and train nothing.")
 @click.option(
-    "--ranks", type=click.IntRange(1), help="Of a dry run: processes to plan for. Default: 1."
+    "--ranks", type=click.IntRange(1), help="With --dry-run: number of processes. Default: 1."
 )
 @click.option(
     "--step-seconds",
     type=click.FloatRange(0, min_open=True),
-    help="Of a dry run: what a step takes, to say what the stores must deliver.",
+    help="With --dry-run: seconds per step, to report how fast the stores must deliver.",
 )
 @click.option(
     "--measure",
     type=click.IntRange(1),
     metavar="STEPS",
-    help="Of a dry run: take so many steps here, to see what one takes, and forget them.",
+    help="With --dry-run: run this many steps here to time one, and discard them.",
 )
 def train(
     config: Path,
@@ -76,7 +76,7 @@ def train(
 ) -> None:
     """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
 
-    The LLM is never loaded. The same command continues what was stopped. On several GPUs:
+    The LLM is never loaded. Rerun the same command to resume. On several GPUs:
     accelerate launch -m semroute.cli train CONFIG
 
     \b
@@ -97,14 +97,13 @@ def train(
         )
         return
     if not (ranks is None and step_seconds is None and measure is None):
-        raise InputError("--ranks, --step-seconds and --measure are of a --dry-run")
+        raise InputError("--ranks, --step-seconds and --measure need --dry-run")
     from ..training.train import train as run
     from ..training.trainer import TrainingInterrupted
 
     try:
-        path = run(parsed)
-    except TrainingInterrupted:
-        sys.exit(130)
+        with interruptible(TrainingInterrupted):
+            path = run(parsed)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{path} is trained: semroute plot {path}")

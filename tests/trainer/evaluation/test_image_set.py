@@ -72,7 +72,7 @@ def drawn(run, prompts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "pictures"
     output = draw(run, prompts, out)
     assert "15/15" in output  # the bar
-    assert f"{out}: 15 pictures drawn, 15 of 15 are there" in output
+    assert f"{out}: 15 images generated, 15 of 15 complete" in output
     return out
 
 
@@ -108,7 +108,7 @@ class TestSample:
 
     def test_shards_draw_the_same_bytes(self, run, prompts, drawn, tmp_path):
         for shard in ("1/3", "2/3"):
-            assert "of 15 are there" in draw(run, prompts, tmp_path / "a", "--shard", shard)
+            assert "of 15 complete" in draw(run, prompts, tmp_path / "a", "--shard", shard)
         assert not (tmp_path / "a" / "grid.png").exists()
         draw(run, prompts, tmp_path / "a", "--shard", "0/3")
         assert contents(tmp_path / "a") == contents(drawn)
@@ -134,7 +134,7 @@ class TestSample:
         kept = out / "00000/samples/00000.png"
         mine = (out / "00003/samples/00000.png").read_bytes()
         kept.write_bytes(mine)
-        assert "1 pictures drawn, 15 of 15 are there" in draw(run, prompts, out)
+        assert "1 images generated, 15 of 15 complete" in draw(run, prompts, out)
         assert kept.read_bytes() == mine
         kept.write_bytes(contents(drawn)["00000/samples/00000.png"])
         assert contents(out) | {"grid.png": b""} == contents(drawn) | {"grid.png": b""}
@@ -219,7 +219,7 @@ class TestRefusals:
     def test_options_of_files_of_prompts_alone(self, run, option):
         result = CliRunner().invoke(cli, ["sample", str(run), "--prompt", "a", option])
         assert result.exit_code == 1
-        assert f"{option.split('=')[0]} belongs to --prompts FILE" in result.output
+        assert f"{option.split('=')[0]} needs --prompts FILE" in result.output
 
     def test_prompts_and_a_prompt(self, run, prompts, tmp_path):
         output = draw(run, prompts, tmp_path, "--prompt", "a cat", code=1)

@@ -308,7 +308,7 @@ class TestEvaluate:
         out = folder / "stopped"
         options = [folder, "--judge", tiny_vlm, "--batch-size", 2, "--out", out]
         monkeypatch.setattr(VQAScorer, "ask", stop)
-        assert "Run the same command to continue" in evaluate(*options, code=130)
+        assert "Rerun the same command to resume" in evaluate(*options, code=130)
         assert pyarrow.parquet.read_table(out / "judgements.parquet").num_rows == 4
         monkeypatch.setattr(VQAScorer, "ask", ask)
         evaluate(*options)
@@ -321,7 +321,7 @@ class TestEvaluate:
         (folder / "00000" / "00001.png").unlink()
         (folder / "00002" / "00000.png").write_bytes(b"no picture")
         output = evaluate(folder, "--judge", tiny_vlm, code=1)
-        assert "2 of 8 pictures could not be judged" in output
+        assert "2 of 8 images could not be scored" in output
         assert "1 ('a red cup'): no such file" in output
         assert "4 ('a blue car'): UnidentifiedImageError" in output
         table = pyarrow.parquet.read_table(folder / "judged" / "tiny-llava" / "judgements.parquet")
@@ -360,7 +360,7 @@ class TestRefusals:
 
     def test_a_question_without_a_caption(self, folder, tiny_vlm):
         output = evaluate(folder, "--judge", tiny_vlm, "--question", "Is this good?", code=1)
-        assert "must hold {} once, where the caption goes" in output
+        assert "must contain {} once, in place of the caption" in output
 
     def test_a_folder_without_captions(self, tiny_vlm, tmp_path):
         output = evaluate(tmp_path, "--judge", tiny_vlm, code=1)
@@ -371,12 +371,12 @@ class TestRefusals:
     )
     def test_options_of_the_world_of_shapes(self, folder, tiny_vlm, options):
         output = evaluate(folder, "--judge", tiny_vlm, *options, code=1)
-        assert f"{options[0]} has no meaning with --judge" in output
+        assert f"{options[0]} cannot be combined with --judge" in output
 
     @pytest.mark.parametrize("options", [["--chance"], ["--question", "{}?"]])
     def test_options_of_judges(self, folder, options):
         output = evaluate(folder, "--features", "x", "--samples", "y", *options, code=1)
-        assert f"{options[0]} belongs to --judge" in output
+        assert f"{options[0]} needs --judge" in output
 
     def test_neither_judge_nor_world(self, folder):
         output = evaluate(folder, code=1)

@@ -139,6 +139,6 @@ class TestCommand:
     def test_options_of_a_dry_run_alone(self, configure, tmp_path):
         done = self.run(configure(), tmp_path, "--ranks", "2")
         assert done.exit_code == 1
-        assert "are of a --dry-run" in done.output
+        assert "need --dry-run" in done.output
         done = self.run(configure(), tmp_path, "--dry-run", "--measure", "1", "--step-seconds", "1")
         assert "give either --step-seconds or --measure" in done.output
