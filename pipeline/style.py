@@ -1,4 +1,4 @@
-"""How every figure looks."""
+"""Look of all figures."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -25,15 +25,15 @@ class Figure(matplotlib.figure.Figure):
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
-    """No frame at some sides, a faint one at the others, small ticks."""
+    """Remove the frame at some sides, and make the rest of it faint and its ticks small."""
     axes.spines[list(sides)].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(which="both", colors=INK, labelsize=8)
 
 
 def layer_ticks(axis: Axis, layers: Sequence[int], most: int = 16) -> None:
-    """LLM layers along an axis, which counts positions; not every one where they are many."""
+    """Label the positions along an axis with LLM layers, or every few if there are many."""
     step = -(-len(layers) // most)
-    places = range(0, len(layers), step)
-    axis.set_ticks(places, [str(layers[place]) for place in places])
+    positions = range(0, len(layers), step)
+    axis.set_ticks(positions, [str(layers[position]) for position in positions])
     axis.set_tick_params(colors=INK, labelsize=8)

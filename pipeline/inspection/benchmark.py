@@ -1,4 +1,7 @@
-"""A short timed run of the LLM, and what codecs do to what it gave."""
+"""A short timed run of the LLM, and of codecs on the hidden states that it gave.
+
+Shapes: R rows (tokens), L layers, H width.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,32 @@ from ..executor.base import num_cpus
 from ..extraction.plan import LINE_TOKENS, Plan
 from ..models.llm import Encoder
 from ..models.packing import NUM_CAPTIONS, supports_packing
-from ..text.batching import batches
+from ..text.batching import Batch, batches
 
 SECONDS = 20.0
-"""That the LLM runs."""
+"""Duration of a benchmark of the LLM."""
 MAX_BYTES = 2_000_000_000
-"""Of hidden states that a probe keeps, in bfloat16."""
+"""Largest amount of hidden states that a benchmark keeps, in bfloat16."""
 HELD_OUT = 4
-"""One caption in so many is not fitted on, but measured."""
+"""One caption in this many is held out from fitting codecs, and measured."""
 MAX_HELD_ROWS = 2_048
-CAPTIONS_A_SECOND = 100
-"""Captions that the batches are made of, for each second of the probe; a shard has thousands."""
-MIN_ROWS_A_CHANNEL = 6
-"""Fitted rows a channel below which the matrices of ``linear`` do worse than those of a store."""
+MIN_CAPTIONS, CAPTIONS_PER_SECOND = 64, 100
+"""Captions to make batches of, at least and per second of the benchmark; a shard has thousands."""
+MIN_ROWS_PER_CHANNEL = 6
+"""Fitted rows per channel below which the matrices of ``linear`` do worse than those of a store."""
 REPEATS = 3
 """Timings of coding, of which the shortest counts."""
 
 
 @dataclass(frozen=True)
 class CodecTrial:
-    """What a codec did to rows that it was not fitted on.
+    """A codec measured on rows that it was not fitted on.
 
     Attributes:
-        bits_per_value: with zstd; what a store holds once, such as matrices, is not in it.
+        bits_per_value: with zstd, without what a store holds once, such as matrices.
         error: mean relative error of LN(h).
-        encode_seconds: a row, compression included, with all cores.
-        decode_bytes_per_second: bfloat16 bytes that one core gives, decompression included.
+        encode_seconds: time per row on all cores, including compression.
+        decode_bytes_per_second: bfloat16 bytes that one core decodes, including decompression.
     """
 
     bits_per_value: float
@@ -57,11 +60,11 @@ class LLMBenchmark:
     """A short run of the LLM over some of a plan's captions.
 
     Attributes:
-        device: that it ran on, with the number of CPU threads.
-        num_captions, num_tokens: that the LLM saw, template included, padding not.
-        load_seconds, seconds: of loading the model, and of running it.
-        hidden: rows kept, bfloat16 ``[R, L, H]``, on the CPU.
-        held: rows that nothing is fitted on, bool ``[R]``.
+        device: where it ran, with the number of CPU threads.
+        num_captions, num_tokens: what the LLM saw, including the template and without padding.
+        load_seconds, seconds: time to load the model, and to run it.
+        hidden: the first rows, bfloat16 ``[R, L, H]``, on the CPU.
+        held_out: rows that no codec is fitted on, bool ``[R]``.
     """
 
     device: str
@@ -70,28 +73,29 @@ class LLMBenchmark:
     load_seconds: float
     seconds: float
     hidden: torch.Tensor
-    held: torch.Tensor
+    held_out: torch.Tensor
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one device."""
+        """Speed of one device."""
         return self.num_tokens / self.seconds
 
     def can_fit(self, codec: str) -> bool:
-        """Whether there are rows enough to fit a codec, and others to measure it on."""
-        fitted = int((~self.held).sum())
-        least = MIN_ROWS_A_CHANNEL * self.hidden.shape[2] if codec == "linear" else 1
-        return fitted >= least and bool(self.held.any())
+        """Whether there are enough rows to fit a codec, and others to measure it on."""
+        fitted = int((~self.held_out).sum())
+        least = MIN_ROWS_PER_CHANNEL * self.hidden.shape[2] if codec == "linear" else 1
+        return fitted >= least and bool(self.held_out.any())
 
     def try_codec(self, name: str, quality: float | None, positions: list[int]) -> CodecTrial:
         """Fit a codec to some of the rows and measure it on the others.
 
         Args:
-            positions: of the layers, among those of the probe.
+            positions: the layers to code, among those of ``hidden``.
         """
-        most = fit_rows(self.hidden.shape[2])
-        codec, _ = fit_codec(name, self.hidden[~self.held][:most, positions].float(), quality)
-        rows = self.hidden[self.held][:MAX_HELD_ROWS, positions].float()
+        num_fitted = fit_rows(self.hidden.shape[2])
+        fitted = self.hidden[~self.held_out][:num_fitted, positions].float()
+        codec, _ = fit_codec(name, fitted, quality)
+        rows = self.hidden[self.held_out][:MAX_HELD_ROWS, positions].float()
         seconds = []
         for _ in range(REPEATS):
             error = CodecError(positions)
@@ -108,78 +112,87 @@ class LLMBenchmark:
 
 
 def run_benchmark(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> LLMBenchmark:
-    """Run the LLM over batches as extraction makes them, in random order, for some seconds.
+    """Run the LLM for some seconds over batches as extraction makes them, in random order.
 
     All CPU cores are used, or one GPU.
 
     Args:
-        batch_tokens: tokens a batch, padding included.
+        batch_tokens: tokens per batch, including padding.
 
     Raises:
         InputError: hidden states are not finite.
     """
-    identity, captions = plan.identity, plan.captions
     torch.set_num_threads(num_cpus())
     started = time.perf_counter()
-    encoder = Encoder(plan.model, identity.layers, identity.dtype)
+    encoder = Encoder(plan.model, plan.identity.layers, plan.identity.dtype)
     load_seconds = time.perf_counter() - started
-    # The store's order is random, so its first captions are a fair sample.
-    num = min(len(captions), max(64, int(seconds * CAPTIONS_A_SECOND)))
-    lengths = captions.sequence_lengths[:num]
-    tried = [captions.sequences[i] for i in range(min(num, NUM_CAPTIONS))]
-    line_tokens = LINE_TOKENS if supports_packing(encoder, tried) else None
-    order = list(batches(lengths, batch_tokens, line_tokens))
-    order = [order[i] for i in np.random.default_rng(0).permutation(len(order))]
-    parts: list[torch.Tensor] = []
-    held: list[torch.Tensor] = []
-    kept_bytes = num_tokens = num_captions = 0
+    order = _random_batches(plan, encoder, batch_tokens, seconds)
+    _encode(plan, encoder, order[0])  # to warm up
+    hidden: list[torch.Tensor] = []
+    held_out: list[torch.Tensor] = []
     spent = 0.0
+    num_bytes = num_tokens = num_captions = 0
     with tqdm(total=round(seconds), unit="s", desc="probe") as bar:
-        # The first one twice: to warm up.
-        for number, each in enumerate([order[0], *order]):
-            batch = each.entries
-            layers: list[torch.Tensor] = []
-
-            def keep(_: int, hidden: torch.Tensor, layers: list[torch.Tensor] = layers) -> None:
-                layers.append(hidden.to(torch.bfloat16).cpu())
-
+        for batch in order:
             started = time.perf_counter()
-            encoder.encode(
-                [captions.sequences[i] for i in batch],
-                captions.kept[batch].tolist(),
-                keep,
-                each.row,
-            )
-            took = time.perf_counter() - started
-            if number == 0:
-                continue
-            spent += took
-            num_tokens += int(lengths[batch].sum())
+            layers = _encode(plan, encoder, batch)
+            spent += time.perf_counter() - started
+            num_tokens += int(plan.captions.sequence_lengths[batch.entries].sum())
             num_captions += len(batch)
-            if kept_bytes < MAX_BYTES:
-                parts.append(torch.stack(layers, 1))
-                kept_bytes += parts[-1].nbytes
-                counts = torch.from_numpy(lengths[batch] - captions.kept[batch])
-                held.append(torch.from_numpy(batch % HELD_OUT == 0).repeat_interleave(counts))
+            if num_bytes < MAX_BYTES:
+                hidden.append(torch.stack(layers, 1))
+                held_out.append(_held_out_rows(plan, batch))
+                num_bytes += hidden[-1].nbytes
             bar.update(min(round(spent), round(seconds)) - bar.n)
             if spent > seconds:
                 break
-    hidden = torch.cat(parts)
-    if not hidden.isfinite().all():
+    rows = torch.cat(hidden)
+    if not rows.isfinite().all():
         raise InputError("the LLM gave NaN or infinity; with --dtype bfloat16 try float32")
+    threads = f", {num_cpus()} threads" if encoder.device.type == "cpu" else ""
     return LLMBenchmark(
-        device=str(encoder.device)
-        + (f", {num_cpus()} threads" if encoder.device.type == "cpu" else ""),
+        device=f"{encoder.device}{threads}",
         num_captions=num_captions,
         num_tokens=num_tokens,
         load_seconds=load_seconds,
         seconds=spent,
-        hidden=hidden,
-        held=torch.cat(held),
+        hidden=rows,
+        held_out=torch.cat(held_out),
     )
 
 
+def _random_batches(plan: Plan, encoder: Encoder, batch_tokens: int, seconds: float) -> list[Batch]:
+    """Batches of the first captions, in random order."""
+    captions = plan.captions
+    # The store's order is random, so its first captions are a fair sample.
+    num = min(len(captions), max(MIN_CAPTIONS, int(seconds * CAPTIONS_PER_SECOND)))
+    tried = [captions.sequences[i] for i in range(min(num, NUM_CAPTIONS))]
+    line_tokens = LINE_TOKENS if supports_packing(encoder, tried) else None
+    found = list(batches(captions.sequence_lengths[:num], batch_tokens, line_tokens))
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+def _encode(plan: Plan, encoder: Encoder, batch: Batch) -> list[torch.Tensor]:
+    """Hidden states of a batch by layer, bfloat16 ``[R, H]`` each, on the CPU."""
+    captions, layers = plan.captions, []
+
+    def keep(_: int, hidden: torch.Tensor) -> None:
+        layers.append(hidden.to(torch.bfloat16).cpu())
+
+    sequences = [captions.sequences[i] for i in batch.entries]
+    encoder.encode(sequences, captions.kept[batch.entries].tolist(), keep, batch.row)
+    return layers
+
+
+def _held_out_rows(plan: Plan, batch: Batch) -> torch.Tensor:
+    """Which rows of a batch are of captions that no codec is fitted on, bool ``[R]``."""
+    entries, captions = batch.entries, plan.captions
+    num_rows = torch.from_numpy(captions.sequence_lengths[entries] - captions.kept[entries])
+    return torch.from_numpy(entries % HELD_OUT == 0).repeat_interleave(num_rows)
+
+
 def _decode_speed(codec: Codec, chunks: dict[str, list[bytes]], num_rows: int) -> float:
+    """Bytes of bfloat16 that one core decodes in a second."""
     out = np.empty((num_rows, codec.num_layers, codec.width), np.uint16)
     positions = list(range(codec.num_layers))
     seconds = []

@@ -1,6 +1,7 @@
-"""Facts about a store, for people and for machines."""
+"""What a store holds, for people and for machines."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,25 @@ from ..codecs.error import codec_error, layer_error
 from ..store.features import FeatureStore
 from ..store.open import open_store
 
-_SHOWN = 5
+NUM_SHOWN = 5
+"""Quarantined shards that are listed."""
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Look at a feature or latent store, finished or not.
+    """Describe a feature or latent store, finished or not.
 
     Raises:
         StoreError: no store there.
     """
     store = open_store(path)
-    receipts = list(store.receipts().values())
+    layout, receipts = store.manifest.layout, list(store.receipts().values())
     items = dict(store.facts().items)
     details = {
         "path": str(store.path),
         "format": store.manifest.format,
         "status": store.manifest.status,
-        "shards": store.manifest.layout.num_shards,
-        "shards_written": store.manifest.layout.num_shards - len(store.remaining()),
+        "shards": layout.num_shards,
+        "shards_written": layout.num_shards - len(store.remaining()),
         "bytes": store.num_bytes(),
     }
     if isinstance(store, FeatureStore):
@@ -41,19 +43,25 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     details |= {"warnings": warnings, "quarantined": quarantined}
     items |= {f"warning {number}": text for number, text in enumerate(warnings, 1)}
     if quarantined:
-        shown = "; ".join(f"shard {s}: {r}" for s, r in [*quarantined.items()][:_SHOWN])
-        items["quarantined"] = f"{len(quarantined)} shards: {shown}"
+        items["quarantined"] = list_quarantined(quarantined)
     return Report(Summary(f"{type(store).__name__} {store.path}", items), details)
+
+
+def list_quarantined(reasons: Mapping[int, str]) -> str:
+    """The number of quarantined shards, and the reasons of the first ones."""
+    shown = "; ".join(f"shard {shard}: {why}" for shard, why in [*reasons.items()][:NUM_SHOWN])
+    return f"{len(reasons)} shards: {shown}"
 
 
 def _describe_features(
     store: FeatureStore, receipts: list[Receipt], items: dict[str, str], details: dict[str, Any]
 ) -> None:
+    """Add what is known of a feature store to ``items``, for people, and to ``details``."""
     lengths = store.captions["num_tokens"].to_numpy()
     cut = store.captions["num_cut_tokens"].to_numpy()
     error, by_layer = codec_error(receipts), layer_error(receipts)
-    items["tokens"] += f"; {lengths.mean():.1f} a caption on average, at most {lengths.max()}"
-    items["bytes a token"] = format_bytes(store.bytes_per_row())
+    items["tokens"] += f"; {lengths.mean():.1f} per caption on average, at most {lengths.max()}"
+    items["bytes per token"] = format_bytes(store.bytes_per_row())
     if error:
         what = "LN(h)" if store.mixes is None else "what blocks read"
         items["codec error"] = (

@@ -11,73 +11,29 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from ...schemas import Codec, InputError, Summary
+from ...schemas import InputError, Summary
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, request_codec
-from ..extraction.plan import Plan
+from .workload import StoreSize, Workload, choose_layers, store_size
 
 if TYPE_CHECKING:
-    from .benchmark import CodecTrial, LLMBenchmark
+    from ..extraction.plan import Plan
+    from .benchmark import LLMBenchmark
 
-
-TYPICAL_BITS = {
-    "bf16": {0: 16.0},
-    "lossless": {0: 10.9, 1: 10.5, 2: 10.6, 3: 10.7, 6: 10.7},
-    "delta": {0: 6.2, 1: 4.9, 2: 5.3, 3: 5.5, 6: 5.8},
-    "linear": {0: 5.8, 1: 3.9, 2: 4.3, 3: 4.6, 6: 4.9},
-}
-"""Codec -> distance between stored layers (0: a single one) -> bits a value, at quality 4; see
-docs/benchmarks/codecs.md. One step of quality is about one bit."""
-TYPICAL_QUALITY = 4.0
 SMALL_SHARE = 0.05
-"""Share of the time below which running the LLM online hardly slows training."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Size of a store: some layers, under one codec.
-
-    Attributes:
-        layers: LLM layers.
-        codec: as it would be asked for.
-        num_bytes: on disk.
-        once_bytes: of those, what is read once and not for every sample: matrices.
-        raw_bytes: the same in bfloat16, without any codec.
-        trial: of the codec on rows of a probe; None where the size is a typical one.
-    """
-
-    layers: list[int]
-    codec: Codec
-    num_bytes: int
-    once_bytes: int
-    raw_bytes: int
-    trial: CodecTrial | None
-
-    @property
-    def size(self) -> str:
-        """``~184.2 MB``, without the sign where it was measured or is exact."""
-        sure = self.trial is not None or self.codec.name == "bf16"
-        return ("" if sure else "~") + format_bytes(self.num_bytes)
-
-    @property
-    def name(self) -> str:
-        """``delta, quality 4``, briefly."""
-        quality = self.codec.quality
-        return self.codec.name if quality is None else f"{self.codec.name} q{quality:g}"
+"""Share of a machine below which running the LLM online hardly slows training."""
 
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """What ``semroute estimate`` says.
+    """Cost and benefit of caching, as ``semroute estimate`` prints them.
 
     Attributes:
-        facts: about the captions, and about the LLM where it was probed.
-        tables: title -> rows of cells, the first of them the head.
-        advice: whether caching pays, in sentences.
-        details: the same for machines; plain JSON types.
+        facts: about the captions, and about the LLM if it was run.
+        tables: title -> rows of cells, the first of which is the head.
+        advice: sentences on whether caching pays.
+        details: the same for machines, in plain JSON types.
     """
 
     facts: Summary
@@ -129,169 +85,64 @@ def estimate(
 
     Args:
         plan: from :func:`semroute.pipeline.extraction.plan.make_plan`.
-        codec, quality: as for extraction; default: all codecs.
+        codec, quality: as for extraction. Default: all codecs.
         samples_per_second: speed of training, over all devices.
-        passes: times that the samples are trained on, over all epochs, seeds and ablations.
-        probe: from :func:`semroute.pipeline.inspection.benchmark.run_benchmark`; without one there
-            are no times, and codecs have their typical sizes.
+        passes: over the samples, in all epochs, seeds and ablations together.
+        probe: from :func:`semroute.pipeline.inspection.benchmark.run_benchmark`. Without it, times
+            are unknown and codecs have their typical sizes.
 
     Raises:
         InputError: a quality for a codec that has none.
     """
     if codec is None and quality is not None:
         raise InputError(f"--quality {quality:g} needs --codec delta or linear")
-    specs = [request_codec(name, quality) for name in ([codec] if codec else CODECS)]
-    cells = [
-        [_size(plan, layers, spec, probe) for spec in specs]
-        for layers in _choose(plan.identity.layers)
+    codecs = [request_codec(name, quality) for name in ([codec] if codec else CODECS)]
+    sizes = [
+        [store_size(plan, layers, request, probe) for request in codecs]
+        for layers in choose_layers(plan.identity.layers)
     ]
-    work = _Workload.of(plan, samples_per_second, passes, probe)
-    sizes = [["layers", *(cell.name for cell in cells[0])]]
-    for row in cells:
-        sizes.append([_name_layers(row[0].layers), *(cell.size for cell in row)])
-    costs = [[*_costs(cells[0][0], work)], *([*_costs(cell, work).values()] for cell in cells[0])]
-    how = "bytes on disk, measured on held-out tokens of the probe" if probe else "bytes on disk"
+    work = Workload.from_plan(plan, samples_per_second, passes, probe)
     return Estimate(
         facts=_facts(plan, work, probe),
-        tables={
-            f"{how} (~: typical)": sizes,
-            f"layers {_name_layers(plan.identity.layers)}, training at "
-            f"{samples_per_second:g} samples/s": costs,
-        },
-        advice=_advise(cells[0], work),
-        details=_details(plan, cells, work, probe),
+        tables=_tables(sizes, work, probe),
+        advice=_advise(sizes[0], work),
+        details=_details(plan, sizes, work, probe),
     )
 
 
-@dataclass(frozen=True)
-class _Workload:
-    """How much there is to do, and how fast this machine does it.
-
-    Attributes:
-        tokens: that the LLM sees in extraction, template included.
-        rows: stored.
-        sample_tokens, sample_rows: the same for a sample in training, on average over samples
-            and over the captions of each.
-        num_samples: of a pass.
-        samples_per_second, passes: of training.
-        tokens_per_second: of the LLM, on all devices of this machine; None where unknown.
-        load_seconds: of the LLM.
-    """
-
-    tokens: int
-    rows: int
-    sample_tokens: float
-    sample_rows: float
-    num_samples: int
-    samples_per_second: float
-    passes: float
-    tokens_per_second: float | None
-    load_seconds: float
-
-    @classmethod
-    def of(
-        cls, plan: Plan, samples_per_second: float, passes: float, probe: LLMBenchmark | None
-    ) -> _Workload:
-        import torch
-
-        captions = plan.captions
-        speed = probe.tokens_per_second * max(1, torch.cuda.device_count()) if probe else None
-        return cls(
-            tokens=int(captions.sequence_lengths.sum()),
-            rows=int(captions.num_tokens.sum()),
-            sample_tokens=_mean_over_samples(captions.caption_ids, captions.sequence_lengths),
-            sample_rows=_mean_over_samples(captions.caption_ids, captions.num_tokens),
-            num_samples=len(plan.samples),
-            samples_per_second=samples_per_second,
-            passes=passes,
-            tokens_per_second=speed,
-            load_seconds=probe.load_seconds if probe else 0.0,
-        )
-
-    def online_seconds(self) -> float:
-        """Of the LLM, for one pass, where it is run for every sample."""
-        assert self.tokens_per_second is not None
-        return self.num_samples * self.sample_tokens / self.tokens_per_second
-
-    def online_share(self) -> float:
-        """Of this machine's time, that the LLM takes where training is as fast as asked."""
-        assert self.tokens_per_second is not None
-        return self.samples_per_second * self.sample_tokens / self.tokens_per_second
-
-    def extraction_seconds(self, cell: Cell) -> float | None:
-        """Of the LLM over every unique caption once, and of the codec."""
-        if self.tokens_per_second is None or cell.trial is None:
-            return None
-        coding = self.rows * cell.trial.encode_seconds
-        return self.load_seconds + self.tokens / self.tokens_per_second + coding
-
-    def sample_bytes(self, cell: Cell) -> float:
-        """On disk, of a sample."""
-        return self.sample_rows * (cell.num_bytes - cell.once_bytes) / self.rows
-
-    def disk_bytes_per_second(self, cell: Cell) -> float:
-        """That training reads."""
-        return self.samples_per_second * self.sample_bytes(cell)
-
-    def decode_cores(self, cell: Cell, trial: CodecTrial) -> float:
-        """CPU cores that decode what training reads."""
-        rate = self.samples_per_second * self.sample_rows * cell.raw_bytes / self.rows
-        return rate / trial.decode_bytes_per_second
-
-    def recompute_bytes_per_second(self, cell: Cell) -> float:
-        """Disk speed at which reading a sample takes as long as running the LLM over it."""
-        assert self.tokens_per_second is not None
-        return self.tokens_per_second / self.sample_tokens * self.sample_bytes(cell)
-
-    def break_even(self, cell: Cell) -> float | None:
-        """Passes of running the LLM online that cost as much as extraction."""
-        seconds = self.extraction_seconds(cell)
-        return None if seconds is None else seconds / self.online_seconds()
+def _tables(
+    sizes: Sequence[Sequence[StoreSize]], work: Workload, probe: LLMBenchmark | None
+) -> dict[str, list[list[str]]]:
+    """Sizes by layers and codec; costs of all layers by codec."""
+    all_layers = sizes[0]
+    by_layers = [["layers", *(size.codec_name for size in all_layers)]]
+    by_layers += [[_name_layers(row[0].layers), *(size.text for size in row)] for row in sizes]
+    costs = [_costs(size, work) for size in all_layers]
+    measured = ", measured on held-out tokens of the probe" if probe else ""
+    layers = _name_layers(all_layers[0].layers)
+    return {
+        f"bytes on disk{measured} (~: typical)": by_layers,
+        f"layers {layers}, training at {work.samples_per_second:g} samples/s": [
+            [*costs[0]],
+            *([*row.values()] for row in costs),
+        ],
+    }
 
 
-def _mean_over_samples(caption_ids: pa.ListArray, values: np.ndarray) -> float:
-    """Mean over samples of the mean over each one's captions: training draws one of them."""
-    counts = pc.list_value_length(caption_ids).to_numpy()
-    weights = 1 / np.repeat(counts, counts)
-    return float(np.average(values[caption_ids.flatten().to_numpy()], weights=weights))
-
-
-def _choose(layers: list[int]) -> list[list[int]]:
-    """All of the layers, each second and third counted from the last, and the last but one."""
-    fewer = [layers[::-1][::step][::-1] for step in (2, 3)] + [layers[-2:-1]]
-    return [layers] + [choice for choice in fewer if 0 < len(choice) < len(layers)]
-
-
-def _size(plan: Plan, layers: list[int], spec: Codec, probe: LLMBenchmark | None) -> Cell:
-    width, trial = plan.identity.model.width, None
-    if probe is not None and probe.can_fit(spec.name):
-        positions = [plan.identity.layers.index(layer) for layer in layers]
-        trial = probe.try_codec(spec.name, spec.quality, positions)
-        bits = trial.bits_per_value
-    else:
-        distance = int(np.median(np.diff(layers))) if len(layers) > 1 else 0
-        known = TYPICAL_BITS[spec.name]
-        bits = known[max(key for key in known if key <= distance)]
-        bits += spec.quality - TYPICAL_QUALITY if spec.quality is not None else 0.0
-    num_values = int(plan.captions.num_tokens.sum()) * len(layers) * width
-    matrices = 2 * 2 * len(layers) * width**2 if spec.name == "linear" else 0  # two, in bfloat16
-    num_bytes = int(num_values * bits / 8) + matrices
-    return Cell(layers, spec, num_bytes, matrices, 2 * num_values, trial)
-
-
-def _facts(plan: Plan, work: _Workload, probe: LLMBenchmark | None) -> Summary:
+def _facts(plan: Plan, work: Workload, probe: LLMBenchmark | None) -> Summary:
     captions, identity = plan.captions, plan.identity
     cut = int(np.count_nonzero(captions.num_cut))
+    token_bytes = 2 * len(identity.layers) * identity.model.width
     items = {
         "model": f"{os.path.basename(plan.model.name) or plan.model.name} "
         f"({identity.model.architecture}, {identity.model.num_layers} layers of "
         f"{identity.model.width}, {identity.dtype})",
         "captions": f"{len(captions):,} unique (the null caption included) of "
         f"{work.num_samples:,} samples",
-        "tokens": f"{work.rows:,} to store, {work.sample_rows:.1f} a sample, at most "
+        "tokens": f"{work.rows:,} to store, {work.sample_rows:.1f} per sample, at most "
         f"{captions.num_tokens.max()}; the LLM sees {work.tokens:,}; {cut:,} captions cut at "
         f"{identity.max_length} tokens",
-        "bytes a token": f"{format_bytes(2 * len(identity.layers) * identity.model.width)} in bf16",
+        "bytes per token": f"{format_bytes(token_bytes)} in bf16",
     }
     if probe is not None:
         items["LLM"] = (
@@ -301,84 +152,95 @@ def _facts(plan: Plan, work: _Workload, probe: LLMBenchmark | None) -> Summary:
     return Summary(f"estimate for {plan.samples.source}", items)
 
 
-def _costs(cell: Cell, work: _Workload) -> dict[str, str]:
+def _costs(size: StoreSize, work: Workload) -> dict[str, str]:
     """A row of the second table, by column."""
     row = {
-        "codec": cell.name,
-        "smaller": f"{cell.raw_bytes / cell.num_bytes:.2f}x",
-        "read from disk": f"{format_bytes(work.disk_bytes_per_second(cell))}/s",
+        "codec": size.codec_name,
+        "smaller": f"{size.raw_bytes / size.num_bytes:.2f}x",
+        "read from disk": f"{format_bytes(work.disk_bytes_per_second(size))}/s",
     }
     if work.tokens_per_second is None:
         return row
     unknown = "not measured"
-    seconds, passes = work.extraction_seconds(cell), work.break_even(cell)
-    recompute = work.recompute_bytes_per_second(cell)
-    trial = cell.trial
+    seconds, passes = work.extraction_seconds(size), work.break_even(size)
+    recompute = work.recompute_bytes_per_second(size)
+    trial = size.trial
     return row | {
         "error of LN(h)": f"{trial.error:.1e}" if trial else unknown,
-        "cores to decode": f"{work.decode_cores(cell, trial):.2f}" if trial else unknown,
+        "cores to decode": f"{work.decode_cores(size, trial):.2f}" if trial else unknown,
         "extraction": unknown if seconds is None else format_seconds(seconds),
         "costs as passes online": unknown if passes is None else f"{passes:.2f}",
         "LLM reads as fast as a disk of": f"{format_bytes(recompute)}/s",
     }
 
 
-def _advise(cells: Sequence[Cell], work: _Workload) -> list[str]:
-    """Whether caching pays, for the smallest of the codecs that were measured, or in general."""
-    smallest = min(cells, key=lambda cell: cell.num_bytes)
+def _advise(sizes: Sequence[StoreSize], work: Workload) -> list[str]:
+    """Sentences on whether caching pays, under the smallest of the codecs that were measured."""
+    smallest = min(sizes, key=lambda size: size.num_bytes)
     advice = [
         f"Training at {work.samples_per_second:g} samples/s reads random captions at "
-        f"{format_bytes(work.disk_bytes_per_second(smallest))}/s ({smallest.name}) to "
-        f"{format_bytes(max(map(work.disk_bytes_per_second, cells)))}/s: storage must deliver that "
+        f"{format_bytes(work.disk_bytes_per_second(smallest))}/s ({smallest.codec_name}) to "
+        f"{format_bytes(max(map(work.disk_bytes_per_second, sizes)))}/s: storage must deliver that "
         "to all nodes together."
     ]
-    measured = [cell for cell in cells if cell.trial is not None]
+    measured = [size for size in sizes if size.trial is not None]
     if work.tokens_per_second is None or not measured:
         return [
             *advice,
-            "Sizes with ~ are what SmolLM2-135M takes on short captions. Those of this LLM, hours "
+            "Sizes with ~ are those of SmolLM2-135M on short captions. Those of this LLM, hours "
             "and whether caching pays are not known without --probe.",
         ]
-    share = work.online_share()
-    best = min(measured, key=lambda cell: cell.num_bytes)
-    cost = work.break_even(best)
-    assert cost is not None
-    online = work.online_seconds()
-    saved = online * (work.passes - cost)
+    best = min(measured, key=lambda size: size.num_bytes)
+    recompute = work.recompute_bytes_per_second(best)
+    return [
+        *advice,
+        *_advise_on_share(work.online_share()),
+        _advise_on_passes(best, work),
+        f"The LLM recomputes a sample's hidden states as fast as a disk of "
+        f"{format_bytes(recompute)}/s would read them ({best.codec_name}); from slower storage, "
+        "caching loses time however many the passes.",
+    ]
+
+
+def _advise_on_share(share: float) -> list[str]:
+    """Sentences on running the LLM online."""
     if share > 1:
-        advice.append(
-            f"Online, the LLM would need {share:.1f} machines like this one to feed training."
-        )
-    else:
-        advice.append(f"Online, the LLM would take {100 * share:.1f} % of a machine like this one.")
+        return [f"Online, the LLM would need {share:.1f} machines like this one to feed training."]
+    advice = [f"Online, the LLM would take {100 * share:.1f} % of a machine like this one."]
     if share < SMALL_SHARE:
         advice.append(
-            "That is little: caching saves at most so much time. It may still be worth it for the "
-            "LLM's memory, or to repeat runs to the bit."
+            "That is little, and caching saves no more time than that. It may still be worth it "
+            "for the LLM's memory, or to repeat runs to the bit."
         )
-    if saved > 0:
-        advice.append(
-            f"Extraction ({best.name}) costs as much as {cost:.2f} passes online, so caching pays "
-            f"from pass {int(np.floor(cost)) + 1} on; {work.passes:g} passes save "
-            f"{format_seconds(saved)} of this machine."
-        )
-    else:
-        advice.append(
-            f"Caching does NOT pay for {work.passes:g} passes: extraction ({best.name}) costs as "
-            f"much as {cost:.2f} passes online, {format_seconds(-saved)} more. It would pay from "
-            f"pass {int(np.floor(cost)) + 1} on."
-        )
-    advice.append(
-        f"The LLM makes a sample's hidden states anew as fast as a disk of "
-        f"{format_bytes(work.recompute_bytes_per_second(best))}/s would read them ({best.name}); "
-        "from slower storage caching loses time, whatever the passes."
-    )
     return advice
 
 
+def _advise_on_passes(best: StoreSize, work: Workload) -> str:
+    """From which pass on caching pays."""
+    cost = work.break_even(best)
+    assert cost is not None
+    saved = work.online_seconds() * (work.passes - cost)
+    first = int(np.floor(cost)) + 1
+    if saved > 0:
+        return (
+            f"Extraction ({best.codec_name}) costs as much as {cost:.2f} passes online, so caching "
+            f"pays from pass {first} on; {work.passes:g} passes save {format_seconds(saved)} of "
+            "this machine."
+        )
+    return (
+        f"Caching does NOT pay for {work.passes:g} passes: extraction ({best.codec_name}) costs as "
+        f"much as {cost:.2f} passes online, {format_seconds(-saved)} more. It would pay from "
+        f"pass {first} on."
+    )
+
+
 def _details(
-    plan: Plan, cells: Sequence[Sequence[Cell]], work: _Workload, probe: LLMBenchmark | None
+    plan: Plan,
+    sizes: Sequence[Sequence[StoreSize]],
+    work: Workload,
+    probe: LLMBenchmark | None,
 ) -> dict[str, Any]:
+    """All numbers, with their units in their names."""
     known = work.tokens_per_second is not None
     return {
         "captions": len(plan.captions),
@@ -403,26 +265,25 @@ def _details(
         },
         "online_share": work.online_share() if known else None,
         "online_seconds_a_pass": work.online_seconds() if known else None,
-        "stores": [
-            {
-                "layers": cell.layers,
-                "codec": cell.codec.name,
-                "quality": cell.codec.quality,
-                "bytes": cell.num_bytes,
-                "bytes_bf16": cell.raw_bytes,
-                "measured": cell.trial is not None,
-                "error": cell.trial and cell.trial.error,
-                "disk_bytes_per_second": work.disk_bytes_per_second(cell),
-                "decode_cores": cell.trial and work.decode_cores(cell, cell.trial),
-                "extraction_seconds": work.extraction_seconds(cell),
-                "break_even_passes": work.break_even(cell),
-                "recompute_bytes_per_second": work.recompute_bytes_per_second(cell)
-                if known
-                else None,
-            }
-            for row in cells
-            for cell in row
-        ],
+        "stores": [_store_details(size, work) for row in sizes for size in row],
+    }
+
+
+def _store_details(size: StoreSize, work: Workload) -> dict[str, Any]:
+    known = work.tokens_per_second is not None
+    return {
+        "layers": size.layers,
+        "codec": size.codec.name,
+        "quality": size.codec.quality,
+        "bytes": size.num_bytes,
+        "bytes_bf16": size.raw_bytes,
+        "measured": size.trial is not None,
+        "error": size.trial and size.trial.error,
+        "disk_bytes_per_second": work.disk_bytes_per_second(size),
+        "decode_cores": size.trial and work.decode_cores(size, size.trial),
+        "extraction_seconds": work.extraction_seconds(size),
+        "break_even_passes": work.break_even(size),
+        "recompute_bytes_per_second": work.recompute_bytes_per_second(size) if known else None,
     }
 
 

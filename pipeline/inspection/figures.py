@@ -1,30 +1,39 @@
-"""Figures of a feature store. No global matplotlib state.
+"""Figures of a feature store, without global matplotlib state.
 
 Every function returns a matplotlib ``Figure``: a notebook shows it, ``savefig`` writes it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from ...schemas import Routing
-from ..store.features import FeatureStore
 from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
-from .linear_probe import ProbeResults
-from .statistics import LayerStatistics
+
+if TYPE_CHECKING:
+    from ...schemas import Routing
+    from ..store.features import FeatureStore
+    from .linear_probe import ProbeResults
+    from .statistics import LayerStatistics
 
 
 def norms(statistics: LayerStatistics) -> Figure:
-    """L2 norms of hidden states: median, 5 to 95 % and the largest, by layer."""
+    """L2 norms of hidden states by layer: median, 5 to 95 % and the largest."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    places = range(len(statistics.layers))
+    positions = range(len(statistics.layers))
     low, median, high, most = statistics.norms.T
-    axes.fill_between(places, low, high, color=LINES[0], alpha=0.25, label="5 to 95 %", linewidth=0)
-    axes.plot(places, median, color=LINES[0], marker="o", markersize=3, label="median")
-    axes.plot(places, most, color=LINES[1], marker="o", markersize=3, linewidth=1, label="largest")
+    axes.fill_between(
+        positions, low, high, color=LINES[0], alpha=0.25, label="5 to 95 %", linewidth=0
+    )
+    axes.plot(positions, median, color=LINES[0], marker="o", markersize=3, label="median")
+    axes.plot(
+        positions, most, color=LINES[1], marker="o", markersize=3, linewidth=1, label="largest"
+    )
     axes.set_yscale("log")
     _finish(axes, statistics.layers, "Norm of hidden states", "L2 norm")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -32,45 +41,50 @@ def norms(statistics: LayerStatistics) -> Figure:
 
 
 def massive_activations(statistics: LayerStatistics) -> Figure:
-    """How far the largest channel of a vector stands out, and how much of it the top three are."""
+    """The largest channel of a vector over its median one, and the variance in the top three."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    places = range(len(statistics.layers))
+    positions = range(len(statistics.layers))
     median, most = statistics.largest.T
-    top.plot(places, median, color=LINES[0], marker="o", markersize=3, label="median token")
-    top.plot(places, most, color=LINES[1], marker="o", markersize=3, label="worst token")
+    top.plot(positions, median, color=LINES[0], marker="o", markersize=3, label="median token")
+    top.plot(positions, most, color=LINES[1], marker="o", markersize=3, label="worst token")
     top.axhline(1000, color=FAINT, linewidth=1, linestyle="--")
     top.set_yscale("log")
     top.set_ylabel("largest / median channel", color=INK, fontsize=8)
     top.legend(frameon=False, fontsize=8, labelcolor=INK)
     clean(top)
-    bottom.bar(places, 100 * statistics.top3_energy, width=0.8, color=LINES[0])
+    bottom.bar(positions, 100 * statistics.top3_energy, width=0.8, color=LINES[0])
     bottom.set_ylim(0, 100)
     _finish(bottom, statistics.layers, "Massive activations", "% of variance in 3 channels")
     return figure
 
 
 def similarity(statistics: LayerStatistics) -> Figure:
-    """Layers against layers: linear CKA, and the cosine of the same token, both of LN(h)."""
+    """Similarity of every two layers: linear CKA and the cosine of the same token, of LN(h)."""
     figure = Figure(figsize=(8.4, 4), layout="constrained")
     figure.suptitle("Similarity of layers", color=INK)
     pairs = {"linear CKA": statistics.cka, "cosine of a token": statistics.cosine}
     for axes, (name, values) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
         least = min(0.0, float(np.nanmin(values, initial=0.0)))
-        drawn = axes.imshow(values, COLOUR_MAP, vmin=least, vmax=1, origin="lower")
+        image = axes.imshow(values, COLOUR_MAP, vmin=least, vmax=1, origin="lower")
         layer_ticks(axes.xaxis, statistics.layers, most=8)
         axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
         axes.set_title(name, color=INK, fontsize=9)
         axes.set_xlabel("LLM layer", color=INK)
         clean(axes)
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=INK, labelsize=8)
     return figure
 
 
 def error_by_layer(errors: Mapping[int, float], codec: str) -> Figure:
-    """Mean error of LN(h) that a codec made, by layer; of :func:`inspection.layer_error`."""
+    """Mean error of LN(h) by layer.
+
+    Args:
+        errors: from :func:`semroute.pipeline.codecs.error.layer_error`.
+        codec: name of the codec that made them.
+    """
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(range(len(errors)), list(errors.values()), width=0.8, color=LINES[0])
@@ -79,7 +93,7 @@ def error_by_layer(errors: Mapping[int, float], codec: str) -> Figure:
 
 
 def token_lengths(store: FeatureStore) -> Figure:
-    """How many captions have how many tokens, those that were cut apart."""
+    """Histogram of tokens per caption, with cut captions in a colour of their own."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.add_subplot()
     lengths = store.captions["num_tokens"].to_numpy()
@@ -92,54 +106,56 @@ def token_lengths(store: FeatureStore) -> Figure:
     axes.axvline(lengths.mean(), color=INK, linewidth=1, linestyle="--")
     if cut.any():
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    axes.set_title(f"Tokens a caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
+    axes.set_title(f"Tokens per caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
     axes.set_xlabel("tokens", color=INK)
     axes.set_ylabel("captions", color=INK)
     clean(axes)
     return figure
 
 
-def knowledge(found: ProbeResults, routing: Routing | None = None) -> Figure:
-    """How well each layer tells labels, above what a router reads.
+def probe_accuracy(results: ProbeResults, routing: Routing | None = None) -> Figure:
+    """Accuracy of linear probes by layer, and the weights of a router below.
 
-    Bands are 95 % intervals over captions, dashed lines chance, the mark the best layer.
+    Bands are 95 % intervals over captions, dashed lines chance; a dot marks the best layer.
 
     Args:
-        routing: of a run: its mean over blocks is drawn below.
+        routing: of a run; its mean over blocks is plotted.
     """
-    num = len(found.probes)
+    num = len(results.probes)
     columns = min(3, num)
     rows = -(-num // columns) + (routing is not None)
     figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"What layers know ({found.pool} over tokens)", color=INK)
+    figure.suptitle(f"What layers know ({results.pool} over tokens)", color=INK)
     grid = figure.add_gridspec(rows, columns)
-    places = range(len(found.layers))
-    for number, probe in enumerate(found.probes):
+    positions = range(len(results.layers))
+    for number, probe in enumerate(results.probes):
         axes = figure.add_subplot(grid[divmod(number, columns)])
-        axes.fill_between(places, probe.low, probe.high, color=LINES[0], alpha=0.25, linewidth=0)
-        axes.plot(places, probe.accuracy, color=LINES[0], marker="o", markersize=2.5, linewidth=1)
+        axes.fill_between(positions, probe.low, probe.high, color=LINES[0], alpha=0.25, linewidth=0)
+        axes.plot(
+            positions, probe.accuracy, color=LINES[0], marker="o", markersize=2.5, linewidth=1
+        )
         axes.axhline(probe.chance, color=FAINT, linewidth=1, linestyle="--")
         axes.plot(probe.best, probe.accuracy[probe.best], "o", color=LINES[1], markersize=5)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         clean(axes)
-        layer_ticks(axes.xaxis, found.layers, most=8)
+        layer_ticks(axes.xaxis, results.layers, most=8)
         axes.set_title(f"{probe.label}, {probe.num_classes} classes", color=INK, fontsize=9)
     if routing is not None:
         axes = figure.add_subplot(grid[rows - 1, :])
         mean = dict(zip(routing.layers, np.mean(routing.weights, axis=0), strict=True))
         axes.bar(
-            places, [mean.get(layer, 0.0) for layer in found.layers], width=0.8, color=LINES[2]
+            positions, [mean.get(layer, 0.0) for layer in results.layers], width=0.8, color=LINES[2]
         )
         axes.axhline(1 / len(mean), color=INK, linewidth=1, linestyle="--")
         clean(axes)
-        layer_ticks(axes.xaxis, found.layers)
+        layer_ticks(axes.xaxis, results.layers)
         axes.set_title("what the router reads, mean over blocks", color=INK, fontsize=9)
     figure.supxlabel("LLM layer", color=INK, fontsize=9)
     return figure
 
 
 def _finish(axes: Axes, layers: Sequence[int], title: str, label: str) -> None:
-    """Titles, and layers below."""
+    """Add titles, and the layers along the x axis."""
     axes.figure.suptitle(title, color=INK, fontsize=10)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     layer_ticks(axes.xaxis, layers)

@@ -1,8 +1,8 @@
-"""A finished store on the Hugging Face Hub: its card, and how it gets there."""
+"""Upload of a finished store to the Hugging Face Hub, and its dataset card."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,34 @@ from .describe import inspect
 
 CARD = "README.md"
 MAX_FILES = 100_000
-"""Of a repository of the Hub (https://huggingface.co/docs/hub/storage-limits)."""
+"""Limit of a repository on the Hub (https://huggingface.co/docs/hub/storage-limits)."""
 _ERRORS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
     HFValidationError,
     OfflineModeIsEnabled,
 )
-"""With what lies under the first, OSError and the error of huggingface_hub's HTTP client, of which
-there are several: no connection is none of the Hub's errors."""
+"""The bases of the Hub's HTTP error, OSError and that of the HTTP client, of which huggingface_hub
+had several, so that connection errors are caught too."""
 
 
 @dataclass(frozen=True, repr=False)
 class Push:
-    """What goes to the Hub, or went there.
+    """An upload to the Hub, planned or done.
 
     Attributes:
         repo: ``name/repository``.
-        private: whether a new repository is.
+        private: whether a new repository is private.
         card: README.md.
-        files: of the store, by path, with their bytes.
-        left: files in its folder that are not the store's, and stay.
-        url: of the repository; None before it is there.
+        files: path -> bytes of the store's files.
+        left_out: other files in the store's folder, which are not uploaded.
+        url: of the repository; None before the upload.
     """
 
     repo: str
     private: bool
     card: str
     files: dict[str, int]
-    left: list[str]
+    left_out: list[str]
     url: str | None = None
 
     def __repr__(self) -> str:
@@ -62,7 +62,7 @@ class Push:
         if self.url is not None:
             folder = self.repo.rpartition("/")[2]
             return (
-                f"{self.url}: {size}\nTo have it elsewhere:\n"
+                f"{self.url}: {size}\nTo download it:\n"
                 f"  hf download {self.repo} --repo-type dataset --local-dir {folder}"
             )
         folders: dict[str, list[int]] = {}
@@ -74,7 +74,7 @@ class Push:
             f"{format_bytes(sum(sizes))}"
             for name, sizes in folders.items()
         ]
-        lines += [f"  not the store's, and left out: {name}" for name in self.left]
+        lines += [f"  left out, as it is no file of the store: {name}" for name in self.left_out]
         return "\n".join([f"{self.repo} ({who} if it is new): {size}", *lines, "", self.card])
 
 
@@ -87,31 +87,31 @@ def push(
     dry_run: bool = False,
     report: Callable[[str], None] = print,
 ) -> Push:
-    """Upload a finished store to a dataset repository of the Hub, which is made where missing.
+    """Upload a finished store to a dataset repository of the Hub, which is created if missing.
 
-    The manifest and the card go last and together: what is there before them is no store yet.
-    Called again after it was stopped, it goes on: files that are there are not sent again. A store
-    that grew is pushed to where it was.
+    The manifest and the card go last and together: without them, the repository is no store yet.
+    Call it again to resume: files that are there are not sent again. A store that grew is pushed to
+    the repository that it was in.
 
     Args:
         path: folder of the store.
         repo: ``name/repository``.
-        public: whether a repository that is made is.
-        license: of the data, by the Hub's names; default: the card says that none is stated.
-        dry_run: only say what would be done; nothing is sent.
-        report: takes one line of text at a time.
+        public: create a public repository instead of a private one.
+        license: of the data, by its name on the Hub. Default: the card says that none is stated.
+        dry_run: return what would be uploaded, and send nothing.
+        report: called with each line of text.
 
     Raises:
-        InputError: the store is unfinished or not local; the repository holds another one; the Hub
-            cannot be reached, or refuses.
+        InputError: the store is unfinished or not local; the repository holds another store; the
+            Hub cannot be reached, or refuses.
     """
     store = open_store(path)
     if not is_local(store.path):
         raise InputError(f"{store.path} is not on a disk of this machine; copy it there first")
-    files, left = _choose(store)
-    pushed = Push(repo, not public, make_card(store, repo, license), files, left)
+    files, left_out = _choose(store)
+    plan = Push(repo, not public, make_card(store, repo, license), files, left_out)
     if dry_run:
-        return pushed
+        return plan
     api = HfApi(library_name="semroute")
     try:
         url = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
@@ -121,7 +121,7 @@ def push(
             repo_id=repo,
             repo_type="dataset",
             folder_path=store.path,
-            ignore_patterns=[*left, MANIFEST],
+            ignore_patterns=[*left_out, MANIFEST],
             commit_message="Shards and tables",
         )
         manifest = store.path / MANIFEST
@@ -129,22 +129,22 @@ def push(
             repo,
             [
                 CommitOperationAdd(MANIFEST, manifest.read_bytes()),
-                CommitOperationAdd(CARD, pushed.card.encode()),
+                CommitOperationAdd(CARD, plan.card.encode()),
             ],
             repo_type="dataset",
-            commit_message="Manifest and card: the store is whole",
+            commit_message="Manifest and card: the store is complete",
         )
     except _ERRORS as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = "Run the same command again: it goes on where it stopped."
+        remedy = "Rerun the same command to resume."
         if status in (401, 403, 404):
-            remedy = "Log in with `hf auth login`, with a token that may write there."
+            remedy = "Log in with `hf auth login`, with a token that may write to it."
         raise InputError(f"{repo}: {type(error).__name__}: {error}\n{remedy}") from error
-    return Push(repo, not public, pushed.card, files, left, str(url))
+    return replace(plan, url=str(url))
 
 
 def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str]]:
-    """The store's files with their bytes, and what else is in its folder."""
+    """The store's files with their bytes, and the other files of its folder."""
     remaining = store.remaining()
     if not store.is_complete or remaining:
         raise InputError(
@@ -156,41 +156,41 @@ def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str
     known = {MANIFEST, CHECKSUMS, *(store.checksums.files if store.checksums else ())}
     known |= {name for receipt in store.receipts().values() for name in receipt.files}
     known |= {name for name in found if name.startswith(("receipts/", "quarantine/"))}
-    if store.checksums is None:  # of an early version, which listed nothing
+    if store.checksums is None:  # an early version, which listed nothing
         known |= {name for name in found if name.startswith(store.group)}
         known |= {name for name in found if name.endswith(".parquet")}
     files = {name: entry.num_bytes for name, entry in found.items() if name in known - {LOCK_FILE}}
     if len(files) > MAX_FILES:
         raise InputError(
-            f"{store.path} has {len(files):,} files, but the Hub takes {MAX_FILES:,} in a "
-            "repository. Make it with a larger --shard-size, or rewrite it with one."
+            f"{store.path} has {len(files):,} files, but the Hub takes {MAX_FILES:,} per "
+            "repository. Make the store with a larger --shard-size, or rewrite it with one."
         )
     return files, sorted(set(found) - set(files))
 
 
 def _check_repository(api: HfApi, repo: str, store: FeatureStore | LatentStore) -> None:
-    """Refuse a repository of another store."""
+    """Refuse a repository that holds another store."""
     try:
-        there = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", force_download=True)
+        manifest = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return
     known: list[Any] = [store.manifest.begun()]
     while getattr(known[-1], "grown_from", None):
         known.append(known[-1].before_growth())
     try:
-        document = json.loads(Path(there).read_text("utf-8"))
+        document = json.loads(Path(manifest).read_text("utf-8"))
         found = parse(type(store.manifest), document, MANIFEST).begun()
-    except ValueError:  # of the other kind, or nothing that we know
+    except ValueError:  # a store of the other kind, or no store
         found = None
     if found not in known:
         raise InputError(
-            f"{repo} holds another store than {store.path}. Name another repository, or delete "
-            "that one first."
+            f"{repo} holds another store than {store.path}. Name another repository, or delete it "
+            "first."
         )
 
 
 def make_card(store: FeatureStore | LatentStore, repo: str, license: str | None = None) -> str:
-    """README.md of a store's repository: what its manifest and receipts say, and how to read it."""
+    """README.md of a store's repository: what the store holds, and how to read it."""
     features = isinstance(store, FeatureStore)
     facts = inspect(store.path).facts.items
     rows = {key: value for key, value in facts.items() if key != "state"}
@@ -206,7 +206,7 @@ def make_card(store: FeatureStore | LatentStore, repo: str, license: str | None 
         if features
         else "Latents of images"
     )
-    stated = license or "not stated; ask whoever uploaded this before you use it"
+    stated = license or "not stated; ask the uploader before you use it"
     return f"""---
 {data.to_yaml()}
 ---
@@ -235,7 +235,7 @@ import semroute
 {_example(store, str(data.pretty_name))}
 ```
 
-Its arrays are read by any Zarr library, its tables by any that reads Parquet:
+Any Zarr library reads its arrays, and any Parquet library its tables:
 
 ```python
 import pyarrow.parquet
@@ -246,7 +246,7 @@ print({{name: array.shape for name, array in group.arrays()}})
 samples = pyarrow.parquet.read_table("{data.pretty_name}/samples.parquet")
 ```
 
-`manifest.json` says how it was made and what its codes mean.
+`manifest.json` records how it was made and what its codes mean.
 """
 
 

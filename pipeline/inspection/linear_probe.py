@@ -1,8 +1,9 @@
-"""Which layer knows what: linear probes on cached hidden states, solved in closed form.
+"""Linear probes on cached hidden states, solved in closed form: which layer knows what.
 
-A probe is a ridge regression from what a layer holds to the classes of a label, one-hot; the class
-with the largest output is its answer. No iteration, no initial weights: the same store and labels
-give the same numbers (Alain and Bengio, arXiv 1610.01644, for the idea of a probe a layer).
+A probe is a ridge regression from the hidden states of a layer to the classes of a label, one-hot;
+its answer is the class with the largest output. There are no iterations and no initial weights, so
+the same store and labels give the same numbers. One probe per layer is the idea of Alain and Bengio
+(arXiv 1610.01644).
 
 Shapes: N captions, R tokens, L stored layers, H width, C classes.
 """
@@ -21,32 +22,34 @@ from ...schemas import LN_EPS, InputError, Summary
 from ..sources.labels import Label, classify, read_labels
 from ..store.features import FeatureStore
 from ..store.open import open_features
+from .statistics import layer_norm, layer_of
 
 Pool = Literal["mean", "last"]
 NUM_CAPTIONS = 5_000
 SHARES = (0.6, 0.2)
-"""Of the captions, to fit and to choose the penalty; the others are judged."""
+"""Shares of the captions to fit on and to choose the penalty on; the others are the test set."""
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of the ridge regression, in units of the number of captions fitted to: channels are scaled to a
-variance of 1."""
+"""Penalties of the ridge regression, in units of the number of fitted captions; channels are scaled
+to a variance of 1."""
 WORD_CLASSES = 50
-"""Tokens that are told apart: the most frequent."""
+"""Number of the most frequent tokens, which ``word`` tells apart."""
 Z_95 = 1.959964
-_CAPTIONS_AT_ONCE = 256
+BATCH_SIZE = 256
+"""Captions read at once."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """How well a label is read from each layer, on captions that the probe was not fitted to.
+    """Accuracy of a label's probes on captions that they were not fitted on.
 
     Attributes:
-        label: its name.
+        label: name of the label.
         num_classes: C.
-        num_fitted, num_judged: captions.
-        chance: accuracy of the class that is most frequent among the fitted.
-        accuracy: share of the judged captions that are right, of each layer ``[L]``.
-        low, high: 95 % interval of it over captions (Wilson, J. Am. Stat. Assoc. 22, 1927).
-        penalty: chosen for each layer, in units of ``num_fitted`` ``[L]``.
+        num_fitted, num_judged: captions to fit and to test on.
+        chance: accuracy of always answering the class that is most frequent in the fitted captions.
+        accuracy: share of right answers, by layer ``[L]``.
+        low, high: its 95 % interval over captions (Wilson, J. Am. Stat. Assoc. 22, 1927).
+        penalty: the penalty chosen for each layer, in units of ``num_fitted`` ``[L]``.
     """
 
     label: str
@@ -61,19 +64,19 @@ class LinearProbe:
 
     @property
     def best(self) -> int:
-        """Position of the layer with the highest accuracy, the first of equals."""
+        """Position of the layer with the highest accuracy; the first one in a tie."""
         return int(np.argmax(self.accuracy))
 
 
 @dataclass(frozen=True, repr=False)
 class ProbeResults:
-    """What the layers of a store know.
+    """Linear probes of all layers of a store.
 
     Attributes:
         layers: LLM layers.
         pool: how the tokens of a caption became one vector.
-        probes: one a label.
-        skipped: why other labels were not probed for.
+        probes: one per label.
+        skipped: labels without a probe, and captions without a label, each with the reason.
     """
 
     layers: list[int]
@@ -102,7 +105,7 @@ class ProbeResults:
             f"best in layer {self.layers[best]}: {probe.accuracy[best]:.1%} "
             f"({probe.low[best]:.1%} to {probe.high[best]:.1%}); first {probe.accuracy[0]:.1%}, "
             f"last {probe.accuracy[-1]:.1%}, chance {probe.chance:.1%} of {probe.num_classes} "
-            f"classes; {probe.num_judged:,} captions judged"
+            f"classes; tested on {probe.num_judged:,} captions"
         )
 
 
@@ -116,28 +119,28 @@ def probe_layers(
     num_captions: int = NUM_CAPTIONS,
     progress: bool = True,
 ) -> ProbeResults:
-    """Probe every stored layer for labels of captions, and for which word a token is.
+    """Probe every stored layer for labels of captions, and for words.
 
-    Layers are compared on LN(h), as routing mixes them; a caption's label on the mean (or the last)
-    of its tokens. Two labels need no table: ``word``, which of the ``WORD_CLASSES`` most frequent
-    tokens one token of the caption is, read from that token; and ``word before``, which token stood
-    before it, read from the same: what a layer has gathered from its context.
+    All probes read LN(h), which is what routing mixes. A caption's label is read from the mean of
+    its tokens, or from the last one. Two labels need no table, and are read from one token of each
+    caption: ``word`` asks which of the ``WORD_CLASSES`` most frequent tokens it is, and ``word
+    before`` which token stands before it, which a layer can only know from context.
 
-    The captions are the first in store order, which is random; of them ``SHARES`` are fitted to and
-    chosen on, the others judged. Memory: ``8 N L H`` bytes.
+    The captions are the first ones in store order, which is random; ``SHARES`` of them are used to
+    fit and to choose the penalty, the others to test. Memory: ``8 N L H`` bytes.
 
     Args:
         source: a table with captions and labels, see
             :func:`semroute.pipeline.sources.labels.read_labels`.
-        text_column: of it. Default: text, prompt or caption.
-        labels: wanted. Default: all with few enough classes.
-        pool: of tokens: their mean, or the last.
-        num_captions: of the store at most, N.
+        text_column: column of captions. Default: text, prompt or caption.
+        labels: columns of labels. Default: all with few enough classes.
+        pool: read a caption's label from the mean of its tokens, or from the last.
+        num_captions: the largest number of captions to use, N.
 
     Raises:
         InputError: as ``read_labels``; a shard is not written; a store of mixes.
     """
-    from tqdm.auto import tqdm  # in a notebook without widgets it warns where it is imported
+    from tqdm.auto import tqdm  # in a notebook without widgets, importing it warns
 
     store = open_features(path)
     if store.mixes is not None:
@@ -146,10 +149,16 @@ def probe_layers(
         raise InputError(f"{path} holds no caption besides the null caption")
     ids = np.arange(1, min(len(store), num_captions + 1))
     table = store.captions.slice(1, len(ids))
-    found, skipped = read_labels(
+    caption_labels, skipped = read_labels(
         source, table["text"].to_pylist(), text_column=text_column, names=labels
     )
-    tokens, places = _pick_tokens(table["token_ids"].to_pylist())
+    words, positions = _pick_tokens(table["token_ids"].to_pylist())
+    word_labels = {name: classify(name, tokens) for name, tokens in words.items()}
+    skipped += [
+        f"{name}: too few captions with frequent tokens"
+        for name, label in word_labels.items()
+        if label is None
+    ]
     bar = tqdm(
         total=len(ids) + len(store.layers),
         desc="probing",
@@ -157,123 +166,126 @@ def probe_layers(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} < {remaining}",
     )
     with bar:
-        pooled, picked = _read(store, ids, places, pool, bar.update)
-        words = [classify(name, values) for name, values in tokens.items()]
-        subjects = [(label, pooled) for label in found]
-        subjects += [(label, picked) for label in words if label is not None]
-        skipped += [
-            f"{name}: too few captions with frequent tokens"
-            for name, label in zip(tokens, words, strict=True)
-            if label is None
-        ]
+        pooled, picked = _read(store, ids, positions, pool, bar.update)
+        subjects = [(label, pooled) for label in caption_labels]
+        subjects += [(label, picked) for label in word_labels.values() if label is not None]
         results: list[list[tuple[float, float]]] = [[] for _ in subjects]
         for layer in range(len(store.layers)):
-            for result, (label, features) in zip(results, subjects, strict=True):
-                result.append(_accuracy(features[layer], label))
+            for result, (label, hidden) in zip(results, subjects, strict=True):
+                result.append(_accuracy(hidden[layer], label))
             bar.update()
-    probes = [_summary(label, result) for (label, _), result in zip(subjects, results, strict=True)]
-    return ProbeResults(store.layers, pool, probes, [*skipped, *_left_out(found)])
+    probes = [_summarise(label, each) for (label, _), each in zip(subjects, results, strict=True)]
+    return ProbeResults(store.layers, pool, probes, [*skipped, *_left_out(caption_labels)])
 
 
 def _left_out(labels: Sequence[Label]) -> Iterator[str]:
+    """Captions that have no label, by reason."""
     for label in labels:
         if label.num_rare:
-            yield f"{label.name}: {label.num_rare:,} captions of classes too rare"
+            yield f"{label.name}: {label.num_rare:,} captions of classes that are too rare"
         if label.num_ambiguous:
-            yield f"{label.name}: {label.num_ambiguous:,} captions that rows label differently"
+            yield f"{label.name}: {label.num_ambiguous:,} captions with several labels"
 
 
 def _pick_tokens(
     captions: Sequence[Sequence[int]],
 ) -> tuple[dict[str, list[str | None]], list[int]]:
-    """One token a caption that is frequent, and the one before it; and where it stands."""
+    """One random frequent token per caption, the one before it, and its position.
+
+    Of the tokens 7 3 9, with 3 and 9 frequent, either 3 is picked (word 3, word before 7, position
+    1) or 9 (word 9, word before 3, position 2). The first token has none before it.
+    """
     counts = Counter(token for tokens in captions for token in tokens[1:])
     frequent = {token for token, _ in counts.most_common(WORD_CLASSES)}
     rng = np.random.default_rng(0)
     words: dict[str, list[str | None]] = {"word": [], "word before": []}
-    places = []
+    positions = []
     for tokens in captions:
-        candidates = [place for place in range(1, len(tokens)) if tokens[place] in frequent]
-        place = int(rng.choice(candidates)) if candidates else 0
-        words["word"].append(str(tokens[place]) if candidates else None)
-        words["word before"].append(str(tokens[place - 1]) if candidates else None)
-        places.append(place)
-    return words, places
+        candidates = [at for at in range(1, len(tokens)) if tokens[at] in frequent]
+        position = int(rng.choice(candidates)) if candidates else 0
+        words["word"].append(str(tokens[position]) if candidates else None)
+        words["word before"].append(str(tokens[position - 1]) if candidates else None)
+        positions.append(position)
+    return words, positions
 
 
 def _read(
     store: FeatureStore,
     ids: np.ndarray,
-    places: Sequence[int],
+    positions: Sequence[int],
     pool: Pool,
     advance: Callable[[int], object],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """LN(h) of captions, pooled, and of one token of each: both float32 ``[L, N, H]``."""
+    """LN(h) of captions, pooled, and of one token of each: both float32 ``[L, N, H]``.
+
+    Args:
+        positions: of that token in each caption.
+        advance: called with the number of captions read.
+    """
     shape = (len(store.layers), len(ids), store.manifest.identity.model.width)
     pooled, picked = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    for start in range(0, len(ids), _CAPTIONS_AT_ONCE):
-        part = slice(start, min(len(ids), start + _CAPTIONS_AT_ONCE))
+    for start in range(0, len(ids), BATCH_SIZE):
+        part = slice(start, min(len(ids), start + BATCH_SIZE))
         rows = store.read(ids[part])
-        firsts = rows.offsets[:-1]
+        firsts, ends = rows.offsets[:-1], rows.offsets[1:]
         for layer in range(shape[0]):
-            hidden = (rows.bits[:, layer].astype(np.uint32) << 16).view(np.float32)  # [R, H]
-            hidden -= hidden.mean(1, keepdims=True)
-            hidden /= np.sqrt(np.square(hidden).mean(1, keepdims=True) + LN_EPS)
+            hidden = layer_norm(layer_of(rows, layer))
             if pool == "mean":
                 sums = np.add.reduceat(hidden, firsts)
-                pooled[layer, part] = sums / np.diff(rows.offsets)[:, None]
+                pooled[layer, part] = sums / (ends - firsts)[:, None]
             else:
-                pooled[layer, part] = hidden[rows.offsets[1:] - 1]
-            picked[layer, part] = hidden[firsts + np.array(places[part])]
+                pooled[layer, part] = hidden[ends - 1]
+            picked[layer, part] = hidden[firsts + np.array(positions[part])]
         advance(part.stop - part.start)
     return pooled, picked
 
 
 def _split(num: int) -> tuple[slice, slice, slice]:
-    """To fit to, to choose on, to judge."""
+    """Captions to fit on, to choose the penalty on, and to test on."""
     first, second = round(SHARES[0] * num), round(sum(SHARES) * num)
     return slice(0, first), slice(first, second), slice(second, num)
 
 
 def _accuracy(features: np.ndarray, label: Label) -> tuple[float, float]:
-    """Accuracy on what is judged, and the penalty: features ``[N, H]``."""
+    """Accuracy on the test captions, and the penalty that was chosen.
+
+    Args:
+        features: ``[N, H]``.
+    """
     known = label.values >= 0
     x, y = features[known].astype(np.float64), label.values[known]
-    fit, choose, judge = _split(len(y))
+    fit, choose, test = _split(len(y))
     x -= x[fit].mean(0)
     x /= np.maximum(x[fit].std(0), 1e-6)
     target = np.eye(len(label.classes))[y[fit]]
     shares = target.mean(0)
     gram, moment = x[fit].T @ x[fit], x[fit].T @ (target - shares)
     diagonal = np.arange(len(gram))
-    best = (-1.0, 0.0, PENALTIES[0])
+    best, result = -1.0, (0.0, PENALTIES[0])
     for penalty in PENALTIES:
         damped = gram.copy()
         damped[diagonal, diagonal] += penalty * len(target)
         answers = (x @ np.linalg.solve(damped, moment) + shares).argmax(1)
         right = answers == y
-        best = max(
-            best, (float(right[choose].mean()), float(right[judge].mean()), penalty), key=_on_dev
-        )
-    return best[1:]
+        score = float(right[choose].mean())
+        if score > best:
+            best, result = score, (float(right[test].mean()), penalty)
+    return result
 
 
-def _on_dev(scores: tuple[float, float, float]) -> float:
-    return scores[0]
-
-
-def _summary(label: Label, results: Sequence[tuple[float, float]]) -> LinearProbe:
+def _summarise(label: Label, results: Sequence[tuple[float, float]]) -> LinearProbe:
+    """The accuracies and penalties of all layers, with chance and intervals."""
     values = label.values[label.values >= 0]
-    fit, _, judge = _split(len(values))
+    fit, _, test = _split(len(values))
     usual = np.bincount(values[fit], minlength=len(label.classes)).argmax()
-    num = judge.stop - judge.start
+    num = test.stop - test.start
     intervals = [wilson(accuracy, num) for accuracy, _ in results]
     return LinearProbe(
         label=label.name,
         num_classes=len(label.classes),
         num_fitted=fit.stop,
         num_judged=num,
-        chance=float((values[judge] == usual).mean()),
+        chance=float((values[test] == usual).mean()),
         accuracy=[accuracy for accuracy, _ in results],
         low=[low for low, _ in intervals],
         high=[high for _, high in intervals],

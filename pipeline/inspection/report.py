@@ -1,4 +1,4 @@
-"""A store as one page of HTML that needs nothing else: facts, figures, a search over captions."""
+"""A store as a self-contained page of HTML: facts, figures and a search over captions."""
 
 import base64
 import io
@@ -23,39 +23,38 @@ from .describe import inspect
 from .statistics import LayerStatistics, measure_layers
 
 MAX_TEXT_BYTES = 4_000_000
-"""Of captions that a page holds to be searched."""
+"""Bytes of captions that a page holds for its search."""
 NUM_IMAGES = 48
-"""Images of a latent store that a page shows."""
+"""Number of images of a latent store that a page shows."""
 
 
 def write_report(path: str | os.PathLike[str], out: Path) -> Path:
-    """Look at a store, finished or not, and write what is found as a page of HTML.
+    """Describe a store, finished or not, as a page of HTML.
 
-    Features are measured on a sample, see
-    :func:`semroute.pipeline.inspection.statistics.measure_layers`; where not even that is written,
-    only the facts are shown.
+    Features of a complete store are measured on a sample, see
+    :func:`semroute.pipeline.inspection.statistics.measure_layers`.
 
     Raises:
         StoreError: no store there.
     """
-    store, found = open_store(path), inspect(path)
-    sections = [("Facts", found.facts._repr_html_())]
+    store, report = open_store(path), inspect(path)
+    sections = [("Facts", report.facts._repr_html_())]
     if isinstance(store, FeatureStore):
         sections += _features(store)
     elif len(store):
         sections += _images(store)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_document(out, _page(found, dict(sections)))
+    write_document(out, _page(report, dict(sections)))
     return out
 
 
 def _features(store: FeatureStore) -> list[tuple[str, str]]:
     """Figures and tables of a feature store, section by section."""
-    sections = [("Tokens a caption", _svg(figures.token_lengths(store), "token lengths"))]
+    sections = [("Tokens per caption", _svg(figures.token_lengths(store), "token lengths"))]
     errors = layer_error(list(store.receipts().values()))
     if errors and max(errors.values()) > 0:
-        drawn = figures.error_by_layer(errors, store.manifest.codec.name)
-        sections.append(("Error of the codec", _svg(drawn, "error by layer")))
+        figure = figures.error_by_layer(errors, store.manifest.codec.name)
+        sections.append(("Error of the codec", _svg(figure, "error by layer")))
     if store.is_complete:
         measured = measure_layers(store)
         sample = f"{measured.num_rows:,} tokens of {measured.num_captions:,} captions"
@@ -76,7 +75,7 @@ def _features(store: FeatureStore) -> list[tuple[str, str]]:
 
 
 def _massive(measured: LayerStatistics) -> str:
-    """Which layers have massive activations, and where."""
+    """Table of the layers with massive activations, and their channels."""
     rows = "".join(
         f"<tr><td>{layer}</td><td>{100 * share:.2f} %</td>"
         f"<td>{', '.join(map(str, channels))}</td></tr>"
@@ -85,7 +84,7 @@ def _massive(measured: LayerStatistics) -> str:
         )
         if channels
     )
-    rule = "over 100, and over 1,000 times the median of its vector"
+    rule = "over 100 and over 1,000 times the median of its vector"
     if not rows:
         return f"<p>No activation of the sample is massive ({rule}).</p>"
     head = "<tr><th>layer</th><th>tokens with a massive activation</th><th>channels</th></tr>"
@@ -93,7 +92,7 @@ def _massive(measured: LayerStatistics) -> str:
 
 
 def _search(store: FeatureStore) -> str:
-    """Captions, and a field to search them."""
+    """Field to search the captions, with their data."""
     columns = [store.captions[name].to_pylist() for name in ("caption_id", "num_tokens", "text")]
     rows, size = [], 0
     for row in zip(*columns, strict=True):
@@ -103,10 +102,10 @@ def _search(store: FeatureStore) -> str:
         rows.append(row)
     left = len(store) - len(rows)
     note = f" The page holds the first {len(rows):,} of {len(store):,} captions." if left else ""
-    # No tag can be closed inside a script without this sign.
+    # Without this character, no caption can close the script.
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f"<p>Words that must all occur.{escape(note)}</p>"
+        f"<p>Finds captions that contain all words.{escape(note)}</p>"
         '<input id="words" type="search" placeholder="search" aria-label="search captions">'
         ' <span id="count"></span>'
         '<table id="found"></table>'
@@ -115,7 +114,7 @@ def _search(store: FeatureStore) -> str:
 
 
 def _images(store: LatentStore) -> list[tuple[str, str]]:
-    """The first images of a latent store, where latents are pixels and are written."""
+    """The first images of a latent store, if it is complete and its latents are pixels."""
     if store.manifest.identity.vae != "pixels" or not store.is_complete:
         return []
     codec = pixel_codec()
@@ -140,8 +139,8 @@ def _svg(figure: Figure, name: str) -> str:
     return f"<img src='data:image/svg+xml;base64,{data}' alt='{escape(name)}'>"
 
 
-def _page(found: Report, sections: Mapping[str, str]) -> str:
-    title = escape(found.facts.title)
+def _page(report: Report, sections: Mapping[str, str]) -> str:
+    title = escape(report.facts.title)
     body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

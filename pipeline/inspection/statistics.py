@@ -1,4 +1,4 @@
-"""What the layers of a feature store look like: norms, massive activations, similarity.
+"""Statistics of the layers of a feature store: norms, massive activations, similarity.
 
 Shapes: R rows (tokens) of a sample, S of them for similarity, L stored layers, H width.
 """
@@ -8,36 +8,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas import LN_EPS
-from ..store.features import FeatureStore
+from ..store.features import FeatureStore, Rows
 
 NUM_ROWS = 4_096
-"""Tokens that statistics are taken over."""
+"""Number of tokens in a sample."""
 NUM_SIMILAR = 1_024
-"""Tokens that layers are compared on, each with each other."""
+"""Number of tokens on which layers are compared with each other."""
 MASSIVE_LEAST, MASSIVE_TIMES = 100.0, 1_000.0
-"""An activation is massive that exceeds 100 and is 1,000 times the median of its vector (Sun et
+"""An activation is massive if it exceeds 100 and is 1,000 times the median of its vector (Sun et
 al., arXiv 2402.17762, section 2)."""
+NUM_MASSIVE_CHANNELS = 5
 QUANTILES = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Of a sample of a store's tokens, layer by layer.
+    """Statistics of a sample of a store's tokens, layer by layer.
 
     Attributes:
         layers: LLM layers.
-        num_rows, num_captions: in the sample.
+        num_rows, num_captions: size of the sample.
         norms: L2 norms: 5 %, median, 95 % and largest over rows, float32 ``[L, 4]``.
-        largest: of each layer the largest activation, in magnitude, over the median magnitude of
-            its vector: median over rows and largest, float32 ``[L, 2]``.
+        largest: the largest activation of a vector, in magnitude, over the median magnitude of the
+            vector: median over rows and largest, float32 ``[L, 2]``.
         massive_rows: share of rows with a massive activation, float32 ``[L]``.
-        massive_channels: channels in which massive activations stand, the most frequent first, at
-            most five a layer.
-        top3_energy: share of a vector's squares, about its mean, that its three largest channels
-            have: mean over rows, float32 ``[L]``.
-        cka: linear CKA of LN(h) between layers, unbiased, float32 ``[L, L]``; NaN where there are
-            too few rows.
-        cosine: cosine between LN(h) of the same token in two layers, mean, float32 ``[L, L]``.
+        massive_channels: channels of massive activations, the most frequent first, at most five
+            per layer.
+        top3_energy: share of the three largest channels in a vector's squares about its mean: mean
+            over rows, float32 ``[L]``.
+        cka: linear CKA of LN(h) between layers, unbiased, float32 ``[L, L]``; NaN if there are too
+            few rows.
+        cosine: mean cosine between LN(h) of the same token in two layers, float32 ``[L, L]``.
     """
 
     layers: list[int]
@@ -60,8 +61,8 @@ def measure_layers(
     The sample is the first captions in store order, which is random, without the null caption.
 
     Args:
-        num_rows: tokens, about; R.
-        num_similar: tokens, spread over the sample, on which layers are compared; S.
+        num_rows: approximate number of tokens, R.
+        num_similar: number of tokens, spread over the sample, on which layers are compared; S.
 
     Raises:
         InputError: a shard of the sample is not written.
@@ -69,38 +70,64 @@ def measure_layers(
     counts = store.captions["num_tokens"].to_numpy()
     num = int(np.searchsorted(np.cumsum(counts[1:]), num_rows)) + 1
     ids = np.arange(1, min(len(store), num + 1))
-    hidden = store.read(ids if len(ids) else [0])
-    norms, largest, massive_rows, massive_channels, energy = [], [], [], [], []
-    similar = np.unique(np.linspace(0, len(hidden.bits) - 1, num_similar).astype(int))
-    normed = np.empty((len(store.layers), len(similar), hidden.bits.shape[2]), np.float32)
-    for index in range(len(store.layers)):
-        layer = (hidden.bits[:, index].astype(np.uint32) << 16).view(np.float32)  # [R, H]
-        norm = np.linalg.norm(layer, axis=1)
-        norms.append([*np.quantile(norm, QUANTILES), norm.max()])
-        magnitude = np.abs(layer)
-        median = np.median(magnitude, axis=1, keepdims=True)
-        peak = magnitude.max(1) / np.maximum(median[:, 0], 1e-12)
-        largest.append([np.median(peak), peak.max()])
-        massive = (magnitude > MASSIVE_LEAST) & (magnitude > MASSIVE_TIMES * median)
-        massive_rows.append(massive.any(1).mean())
-        times = massive.sum(0)
-        most = np.argsort(-times, kind="stable")[:5]
-        massive_channels.append([int(channel) for channel in most if times[channel]])
-        squares = np.square(layer - layer.mean(1, keepdims=True))
-        top3 = np.partition(squares, -3, axis=1)[:, -3:] if squares.shape[1] > 3 else squares
-        energy.append(float(np.mean(top3.sum(1) / np.maximum(squares.sum(1), 1e-30))))
-        normed[index] = _layer_norm(layer[similar])
+    rows = store.read(ids if len(ids) else [0])
+    similar = np.unique(np.linspace(0, len(rows.bits) - 1, num_similar).astype(int))
+    normed = np.empty((len(store.layers), len(similar), rows.bits.shape[2]), np.float32)
+    measured = []
+    for position in range(len(store.layers)):
+        hidden = layer_of(rows, position)
+        measured.append(_measure(hidden))
+        normed[position] = layer_norm(hidden[similar])
+    norms, largest, massive_rows, massive_channels, energy = zip(*measured, strict=True)
     return LayerStatistics(
         layers=store.layers,
-        num_rows=len(hidden.bits),
+        num_rows=len(rows.bits),
         num_captions=len(ids),
         norms=np.array(norms, np.float32),
         largest=np.array(largest, np.float32),
         massive_rows=np.array(massive_rows, np.float32),
-        massive_channels=massive_channels,
+        massive_channels=list(massive_channels),
         top3_energy=np.array(energy, np.float32),
         cka=linear_cka(normed),
         cosine=_cosine(normed),
+    )
+
+
+def layer_of(rows: Rows, position: int) -> np.ndarray:
+    """One layer of packed hidden states, float32 ``[R, H]``."""
+    return (rows.bits[:, position].astype(np.uint32) << 16).view(np.float32)
+
+
+def layer_norm(hidden: np.ndarray) -> np.ndarray:
+    """LN(h), without parameters: ``[R, H]``."""
+    centred = hidden - hidden.mean(1, keepdims=True)
+    result: np.ndarray = centred / np.sqrt(np.square(centred).mean(1, keepdims=True) + LN_EPS)
+    return result
+
+
+def _measure(
+    hidden: np.ndarray,
+) -> tuple[list[float], list[float], float, list[int], float]:
+    """Norms, largest activations, massive rows, massive channels and top-3 energy of a layer.
+
+    Args:
+        hidden: ``[R, H]``.
+    """
+    norm = np.linalg.norm(hidden, axis=1)
+    magnitude = np.abs(hidden)
+    median = np.median(magnitude, axis=1, keepdims=True)
+    peak = magnitude.max(1) / np.maximum(median[:, 0], 1e-12)
+    massive = (magnitude > MASSIVE_LEAST) & (magnitude > MASSIVE_TIMES * median)
+    counts = massive.sum(0)
+    frequent = np.argsort(-counts, kind="stable")[:NUM_MASSIVE_CHANNELS]
+    squares = np.square(hidden - hidden.mean(1, keepdims=True))
+    top3 = np.partition(squares, -3, axis=1)[:, -3:] if squares.shape[1] > 3 else squares
+    return (
+        [*np.quantile(norm, QUANTILES), norm.max()],
+        [np.median(peak), peak.max()],
+        massive.any(1).mean(),
+        [int(channel) for channel in frequent if counts[channel]],
+        float(np.mean(top3.sum(1) / np.maximum(squares.sum(1), 1e-30))),
     )
 
 
@@ -108,14 +135,14 @@ def linear_cka(features: np.ndarray) -> np.ndarray:
     """Linear CKA between every two of several representations of the same rows.
 
     CKA is HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the Gram matrices (Kornblith et al.,
-    arXiv 1905.00414), with the unbiased estimate of HSIC (Song et al., JMLR 13, 2012, eq. 4), as
-    the biased one tends to 1 where rows are few against channels.
+    arXiv 1905.00414), with the unbiased estimate of HSIC (Song et al., JMLR 13, 2012, eq. 4); the
+    biased one tends to 1 if there are few rows per channel.
 
     Args:
         features: float ``[L, S, H]``.
 
     Returns:
-        float32 ``[L, L]``; NaN where S is below 4.
+        float32 ``[L, L]``; NaN if S is below 4.
     """
     num_layers, num = features.shape[:2]
     if num < 4:
@@ -143,10 +170,4 @@ def _cosine(normed: np.ndarray) -> np.ndarray:
     unit = normed / np.maximum(np.linalg.norm(normed, axis=2, keepdims=True), 1e-12)
     flat = unit.reshape(len(unit), -1)
     result: np.ndarray = flat @ flat.T / normed.shape[1]
-    return result
-
-
-def _layer_norm(rows: np.ndarray) -> np.ndarray:
-    centred = rows - rows.mean(1, keepdims=True)
-    result: np.ndarray = centred / np.sqrt(np.square(centred).mean(1, keepdims=True) + LN_EPS)
     return result

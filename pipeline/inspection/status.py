@@ -1,4 +1,4 @@
-"""How far a store is, from its files alone: to be asked from any shell, while others write."""
+"""Progress of a store, from its files alone: any shell can ask while others write."""
 
 import os
 import time
@@ -13,18 +13,18 @@ from ..store.documents import MANIFEST, StoreError
 from ..store.features import FeatureStore
 from ..store.lock import is_dead, read_driver
 from ..store.open import open_store
+from .describe import list_quarantined
 
 RECENT_SECONDS = 600.0
-"""Rates and workers are those of so long before the newest receipt."""
-_SHOWN = 5
-_OWN = {"token", "begun", "beats"}  # of a driver's file, for drivers alone
+"""Rates and workers are taken from this long before the newest receipt."""
+_PRIVATE = {"token", "begun", "beats"}  # keys of a driver's file that are for drivers only
 
 
 def status(path: str | os.PathLike[str]) -> Report:
-    """Look at a store that is being filled, or was; or for which captions are being planned.
+    """Report the progress of a store that is being planned or filled, or is complete.
 
     Raises:
-        StoreError: no store there, and nobody at work on one.
+        StoreError: no store there, and no process at work on one.
     """
     try:
         store = open_store(path)
@@ -35,21 +35,24 @@ def status(path: str | os.PathLike[str]) -> Report:
             raise
         return _planned(place, driver)
     layout, receipts, quarantined = store.manifest.layout, store.receipts(), store.quarantined()
-    remaining = store.remaining()
-    written = {shard: receipt for shard, receipt in receipts.items() if shard not in {*remaining}}
+    remaining = {*store.remaining()}
+    written = {shard: receipt for shard, receipt in receipts.items() if shard not in remaining}
     rows = sum(receipt.num_rows for receipt in written.values())
     entries = sum(receipt.num_entries for receipt in written.values())
     unit = "captions" if isinstance(store, FeatureStore) else "samples"
-    # Receipts are written when their shard is; the clock is the file system's.
+    # A receipt is written with its shard; times are those of the file system.
     changed = store.receipt_times()
     times = {shard: changed[shard] for shard in written}
     newest = max(times.values(), default=0.0)
-    recent = [s for s, at in times.items() if newest - at <= RECENT_SECONDS]
+    recent = sorted(
+        (shard for shard, at in times.items() if newest - at <= RECENT_SECONDS),
+        key=times.__getitem__,
+    )
     workers = {written[shard].worker for shard in recent}
-    elapsed = newest - min((times[shard] for shard in recent), default=newest)
-    # From the end of the first to the end of the last: what the first took is not in it.
-    counted = sorted(recent, key=times.__getitem__)[1:]
-    rate = sum(written[shard].num_rows for shard in counted) / elapsed if elapsed > 0 else 0.0
+    # From the end of the first recent shard to the end of the last: the first is not counted.
+    elapsed = newest - (times[recent[0]] if recent else newest)
+    counted = sum(written[shard].num_rows for shard in recent[1:])
+    rate = counted / elapsed if elapsed > 0 else 0.0
     driver = read_driver(store.path)
     left = layout.num_rows - rows
     details = {
@@ -67,23 +70,23 @@ def status(path: str | os.PathLike[str]) -> Report:
         "seconds_since_last_shard": max(0.0, time.time() - newest) if written else None,
         "workers": sorted(workers),
         "quarantined": {shard: q.reason for shard, q in sorted(quarantined.items())},
-        "driver": None if driver is None else driver.model_dump(exclude=_OWN),
+        "driver": None if driver is None else driver.model_dump(exclude=_PRIVATE),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
     return Report(_facts(store.path, unit, details), details)
 
 
 def _planned(path: Any, driver: LockOwner) -> Report:
-    """Of a store that has no manifest yet."""
+    """The status of a store that has no manifest yet."""
     dead = is_dead(driver)
     details = {
         "path": str(path),
         "state": "planning",
-        "driver": driver.model_dump(exclude=_OWN),
+        "driver": driver.model_dump(exclude=_PRIVATE),
         "driver_is_dead": dead,
     }
     state = (
-        f"nothing yet: its driver died ({_who(details)}): the same command begins anew"
+        f"nothing yet; its driver died ({_who(details)}); rerun the same command to start again"
         if dead
         else f"being planned by {_who(details)}"
     )
@@ -91,6 +94,7 @@ def _planned(path: Any, driver: LockOwner) -> Report:
 
 
 def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
+    """The status in words."""
     share = details["rows"] / max(1, details["rows_total"])
     items = {
         "state": _state(details),
@@ -105,14 +109,13 @@ def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
             items["last shard"] = f"{timedelta(seconds=round(since))} ago"
         if details["rows_per_second"]:
             items["speed"] = (
-                f"{details['rows_per_second']:,.0f} rows/s of {len(details['workers'])} workers, "
-                f"in the {RECENT_SECONDS / 60:.0f} minutes before"
+                f"{details['rows_per_second']:,.0f} rows/s by {len(details['workers'])} workers, "
+                f"in the {RECENT_SECONDS / 60:.0f} minutes before that"
             )
         if details["eta_seconds"]:
             items["left"] = f"{timedelta(seconds=round(details['eta_seconds']))} at that speed"
     if details["quarantined"]:
-        shown = "; ".join(f"shard {s}: {r}" for s, r in [*details["quarantined"].items()][:_SHOWN])
-        items["quarantined"] = f"{len(details['quarantined'])} shards: {shown}"
+        items["quarantined"] = list_quarantined(details["quarantined"])
     return Summary(f"{path}", items)
 
 
@@ -121,9 +124,9 @@ def _state(details: Mapping[str, Any]) -> str:
     if details["state"] == "complete":
         return "complete"
     if driver is None:
-        return "stopped: the command that makes it continues it"
+        return "stopped; rerun the command that makes it to resume"
     if details["driver_is_dead"]:
-        return f"its driver died ({_who(details)}): the same command continues it"
+        return f"its driver died ({_who(details)}); rerun the same command to resume"
     return f"being written by {_who(details)}"
 
 

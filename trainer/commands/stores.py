@@ -89,10 +89,10 @@ def probe(
     results = probe_layers(features, labels, labels=names, progress=not as_json, **options)
     print_result(results, as_json)
     if figure is not None:
-        from ...pipeline.inspection.figures import knowledge
+        from ...pipeline.inspection.figures import probe_accuracy
         from ...pipeline.style import DPI
 
-        knowledge(results, weights).savefig(figure, dpi=DPI)
+        probe_accuracy(results, weights).savefig(figure, dpi=DPI)
         click.echo(figure, err=as_json)
 
 

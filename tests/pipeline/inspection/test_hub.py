@@ -218,7 +218,7 @@ class TestPush:
         done = push(random_store("bf16"), url="http://127.0.0.1:1")
         assert done.returncode == 1
         assert done.stderr.startswith(f"Error: {REPO}: ConnectError: ")
-        assert "Run the same command again" in done.stderr
+        assert "Rerun the same command to resume" in done.stderr
         assert server.files == before
 
     def test_unfinished_stores_are_refused(self, random_store, tmp_path):
@@ -233,7 +233,7 @@ class TestPush:
 
     def test_more_files_than_the_hub_takes(self, random_store, monkeypatch):
         monkeypatch.setattr(hub, "MAX_FILES", 10)
-        with pytest.raises(InputError, match=r"but the Hub takes 10 in a repository.*shard-size"):
+        with pytest.raises(InputError, match=r"but the Hub takes 10 per repository.*shard-size"):
             hub.push(random_store("bf16"), REPO, dry_run=True)
 
 

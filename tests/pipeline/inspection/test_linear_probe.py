@@ -140,7 +140,7 @@ class TestFigure:
         found = probed(feature_store, labels)
         weights = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]
         routing = Routing(strategy="depth", step=1, source="ema", layers=[1, 2, 4], weights=weights)
-        figure = figures.knowledge(found, routing)
+        figure = figures.probe_accuracy(found, routing)
         titles = [axes.get_title() for axes in figure.axes]
         assert [title.split(",")[0] for title in titles] == [
             *(probe.label for probe in found.probes),

@@ -49,7 +49,7 @@ class TestPage:
         page = write_report(feature_store, tmp_path / "new" / "page.html").read_text("utf-8")
         assert headings(page) == [
             "Facts",
-            "Tokens a caption",
+            "Tokens per caption",
             "Error of the codec",
             "Norms",
             "Massive activations",
