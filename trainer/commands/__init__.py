@@ -1,13 +1,1 @@
-"""The commands that train and look at runs, a file per group."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "runs": ["compare", "export", "plot"],
-        "stores": ["probe", "rewrite"],
-        "study": ["ablate", "lag"],
-        "train": ["shapes"],
-    },
-)
+"""The commands that train and look at runs, one file per group."""
