@@ -142,7 +142,7 @@ def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, floa
     """Loss and accuracies on new captions of known colour-shape pairs; noise is seeded."""
     table = pq.read_table(out / "shapes" / "test.parquet")
     scenes, splits = read_scenes(table)[:NUM_JUDGED], ["test"] * NUM_JUDGED
-    ids = np.array([row[0] for row in store.samples["caption_ids"].to_pylist()[:NUM_JUDGED]])
+    ids = store.first_captions[:NUM_JUDGED]
     result = {"held-out loss": held_out_loss(run, store, ids, out / "test-latents", seed)}
     identity = run.record.latents
     decode = functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)

@@ -145,13 +145,7 @@ def push(
 
 def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str]]:
     """The store's files with their bytes, and the other files of its folder."""
-    remaining = store.remaining()
-    if not store.is_complete or remaining:
-        raise InputError(
-            f"{store.path} is not finished: {len(remaining)} of "
-            f"{store.manifest.layout.num_shards} shards are to be written. Run the command that "
-            "made it once more, then push it."
-        )
+    store.check_complete(files=True)
     found = list_files(store.path)
     known = {MANIFEST, CHECKSUMS, *(store.checksums.files if store.checksums else ())}
     known |= {name for receipt in store.receipts().values() for name in receipt.files}

@@ -96,12 +96,8 @@ class Store(Generic[M]):
             )
         store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
         store._check_manifest()
-        if complete and not store.is_complete:
-            raise StoreError(
-                f"{path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards are to be written. Run the command "
-                "that made it once more: it continues where it stopped."
-            )
+        if complete:
+            store.check_complete()
         return store
 
     @classmethod
@@ -199,7 +195,27 @@ class Store(Generic[M]):
 
     @property
     def is_complete(self) -> bool:
+        """Whether the manifest says that every shard is written."""
         return self.manifest.status == "complete"
+
+    def check_complete(self, *, files: bool = False) -> None:
+        """Refuse a store that is not finished.
+
+        Args:
+            files: also look for the files of each shard, which may have gone since.
+
+        Raises:
+            StoreError: with the number of shards to be written.
+        """
+        if self.is_complete and not files:
+            return
+        remaining = self.remaining()
+        if remaining or not self.is_complete:
+            raise StoreError(
+                f"{self.path} is not finished: {len(remaining)} of "
+                f"{self.manifest.layout.num_shards} shards are to be written. Rerun the command "
+                "that made it to resume."
+            )
 
     def check_same(self, manifest: M) -> None:
         """Refuse to continue a store as another one.

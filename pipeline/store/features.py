@@ -206,6 +206,37 @@ class FeatureStore(Store[FeatureManifest]):
         """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
         return self.read_table("samples.parquet")
 
+    @cached_property
+    def first_captions(self) -> np.ndarray:
+        """First caption of each sample: ids for :meth:`read`, int64 ``[samples]``."""
+        return np.asarray(pc.list_element(self.samples["caption_ids"], 0).to_numpy())
+
+    def check_source(
+        self,
+        source: str | os.PathLike[str],
+        texts: Sequence[str],
+        *,
+        first_rows: bool = False,
+        remedy: str = "",
+    ) -> None:
+        """Refuse a file that this store was not extracted from.
+
+        Args:
+            source: the file, for the message.
+            texts: first caption of each row of the file.
+            first_rows: ``texts`` may be those of the file's first rows only.
+            remedy: what to do, a sentence at the end of the message.
+
+        Raises:
+            StoreError: the first captions of the stored samples are not these.
+        """
+        ids = self.first_captions[: len(texts)] if first_rows else self.first_captions
+        if self.captions["text"].take(pa.array(ids)).to_pylist() != list(texts):
+            raise StoreError(
+                f"{self.path} was not extracted from {source}: the captions differ."
+                f"{' ' * bool(remedy)}{remedy}"
+            )
+
     @property
     def layers(self) -> list[int]:
         """Stored layers, ascending; of a store of mixes their numbers, from 1."""

@@ -428,12 +428,7 @@ def check_joined(features: "FeatureStore", latents: "LatentStore") -> None:
         InputError: one is unfinished, or they were not made from the same samples.
     """
     for store in (features, latents):
-        if not store.is_complete:
-            raise InputError(
-                f"{store.path} is not finished: {len(store.remaining())} of "
-                f"{store.manifest.layout.num_shards} shards remain. Rerun the command that made it "
-                "to resume."
-            )
+        store.check_complete()
     text, images = features.manifest.identity.samples, latents.manifest.identity.samples
     if text.num_samples != images.num_samples:
         raise InputError(

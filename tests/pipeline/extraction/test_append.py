@@ -54,7 +54,7 @@ def state_of(path: Path) -> str:
     try:
         store = open_features(path)
     except StoreError as error:
-        found = re.search(r"was growing when|is not finished.*Run the command that", str(error))
+        found = re.search(r"was growing when|is not finished.*Rerun the command that", str(error))
         return found[0][:13]
     assert len(store) == 41
     assert len(store.read(range(41)).bits) == store.manifest.layout.num_rows

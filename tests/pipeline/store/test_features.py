@@ -65,6 +65,15 @@ class StoreContract:
         with pytest.raises(StoreError, match="2 shards remain"):
             opened.finish()
 
+    def test_files_that_went_later_are_missed_when_asked_for(self, store):
+        opened = self.kind.open(store)
+        opened.check_complete(files=True)
+        (store / next(iter(opened.receipts()[0].files))).unlink()
+        opened.check_complete()
+        num = opened.manifest.layout.num_shards
+        with pytest.raises(StoreError, match=f"is not finished: 1 of {num} shards"):
+            opened.check_complete(files=True)
+
     def test_a_receipt_lifts_the_quarantine(self, store):
         opened = self.kind.open(store)
         entry = Quarantine(shard=1, entries=[4, 5], reason="because", traceback="")
@@ -126,6 +135,20 @@ class TestFeatureStore(StoreContract):
         ids = store.samples["caption_ids"].to_pylist()
         assert [[stored[i] for i in row] for row in ids] == [[text] for text in texts]
         assert store.samples["image"][3].as_py() == "000003.png"
+
+    def test_first_captions_are_those_of_the_file_it_was_extracted_from(self, feature_store, texts):
+        store = semroute.open_features(feature_store)
+        rows = store.samples["caption_ids"].to_pylist()
+        assert store.first_captions.tolist() == [row[0] for row in rows]
+        store.check_source("samples.parquet", texts)
+        store.check_source("samples.parquet", texts[:5], first_rows=True)
+        message = r"store was not extracted from other\.parquet: the captions differ\. Name that\.$"
+        for other in (texts[:5], [*texts, "more"], texts[::-1]):
+            with pytest.raises(StoreError, match=message):
+                store.check_source("other.parquet", other, remedy="Name that.")
+        for other in (texts[1:5], [*texts, "more"]):
+            with pytest.raises(StoreError, match=r"the captions differ\.$"):
+                store.check_source("other.parquet", other, first_rows=True)
 
     def test_reading_packs_captions_in_the_order_asked_for(self, feature_store):
         store = semroute.open_features(feature_store)
