@@ -4,7 +4,17 @@ from .atomic import PARTIAL, publish, sync, write_document, write_whole
 from .checksums import Checksums
 from .cluster import JobQueue
 from .config import read_config, read_yaml
-from .contract import Contract, ContractError, Difference, differences, digest, flat, parse, render
+from .contract import (
+    Contract,
+    ContractError,
+    Difference,
+    differences,
+    digest,
+    flat,
+    parse,
+    refuse_differences,
+    render,
+)
 from .display import Report, Summary
 from .errors import InputError
 from .fingerprint import fingerprint
@@ -118,6 +128,7 @@ __all__ = [
     "publish",
     "read_config",
     "read_yaml",
+    "refuse_differences",
     "render",
     "sync",
     "write_document",

@@ -66,6 +66,25 @@ def differences(found: Any, expected: Any, prefix: str = "") -> list[Difference]
     return [] if found == expected else [Difference(prefix, found, expected)]
 
 
+def refuse_differences(
+    different: Iterable[Difference | str],
+    what: str,
+    remedy: str,
+    error: type[InputError] = InputError,
+) -> None:
+    """Raise an error that lists what differs, one key per line; nothing where nothing does.
+
+    Args:
+        different: of :func:`differences`, or lines.
+        what: what was found, and which of the two values is whose; the list follows it.
+        remedy: what to do; the last line of the message.
+        error: class of the error.
+    """
+    lines = [str(each) for each in different]
+    if lines:
+        raise error("\n  ".join([f"{what}:", *lines]) + f"\n{remedy}")
+
+
 def flat(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a contract or plain document by dotted key; lists are leaves."""
     leaves: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ...schemas import FeatureIdentity, InputError, differences
+from ...schemas import FeatureIdentity, InputError, differences, refuse_differences
 from ..codecs.bf16 import Bf16
 from ..codecs.mixes import mix
 from ..store.features import Rows
@@ -107,16 +107,11 @@ class PromptEncoder:
         located = find_model(model)
         self._tokenizer = load_tokenizer(located)
         found = {"model": describe_model(located), "tokenizer": tokenizer_digest(self._tokenizer)}
-        different = [
-            difference
-            for key, value in found.items()
-            for difference in differences(value, getattr(identity, key), key)
-        ]
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise InputError(
-                f"--model {model} is not the LLM of the features:\n  {listed}\nName that one."
-            )
+        refuse_differences(
+            differences(found, {key: getattr(identity, key) for key in found}),
+            f"--model {model} is not the LLM of the features",
+            "Name that one.",
+        )
         self._identity, self._located, self._device = identity, located, device
         self._encoder: Encoder | None = None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from ...schemas import InputError, LatentIdentity, differences
+from ...schemas import InputError, LatentIdentity, differences, refuse_differences
 from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
 
 if TYPE_CHECKING:
@@ -249,12 +249,11 @@ def open_decoder(
         codec = pixel_codec()
         return lambda latents: latents_to_images(latents, codec.scale, codec.shift)
     source = find_vae(vae)
-    different = differences(source.files, identity.files, "files")
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"--vae {vae} is not the VAE of these latents:\n  {listed}\nName that VAE."
-        )
+    refuse_differences(
+        differences(source.files, identity.files, "files"),
+        f"--vae {vae} is not the VAE of these latents",
+        "Name that VAE.",
+    )
     return Autoencoder(source, device).decode
 
 

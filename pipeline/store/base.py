@@ -19,7 +19,6 @@ from ...schemas import (
     LOCK_FILE,
     PARTIAL,
     Checksums,
-    Difference,
     FeatureManifest,
     LatentManifest,
     Quarantine,
@@ -29,6 +28,7 @@ from ...schemas import (
     differences,
     digest,
     parse,
+    refuse_differences,
 )
 from ...schemas.files import is_local, list_files, list_names, locate, read_file, read_files, remove
 from .documents import (
@@ -223,14 +223,12 @@ class Store(Generic[M]):
         Raises:
             StoreError: with every key that differs, and both values.
         """
-        found = self._compared(manifest)
-        different: list[Difference] = differences(found, self._compared(self.manifest))
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise StoreError(
-                f"{self.path} was made otherwise; what you asked for now, against what it holds:"
-                f"\n  {listed}\nRun the command as it was, or name a new folder."
-            )
+        refuse_differences(
+            differences(self._compared(manifest), self._compared(self.manifest)),
+            f"{self.path} was made otherwise; what you asked for now, against what it holds",
+            "Run the command as it was, or name a new folder.",
+            StoreError,
+        )
 
     @staticmethod
     def _compared(manifest: M) -> dict[str, Any]:

@@ -2,10 +2,12 @@ import pytest
 
 from semroute.schemas import (
     ContractError,
+    InputError,
     Summary,
     TrainConfig,
     differences,
     parse,
+    refuse_differences,
 )
 
 CONFIG = {"features": "f", "latents": "l", "output": "o"}
@@ -56,6 +58,18 @@ def test_differences_are_found_leaf_by_leaf():
     assert str(found[2]) == "x.y: 1 instead of 2"
     assert len(str(found[0])) < 100
     assert differences(a, a) == []
+
+
+def test_differences_are_refused_key_by_key():
+    refuse_differences([], "a is not b", "Choose one.")
+    different = differences({"x": 1, "y": 2}, {"x": 1, "y": 3, "z": 0})
+    with pytest.raises(ContractError) as error:
+        refuse_differences(different, "a is not b", "Choose one.", ContractError)
+    assert str(error.value) == (
+        "a is not b:\n  y: 2 instead of 3\n  z: None instead of 0\nChoose one."
+    )
+    with pytest.raises(InputError, match=r"^a:\n  b\nc$"):
+        refuse_differences(["b"], "a", "c")
 
 
 def test_facts_say_the_same_in_text_and_html():

@@ -22,6 +22,7 @@ from ...schemas import (
     SelectionConfig,
     SelectionRecord,
     differences,
+    refuse_differences,
 )
 from ...schemas.seeds import as_uniform
 from .filters import parse_filter
@@ -197,13 +198,12 @@ def open_pairs(
             images.manifest.identity.model_dump(mode="json", include={"vae", "files"}),
             latents.manifest.identity.model_dump(mode="json", include={"vae", "files"}),
         )
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise InputError(
-                f"{texts.path} and {images.path} cannot be mixed with {features.path} and "
-                f"{latents.path}:\n  {listed}\n"
-                "Make them with the same model, template, layers and VAE."
-            )
+        refuse_differences(
+            different,
+            f"{texts.path} and {images.path} cannot be mixed with {features.path} and "
+            f"{latents.path}; these, against those",
+            "Make them with the same model, template, layers and VAE.",
+        )
         pair = select(texts, images, config.select)
         pairs.append(replace(pair, proportion=config.proportion))
     return pairs

@@ -28,6 +28,7 @@ from ...schemas import (
     fingerprint,
     parse,
     publish,
+    refuse_differences,
 )
 from ..diffusion.sampling import SamplingConfig
 from ..plots.images import CAPTIONS, sample_grid
@@ -149,13 +150,11 @@ def _check_folder(out: Path, record: ImageSetRecord) -> None:
         before = parse(ImageSetRecord, json.loads(file.read_text("utf-8")), str(file))
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    different = differences(record, before)
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"{out} has pictures that are drawn otherwise; what you asked for now, against what it "
-            f"has:\n  {listed}\nRun the command as it was, or name another folder with --out."
-        )
+    refuse_differences(
+        differences(record, before),
+        f"{out} has pictures that are drawn otherwise; what you asked for now, against what it has",
+        "Run the command as it was, or name another folder with --out.",
+    )
 
 
 def generate_image_set(

@@ -26,7 +26,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...pipeline.style import DPI
-from ...schemas import InputError, JudgeRecord, differences, parse, write_document, write_whole
+from ...schemas import (
+    InputError,
+    JudgeRecord,
+    differences,
+    parse,
+    refuse_differences,
+    write_document,
+    write_whole,
+)
 from ...schemas.display import align, to_html
 from ..plots.images import sample_grid
 from .shapes import interval
@@ -441,13 +449,11 @@ def _check_judge(out: Path, record: JudgeRecord) -> None:
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
     same = {"judge"}  # where it is may change; its files may not
-    different = differences(record.model_dump(exclude=same), before.model_dump(exclude=same))
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"{out} holds what another judge said; asked for now, against that one:\n  {listed}\n"
-            "Name another folder with --out."
-        )
+    refuse_differences(
+        differences(record.model_dump(exclude=same), before.model_dump(exclude=same)),
+        f"{out} holds what another judge said; asked for now, against that one",
+        "Name another folder with --out.",
+    )
 
 
 def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:

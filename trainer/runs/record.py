@@ -13,6 +13,7 @@ from ...schemas import (
     TrainConfig,
     differences,
     parse,
+    refuse_differences,
     write_document,
 )
 from ..model.dit import DiT
@@ -114,13 +115,12 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         record.config.steps > before.config.steps and record.config.optimizer.schedule != "constant"
     ):
         changed += differences({"steps": record.config.steps}, {"steps": before.config.steps})
-    if stores or changed:
-        listed = "\n  ".join(map(str, (*stores, *changed)))
-        raise InputError(
-            f"{path} is another run; what you asked for now, against what it has:\n  {listed}\n"
-            "Run the command as it was, or name a new folder. (steps may grow, where "
-            "optimizer.schedule is constant.)"
-        )
+    refuse_differences(
+        (*stores, *changed),
+        f"{path} is another run; what you asked for now, against what it has",
+        "Run the command as it was, or name a new folder. (steps may grow, where "
+        "optimizer.schedule is constant.)",
+    )
     kept = before.model_copy(update={"config": record.config, "versions": record.versions})
     return kept, latest_checkpoint(path)
 

@@ -25,6 +25,7 @@ from ...schemas import (
     RunRecord,
     Summary,
     differences,
+    refuse_differences,
 )
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import NoiseLevelMap
@@ -175,12 +176,11 @@ class Run:
             identity.model_dump(mode="json", exclude=free),
             self.record.features.model_dump(mode="json", exclude=free),
         )
-        if different:
-            listed = "\n  ".join(map(str, different))
-            raise InputError(
-                f"{self.path} was trained on other features; those given, against its own:"
-                f"\n  {listed}\nExtract the captions with the run's model and options."
-            )
+        refuse_differences(
+            different,
+            f"{self.path} was trained on other features; those given, against its own",
+            "Extract the captions with the run's model and options.",
+        )
 
     def _check_mixes(self, mixes: Mixes) -> None:
         own = self.routing()
@@ -194,11 +194,11 @@ class Run:
             apart = f"{len(mixes.weights)} blocks over {len(mixes.layers)} layers instead of "
             apart += f"{len(own.weights)} over {len(own.layers)}"
         lines = [*(f"mixes.{difference}" for difference in different), f"mixes.weights: {apart}"]
-        listed = "\n  ".join(lines)
-        raise InputError(
+        refuse_differences(
+            lines,
             f"the features are mixes for another run, or for other weights of {self.path}; those "
-            f"given, against its own:\n  {listed}\n"
-            f"Rewrite the features with --routing {self.path}, or give those with all layers."
+            "given, against its own",
+            f"Rewrite the features with --routing {self.path}, or give those with all layers.",
         )
 
     def clock(self, name: str) -> NoiseLevelMap | None:
@@ -368,13 +368,11 @@ def open_start(model: DiT, record: RunRecord) -> Run | None:
         return None
     start = load_run(record.config.start)
     start.check_features(record.features)
-    different = differences(_network(record, model), _network(start.record, start.model))
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"start: {start.path} is another network; this one, against it:\n  {listed}\n"
-            "Train with its numbers, or leave start out."
-        )
+    refuse_differences(
+        differences(_network(record, model), _network(start.record, start.model)),
+        f"start: {start.path} is another network; this one, against it",
+        "Train with its numbers, or leave start out.",
+    )
     return start
 
 

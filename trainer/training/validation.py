@@ -16,7 +16,7 @@ from torch import Tensor
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
-from ...schemas import InputError, TrainConfig, ValidationConfig, differences
+from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
 from ..data.dataset import check_joined
@@ -177,10 +177,9 @@ def _check_alike(
             own.model_dump(mode="json", exclude=free), other.model_dump(mode="json", exclude=free)
         )
     ]
-    if different:
-        listed = "\n  ".join(map(str, different))
-        raise InputError(
-            f"validation: {given[0].path} and {given[1].path} are of another kind than the stores "
-            f"that are trained on; those given, against these:\n  {listed}\n"
-            "Make them with the same options."
-        )
+    refuse_differences(
+        different,
+        f"validation: {given[0].path} and {given[1].path} are of another kind than the stores "
+        "that are trained on; those given, against these",
+        "Make them with the same options.",
+    )
