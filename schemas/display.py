@@ -1,4 +1,4 @@
-"""What a repr says: titled facts, the same in text and in HTML."""
+"""What a repr shows: titled facts and tables, the same in text and in HTML."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -50,22 +50,36 @@ class Report:
         return json.dumps(self.details, indent=1)
 
 
-def align(rows: Sequence[Sequence[str]], num_words: int) -> str:
-    """A table as text: the first columns, of words, to the left, and all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number < num_words else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head, as aligned text (``str()``), HTML or Markdown.
 
+    Attributes:
+        rows: the head, then the others, all of equal length.
+        num_words: the first columns, which hold words, are aligned left in text; all others right.
+    """
 
-def to_html(rows: Sequence[Sequence[str]]) -> str:
-    """The same as HTML, the first row being the head; every cell is escaped."""
-    lines = [
-        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
-    ]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    rows: Sequence[Sequence[str]]
+    num_words: int = 1
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if number < self.num_words else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in self.rows
+        )
+
+    def to_html(self) -> str:
+        """Every cell is escaped."""
+        head, *others = self.rows
+        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in others]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def to_markdown(self) -> list[str]:
+        """Lines of a Markdown table; cells may hold Markdown."""
+        head, *others = (f"| {' | '.join(row)} |" for row in self.rows)
+        return [head, "| --- " * len(self.rows[0]) + "|", *others]

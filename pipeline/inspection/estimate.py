@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...schemas import InputError, Summary
+from ...schemas.display import Table
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, request_codec
 from .workload import StoreSize, Workload, choose_layers, store_size
@@ -44,27 +45,14 @@ class Estimate:
     def __repr__(self) -> str:
         parts = [str(self.facts)]
         for title, rows in self.tables.items():
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines = [
-                "  ".join(
-                    cell.rjust(width) if number else cell.ljust(width)
-                    for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-                )
-                for row in rows
-            ]
-            parts.append("\n  ".join([title, *lines]))
+            parts.append("\n  ".join([title, *str(Table(rows)).splitlines()]))
         parts.append("\n".join(f"- {sentence}" for sentence in self.advice))
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
         parts = [self.facts._repr_html_()]
-        for title, (head, *rows) in self.tables.items():
-            top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-                for row in rows
-            )
-            parts.append(f"<strong>{escape(title)}</strong><table><tr>{top}</tr>{body}</table>")
+        for title, rows in self.tables.items():
+            parts.append(f"<strong>{escape(title)}</strong>{Table(rows).to_html()}")
         advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.advice)
         return f"<div>{''.join(parts)}<ul>{advice}</ul></div>"
 

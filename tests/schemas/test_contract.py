@@ -3,7 +3,6 @@ import pytest
 from semroute.schemas import (
     ContractError,
     InputError,
-    Summary,
     TrainConfig,
     differences,
     parse,
@@ -70,12 +69,3 @@ def test_differences_are_refused_key_by_key():
     )
     with pytest.raises(InputError, match=r"^a:\n  b\nc$"):
         refuse_differences(["b"], "a", "c")
-
-
-def test_facts_say_the_same_in_text_and_html():
-    facts = Summary("A <store>", {"bytes": "1 & 2", "state": "complete"})
-    assert str(facts) == "A <store>\n  bytes  1 & 2\n  state  complete"
-    html = facts._repr_html_()
-    assert "A &lt;store&gt;" in html
-    assert "1 &amp; 2" in html
-    assert html.count("<tr>") == 2

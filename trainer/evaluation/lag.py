@@ -22,6 +22,7 @@ from torch import Tensor
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
 from ...schemas import write_whole
+from ...schemas.display import Table
 from ..diffusion.noise_level import NoiseLevelEstimator, effective_t, shifted
 from ..diffusion.sampling import SamplingConfig
 from ..runs.noise_level import open_estimator
@@ -97,7 +98,7 @@ class TrajectoryMismatch:
     def to_text(self) -> str:
         """The summary as an aligned table."""
         head = ["guidance", "solver", "lag", "largest", "estimated", "as shift", "apart", "outside"]
-        lines = [
+        rows = [
             [
                 f"{row['cfg_scale']:g}",
                 row["method"],
@@ -110,11 +111,7 @@ class TrajectoryMismatch:
             ]
             for row in self.summary()
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in [head, *lines]
-        )
+        return str(Table([head, *rows], num_words=0))
 
     __repr__ = to_text
 

@@ -35,7 +35,7 @@ from ...schemas import (
     write_document,
     write_whole,
 )
-from ...schemas.display import align, to_html
+from ...schemas.display import Table
 from ..plots.images import sample_grid
 from .shapes import interval
 
@@ -241,13 +241,13 @@ class VQAScores:
 
     def to_text(self) -> str:
         """The scores as an aligned table."""
-        return align(self._rows(), num_words=1)
+        return str(Table(self._rows()))
 
     __str__ = to_text
     __repr__ = to_text
 
     def _repr_html_(self) -> str:
-        return to_html(self._rows())
+        return Table(self._rows()).to_html()
 
     def _rows(self) -> list[list[str]]:
         return [

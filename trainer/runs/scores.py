@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ...schemas import write_document
-from ...schemas.display import align, to_html
+from ...schemas.display import Table
 
 EVALUATION = "evaluation.json"
 EVALUATION_SCHEMA = pa.schema(
@@ -49,13 +49,13 @@ class Evaluation:
 
     def to_text(self) -> str:
         """An aligned table; a line a split and skill."""
-        return align(self._rows(), num_words=2)
+        return str(Table(self._rows(), num_words=2))
 
     __str__ = to_text
     __repr__ = to_text
 
     def _repr_html_(self) -> str:
-        return to_html(self._rows())
+        return Table(self._rows()).to_html()
 
     def _rows(self) -> list[list[str]]:
         head = ["split", "skill", "accuracy", "95 % interval", "chance", "images", "scenes"]

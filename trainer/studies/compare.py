@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ...pipeline.style import Figure
 from ...schemas import InputError, RunRecord, flat, write_document
+from ...schemas.display import Table
 from ..plots.runs import curves_of_runs, loss_by_t, routing_of_runs
 from ..runs.checkpoint import list_checkpoints
 from ..runs.metrics import METRICS_SCHEMA, read_metrics
@@ -90,24 +90,13 @@ class Comparison:
 
     def to_text(self) -> str:
         """An aligned table."""
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if number else cell.ljust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return str(Table(self._rows()))
 
     __str__ = to_text
     __repr__ = to_text
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
-        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        return Table(self._rows()).to_html()
 
     def write_html(self, out: str | os.PathLike[str]) -> Path:
         """The table and the figures as one page that needs nothing else."""

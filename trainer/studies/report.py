@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ...pipeline.style import DPI, Figure
 from ...schemas import Scoring, StudyConfig, write_document
+from ...schemas.display import Table
 from ..evaluation.shapes import chance
 from .figures import counting_panels, guidance_panels, score_panels
 from .job import read_captions
@@ -129,11 +130,11 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> list[str]:
     for split in lucky:
         for skill in SUMMARY:
             lines += _summary(claims, lucky, outline, split, skill)
-    head = ("skill", "asked", "chance", "arm", "accuracy", "to", "difference", unit, "captions")
+    head = ["skill", "asked", "chance", "arm", "accuracy", "to", "difference", unit, "captions"]
     for split in lucky:
         for cfg_scale in outline.scoring.cfg_scales:
             lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
-            lines += [f"| {' | '.join(head)} |", f"{'| --- ' * len(head)}|"]
+            rows = [head]
             for row in comparison_rows(claims, split, cfg_scale):
                 base = lucky[split].get(row["skill"])
                 cells = [
@@ -145,7 +146,8 @@ def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> list[str]:
                     row["reference"] or "",
                     *_contrast(row),
                 ]
-                lines.append(f"| {' | '.join(cells)} |")
+                rows.append(cells)
+            lines += Table(rows).to_markdown()
     return lines
 
 
@@ -153,15 +155,14 @@ def _inflation(table: pa.Table, outline: Outline) -> list[str]:
     """How many objects too many, arms by guidance scales."""
     found = {(row["arm"], row["cfg_scale"]): row for row in table.to_pylist()}
     scales = outline.scoring.cfg_scales
-    head = ["arm", *(f"guidance {scale:g}" for scale in scales)]
-    lines = ["", "## Objects drawn, less objects asked for", "", f"| {' | '.join(head)} |"]
-    lines.append(f"{'| --- ' * len(head)}|")
+    table_rows = [["arm", *(f"guidance {scale:g}" for scale in scales)]]
     for arm in outline.arms:
         rows = [found[arm, scale] for scale in scales if (arm, scale) in found]
         cells = [f"{r['objects']:+.2f} {_interval(r['low'], r['high'], 2)}" for r in rows]
         if cells:
-            lines.append(f"| {' | '.join([arm, *cells])} |")
-    return lines
+            table_rows.append([arm, *cells])
+    title = "## Objects drawn, less objects asked for"
+    return ["", title, "", *Table(table_rows).to_markdown()]
 
 
 def _summary(
@@ -185,8 +186,7 @@ def _summary(
         "to",
         *(text for scale in scales for text in (f"guidance {scale:g}", "difference")),
     ]
-    lines = ["", f"## {split}, {skill}: {num} captions{chance}", "", f"| {' | '.join(head)} |"]
-    lines.append(f"{'| --- ' * len(head)}|")
+    table_rows = [head]
     for arm in outline.arms:
         rows = [found.get((arm, scale)) for scale in scales]
         if not any(rows):
@@ -196,8 +196,9 @@ def _summary(
         for row in rows:
             difference, interval = ("", "") if row is None else _contrast(row)[:2]
             cells += ["" if row is None else f"{row['accuracy']:.3f}", f"{difference} {interval}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        table_rows.append(cells)
+    title = f"## {split}, {skill}: {num} captions{chance}"
+    return ["", title, "", *Table(table_rows).to_markdown()]
 
 
 def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
