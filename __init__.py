@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FeatureStore": "semroute.pipeline.store",
     "LatentStore": "semroute.pipeline.store",
-    "compare": "semroute.trainer.comparison",
+    "compare": "semroute.trainer.studies.compare",
     "inspect": "semroute.pipeline.inspection",
-    "measure_layers": "semroute.pipeline.statistics",
-    "load_router": "semroute.trainer.export",
+    "measure_layers": "semroute.pipeline.inspection.statistics",
+    "load_router": "semroute.trainer.runs.export",
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
-    "load_run": "semroute.trainer.run",
-    "SemanticRoutingPipeline": "semroute.trainer.diffusion",
-    "SemanticRoutingTransformer": "semroute.trainer.diffusion",
+    "load_run": "semroute.trainer.runs.run",
+    "SemanticRoutingPipeline": "semroute.trainer.evaluation.diffusers_pipeline",
+    "SemanticRoutingTransformer": "semroute.trainer.evaluation.diffusers_pipeline",
 }
 
 __all__ = ["__version__", *_PUBLIC]
