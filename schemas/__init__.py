@@ -1,7 +1,6 @@
 """The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
 
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
-from .checksums import Checksums
 from .cluster import JobQueue
 from .config import read_config, read_yaml
 from .contract import (
@@ -41,7 +40,7 @@ from .manifest import (
     Template,
 )
 from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
-from .receipt import Quarantine, Receipt, WrittenFile
+from .receipt import Checksums, Quarantine, Receipt, WrittenFile
 from .router import RouterRecord
 from .run import MixtureRecord, RunRecord, SelectionRecord
 from .study import Scoring, StudyConfig, Tuning

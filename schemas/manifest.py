@@ -1,6 +1,6 @@
 """``manifest.json``: what a store holds, how it was made, and how its bytes are laid out."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -160,6 +160,63 @@ class Provenance(Contract):
     """Library -> version."""
 
 
+G = TypeVar("G", bound=Contract)
+
+
+class _Manifest(Contract, Generic[G]):
+    """How a store grew, which both kinds of manifest record alike.
+
+    Fields are declared in each kind, since their order is that of the keys on disk.
+    """
+
+    if TYPE_CHECKING:
+        identity: Any
+        layout: Layout
+        provenance: Provenance
+        grown_from: list[G]
+
+    generation: ClassVar[type[Any]]
+    """G: what growth changes of the identity, ``num_shards`` and ``num_rows`` of the layout, and
+    the provenance."""
+    until_complete: ClassVar[dict[str, Any]] = {}
+    """Keys of the identity that completion sets, and their values until then."""
+
+    @property
+    def generations(self) -> list[G]:
+        """The store each time before it grew, and as it is now."""
+        now = dict(self.identity) | dict(self.layout) | {"provenance": self.provenance}
+        keys = self.generation.model_fields
+        return [*self.grown_from, self.generation(**{key: now[key] for key in keys})]
+
+    def before_growth(self) -> Self:
+        """The manifest of the store before it last grew."""
+        *earlier, last = self.grown_from
+        identity = dict(last) | self.until_complete
+        layout = {key: identity.pop(key) for key in ("num_shards", "num_rows")}
+        provenance = identity.pop("provenance")
+        return self.model_copy(
+            update={
+                "identity": self.identity.model_copy(update=identity),
+                "layout": self.layout.model_copy(update=layout),
+                "provenance": provenance,
+                "grown_from": earlier,
+            }
+        )
+
+    def unfinished(self) -> Self:
+        """The manifest until the store is complete."""
+        update: dict[str, Any] = {"status": "extracting"}
+        # Only what differs: a key that an early version did not write stays unset.
+        identity = {
+            key: value
+            for key, value in self.until_complete.items()
+            if getattr(self.identity, key) != value
+        }
+        if identity:
+            update["identity"] = self.identity.model_copy(update=identity)
+        return self.model_copy(update=update)
+
+
 class Generation(Contract):
     """What a store was before it grew."""
 
@@ -171,8 +228,10 @@ class Generation(Contract):
     provenance: Provenance
 
 
-class FeatureManifest(Contract):
+class FeatureManifest(_Manifest[Generation]):
     """``manifest.json`` of a feature store."""
+
+    generation = Generation
 
     format: Literal["semroute.features"] = "semroute.features"
     format_version: Literal[1] = 1
@@ -184,36 +243,6 @@ class FeatureManifest(Contract):
     provenance: Provenance
     grown_from: list[Generation] = Field(default_factory=list)
     """What the store was each time before it grew, oldest first; empty where it never did."""
-
-    @property
-    def generations(self) -> list[Generation]:
-        """What the store was each time before it grew, and what it is now."""
-        now = Generation(
-            captions=self.identity.captions,
-            samples=self.identity.samples,
-            num_shards=self.layout.num_shards,
-            num_rows=self.layout.num_rows,
-            provenance=self.provenance,
-        )
-        return [*self.grown_from, now]
-
-    def before_growth(self) -> "FeatureManifest":
-        """The manifest of the store before it grew last."""
-        *earlier, last = self.grown_from
-        identity = {"captions": last.captions, "samples": last.samples}
-        layout = {"num_shards": last.num_shards, "num_rows": last.num_rows}
-        return self.model_copy(
-            update={
-                "identity": self.identity.model_copy(update=identity),
-                "layout": self.layout.model_copy(update=layout),
-                "provenance": last.provenance,
-                "grown_from": earlier,
-            }
-        )
-
-    def begun(self) -> "FeatureManifest":
-        """As it was when the store was created."""
-        return self.model_copy(update={"status": "extracting"})
 
 
 class Bucket(Contract):
@@ -273,8 +302,11 @@ class LatentGeneration(Contract):
     provenance: Provenance
 
 
-class LatentManifest(Contract):
+class LatentManifest(_Manifest[LatentGeneration]):
     """``manifest.json`` of a latent store."""
+
+    generation = LatentGeneration
+    until_complete: ClassVar[dict[str, Any]] = {"dropped": []}
 
     format: Literal["semroute.latents"] = "semroute.latents"
     format_version: Literal[1] = 1
@@ -284,36 +316,3 @@ class LatentManifest(Contract):
     provenance: Provenance
     grown_from: list[LatentGeneration] = Field(default_factory=list)
     """What the store was each time before it grew, oldest first; empty where it never did."""
-
-    @property
-    def generations(self) -> list[LatentGeneration]:
-        """What the store was each time before it grew, and what it is now."""
-        now = LatentGeneration(
-            images=self.identity.images,
-            samples=self.identity.samples,
-            num_shards=self.layout.num_shards,
-            num_rows=self.layout.num_rows,
-            provenance=self.provenance,
-        )
-        return [*self.grown_from, now]
-
-    def before_growth(self) -> "LatentManifest":
-        """The manifest of the store before it grew last."""
-        *earlier, last = self.grown_from
-        identity = {"images": last.images, "samples": last.samples, "dropped": []}
-        layout = {"num_shards": last.num_shards, "num_rows": last.num_rows}
-        return self.model_copy(
-            update={
-                "identity": self.identity.model_copy(update=identity),
-                "layout": self.layout.model_copy(update=layout),
-                "provenance": last.provenance,
-                "grown_from": earlier,
-            }
-        )
-
-    def begun(self) -> "LatentManifest":
-        """As it was when the store was created."""
-        update: dict[str, object] = {"status": "extracting"}
-        if self.identity.dropped:
-            update["identity"] = self.identity.model_copy(update={"dropped": []})
-        return self.model_copy(update=update)

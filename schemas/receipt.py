@@ -1,8 +1,17 @@
-"""``receipts/`` and ``quarantine/``: one small file a shard, written after the shard itself."""
+"""``checksums.json``, and ``receipts/`` and ``quarantine/``: one small file per shard."""
 
 from pydantic import Field
 
 from .contract import Contract
+
+
+class Checksums(Contract):
+    """Of everything that is written once, before the first shard."""
+
+    manifest: str
+    """sha256 of ``manifest.json`` with its status at ``extracting``."""
+    files: dict[str, str]
+    """Path relative to the store -> sha256: tables, and all of the arrays but their shards."""
 
 
 class WrittenFile(Contract):

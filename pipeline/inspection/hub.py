@@ -168,12 +168,12 @@ def _check_repository(api: HfApi, repo: str, store: FeatureStore | LatentStore) 
         manifest = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return
-    known: list[Any] = [store.manifest.begun()]
+    known: list[Any] = [store.manifest.unfinished()]
     while getattr(known[-1], "grown_from", None):
         known.append(known[-1].before_growth())
     try:
         document = json.loads(Path(manifest).read_text("utf-8"))
-        found = parse(type(store.manifest), document, MANIFEST).begun()
+        found = parse(type(store.manifest), document, MANIFEST).unfinished()
     except ValueError:  # a store of the other kind, or no store
         found = None
     if found not in known:

@@ -146,7 +146,7 @@ class Store(Generic[M]):
         return read_contract(path, Checksums) if path.exists() else None
 
     def _check_manifest(self) -> None:
-        begun = digest(self.manifest.begun(), early=True)
+        begun = digest(self.manifest.unfinished(), early=True)
         if self.checksums and self.checksums.manifest != begun:
             raise StoreError(
                 f"{self.path} is damaged: {MANIFEST} and {CHECKSUMS} do not belong together. Put "
@@ -232,7 +232,7 @@ class Store(Generic[M]):
 
     @staticmethod
     def _compared(manifest: M) -> dict[str, Any]:
-        return manifest.begun().model_dump(mode="json", exclude=_RECORDED)
+        return manifest.unfinished().model_dump(mode="json", exclude=_RECORDED)
 
     def receipts(self) -> dict[int, Receipt]:
         """Receipts by shard."""
@@ -298,7 +298,7 @@ class Store(Generic[M]):
 
     def reopen(self, shards: Sequence[int]) -> None:
         """Have shards written anew: the store is no longer complete, their receipts are gone."""
-        self.manifest = self.manifest.begun()
+        self.manifest = self.manifest.unfinished()
         write_contract(self.path / MANIFEST, self.manifest)
         for shard in shards:
             self._shard_file("receipts", shard).unlink(missing_ok=True)
@@ -359,7 +359,7 @@ def check_unchanged(store: Store[Any]) -> None:
         StoreError: its manifest is not the one that was read or written here.
     """
     now = parse(store.manifest_type, read_manifest(store.path, store.kind), str(store.path))
-    if now.begun().model_dump() != store.manifest.begun().model_dump():
+    if now.unfinished().model_dump() != store.manifest.unfinished().model_dump():
         raise StoreError(
             f"{store.path} was changed by another process meanwhile, such as a driver that took "
             "this one for dead. Look at it with semroute status, and run the command again."

@@ -221,7 +221,7 @@ class _Findings:
         checksums: Checksums | None = self.check_document(CHECKSUMS, Checksums)
         if checksums is None:
             return set()
-        if digest(store.manifest.begun(), early=True) != checksums.manifest:
+        if digest(store.manifest.unfinished(), early=True) != checksums.manifest:
             self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
         for name, expected in checksums.files.items():
             if name not in self.files:

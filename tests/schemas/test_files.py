@@ -227,7 +227,7 @@ class TestExtraction:
         files = read_files(expected.path, ["captions.parquet", "samples.parquet"])
         name = "hidden.zarr/hidden/zarr.json"
         files |= read_files(expected.path, [name])
-        stage(small, expected.manifest.begun(), files)
+        stage(small, expected.manifest.unfinished(), files)
         with pytest.raises(StoreError, match="was growing when it was stopped"):
             open_features(place)
         store = make(90, place)
