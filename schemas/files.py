@@ -37,7 +37,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """A local path, or one behind a URL, which has the methods of a Path that are used here.
 
     Raises:
-        PlaceError: no such kind of URL, or its package is not installed.
+        StorageError: no such kind of URL, or its package is not installed.
     """
     text = str(path)
     if text.startswith(("file://", "local://")):

@@ -33,6 +33,7 @@ from ..executor.progress import (
     open_reporter,
 )
 from ..executor.workers import Workers, inspect_workers
+from ..store.documents import remove_partial_files
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
@@ -163,7 +164,7 @@ def write_store(
     """
     path = request.target
     with exclusive_writer(path, request.cluster, request.workers, report, gpus=gpus) as executor:
-        existing = store_type.begun(path)
+        existing = store_type.open_existing(path)
         workers = inspect_workers(executor, str(path), report)
         plan = plan_store(existing, workers).settle(executor, report)
         store = plan.prepare(open_or_create(plan, request.force, report))
@@ -303,7 +304,7 @@ def _announced(
 
 
 def _sweep(store: FeatureStore | LatentStore, report: Callable[[str], None]) -> None:
-    left = store.sweep()
+    left = remove_partial_files(store.path)
     if left:
         report(
             f"removed {len(left)} files that were being written when their writer was killed: "

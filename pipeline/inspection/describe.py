@@ -24,7 +24,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     """
     store = open_store(path)
     layout, receipts = store.manifest.layout, list(store.receipts().values())
-    items = dict(store.facts().items)
+    items = dict(store.summary().items)
     details = {
         "path": str(store.path),
         "format": store.manifest.format,

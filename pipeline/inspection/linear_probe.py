@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...schemas import LN_EPS, InputError, Summary
+from ...schemas import InputError, Summary
 from ..sources.labels import Label, classify, read_labels
 from ..store.features import FeatureStore
 from ..store.open import open_features

@@ -1,10 +1,10 @@
-"""One sharded Zarr array of rows: allocated whole, written a shard at a time, read in runs of rows.
+"""A sharded Zarr array of rows: created whole, written shard by shard, read in runs of rows.
 
-Shard files are written and read straight, of objects only the parts needed, where the array has
-exactly the codecs that :func:`allocate` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at the
-end; in a chunk ``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on the index).
-Others are read through zarr-python. To the byte a file is what zarr-python would write, which takes
-three times as long for it: tasks of an event loop around every chunk.
+Shard files are written and read directly, objects only in the parts needed, if the array has
+exactly the codecs that :func:`create_array` gives it (Zarr v3 ``sharding_indexed`` 1.0, index at
+the end; in a chunk ``transpose`` and ``zstd`` or neither; a crc32c on every chunk and on the
+index). Other arrays are read through zarr-python. Files are identical to the byte to those of
+zarr-python, which takes three times as long for its event-loop tasks around every chunk.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ class ShardedArray:
     Args:
         path: folder of the Zarr array, or one behind a URL (``upath.UPath``).
         layout: of the store.
-        direct: read the shard files themselves; None: where the array is of the known form.
+        direct: read the shard files themselves; None: if the array is of the known form.
 
     Attributes:
-        is_known: whether the array has exactly the codecs that :func:`allocate` gives it.
+        is_known: whether the array has exactly the codecs that :func:`create_array` gives it.
     """
 
     def __init__(self, path: Path, layout: Layout, *, direct: bool | None = None) -> None:
@@ -70,14 +70,13 @@ class ShardedArray:
         self._shards: dict[int, ShardFile] = {}
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard, and make sure that it is on disk, or in the object store.
+        """Write one whole shard, durably on disk or in the object store.
 
         Args:
-            rows: ``[rows_per_shard, *row_shape]``; rows that are not in use are zero and cost
-                nothing.
+            rows: ``[rows_per_shard, *row_shape]``; unused rows are zero and cost nothing.
 
         Returns:
-            What was written, by path relative to the array.
+            Path relative to the array -> the file written.
         """
         expected = (self.layout.rows_per_shard, *self.row_shape)
         if rows.shape != expected or rows.dtype != self.dtype:
@@ -87,8 +86,8 @@ class ShardedArray:
             )
         if not self.is_known:
             raise InputError(
-                f"{self.path}: the array has other codecs than semroute gives it, and is for "
-                "reading only"
+                f"{self.path}: the array has other codecs than semroute gives it, and can only "
+                "be read"
             )
         name = _shard_name(shard, len(self.row_shape))
         parts = self._code(rows)
@@ -100,7 +99,13 @@ class ShardedArray:
         return {name: WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())}
 
     def _code(self, rows: np.ndarray) -> list[bytes]:
-        """The file of a shard in parts: its chunks, but for those of zeros, and the index."""
+        """The file of a shard in parts: its chunks, without those of zeros, and the index.
+
+        Three chunks, of which the second is all zeros::
+
+            file     chunk 0 (120 bytes) | chunk 2 (80 bytes) | index     | crc32c
+            index    0, 120              | ABSENT, ABSENT     | 120, 80   (offset and size)
+        """
         num = self.layout.rows_per_chunk
         firsts = range(0, len(rows), num)
 
@@ -113,12 +118,12 @@ class ShardedArray:
                 chunks = [*pool.map(code, firsts)]
         else:
             chunks = [*map(code, firsts)]
-        if not any(chunks):  # a shard of nothing but zeros is there all the same
+        if not any(chunks):  # a shard of nothing but zeros is written all the same
             chunks = [code(first, always=True) for first in firsts]
         index = np.full((len(chunks), 2), ABSENT, "<u8")
         sizes = np.array([*map(len, chunks)], np.uint64)
-        there = sizes > 0
-        index[there, 0], index[there, 1] = (np.cumsum(sizes) - sizes)[there], sizes[there]
+        stored = sizes > 0
+        index[stored, 0], index[stored, 1] = (np.cumsum(sizes) - sizes)[stored], sizes[stored]
         return [*chunks, index.tobytes(), chunk_crc(index.tobytes())]
 
     def read(
@@ -131,43 +136,44 @@ class ShardedArray:
         """Copy runs of rows, one after the other, into ``out``.
 
         Args:
-            starts, stops: ``[runs]``.
+            starts, stops: first row of each run and the row after its last, ``[runs]``.
             out: ``[sum(stops - starts), selected, ...]``.
             select: positions along the first axis of a row.
 
         Raises:
             CorruptShardError: a chunk's checksum does not fit its bytes; checked when a chunk is
                 first read.
-            InputError: the shard is not there.
+            InputError: the shard is not written.
         """
-        self.read_pieces(ChunkSlices.of(starts, stops, self.layout.rows_per_chunk), out, select)
+        slices = ChunkSlices.from_runs(starts, stops, self.layout.rows_per_chunk)
+        self.read_slices(slices, out, select)
 
-    def read_pieces(
-        self, pieces: "ChunkSlices", out: np.ndarray, select: Sequence[int] | slice = slice(None)
+    def read_slices(
+        self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice = slice(None)
     ) -> None:
-        """Copy pieces of chunks to their targets in ``out``; neighbours of one chunk read it once.
+        """Copy slices of chunks to their targets in ``out``; each chunk is read once.
 
         Args, errors: as for :meth:`read`.
         """
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
         whole = select == slice(None) and out.shape[1:] == self.row_shape
         mapped = self.direct and self.is_local
-        fetched = self._fetch(pieces.chunk, num_chunks) if self.direct and not mapped else {}
+        fetched = self._fetch(slices.chunk, num_chunks) if self.direct and not mapped else {}
         if mapped and self.order is None and whole and out.flags.c_contiguous:
-            if out.dtype != self.dtype or len(out) < (pieces.target + pieces.num).max(initial=0):
+            if out.dtype != self.dtype or len(out) < (slices.target + slices.num).max(initial=0):
                 raise ValueError(f"out is {out.dtype} {out.shape}, which the rows do not fit")
-            for shard, part in pieces.by_shard(num_chunks):
+            for shard, part in slices.by_shard(num_chunks):
                 self._shard(shard).copy(part, out)
             return
         last, rows = -1, np.empty(0)
-        for chunk, first, num, target in pieces:
+        for chunk, first, num, target in slices:
             if chunk != last:
                 rows = self._chunk(*divmod(chunk, num_chunks), fetched.get(chunk))
                 last = chunk
             out[target : target + num] = rows[first : first + num, select]
 
     def _fetch(self, chunks: np.ndarray, num_chunks: int) -> dict[int, np.ndarray]:
-        """Chunks of objects as they are stored, by number over all shards: many at a time."""
+        """Chunks of objects as they are stored, by number over all shards, fetched together."""
         wanted = np.unique(chunks)
         shards = np.unique(wanted // num_chunks).tolist()
         new = [shard for shard in shards if shard not in self._shards]
@@ -177,13 +183,15 @@ class ShardedArray:
             indexes = read_ranges(paths, [-size] * len(new), [None] * len(new))
         except FileNotFoundError as error:
             raise InputError(
-                f"a shard of {self.path} is not written yet; run the command that makes this "
-                "store again"
+                f"a shard of {self.path} is not written yet; rerun the command that makes this "
+                "store"
             ) from error
         for shard, index in zip(new, indexes, strict=True):
             self._shards[shard] = self._open(shard, np.frombuffer(index, np.uint8))
-        places = [self._shards[chunk // num_chunks].place(chunk % num_chunks) for chunk in wanted]
-        stored = [(int(c), place) for c, place in zip(wanted, places, strict=True) if place]
+        ranges = [
+            self._shards[chunk // num_chunks].byte_range(chunk % num_chunks) for chunk in wanted
+        ]
+        stored = [(int(c), part) for c, part in zip(wanted, ranges, strict=True) if part]
         coded = read_ranges(
             [self._shard_path(chunk // num_chunks) for chunk, _ in stored],
             [start for _, (start, _) in stored],
@@ -199,15 +207,15 @@ class ShardedArray:
             return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
         return self._shard(shard).chunk(number, coded)
 
-    def _shard(self, shard: int) -> "ShardFile":
+    def _shard(self, shard: int) -> ShardFile:
         file = self._shards.get(shard)
         if file is None:
             content = read_bytes(self._shard_path(shard))
             file = self._shards[shard] = self._open(shard, content)
         return file
 
-    def _open(self, shard: int, content: np.ndarray) -> "ShardFile":
-        """Args: content: the file, or its end, of which chunks are then given."""
+    def _open(self, shard: int, content: np.ndarray) -> ShardFile:
+        """Args: content: the file, or its end with the index if chunks are fetched apart."""
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
         return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
 
@@ -215,14 +223,14 @@ class ShardedArray:
         return self.path / _shard_name(shard, len(self.row_shape))
 
     def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
-        """Read a whole shard of an array of the known form, every checksum included.
+        """Read a whole shard of an array of the known form, and check every checksum.
 
         Args:
-            content: of its file, uint8; default: it is read.
+            content: bytes of its file, uint8; by default the file is read.
 
         Raises:
-            CorruptShardError: bytes that are not those that were written.
-            InputError: the shard is not there.
+            CorruptShardError: bytes that are not as they were written.
+            InputError: the shard is not written.
         """
         content = read_bytes(self._shard_path(shard)) if content is None else content
         file = self._open(shard, content)
@@ -231,28 +239,28 @@ class ShardedArray:
 
 
 def open_array(path: Path, *, whole: bool = True) -> Any:
-    """A Zarr array; of one behind a URL its files are read at once.
+    """A Zarr array; behind a URL, its files are read into memory.
 
     Args:
-        whole: all its files, or only its metadata, which is enough for shards.
+        whole: read all its files, or only the metadata, which is enough to read shards directly.
     """
     if is_local(path):
         return zarr.open_array(store=str(path), mode="r" if whole else "r+")
     files = read_files(path, list_files(path) if whole else ["zarr.json"])
     buffer = default_buffer_prototype().buffer
-    held = {name: buffer.from_bytes(content) for name, content in files.items()}
-    return zarr.open_array(zarr.storage.MemoryStore(held), mode="r")
+    buffers = {name: buffer.from_bytes(content) for name, content in files.items()}
+    return zarr.open_array(zarr.storage.MemoryStore(buffers), mode="r")
 
 
 @contextmanager
 def new_group(path: Path) -> Iterator[Any]:
-    """A Zarr group to make arrays in; their files are written when the block ends."""
+    """A Zarr group to create arrays in; its files are written when the block ends."""
     files: dict[str, Any] = {}
     yield zarr.create_group(zarr.storage.MemoryStore(files))
     write_files(path, {name: buffer.to_bytes() for name, buffer in files.items()})
 
 
-def allocate(
+def create_array(
     group: Any,
     name: str,
     layout: Layout,
@@ -265,8 +273,7 @@ def allocate(
     """Create the metadata of an array in a Zarr group; no shard is written.
 
     Args:
-        order: compress chunks by zstd with their axes in this order; None: as they are, without
-            compression.
+        order: compress chunks with zstd, with their axes in this order; None: no compression.
     """
     group.create_array(
         name,

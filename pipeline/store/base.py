@@ -1,12 +1,9 @@
-"""What a store says of itself: manifest, checksums, receipts, quarantine, and what remains."""
+"""Base class of stores: manifest, checksums, receipts, quarantine, remaining shards."""
 
-import hashlib
 import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -16,8 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...schemas import (
-    LOCK_FILE,
-    PARTIAL,
     Checksums,
     FeatureManifest,
     LatentManifest,
@@ -30,27 +25,38 @@ from ...schemas import (
     parse,
     refuse_differences,
 )
-from ...schemas.files import is_local, list_files, list_names, locate, read_file, read_files, remove
+from ...schemas.files import list_files, locate, read_files
 from .documents import (
     CHECKSUMS,
     GROWING,
     MANIFEST,
-    C,
+    QUARANTINE,
+    RECEIPTS,
     StoreError,
+    check_digest,
     commit,
-    parse_contract,
+    read_checked,
     read_contract,
     read_manifest,
+    read_shard_documents,
+    shard_document,
     shard_of,
     write_contract,
+    write_receipt,
 )
 
 M = TypeVar("M", FeatureManifest, LatentManifest)
-_RECORDED = {"status", "provenance"}  # manifest keys that resume does not compare
+_NOT_COMPARED = {"status", "provenance"}  # manifest keys that may differ when a store is resumed
 
 
 class Store(Generic[M]):
-    """What both kinds of store share: manifest, receipts, quarantine, state."""
+    """Common part of both kinds of store.
+
+    Attributes:
+        kind: name of the kind, for messages.
+        manifest_type: contract of its manifest.
+        group: name of its Zarr group.
+    """
 
     kind: ClassVar[str]
     manifest_type: ClassVar[Any]
@@ -61,12 +67,16 @@ class Store(Generic[M]):
     def arrays(self) -> Mapping[str, Any]:
         """The sharded arrays of codes, by name."""
 
+    @abstractmethod
+    def summary(self) -> Summary:
+        """The facts that a repr shows."""
+
     def __init__(self, path: Path, manifest: M) -> None:
         self.path = path
         self.manifest: M = manifest
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process, as Dask does, without what was read and opened here."""
+        """Path and manifest only: another process reads and opens the files itself."""
         return type(self), (self.path, self.manifest)
 
     @classmethod
@@ -83,16 +93,17 @@ class Store(Generic[M]):
         """
         path = locate(path)
         document = read_manifest(path, cls.kind)
-        wanted = cls.manifest_type.model_fields["format"].default
-        form = document.get("format") if isinstance(document, dict) else None
-        if form != wanted:
+        expected = cls.manifest_type.model_fields["format"].default
+        found = document.get("format") if isinstance(document, dict) else None
+        if found != expected:
             raise StoreError(
-                f"{path} is no {cls.kind} store: its manifest says {form!r} instead of {wanted!r}"
+                f"{path} is no {cls.kind} store: its manifest says {found!r} instead of "
+                f"{expected!r}"
             )
         if (path / GROWING / MANIFEST).exists():
             raise StoreError(
-                f"{path} was growing when it was stopped. Run the command that makes it once more: "
-                "it continues where it stopped."
+                f"{path} was growing when it was stopped. Rerun the command that makes it to "
+                "resume."
             )
         store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
         store._check_manifest()
@@ -101,8 +112,8 @@ class Store(Generic[M]):
         return store
 
     @classmethod
-    def begun(cls, path: Path) -> Self | None:
-        """The store that was begun there, finished or not; None where there is none yet.
+    def open_existing(cls, path: Path) -> Self | None:
+        """The store at a path, finished or not; None where there is none yet.
 
         One that was stopped while it grew is put in order first.
         """
@@ -111,86 +122,41 @@ class Store(Generic[M]):
         commit(path)
         return cls.open(path, complete=False)
 
-    @classmethod
-    def prepare(cls, path: Path, tables: Sequence[str]) -> None:
-        """An empty folder to create a store in; what a creation that was killed left is removed."""
-        own = {cls.group, *tables, CHECKSUMS}
-        own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)} | {LOCK_FILE}
-        if is_local(path) and path.exists() and not path.is_dir():
-            raise StoreError(f"{path} is a file; expected a new folder")
-        held = list_names(path)
-        if MANIFEST in held:
-            raise StoreError(f"{path} was begun by another process meanwhile")
-        foreign = sorted(held - own)
-        if foreign:
-            raise StoreError(
-                f"{path} is not empty and no {cls.kind} store: it holds {', '.join(foreign[:5])}. "
-                "Name a new folder."
-            )
-        if any(
-            fnmatch(name, f"{cls.group}/*/c/*/*") and "/parameters/" not in name
-            for name in list_files(path, cls.group)
-        ):
-            raise StoreError(
-                f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
-                "continued. Put it back, or name a new folder."
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        for name in held - {LOCK_FILE}:  # that is of the process that creates it
-            remove(path / name)
-
     @cached_property
     def checksums(self) -> Checksums | None:
-        """Of the files that are written once; None in a store of an early version."""
+        """Checksums of files that are written once; None in a store of an early version."""
         path = self.path / CHECKSUMS
         return read_contract(path, Checksums) if path.exists() else None
 
     def _check_manifest(self) -> None:
-        begun = digest(self.manifest.unfinished(), early=True)
-        if self.checksums and self.checksums.manifest != begun:
+        found = digest(self.manifest.unfinished(), early=True)
+        if self.checksums and self.checksums.manifest != found:
             raise StoreError(
                 f"{self.path} is damaged: {MANIFEST} and {CHECKSUMS} do not belong together. Put "
                 "both back from a copy."
             )
 
     def read_file(self, name: str) -> pa.Buffer:
-        """A file that is written once, of which every byte is as it was written.
+        """A file that is written once, every byte of it as written.
 
         Raises:
             StoreError: it is missing or damaged.
         """
-        path = self.path / name
-        try:
-            if is_local(path):
-                content = pa.memory_map(str(path)).read_buffer()
-            else:
-                content = pa.py_buffer(read_file(path))
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error}") from error
-        self._check_digest(name, content)
-        return content
-
-    def _check_digest(self, name: str, content: Any) -> None:
-        known = self.checksums.files.get(name) if self.checksums else None
-        if known and hashlib.sha256(content).hexdigest() != known:
-            raise StoreError(
-                f"{self.path / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it "
-                "back from a copy; semroute verify says what else there is."
-            )
+        return read_checked(self.path, name, self.checksums)
 
     def check_files(self, prefix: str) -> None:
-        """Read what is written once under a path; errors as for :meth:`read_file`."""
-        known = self.checksums.files if self.checksums else {}
-        names = [name for name in known if name.startswith(prefix)]
+        """Read all files that are written once under a path; errors as for :meth:`read_file`."""
+        listed = self.checksums.files if self.checksums else {}
+        names = [name for name in listed if name.startswith(prefix)]
         try:
             contents = read_files(self.path, names)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error}") from error
         for name, content in contents.items():
-            self._check_digest(name, content)
+            check_digest(self.path, name, content, self.checksums)
 
     def read_table(self, name: str) -> pa.Table:
-        """One of the Parquet tables, whole; errors as for :meth:`read_file`."""
+        """A whole Parquet table; errors as for :meth:`read_file`."""
         return pyarrow.parquet.read_table(pa.BufferReader(self.read_file(name)))
 
     @property
@@ -218,33 +184,30 @@ class Store(Generic[M]):
             )
 
     def check_same(self, manifest: M) -> None:
-        """Refuse to continue a store as another one.
+        """Refuse to resume a store as another one.
 
         Raises:
             StoreError: with every key that differs, and both values.
         """
         refuse_differences(
-            differences(self._compared(manifest), self._compared(self.manifest)),
-            f"{self.path} was made otherwise; what you asked for now, against what it holds",
+            differences(_compared(manifest), _compared(self.manifest)),
+            f"{self.path} was made differently (requested now, instead of stored)",
             "Run the command as it was, or name a new folder.",
             StoreError,
         )
 
-    @staticmethod
-    def _compared(manifest: M) -> dict[str, Any]:
-        return manifest.unfinished().model_dump(mode="json", exclude=_RECORDED)
-
     def receipts(self) -> dict[int, Receipt]:
         """Receipts by shard."""
-        return {receipt.shard: receipt for receipt in self._read_each("receipts", Receipt)}
+        found = read_shard_documents(self.path, RECEIPTS, Receipt)
+        return {receipt.shard: receipt for receipt in found}
 
     def receipt_times(self) -> dict[int, float]:
-        """When receipts were written, by shard: seconds since 1970 by the file system's clock."""
-        entries = list_files(self.path, "receipts")
+        """Time of each receipt, by shard: seconds since 1970 by the file system's clock."""
+        entries = list_files(self.path, RECEIPTS)
         return {s: e.changed for n, e in entries.items() if (s := shard_of(n)) is not None}
 
     def remaining(self) -> list[int]:
-        """Shards without a receipt, or whose files are not there in full."""
+        """Shards without a receipt, or with missing or incomplete files."""
         receipts = self.receipts()
         sizes = {name: e.num_bytes for name, e in list_files(self.path, self.group).items()}
         return [
@@ -253,12 +216,6 @@ class Store(Generic[M]):
             if shard not in receipts
             or any(sizes.get(n) != f.num_bytes for n, f in receipts[shard].files.items())
         ]
-
-    def _read_each(self, folder: str, kind: type[C]) -> list[C]:
-        """The files of a folder that are about a shard each."""
-        names = [n for n in list_files(self.path, folder) if shard_of(n) is not None]
-        contents = read_files(self.path, names)
-        return [parse_contract(self.path / name, contents[name], kind) for name in names]
 
     def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
         """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
@@ -269,7 +226,7 @@ class Store(Generic[M]):
         }
 
     def complete_shard(self, arrays: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:
-        """Write a shard, then its receipt, which gets the files and the seconds of writing."""
+        """Write a shard, then its receipt, to which its files and the writing time are added."""
         started = time.perf_counter()
         files = self.write_shard(receipt.shard, arrays)
         seconds = {**receipt.seconds, "write": time.perf_counter() - started}
@@ -278,45 +235,24 @@ class Store(Generic[M]):
         return written
 
     def write_receipt(self, receipt: Receipt) -> None:
-        """Record a shard as done, and lift its quarantine."""
-        sealed = receipt.model_copy(update={"sha256": ""})
-        sealed = receipt.model_copy(update={"sha256": digest(sealed)})
-        write_contract(self._shard_file("receipts", receipt.shard), sealed)
-        self._shard_file("quarantine", receipt.shard).unlink(missing_ok=True)
+        """Record a shard as written, and lift its quarantine."""
+        write_receipt(self.path, receipt)
 
     def write_quarantine(self, quarantine: Quarantine) -> None:
         """Record a shard as failed, with its entries and the reason."""
-        path = self._shard_file("quarantine", quarantine.shard)
-        write_contract(path, quarantine)
+        write_contract(self.path / shard_document(QUARANTINE, quarantine.shard), quarantine)
 
     def quarantined(self) -> dict[int, Quarantine]:
         """Failed shards, by number."""
-        return {found.shard: found for found in self._read_each("quarantine", Quarantine)}
-
-    def _shard_file(self, folder: str, shard: int) -> Path:
-        return self.path / folder / f"shard-{shard:06d}.json"
+        found = read_shard_documents(self.path, QUARANTINE, Quarantine)
+        return {quarantine.shard: quarantine for quarantine in found}
 
     def reopen(self, shards: Sequence[int]) -> None:
-        """Have shards written anew: the store is no longer complete, their receipts are gone."""
+        """Mark shards to be rewritten: their receipts are removed, the store is unfinished."""
         self.manifest = self.manifest.unfinished()
         write_contract(self.path / MANIFEST, self.manifest)
         for shard in shards:
-            self._shard_file("receipts", shard).unlink(missing_ok=True)
-
-    def sweep(self) -> list[int]:
-        """Remove what killed writers left of shards: the bytes of each file.
-
-        Whoever still writes one of these was given up, and fails when it is done.
-        """
-        if not is_local(self.path):  # an object is there whole or not at all
-            return []
-        left = []
-        for file in self.path.rglob(f"*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # its writer was quicker
-                size = file.stat().st_size
-                file.unlink()
-                left.append(size)
-        return left
+            (self.path / shard_document(RECEIPTS, shard)).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Mark the store complete.
@@ -335,25 +271,26 @@ class Store(Generic[M]):
         """Bytes of the shards written so far."""
         return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
 
-    def facts(self) -> Summary:
-        """What this store is, for a repr; every kind of store has its own."""
-        return Summary(f"{type(self).__name__} {self.path}", {"state": self._state()})
-
-    def __repr__(self) -> str:
-        return str(self.facts())
-
-    def _repr_html_(self) -> str:
-        return self.facts()._repr_html_()
-
-    def _state(self) -> str:
+    def state(self) -> str:
+        """``complete``, or how many shards are written."""
         if self.is_complete:
             return "complete"
         layout, remaining = self.manifest.layout, len(self.remaining())
         return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
 
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+
+def _compared(manifest: FeatureManifest | LatentManifest) -> dict[str, Any]:
+    return manifest.unfinished().model_dump(mode="json", exclude=_NOT_COMPARED)
+
 
 def check_unchanged(store: Store[Any]) -> None:
-    """Refuse to go on where another process has changed what the store is.
+    """Refuse to go on with a store that another process has changed.
 
     Raises:
         StoreError: its manifest is not the one that was read or written here.
@@ -362,5 +299,5 @@ def check_unchanged(store: Store[Any]) -> None:
     if now.unfinished().model_dump() != store.manifest.unfinished().model_dump():
         raise StoreError(
             f"{store.path} was changed by another process meanwhile, such as a driver that took "
-            "this one for dead. Look at it with semroute status, and run the command again."
+            "this one for dead. Look at it with semroute status, and rerun the command."
         )

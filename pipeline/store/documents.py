@@ -1,8 +1,15 @@
-"""The JSON files and tables of a store, read, written and staged."""
+"""The JSON files and tables of a store, as functions over its path.
+
+A store is a folder with a manifest; checksums of what is written once; and one receipt, or one
+quarantine, per shard. Each is written whole by :mod:`semroute.schemas.atomic`.
+"""
 
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,48 +18,188 @@ import pyarrow.parquet
 
 from ...schemas import (
     LOCK_FILE,
+    PARTIAL,
     Checksums,
     Contract,
     FeatureManifest,
     InputError,
     LatentManifest,
+    Receipt,
     digest,
     parse,
     publish,
     render,
     write_document,
 )
-from ...schemas.files import StorageError, is_local, list_files, read_file, remove
+from ...schemas.files import (
+    StorageError,
+    is_local,
+    list_files,
+    list_names,
+    read_file,
+    read_files,
+    remove,
+)
 
 C = TypeVar("C", bound=Contract)
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+RECEIPTS, QUARANTINE = "receipts", "quarantine"
 GROWING = "growing"
-"""Folder of what a store will be once it has grown: staged here whole, then put in its place."""
-_SHARD_FILE = re.compile(r"/shard-(\d{6,})\.json$")
+"""Folder in which the files of a larger store are staged before they replace those of the store."""
+_SHARD_DOCUMENT = re.compile(r"/shard-(\d{6,})\.json$")
 
 
 class StoreError(InputError):
-    """A store is not there, not finished, or not the one that is needed."""
+    """A store is missing, unfinished, damaged, or not the one that is needed."""
 
 
 def read_manifest(path: Path, kind: str) -> Any:
-    """The document that a store's manifest holds, whatever kind of store it is.
+    """The JSON document in a store's manifest, of whatever kind the store is.
 
     Raises:
-        StoreError: there is none, or it is damaged.
-        PlaceError: the place cannot be read.
+        StoreError: no manifest, or a damaged one.
+        StorageError: the place cannot be read.
     """
     try:
         return json.loads(read_file(path / MANIFEST).decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path} is no {kind} store: it has no {MANIFEST}") from error
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # not JSON, or not text
         raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
-    except Exception as error:  # no rights, no network: each package of fsspec has its own
+    except Exception as error:  # no permission, no network: each package of fsspec has its own
         if is_local(path):
             raise
         raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
+    """Write the checksums of all other files, then the manifest, with which the store exists."""
+    names = [name for name in list_files(path) if name != LOCK_FILE]
+    checksums = {name: digest_file(path / name) for name in names}
+    write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
+    write_contract(path / MANIFEST, manifest)
+
+
+def prepare_folder(path: Path, kind: str, group: str, tables: Sequence[str]) -> None:
+    """Make an empty folder to create a store in, without what a killed creation left there.
+
+    Args:
+        kind: of the store, for messages.
+        group: name of its Zarr group.
+        tables: names of its tables.
+
+    Raises:
+        StoreError: the path holds a store, shards without a manifest, or files of others.
+    """
+    if is_local(path) and path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file; expected a new folder")
+    names = list_names(path)
+    if MANIFEST in names:
+        raise StoreError(f"{path} was created by another process meanwhile")
+    own = {group, *tables, CHECKSUMS, LOCK_FILE}
+    own |= {f"{name}.tmp" for name in (*tables, CHECKSUMS, MANIFEST)}
+    foreign = sorted(names - own)
+    if foreign:
+        raise StoreError(
+            f"{path} is not empty and no {kind} store: it holds {', '.join(foreign[:5])}. Name a "
+            "new folder."
+        )
+    if any(
+        fnmatch(name, f"{group}/*/c/*/*") and "/parameters/" not in name
+        for name in list_files(path, group)
+    ):
+        raise StoreError(
+            f"{path} holds shards but no {MANIFEST}, without which they cannot be read or "
+            "resumed. Put it back, or name a new folder."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    for name in names - {LOCK_FILE}:  # the lock is of the process that creates the store
+        remove(path / name)
+
+
+def commit(path: Path) -> None:
+    """Move staged files into place, the manifest last; drop them if staging did not finish."""
+    staged = path / GROWING
+    names = list_files(staged)
+    if MANIFEST in names:
+        for name in sorted(names, key=lambda name: name == MANIFEST):
+            publish(staged / name, path / name)
+    remove(staged)
+
+
+def remove_partial_files(path: Path) -> list[int]:
+    """Remove unfinished shard files that killed writers left: the size of each in bytes.
+
+    A writer that was given up but still writes one of them fails at its end.
+    """
+    if not is_local(path):  # an object is written whole or not at all
+        return []
+    sizes = []
+    for file in path.rglob(f"*{PARTIAL}"):
+        with suppress(FileNotFoundError):  # its writer finished first
+            size = file.stat().st_size
+            file.unlink()
+            sizes.append(size)
+    return sizes
+
+
+def shard_document(folder: str, shard: int) -> str:
+    """Path of a shard's file in ``receipts`` or ``quarantine``, relative to the store."""
+    return f"{folder}/shard-{shard:06d}.json"
+
+
+def shard_of(name: str) -> int | None:
+    """Number of the shard that a receipt or quarantine is about; None for other files."""
+    match = _SHARD_DOCUMENT.search(name)
+    return int(match[1]) if match else None
+
+
+def read_shard_documents(path: Path, folder: str, kind: type[C]) -> list[C]:
+    """All receipts, or all quarantines."""
+    names = [name for name in list_files(path, folder) if shard_of(name) is not None]
+    contents = read_files(path, names)
+    return [parse_contract(path / name, contents[name], kind) for name in names]
+
+
+def write_receipt(path: Path, receipt: Receipt) -> None:
+    """Record a shard as written, sealed with the receipt's own sha256, and lift its quarantine."""
+    unsealed = receipt.model_copy(update={"sha256": ""})
+    sealed = receipt.model_copy(update={"sha256": digest(unsealed)})
+    write_contract(path / shard_document(RECEIPTS, receipt.shard), sealed)
+    (path / shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
+
+
+def check_digest(path: Path, name: str, content: Any, checksums: Checksums | None) -> None:
+    """Refuse a file whose bytes are not those that were written, as far as checksums list it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    expected = checksums.files.get(name) if checksums else None
+    if expected and hashlib.sha256(content).hexdigest() != expected:
+        raise StoreError(
+            f"{path / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it back from "
+            "a copy; semroute verify lists all damage."
+        )
+
+
+def read_checked(path: Path, name: str, checksums: Checksums | None) -> pa.Buffer:
+    """A file that is written once; a local one is mapped.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    file = path / name
+    try:
+        if is_local(file):
+            content = pa.memory_map(str(file)).read_buffer()
+        else:
+            content = pa.py_buffer(read_file(file))
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error}") from error
+    check_digest(path, name, content, checksums)
+    return content
 
 
 def render_table(table: pa.Table) -> bytes:
@@ -60,24 +207,6 @@ def render_table(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue())
-
-
-def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
-    """The manifest, without which there is no store; before it the checksums of all else."""
-    names = [name for name in list_files(path) if name != LOCK_FILE]
-    checksums = {name: digest_file(path / name) for name in names}
-    write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
-    write_contract(path / MANIFEST, manifest)
-
-
-def commit(path: Path) -> None:
-    """Put what is staged in its place, the manifest last; drop it where it was not decided."""
-    staged = path / GROWING
-    names = list_files(staged)
-    if MANIFEST in names:
-        for name in sorted(names, key=lambda name: name == MANIFEST):
-            publish(staged / name, path / name)
-    remove(staged)
 
 
 def read_contract(path: Path, kind: type[C]) -> C:
@@ -89,21 +218,15 @@ def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
         return parse(kind, json.loads(content.decode("utf-8")), str(path))
     except ValueError as error:
         raise StoreError(
-            f"{path} is damaged: {error}. semroute verify says what can be done."
+            f"{path} is damaged: {error}. semroute verify shows what can be done."
         ) from error
 
 
-def shard_of(name: str) -> int | None:
-    """Which shard a receipt or a quarantine is about, by its file's name; None for other files."""
-    found = _SHARD_FILE.search(name)
-    return int(found[1]) if found else None
+def write_contract(path: Path, contract: Contract) -> None:
+    write_document(path, render(contract))
 
 
 def digest_file(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_contract(path: Path, contract: Contract) -> None:
-    write_document(path, render(contract))

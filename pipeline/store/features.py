@@ -1,48 +1,44 @@
-"""Feature stores: create, write one shard, read, finish; and the doors to both kinds of store.
+"""Feature stores: created, written shard by shard, read, finished.
 
 On disk (``docs/store-format.md``)::
 
     manifest.json      identity, layout, codec; written before any shard
-    captions.parquet   features only: a row a unique caption
-    samples.parquet    a row an input row
-    hidden.zarr/       (latents.zarr/) a Zarr v3 group of standard arrays
-    receipts/          a file a shard, written after it; what has none remains to be done
+    checksums.json     sha256 of everything that is written once
+    captions.parquet   one row per unique caption
+    samples.parquet    one row per input row
+    hidden.zarr/       a Zarr v3 group of standard arrays
+    receipts/          one file per shard, written after it; a shard without one remains to be done
     quarantine/        shards that could not be written, with the reason
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
-from ...schemas.units import format_bytes
-from ..codecs.base import Codec, digest_parameters
-from ..codecs.registry import CODECS, open_codec
-from .array import ShardedArray, allocate, new_group
+from ..codecs.base import Codec
+from ..codecs.registry import open_codec
+from . import lazy
+from .array import ShardedArray, create_array, new_group
 from .base import Store
-from .documents import StoreError, render_table, write_manifest
-from .parameters import read_parameters, write_parameters
+from .documents import StoreError, prepare_folder, render_table, write_manifest
+from .parameters import PARAMETERS, read_codec, write_parameters
+from .reader import Allocator, read_codes, read_rows
 from .shard_file import ChunkSlices
+from .summary import summarise_features
 
 if TYPE_CHECKING:
     import torch
 
-
-FEATURES_FORMAT = "semroute.features"
-BLOCK_BYTES = 4_000_000
-"""Decoded bytes that are read and decoded at a time by one thread."""
-DASK_BYTES = 64_000_000
-"""Of a block of a lazy array, in float32."""
-Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
-"""Gives memory of a shape and dtype, with any numbers in it."""
+NULL_CAPTION = 0
+"""Id of the null caption in every feature store."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +83,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Codes:
-    """Packed codes of several captions: what is on disk, decompressed, to be decoded anywhere.
+    """Packed codes of several captions, decompressed but not decoded.
 
     Attributes:
-        arrays: by name, ``[rows, L, size]``; L are the stored layers up to the last one wanted.
+        arrays: by name, ``[rows, L, size]``; L are the stored layers up to the highest requested.
         offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
-        codec: that decodes them.
-        layers: positions of the layers wanted.
+        codec: decodes them.
+        layers: positions of the requested layers.
     """
 
     arrays: dict[str, np.ndarray]
@@ -121,7 +117,7 @@ class FeatureStore(Store[FeatureManifest]):
 
     @cached_property
     def num_threads(self) -> int:
-        """Threads that :meth:`read` decodes with; may be set."""
+        """Number of threads that :meth:`read` decodes with; may be set."""
         return len(os.sched_getaffinity(0))
 
     @classmethod
@@ -133,35 +129,11 @@ class FeatureStore(Store[FeatureManifest]):
         samples: pa.Table,
         parameters: Mapping[str, np.ndarray] | None = None,
     ) -> "FeatureStore":
-        """Write tables, array metadata and, last, the manifest; no shard.
-
-        Args:
-            parameters: of the codec, where it has been fitted.
-        """
-        cls.prepare(path, ("captions.parquet", "samples.parquet"))
+        """Write tables, arrays' metadata, fitted parameters and, last, the manifest; no shard."""
+        prepare_folder(path, cls.kind, cls.group, ("captions.parquet", "samples.parquet"))
         write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
-        identity = manifest.identity
-        num_layers, width = len(identity.layers), identity.model.width
-        codec = open_codec(manifest.codec, num_layers, width, parameters or {})
-        with new_group(path / cls.group) as group:
-            for spec in codec.arrays:
-                values = "channel" if spec.size == width else f"{spec.name}_value"
-                allocate(
-                    group,
-                    spec.name,
-                    manifest.layout,
-                    (num_layers, spec.size),
-                    spec.dtype,
-                    ("row", "layer", values),
-                    {"semroute": {"codec": codec.name, "meaning": spec.meaning}},
-                    spec.order,
-                )
-            write_parameters(group, codec.parameters)
-            layers = group.create_array(
-                "layer", shape=(len(identity.layers),), dtype="int32", dimension_names=["layer"]
-            )
-            layers[:] = np.array(identity.layers, np.int32)
+        _create_arrays(path / cls.group, manifest, parameters or {})
         write_manifest(path, manifest)
         return cls(path, manifest)
 
@@ -170,40 +142,29 @@ class FeatureStore(Store[FeatureManifest]):
         """The stored codes, one array per array of the codec."""
         root, layout = self.path / self.group, self.manifest.layout
         direct = None if self.direct else False
-        for spec in self.codec.arrays:
-            self.check_files(f"{self.group}/{spec.name}/zarr.json")
-        return {
-            spec.name: ShardedArray(root / spec.name, layout, direct=direct)
-            for spec in self.codec.arrays
-        }
+        names = [spec.name for spec in self.codec.arrays]
+        for name in names:
+            self.check_files(f"{self.group}/{name}/zarr.json")
+        return {name: ShardedArray(root / name, layout, direct=direct) for name in names}
 
     @cached_property
     def codec(self) -> Codec:
-        """What the codes mean.
+        """The codec of the stored codes, with its fitted parameters.
 
         Raises:
-            StoreError: its fitted parameters are not those that the manifest names.
+            StoreError: the parameters are not those that the manifest names.
         """
-        spec, identity = self.manifest.codec, self.manifest.identity
-        parameters: dict[str, np.ndarray] = {}
-        if spec.fit is not None:
-            self.check_files(f"{self.group}/parameters/")
-            parameters = read_parameters(self.path / self.group, CODECS[spec.name].fits)
-            if digest_parameters(parameters) != spec.fit.sha256:
-                raise StoreError(
-                    f"{self.path / self.group / 'parameters'} does not hold what the codec was "
-                    "fitted to (its sha256 is not the manifest's); put it back from a copy"
-                )
-        return open_codec(spec, len(identity.layers), identity.model.width, parameters)
+        self.check_files(f"{self.group}/{PARAMETERS}/")
+        return read_codec(self.path / self.group, self.manifest)
 
     @cached_property
     def captions(self) -> pa.Table:
-        """A row a unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
+        """One row per unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
         return self.read_table("captions.parquet")
 
     @cached_property
     def samples(self) -> pa.Table:
-        """A row an input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
+        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
         return self.read_table("samples.parquet")
 
     @cached_property
@@ -223,8 +184,7 @@ class FeatureStore(Store[FeatureManifest]):
 
         Args:
             source: the file, for the message.
-            texts: first caption of each row of the file.
-            first_rows: ``texts`` may be those of the file's first rows only.
+            texts: first caption of each row; with ``first_rows``, perhaps of the first rows only.
             remedy: what to do, a sentence at the end of the message.
 
         Raises:
@@ -239,12 +199,12 @@ class FeatureStore(Store[FeatureManifest]):
 
     @property
     def layers(self) -> list[int]:
-        """Stored layers, ascending; of a store of mixes their numbers, from 1."""
+        """Stored layers, ascending; in a store of mixes their numbers, from 1."""
         return self.manifest.identity.layers
 
     @property
     def mixes(self) -> Mixes | None:
-        """What the positions are where they are mixes of layers; None where they are layers."""
+        """The mixes of layers that are stored instead of layers; None if layers are."""
         return self.manifest.identity.mixes
 
     def __len__(self) -> int:
@@ -276,21 +236,13 @@ class FeatureStore(Store[FeatureManifest]):
         Raises:
             InputError: no such caption or layer, or its shard is not written.
         """
-        starts, stops, offsets = self._runs(ids)
-        positions = self._positions(layers)
-        shape = (len(positions), self.manifest.identity.model.width)
-        if out is None:
-            out = np.empty((offsets[-1], *shape), np.uint16)
-        elif out.dtype != np.uint16 or out.shape[1:] != shape:
-            raise ValueError(
-                f"out is {out.dtype} {out.shape}; expected uint16 [rows, {shape[0]}, {shape[1]}]"
-            )
-        elif len(out) < offsets[-1]:
-            raise ValueError(f"out has {len(out)} rows; {offsets[-1]} are needed")
-        rows = out[: offsets[-1]]
-        self._read(
-            ChunkSlices.of(starts, stops, self.manifest.layout.rows_per_chunk), positions, rows
-        )
+        starts, stops = _select(self._rows, ids)
+        offsets = _offsets(stops - starts)
+        positions = self.layer_positions(layers)
+        shape = (int(offsets[-1]), len(positions), self.manifest.identity.model.width)
+        rows = np.empty(shape, np.uint16) if out is None else _part_of(out, shape)
+        slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
+        read_rows(self.arrays, self.codec, slices, positions, rows, self.num_threads)
         return Rows(rows, offsets)
 
     def read_padded(
@@ -304,9 +256,10 @@ class FeatureStore(Store[FeatureManifest]):
 
         Args:
             ids, layers: as for :meth:`read`.
-            out: uint16 buffer ``[captions, rows, layers, H]``, C-contiguous, of enough rows for the
+            out: C-contiguous uint16 buffer ``[captions, rows, layers, H]`` with enough rows for the
                 longest, used instead of a new one.
-            places: of each caption in ``out``, default its place in ``ids``; others are left alone.
+            places: index of each caption in ``out``, by default its index in ``ids``; the rest of
+                ``out`` is left alone.
 
         Returns:
             bfloat16 bits, uint16 ``[captions, rows, layers, H]``.
@@ -314,132 +267,69 @@ class FeatureStore(Store[FeatureManifest]):
         Raises:
             InputError: as :meth:`read`.
         """
-        starts, stops, _ = self._runs(ids)
-        positions = self._positions(layers)
-        counts = stops - starts
-        longest, shape = counts.max(initial=0), (len(positions), self.manifest.identity.model.width)
-        if out is None:
-            out = np.empty((len(counts), longest, *shape), np.uint16)
-        elif out.dtype != np.uint16 or out.ndim != 4 or out.shape[2:] != shape:
-            raise ValueError(
-                f"out is {out.dtype} {out.shape}; expected uint16 [captions, rows, {shape[0]}, "
-                f"{shape[1]}]"
-            )
-        elif not out.flags.c_contiguous or out.shape[1] < longest:
-            raise ValueError(
-                f"out has {out.shape[1]} rows a caption; {longest} are needed, without gaps"
-            )
-        held = np.arange(len(counts)) if places is None else np.asarray(places, np.int64)
-        if len(held) != len(counts) or (held >= len(out)).any() or (held < 0).any():
-            raise ValueError(f"places {held} of {len(counts)} captions in {len(out)}")
-        pieces = ChunkSlices.of(
-            starts, stops, self.manifest.layout.rows_per_chunk, held * out.shape[1]
-        )
-        self._read(pieces, positions, out.reshape(-1, *shape))
-        for place, count in zip(held.tolist(), counts.tolist(), strict=True):
+        starts, stops = _select(self._rows, ids)
+        positions = self.layer_positions(layers)
+        counts, width = stops - starts, self.manifest.identity.model.width
+        shape = (len(counts), int(counts.max(initial=0)), len(positions), width)
+        out = np.empty(shape, np.uint16) if out is None else _check_padded(out, shape)
+        index = np.arange(len(counts)) if places is None else np.asarray(places, np.int64)
+        if len(index) != len(counts) or (index >= len(out)).any() or (index < 0).any():
+            raise ValueError(f"places {index} of {len(counts)} captions in {len(out)}")
+        rows_per_chunk, targets = self.manifest.layout.rows_per_chunk, index * out.shape[1]
+        slices = ChunkSlices.from_runs(starts, stops, rows_per_chunk, targets)
+        rows = out.reshape(-1, *shape[2:])
+        read_rows(self.arrays, self.codec, slices, positions, rows, self.num_threads)
+        for place, count in zip(index.tolist(), counts.tolist(), strict=True):
             out[place, count:] = 0
         return out
-
-    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows of captions, int64 ``[captions]``.
-
-        Raises:
-            InputError: no such caption.
-        """
-        starts, stops, _ = self._runs(ids)
-        return np.asarray(stops - starts)
-
-    def _read(self, pieces: ChunkSlices, positions: list[int], rows: np.ndarray) -> None:
-        """Decode pieces to their targets in ``rows``, uint16 ``[rows, len(positions), H]``."""
-        if self.codec.name == "bf16":
-            everything = positions == list(range(len(self.layers)))
-            self.arrays["hidden"].read_pieces(
-                pieces, rows, slice(None) if everything else positions
-            )
-            return
-
-        def decode(block: ChunkSlices) -> None:
-            codes = self._codes(block.packed(), int(block.num.sum()), max(positions) + 1)
-            self.codec.decode(codes, positions, block.rows(), rows)
-
-        chunk_bytes = self.manifest.layout.rows_per_chunk * self.bytes_per_row()
-        blocks = [*pieces.blocks(max(1, BLOCK_BYTES // chunk_bytes))]
-        if self.num_threads > 1 and len(blocks) > 1:
-            with ThreadPoolExecutor(min(self.num_threads, len(blocks))) as pool:
-                for _ in pool.map(decode, blocks):
-                    pass
-        else:
-            for block in blocks:
-                decode(block)
 
     def read_codes(
         self,
         ids: Sequence[int] | np.ndarray,
         layers: Sequence[int] | None = None,
         *,
-        empty: Empty = np.empty,
+        empty: Allocator = np.empty,
     ) -> Codes:
-        """What :meth:`read` reads, not yet decoded, for a device that decodes faster.
+        """The codes of what :meth:`read` reads, for a device that decodes faster.
 
         Args:
-            empty: gives the memory that codes are read into.
+            empty: allocates the memory that codes are read into.
 
         Other args, errors: as for :meth:`read`.
         """
-        starts, stops, offsets = self._runs(ids)
-        positions = self._positions(layers)
-        pieces = ChunkSlices.of(starts, stops, self.manifest.layout.rows_per_chunk)
-        codes = self._codes(pieces, int(offsets[-1]), max(positions) + 1, empty)
+        starts, stops = _select(self._rows, ids)
+        offsets = _offsets(stops - starts)
+        positions = self.layer_positions(layers)
+        slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
+        codes = read_codes(self.arrays, slices, int(offsets[-1]), max(positions) + 1, empty)
         return Codes(codes, offsets, self.codec, positions)
 
-    def _codes(
-        self,
-        pieces: ChunkSlices,
-        num_rows: int,
-        num_layers: int,
-        empty: Empty = np.empty,
-    ) -> dict[str, np.ndarray]:
-        """Codes of the lowest stored layers, ``[num_rows, num_layers, size]`` each."""
-        codes = {}
-        for name, array in self.arrays.items():
-            size = array.row_shape[1]
-            codes[name] = empty((num_rows, num_layers, size), array.dtype)
-            array.read_pieces(pieces, codes[name], slice(num_layers))
-        return codes
+    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Number of rows of each caption, int64 ``[captions]``; errors as for :meth:`read`."""
+        starts, stops = _select(self._rows, ids)
+        return np.asarray(stops - starts)
 
-    def _runs(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of captions, from and to, and where they go when they are packed."""
-        ids = np.asarray(ids, np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise StoreError(
-                f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to "
-                f"{len(self) - 1}"
-            )
-        starts, stops = self._row_starts[ids], self._row_stops[ids]
-        return starts, stops, np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """First row of every caption, and the row after its last."""
+        return self.captions["row_start"].to_numpy(), self.captions["row_stop"].to_numpy()
 
-    def _positions(self, layers: Sequence[int] | None) -> list[int]:
-        if layers is None:
-            return list(range(len(self.layers)))
+    def layer_positions(self, layers: Sequence[int] | None = None) -> list[int]:
+        """Positions of layers, default all, along the layer axis of the arrays.
+
+        Raises:
+            InputError: no layer, or one that is not stored.
+        """
+        layers = self.layers if layers is None else layers
         if not len(layers):
             raise StoreError("no layer asked for")
-        return [self._layer_position(layer) for layer in layers]
-
-    def _layer_position(self, layer: int) -> int:
-        if layer not in self.layers:
-            raise StoreError(f"layer {layer} is not stored; {self.path} has {self.layers}")
-        return self.layers.index(layer)
-
-    @cached_property
-    def _row_starts(self) -> np.ndarray:
-        return self.captions["row_start"].to_numpy()
-
-    @cached_property
-    def _row_stops(self) -> np.ndarray:
-        return self.captions["row_stop"].to_numpy()
+        for layer in layers:
+            if layer not in self.layers:
+                raise StoreError(f"layer {layer} is not stored; {self.path} has {self.layers}")
+        return [self.layers.index(layer) for layer in layers]
 
     def search(self, text: str) -> pa.Table:
-        """Captions that hold every word of ``text``, in whatever case and order.
+        """Captions that contain every word of ``text``, in any order and case.
 
         Returns:
             The rows of :attr:`captions`; their ``caption_id`` are ids for :meth:`read`.
@@ -449,134 +339,86 @@ class FeatureStore(Store[FeatureManifest]):
             found = found.filter(pc.match_substring(found["text"], word, ignore_case=True))
         return found
 
-    def to_dask(self, layers: Sequence[int] | None = None) -> Any:
-        """All rows as a lazy dask array, float32 ``[rows, layers, H]``.
-
-        Rows are those of the captions in store order, without what lies between them; a block is
-        the captions of ``DASK_BYTES``, and is read and decoded when it is computed.
-
-        Args:
-            layers: LLM layers, default all that are stored.
-        """
-        import dask.array
-
-        shape = (len(self._positions(layers)), self.manifest.identity.model.width)
-        stops = np.cumsum(self._row_stops - self._row_starts)
-        rows = max(1, DASK_BYTES // (4 * shape[0] * shape[1]))
-        cuts = np.unique(np.searchsorted(stops, np.arange(0, stops[-1] + rows, rows), "right"))
-        cuts = np.unique(np.concatenate([[0], cuts, [len(self)]]))
-        counts = np.diff(np.concatenate([[0], stops])[cuts])
-
-        def read(block: np.ndarray, store: FeatureStore) -> np.ndarray:
-            return store.read(np.arange(*block[0, 0, 0]), layers).numpy()
-
-        ranges = np.stack([cuts[:-1], cuts[1:]], 1)[:, None, None]  # [blocks, 1, 1, 2]
-        blocks = dask.array.from_array(ranges, chunks=(1, 1, 1, 2))
-        return dask.array.map_blocks(
-            read,
-            blocks,
-            self,
-            dtype=np.float32,
-            chunks=(tuple(map(int, counts)), *((size,) for size in shape)),
-            drop_axis=3,
-            meta=np.empty((0, 0, 0), np.float32),
-        )
-
-    def to_xarray(self, layers: Sequence[int] | None = None) -> Any:
-        """All rows as a lazy xarray Dataset: ``hidden`` of :meth:`to_dask` with named dimensions.
-
-        Coordinates: ``layer`` (of the LLM), and of each ``row`` its ``caption`` (id), ``token``
-        (id) and ``position`` in the caption.
-
-        Args:
-            layers: LLM layers, default all that are stored.
-
-        Raises:
-            ImportError: xarray is not installed.
-        """
-        import xarray
-
-        counts = self._row_stops - self._row_starts
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        identity = self.manifest.identity
-        return xarray.Dataset(
-            {"hidden": (("row", "layer", "channel"), self.to_dask(layers))},
-            coords={
-                "layer": list(self.layers if layers is None else layers),
-                "caption": ("row", np.repeat(np.arange(len(self)), counts)),
-                "token": ("row", self.captions["token_ids"].combine_chunks().flatten().to_numpy()),
-                "position": ("row", np.arange(len(starts)) - starts),
-            },
-            attrs={
-                "model": _last_part(self.manifest.provenance.model),
-                "template": identity.template.text,
-                "codec": self.manifest.codec.name,
-            },
-        )
+    to_dask = lazy.to_dask
+    to_xarray = lazy.to_xarray
 
     def padded_bytes(self) -> int:
         """Bytes of the same features in bf16, every caption padded to the longest."""
-        longest = int((self._row_stops - self._row_starts).max())
+        longest = int(self.num_rows(range(len(self))).max())
         return len(self) * longest * self.bytes_per_row()
 
     def bytes_per_row(self) -> int:
-        """Uncompressed bf16 bytes of one token, all stored layers."""
+        """Bytes of one token in bf16, uncompressed, all stored layers."""
         return 2 * len(self.layers) * self.manifest.identity.model.width
 
-    def facts(self) -> Summary:
-        identity, layout, codec = (
-            self.manifest.identity,
-            self.manifest.layout,
-            self.manifest.codec,
-        )
-        num_bytes = self.num_bytes()
-        cut = int(np.count_nonzero(self.captions["num_cut_tokens"].to_numpy()))
-        model = _last_part(self.manifest.provenance.model)
-        mixes = {}
-        if self.mixes is not None:
-            mixes["mixes"] = (
-                f"{self.mixes.num_mixes} of these layers, for the blocks of a run with strategy "
-                f"{self.mixes.strategy} (step {self.mixes.step:,}, {self.mixes.source}); error of "
-                f"what blocks read {self.mixes.error:.1e}"
+    def summary(self) -> Summary:
+        return summarise_features(self)
+
+
+def _create_arrays(
+    path: Path, manifest: FeatureManifest, parameters: Mapping[str, np.ndarray]
+) -> None:
+    """Write the metadata of the codec's arrays, its parameters, and the numbers of the layers."""
+    layers, width = manifest.identity.layers, manifest.identity.model.width
+    codec = open_codec(manifest.codec, len(layers), width, parameters)
+    with new_group(path) as group:
+        for spec in codec.arrays:
+            values = "channel" if spec.size == width else f"{spec.name}_value"
+            create_array(
+                group,
+                spec.name,
+                manifest.layout,
+                (len(layers), spec.size),
+                spec.dtype,
+                ("row", "layer", values),
+                {"semroute": {"codec": codec.name, "meaning": spec.meaning}},
+                spec.order,
             )
-        items = {
-            "model": f"{model} ({identity.model.architecture}, {identity.model.num_layers} layers "
-            f"of {identity.model.width}, {identity.dtype})",
-            "template": f"{identity.template.text!r}, prefix "
-            f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
-            f"{len(identity.template.prefix_tokens)})",
-            "layers": _ranges(identity.llm_layers)
-            + (", the last after the final norm" if identity.final_norm == "normed" else ""),
-            **mixes,
-            "captions": f"{len(self):,} unique (the null caption included) of "
-            f"{identity.samples.num_samples:,} samples",
-            "tokens": f"{layout.num_rows:,}; {cut:,} captions cut at {identity.max_length} tokens",
-            "codec": codec.name
-            if codec.quality is None
-            else f"{codec.name}, quality {codec.quality:g}",
-            "bytes": format_bytes(num_bytes),
-            "state": self._state(),
-        }
-        if self.is_complete:
-            items["bytes"] += f", {self.padded_bytes() / num_bytes:.2f}x less than padded bf16"
-        return Summary(f"FeatureStore {self.path}", items)
+        write_parameters(group, codec.parameters)
+        array = group.create_array(
+            "layer", shape=(len(layers),), dtype="int32", dimension_names=["layer"]
+        )
+        array[:] = np.array(layers, np.int32)
 
 
-def _last_part(model: str) -> str:
-    """A hub id as it is; of a path the file or folder, as the manifest has the rest."""
-    return Path(model).name if Path(model).is_absolute() else model
+def _select(
+    rows: tuple[np.ndarray, np.ndarray], ids: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First row and stop of some captions, from those of all."""
+    ids, num = np.asarray(ids, np.int64), len(rows[0])
+    if len(ids) and not (ids.min() >= 0 and ids.max() < num):
+        raise StoreError(
+            f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to {num - 1}"
+        )
+    return rows[0][ids], rows[1][ids]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """``[1, 2, 3, 7]`` -> ``"1-3, 7"``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    """Where captions of so many rows begin when packed, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-NULL_CAPTION = 0
-"""Entry of every feature store that holds the null caption."""
+def _part_of(out: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The first rows of a buffer, ``[rows, layers, H]``."""
+    if out.dtype != np.uint16 or out.shape[1:] != shape[1:]:
+        raise ValueError(
+            f"out is {out.dtype} {out.shape}; expected uint16 [rows, {shape[1]}, {shape[2]}]"
+        )
+    if len(out) < shape[0]:
+        raise ValueError(f"out has {len(out)} rows; {shape[0]} are needed")
+    return out[: shape[0]]
+
+
+def _check_padded(out: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """A buffer, if it is ``[captions, rows, layers, H]`` with enough rows."""
+    _, longest, num_layers, width = shape
+    if out.dtype != np.uint16 or out.ndim != 4 or out.shape[2:] != (num_layers, width):
+        raise ValueError(
+            f"out is {out.dtype} {out.shape}; expected uint16 [captions, rows, {num_layers}, "
+            f"{width}]"
+        )
+    if not out.flags.c_contiguous or out.shape[1] < longest:
+        raise ValueError(
+            f"out has {out.shape[1]} rows per caption; {longest} are needed, without gaps"
+        )
+    return out

@@ -1,11 +1,11 @@
-"""Latent stores: create, write one shard, read, finish. On disk as a feature store is, but for::
+"""Latent stores: created, written shard by shard, read, finished. Unlike feature stores, with::
 
-    samples.parquet    a row an input row
-    latents.zarr/      a Zarr v3 group: mean, and deviation where the VAE has a posterior; with
-                       buckets an array of each for every shape: mean-32x48
+    samples.parquet    one row per input row
+    latents.zarr/      a Zarr v3 group: mean, and deviation if the VAE has a posterior; with
+                       buckets, one array of each per shape: mean-32x48
 
-All arrays have the same shards and rows: where there are buckets, a shard is in those of one bucket
-and takes nothing in others. Shapes: C channels, h x w latent.
+All arrays have the same shards and rows. With buckets, a shard has a file only in the arrays of one
+bucket. Shapes: C channels, h x w latent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,33 +23,32 @@ from ...schemas import (
     Summary,
     write_whole,
 )
-from ...schemas.units import format_bytes
-from .array import ShardedArray, allocate, new_group
+from .array import ShardedArray, create_array, new_group
 from .base import Store
-from .documents import StoreError, render_table, write_manifest
+from .documents import QUARANTINE, StoreError, prepare_folder, render_table, write_manifest
+from .summary import summarise_latents
 
-_SHOWN = 5  # broken images named in a message
+_SHOWN = 5  # unreadable images named in a message
 
 
 class LatentStore(Store[LatentManifest]):
-    """Encoded images, of each sample one."""
+    """Encoded images, one per sample: ``len``, :meth:`read`, :attr:`ids`."""
 
     kind = "latent"
     manifest_type = LatentManifest
     group = "latents.zarr"
     drop_broken = False
-    """Finish without the samples whose images could not be read; set it before the store is
-    filled."""
+    """Finish without the samples whose images could not be read; set it before writing shards."""
 
     @classmethod
     def create(cls, path: Path, manifest: LatentManifest, samples: pa.Table) -> "LatentStore":
-        """Write tables, array metadata and, last, the manifest; no shard."""
-        cls.prepare(path, ("samples.parquet",))
+        """Write the table, the arrays' metadata and, last, the manifest; no shard."""
+        prepare_folder(path, cls.kind, cls.group, ("samples.parquet",))
         write_whole(path / "samples.parquet", render_table(samples.cast(LATENT_SAMPLES_SCHEMA)))
         identity = manifest.identity
         with new_group(path / cls.group) as group:
             for name, shape in array_shapes(manifest).items():
-                allocate(
+                create_array(
                     group,
                     name,
                     manifest.layout,
@@ -63,8 +62,7 @@ class LatentStore(Store[LatentManifest]):
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
-        """The stored codes: ``mean``, and ``deviation`` where there is one; of each bucket that has
-        samples."""
+        """The stored codes, ``mean`` and perhaps ``deviation``, of each bucket that has samples."""
         used = np.unique(self.buckets).tolist() if self.manifest.identity.buckets else [0]
         names = [name for bucket in used for name in self.names(bucket)]
         for name in names:
@@ -73,12 +71,12 @@ class LatentStore(Store[LatentManifest]):
         return {name: ShardedArray(root / name, layout) for name in names}
 
     def names(self, bucket: int = 0) -> list[str]:
-        """Names of a bucket's arrays: of the mean, then of the deviation where there is one."""
+        """Names of a bucket's arrays: mean, then deviation if there is one."""
         return _names(self.manifest.identity, bucket)
 
     @cached_property
     def buckets(self) -> np.ndarray:
-        """Bucket of each sample, int32 ``[samples]``; 0 where all latents have one shape."""
+        """Bucket of each sample, int32 ``[samples]``; 0 if all latents have one shape."""
         return self.samples["bucket"].to_numpy()
 
     def shape(self, bucket: int = 0) -> tuple[int, int, int]:
@@ -88,9 +86,9 @@ class LatentStore(Store[LatentManifest]):
 
     @cached_property
     def samples(self) -> pa.Table:
-        """A row a sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
+        """One row per sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
         table = self.read_table("samples.parquet")
-        if "row" not in table.column_names:  # of an early version, where it is the sample_id
+        if "row" not in table.column_names:  # an early version, in which it is the sample_id
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
         if "bucket" not in table.column_names:
             none = pa.array(np.zeros(len(table), np.int32))
@@ -104,16 +102,17 @@ class LatentStore(Store[LatentManifest]):
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """Samples that have a latent, ascending: int64, all but those that were dropped."""
-        everything = np.arange(len(self), dtype=np.int64)
-        return np.setdiff1d(everything, self.manifest.identity.dropped, assume_unique=True)
+        """Samples that have a latent, all but the dropped ones: int64, ascending."""
+        samples = np.arange(len(self), dtype=np.int64)
+        return np.setdiff1d(samples, self.manifest.identity.dropped, assume_unique=True)
 
     @property
     def has_deviation(self) -> bool:
+        """Whether the deviation of the VAE's posterior is stored beside its mean."""
         return self.manifest.identity.deviation
 
     def broken(self) -> dict[int, str]:
-        """Samples of the shards written so far whose images could not be read, and why."""
+        """Samples of the written shards whose images could not be read, with the reason."""
         return {
             sample: reason
             for _, receipt in sorted(self.receipts().items())
@@ -121,7 +120,7 @@ class LatentStore(Store[LatentManifest]):
         }
 
     def quarantine_images(self, shard: int, broken: Mapping[int, str]) -> None:
-        """List images that could not be read, of a shard that is written."""
+        """List the unreadable images of a written shard."""
         lines = [f"sample {sample}: {reason}" for sample, reason in broken.items()]
         self.write_quarantine(
             Quarantine(
@@ -133,19 +132,20 @@ class LatentStore(Store[LatentManifest]):
         )
 
     def remaining(self) -> list[int]:
-        """Shards that are not written in full, or that lack images; these are tried again, unless
-        they are to be dropped."""
+        """Shards that are not fully written, or that lack images; the latter are tried again,
+        unless :attr:`drop_broken` is set."""
         remaining = super().remaining()
         if self.is_complete or self.drop_broken:
             return remaining
-        lacking = {shard for shard, receipt in self.receipts().items() if receipt.broken}
-        return sorted({*remaining, *lacking})
+        incomplete = {shard for shard, receipt in self.receipts().items() if receipt.broken}
+        return sorted({*remaining, *incomplete})
 
     def finish(self) -> None:
         """Mark the store complete.
 
         Raises:
-            StoreError: shards remain, or images could not be read and are not to be dropped.
+            StoreError: shards remain; or images could not be read, and :attr:`drop_broken` is not
+                set.
         """
         broken = self.broken()
         if broken and not self.drop_broken:
@@ -153,8 +153,8 @@ class LatentStore(Store[LatentManifest]):
             more = f"\n  and {len(broken) - _SHOWN:,} more" if len(broken) > _SHOWN else ""
             raise StoreError(
                 f"{len(broken):,} of {len(self):,} images cannot be read; they are listed in "
-                f"{self.path / 'quarantine'}:\n  {shown}{more}\nAll others are written. Mend these "
-                "and run the same command again, or leave their samples out of training with "
+                f"{self.path / QUARANTINE}:\n  {shown}{more}\nAll others are written. Repair these "
+                "and rerun the same command, or leave their samples out of training with "
                 "--drop-broken."
             )
         if broken:
@@ -166,16 +166,16 @@ class LatentStore(Store[LatentManifest]):
         return self.manifest.identity.samples.num_samples
 
     def read(self, ids: Sequence[int] | np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """Latents of samples, as the model sees them: float32 ``[n, C, h, w]``.
+        """Latents of samples as the model sees them: float32 ``[n, C, h, w]``.
 
         Args:
             ids: samples, all of one bucket.
-            noise: standard normal, float32 ``[n, C, h, w]``: what is read are draws from the
-                posterior, mean + deviation * noise, where a deviation is stored. None: the means.
+            noise: standard normal, float32 ``[n, C, h, w]``, to sample from the posterior: mean +
+                deviation * noise, if a deviation is stored. None: the means.
 
         Raises:
-            InputError: no such sample, or it has no latent, or its shard is not written; or samples
-                of several buckets.
+            InputError: no such sample, one without a latent, or one whose shard is not written; or
+                samples of several buckets.
         """
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
@@ -186,7 +186,7 @@ class LatentStore(Store[LatentManifest]):
         if len(dropped):
             raise StoreError(
                 f"sample {dropped[0]} has no latent in {self.path}: its image could not be read. "
-                "LatentStore.ids are those that have one."
+                "LatentStore.ids lists the samples that have one."
             )
         identity = self.manifest.identity
         scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
@@ -194,7 +194,7 @@ class LatentStore(Store[LatentManifest]):
         if len(buckets) > 1:
             raise StoreError(
                 f"latents of {len(buckets)} shapes asked for at once; read those of one bucket at "
-                "a time. LatentStore.buckets says in which bucket each sample is."
+                "a time. LatentStore.buckets has the bucket of each sample."
             )
         names, shape = self.names(buckets[0]), self.shape(buckets[0])
         codes = self._codes(names[0], ids, shape)
@@ -208,55 +208,30 @@ class LatentStore(Store[LatentManifest]):
         self.arrays[name].read(rows, rows + 1, codes)
         return codes.astype(np.float32)
 
-    def facts(self) -> Summary:
-        identity = self.manifest.identity
-        num_dropped = len(identity.dropped)
-        dropped = f", {num_dropped:,} of them dropped: their images could not be read"
-        scale, shift = (_shown(value) for value in (identity.scale, identity.shift))
-        vae: str = identity.vae
-        if vae != "pixels":
-            vae += f" ({self.manifest.provenance.model})"
-        return Summary(
-            f"LatentStore {self.path}",
-            {
-                "vae": vae,
-                "samples": f"{len(self):,}" + (dropped if num_dropped else ""),
-                "shape": self._shapes(),
-                "codes": f"{identity.dtype}{', mean and deviation' * identity.deviation}; "
-                f"latent = code * {scale} + {shift}",
-                "bytes": format_bytes(self.num_bytes()),
-                "state": self._state(),
-            },
-        )
+    def summary(self) -> Summary:
+        return summarise_latents(self)
 
     def bucket_counts(self) -> dict[str, int]:
-        """Height x width in pixels of each bucket that has samples -> how many, most first."""
-        found = np.bincount(self.buckets, minlength=len(self.manifest.identity.buckets))
-        named = zip(self.manifest.identity.buckets, found.tolist(), strict=False)
-        counts = {f"{bucket.height}x{bucket.width}": num for bucket, num in named if num}
+        """Height x width in pixels of each bucket that has samples -> their number, descending."""
+        buckets = self.manifest.identity.buckets
+        numbers = np.bincount(self.buckets, minlength=len(buckets)).tolist()
+        pairs = zip(buckets, numbers, strict=False)
+        counts = {f"{bucket.height}x{bucket.width}": num for bucket, num in pairs if num}
         return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
-    def _shapes(self) -> str:
-        identity = self.manifest.identity
-        if not identity.buckets:
-            return " x ".join(map(str, identity.shape))
-        counts = [*self.bucket_counts().items()]
-        shown = ", ".join(f"{name}: {num:,}" for name, num in counts[:_SHOWN])
-        more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
-        return f"{len(counts)} of {len(identity.buckets)} buckets have samples: {shown}{more}"
-
-    def _state(self) -> str:
+    def state(self) -> str:
+        """As of any store; with the number of unreadable images."""
         if self.is_complete:
             return "complete"
         broken = self.broken()
-        lacking = f", {len(broken):,} images cannot be read" if broken else ""
+        unreadable = f", {len(broken):,} images cannot be read" if broken else ""
         layout, remaining = self.manifest.layout, super().remaining()
         written = layout.num_shards - len(remaining)
-        return f"extracting: {written} of {layout.num_shards} shards written{lacking}"
+        return f"extracting: {written} of {layout.num_shards} shards written{unreadable}"
 
 
 def array_shapes(manifest: LatentManifest) -> dict[str, tuple[int, int, int]]:
-    """All arrays of a latent store, by name, with the shape of a latent in them."""
+    """Name of each array of a latent store -> shape of a latent in it."""
     identity = manifest.identity
     shapes = [bucket.shape for bucket in identity.buckets] or [identity.shape]
     return {name: each for i, each in enumerate(shapes) for name in _names(identity, i)}
@@ -271,9 +246,5 @@ def _names(identity: LatentIdentity, bucket: int) -> list[str]:
 
 
 def _per_channel(value: float | Sequence[float]) -> np.ndarray:
-    """To be multiplied with ``[n, C, h, w]``: float32 ``[C or 1, 1, 1]``."""
+    """Factor or summand for ``[n, C, h, w]``: float32 ``[C or 1, 1, 1]``."""
     return np.asarray(value, np.float32).reshape(-1, 1, 1)
-
-
-def _shown(value: float | Sequence[float]) -> str:
-    return "by channel" if isinstance(value, Sequence) else f"{value:.6g}"

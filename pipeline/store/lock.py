@@ -58,7 +58,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
 
     Raises:
         LockedError: another driver is at work.
-        PlaceError: the store is behind a URL that cannot be written to.
+        StorageError: the store is behind a URL that cannot be written to.
     """
     path, local = store / LOCK_FILE, is_local(store)
     is_new = local and not store.exists()

@@ -1,4 +1,4 @@
-"""One shard file: its index, its chunks, and the runs of rows read from them."""
+"""A shard's file: its index, its chunks, and the slices of chunks that are read from it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from ..codecs.chunks import ChunkCodec
 from ..codecs.kernels import copy_runs
 
 CRC_BYTES = 4
-ABSENT = np.uint64(2**64 - 1)  # offset and size of a chunk that the shard does not hold
+ABSENT = np.uint64(2**64 - 1)  # offset and size of a chunk that is not stored
 
 
 class CorruptShardError(InputError):
@@ -24,10 +24,10 @@ class CorruptShardError(InputError):
 
 
 def read_bytes(path: Path) -> np.ndarray:
-    """A shard's file: uint8, mapped where it is on a file system of this machine.
+    """Bytes of a shard's file, uint8; mapped if it is on a file system of this machine.
 
     Raises:
-        InputError: it is not there, or empty.
+        InputError: no such file, or an empty one.
     """
     try:
         if is_local(path):
@@ -35,7 +35,7 @@ def read_bytes(path: Path) -> np.ndarray:
         content = np.frombuffer(read_file(path), np.uint8)
     except FileNotFoundError as error:
         raise InputError(
-            f"{path} is not written yet; run the command that makes this store again"
+            f"{path} is not written yet; rerun the command that makes this store"
         ) from error
     except ValueError as error:  # numpy refuses to map an empty file
         raise CorruptShardError(f"{path} is empty") from error
@@ -46,13 +46,13 @@ def read_bytes(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ChunkSlices:
-    """Parts of chunks and where their rows go, ordered by chunk; int64 ``[pieces]`` each.
+    """Slices of chunks and where their rows go, ordered by chunk; int64 ``[slices]`` each.
 
     Attributes:
-        chunk: counted over all shards.
-        first: row in the chunk.
-        num: rows.
-        target: first row of the output.
+        chunk: number of the chunk, over all shards.
+        first: first row, in the chunk.
+        num: number of rows.
+        target: first row, in the output.
     """
 
     chunk: np.ndarray
@@ -61,7 +61,7 @@ class ChunkSlices:
     target: np.ndarray
 
     @classmethod
-    def of(
+    def from_runs(
         cls,
         starts: np.ndarray,
         stops: np.ndarray,
@@ -70,9 +70,19 @@ class ChunkSlices:
     ) -> "ChunkSlices":
         """Cut runs of rows at the boundaries of chunks.
 
+        Rows 2 to 6 (run a) and 9 to 10 (run b) in chunks of 4 rows::
+
+            row      0 1 2 3 | 4 5 6 7 | 8 9 10 11
+            run          a a | a a a   |   b b
+            chunk    0       | 1       | 2
+            first    2       | 0       | 1
+            num      2       | 3       | 2
+            target   0       | 2       | 5
+
         Args:
-            starts, stops: ``[runs]``.
-            targets: where each run goes; default: one after the other, neighbours as one run.
+            starts, stops: first row of each run and the row after its last, ``[runs]``.
+            targets: first row of each run in the output; by default runs are packed, and
+                neighbours become one run.
         """
         if not len(starts):
             return cls(*(np.empty(0, np.int64) for _ in range(4)))
@@ -89,44 +99,44 @@ class ChunkSlices:
         end = np.minimum(stops[run], (chunk + 1) * rows_per_chunk)
         target = targets[run] + begin - starts[run]
         order = np.argsort(chunk, kind="stable")
-        found = (chunk, begin - chunk * rows_per_chunk, end - begin, target)
-        return cls(*(values[order] for values in found))
+        slices = (chunk, begin - chunk * rows_per_chunk, end - begin, target)
+        return cls(*(values[order] for values in slices))
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         arrays = (self.chunk, self.first, self.num, self.target)
         return zip(*(values.tolist() for values in arrays), strict=True)
 
-    def where(self, part: np.ndarray | slice) -> "ChunkSlices":
-        """Some of them."""
+    def select(self, part: np.ndarray | slice) -> "ChunkSlices":
+        """The selected slices."""
         return ChunkSlices(self.chunk[part], self.first[part], self.num[part], self.target[part])
 
     def blocks(self, num_chunks: int) -> Iterator["ChunkSlices"]:
-        """The same in parts of about so many chunks; no chunk is in two."""
+        """Parts of about ``num_chunks`` chunks each; no chunk is in two of them."""
         starts = np.flatnonzero(np.diff(self.chunk, prepend=-1))[::num_chunks].tolist()
         for start, stop in pairwise([*starts, len(self.chunk)]):
-            yield self.where(slice(start, stop))
+            yield self.select(slice(start, stop))
 
     def by_shard(self, num_chunks: int) -> Iterator[tuple[int, "ChunkSlices"]]:
-        """Shard -> its pieces, whose chunks are counted within it."""
+        """Each shard with its slices, whose chunks are numbered within the shard."""
         shard = self.chunk // num_chunks
         starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
         for start, stop in pairwise([*starts, len(shard)]):
-            found = self.where(slice(start, stop))
+            part = self.select(slice(start, stop))
             number = int(shard[start])
-            yield number, replace(found, chunk=found.chunk - number * num_chunks)
+            yield number, replace(part, chunk=part.chunk - number * num_chunks)
 
     def packed(self) -> "ChunkSlices":
-        """The same, with targets one after the other from 0."""
+        """The same slices, with targets one after the other from 0."""
         return ChunkSlices(self.chunk, self.first, self.num, np.cumsum(self.num) - self.num)
 
     def rows(self) -> np.ndarray:
-        """Target of every row, int64 ``[sum(num)]``."""
+        """Target of each row, int64 ``[sum(num)]``."""
         packed = np.cumsum(self.num) - self.num
         return np.arange(int(self.num.sum())) + np.repeat(self.target - packed, self.num)
 
 
 class ShardFile:
-    """The bytes of a shard: chunks by number, each checked when first touched."""
+    """Chunks of a shard by number, each checked when it is first read."""
 
     def __init__(self, path: Path, content: np.ndarray, num_chunks: int, codec: ChunkCodec) -> None:
         self.path, self.bytes, self.codec = path, content, codec
@@ -137,38 +147,38 @@ class ShardFile:
         self.offsets, self.sizes = table[:, 0].copy(), table[:, 1].copy()
         self.checked = np.zeros(num_chunks, bool)
 
-    def copy(self, pieces: ChunkSlices, out: np.ndarray) -> None:
-        """Rows of chunks that are stored as they are, to their targets in a contiguous ``out``."""
-        for number in pieces.chunk[~self.checked[pieces.chunk]].tolist():
+    def copy(self, slices: ChunkSlices, out: np.ndarray) -> None:
+        """Copy rows of uncompressed chunks to their targets in a contiguous ``out``."""
+        for number in slices.chunk[~self.checked[slices.chunk]].tolist():
             self.chunk(number)
-        absent = ~self.checked[pieces.chunk]
+        absent = ~self.checked[slices.chunk]
         if absent.any():
-            for target, num in zip(pieces.target[absent], pieces.num[absent], strict=True):
+            for target, num in zip(slices.target[absent], slices.num[absent], strict=True):
                 out[target : target + num] = 0
-            pieces = pieces.where(~absent)
+            slices = slices.select(~absent)
         row_bytes = self.codec.num_bytes // self.codec.shape[0]
         copy_runs(
             self.bytes,
-            self.offsets[pieces.chunk].astype(np.int64) + pieces.first * row_bytes,
-            pieces.num * row_bytes,
-            pieces.target * row_bytes,
+            self.offsets[slices.chunk].astype(np.int64) + slices.first * row_bytes,
+            slices.num * row_bytes,
+            slices.target * row_bytes,
             out.reshape(-1).view(np.uint8),
         )
 
-    def place(self, number: int) -> tuple[int, int] | None:
-        """First byte of a chunk, and the one after its last; None where it is not stored."""
+    def byte_range(self, number: int) -> tuple[int, int] | None:
+        """First byte of a chunk and the byte after its last; None if it is not stored."""
         if self.offsets[number] == ABSENT:
             return None
         start = int(self.offsets[number])
         return start, start + int(self.sizes[number])
 
     def chunk(self, number: int, coded: np.ndarray | None = None) -> np.ndarray:
-        """Rows of a chunk; zeros where it is not stored, as no caption uses it.
+        """Rows of a chunk; zeros if it is not stored, since no caption uses it.
 
         Args:
-            coded: as it is stored, where the file is not at hand.
+            coded: the chunk as it is stored, if the file was not read whole.
         """
-        if (place := self.place(number)) is None:
+        if (place := self.byte_range(number)) is None:
             return np.zeros(self.codec.shape, self.codec.dtype)
         start, size = place[0], place[1] - place[0]
         if coded is None:
@@ -203,13 +213,13 @@ def chunk_crc(content: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class _Form:
-    """How chunks of a known form are stored: axes in this order under zstd, or as they are."""
+    """Storage of chunks in a known form: under zstd with their axes in this order, or raw."""
 
     order: tuple[int, ...] | None
 
 
 def known_form(array: Any) -> _Form | None:
-    """What this module can read itself, None for anything else."""
+    """The form of an array that this module can read itself; None for any other array."""
     metadata = array.metadata.to_dict()
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     values = little if array.dtype.itemsize > 1 else {"name": "bytes"}

@@ -1,9 +1,9 @@
-"""Whether a store is what was written: every byte of it, shard by shard, and what to do if not."""
+"""Check that every byte of a store is as it was written, and mark bad shards to be rewritten."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,32 +18,45 @@ from ...schemas import (
     Contract,
     InputError,
     Receipt,
+    WrittenFile,
     digest,
     fingerprint,
     parse,
+    refuse_differences,
     render,
 )
 from ...schemas.files import list_files, locate, read_file
 from .array import ShardedArray, open_array
-from .documents import CHECKSUMS, GROWING, MANIFEST, digest_file
+from .documents import (
+    CHECKSUMS,
+    GROWING,
+    MANIFEST,
+    QUARANTINE,
+    RECEIPTS,
+    digest_file,
+    shard_document,
+    shard_of,
+)
 from .features import FeatureStore
 from .latents import LatentStore
 from .open import open_store
 from .shard_file import read_bytes
 
 T = TypeVar("T")
+AnyStore = FeatureStore | LatentStore
 _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
-"""What reading damaged files raises, zarr's and Arrow's own errors included."""
+"""Errors that reading damaged files raises, those of zarr and Arrow included."""
+_FILES_OF_THE_HUB = ("README.md", ".gitattributes", ".cache/huggingface/")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written.
+    """A file or array that is not as it was written.
 
     Attributes:
         where: file, relative to the store.
         what: what was found, and what was expected.
-        shard: that can be written anew to mend it; None: that would not mend it.
+        shard: the shard whose rewriting repairs it; None: rewriting shards does not help.
     """
 
     where: str
@@ -56,14 +69,14 @@ class Problem:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What :func:`verify` found.
+    """Result of :func:`verify`.
 
     Attributes:
         path: of the store.
-        problems: in the order found; none, and every byte is as it was written.
+        problems: in the order found; if there is none, every byte is as it was written.
         unfinished: shards that are not written yet, which is no problem.
         warnings: what could not be checked, and files that are not the store's.
-        num_bytes: that were read.
+        num_bytes: bytes read.
     """
 
     path: Path
@@ -74,12 +87,12 @@ class Verification:
 
     @property
     def bad_shards(self) -> list[int]:
-        """That can be written anew."""
+        """Shards to be rewritten."""
         return sorted({p.shard for p in self.problems if p.shard is not None})
 
     @property
     def beyond_repair(self) -> list[Problem]:
-        """That no shard written anew would mend."""
+        """Problems that rewriting shards cannot repair."""
         return [problem for problem in self.problems if problem.shard is None]
 
     def __repr__(self) -> str:
@@ -92,13 +105,13 @@ class Verification:
         if self.bad_shards:
             shown = ", ".join(map(str, self.bad_shards))
             lines.append(
-                f"Shards to be written anew: {shown}. verify --repair marks them as not written; "
-                "then run the command that made the store."
+                f"Shards to be rewritten: {shown}. verify --repair marks them as not written; then "
+                "rerun the command that made the store."
             )
         if self.beyond_repair:
             lines.append(
-                "What is not in a shard cannot be written anew: put it back from a copy, or make "
-                "the store again."
+                "Files that are not of a shard cannot be rewritten: put them back from a copy, or "
+                "make the store again."
             )
         return "\n".join(lines)
 
@@ -118,7 +131,7 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verification:
-    """Read a whole store, finished or not, and compare it with all that it says of itself.
+    """Read a whole store, finished or not, and compare it with its own manifest and checksums.
 
     Args:
         path: folder or URL of a feature or latent store.
@@ -128,44 +141,47 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
         StoreError: no store there, or it was stopped while it grew.
     """
     path = locate(path)
-    found = _Findings(path)
+    report = _Report(path)
     try:
         store = open_store(path)
     except InputError as error:
         if not (path / MANIFEST).exists() or (path / GROWING / MANIFEST).exists():
             raise
-        found.problem(MANIFEST, str(error))
-        return found.result([])
-    found.check_document(MANIFEST, type(store.manifest))
-    known = found.check_checksums(store)
-    found.attempt("tables", lambda: found.check_tables(store))
-    arrays = found.attempt(store.group, lambda: found.check_arrays(store)) or {}
-    entries = found.attempt("captions.parquet", lambda: _entries(store))
-    known |= found.check_shards(store, arrays, entries, progress)
-    found.check_strangers(known)
-    remaining = found.attempt("receipts", store.remaining) or []
-    return found.result([] if store.is_complete else remaining)
+        report.problem(MANIFEST, str(error))
+        return report.result([])
+    report.read_document(MANIFEST, type(store.manifest))
+    known = _check_checksums(report, store)
+    report.attempt("tables", lambda: _check_tables(report, store))
+    arrays = report.attempt(store.group, lambda: _check_arrays(report, store)) or {}
+    expected = report.attempt("captions.parquet", lambda: _entries_and_rows(store))
+    receipts = _check_receipts(report, store)
+    _check_shards(report, store, arrays, receipts, expected, progress)
+    _check_missing(report, store, receipts)
+    for receipt in receipts.values():
+        known |= {*receipt.files}
+    _check_strangers(report, known)
+    remaining = report.attempt(RECEIPTS, store.remaining) or []
+    return report.result([] if store.is_complete else remaining)
 
 
 def repair(verification: Verification) -> list[int]:
-    """Mark bad shards as not written; the command that made the store then writes just those.
+    """Mark bad shards as not written; the command that made the store then rewrites only those.
 
     Raises:
         InputError: there is damage outside shards; nothing is changed.
     """
-    if verification.beyond_repair:
-        listed = "\n  ".join(map(str, verification.beyond_repair))
-        raise InputError(
-            f"{verification.path} has damage that no shard written anew would mend:\n  {listed}\n"
-            "Put these files back from a copy first, or make the store again. Nothing was changed."
-        )
+    refuse_differences(
+        map(str, verification.beyond_repair),
+        f"{verification.path} has damage that rewriting shards cannot repair",
+        "Put these files back from a copy first, or make the store again. Nothing was changed.",
+    )
     if verification.bad_shards:
         open_store(verification.path).reopen(verification.bad_shards)
     return verification.bad_shards
 
 
-class _Findings:
-    """The checks, each of which adds what it finds."""
+class _Report:
+    """Problems and warnings as they are found."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,22 +194,15 @@ class _Findings:
         self.problems.append(Problem(where, what, shard))
 
     def attempt(self, where: str, check: Callable[[], T]) -> T | None:
-        """Run a check; that damage stops it is a problem like any other."""
+        """Run a check; if damage stops it, that is a problem like any other."""
         try:
             return check()
         except _DAMAGE as error:
             self.problem(where, f"cannot be read: {type(error).__name__}: {error}")
             return None
 
-    def result(self, unfinished: list[int]) -> Verification:
-        return Verification(
-            self.path, self.problems, unfinished, sorted(self.warnings), self.num_bytes
-        )
-
-    def check_document(
-        self, name: str, kind: type[Contract], shard: int | None = None
-    ) -> Any | None:
-        """A JSON file that must be there to the letter: what it holds, or None."""
+    def read_document(self, name: str, kind: type[Contract], shard: int | None = None) -> Any:
+        """A JSON file that must be exactly as semroute writes it; None where it is not."""
         try:
             raw = read_file(self.path / name)
             self.num_bytes += len(raw)
@@ -201,178 +210,200 @@ class _Findings:
         except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
             self.problem(name, f"cannot be read: {error}", shard)
             return None
-        except InputError as error:
-            self.problem(name, str(error), shard)
-            return None
         # Keys that an early version did not have are not missing.
         if raw != render(contract, early=True).encode():
             self.problem(name, "is not written as semroute writes it; a byte was changed", shard)
             return None
         return contract
 
-    def check_checksums(self, store: FeatureStore | LatentStore) -> set[str]:
-        """Everything but shards and receipts; returns the files that belong to the store."""
-        if not (self.path / CHECKSUMS).exists():
-            self.warnings.append(
-                f"{CHECKSUMS} is not there (a store of an early version): tables, manifest and "
-                "metadata could be compared with each other only"
+    def result(self, unfinished: list[int]) -> Verification:
+        return Verification(
+            self.path, self.problems, unfinished, sorted(self.warnings), self.num_bytes
+        )
+
+
+def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
+    """Check all files but shards and receipts; returns the files that belong to the store."""
+    if not (report.path / CHECKSUMS).exists():
+        report.warnings.append(
+            f"{CHECKSUMS} is not there (a store of an early version): tables, manifest and "
+            "metadata could be compared with each other only"
+        )
+        return set()
+    checksums: Checksums | None = report.read_document(CHECKSUMS, Checksums)
+    if checksums is None:
+        return set()
+    if digest(store.manifest.unfinished(), early=True) != checksums.manifest:
+        report.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
+    for name, expected in checksums.files.items():
+        if name not in report.files:
+            report.problem(name, "is missing")
+            continue
+        report.num_bytes += report.files[name].num_bytes
+        if digest_file(report.path / name) != expected:
+            report.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
+    return {*checksums.files}
+
+
+def _check_tables(report: _Report, store: AnyStore) -> None:
+    """Compare tables with the manifest."""
+    num_samples, expected = store.samples.num_rows, store.manifest.identity.samples.num_samples
+    if num_samples != expected:
+        report.problem("samples.parquet", f"has {num_samples} rows; the manifest says {expected}")
+    if isinstance(store, FeatureStore):
+        for what in _caption_problems(store):
+            report.problem("captions.parquet", what)
+
+
+def _check_arrays(report: _Report, store: AnyStore) -> dict[str, ShardedArray]:
+    """Compare metadata and parameters with the manifest; returns the arrays that can be read."""
+    arrays = store.arrays
+    if isinstance(store, FeatureStore):
+        layers = np.asarray(open_array(report.path / store.group / "layer")[:])
+        if layers.tolist() != store.layers:
+            report.problem(
+                f"{store.group}/layer",
+                f"holds {layers.tolist()}; the manifest says {store.layers}",
             )
-            return set()
-        checksums: Checksums | None = self.check_document(CHECKSUMS, Checksums)
-        if checksums is None:
-            return set()
-        if digest(store.manifest.unfinished(), early=True) != checksums.manifest:
-            self.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
-        for name, expected in checksums.files.items():
-            if name not in self.files:
-                self.problem(name, "is missing")
-                continue
-            self.num_bytes += self.files[name].num_bytes
-            if digest_file(self.path / name) != expected:
-                self.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
-        return set(checksums.files)
+    for name, array in arrays.items():
+        if not array.is_known:
+            report.problem(f"{store.group}/{name}/zarr.json", "is not of the documented form")
+    return {name: array for name, array in arrays.items() if array.is_known}
 
-    def check_tables(self, store: FeatureStore | LatentStore) -> None:
-        """Tables against the manifest."""
-        num_samples, expected = store.samples.num_rows, store.manifest.identity.samples.num_samples
-        if num_samples != expected:
-            self.problem("samples.parquet", f"has {num_samples} rows; the manifest says {expected}")
-        if isinstance(store, FeatureStore):
-            for what in _caption_problems(store):
-                self.problem("captions.parquet", what)
 
-    def check_arrays(self, store: FeatureStore | LatentStore) -> dict[str, ShardedArray]:
-        """Metadata and parameters against the manifest; returns the arrays that can be read."""
-        found = store.arrays
-        if isinstance(store, FeatureStore):
-            layers = np.asarray(open_array(self.path / store.group / "layer")[:])
-            if layers.tolist() != store.layers:
-                self.problem(
-                    f"{store.group}/layer",
-                    f"holds {layers.tolist()}; the manifest says {store.layers}",
+def _check_receipts(report: _Report, store: AnyStore) -> dict[int, Receipt]:
+    """Receipts that are as they were written, by shard."""
+    receipts: dict[int, Receipt] = {}
+    num_unsealed = 0
+    for name in report.files:
+        if not name.startswith(f"{RECEIPTS}/"):
+            continue
+        shard = shard_of(name)
+        if (
+            shard is None
+            or name != shard_document(RECEIPTS, shard)
+            or shard >= store.manifest.layout.num_shards
+        ):
+            report.warnings.append(f"{name} is no receipt of this store")
+            continue
+        receipt: Receipt | None = report.read_document(name, Receipt, shard)
+        if receipt is None:
+            continue
+        unsealed = receipt.model_copy(update={"sha256": ""})
+        if not receipt.sha256:
+            num_unsealed += 1
+        elif digest(unsealed, early=True) != receipt.sha256:
+            report.problem(name, "its sha256 is not that of its contents", shard)
+            continue
+        if receipt.shard != shard:
+            report.problem(name, f"is about shard {receipt.shard}", shard)
+            continue
+        receipts[shard] = receipt
+    if num_unsealed:
+        report.warnings.append(
+            f"{num_unsealed} receipts have no sha256 of their own (an early version's)"
+        )
+    return receipts
+
+
+def _check_shards(
+    report: _Report,
+    store: AnyStore,
+    arrays: Mapping[str, ShardedArray],
+    receipts: Mapping[int, Receipt],
+    expected: Callable[[int], tuple[int, int]] | None,
+    progress: bool,
+) -> None:
+    """Read all shard files and compare them with their receipts, and receipts with the tables."""
+    total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+        for shard, receipt in sorted(receipts.items()):
+            own = _arrays_of(store, arrays, shard)
+            counted = (receipt.num_entries, receipt.num_rows)
+            if expected is not None and counted != expected(shard):
+                report.problem(
+                    shard_document(RECEIPTS, shard),
+                    f"entries and rows are {counted}; the tables say {expected(shard)}",
+                    shard,
                 )
-        for name, array in found.items():
-            if not array.is_known:
-                self.problem(f"{store.group}/{name}/zarr.json", "is not of the documented form")
-        return {name: array for name, array in found.items() if array.is_known}
+            folders = {name.partition("c/")[0] for name in receipt.files}
+            if own and folders != {f"{store.group}/{name}/" for name in own}:
+                report.problem(
+                    shard_document(RECEIPTS, shard), "does not list a file of every array", shard
+                )
+            contents = {}
+            for name, written in receipt.files.items():
+                contents[name.partition("/c/")[0]] = _read_shard_file(report, name, written, shard)
+                bar.update(written.num_bytes)
+            for name, array in own.items():
+                path = f"{store.group}/{name}"
+                _check_chunks(report, path, array, shard, contents.get(path))
 
-    def check_shards(
-        self,
-        store: FeatureStore | LatentStore,
-        arrays: dict[str, ShardedArray],
-        entries: Callable[[int], tuple[int, int]] | None,
-        progress: bool,
-    ) -> set[str]:
-        """Receipts, and the shards that they prove; returns the files that belong to the store."""
-        names = [name for name in self.files if name.startswith("receipts/")]
-        known = {*names, *(name for name in self.files if name.startswith("quarantine/"))}
-        receipts: dict[int, Receipt] = {}
-        unsealed_receipts = 0
-        for name in names:
-            shard = _shard_of(name, store.manifest.layout.num_shards)
-            if shard is None:
-                self.warnings.append(f"{name} is no receipt of this store")
-                continue
-            receipt: Receipt | None = self.check_document(name, Receipt, shard)
-            if receipt is None:
-                continue
-            unsealed = receipt.model_copy(update={"sha256": ""})
-            if not receipt.sha256:
-                unsealed_receipts += 1
-            elif digest(unsealed, early=True) != receipt.sha256:
-                self.problem(name, "its sha256 is not that of its contents", shard)
-                continue
-            if receipt.shard != shard:
-                self.problem(name, f"is about shard {receipt.shard}", shard)
-                continue
-            receipts[shard] = receipt
-        if unsealed_receipts:
-            self.warnings.append(
-                f"{unsealed_receipts} receipts have no sha256 of their own (an early version's)"
+
+def _read_shard_file(
+    report: _Report, name: str, written: WrittenFile, shard: int
+) -> np.ndarray | None:
+    """Bytes of a shard file, of which size and sha256 are checked; None if it cannot be read."""
+    size = report.files[name].num_bytes if name in report.files else 0
+    if name in report.files and size != written.num_bytes:
+        report.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
+        return None
+    try:
+        content = read_bytes(report.path / name)
+    except (InputError, OSError) as error:
+        is_missing = isinstance(error.__cause__, FileNotFoundError)
+        why = "No such file or directory" if is_missing else error
+        report.problem(name, f"cannot be read: {why}", shard)
+        return None
+    report.num_bytes += size
+    if hashlib.sha256(content.data).hexdigest() != written.sha256:
+        report.problem(name, "its sha256 is not the one in the receipt", shard)
+    return content
+
+
+def _check_chunks(
+    report: _Report, name: str, array: ShardedArray, shard: int, content: np.ndarray | None
+) -> None:
+    """Check index and chunks by their own checksums, which tell where in the shard damage is."""
+    try:
+        array.check_shard(shard, content)
+    except _DAMAGE as error:
+        report.problem(name, str(error).removeprefix(f"{report.path}/"), shard)
+
+
+def _check_missing(report: _Report, store: AnyStore, receipts: Mapping[int, Receipt]) -> None:
+    """Look for shards of a complete store without a receipt, and check the dropped samples."""
+    if not store.is_complete:
+        return
+    missing = {*range(store.manifest.layout.num_shards)} - {*receipts}
+    if isinstance(store, LatentStore) and not missing:
+        broken = sorted(sample for receipt in receipts.values() for sample in receipt.broken)
+        dropped = store.manifest.identity.dropped
+        if broken != dropped:
+            report.problem(
+                MANIFEST,
+                f"drops {len(dropped)} samples; receipts say that {len(broken)} have no latent",
             )
-        total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
-        ) as bar:
-            for shard, receipt in sorted(receipts.items()):
-                known |= set(receipt.files)
-                counted = (receipt.num_entries, receipt.num_rows)
-                expected = counted if entries is None else entries(shard)
-                if counted != expected:
-                    self.problem(f"receipts/shard-{shard:06d}.json", f"entries and rows are "
-                                 f"{counted}; the tables say {expected}", shard)  # fmt: skip
-                own = _arrays_of(store, arrays, shard)
-                prefix = {f"{store.group}/{name}/" for name in own}
-                if own and {name.partition("c/")[0] for name in receipt.files} != prefix:
-                    self.problem(f"receipts/shard-{shard:06d}.json", "does not list a file of "
-                                 "every array", shard)  # fmt: skip
-                contents = {}
-                for name in receipt.files:
-                    contents[name.partition("/c/")[0]] = self._check_file(name, receipt, shard)
-                    bar.update(receipt.files[name].num_bytes)
-                for name, array in own.items():
-                    where = f"{store.group}/{name}"
-                    self._check_chunks(where, array, shard, contents.get(where))
-        missing = set(range(store.manifest.layout.num_shards)) - {*receipts}
-        reported = {problem.shard for problem in self.problems}
-        if store.is_complete and isinstance(store, LatentStore):
-            lacking = sorted(sample for each in receipts.values() for sample in each.broken)
-            if not missing and lacking != store.manifest.identity.dropped:
-                self.problem(MANIFEST, f"drops {len(store.manifest.identity.dropped)} samples; "
-                             f"receipts say that {len(lacking)} have no latent")  # fmt: skip
-        if store.is_complete:
-            for shard in sorted(missing - reported):
-                self.problem(f"receipts/shard-{shard:06d}.json", "is missing", shard)
-        return known
-
-    def _check_file(self, name: str, receipt: Receipt, shard: int) -> np.ndarray | None:
-        """Size and sha256; returns the bytes, where they could be read."""
-        written = receipt.files[name]
-        size = self.files[name].num_bytes if name in self.files else 0
-        if name in self.files and size != written.num_bytes:
-            self.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
-            return None
-        try:
-            content = read_bytes(self.path / name)
-        except (InputError, OSError) as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            why = "No such file or directory" if missing else error
-            self.problem(name, f"cannot be read: {why}", shard)
-            return None
-        self.num_bytes += size
-        if hashlib.sha256(content.data).hexdigest() != written.sha256:
-            self.problem(name, "its sha256 is not the one in the receipt", shard)
-        return content
-
-    def _check_chunks(
-        self, name: str, array: ShardedArray, shard: int, content: np.ndarray | None
-    ) -> None:
-        """Index and chunks by their own checksums: says where in the shard the damage is."""
-        try:
-            array.check_shard(shard, content)
-        except _DAMAGE as error:
-            self.problem(name, str(error).removeprefix(f"{self.path}/"), shard)
-
-    def check_strangers(self, known: set[str]) -> None:
-        known |= {MANIFEST, CHECKSUMS, LOCK_FILE}
-        if (self.path / CHECKSUMS).exists():
-            of_the_hub = ("README.md", ".gitattributes", ".cache/huggingface/")
-            for name in self.files:
-                if name not in known and not name.startswith(of_the_hub):
-                    self.warnings.append(f"{name} does not belong to the store")
+    reported = {problem.shard for problem in report.problems}
+    for shard in sorted(missing - reported):
+        report.problem(shard_document(RECEIPTS, shard), "is missing", shard)
 
 
-def _shard_of(name: str, num_shards: int) -> int | None:
-    for shard in (int(digits) for digits in [name[-11:-5]] if digits.isdigit()):
-        if name == f"receipts/shard-{shard:06d}.json" and shard < num_shards:
-            return shard
-    return None
+def _check_strangers(report: _Report, known: set[str]) -> None:
+    """Warn of files that do not belong to the store."""
+    if not (report.path / CHECKSUMS).exists():
+        return
+    known |= {MANIFEST, CHECKSUMS, LOCK_FILE}
+    allowed = (f"{RECEIPTS}/", f"{QUARANTINE}/", *_FILES_OF_THE_HUB)
+    for name in report.files:
+        if name not in known and not name.startswith(allowed):
+            report.warnings.append(f"{name} does not belong to the store")
 
 
 def _arrays_of(
-    store: FeatureStore | LatentStore, arrays: dict[str, ShardedArray], shard: int
-) -> dict[str, ShardedArray]:
-    """Of these the ones that hold a shard: those of its bucket, where there are buckets."""
+    store: AnyStore, arrays: Mapping[str, ShardedArray], shard: int
+) -> Mapping[str, ShardedArray]:
+    """Arrays that hold a shard: all, or those of its bucket if there are buckets."""
     if not isinstance(store, LatentStore) or not store.manifest.identity.buckets:
         return arrays
     first = np.flatnonzero(store.rows // store.manifest.layout.rows_per_shard == shard)[:1]
@@ -380,20 +411,21 @@ def _arrays_of(
     return {name: array for name, array in arrays.items() if name in names}
 
 
-def _entries(store: FeatureStore | LatentStore) -> Callable[[int], tuple[int, int]]:
-    """Shard -> entries and rows that the tables put there."""
+def _entries_and_rows(store: AnyStore) -> Callable[[int], tuple[int, int]]:
+    """Shard -> number of entries and of rows that the tables put there."""
     layout = store.manifest.layout
     if isinstance(store, LatentStore):
         counts = np.bincount(store.rows // layout.rows_per_shard, minlength=layout.num_shards)
         return lambda shard: (int(counts[shard]), int(counts[shard]))
     shards = store.captions["shard"].to_numpy()
-    rows = store.captions["num_tokens"].to_numpy()
+    num_tokens = store.captions["num_tokens"].to_numpy()
     entries = np.bincount(shards, minlength=layout.num_shards)
-    tokens = np.bincount(shards, weights=rows, minlength=layout.num_shards)
-    return lambda shard: (int(entries[shard]), int(tokens[shard]))
+    rows = np.bincount(shards, weights=num_tokens, minlength=layout.num_shards)
+    return lambda shard: (int(entries[shard]), int(rows[shard]))
 
 
 def _caption_problems(store: FeatureStore) -> Iterator[str]:
+    """Contradictions within the tables, and between them and the manifest."""
     captions, identity, layout = store.captions, store.manifest.identity, store.manifest.layout
     if captions.num_rows != identity.captions.num_captions:
         yield f"has {captions.num_rows} rows; the manifest says {identity.captions.num_captions}"

@@ -234,7 +234,7 @@ class TestRefusals:
     )
     def test_growing_with_anything_else_changed(self, make, texts, change, key):
         before = contents(make(texts[:40]).path)
-        with pytest.raises(StoreError, match="was made otherwise") as error:
+        with pytest.raises(StoreError, match="was made differently") as error:
             make(texts[:60], **change)
         assert key in str(error.value)
         assert "num_samples" not in str(error.value)

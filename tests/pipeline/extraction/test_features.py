@@ -303,7 +303,7 @@ class TestContinuing:
     )
     def test_another_request_is_refused_with_what_differs(self, arguments, change, keys):
         extract(**arguments)
-        with pytest.raises(StoreError, match="was made otherwise") as error:
+        with pytest.raises(StoreError, match="was made differently") as error:
             extract(**arguments | change)
         for key in keys:
             assert key in str(error.value)

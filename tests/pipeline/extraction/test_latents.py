@@ -305,7 +305,7 @@ class TestGrowing:
         encode(folder, limit=10)
         with pytest.raises(StoreError, match=r"9 rows were asked for, but .* holds 10 samples"):
             encode(folder, limit=9)
-        with pytest.raises(StoreError, match=r"was made otherwise(.|\n)*identity\.shape"):
+        with pytest.raises(StoreError, match=r"was made differently(.|\n)*identity\.shape"):
             encode(folder, size=SIZE // 2)
         (folder / "04.png").write_bytes((folder / "00.png").read_bytes())
         with pytest.raises(StoreError, match="the image of row 4, counted from 0, is not the one"):
@@ -417,7 +417,7 @@ class TestBuckets:
         with pytest.raises(InputError, match="name it with --size"):
             encode(photos, buckets=16)
         encode(photos, size=64, buckets=16)
-        with pytest.raises(StoreError, match="was made otherwise"):
+        with pytest.raises(StoreError, match="was made differently"):
             encode(photos, size=64)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import zarr
 
-from semroute.pipeline.store.array import ShardedArray, allocate
+from semroute.pipeline.store.array import ShardedArray, create_array
 from semroute.pipeline.store.shard_file import CorruptShardError
 from semroute.schemas import InputError, Layout
 
@@ -16,7 +16,7 @@ ROW = (3, 4)
 def array(request, tmp_path):
     dtype = np.dtype(request.param)
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
-    allocate(group, "x", LAYOUT, ROW, dtype, ("row", "layer", "channel"), {})
+    create_array(group, "x", LAYOUT, ROW, dtype, ("row", "layer", "channel"), {})
     return ShardedArray(tmp_path / "a.zarr" / "x", LAYOUT)
 
 
@@ -85,7 +85,7 @@ def test_a_file_is_what_zarr_python_would_write(tmp_path, dtype, order, threads)
     layout = LAYOUT.model_copy(update={"num_threads": threads})
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     for name in ("ours", "zarrs"):
-        allocate(group, name, layout, ROW, np.dtype(dtype), ("a", "b", "c"), {}, order)
+        create_array(group, name, layout, ROW, np.dtype(dtype), ("a", "b", "c"), {}, order)
     ours = ShardedArray(tmp_path / "a.zarr" / "ours", layout)
     zarrs = group["zarrs"]
     rng = np.random.default_rng(0)
@@ -105,17 +105,17 @@ def test_a_file_is_what_zarr_python_would_write(tmp_path, dtype, order, threads)
 
 def test_two_that_write_the_same_shard_do_not_meet(array, monkeypatch):
     """A worker that was taken for dead, and the one that has its shard now."""
-    from semroute.schemas import document
+    from semroute.schemas import atomic
 
-    rows, publish = shard_rows(array), document.publish
+    rows, publish = shard_rows(array), atomic.publish
     written = []
 
     def late(unfinished, path):
-        monkeypatch.setattr(document, "publish", publish)
+        monkeypatch.setattr(atomic, "publish", publish)
         written.append(array.write_shard(0, rows))  # the other, from its beginning to its end
         publish(unfinished, path)
 
-    monkeypatch.setattr(document, "publish", late)
+    monkeypatch.setattr(atomic, "publish", late)
     written.append(array.write_shard(0, rows))
     assert written[0] == written[1]
     np.testing.assert_array_equal(read(array, [0], [32]), rows)
@@ -167,7 +167,7 @@ def test_other_codecs_are_left_to_zarr_python(tmp_path):
     rows = ShardedArray(tmp_path / "x", LAYOUT)
     assert not rows.direct
     np.testing.assert_array_equal(read(rows, [5], [15]), values[5:15])
-    with pytest.raises(InputError, match=r"other codecs .* is for reading only"):
+    with pytest.raises(InputError, match=r"other codecs .* can only be read"):
         rows.write_shard(0, values[:32])
 
 

@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 import semroute
-from semroute.pipeline.store.documents import StoreError
+from semroute.pipeline.store.documents import StoreError, prepare_folder
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.latents import LatentStore
 from semroute.schemas import Quarantine
@@ -22,7 +22,7 @@ class StoreContract:
         opened = self.kind.open(store)
         text, html = repr(opened), opened._repr_html_()
         assert text.startswith(f"{self.kind.__name__} {store}")
-        for name, value in opened.facts().items.items():
+        for name, value in opened.summary().items.items():
             assert f"{name} " in text
             assert value in text
             assert f">{name}</th>" in html
@@ -100,14 +100,15 @@ class StoreContract:
     def test_a_foreign_folder_is_never_touched(self, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
         with pytest.raises(StoreError, match=r"is not empty.*precious\.txt"):
-            self.kind.prepare(tmp_path, ())
+            prepare_folder(tmp_path, self.kind.kind, self.kind.group, ())
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
     def test_shards_without_a_manifest_are_never_deleted(self, store):
+        tables = ("captions.parquet", "samples.parquet")
         (store / "manifest.json").unlink()
         shutil.rmtree(store / "receipts")
         with pytest.raises(StoreError, match=r"holds shards but no manifest"):
-            self.kind.prepare(store, ("captions.parquet", "samples.parquet"))
+            prepare_folder(store, self.kind.kind, self.kind.group, tables)
 
 
 class TestFeatureStore(StoreContract):
@@ -274,7 +275,7 @@ class TestLazyArrays:
     def store(self, random_store, monkeypatch):
         """Of a codec whose layers depend on each other, in blocks of few captions."""
         pytest.importorskip("dask.array")
-        monkeypatch.setattr("semroute.pipeline.store.features.DASK_BYTES", 40_000)
+        monkeypatch.setattr("semroute.pipeline.store.lazy.DASK_BYTES", 40_000)
         return semroute.open_features(random_store("delta"))
 
     @pytest.mark.parametrize("layers", [None, [3], [4, 2]])

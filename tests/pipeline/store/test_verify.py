@@ -72,7 +72,7 @@ class TestBadShards:
         assert found.bad_shards == [1, 3]
         assert found.beyond_repair == []
         assert "chunk" in str(found)
-        assert "Shards to be written anew: 1, 3" in str(found)
+        assert "Shards to be rewritten: 1, 3" in str(found)
         assert repair(found) == [1, 3]
         damaged = open_store(delta)
         assert isinstance(damaged, FeatureStore)

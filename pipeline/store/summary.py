@@ -1,0 +1,105 @@
+"""Summaries of stores for people: the facts that a repr shows, by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...schemas import Summary
+from ...schemas.units import format_bytes
+
+if TYPE_CHECKING:
+    from .features import FeatureStore
+    from .latents import LatentStore
+
+_SHOWN = 5  # buckets that are named
+
+
+def summarise_features(store: "FeatureStore") -> Summary:
+    """Model, template, layers, captions, codec, size and state."""
+    identity, codec, mixes = store.manifest.identity, store.manifest.codec, store.mixes
+    num_bytes = store.num_bytes()
+    num_cut = int(np.count_nonzero(store.captions["num_cut_tokens"].to_numpy()))
+    items = {
+        "model": f"{model_name(store)} ({identity.model.architecture}, "
+        f"{identity.model.num_layers} layers of {identity.model.width}, {identity.dtype})",
+        "template": f"{identity.template.text!r}, prefix "
+        f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
+        f"{len(identity.template.prefix_tokens)})",
+        "layers": _ranges(identity.llm_layers)
+        + (", the last after the final norm" if identity.final_norm == "normed" else ""),
+    }
+    if mixes is not None:
+        items["mixes"] = (
+            f"{mixes.num_mixes} of these layers, for the blocks of a run with strategy "
+            f"{mixes.strategy} (step {mixes.step:,}, {mixes.source}); error of what blocks read "
+            f"{mixes.error:.1e}"
+        )
+    quality = "" if codec.quality is None else f", quality {codec.quality:g}"
+    items |= {
+        "captions": f"{len(store):,} unique (the null caption included) of "
+        f"{identity.samples.num_samples:,} samples",
+        "tokens": f"{store.manifest.layout.num_rows:,}; {num_cut:,} captions cut at "
+        f"{identity.max_length} tokens",
+        "codec": f"{codec.name}{quality}",
+        "bytes": format_bytes(num_bytes),
+        "state": store.state(),
+    }
+    if store.is_complete:
+        items["bytes"] += f", {store.padded_bytes() / num_bytes:.2f}x less than padded bf16"
+    return Summary(f"FeatureStore {store.path}", items)
+
+
+def summarise_latents(store: "LatentStore") -> Summary:
+    """VAE, samples, shapes, size and state."""
+    identity = store.manifest.identity
+    num_dropped = len(identity.dropped)
+    dropped = f", {num_dropped:,} of them dropped: their images could not be read"
+    scale, shift = (_number(value) for value in (identity.scale, identity.shift))
+    vae: str = identity.vae
+    if vae != "pixels":
+        vae += f" ({store.manifest.provenance.model})"
+    return Summary(
+        f"LatentStore {store.path}",
+        {
+            "vae": vae,
+            "samples": f"{len(store):,}" + (dropped if num_dropped else ""),
+            "shape": _shapes(store),
+            "codes": f"{identity.dtype}{', mean and deviation' * identity.deviation}; "
+            f"latent = code * {scale} + {shift}",
+            "bytes": format_bytes(store.num_bytes()),
+            "state": store.state(),
+        },
+    )
+
+
+def model_name(store: "FeatureStore") -> str:
+    """Hub id of the LLM, or the last part of a path."""
+    model = store.manifest.provenance.model
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _shapes(store: "LatentStore") -> str:
+    identity = store.manifest.identity
+    if not identity.buckets:
+        return " x ".join(map(str, identity.shape))
+    counts = [*store.bucket_counts().items()]
+    shown = ", ".join(f"{name}: {num:,}" for name, num in counts[:_SHOWN])
+    more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+    return f"{len(counts)} of {len(identity.buckets)} buckets have samples: {shown}{more}"
+
+
+def _number(value: float | Sequence[float]) -> str:
+    return "by channel" if isinstance(value, Sequence) else f"{value:.6g}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` -> ``"1-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
