@@ -501,7 +501,7 @@ SHARDED = """
 import sys, torch
 from torch.distributed.fsdp import fully_shard
 from semroute.schemas import TrainConfig
-from semroute.trainer import loop
+from semroute.trainer.training import train as module
 
 def shard(model, *optimizers):
     names = {id(p): name for name, p in model.named_parameters()}
@@ -516,13 +516,13 @@ def shard(model, *optimizers):
     return model, *optimizers
 
 torch.set_num_threads(1)
-make = loop.make_accelerator
+make = module.make_accelerator
 def make_accelerator(config):
     accelerator = make(config)
     accelerator.prepare = shard
     return accelerator
-loop.make_accelerator = make_accelerator
-loop.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
+module.make_accelerator = make_accelerator
+module.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 """
 
 
@@ -533,7 +533,7 @@ class TestIsolation:
         code = (
             "import sys\n"
             "from semroute.schemas import TrainConfig\n"
-            "from semroute.trainer.training.trainer import train\n"
+            "from semroute.trainer.training.train import train\n"
             "train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))\n"
             "from semroute.trainer.runs.run import load_run\n"
             "found = {name.partition('.')[0] for name in sys.modules}\n"
