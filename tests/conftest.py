@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -345,6 +346,31 @@ def bucket_store(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> 
     path = folder / "store"
     encode_images(str(file), path, size=16, buckets=8, workers=0, report=_silent)
     return path
+
+
+@pytest.fixture(scope="session")
+def configure(feature_store: Path, latent_store: Path) -> Callable[..., Any]:
+    """Output folder -> the configuration of a run that takes a fraction of a second.
+
+    Changes replace keys; ``model`` and ``data`` are merged.
+    """
+    from semroute.schemas import TrainConfig
+
+    def configure(output: Path, **changes: Any) -> TrainConfig:
+        document: dict[str, Any] = {
+            "features": str(feature_store),
+            "latents": str(latent_store),
+            "output": str(output),
+            "steps": 4,
+            "mixed_precision": "no",
+            "model": {"size": "nano", "depth": 2, "patch_size": 4},
+            "data": {"batch_size": 4},
+        }
+        for key, value in changes.items():
+            document[key] = document[key] | value if key in ("model", "data") else value
+        return TrainConfig.model_validate(document)
+
+    return configure
 
 
 def _silent(_line: str) -> None:

@@ -119,7 +119,7 @@ def leaf_keys(model, prefix=""):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, feature_store, latent_store):
+def place(tmp_path_factory, configure, feature_store, latent_store):
     """A folder with what the pages name: features, latents and runs/depth."""
     torch = pytest.importorskip("torch")
     from semroute.trainer.training.train import train
@@ -127,18 +127,10 @@ def place(tmp_path_factory, feature_store, latent_store):
     place = tmp_path_factory.mktemp("place")
     (place / "features").symlink_to(feature_store)
     (place / "latents").symlink_to(latent_store)
-    config = {
-        "features": str(place / "features"),
-        "latents": str(place / "latents"),
-        "output": str(place / "runs" / "depth"),
-        "steps": 1,
-        "mixed_precision": "no",
-        "model": {"size": "nano", "depth": 2, "patch_size": 6},
-        "data": {"batch_size": 4},
-    }
+    stores = {name: str(place / name) for name in ("features", "latents")}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(TrainConfig.model_validate(config))
+    train(configure(place / "runs" / "depth", steps=1, model={"patch_size": 6}, **stores))
     torch.set_num_threads(threads)
     return place
 

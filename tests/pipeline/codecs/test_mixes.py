@@ -14,7 +14,6 @@ from semroute.schemas import (
     InputError,
     Mixes,
     Routing,
-    TrainConfig,
     parse,
 )
 from semroute.trainer.diffusion.sampling import SamplingConfig
@@ -172,29 +171,22 @@ class TestContract:
 
 
 @pytest.fixture(scope="module")
-def configure(feature_store, latent_store, tmp_path_factory):
+def configure(configure, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
-    def configure(strategy, name=None, **changes):
-        return TrainConfig.model_validate(
-            {
-                "features": str(feature_store),
-                "latents": str(latent_store),
-                "output": str(folder / (name or strategy)),
-                "steps": 6,
-                "log_every": 3,
-                "checkpoint_every": 3,
-                "mixed_precision": "no",
-                "routing": {"strategy": strategy},
-                "model": {"size": "nano", "depth": 3, "width": 32, "patch_size": 6},
-                "optimizer": {"lr": 1e-2, "router_lr": 0.3},
-                "data": {"batch_size": 4},
-                "ema": {"every": 1},
-                **changes,
-            }
-        )
+    def changed(strategy, name=None, **changes):
+        usual = {
+            "steps": 6,
+            "log_every": 3,
+            "checkpoint_every": 3,
+            "routing": {"strategy": strategy},
+            "model": {"depth": 3, "width": 32, "patch_size": 6},
+            "optimizer": {"lr": 1e-2, "router_lr": 0.3},
+            "ema": {"every": 1},
+        }
+        return configure(folder / (name or strategy), **usual | changes)
 
-    return configure
+    return changed
 
 
 @pytest.fixture(scope="module")

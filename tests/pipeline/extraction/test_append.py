@@ -245,25 +245,18 @@ class TestRefusals:
         with pytest.raises(InputError, match="an entry of 60 rows does not fit into a shard"):
             make(["a cup", "a tree", "a" * 60])
 
-    def test_a_run_of_the_smaller_store(self, make, samples_file, texts, tmp_path):
+    def test_a_run_of_the_smaller_store(self, make, configure, samples_file, texts, tmp_path):
         from semroute.pipeline.extraction.latents import encode_images
-        from semroute.schemas import TrainConfig
         from semroute.trainer.training.train import train
 
         latents = {"workers": 0, "report": [].append}
         encode_images(str(samples_file), tmp_path / "latents-100", limit=100, **latents)
         encode_images(str(samples_file), tmp_path / "latents-200", **latents)
-        config = {
-            "features": str(tmp_path / "features"),
-            "output": str(tmp_path / "run"),
-            "steps": 1,
-            "mixed_precision": "no",
-            "model": {"size": "nano", "depth": 2, "patch_size": 6},
-            "data": {"batch_size": 4},
-        }
+        config = {"features": str(tmp_path / "features"), "model": {"patch_size": 6}}
+        first, second = (str(tmp_path / f"latents-{num}") for num in (100, 200))
         make(texts[:100])
-        train(TrainConfig.model_validate(config | {"latents": str(tmp_path / "latents-100")}))
+        train(configure(tmp_path / "run", latents=first, steps=1, **config))
         make(texts)
-        again = config | {"latents": str(tmp_path / "latents-200"), "steps": 2}
+        again = configure(tmp_path / "run", latents=second, steps=2, **config)
         with pytest.raises(InputError, match=r"features\.captions\.num_captions: 193 instead of"):
-            train(TrainConfig.model_validate(again))
+            train(again)

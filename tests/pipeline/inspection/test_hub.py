@@ -21,7 +21,7 @@ hub = pytest.importorskip("semroute.pipeline.inspection.hub")
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.store.open import open_features, open_latents  # noqa: E402
 from semroute.pipeline.store.verify import verify  # noqa: E402
-from semroute.schemas import InputError, TrainConfig  # noqa: E402
+from semroute.schemas import InputError  # noqa: E402
 from semroute.schemas.files import list_files, read_files  # noqa: E402
 
 REPO = "somebody/captions"
@@ -183,7 +183,7 @@ class TestPush:
         assert len(server.sent) == sent  # shards that are there are not sent again
 
     def test_training_reads_what_was_downloaded(
-        self, server, push, feature_store, latent_store, tmp_path
+        self, server, push, configure, feature_store, tmp_path
     ):
         torch = pytest.importorskip("torch")
         from semroute.trainer.runs.checkpoint import latest_checkpoint
@@ -193,16 +193,8 @@ class TestPush:
         there = download(server, tmp_path / "there")
         weights = []
         for name, features in (("here", feature_store), ("there", there)):
-            document = {
-                "features": str(features),
-                "latents": str(latent_store),
-                "output": str(tmp_path / f"run-{name}"),
-                "steps": 2,
-                "mixed_precision": "no",
-                "model": {"size": "nano", "depth": 2, "patch_size": 4},
-                "data": {"batch_size": 8},
-            }
-            run = train(TrainConfig.model_validate(document), progress=False)
+            changes = {"features": str(features), "steps": 2, "data": {"batch_size": 8}}
+            run = train(configure(tmp_path / f"run-{name}", **changes), progress=False)
             weights.append(latest_checkpoint(run).model())
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 

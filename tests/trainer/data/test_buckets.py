@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from semroute.cli import cli
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
-from semroute.schemas import DataConfig, InputError, TrainConfig, parse
+from semroute.schemas import DataConfig, InputError, parse
 from semroute.trainer.data.dataset import by_shape, open_pairs
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
 from semroute.trainer.data.sampler import BatchPartition, make_sampler
@@ -30,23 +30,10 @@ def stores(feature_store, bucket_store):
 
 
 @pytest.fixture
-def configure(feature_store, bucket_store, tmp_path):
-    def configure(output="run", **changes):
-        document = {
-            "features": str(feature_store),
-            "latents": str(bucket_store),
-            "output": str(tmp_path / output),
-            "steps": 12,
-            "log_every": 1,
-            "checkpoint_every": 5,
-            "mixed_precision": "no",
-            "model": {"size": "nano", "depth": 2, "patch_size": 4},
-            "data": {"batch_size": 8},
-            **changes,
-        }
-        return parse(TrainConfig, document, "test")
-
-    return configure
+def configure(configure, bucket_store, tmp_path):
+    usual = {"steps": 12, "log_every": 1, "checkpoint_every": 5, "data": {"batch_size": 8}}
+    usual |= {"latents": str(bucket_store)}
+    return lambda output="run", **changes: configure(tmp_path / output, **usual | changes)
 
 
 def same(first, second):

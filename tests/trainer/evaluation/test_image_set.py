@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from semroute.cli import cli
-from semroute.schemas import InputError, TrainConfig
+from semroute.schemas import InputError
 from semroute.trainer.evaluation.image_set import find_shard, image_number
 from semroute.trainer.training.train import train
 
@@ -18,23 +18,10 @@ TEXTS = ["a red cup", "two green trees", "a blue car", "a small dog", "a black b
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, feature_store, latent_store):
+def run(tmp_path_factory, configure):
     """A run of one step."""
     path = tmp_path_factory.mktemp("runs") / "depth"
-    train(
-        TrainConfig.model_validate(
-            {
-                "features": str(feature_store),
-                "latents": str(latent_store),
-                "output": str(path),
-                "steps": 1,
-                "mixed_precision": "no",
-                "model": {"size": "nano", "depth": 2, "width": 32, "patch_size": 6},
-                "data": {"batch_size": 4},
-            }
-        )
-    )
-    return path
+    return train(configure(path, steps=1, model={"width": 32, "patch_size": 6}))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pickle
 import pytest
 import torch
 
-from semroute.schemas import TrainConfig
 from semroute.trainer.runs.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
@@ -20,23 +19,10 @@ FILES = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state
 
 
 @pytest.fixture(scope="module")
-def run_path(feature_store, latent_store, tmp_path_factory):
+def run_path(configure, tmp_path_factory):
     """A finished run of strategy depth with checkpoints of steps 2 and 4; read only."""
-    return train(
-        TrainConfig.model_validate(
-            {
-                "features": str(feature_store),
-                "latents": str(latent_store),
-                "output": str(tmp_path_factory.mktemp("runs") / "depth"),
-                "steps": 4,
-                "log_every": 2,
-                "checkpoint_every": 2,
-                "mixed_precision": "no",
-                "model": {"size": "nano", "depth": 3, "patch_size": 4},
-                "data": {"batch_size": 4},
-            }
-        )
-    )
+    folder = tmp_path_factory.mktemp("runs")
+    return train(configure(folder / "depth", log_every=2, checkpoint_every=2, model={"depth": 3}))
 
 
 def save(path, step, keep=3, value=0.0):

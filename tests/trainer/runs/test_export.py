@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import semroute
 from semroute.cli import cli
-from semroute.schemas import InputError, TrainConfig
+from semroute.schemas import InputError
 from semroute.trainer.runs.export import export_router
 from semroute.trainer.training.train import train
 
@@ -23,21 +23,18 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def make_run(feature_store, latent_store, tmp_path_factory):
+def make_run(configure, tmp_path_factory):
+    usual = {
+        "steps": 2,
+        "model": {"patch_size": 6},
+        "optimizer": {"lr": 1e-2, "router_lr": 0.1},
+        "ema": {"every": 1},
+    }
+
     def make_run(strategy, **routing):
-        document = {
-            "features": str(feature_store),
-            "latents": str(latent_store),
-            "output": str(tmp_path_factory.mktemp("runs") / "run"),
-            "steps": 2,
-            "mixed_precision": "no",
-            "routing": {"strategy": strategy, **routing},
-            "model": {"size": "nano", "depth": 2, "patch_size": 6},
-            "optimizer": {"lr": 1e-2, "router_lr": 0.1},
-            "data": {"batch_size": 4},
-            "ema": {"every": 1},
-        }
-        return train(TrainConfig.model_validate(document), progress=False)
+        output = tmp_path_factory.mktemp("runs") / "run"
+        routing = {"strategy": strategy, **routing}
+        return train(configure(output, routing=routing, **usual), progress=False)
 
     return make_run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from semroute.schemas import ContractError, InputError, TrainConfig
+from semroute.schemas import ContractError, InputError
 from semroute.trainer.diffusion.sampling import SamplingConfig, sample
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.run import load_run
@@ -14,28 +14,10 @@ from semroute.trainer.training.train import train
 
 
 @pytest.fixture(scope="module")
-def configure(feature_store, latent_store, tmp_path_factory):
+def configure(configure, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-
-    def configure(strategy, **changes):
-        return TrainConfig.model_validate(
-            {
-                "features": str(feature_store),
-                "latents": str(latent_store),
-                "output": str(folder / strategy),
-                "steps": 4,
-                "log_every": 2,
-                "checkpoint_every": 2,
-                "mixed_precision": "no",
-                "routing": {"strategy": strategy},
-                "model": {"size": "nano", "depth": 3, "patch_size": 4},
-                "data": {"batch_size": 4},
-                "ema": {"every": 1},
-                **changes,
-            }
-        )
-
-    return configure
+    usual = {"log_every": 2, "checkpoint_every": 2, "model": {"depth": 3}, "ema": {"every": 1}}
+    return lambda strategy: configure(folder / strategy, routing={"strategy": strategy}, **usual)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import semroute
 from semroute.cli import cli
-from semroute.schemas import InputError, TrainConfig
+from semroute.schemas import InputError
 from semroute.trainer.runs.scores import EVALUATION_SCHEMA, Evaluation, EvaluationReport
 from semroute.trainer.studies.job import JUDGED
 from semroute.trainer.studies.results import JUDGED_SCHEMA
@@ -26,24 +26,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def runs(feature_store, latent_store, tmp_path_factory):
+def runs(configure, tmp_path_factory):
     """Folder of three runs: one validated and evaluated, one judged by a study, one just begun."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def run(name, strategy, steps=4, **changes):
-        document = {
-            "features": str(feature_store),
-            "latents": str(latent_store),
-            "output": str(folder / name),
-            "steps": steps,
-            "log_every": 2,
-            "mixed_precision": "no",
-            "routing": {"strategy": strategy},
-            "model": {"size": "nano", "depth": 2, "patch_size": 4},
-            "data": {"batch_size": 4},
-            **changes,
-        }
-        return train(TrainConfig.model_validate(document))
+    def run(name, strategy, **changes):
+        routing = {"strategy": strategy}
+        return train(configure(folder / name, log_every=2, routing=routing, **changes))
 
     depth = run("depth", "depth", validation={"share": 0.1, "every": 2, "num_samples": 8})
     row = {"split": "test", "skill": "all", "accuracy": 0.625, "low": 0.5, "high": 0.7}

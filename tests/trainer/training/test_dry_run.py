@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 from semroute.cli import cli
-from semroute.schemas import InputError, TrainConfig
+from semroute.schemas import InputError
 from semroute.trainer.training.accelerator import make_accelerator
 from semroute.trainer.training.dry_run import make_stream, plan
 from semroute.trainer.training.setup import prepare
@@ -22,22 +22,17 @@ def one_thread():
 
 
 @pytest.fixture
-def configure(feature_store, latent_store, tmp_path):
-    def configure(strategy="depth", **changes):
-        document = {
-            "features": str(feature_store),
-            "latents": str(latent_store),
-            "output": str(tmp_path / "run"),
+def configure(configure, tmp_path):
+    def changed(strategy="depth", **changes):
+        usual = {
             "steps": 100,
-            "mixed_precision": "no",
             "routing": {"strategy": strategy},
-            "model": {"size": "nano", "depth": 3, "patch_size": 4},
+            "model": {"depth": 3},
             "data": {"batch_size": 8, "noise_draws": 2},
-            **changes,
         }
-        return TrainConfig.model_validate(document)
+        return configure(tmp_path / "run", **usual | changes)
 
-    return configure
+    return changed
 
 
 def kept_bytes(config):
@@ -113,7 +108,7 @@ class TestPlan:
         ("changes", "ranks", "message"),
         [
             ({"features": "/nowhere"}, 1, "is no feature store"),
-            ({"model": {"size": "nano", "patch_size": 5}}, 1, "not divisible by model.patch_size"),
+            ({"model": {"patch_size": 5}}, 1, "not divisible by model.patch_size"),
             ({}, 3, "not a multiple of 3"),
             ({"start": "/nowhere"}, 1, "is no run"),
         ],

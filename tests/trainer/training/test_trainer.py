@@ -40,30 +40,22 @@ def one_thread():
 
 
 @pytest.fixture
-def configure(feature_store, latent_store, tmp_path):
-    """A configuration of a run that takes a fraction of a second; parts may be replaced."""
+def configure(configure, tmp_path):
+    """The small run in ``tmp_path``; a mapping changes the keys that it names."""
 
-    def configure(output="run", strategy="depth", **changes):
-        document = {
-            "features": str(feature_store),
-            "latents": str(latent_store),
-            "output": str(tmp_path / output),
-            "steps": 6,
-            "log_every": 2,
-            "checkpoint_every": 100,
-            "mixed_precision": "no",
+    def changed(output="run", strategy="depth", **changes):
+        parts = {
             "routing": {"strategy": strategy},
-            "model": {"size": "nano", "depth": 2, "patch_size": 4},
             "optimizer": {"lr": 1e-3, "warmup_steps": 3},
             "data": {"batch_size": 8, "noise_draws": 2, "prefetch": 2},
             "ema": {"every": 2},
         }
         for key, value in changes.items():
-            nested = isinstance(value, dict)
-            document[key] = {**document.get(key, {}), **value} if nested else value
-        return TrainConfig.model_validate(document)
+            parts[key] = parts.get(key, {}) | value if isinstance(value, dict) else value
+        usual = {"steps": 6, "log_every": 2, "checkpoint_every": 100}
+        return configure(tmp_path / output, **usual | parts)
 
-    return configure
+    return changed
 
 
 def tensors(path):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.schemas import ContractError, InputError, TrainConfig, ValidationConfig, parse
+from semroute.schemas import ContractError, InputError, ValidationConfig, parse
 from semroute.trainer.data.loader import PackedLoader
 from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.runs.metrics import METRICS_SCHEMA, read_metrics
@@ -28,23 +28,13 @@ def one_thread():
 
 
 @pytest.fixture
-def configure(feature_store, latent_store, tmp_path):
-    def configure(output="run", **changes):
-        document = {
-            "features": str(feature_store),
-            "latents": str(latent_store),
-            "output": str(tmp_path / output),
-            "steps": 4,
-            "log_every": 4,
-            "mixed_precision": "no",
-            "model": {"size": "nano", "depth": 2, "patch_size": 4},
-            "data": {"batch_size": 8},
-            "validation": {"share": 0.1, "every": 2, "num_bins": 4},
-            **changes,
-        }
-        return TrainConfig.model_validate(document)
-
-    return configure
+def configure(configure, tmp_path):
+    usual = {
+        "log_every": 4,
+        "data": {"batch_size": 8},
+        "validation": {"share": 0.1, "every": 2, "num_bins": 4},
+    }
+    return lambda output="run", **changes: configure(tmp_path / output, **usual | changes)
 
 
 class TestHeldOut:
