@@ -22,7 +22,8 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     Example:
       semroute plot runs/depth
     """
-    from ..runs.run import load_run, plot_run
+    from ..runs.figures import plot_run
+    from ..runs.run import load_run
 
     for path in plot_run(load_run(run, step), out or run / "figures"):
         click.echo(path)

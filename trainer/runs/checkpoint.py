@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer states and step, whole or absent."""
+"""Checkpoints: weights, optimizer states and step, complete or absent."""
 
 import json
 import os
@@ -20,9 +20,6 @@ from ...schemas import sync
 CHECKPOINTS = "checkpoints"
 
 
-# ---------------------------------------------------------------------------------- checkpoints
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint on disk: the state after ``step`` steps."""
@@ -35,27 +32,27 @@ class Checkpoint:
         return load_file(self.path / "model.safetensors")
 
     def ema(self) -> dict[str, Tensor]:
-        """Their exponential moving average, fp32."""
+        """Exponential moving average of the weights, fp32."""
         return load_file(self.path / "ema.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        """As :func:`optimizer_tensors` gave it."""
+        """States of the optimizers, named as in :func:`optimizer_tensors`."""
         return load_file(self.path / "optimizer.safetensors")
 
     def state(self) -> dict[str, Any]:
-        """What the loop keeps beside tensors."""
+        """State of the training loop besides tensors."""
         return json.loads((self.path / "state.json").read_text("utf-8"))
 
 
 def list_checkpoints(path: Path) -> list[Checkpoint]:
-    """All whole checkpoints of a run, oldest first."""
-    found = (path / CHECKPOINTS).glob("step-*")
-    whole = [Checkpoint(p, int(p.name[5:])) for p in found if p.name[5:].isdigit()]
-    return sorted(whole, key=lambda checkpoint: checkpoint.step)
+    """All complete checkpoints of a run, oldest first."""
+    folders = (path / CHECKPOINTS).glob("step-*")
+    complete = [Checkpoint(p, int(p.name[5:])) for p in folders if p.name[5:].isdigit()]
+    return sorted(complete, key=lambda checkpoint: checkpoint.step)
 
 
 def latest_checkpoint(path: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none."""
+    """The newest complete checkpoint, if any."""
     return next(reversed(list_checkpoints(path)), None)
 
 
@@ -71,8 +68,8 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint, then remove all but the newest ``keep``.
 
-    Until it has its name nothing older is removed. What a killed save left is removed first. A
-    step that has a checkpoint keeps it: a run comes to the same state again.
+    Older ones are removed only after the new one has its final name, and leftovers of a killed save
+    before it is written. An existing checkpoint of this step is kept: its state is the same.
     """
     folder = path / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +96,9 @@ def save_checkpoint(
 def optimizer_tensors(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """The state of all optimizers, flat: ``<parameter>/<key>`` -> tensor.
+    """States of all optimizers, flat: ``<parameter>/<key>`` -> tensor.
 
-    Hyperparameters are not in it: they follow from the configuration and the step.
+    Hyperparameters are left out: they follow from the configuration and the step.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -113,22 +110,23 @@ def optimizer_tensors(
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The same whole, where FSDP2 has cut them up among ranks; all of which must call it.
+    """Whole tensors on the CPU, from the parts that ranks have under FSDP2. All ranks must call it.
+
+    A device holds one whole tensor at a time besides the network.
 
     Args:
-        keep: of this rank, on the CPU; the others get nothing. One whole tensor at a time is on a
-            device beside the network.
+        keep: return them on this rank; otherwise it only takes part, and returns nothing.
     """
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            found[name] = whole.cpu()
-    return found
+            gathered[name] = whole.cpu()
+    return gathered
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor cut up as a parameter of its shape is, or as it is where that is whole."""
+    """Shard a whole tensor like a parameter of its shape, if FSDP2 shards that parameter."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     mesh = parameter.device_mesh
@@ -140,7 +138,7 @@ def load_optimizer_tensors(
     optimizers: Iterable[torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what :func:`optimizer_tensors` took."""
+    """Restore optimizers from what :func:`optimizer_tensors` returned."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -160,8 +158,9 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        # The number of the operating system's error, a full disk's above all, is in the text only.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        # Only the text has the error number of the operating system, such as that of a full disk.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error

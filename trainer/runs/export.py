@@ -1,4 +1,4 @@
-"""The router of a run alone, as two files that anyone can read.
+"""The router of a run alone, as two files that can be read without this library.
 
 On disk::
 
@@ -23,23 +23,23 @@ from .run import Run
 CONFIG = "config.json"
 TENSORS = "router.safetensors"
 NUM_T = 101
-"""Noise levels that alpha is tabled at, where it depends on t."""
+"""Noise levels at which alpha is tabulated if it depends on t."""
 _PARAMETERS = "parameters."
 
 
 def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
     """Write the router of a run into a new or empty folder.
 
-    ``alpha`` float32 [T, D, L] are its weights at ``t`` float32 [T] (one, any, where they do not
-    depend on it) over ``layers`` int64 [L]: enough to mix by without this library. Where tokens
-    weigh layers each for itself it is the mean over some tokens, and parameters are what counts.
+    ``alpha`` float32 [T, D, L] holds its weights at ``t`` float32 [T] (one, any, if they do not
+    depend on it) over ``layers`` int64 [L]: enough to mix layers without this library. If each
+    token has its own weights, alpha is a mean over some tokens, and the parameters are what counts.
 
     Raises:
         InputError: the folder holds other files.
     """
     folder, router, record = Path(out), run.model.router, run.record
     if folder.exists() and (not folder.is_dir() or {*os.listdir(folder)} - {CONFIG, TENSORS}):
-        raise InputError(f"{folder} is there and holds other files: name a new folder")
+        raise InputError(f"{folder} holds other files: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     t = torch.linspace(0, 1, NUM_T) if router.depends_on_t else torch.ones(1)
     tensors = {
@@ -48,7 +48,7 @@ def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
         "layers": torch.tensor(run.layers),
         **{_PARAMETERS + name: value.cpu() for name, value in router.state_dict().items()},
     }
-    said = RouterRecord(
+    exported = RouterRecord(
         routing=record.config.routing,
         layers=run.layers,
         num_llm_layers=record.features.model.num_layers,
@@ -61,17 +61,18 @@ def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
         weights=run.source,
     )
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / TENSORS, {"format": "pt", "strategy": said.routing.strategy})
-    write_document(folder / CONFIG, said.model_dump_json(indent=1) + "\n")
+    save_file(whole, folder / TENSORS, {"format": "pt", "strategy": exported.routing.strategy})
+    write_document(folder / CONFIG, exported.model_dump_json(indent=1) + "\n")
     return folder
 
 
 def load_router(path: str | os.PathLike[str]) -> Router:
-    """The router of a folder that :func:`export_router` wrote, as a module: called with packed
-    hidden states [R, layers_read, H] it gives what every block reads.
+    """Load the router that :func:`export_router` wrote, as a module.
+
+    Called with packed hidden states [R, layers_read, H], it returns what every block reads.
 
     Raises:
-        InputError: no such folder, or it is damaged.
+        InputError: the folder is missing or damaged.
     """
     folder = Path(path)
     try:
@@ -79,16 +80,16 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no exported router: {error}") from error
-    said = parse(RouterRecord, document, str(folder / CONFIG))
+    exported = parse(RouterRecord, document, str(folder / CONFIG))
     with torch.random.fork_rng(devices=[]):
         router = make_router(
-            said.routing,
-            layers=said.layers if said.mixes is None else said.features.layers,
-            num_llm_layers=said.num_llm_layers,
-            num_blocks=said.num_blocks,
-            text_width=said.text_width,
-            mixes=said.mixes,
+            exported.routing,
+            layers=exported.layers if exported.mixes is None else exported.features.layers,
+            num_llm_layers=exported.num_llm_layers,
+            num_blocks=exported.num_blocks,
+            text_width=exported.text_width,
+            mixes=exported.mixes,
         )
-    own = [name for name in tensors if name.startswith(_PARAMETERS)]
-    router.load_state_dict({name.removeprefix(_PARAMETERS): tensors[name] for name in own})
+    parameters = [name for name in tensors if name.startswith(_PARAMETERS)]
+    router.load_state_dict({name.removeprefix(_PARAMETERS): tensors[name] for name in parameters})
     return router.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and the weights over time."""
+"""``metrics.jsonl``, and ``routing.jsonl`` with the routing weights over time."""
 
 import json
 from collections.abc import Mapping
@@ -24,18 +24,14 @@ METRICS_SCHEMA = pa.schema(
         pa.field("validation_by_t", pa.list_(pa.float64())),
     ]
 )
-"""A line of ``metrics.jsonl``: after ``step`` steps. Loss and grad_norm (before clipping) are means
-since the line before; data_wait_share is the share of that time spent waiting for data; and
-routing_entropy is in nats over log L, so 1 is uniform. Where it was measured, validation_by_t is
-the loss on held-out samples in equal parts of t from 0 to 1, and validation_loss their mean."""
-
-
-# -------------------------------------------------------------------------------------- metrics
+"""A line of ``metrics.jsonl``, written after ``step`` steps. Loss and grad_norm (before clipping)
+are means since the previous line; data_wait_share is the share of that time spent waiting for data;
+routing_entropy is in nats divided by log L, so 1 is uniform. If measured, validation_by_t is the
+loss on held-out samples in equal parts of t from 0 to 1, and validation_loss is its mean."""
 
 
 def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``, or of ``routing.jsonl``; a last line that was cut off by a kill
-    is left out."""
+    """Lines of ``metrics.jsonl`` or ``routing.jsonl``, without a last line that a kill cut off."""
     file = path / name
     lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
@@ -48,8 +44,8 @@ def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Remove lines after ``step``: a run that continues there writes them again."""
+    """Remove lines after ``step``, which a run that resumes there writes again."""
     for name in (METRICS, WEIGHTS):
         if name == METRICS or (path / name).exists():
-            kept = [line for line in read_metrics(path, name) if line["step"] <= step]
-            write_document(path / name, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = [line for line in read_metrics(path, name) if line["step"] <= step]
+            write_document(path / name, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,33 +1,32 @@
-"""The noise level that a run's routing is told."""
+"""The noise level that a run's routing reads in sampling: its clock."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...pipeline.store.open import open_latents
 from ...schemas import InputError
 from ..diffusion.noise_level import NoiseLevelEstimator, calibrate, shifted
 from ..diffusion.sampling import NoiseLevelMap
 
 CLOCK = "clock.safetensors"
-"""Of a run directory: its calibrated estimator."""
+"""File in a run directory with its calibrated estimator."""
 NUM_LATENTS = 4000
-"""That an estimator is calibrated on, of a store that has more."""
+"""Latents to calibrate an estimator on, at most."""
 
 
 def make_clock(name: str, run: Path, latents: str) -> NoiseLevelMap | None:
-    """The clock that a name stands for: ``nominal``, ``shift:K``, or ``estimated``.
+    """The clock of a name: ``nominal``, ``shift:K`` or ``estimated``.
 
     Args:
-        run: the run directory. The estimator is read from it, and calibrated where it is not there.
-        latents: the store that the run was trained on, to calibrate it.
+        run: the run directory, which holds the estimator once it is calibrated.
+        latents: the store that the run was trained on, for the calibration.
 
     Returns:
         None for ``nominal``.
 
     Raises:
-        InputError: another name, or a store that is needed and not there.
+        InputError: the name is unknown, or the store is needed and missing.
     """
     if name == "nominal":
         return None
@@ -42,23 +41,25 @@ def make_clock(name: str, run: Path, latents: str) -> NoiseLevelMap | None:
     if kind != "shift" or not 0 < shift < float("inf"):
         raise InputError(
             f"found clock {name!r}; expected nominal, estimated, or shift:K with a number K above "
-            "0, as shift:0.7"
+            "0, such as shift:0.7"
         )
     return lambda x, t: shifted(t, shift)
 
 
 def open_estimator(run: Path, latents: str) -> NoiseLevelEstimator:
-    """The estimator of a run directory, ``clock.safetensors``; made there where it is not yet.
+    """The estimator of a run directory, ``clock.safetensors``; calibrated and saved if missing.
 
-    It is calibrated on latents of the store, evenly picked, as a function of them alone; of several
-    shapes, on those of the first.
+    It is a function of the store's latents alone, of which it is calibrated on evenly spaced ones
+    of the first shape.
 
     Raises:
-        InputError: no such store, too few latents, or a file that is no estimator.
+        InputError: the store is missing or has too few latents, or the file is no estimator.
     """
     path = run / CLOCK
     if path.exists():
         return NoiseLevelEstimator.load(path)
+    from ...pipeline.store.open import open_latents
+
     store = open_latents(latents)
     ids = store.ids[store.buckets[store.ids] == 0]
     places = np.linspace(0, max(0, len(ids) - 1), min(len(ids), NUM_LATENTS)).astype(np.int64)

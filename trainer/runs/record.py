@@ -2,9 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...schemas import (
     LOCK_FILE,
@@ -16,14 +14,16 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
-from ..model.dit import DiT
 from .checkpoint import Checkpoint, latest_checkpoint
+
+if TYPE_CHECKING:
+    from ..model.dit import DiT
 
 RECORD = "run.json"
 
-# Keys of a record that say what it was trained on, and measured by.
+# Keys of a record that describe the data of training and validation.
 _STORES = {"features", "codec", "latents", "validation", "selection", "mixture"}
-# Keys of a configuration that may change when a run continues: where things are (the stores are
+# Keys of a configuration that may change when a run is resumed: where things are (stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
 FREE: Any = {
     "features": True,
@@ -45,11 +45,12 @@ FREE: Any = {
 }
 
 
-# ------------------------------------------------------------------------------------- run.json
+def build_model(record: RunRecord) -> "DiT":
+    """The network that a record describes, with fresh weights that ``config.seed`` determines."""
+    import torch
 
+    from ..model.dit import DiT
 
-def build_model(record: RunRecord) -> DiT:
-    """The network that a record describes, its fresh weights a function of ``config.seed``."""
     llm = record.features.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.config.seed)
@@ -65,7 +66,7 @@ def build_model(record: RunRecord) -> DiT:
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Write ``run.json``, whole or not at all."""
+    """Write ``run.json`` atomically."""
     write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
 
 
@@ -73,7 +74,7 @@ def read_record(path: Path) -> RunRecord:
     """Read ``run.json``.
 
     Raises:
-        InputError: it is not there, or damaged.
+        InputError: it is missing or damaged.
     """
     file = path / RECORD
     try:
@@ -86,13 +87,13 @@ def read_record(path: Path) -> RunRecord:
 
 
 def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | None]:
-    """The run to continue in a directory, or a new one.
+    """The run to resume in a directory, or a new one.
 
     Returns:
-        The record to write, and the checkpoint to continue from (None: from the start).
+        The record to write, and the checkpoint to resume from (None: from the start).
 
     Raises:
-        InputError: the directory holds something else, or a run that this is not.
+        InputError: the directory holds something else, or another run.
     """
     if not (path / RECORD).exists():
         if path.exists() and not path.is_dir():
@@ -117,12 +118,12 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         changed += differences({"steps": record.config.steps}, {"steps": before.config.steps})
     refuse_differences(
         (*stores, *changed),
-        f"{path} is another run; what you asked for now, against what it has",
-        "Run the command as it was, or name a new folder. (steps may grow, where "
+        f"{path} is another run; what was requested, against what it has",
+        "Run the command as it was, or name a new folder. (steps may grow if "
         "optimizer.schedule is constant.)",
     )
-    kept = before.model_copy(update={"config": record.config, "versions": record.versions})
-    return kept, latest_checkpoint(path)
+    resumed = before.model_copy(update={"config": record.config, "versions": record.versions})
+    return resumed, latest_checkpoint(path)
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""A run opened to look at, to sample from, or to start another one from.
+"""A run that is opened at a checkpoint: to inspect, sample from or plot.
 
 Shapes: T noise levels, D blocks, L layers.
 """
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,34 +12,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ...pipeline.store.open import open_features
-from ...pipeline.style import DPI
-from ...schemas import (
-    SAME_WEIGHTS,
-    FeatureIdentity,
-    InputError,
-    Mixes,
-    Routing,
-    RunRecord,
-    Summary,
-    differences,
-    refuse_differences,
-)
+from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..diffusion.flow import Flow
-from ..diffusion.sampling import NoiseLevelMap
-from ..model.dit import DiT
 from .checkpoint import list_checkpoints
+from .compatibility import check_features, check_llm
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
 from .record import build_model, read_record
-from .scores import EvaluationReport
 
 if TYPE_CHECKING:
     from ...pipeline.style import Figure
-
-
-NUM_T = 65
-"""Noise levels at which figures show weights that depend on t."""
+    from ..diffusion.sampling import NoiseLevelMap
+    from ..model.dit import DiT
 
 
 class Run:
@@ -56,7 +38,7 @@ class Run:
         flow: for :func:`semroute.trainer.diffusion.sampling.sample`.
     """
 
-    def __init__(self, path: Path, record: RunRecord, step: int, source: str, model: DiT) -> None:
+    def __init__(self, path: Path, record: RunRecord, step: int, source: str, model: "DiT") -> None:
         self.path = path
         self.record = record
         self.step = step
@@ -78,14 +60,13 @@ class Run:
         weights are signed.
 
         Args:
-            t: noise levels. By default 21 of them from 0 to 1 where alpha depends on t, and
-                otherwise one (any).
-            hidden: where tokens weigh layers each for itself, the tokens to take the mean over,
-                [R, L, H]. By default the first 64 captions of the store that the run was trained
-                on.
+            t: noise levels. Default: 21 of them from 0 to 1 if alpha depends on t, otherwise one
+                (any).
+            hidden: tokens to average over, [R, L, H], if each token has its own weights. Default:
+                the first 64 captions of the store that the run was trained on.
 
         Raises:
-            InputError: that store is needed, and is not there or another by now.
+            InputError: that store is needed, but it is missing or has changed since.
         """
         router = self.model.router
         if t is None:
@@ -93,6 +74,8 @@ class Run:
         levels = torch.as_tensor(np.asarray(t, np.float32))
         device = next(self.model.parameters()).device
         if hidden is None and router.depends_on_content:
+            from ...pipeline.store.open import open_features
+
             features = open_features(self.record.config.features)
             self.check_features(features.manifest.identity)
             ids = range(min(len(features), 64))
@@ -107,7 +90,7 @@ class Run:
         (of the LLM) and ``t``.
 
         Args:
-            t: as for :meth:`weights`; where they do not depend on it there is one, 1.0.
+            t: as for :meth:`weights`; if they do not depend on it, its one value is 1.0.
 
         Raises:
             ImportError: xarray is not installed.
@@ -134,16 +117,16 @@ class Run:
         )
 
     def routing(self, identity: FeatureIdentity | None = None) -> Routing:
-        """The weights that all of its blocks read with, to mix features by.
+        """The weights that its blocks read with, to mix features by.
 
         Args:
-            identity: of these features, if they are to be checked.
+            identity: features to check against those of the run.
 
         Raises:
             InputError: the weights depend on t, or the features are of another LLM or template.
         """
         if identity is not None:
-            self._check_identity(identity, {"layers", "final_norm", "mixes"})
+            check_llm(self, identity)
         mixes = self.record.features.mixes
         if mixes is not None:
             return Routing(**mixes.model_dump(include=set(Routing.model_fields)))
@@ -153,77 +136,43 @@ class Run:
         return Routing.model_validate(values | {"strategy": strategy, "weights": weights.tolist()})
 
     def check_features(self, identity: FeatureIdentity) -> None:
-        """Refuse features that this run cannot read: they must come from the same LLM, template,
-        layers and dtype, or be mixes of its layers with its weights; the captions may be others.
+        """Refuse features that this run cannot read.
+
+        They must come from the same LLM, template, layers and dtype, or be mixes of its layers with
+        its weights. The captions may differ.
 
         Raises:
             InputError: with every key that differs, and both values.
         """
-        if identity.mixes is not None:
-            self._check_identity(identity, {"layers", "final_norm", "mixes"})
-            self._check_mixes(identity.mixes)
-        elif self.record.features.mixes is not None:
-            raise InputError(
-                f"{self.path} was trained on mixes of layers, but these features hold layers: mix "
-                f"them with semroute rewrite --routing {self.path}"
-            )
-        else:
-            self._check_identity(identity, set())
+        check_features(self, identity)
 
-    def _check_identity(self, identity: FeatureIdentity, free: set[str]) -> None:
-        free = free | {"captions", "samples", "max_length"}
-        different = differences(
-            identity.model_dump(mode="json", exclude=free),
-            self.record.features.model_dump(mode="json", exclude=free),
-        )
-        refuse_differences(
-            different,
-            f"{self.path} was trained on other features; those given, against its own",
-            "Extract the captions with the run's model and options.",
-        )
-
-    def _check_mixes(self, mixes: Mixes) -> None:
-        own = self.routing()
-        distance = mixes.distance(own.layers, own.weights)
-        if distance <= SAME_WEIGHTS:
-            return
-        keys = {"strategy", "step", "source", "layers"}
-        different = differences(mixes.model_dump(include=keys), own.model_dump(include=keys))
-        apart = f"up to {distance:.1e} apart"
-        if math.isinf(distance):
-            apart = f"{len(mixes.weights)} blocks over {len(mixes.layers)} layers instead of "
-            apart += f"{len(own.weights)} over {len(own.layers)}"
-        lines = [*(f"mixes.{difference}" for difference in different), f"mixes.weights: {apart}"]
-        refuse_differences(
-            lines,
-            f"the features are mixes for another run, or for other weights of {self.path}; those "
-            "given, against its own",
-            f"Rewrite the features with --routing {self.path}, or give those with all layers.",
-        )
-
-    def clock(self, name: str) -> NoiseLevelMap | None:
-        """What gates are told in place of the nominal t; see :func:`.clock.make_clock`.
+    def clock(self, name: str) -> "NoiseLevelMap | None":
+        """The noise level that routing reads instead of the nominal t; see
+        :func:`.noise_level.make_clock`.
 
         Raises:
-            InputError: a clock where routing does not depend on t, an unknown name, or a store that
-                is needed to calibrate it and is not there.
+            InputError: routing does not depend on t, the name is unknown, or a store is missing
+                that is needed for calibration.
         """
         config = self.record.config
         if name != "nominal" and not self.model.router.depends_on_t:
             raise InputError(
                 f"{self.path}: strategy {config.routing.strategy} does not depend on t, so clock "
-                f"{name} would change nothing: leave it out"
+                f"{name} would change nothing: omit it"
             )
         return make_clock(name, self.path, config.latents)
 
     def latent_shape(self, size: str | None) -> tuple[int, int, int] | None:
-        """Shape of the latents of pictures of a size, one of those that were trained on.
+        """Latent shape of images of a size that the run was trained on.
 
         Args:
-            size: ``HEIGHTxWIDTH`` in pixels. None: the run's usual one.
+            size: ``HEIGHTxWIDTH`` in pixels. None: the run's default.
+
+        Returns:
+            None for the default.
 
         Raises:
-            InputError: no such size.
+            InputError: the run was not trained on this size.
         """
         if size is None:
             return None
@@ -235,16 +184,16 @@ class Run:
         return known[size]
 
     def metrics(self) -> pa.Table:
-        """The lines of ``metrics.jsonl`` (:data:`METRICS_SCHEMA`), whatever the checkpoint."""
+        """``metrics.jsonl`` as a table (:data:`METRICS_SCHEMA`), also beyond the checkpoint."""
         return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
 
     def history(self) -> tuple[np.ndarray, list[float], np.ndarray]:
-        """Routing weights while they were learned, whatever the checkpoint; of the weights
-        themselves, not of their average.
+        """Routing weights over the whole training, also after the checkpoint; computed from the
+        weights themselves, not from their average.
 
         Returns:
-            Steps int64 [S], noise levels (one, any, where weights do not depend on t), and alpha
-            float32 [S, T, D, L]. S is 0 where weights are not learned.
+            Steps int64 [S], noise levels (one, any, if weights do not depend on t), and alpha
+            float32 [S, T, D, L]. S is 0 if weights are not learned.
         """
         lines = read_metrics(self.path, WEIGHTS)
         levels = lines[0]["t"] if lines else [1.0]
@@ -255,64 +204,34 @@ class Run:
         return np.array([line["step"] for line in lines], np.int64), levels, weights
 
     def figures(self) -> "dict[str, Figure]":
-        """Name -> figure: ``loss`` once anything is logged, ``validation`` where it was measured,
-        ``routing``, for strategies that depend on t ``routing-over-time``, where weights are
-        learned ``routing-over-steps``, and once it was evaluated ``accuracy-cfg-S`` for each
-        guidance scale S."""
-        from ..plots.routing import routing_heatmap, routing_over_steps, routing_over_time
-        from ..plots.scores import accuracy_bars
-        from ..plots.training import loss_curve, validation_curves
+        """Name -> figure: ``loss`` once anything is logged, ``validation`` if it was measured,
+        ``routing``, for strategies that depend on t ``routing-over-time``, for learned weights
+        ``routing-over-steps``, and after an evaluation ``accuracy-cfg-S`` for each guidance scale
+        S."""
+        from .figures import make_figures
 
-        strategy = self.record.config.routing.strategy
-        figures: dict[str, Figure] = {}
-        metrics = self.metrics()
-        if metrics.num_rows:
-            figures["loss"] = loss_curve(metrics, f"Training loss, {strategy}")
-        if metrics["validation_loss"].null_count < metrics.num_rows:
-            title = f"Loss on held-out samples, {strategy}"
-            figures["validation"] = validation_curves(metrics, title)
-        title = f"Routing weights, {strategy}"
-        if self.model.router.depends_on_t:
-            t = np.linspace(0, 1, NUM_T)
-            weights = self.weights(t)
-            mean = f"{title}, mean over t"
-            figures["routing"] = routing_heatmap(weights.mean(0), self.layers, mean)
-            over = f"Routing weights over the noise level, {strategy}"
-            figures["routing-over-time"] = routing_over_time(weights, t, self.layers, over)
-        else:
-            figures["routing"] = routing_heatmap(self.weights()[0], self.layers, title)
-        steps, _, weights = self.history()
-        if len(steps) > 1:
-            over = f"Routing weights over the steps, {strategy}"
-            figures["routing-over-steps"] = routing_over_steps(
-                weights.mean(1), steps, self.layers, over
-            )
-        report = EvaluationReport.read(self.path)
-        for cfg_scale, evaluation in ({} if report is None else report.scores).items():
-            assert report is not None
-            title = f"Accuracy by skill, {strategy}, step {report.step:,}, guidance {cfg_scale:g}"
-            figures[f"accuracy-cfg-{cfg_scale:g}"] = accuracy_bars(evaluation.table, title)
-        return figures
+        return make_figures(self)
 
     def facts(self) -> Summary:
-        """What this run is, for a repr."""
-        config, model = self.record.config, self.model
-        last = next(reversed(read_metrics(self.path)), None)
-        size, buckets = model.size, self.record.latents.buckets
+        """What a repr shows of this run."""
+        config, features, model = self.record.config, self.record.features, self.model
+        layers, buckets = self.layers, self.record.latents.buckets
+        shape = " x ".join(map(str, self.record.latents.shape))
+        others = f" and other shapes of {len(buckets)} buckets" if buckets else ""
+        num_parameters = sum(p.numel() for p in model.parameters())
+        num_routing = sum(p.numel() for p in model.router_parameters())
         items = {
-            "strategy": f"{config.routing.strategy}, over layers {self.layers[0]} to "
-            f"{self.layers[-1]} ({len(self.layers)} of {self.record.features.model.num_layers})",
-            "model": f"{config.model.size}: {size.depth} blocks of width {size.width}, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{sum(p.numel() for p in model.router_parameters()):,} of them routing",
-            "latents": " x ".join(map(str, self.record.latents.shape))
-            + (f" and other shapes of {len(buckets)} buckets" if buckets else "")
-            + f", {config.flow.prediction} prediction, shift {config.flow.shift:g}",
+            "strategy": f"{config.routing.strategy}, over layers {layers[0]} to {layers[-1]} "
+            f"({len(layers)} of {features.model.num_layers})",
+            "model": f"{config.model.size}: {model.size.depth} blocks of width {model.size.width}, "
+            f"{num_parameters:,} parameters, {num_routing:,} of them routing",
+            "latents": f"{shape}{others}, {config.flow.prediction} prediction, "
+            f"shift {config.flow.shift:g}",
             "step": f"{self.step:,} of {config.steps:,}, weights: {self.source}",
             "text": self.record.model_source,
         }
-        if last is not None:
-            items["loss"] = f"{last['loss']:.5g} at step {last['step']:,}"
+        if lines := read_metrics(self.path):
+            items["loss"] = f"{lines[-1]['loss']:.5g} at step {lines[-1]['step']:,}"
         return Summary(f"Run {self.path}", items)
 
     def __repr__(self) -> str:
@@ -327,14 +246,14 @@ def load_run(
     step: int | None = None,
     weights: Literal["ema", "model"] = "ema",
 ) -> Run:
-    """Open a run to look at, sample from or plot.
+    """Open a run to inspect, sample from or plot.
 
     Args:
-        step: which checkpoint, by default the newest.
+        step: step of the checkpoint. Default: the newest.
         weights: the exponential moving average, or the weights themselves.
 
     Raises:
-        InputError: no run there, no such checkpoint, or no such weights.
+        InputError: there is no run, no such checkpoint, or no such weights.
     """
     if weights not in ("ema", "model"):
         raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
@@ -354,53 +273,10 @@ def load_run(
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
 
 
-def open_start(model: DiT, record: RunRecord) -> Run | None:
-    """The run that ``config.start`` names, its moving average; None where it names none.
-
-    Args:
-        model: the network that is to start from it; only its numbers are looked at.
-
-    Raises:
-        InputError: no run with a checkpoint there, one that cannot read these features, or one of
-            another architecture; with every key that differs.
-    """
-    if record.config.start is None:
-        return None
-    start = load_run(record.config.start)
-    start.check_features(record.features)
-    refuse_differences(
-        differences(_network(record, model), _network(start.record, start.model)),
-        f"start: {start.path} is another network; this one, against it",
-        "Train with its numbers, or leave start out.",
-    )
-    return start
-
-
-def start_from(model: DiT, record: RunRecord, start: Run) -> None:
-    """Give a new network the weights of :func:`open_start`'s; the router's where it is alike."""
-    own, other = record.config.routing, start.record.config.routing
-    kept = all(getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers"))
-    weights = start.model.state_dict()
-    names = [name for name in model.state_dict() if kept or not name.startswith("router.")]
-    model.load_state_dict({name: weights[name] for name in names}, strict=False)
-
-
-def _network(record: RunRecord, model: DiT) -> dict[str, Any]:
-    """What weights must agree in to be those of one network, but for its router."""
-    return {
-        **asdict(model.size),
-        "width_read": model.context.in_features,
-        "patch_size": model.patch_size,
-        "conditioning": record.config.model.conditioning,
-        "prediction": record.config.flow.prediction,
-        "latents": [*record.latents.shape],
-    }
-
-
 def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> Run:
-    """A run to sample from, on the GPU where there is one; see :func:`load_run`.
+    """Open a run to sample from, on the GPU if there is one; see :func:`load_run`.
 
-    Of several GPUs it is that of ``LOCAL_RANK``, which torchrun and ``accelerate launch`` set.
+    With several GPUs ``LOCAL_RANK`` chooses, which torchrun and ``accelerate launch`` set.
     """
     run = load_run(path, step, weights)
     device = torch.device("cpu")
@@ -409,15 +285,3 @@ def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     run.model.to(device)
     return run
-
-
-def plot_run(run: Run, out: str | Path) -> list[Path]:
-    """Write the figures of a run as PNG into the folder ``out``; their paths in the order
-    written."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = run.figures()
-    paths = [out / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=DPI)
-    return paths

@@ -24,18 +24,18 @@ EVALUATION_SCHEMA = pa.schema(
         pa.field("num_scenes", pa.int64(), nullable=False),
     ]
 )
-"""A row a split and skill; see :class:`Evaluation`."""
+"""One row per split and skill; see :class:`Evaluation`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores by split and skill (see ``shapes.judge_cells`` for what a skill means).
+    """Scores by split and skill (skills: see ``shapes.judge_cells``).
 
     Attributes:
-        table: ``EVALUATION_SCHEMA``. ``accuracy`` is the share of the ``num_images`` images whose
-            caption asks for the skill that show it; ``low`` and ``high`` are its 95 % bootstrap
+        table: ``EVALUATION_SCHEMA``. Of the ``num_images`` images whose caption asks for the skill,
+            ``accuracy`` is the share that shows it; ``low`` and ``high`` are its 95 % bootstrap
             interval over the ``num_scenes`` scenes; ``chance`` is what perfect images of other
-            captions reach, null where a split has a single scene.
+            captions reach, null if a split has a single scene.
     """
 
     table: pa.Table
@@ -48,7 +48,7 @@ class Evaluation:
         return scores
 
     def to_text(self) -> str:
-        """An aligned table; a line a split and skill."""
+        """An aligned table with one line per split and skill."""
         return str(Table(self._rows(), num_words=2))
 
     __str__ = to_text
@@ -78,14 +78,14 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What ``semroute evaluate`` found of a run, and how; ``evaluation.json`` in its directory.
+    """Results of ``semroute evaluate``, and how they were obtained: ``evaluation.json``.
 
     Attributes:
         step, weights: the checkpoint, and ``ema`` or ``model``.
-        features: the store whose captions were drawn.
-        num_steps, seed: of sampling.
+        features: the store whose captions images were generated from.
+        num_steps, seed: settings of sampling.
         scores: by guidance scale.
-        cfg_interval: lowest and highest t that were guided.
+        cfg_interval: lowest and highest t with guidance.
     """
 
     step: int
@@ -97,7 +97,7 @@ class EvaluationReport:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     def write(self, run: Path) -> Path:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         path = run / EVALUATION
         scores = [
             {"cfg_scale": cfg_scale, "scores": evaluation.table.to_pylist()}
@@ -109,7 +109,7 @@ class EvaluationReport:
 
     @classmethod
     def read(cls, run: Path) -> "EvaluationReport | None":
-        """What :meth:`write` wrote; None where the run was not evaluated."""
+        """Read what :meth:`write` wrote; None if the run was not evaluated."""
         path = run / EVALUATION
         if not path.exists():
             return None

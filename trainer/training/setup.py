@@ -18,7 +18,8 @@ from ..data.dataset import StorePair, by_shape, open_pairs
 from ..model.dit import DiT
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
-from ..runs.run import Run, open_start
+from ..runs.run import Run
+from ..runs.start import open_start
 from .validation import Validation, open_validation
 
 

@@ -13,7 +13,7 @@ from ..data.sampler import BatchPartition
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
-from ..runs.run import start_from
+from ..runs.start import start_from
 from .accelerator import make_accelerator
 from .setup import prepare
 from .trainer import Trainer

@@ -13,9 +13,10 @@ from semroute.trainer.plots.routing import routing_heatmap, routing_over_steps, 
 from semroute.trainer.plots.scores import accuracy_bars
 from semroute.trainer.plots.training import loss_curve, validation_curves
 from semroute.trainer.runs.checkpoint import save_checkpoint
+from semroute.trainer.runs.figures import plot_run
 from semroute.trainer.runs.metrics import METRICS, METRICS_SCHEMA
 from semroute.trainer.runs.record import build_model, write_record
-from semroute.trainer.runs.run import load_run, plot_run
+from semroute.trainer.runs.run import load_run
 from semroute.trainer.runs.scores import EvaluationReport
 from semroute.trainer.shapes.images import render
 from semroute.trainer.shapes.scenes import sample_scene

@@ -1,0 +1,53 @@
+"""A new run that starts from the weights of another one."""
+
+from dataclasses import asdict
+from typing import Any
+
+from ...schemas import RunRecord, differences, refuse_differences
+from ..model.dit import DiT
+from .run import Run, load_run
+
+
+def open_start(model: DiT, record: RunRecord) -> Run | None:
+    """The run that ``config.start`` names, with its averaged weights; None if it names none.
+
+    Args:
+        model: the network that is to start from it; only its sizes are used.
+
+    Raises:
+        InputError: no run with a checkpoint there, one that cannot read these features, or one of
+            another architecture; with every key that differs.
+    """
+    if record.config.start is None:
+        return None
+    start = load_run(record.config.start)
+    start.check_features(record.features)
+    refuse_differences(
+        differences(_architecture(record, model), _architecture(start.record, start.model)),
+        f"start: {start.path} is another network; this one, against it",
+        "Train with its values, or leave start out.",
+    )
+    return start
+
+
+def start_from(model: DiT, record: RunRecord, start: Run) -> None:
+    """Copy the weights of another run into a new network; the router's only if it is alike."""
+    own, other = record.config.routing, start.record.config.routing
+    same_router = all(
+        getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers")
+    )
+    weights = start.model.state_dict()
+    names = [n for n in model.state_dict() if same_router or not n.startswith("router.")]
+    model.load_state_dict({name: weights[name] for name in names}, strict=False)
+
+
+def _architecture(record: RunRecord, model: DiT) -> dict[str, Any]:
+    """What two networks must share for one to take the other's weights, except for the router."""
+    return {
+        **asdict(model.size),
+        "width_read": model.context.in_features,
+        "patch_size": model.patch_size,
+        "conditioning": record.config.model.conditioning,
+        "prediction": record.config.flow.prediction,
+        "latents": [*record.latents.shape],
+    }
