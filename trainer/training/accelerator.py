@@ -18,17 +18,17 @@ AGAIN_SECONDS = 1.0
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this configuration.
+    """An ``Accelerator`` for this configuration.
 
     Raises:
-        InputError: a launcher that asks for what checkpoints cannot hold, or whose processes do not
-            see one another.
+        InputError: the launcher asks for sharding that checkpoints cannot hold, or its processes do
+            not see one another.
     """
-    # A process keeps the settings of its first Accelerator and refuses others: a notebook that
-    # trains twice needs them forgotten. The process group stays.
+    # A process keeps the settings of its first Accelerator and refuses others, so a notebook that
+    # trains twice must drop them. The process group stays.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    # Checked first: Accelerate would import DeepSpeed, or fail where it is not installed.
+    # Checked first, because Accelerate would import DeepSpeed, or fail if it is not installed.
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
             "found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: launch with "
@@ -45,14 +45,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise InputError(
-            f"{started} processes were started, and Accelerate takes each for one of "
-            f"{accelerator.num_processes}. On a CPU set ACCELERATE_USE_CPU=1."
+            f"{started} processes were started, and Accelerate sees {accelerator.num_processes} "
+            "in each. On a CPU set ACCELERATE_USE_CPU=1."
         )
     kind = accelerator.distributed_type.value
     if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise InputError(
-            f"{kind} keeps the states of optimisers in parts of its own, which checkpoints here "
-            "would not hold: use FSDP with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
+            f"{kind} shards optimizer states in a way that checkpoints here cannot hold: use FSDP "
+            "with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
         )
     return accelerator
 

@@ -1,4 +1,4 @@
-"""What a run will take, from its configuration and stores alone: ``semroute train --dry-run``.
+"""Memory, reads and disk space of a run, from its configuration: ``semroute train --dry-run``.
 
 Shapes: R rows (tokens of all captions, packed), U unique captions, L layers, H text width.
 """
@@ -26,18 +26,18 @@ from .trainer import Trainer
 from .validation import held_out
 
 NUM_LOOKED_AT = 32
-"""Steps whose captions are counted, from the first."""
+"""Number of first steps whose captions are counted."""
 FP32, BF16 = 4, 2
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What steps read, on average over some of them.
+    """Data that a step reads.
 
     Attributes:
-        rows, captions: of the largest part that one rank computes at once.
-        step_rows: of a step, all ranks together; a caption counts once a rank and part.
-        step_bytes: of both stores, as they are on disk.
+        rows, captions: size of the largest part that one rank computes at once.
+        step_rows: mean over steps, all ranks together; a caption counts once per rank and part.
+        step_bytes: bytes on disk of these rows, and of the latents.
     """
 
     rows: int
@@ -53,20 +53,21 @@ def plan(
     step_seconds: float | None = None,
     measure_steps: int = 0,
 ) -> Report:
-    """What :func:`semroute.trainer.training.train.train` would do; nothing is written.
+    """Plan what :func:`semroute.trainer.training.train.train` would do, and write nothing.
 
-    Activations are those that autograd keeps for the backward pass, counted by running the forward
-    pass on tensors that have shapes and no numbers, with as many rows as the fullest of the first
-    steps has. What a GPU's allocator and its kernels take besides is not in them.
+    Activations are those that autograd keeps for the backward pass. They are counted by a forward
+    pass on tensors without data, with the largest number of rows of the first steps. What a GPU's
+    allocator and kernels need besides is not included.
 
     Args:
         num_ranks: processes of the run.
-        step_seconds: what a step takes, to say what the stores must deliver.
-        measure_steps: take so many steps on this machine, after one that is not counted, and forget
-            them; with one process, whatever ``num_ranks`` says.
+        step_seconds: duration of a step, to compute the read speed that the stores must deliver.
+        measure_steps: measure so many steps on this machine after a first one, then discard them;
+            always with one process, regardless of ``num_ranks``.
 
     Raises:
-        InputError: what training would refuse, but for a batch that one process cannot divide.
+        InputError: whatever training would refuse, except a batch that does not divide among
+            processes.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     setup = prepare(config, building=mode)
@@ -79,7 +80,7 @@ def plan(
     details = {
         "steps": {
             "total": config.steps,
-            "done": 0 if setup.found is None else setup.found.step,
+            "done": 0 if setup.checkpoint is None else setup.checkpoint.step,
             "per_epoch": stream.num_samples / config.data.batch_size,
         },
         "parameters": {
@@ -111,15 +112,15 @@ def _facts(
     parameters, memory = details["parameters"], details["memory_bytes"]
     layers, stored = details["layers_read"], setup.features.layers
     num_ranks, accumulated = details["ranks"], config.grad_accum_steps
-    held = setup.validation
+    validation = setup.validation
     each = format_bytes(details["read_bytes_per_step"])
-    needs = f"{each} a step of all ranks; --step-seconds or --measure says how fast"
+    needs = f"{each} per step of all ranks; --step-seconds or --measure gives the speed"
     if details["step_seconds"] is not None:
         seconds = details["step_seconds"]
         how = "measured here, one process" if details["step_seconds_measured"] else "given"
         speed = format_bytes(details["read_bytes_per_step"] / seconds)
-        needs = f"{each} a step of all ranks: {speed}/s at {seconds:.3g} s a step ({how})"
-    kept = ", ".join(
+        needs = f"{each} per step of all ranks: {speed}/s at {seconds:.3g} s per step ({how})"
+    parts_of_memory = ", ".join(
         f"{name.replace('_', ' ')} {'~' if name == 'activations' else ''}{format_bytes(size)}"
         for name, size in memory.items()
         if name != "total"
@@ -133,14 +134,14 @@ def _facts(
         "data": f"{stream.num_samples:,} samples, {len(setup.features):,} captions"
         + "".join(f"; {pair.summary()}" for pair in stream.pairs if pair.selection)
         + "".join(f"; {pair.summary()}" for pair in stream.pairs[1:] if not pair.selection)
-        + (f"; validated by {len(held.samples):,} others" if held is not None else ""),
+        + (f"; validated by {len(validation.samples):,} others" if validation is not None else ""),
         "batch": f"{batch['samples']} samples x {batch['noise_draws']} of t and noise; "
         f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} of {batch['samples_of_rank']}{parts}",
         "steps": f"{steps['total']:,}, {steps['done']:,} of them done; an epoch is "
         f"{steps['per_epoch']:,.1f}, so {steps['total'] / steps['per_epoch']:,.1f} epochs",
-        "memory": f"a rank ~{format_bytes(memory['total'])}: {kept}",
+        "memory": f"~{format_bytes(memory['total'])} per rank: {parts_of_memory}",
         "reading": needs,
-        "disk": f"a checkpoint {format_bytes(details['checkpoint_bytes'])}, "
+        "disk": f"{format_bytes(details['checkpoint_bytes'])} per checkpoint, "
         f"{config.keep_checkpoints} kept",
     }
     return Summary(f"Plan of {config.output}; nothing is trained", items)
@@ -168,13 +169,13 @@ def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> PackedLoad
         layers=setup.model.router.layers_read,
         partition=BatchPartition(0, num_ranks, config.grad_accum_steps),
         held_out=held_out(config.validation, setup.latents.ids),
-        start_step=0 if setup.found is None else setup.found.step,
+        start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         pairs=setup.pairs,
     )
 
 
 def count_reading(stream: PackedLoader) -> Reading:
-    """Count, without reading, what the first steps read."""
+    """Count what the first steps read, without reading it."""
     data = stream.data
     tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in stream.pairs]
     parts, size = stream.partition.num_parts, stream.num_positions
@@ -195,7 +196,7 @@ def count_reading(stream: PackedLoader) -> Reading:
 def count_memory(
     model: DiT, config: TrainConfig, reading: Reading, mode: FakeTensorMode, num_ranks: int
 ) -> dict[str, float]:
-    """Bytes that a rank needs on its device, by what they are for."""
+    """Bytes that a rank needs on its device, by use."""
     numbers = sum(p.numel() for p in model.parameters())
     states = 0
     for optimizer in make_optimizers(model, config.optimizer):
@@ -207,11 +208,11 @@ def count_memory(
     hidden = reading.rows * len(model.router.layers_read) * model.context.out_features
     memory = {
         "weights": FP32 * numbers,
-        # Accelerate's DDP reduces gradients in buckets, a second copy of them.
+        # DDP reduces gradients in buckets, which are a second copy.
         "gradients": FP32 * numbers * (2 if num_ranks > 1 else 1),
         "optimizer": FP32 * states,
         "average": FP32 * numbers,
-        "hidden_states": 2 * BF16 * hidden,  # the next batch's are there already
+        "hidden_states": 2 * BF16 * hidden,  # this batch and the next
         "activations": count_activations(
             model, config, reading, config.data.batch_size // parts, mode
         ),
@@ -222,10 +223,10 @@ def count_memory(
 def count_activations(
     model: DiT, config: TrainConfig, reading: Reading, num_samples: int, mode: FakeTensorMode
 ) -> int:
-    """Bytes that autograd keeps of one accumulation step, parameters and features left out."""
+    """Bytes that autograd keeps of one accumulation step, without parameters and features."""
     layers, width = len(model.router.layers_read), model.context.out_features
     num = num_samples * config.data.noise_draws
-    # Rows are dealt evenly to captions, the rest to the last.
+    # Captions have equal lengths, and the last one the remainder too.
     each, rest = divmod(reading.rows, reading.captions)
     lengths = torch.tensor([each] * (reading.captions - 1) + [each + rest])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -257,9 +258,9 @@ def count_activations(
     if not config.gradient_checkpointing:
         return everything
     model.gradient_checkpointing = True
-    kept = forward()
-    # In the backward pass one block at a time is whole again.
-    return kept + (everything - kept) // model.size.depth
+    checkpointed = forward()
+    # The backward pass computes one block at a time again.
+    return checkpointed + (everything - checkpointed) // model.size.depth
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -267,10 +268,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def measure(config: TrainConfig, num_steps: int) -> float:
-    """Median seconds of a step here, of a network that is then forgotten; nothing is written.
+    """Median seconds of a step on this machine, from steps that are then discarded.
 
     Raises:
-        InputError: what training with one process would refuse.
+        InputError: whatever training with one process would refuse.
     """
     setup = prepare(config)
     accelerator = make_accelerator(config.model_copy(update={"tracker": "none"}))
@@ -280,7 +281,7 @@ def measure(config: TrainConfig, num_steps: int) -> float:
     with closing(iter(stream)) as read:
         batches = on_device(read, accelerator.device)
         for _ in range(num_steps + 1):
-            began = time.perf_counter()
+            start = time.perf_counter()
             trainer.take_step(batches, stop=False)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

@@ -1,4 +1,4 @@
-"""What moves the weights of a run, and how far in which step."""
+"""Optimizers and learning-rate schedules."""
 
 import math
 from typing import Any
@@ -14,15 +14,15 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon``, whose products of bfloat16 matrices are made in float32 on a CPU, and
-    rounded to bfloat16 then.
+    """``torch.optim.Muon`` that multiplies bfloat16 matrices in float32 on a CPU, and rounds then.
 
-    So are a GPU's. A CPU without instructions for bfloat16 takes many times as long for its
-    own, which is most of a small network's step; the results differ as orders of summation do.
+    A GPU accumulates in float32 too. On a CPU without bfloat16 instructions, products in bfloat16
+    take many times as long and dominate the step of a small network; the results differ as much as
+    with another order of summation.
     """
 
     def step(self, closure: Any = None) -> Any:
-        """As ``torch.optim.Muon`` does."""
+        """Take a step as ``torch.optim.Muon`` does."""
         if self.param_groups[0]["params"][0].device.type != "cpu":
             return super().step(closure)
         with _InFloat32():
@@ -40,7 +40,7 @@ class _InFloat32(TorchDispatchMode):
 
 
 def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with the router in a group of its own rate and no decay; and Muon where asked for."""
+    """AdamW, with a rate of its own and no decay for the router; and Muon if configured."""
     shares = dit.router.parameter_groups()
     router = [parameter for part, _ in shares for parameter in part]
     matrices = dit.block_matrices() if config.name == "muon" else []
@@ -69,7 +69,7 @@ def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optim
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> LambdaLR:
-    """Warm-up, then constant, cosine or linear, about to take step ``step``."""
+    """Warm-up, then constant, cosine or linear, for a run that has taken ``step`` steps."""
     warmup, steps = config.optimizer.warmup_steps, config.steps
 
     def factor(now: int) -> float:

@@ -1,4 +1,4 @@
-"""What a run is made of: everything opened and checked, and nothing written."""
+"""Setup of a run: open and check everything, and write nothing."""
 
 import importlib.metadata
 import importlib.util
@@ -25,20 +25,22 @@ from .validation import Validation, open_validation
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of, everything checked and nothing written.
+    """Everything that a run needs, opened and checked.
 
     Attributes:
-        found: the checkpoint to continue from; None: from the start.
-        model: fresh weights.
-        start: the run that ``config.start`` names, where the run is new.
-        validation: what the run is measured by.
+        pairs: the run's own stores, and those of its mixture.
+        record: ``run.json``, to be written.
+        checkpoint: where to resume; None: from the start.
+        model: the network with fresh weights.
+        start: the run that ``config.start`` names, if this run is new.
+        validation: measures the run on held-out samples, if configured.
     """
 
     features: FeatureStore
     latents: LatentStore
     pairs: list[StorePair]
     record: RunRecord
-    found: Checkpoint | None
+    checkpoint: Checkpoint | None
     model: DiT
     start: Run | None
     validation: Validation | None
@@ -48,30 +50,30 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     """Open and check all that training needs.
 
     Args:
-        building: entered while the network is made.
+        building: context in which the network is made.
 
     Raises:
-        InputError: as :func:`train`.
+        InputError: as in :func:`.train.train`.
     """
     features, latents = open_features(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
-    record, found = find_run(Path(config.output), make_record(config, pairs))
+    record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     with building or nullcontext():
         model = build_model(record)
     for shape in by_shape(pairs):
         model.check_shape(shape)
-    start = open_start(model, record) if found is None else None
+    start = open_start(model, record) if checkpoint is None else None
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         package = config.tracker.replace("_", "-")
         raise InputError(
             f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
         )
     validation = open_validation(config, features, latents, model.router.layers_read)
-    return Setup(features, latents, pairs, record, found, model, start, validation)
+    return Setup(features, latents, pairs, record, checkpoint, model, start, validation)
 
 
 def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
-    """What ``run.json`` says of a run that starts now.
+    """The ``run.json`` of a run that starts now.
 
     Args:
         pairs: the run's own stores, and those of its mixture.

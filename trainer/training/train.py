@@ -1,4 +1,4 @@
-"""``train``: a run from its configuration to its last checkpoint."""
+"""Training of a run, from its configuration to its last checkpoint."""
 
 import sys
 from contextlib import nullcontext
@@ -21,23 +21,23 @@ from .validation import held_out
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
-    """Train, or continue a run that was stopped, and return its directory.
+    """Train a run, or resume it, and return its directory.
 
-    An output directory with a ``run.json`` is continued from its newest checkpoint, bit for bit on
-    the same machine; ``steps`` may have grown.
+    If the output directory has a ``run.json``, the run is resumed from its newest checkpoint, bit
+    for bit on the same machine; ``steps`` may have grown.
 
     Args:
-        progress: show a bar.
+        progress: show a progress bar.
 
     Raises:
-        InputError: before any work: a store that is unfinished or not the one that the run was
-            started with, another configuration than the run's, or parts that do not fit. Or another
-            process trains this run.
-        FloatingPointError: loss or gradient is not finite; with the sample ids of the batch.
-        TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written first.
+        InputError: raised before any work: a store is unfinished or not the one that the run
+            started with, the configuration is not the run's, or parts do not fit together. Also if
+            another process trains this run.
+        FloatingPointError: the loss or gradient is not finite; with the sample ids of the batch.
+        TrainingInterrupted: stopped by SIGTERM or Ctrl-C, after writing a checkpoint.
     """
     setup = prepare(config)
-    model, record, found, path = setup.model, setup.record, setup.found, Path(config.output)
+    model, record, path = setup.model, setup.record, Path(config.output)
     if setup.start is not None:
         start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
@@ -51,7 +51,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             accelerator.process_index, accelerator.num_processes, config.grad_accum_steps
         ),
         held_out=held_out(config.validation, setup.latents.ids),
-        start_step=0 if found is None else found.step,
+        start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=accelerator.device.type != "cpu"
         and any(pair.features.codec.matrices for pair in setup.pairs),
         pairs=setup.pairs,
@@ -61,13 +61,13 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     main = accelerator.is_main_process
     with locked(path, _report) if main else nullcontext() as lock:
         if main:
-            _check_unchanged(path, found)
+            _check_unchanged(path, setup.checkpoint)
             write_record(path, record)
             trim_metrics(path, stream.start_step)
             if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
                 for pair in stream.pairs:
                     tqdm.write(pair.summary(), file=sys.stderr)
-        trainer = Trainer(config, accelerator, model, found, setup.validation)
+        trainer = Trainer(config, accelerator, model, setup.checkpoint, setup.validation)
         if trainer.step < config.steps:
             trainer.fit(stream, progress, lock)
         accelerator.end_training()
@@ -78,12 +78,11 @@ def _report(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def _check_unchanged(path: Path, found: Checkpoint | None) -> None:
-    """Refuse to continue from a checkpoint that another process has trained on from since."""
+def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:
+    """Refuse to resume if another process has trained the run since setup read the checkpoint."""
     newest = latest_checkpoint(path)
-    steps = [None if each is None else each.step for each in (found, newest)]
-    if steps[0] != steps[1]:
+    before, now = (None if each is None else each.step for each in (checkpoint, newest))
+    if before != now:
         raise InputError(
-            f"another process has trained {path} to step {steps[1]} meanwhile: run the same "
-            "command again"
+            f"another process has meanwhile trained {path} to step {now}: rerun the same command"
         )

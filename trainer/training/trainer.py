@@ -1,20 +1,18 @@
 """The training loop: two stores in, a run directory with routing weights and a DiT out.
 
-What step s trains on, and with which t and noise, is a function of (seed, position); the learning
-rates are a function of s. So a run that is stopped and continued needs tensors and a step number
-and nothing else, and ends in the same bits as one that was not stopped.
+The samples of a step, their t and noise are functions of (seed, position), and learning rates are a
+function of the step. So a run resumes from tensors and a step number alone, and ends in the same
+bits as one that was never stopped.
 
 Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 """
 
 import math
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
-from ...schemas import TrainConfig, flat
+from ...schemas import TrainConfig
 from ..data.batch import Batch, on_device
-from ..data.loader import PackedLoader
 from ..diffusion.flow import Flow
 from ..diffusion.noise import draw_noise, jitter
 from ..model.dit import DiT
@@ -39,68 +36,79 @@ from ..runs.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from ..runs.metrics import METRICS, WEIGHTS, add_line
 from .accelerator import stop_signals
+from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
-from .validation import Validation
 
-HISTORY_T = [0.1, 0.3, 0.5, 0.7, 0.9]
-"""Noise levels at which weights that depend on t are logged."""
+if TYPE_CHECKING:
+    from ..data.loader import PackedLoader
+    from .validation import Validation
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal stopped the run after a whole step; its checkpoint is written."""
+    """A signal stopped the run after a complete step, and its checkpoint is written."""
 
 
 class Trainer:
-    """One run in memory: the network, its optimizers and average, and how to take a step."""
+    """One run in memory: the network, its optimizers and average, and how to take a step.
+
+    Args:
+        checkpoint: where to resume. None: start from the weights of ``model``.
+        validation: measures the run on held-out samples.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         accelerator: Accelerator,
         model: DiT,
-        found: Checkpoint | None = None,
-        validation: Validation | None = None,
+        checkpoint: Checkpoint | None = None,
+        validation: "Validation | None" = None,
     ) -> None:
         self.config = config
         self.validation = validation
         self.accelerator = accelerator
         self.path = Path(config.output)
         self.flow = Flow.from_config(config.flow)
-        self.step = 0 if found is None else found.step
-        if found is not None:
-            model.load_state_dict(found.model())
+        self.step = 0 if checkpoint is None else checkpoint.step
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint.model())
         self.dit = model.train().to(accelerator.device)
         self.dit.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
             for block in self.dit.blocks:
                 block.compile()
         self.plain_optimizers = make_optimizers(self.dit, config.optimizer)
-        # The stream is not prepared: it knows its rank. Neither are the schedules, which accelerate
-        # would advance once for every rank.
+        # Neither the loader is prepared, which knows its rank, nor the schedules, which Accelerate
+        # would advance once per rank.
         self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
-        if found is not None:
-            load_optimizer_tensors(self.dit, self.plain_optimizers, found.optimizer())
+        if checkpoint is not None:
+            load_optimizer_tensors(self.dit, self.plain_optimizers, checkpoint.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
         parameters = dict(self.dit.named_parameters())
-        average = parameters if found is None else found.ema()
+        average = parameters if checkpoint is None else checkpoint.ema()
         self.ema = {
             name: cut_like(average[name].detach(), parameter.detach()).to(
                 accelerator.device, torch.float32, copy=True
             )
             for name, parameter in parameters.items()
         }
-        self.window = Window() if found is None else Window(**found.state()["window"])
+        self.window = Window() if checkpoint is None else Window(**checkpoint.state()["window"])
 
-    def fit(self, stream: PackedLoader, show: bool, lock: Lock | None = None) -> None:
-        """Take steps; once in a while log, once in a while validate, and once in a while save.
+    def fit(self, stream: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
+        """Take all remaining steps; log, validate and save as often as configured.
 
         Args:
-            lock: of the run directory, where this process holds it.
+            show: show a progress bar.
+            lock: lock of the run directory, if this process holds it.
+
+        Raises:
+            LockedError: another process has taken over the run directory.
+            FloatingPointError: the loss or gradient is not finite.
+            TrainingInterrupted: a signal stopped the run.
         """
         config, every = self.config, self.config.validation.every
-        self._start_tracker()
+        start_tracker(self.accelerator, config, self.step)
         progress = tqdm(
             total=config.steps,
             initial=self.step,
@@ -113,7 +121,7 @@ class Trainer:
             while self.step < config.steps:
                 if lock is not None and lock.lost:
                     raise LockedError(
-                        f"another process took this one for dead and has taken over {self.path}"
+                        f"another process took over {self.path} because this one seemed dead"
                     )
                 seen, stopping = self.take_step(batches, stop.is_set())
                 progress.update()
@@ -132,21 +140,21 @@ class Trainer:
 
         Args:
             batches: on the device.
-            stop: whether this rank was asked to.
+            stop: whether this rank was asked to stop.
 
         Returns:
-            What the last weights were a function of, t [B * K] and hidden states [R, L, H]; and
-            whether any rank was asked to stop.
+            What routing read last, t [B*K] and hidden states [R, L, H]; and whether any rank was
+            asked to stop.
         """
         config, accelerator = self.config, self.accelerator
-        # Read once a step: a device that is asked for a number waits until it has no more to do.
+        # Read once per step: reading a number waits until the device has finished its work.
         own_loss, sample_ids = torch.zeros((), device=accelerator.device), []
         for _ in range(config.grad_accum_steps):
             batch = next(batches)
             sample_ids += batch.names()
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)
-                self.put_router_together()
+                self._unshard()
                 accelerator.backward(loss + self.dit.router.penalty(t))
             own_loss += loss.detach() / config.grad_accum_steps
         parameters = self.dit.parameters()
@@ -192,7 +200,7 @@ class Trainer:
         return self.flow.loss(prediction, x0, noise, t).mean(), t_routing
 
     def validate(self) -> dict[str, Any]:
-        """The loss on what is never trained on, as metrics; its time is not the steps'."""
+        """The loss on held-out samples, as metrics; its time does not count for the speed."""
         assert self.validation is not None
         with self.window.paused():
             losses = self.validation.measure(self.model, self.flow, self.accelerator)
@@ -202,14 +210,19 @@ class Trainer:
     def log(
         self,
         seen: tuple[Tensor, Any],
-        stream: PackedLoader,
+        stream: "PackedLoader",
         progress: tqdm,
         measured: dict[str, Any],
     ) -> None:
-        """A line of metrics: to the file, the tracker and the progress bar; now and then the
-        weights of layers to a file of their own."""
-        self.put_router_together()
-        alpha, weights = self.dit.router.alpha(*seen), self.weights(seen[1])
+        """Log metrics since the last call, and now and then the routing weights.
+
+        Args:
+            seen: what routing read last, t [B*K] and hidden states [R, L, H].
+            measured: metrics of validation.
+        """
+        self._unshard()
+        alpha = self.dit.router.alpha(*seen)
+        weights = routing_weights(self.dit, self.config, self.step, seen[1])
         if isinstance(self.dit, FSDPModule):
             self.dit.reshard()
         line = {
@@ -225,41 +238,10 @@ class Trainer:
             return
         if (warning := stream.warning()) is not None:
             progress.write(warning, file=sys.stderr)
-        add_line(self.path, METRICS, line)
-        if weights is not None:
-            add_line(self.path, WEIGHTS, weights)
-        numbers = {k: v for k, v in line.items() if k not in ("step", "validation_by_t")}
-        for number, loss in enumerate(line.get("validation_by_t", [])):
-            low, high = (place / len(line["validation_by_t"]) for place in (number, number + 1))
-            numbers[f"validation_loss/t {low:.3g} to {high:.3g}"] = loss
-        self.accelerator.log(numbers, step=self.step)
-        progress.set_postfix(
-            {
-                "loss": f"{line['loss']:.4g}",
-                "samples/s": f"{line['samples_per_second']:.3g}",
-                "data wait": f"{line['data_wait_share']:.0%}",
-                "routing entropy": f"{line['routing_entropy']:.3f}",
-            }
-        )
-
-    def weights(self, hidden: Any) -> dict[str, Any] | None:
-        """The weights of layers as they are now, where they are learned; about 200 times a run.
-
-        Args:
-            hidden: [R, L, H], tokens to take the mean over where each weighs for itself.
-        """
-        config, router = self.config, self.dit.router
-        gap = config.log_every * math.ceil(config.steps / 200 / config.log_every)
-        due = self.step % gap == 0 or self.step == config.steps
-        if not (due and self.dit.router_parameters()):
-            return None
-        levels = HISTORY_T if router.depends_on_t else [1.0]
-        alpha = router.alpha(torch.tensor(levels, device=self.accelerator.device), hidden)
-        rounded = [[[round(w, 6) for w in row] for row in rows] for rows in alpha.tolist()]
-        return {"step": self.step, "t": levels, "weights": rounded}
+        log_metrics(self.accelerator, self.config, line, weights, progress)
 
     def save(self) -> None:
-        """Write a checkpoint; the main process writes, the others wait."""
+        """Write a checkpoint: the main process writes, the others wait."""
         main = self.accelerator.is_main_process
         model, ema = gather(self.dit.state_dict(), main), gather(self.ema, main)
         optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers), main)
@@ -275,40 +257,27 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def put_router_together(self) -> None:
-        """FSDP2 has it whole in ``forward`` alone, and again up to the end of a backward pass."""
+    def _unshard(self) -> None:
+        """Make the router whole outside ``forward``, where FSDP2 has its parameters sharded.
+
+        They are sharded again at the end of the next backward pass.
+        """
         if isinstance(self.dit, FSDPModule):
             self.dit.unshard()
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the average; its decay rises as (1 + n) / (10 + n), so that the average of a short
-        run is not its initial weights."""
+        """Update the moving average. Its decay rises as (1 + n) / (10 + n), so that initial weights
+        do not dominate the average of a short run."""
         n = self.step // self.config.ema.every
         decay = min(self.config.ema.decay, (1 + n) / (10 + n))
         for name, parameter in self.dit.named_parameters():
             self.ema[name].lerp_(parameter.float(), 1 - decay)
 
-    def _start_tracker(self) -> None:
-        config, name = self.config, self.config.tracker
-        if name == "none":
-            return
-        if name == "tensorboard":
-            # Steps that a stopped run had logged beyond its checkpoint are taken back.
-            purge = {name: {"purge_step": self.step + 1}}
-            self.accelerator.init_trackers(name, init_kwargs=purge)
-            return
-        # Trackers want numbers, strings and nothing else.
-        said = {k: v if isinstance(v, (int, float)) else str(v) for k, v in flat(config).items()}
-        options = {"wandb": {"name": self.path.name, "dir": config.output}}
-        self.accelerator.init_trackers(
-            "semroute", config=said, init_kwargs={name: options.get(name, {})}
-        )
-
     def _stop(self, progress: tqdm) -> None:
         message = (
             f"Stopped after step {self.step} of {self.config.steps}; a checkpoint is in "
-            f"{self.path}. Run the same command to continue."
+            f"{self.path}. Rerun the same command to resume."
         )
         if self.accelerator.is_main_process:
             progress.write(message, file=sys.stderr)
@@ -319,47 +288,9 @@ class Trainer:
         last = latest_checkpoint(self.path)
         where = f"samples of this rank: {', '.join(sample_ids)}"
         if math.isfinite(own) and not math.isfinite(total):
-            where = "the samples are another rank's, which names them"
+            where = "the samples are on another rank, which names them"
         return (
-            f"step {self.step + 1}: loss {total}, gradient norm {norm}; {where}. Look at these "
-            "samples and at the learning rates. The last checkpoint is "
-            f"{last.path if last else 'not written yet'}."
+            f"step {self.step + 1}: loss {total}, gradient norm {norm}; {where}. Check these "
+            "samples and the learning rates. Last checkpoint: "
+            f"{last.path if last else 'none yet'}."
         )
-
-
-# --------------------------------------------------------------------------------- parts of a run
-
-
-@dataclass
-class Window:
-    """What has happened since the last line of metrics."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-
-    def start(self, stream: PackedLoader) -> None:
-        """Start the clocks. Steps of before a restart count for the means, but not for speed."""
-        self._began, self._waited = time.perf_counter(), stream.wait_seconds
-        self._untimed = len(self.losses)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done meanwhile is not counted."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
-
-    def add(self, loss: float, norm: float) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def summary(self, stream: PackedLoader) -> dict[str, float]:
-        """Means and speed."""
-        seconds = time.perf_counter() - self._began
-        samples = (len(self.losses) - self._untimed) * stream.data.batch_size
-        return {
-            "loss": math.fsum(self.losses) / len(self.losses),
-            "grad_norm": math.fsum(self.norms) / len(self.norms),
-            "samples_per_second": samples / seconds,
-            "data_wait_share": (stream.wait_seconds - self._waited) / seconds,
-        }

@@ -1,7 +1,7 @@
-"""The loss on samples that are never trained on, by noise level, under noise that never changes.
+"""The loss on held-out samples, by noise level, under noise that never changes.
 
-Which samples, their t and their noise are a function of ``validation.seed`` alone: two runs, of
-whatever strategy, seed or number of ranks, are measured by the same numbers.
+The samples, their t and their noise are functions of ``validation.seed`` alone, so runs of any
+strategy, seed or number of ranks are measured by the same numbers.
 
 Shapes: N samples, B samples at once, K bins of t, C channels.
 """
@@ -23,17 +23,17 @@ from ..data.dataset import check_joined
 from ..diffusion.flow import Flow
 
 NUM_IMAGES = 64
-"""Rows of the network's batch. Not the run's: rounding must not depend on ranks."""
+"""Images in a batch. Not the run's batch size: rounding must not depend on ranks."""
 
 
 def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
-    """Samples that are not trained on: int64, those of ``ids`` that chance picked first.
+    """Samples to hold out of training: int64 ids, in random order.
 
-    Each sample's chance is a function of (seed, its id), so a store that grows holds out the same
-    ones and some of the new.
+    The random number of a sample is a function of (seed, id), so a store that grows holds out the
+    same samples, and some of the new ones.
 
     Args:
-        ids: ascending, int64; samples that have a latent.
+        ids: samples that have a latent: int64, ascending.
     """
     if not config.share:
         return ids[:0]
@@ -45,14 +45,14 @@ def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """What a run is measured by.
+    """Held-out samples, and the noise that a run is measured with.
 
     Attributes:
-        samples: ids in the stores, int64 [N], ascending. Each shows the first of its captions and,
-            where latents have a posterior, its mean.
+        samples: ids in the stores, int64 [N], ascending. Each is used with the first of its
+            captions and, if latents have a posterior, its mean.
         layers: LLM layers to read.
-        num_bins: K; each sample is shown once in each, at a t that it keeps.
-        seed: of t and noise, with the sample's id.
+        num_bins: K; each sample is used once in each bin, at a t that never changes.
+        seed: determines t and noise, together with the sample's id.
     """
 
     features: FeatureStore
@@ -64,29 +64,34 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: Any, flow: Flow, accelerator: Any) -> list[float]:
-        """Mean loss of each bin of t, from 0 to 1. All ranks must call it; each computes a part,
-        and all get the same numbers, whatever their number.
+        """Mean loss of each bin of t, from 0 to 1.
+
+        All ranks must call it. Each computes a part, and all get the same numbers, which do not
+        depend on the number of ranks.
 
         Args:
-            model: called as :meth:`DiT.forward`; perhaps wrapped by accelerate.
-            accelerator: of accelerate.
+            model: called as :meth:`DiT.forward`; may be wrapped by Accelerate.
+            accelerator: an ``accelerate.Accelerator``.
         """
         parts = self._parts(max(1, NUM_IMAGES // self.num_bins))
         losses = torch.zeros(len(self.samples), self.num_bins, device=accelerator.device)
         num_ranks = accelerator.num_processes
         for turn in range(0, len(parts), num_ranks):
-            # Wrappers of the model talk to the other ranks: one without a part of its own computes
-            # the last part too, and keeps it to itself.
+            # Wrappers of the model communicate between ranks, so each rank must compute something:
+            #
+            #   3 ranks, 5 parts      rank 0   rank 1   rank 2
+            #     turn 0              part 0   part 1   part 2
+            #     turn 3              part 3   part 4   part 4, not recorded
             number = turn + accelerator.process_index
             part = parts[min(number, len(parts) - 1)]
-            found = self._losses(model, flow, self.samples[part], accelerator)
+            computed = self._losses(model, flow, self.samples[part], accelerator)
             if number < len(parts):
-                losses[torch.from_numpy(part).to(losses.device)] = found
-        # Each number has one rank that is not at zero, so the sum is exact.
+                losses[torch.from_numpy(part).to(losses.device)] = computed
+        # Each loss is zero on all ranks but one, so the sum is exact.
         return accelerator.reduce(losses, "sum").double().mean(0).tolist()
 
     def _parts(self, size: int) -> list[np.ndarray]:
-        """Places in :attr:`samples`, at most ``size`` at a time, whose latents have one shape."""
+        """Indices into :attr:`samples`: parts of at most ``size`` latents of one shape."""
         buckets = self.latents.buckets[self.samples]
         groups = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
         return [g[first : first + size] for g in groups for first in range(0, len(g), size)]
@@ -103,8 +108,7 @@ class Validation:
         return flow.loss(prediction, x0, noise, t).reshape(-1, self.num_bins)
 
     def _read(self, samples: np.ndarray) -> Batch:
-        lists = self.features.samples["caption_ids"].combine_chunks()
-        firsts = lists.values.to_numpy()[lists.offsets.to_numpy()[samples]]
+        firsts = self.features.first_captions[samples]
         unique, caption = np.unique(firsts, return_inverse=True)
         rows = self.features.read(unique, self.layers)
         return Batch(
@@ -132,15 +136,15 @@ class Validation:
 def open_validation(
     config: TrainConfig, features: FeatureStore, latents: LatentStore, layers: tuple[int, ...]
 ) -> Validation | None:
-    """What the configuration measures by; None where it names nothing.
+    """The validation that is configured, if any.
 
     Args:
-        features, latents: that are trained on.
-        layers: that the router reads.
+        features, latents: stores to train on.
+        layers: LLM layers that the router reads.
 
     Raises:
-        InputError: a share that leaves nothing, or a second pair of stores that cannot be read as
-            the first; with every key that differs.
+        InputError: the share leaves no samples on one side, or a second pair of stores differs in
+            kind from the first; with every key that differs.
     """
     wanted = config.validation
     if wanted.features is not None and wanted.latents is not None:
@@ -154,7 +158,7 @@ def open_validation(
         if not 0 < len(samples) < len(latents.ids):
             raise InputError(
                 f"validation.share {wanted.share:g} holds out {len(samples)} of "
-                f"{len(latents.ids)} samples: it must leave some on either side"
+                f"{len(latents.ids)} samples: it must leave some on each side"
             )
         samples = np.sort(samples[: wanted.num_samples])
     else:
@@ -179,7 +183,7 @@ def _check_alike(
     ]
     refuse_differences(
         different,
-        f"validation: {given[0].path} and {given[1].path} are of another kind than the stores "
-        "that are trained on; those given, against these",
+        f"validation: {given[0].path} and {given[1].path} are of another kind than the stores to "
+        "train on; those given, against these",
         "Make them with the same options.",
     )

@@ -90,7 +90,7 @@ class TestPlan:
         one_layer = plan(configure("penultimate")).details["read_bytes_per_step"]
         latents = 8 * 3 * 12 * 12
         assert one_layer - latents == pytest.approx((per_step - latents) / 4, rel=0.05)
-        assert "KB/s at 0.5 s a step (given)" in str(found)
+        assert "KB/s at 0.5 s per step (given)" in str(found)
         assert "--step-seconds or --measure" in str(plan(configure()))
 
     def test_measures_and_forgets(self, configure):

@@ -156,7 +156,7 @@ class TestResume:
         sender = threading.Thread(target=interrupt)
         handler = signal.getsignal(sign)
         sender.start()
-        with pytest.raises(TrainingInterrupted, match="Run the same command to continue"):
+        with pytest.raises(TrainingInterrupted, match="Rerun the same command to resume"):
             train(config)
         sender.join()
         assert signal.getsignal(sign) is handler
