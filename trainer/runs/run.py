@@ -259,15 +259,15 @@ def load_run(
         raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
     path = Path(path)
     record = read_record(path)
-    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
-    if not found:
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
+    if not checkpoints:
         raise InputError(
             f"{path} has no checkpoint yet: the first is written after "
             f"{min(record.config.checkpoint_every, record.config.steps):,} steps"
         )
-    if step is not None and step not in found:
-        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(found)}")
-    checkpoint = found[max(found) if step is None else step]
+    if step is not None and step not in checkpoints:
+        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
+    checkpoint = checkpoints[max(checkpoints) if step is None else step]
     model = build_model(record)
     model.load_state_dict(checkpoint.ema() if weights == "ema" else checkpoint.model())
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))

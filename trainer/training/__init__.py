@@ -5,9 +5,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "accelerator": ["make_accelerator"],
         "dry_run": ["plan"],
-        "optimizers": ["make_optimizers"],
-        "setup": ["make_record"],
-        "trainer": ["TrainingInterrupted"],
+        "metrics": ["Window"],
+        "optimizers": ["make_optimizers", "make_schedule"],
+        "setup": ["Setup", "make_record", "prepare"],
+        "trainer": ["Trainer", "TrainingInterrupted"],
+        "validation": ["Validation", "held_out", "open_validation"],
     },
 )

@@ -148,10 +148,10 @@ def _facts(
 
 
 def _layers(layers: Sequence[int]) -> str:
-    whole = list(layers) == list(range(layers[0], layers[-1] + 1))
+    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
     if len(layers) == 1:
         return f"layer {layers[0]}"
-    listed = f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+    listed = f"{layers[0]} to {layers[-1]}" if consecutive else ", ".join(map(str, layers))
     return f"layers {listed}"
 
 

@@ -79,8 +79,8 @@ class Trainer:
             for block in self.dit.blocks:
                 block.compile()
         self.plain_optimizers = make_optimizers(self.dit, config.optimizer)
-        # Neither the loader is prepared, which knows its rank, nor the schedules, which Accelerate
-        # would advance once per rank.
+        # The loader is not prepared, since it knows its rank; nor are the schedules, which
+        # Accelerate would advance once per rank.
         self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
         if checkpoint is not None:
             load_optimizer_tensors(self.dit, self.plain_optimizers, checkpoint.optimizer())
@@ -136,7 +136,7 @@ class Trainer:
             self.save()
 
     def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[tuple[Tensor, Any], bool]:
-        """One step of the optimizers, over all accumulation steps.
+        """Take one step of the optimizers, over all accumulation steps.
 
         Args:
             batches: on the device.
