@@ -7,20 +7,21 @@ Shapes: N samples, B samples at once, K bins of t, C channels.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline.store.features import FeatureStore
-from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
 from ..data.dataset import check_joined
 from ..diffusion.flow import Flow
+
+if TYPE_CHECKING:
+    from ...pipeline.store.features import FeatureStore
+    from ...pipeline.store.latents import LatentStore
 
 NUM_IMAGES = 64
 """Images in a batch. Not the run's batch size: rounding must not depend on ranks."""
@@ -55,8 +56,8 @@ class Validation:
         seed: determines t and noise, together with the sample's id.
     """
 
-    features: FeatureStore
-    latents: LatentStore
+    features: "FeatureStore"
+    latents: "LatentStore"
     samples: np.ndarray
     layers: list[int]
     num_bins: int
@@ -134,7 +135,7 @@ class Validation:
 
 
 def open_validation(
-    config: TrainConfig, features: FeatureStore, latents: LatentStore, layers: tuple[int, ...]
+    config: TrainConfig, features: "FeatureStore", latents: "LatentStore", layers: tuple[int, ...]
 ) -> Validation | None:
     """The validation that is configured, if any.
 
@@ -148,6 +149,8 @@ def open_validation(
     """
     wanted = config.validation
     if wanted.features is not None and wanted.latents is not None:
+        from ...pipeline.store.open import open_features, open_latents
+
         first = (features, latents)
         features, latents = open_features(wanted.features), open_latents(wanted.latents)
         check_joined(features, latents)
@@ -167,7 +170,7 @@ def open_validation(
 
 
 def _check_alike(
-    trained: tuple[FeatureStore, LatentStore], given: tuple[FeatureStore, LatentStore]
+    trained: "tuple[FeatureStore, LatentStore]", given: "tuple[FeatureStore, LatentStore]"
 ) -> None:
     free = {"captions", "samples", "max_length", "images", "dropped"}
     identities = (
