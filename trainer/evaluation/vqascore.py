@@ -1,17 +1,17 @@
-"""Pictures judged by a vision-language model: the probability that it says they show their caption.
+"""Images scored by a vision-language model, the judge.
 
 VQAScore (Lin et al. 2024, arXiv 2404.01291): the judge is asked ``Does this figure show "..."?``,
 and the score is the probability of the answer Yes. Question and answer are those of its own code,
 github.com/linzhiqiu/t2v_metrics, for judges that are chat models.
 
-Shapes: B pictures judged at once, V vocabulary.
+Shapes: B images scored at once, V vocabulary.
 """
 
 import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -40,14 +40,14 @@ from ..plots.images import sample_grid
 from .shapes import interval
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
-"""What t2v_metrics asks chat models; of CLIP-FlanT5, the paper's own judge, it ends in ``Please
-answer yes or no.``"""
+"""The question of t2v_metrics for chat models; for CLIP-FlanT5, the paper's own judge, it ends in
+``Please answer yes or no.``"""
 ANSWERS = ("Yes", "No")
 RECORD = "judge.json"
 JUDGEMENTS = "judgements.parquet"
 SCORES = "scores.parquet"
 FIGURE = "judged.png"
-JUDGEMENTS_SCHEMA = pa.schema(
+ANSWERS_SCHEMA = pa.schema(
     [
         pa.field("sample", pa.int64(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),
@@ -58,8 +58,8 @@ JUDGEMENTS_SCHEMA = pa.schema(
         pa.field("no", pa.float32(), nullable=False),
     ]
 )
-"""A row a picture and caption: which picture of the list, its bytes, what it is to show, what was
-``asked`` of it, and the probabilities of both answers."""
+"""One row per image and question: the number of the image in the list, the sha256 of its bytes, its
+group and caption, the caption ``asked`` about, and the probabilities of both answers."""
 SCORES_SCHEMA = pa.schema(
     [
         pa.field("group", pa.string(), nullable=False),
@@ -71,15 +71,15 @@ SCORES_SCHEMA = pa.schema(
         pa.field("num_prompts", pa.int64(), nullable=False),
     ]
 )
-"""A row a group of captions; see :func:`summarise`."""
+"""One row per group of captions; see :func:`summarise`."""
 ALL = "all"
+"""The group of all captions."""
 SAVE_SECONDS = 10.0
-"""Between writings of what was judged."""
+"""Time between writes of the answers so far."""
 NUM_SHOWN = 24
-"""Pictures in the figure."""
+"""Number of images in the figure."""
 ANSWERS_EXPECTED = 0.5
-"""Where Yes and No together are less probable than this on average, the judge answers otherwise."""
-
+"""Mean probability of Yes and No together below which the judge answers in other words."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -90,18 +90,18 @@ def default_dtype() -> Dtype:
 
 
 class VQAScorer:
-    """A vision-language model of transformers that is asked about pictures.
+    """A vision-language model of transformers that answers questions about images.
 
     Args:
-        folder: what transformers loads.
-        name: for messages.
-        dtype: in which it runs.
-        device: default: the first GPU, or the CPU.
+        folder: folder of the model.
+        name: name of the model, for messages.
+        dtype: precision of the model.
+        device: by default, the first GPU, or the CPU.
         trust_remote_code: run the code that comes with the model.
 
     Raises:
-        InputError: no model there that transformers loads as one of images and text, or one that is
-            not made for chats.
+        InputError: transformers cannot load the folder as a model of images and text, or the model
+            has no chat template.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class VQAScorer:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
                 f"--judge {name}: transformers cannot load it as a model of images and text: "
-                f"{error}\\nA model with code of its own needs --trust-remote-code; most "
-                "processors of images need torchvision: pip install 'semroute[judge]'"
+                f"{error}\nA model with its own code needs --trust-remote-code; most image "
+                "processors need torchvision: pip install 'semroute[judge]'"
             ) from error
         if getattr(self.processor, "chat_template", None) is None:
             raise InputError(
@@ -147,9 +147,9 @@ class VQAScorer:
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities of Yes and No, [B, 2].
 
-        Of an answer of several tokens it is their geometric mean, as t2v_metrics takes it. They are
-        the model's own, without the penalties and temperature that its settings for generating may
-        name.
+        For an answer of several tokens it is their geometric mean, as in t2v_metrics. The
+        probabilities are the model's own, without the penalties and temperature that its generation
+        settings may name.
         """
         texts = [self._prompt(question) for question in questions]
         bos = getattr(self.processor.tokenizer, "bos_token", None)
@@ -158,17 +158,21 @@ class VQAScorer:
             images=[[image] for image in images],
             padding=True,
             return_tensors="pt",
-            # A chat template that begins with BOS has it already.
+            # Unless the chat template begins with BOS already.
             add_special_tokens=not (bos is not None and texts[0].startswith(bos)),
         ).to(self.device, self.model.dtype)
-        steps = self._say(inputs, self._answers[0])
-        found = []
+        # The first token of every answer has the same logits, whatever the model is made to say.
+        steps = self._logits_of(inputs, self._answers[0])
+        probabilities = []
         for answer in self._answers:
             if len(answer) > 1 and answer is not self._answers[0]:
-                steps = self._say(inputs, answer)
-            logs = [s.float().log_softmax(-1)[:, t] for s, t in zip(steps, answer, strict=False)]
-            found.append(torch.stack(logs).mean(0).exp())
-        return torch.stack(found, 1).numpy(force=True)
+                steps = self._logits_of(inputs, answer)
+            logs = [
+                logits.float().log_softmax(-1)[:, token]
+                for logits, token in zip(steps, answer, strict=False)
+            ]
+            probabilities.append(torch.stack(logs).mean(0).exp())
+        return torch.stack(probabilities, 1).numpy(force=True)
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -177,8 +181,11 @@ class VQAScorer:
         )
         return text
 
-    def _say(self, inputs: Any, tokens: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Logits [B, V] of each token where the model is made to say these, whatever its kind."""
+    def _logits_of(self, inputs: Any, tokens: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Logits [B, V] at each of these tokens, which the model is made to generate.
+
+        Through ``generate``, because models of all kinds have it.
+        """
         from transformers import LogitsProcessorList
 
         step = 0
@@ -191,7 +198,7 @@ class VQAScorer:
             return only
 
         with _quiet():
-            said = self.model.generate(
+            generated = self.model.generate(
                 **inputs,
                 max_new_tokens=len(tokens),
                 do_sample=False,
@@ -200,13 +207,13 @@ class VQAScorer:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        logits: tuple[torch.Tensor, ...] = said.logits
+        logits: tuple[torch.Tensor, ...] = generated.logits
         return logits
 
 
 @contextmanager
 def _quiet() -> Any:
-    """Without what transformers says of settings for sampling that are not used."""
+    """Silence the warnings of transformers about unused generation settings."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -219,25 +226,24 @@ def _quiet() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class VQAScores:
-    """What a judge says of a list of pictures.
+    """Answers of a judge about a list of images.
 
     Attributes:
-        judgements: :data:`JUDGEMENTS_SCHEMA`.
-        unreadable: of the pictures that could not be read, which and why.
+        answers: :data:`ANSWERS_SCHEMA`.
+        unreadable: one line per image that could not be read: which, and why.
     """
 
-    judgements: pa.Table
+    answers: pa.Table
     unreadable: list[str]
 
     def scores(self) -> pa.Table:
         """:data:`SCORES_SCHEMA`; see :func:`summarise`."""
-        return summarise(self.judgements)
+        return summarise(self.answers)
 
     @property
     def answered(self) -> float:
         """Mean probability that the judge says either Yes or No."""
-        table = self.judgements
-        return float(np.mean(table["yes"].to_numpy() + table["no"].to_numpy()))
+        return float(np.mean(self.answers["yes"].to_numpy() + self.answers["no"].to_numpy()))
 
     def to_text(self) -> str:
         """The scores as an aligned table."""
@@ -277,70 +283,44 @@ def score_images(
     batch_size: int,
     chance: bool = False,
 ) -> VQAScores:
-    """Judge what is not judged yet, and write ``judgements.parquet`` as it goes.
+    """Score images, reusing stored answers; new ones are written to ``judgements.parquet`` as they
+    come.
 
     Args:
-        judge: loads it; called where something is left to do.
-        files: the encoded bytes of each picture, in order, or something with the ``reason`` why
+        judge: loads the judge; called only if there is a new question.
+        files: the encoded bytes of each image, in order, or an object whose ``reason`` says why
             there are none.
-        captions: what each is to show.
-        groups: what each is summarised under, besides all.
+        captions: caption of each image.
+        groups: group that each image is summarised under, besides all.
         out: folder of the results.
-        record: who judges and how.
-        batch_size: pictures judged at once.
-        chance: ask of each picture another caption too.
+        record: the judge, and how it is asked.
+        batch_size: images scored at once.
+        chance: also ask about each image with another caption. Stays on once it was asked for.
 
     Raises:
-        InputError: ``out`` holds the results of another judge or question, or no picture could be
+        InputError: ``out`` holds the results of another judge or question, or no image could be
             read.
     """
     _check_judge(out, record)
-    known, used = _read(out), set()
-    # Whoever asked for chance once keeps it.
-    chance = chance or any(row["asked"] != row["caption"] for row in known.values())
-    asked = [[caption] for caption in captions]
-    if chance:
-        for own, other in zip(asked, _others(captions), strict=True):
-            own += other
+    stored = _read(out)
+    chance = chance or any(row["asked"] != row["caption"] for row in stored.values())
+    others = _other_captions(captions) if chance else [[] for _ in captions]
     shown = {int(i) for i in np.linspace(0, len(captions) - 1, min(NUM_SHOWN, len(captions)))}
-    pictures: dict[int, NDArray[np.uint8]] = {}
-    rows: list[dict[str, Any]] = []
+    images: dict[int, NDArray[np.uint8]] = {}
     unreadable: list[str] = []
-    waiting: list[tuple[dict[str, Any], Image.Image]] = []
-    loaded: VQAScorer | None = None
-    saved = time.monotonic()
-
-    def save() -> None:
-        left = [row for key, row in known.items() if key not in used]
-        _write(out / JUDGEMENTS, _table([*rows, *left]))
-
-    def judge_waiting() -> None:
-        nonlocal loaded, saved
-        if waiting:
-            if loaded is None:
-                loaded = judge()
-                write_document(out / RECORD, record.model_dump_json(indent=1) + "\n")
-            questions = [record.question.replace("{}", row["asked"]) for row, _ in waiting]
-            answers = loaded.ask([image for _, image in waiting], questions)
-            for (row, _), (yes, no) in zip(waiting, answers.tolist(), strict=True):
-                rows.append(row | {"yes": yes, "no": no})
-            bar.update(len(waiting))
-            waiting.clear()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-
-    with tqdm(total=sum(map(len, asked)), unit="question") as bar:
+    with tqdm(total=len(captions) + sum(map(len, others)), unit="question") as bar:
+        answers = _Answers(judge, record, out, stored, batch_size, bar)
         try:
             for sample, file in enumerate(files):
+                questions = [captions[sample], *others[sample]]
                 image = _open(file, f"{sample} ({captions[sample]!r})", unreadable)
                 if image is None:
-                    bar.update(len(asked[sample]))
+                    bar.update(len(questions))
                     continue
                 if sample in shown:
-                    pictures[sample] = np.asarray(image)
+                    images[sample] = np.asarray(image)
                 digest = hashlib.sha256(file).hexdigest()
-                for question in asked[sample]:
+                for question in questions:
                     row = {
                         "sample": sample,
                         "sha256": digest,
@@ -348,94 +328,160 @@ def score_images(
                         "caption": captions[sample],
                         "asked": question,
                     }
-                    key = (digest, question)
-                    if key in known:
-                        used.add(key)
-                        rows.append(known[key] | row)
-                        bar.update(1)
-                        continue
-                    waiting.append((row, image))
-                    if len(waiting) == batch_size:
-                        judge_waiting()
-            judge_waiting()
+                    answers.add(row, image)
+            answers.ask()
         except BaseException:
-            save()
+            answers.save()
             raise
-    if not rows:
+    if not answers.rows:
         listed = "\n  ".join(unreadable[:3])
-        raise InputError(f"none of the {len(captions)} pictures can be read:\n  {listed}")
-    verdict = VQAScores(_table(rows), unreadable)
-    _write(out / JUDGEMENTS, verdict.judgements)
-    _write(out / SCORES, verdict.scores())
-    _draw(pictures, verdict.judgements, out / FIGURE)
-    return verdict
+        raise InputError(f"none of the {len(captions)} images can be read:\n  {listed}")
+    scores = VQAScores(_table(answers.rows), unreadable)
+    _write(out / JUDGEMENTS, scores.answers)
+    _write(out / SCORES, scores.scores())
+    _write_figure(images, scores.answers, out / FIGURE)
+    return scores
 
 
-def summarise(judgements: pa.Table, *, seed: int = 0) -> pa.Table:
-    """Mean scores by group, and of all: :data:`SCORES_SCHEMA`.
-
-    ``score`` is the mean probability of Yes over the ``num_images`` pictures; ``low`` and ``high``
-    are its 95 % percentile bootstrap over the ``num_prompts`` captions: all pictures of a caption
-    are drawn together, for they are not independent. ``chance`` is the mean where another caption
-    was asked than the picture's own; null where none was.
+class _Answers:
+    """Answers of a judge so far: stored ones that were reused, and new ones, asked in batches.
 
     Args:
-        judgements: :data:`JUDGEMENTS_SCHEMA`.
-        seed: of the resamples.
+        load: loads the judge; called at the first batch.
+        record, out, batch_size: as in :func:`score_images`.
+        stored: rows of an earlier call, by sha256 of the image and caption asked about.
+        bar: counts questions.
+
+    Attributes:
+        rows: of :data:`ANSWERS_SCHEMA`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], VQAScorer],
+        record: JudgeRecord,
+        out: Path,
+        stored: Mapping[tuple[str, str], dict[str, Any]],
+        batch_size: int,
+        bar: Any,
+    ) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._load = load
+        self._record = record
+        self._out = out
+        self._stored = stored
+        self._reused: set[tuple[str, str]] = set()
+        self._batch_size = batch_size
+        self._bar = bar
+        self._waiting: list[tuple[dict[str, Any], Image.Image]] = []
+        self._judge: VQAScorer | None = None
+        self._saved_at = time.monotonic()
+
+    def add(self, row: dict[str, Any], image: Image.Image) -> None:
+        """Take the stored answer to a question, or ask it as soon as a batch is full.
+
+        Args:
+            row: a row without the answer.
+        """
+        key = row["sha256"], row["asked"]
+        if key in self._stored:
+            self._reused.add(key)
+            self.rows.append(self._stored[key] | row)
+            self._bar.update(1)
+            return
+        self._waiting.append((row, image))
+        if len(self._waiting) == self._batch_size:
+            self.ask()
+
+    def ask(self) -> None:
+        """Ask all waiting questions, and save from time to time."""
+        if self._waiting:
+            rows, images = zip(*self._waiting, strict=True)
+            questions = [self._record.question.replace("{}", row["asked"]) for row in rows]
+            answers = self._open_judge().ask(images, questions)
+            for row, (yes, no) in zip(rows, answers.tolist(), strict=True):
+                self.rows.append(row | {"yes": yes, "no": no})
+            self._bar.update(len(rows))
+            self._waiting.clear()
+        if time.monotonic() - self._saved_at > SAVE_SECONDS:
+            self.save()
+            self._saved_at = time.monotonic()
+
+    def save(self) -> None:
+        """Write all answers, with the stored ones that no question has reused yet."""
+        unused = [row for key, row in self._stored.items() if key not in self._reused]
+        _write(self._out / JUDGEMENTS, _table([*self.rows, *unused]))
+
+    def _open_judge(self) -> VQAScorer:
+        if self._judge is None:
+            self._judge = self._load()
+            write_document(self._out / RECORD, self._record.model_dump_json(indent=1) + "\n")
+        return self._judge
+
+
+def summarise(answers: pa.Table, *, seed: int = 0) -> pa.Table:
+    """Mean scores of all images and of each group: :data:`SCORES_SCHEMA`.
+
+    ``score`` is the mean probability of Yes over the ``num_images`` images; ``low`` and ``high``
+    are its 95 % percentile bootstrap interval over the ``num_prompts`` captions: all images of a
+    caption are resampled together, because they are not independent. ``chance`` is the mean over
+    questions about another caption than the image's own; null if none was asked.
+
+    Args:
+        answers: :data:`ANSWERS_SCHEMA`.
+        seed: seed of the resamples.
     """
     rng = np.random.default_rng(seed)
-    rows = judgements.to_pylist()
-    named = [name for name in dict.fromkeys(row["group"] for row in rows) if name is not None]
-    found = []
-    for group in (ALL, *named):
+    rows = answers.to_pylist()
+    groups = [name for name in dict.fromkeys(row["group"] for row in rows) if name is not None]
+    summary = []
+    for group in (ALL, *groups):
         members = [row for row in rows if group == ALL or row["group"] == group]
-        own: dict[str, list[float]] = {}
+        by_caption: dict[str, list[float]] = {}
         for row in members:
             if row["asked"] == row["caption"]:
-                own.setdefault(row["caption"], []).append(row["yes"])
-        other = [row["yes"] for row in members if row["asked"] != row["caption"]]
-        totals, counts = (
-            np.array([sum(v) for v in own.values()]),
-            np.array([*map(len, own.values())]),
-        )
+                by_caption.setdefault(row["caption"], []).append(row["yes"])
+        others = [row["yes"] for row in members if row["asked"] != row["caption"]]
+        totals = np.array([sum(each) for each in by_caption.values()])
+        counts = np.array([len(each) for each in by_caption.values()])
         low, high = interval(totals, counts, rng)
-        found.append(
+        summary.append(
             {
                 "group": group,
                 "score": float(totals.sum() / counts.sum()),
                 "low": low,
                 "high": high,
-                "chance": float(np.mean(other)) if other else None,
+                "chance": float(np.mean(others)) if others else None,
                 "num_images": int(counts.sum()),
-                "num_prompts": len(own),
+                "num_prompts": len(by_caption),
             }
         )
-    return pa.Table.from_pylist(found, schema=SCORES_SCHEMA)
+    return pa.Table.from_pylist(summary, schema=SCORES_SCHEMA)
 
 
-def _others(captions: Sequence[str]) -> list[list[str]]:
-    """For each picture another caption of the list: its neighbour on a seeded circle; none where
-    all are the same."""
+def _other_captions(captions: Sequence[str]) -> list[list[str]]:
+    """Another caption of the list for each image, its neighbour on a seeded circle; none if all
+    captions are the same."""
     unique = list(dict.fromkeys(captions))
     if len(unique) == 1:
         return [[] for _ in captions]
     circle = np.random.default_rng(0).permutation(len(unique))
-    after = {
+    neighbour = {
         unique[own]: unique[other] for own, other in zip(circle, np.roll(circle, 1), strict=True)
     }
-    return [[after[caption]] for caption in captions]
+    return [[neighbour[caption]] for caption in captions]
 
 
-def _open(file: Any, what: str, unreadable: list[str]) -> Image.Image | None:
-    """The picture, or None and a line why not."""
+def _open(file: Any, name: str, unreadable: list[str]) -> Image.Image | None:
+    """The image; or None, with a line in ``unreadable``."""
     if not isinstance(file, bytes):
-        unreadable.append(f"{what}: {file.reason}")
+        unreadable.append(f"{name}: {file.reason}")
         return None
     try:
         with Image.open(io.BytesIO(file)) as image:
             return image.convert("RGB")
     except (OSError, ValueError) as error:
-        unreadable.append(f"{what}: {type(error).__name__}: {error}")
+        unreadable.append(f"{name}: {type(error).__name__}: {error}")
         return None
 
 
@@ -448,49 +494,46 @@ def _check_judge(out: Path, record: JudgeRecord) -> None:
         before = parse(JudgeRecord, json.loads(file.read_text("utf-8")), str(file))
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    same = {"judge"}  # where it is may change; its files may not
+    free = {"judge"}  # the judge may move, its files may not change
     refuse_differences(
-        differences(record.model_dump(exclude=same), before.model_dump(exclude=same)),
-        f"{out} holds what another judge said; asked for now, against that one",
+        differences(record.model_dump(exclude=free), before.model_dump(exclude=free)),
+        f"{out} holds answers of another judge or question; requested, against the existing ones",
         "Name another folder with --out.",
     )
 
 
 def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What was judged before, by picture and question."""
+    """Stored rows, by sha256 of the image and caption asked about."""
     file = out / JUDGEMENTS
     if not file.exists():
         return {}
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    return {(row["sha256"], row["asked"]): row for row in rows}
+    return {(row["sha256"], row["asked"]): row for row in pq.read_table(file).to_pylist()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    table = pa.Table.from_pylist([*rows], schema=JUDGEMENTS_SCHEMA)
+    table = pa.Table.from_pylist([*rows], schema=ANSWERS_SCHEMA)
     return table.sort_by([("sample", "ascending")])
 
 
 def _write(file: Path, table: pa.Table) -> None:
     content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content)
+    pq.write_table(table, content)
     write_whole(file, content.getvalue())
 
 
-def _draw(pictures: dict[int, NDArray[np.uint8]], judgements: pa.Table, file: Path) -> None:
-    """Some pictures, each over its caption and score, from the best to the worst."""
+def _write_figure(images: Mapping[int, NDArray[np.uint8]], answers: pa.Table, file: Path) -> None:
+    """Some images, each over its score and caption, from the best to the worst."""
     rows = [
         row
-        for row in judgements.to_pylist()
-        if row["sample"] in pictures and row["asked"] == row["caption"]
+        for row in answers.to_pylist()
+        if row["sample"] in images and row["asked"] == row["caption"]
     ]
     rows.sort(key=lambda row: -row["yes"])
-    sizes = {pictures[row["sample"]].shape for row in rows}
-    images = [pictures[row["sample"]] for row in rows]
-    if len(sizes) > 1:  # a grid has pictures of one size
-        side = max(max(size[:2]) for size in sizes)
-        images = [np.asarray(Image.fromarray(image).resize((side, side))) for image in images]
+    shown = [images[row["sample"]] for row in rows]
+    if len({image.shape for image in shown}) > 1:  # a grid has images of one size
+        side = max(max(image.shape[:2]) for image in shown)
+        shown = [np.asarray(Image.fromarray(image).resize((side, side))) for image in shown]
     texts = [f"{row['yes']:.2f}  {row['caption']}" for row in rows]
-    figure = sample_grid(np.stack(images), texts)
     content = io.BytesIO()
-    figure.savefig(content, dpi=DPI)
+    sample_grid(np.stack(shown), texts).savefig(content, dpi=DPI)
     write_whole(file, content.getvalue())

@@ -13,7 +13,7 @@ from PIL import Image
 from semroute.cli import cli
 from semroute.schemas import InputError
 from semroute.trainer.evaluation.vqascore import (
-    JUDGEMENTS_SCHEMA,
+    ANSWERS_SCHEMA,
     SCORES_SCHEMA,
     VQAScorer,
     VQAScores,
@@ -169,8 +169,10 @@ class TestJudge:
             f"Path({str(marker)!r}).touch()\n"
             "class Config(PretrainedConfig):\n    model_type = 'mine'\n"
         )
-        with pytest.raises(InputError, match="needs --trust-remote-code"):
+        with pytest.raises(InputError, match="needs --trust-remote-code") as error:
             VQAScorer(folder, "remote", "float32")
+        last = str(error.value).splitlines()[-1]
+        assert last.startswith("A model with its own code needs --trust-remote-code; most image")
         assert not marker.exists()
         with pytest.raises(InputError, match="cannot load it"):  # it is no model still
             VQAScorer(folder, "remote", "float32", trust_remote_code=True)
@@ -191,7 +193,7 @@ class TestSummarise:
             }
             for number, (score, caption) in enumerate(zip(yes, captions, strict=True))
         ]
-        return pyarrow.Table.from_pylist(rows, schema=JUDGEMENTS_SCHEMA)
+        return pyarrow.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
 
     def test_scores_groups_and_all(self):
         captions = ["a", "a", "b", "c"]
@@ -229,7 +231,7 @@ class TestEvaluate:
         assert {*output.split()} >= {"all", "short", "long"}
         assert "says Yes or No with a probability of 0.0" in output  # it knows no words
         table = pyarrow.parquet.read_table(out / "judgements.parquet")
-        assert table.schema == JUDGEMENTS_SCHEMA
+        assert table.schema == ANSWERS_SCHEMA
         assert table["caption"].to_pylist() == [text for text in CAPTIONS for _ in range(2)]
         image = Image.open(folder / "00003" / "00001.png")
         question = f'Does this figure show "{CAPTIONS[3]}"? Please answer Yes or No.'
@@ -285,7 +287,7 @@ class TestEvaluate:
         out = folder / "judged" / "tiny-llava"
         evaluate(folder, "--judge", tiny_vlm)
         table = pyarrow.parquet.read_table(out / "judgements.parquet")
-        marked = table.set_column(5, JUDGEMENTS_SCHEMA.field("yes"), [np.full(8, 0.5, np.float32)])
+        marked = table.set_column(5, ANSWERS_SCHEMA.field("yes"), [np.full(8, 0.5, np.float32)])
         pyarrow.parquet.write_table(marked, out / "judgements.parquet")
         other = Image.fromarray(np.zeros((12, 12, 3), np.uint8))
         other.save(folder / "00001" / "00000.png")  # drawn again
