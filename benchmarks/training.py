@@ -36,7 +36,8 @@ from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import read_config
 from semroute.trainer.diffusion.noise import draw_noise
 from semroute.trainer.diffusion.sampling import SamplingConfig
-from semroute.trainer.evaluation.shapes import evaluate
+from semroute.trainer.evaluation.generate import generate
+from semroute.trainer.evaluation.shapes import score
 from semroute.trainer.runs.run import Run, load_run
 from semroute.trainer.shapes.dataset import read_scenes, write_world
 from semroute.trainer.training.train import train
@@ -147,11 +148,11 @@ def judge(run: Run, store: FeatureStore, out: Path, seed: int) -> dict[str, floa
     identity = run.record.latents
     decode = functools.partial(latents_to_images, scale=identity.scale, shift=identity.shift)
     for scale in GUIDANCE:
-        scores, _ = evaluate(
-            run.model, run.flow, store, ids, scenes, splits, decode, SamplingConfig(16, scale),
+        latents = generate(
+            run.model, run.flow, store, ids, SamplingConfig(16, scale),
             seed=seed, batch_size=80, progress=False,
         )  # fmt: skip
-        found = scores.to_dict()["test"]
+        found = score(decode(latents), scenes, splits, seed=seed).to_dict()["test"]
         result |= {f"{skill} at {scale:g}": found[skill]["accuracy"] for skill in SKILLS}
     return result
 

@@ -11,7 +11,6 @@ from .options import (
     STOPPED,
     cfg_scales_option,
     open_vae_decoder,
-    pop_sampling_config,
     refuse_options,
     sampling_options,
     scoring_options,
@@ -109,16 +108,16 @@ def evaluate(
     refuse_options(JUDGE_ONLY, "needs --judge")
     if features is None or samples is None:
         raise InputError("give --judge, or --features and --samples")
-    from ...pipeline.store.open import open_features
+    from ...schemas import Scoring
     from ..evaluation.shapes import score_run
     from ..runs.run import open_run
 
+    batch_size = sampling.pop("batch_size")
+    sampling |= {"cfg_scales": [*sampling["cfg_scales"]], "solver": sampling.pop("method")}
+    scoring = Scoring(features=features, samples=samples, **sampling)
     trained = open_run(Path(run), step, weights)
-    store = open_features(features)
-    trained.check_features(store.manifest.identity)
-    config = pop_sampling_config(trained, sampling)
     decode = open_vae_decoder(trained)
-    for path in score_run(trained, store, samples, decode, config, report=click.echo, **sampling):
+    for path in score_run(trained, scoring, decode, batch_size=batch_size, report=click.echo):
         click.echo(path)
 
 

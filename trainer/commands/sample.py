@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,7 +15,7 @@ from .options import open_vae_decoder, pop_sampling_config, refuse_options, samp
 
 if TYPE_CHECKING:
     from ..diffusion.sampling import SamplingConfig
-    from ..evaluation.generate import Features
+    from ..evaluation.generate import CaptionSet
     from ..runs.run import Run
 
 NUM_CAPTIONS = 18
@@ -124,10 +124,12 @@ def sample(
         out = out or run / "pictures" / Path(file).stem
         sample_file(generator, file, num, features, model, vae, out, **benchmark)
         return
+    from ..evaluation.generate import encoded_captions, open_encoder, stored_captions
+
     if features is not None:
         captions = stored_captions(generator.run, features, num or NUM_CAPTIONS)
     else:
-        captions = encode_captions(generator.run, texts[:num], model)
+        captions = encoded_captions(open_encoder(generator.run, model), texts[:num])
     sample_captions(generator, captions, vae, out or run / "samples")
 
 
@@ -163,53 +165,7 @@ def open_generator(
     return Generator(run, config, settings, sampling)
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Captions to generate images of.
-
-    Attributes:
-        features: holds their hidden states.
-        ids: their entries in it.
-        texts: the captions.
-        codec: of the stored hidden states; ``none`` if the LLM has just encoded them.
-    """
-
-    features: Features
-    ids: list[int]
-    texts: list[str]
-    codec: str = "none"
-
-
-def stored_captions(run: Run, features: str, num: int) -> Captions:
-    """The first caption of each of the first ``num`` samples of a feature store.
-
-    Raises:
-        InputError: not the features of the run.
-    """
-    from ...pipeline.store.open import open_features
-
-    store = open_features(features)
-    run.check_features(store.manifest.identity)
-    ids = [row[0] for row in store.samples.slice(0, num)["caption_ids"].to_pylist()]
-    texts = store.captions["text"].take(ids).to_pylist()
-    return Captions(store, ids, texts, store.manifest.codec.name)
-
-
-def encode_captions(run: Run, texts: Sequence[str], model: str | None) -> Captions:
-    """New captions, encoded by the run's LLM.
-
-    Args:
-        model: where the LLM is now. Default: where it was.
-    """
-    from ...pipeline.extraction.prompts import encode_prompts
-
-    device = str(next(run.model.parameters()).device)
-    source = model or run.record.model_source
-    encoded = encode_prompts([*texts], run.record.features, source, device)
-    return Captions(encoded, list(range(1, len(texts) + 1)), [*texts])  # 0 is the null caption
-
-
-def sample_captions(generator: Generator, captions: Captions, vae: str | None, out: Path) -> None:
+def sample_captions(generator: Generator, captions: CaptionSet, vae: str | None, out: Path) -> None:
     """Generate an image of each caption, or its latent if there is no VAE to decode it."""
     from ..evaluation.generate import generate_samples
 
@@ -221,14 +177,7 @@ def sample_captions(generator: Generator, captions: Captions, vae: str | None, o
             raise
         report_line(f"{error}\nLatents are written instead of images. Name the VAE with --vae.")
     for path in generate_samples(
-        generator.run,
-        captions.features,
-        captions.ids,
-        captions.texts,
-        decode,
-        out,
-        generator.config,
-        **generator.sampling,
+        generator.run, captions, decode, out, generator.config, **generator.sampling
     ):
         click.echo(path)
 
@@ -253,6 +202,7 @@ def sample_file(
     """
     from ...pipeline.sources.prompts import read_prompts
     from ..evaluation.benchmarks import BENCHMARK_FORMATS
+    from ..evaluation.generate import captions_of_file, encoded_captions, open_encoder
     from ..evaluation.image_set import (
         find_shard,
         finish_image_set,
@@ -265,14 +215,17 @@ def sample_file(
     prompts = read_prompts(file, text_column)[:num]
     texts = [prompt.text for prompt in prompts]
     if features is None:
-        captions = encode_captions(run, texts, model)
+        captions = encoded_captions(open_encoder(run, model), texts)
     else:
-        captions = stored_captions(run, features, len(texts))
-        if captions.texts != texts:
-            raise InputError(
-                f"{features} was not extracted from {file}: the prompts differ. Run semroute "
-                f"extract {file}, or leave out --features to have the LLM encode them."
-            )
+        captions = captions_of_file(
+            run,
+            features,
+            file,
+            texts,
+            first_rows=True,
+            remedy=f"Run semroute extract {file}, or leave out --features to have the LLM encode "
+            "the prompts.",
+        )
     images = open_image_set(
         out,
         prompts,
@@ -285,8 +238,7 @@ def sample_file(
     num_new = generate_image_set(
         images,
         run,
-        captions.features,
-        captions.ids,
+        captions,
         decode,
         generator.config,
         shard=own_shard,

@@ -111,11 +111,11 @@ def ablate(
     from ..runs.run import open_run
     from ..studies.ablation import TRAINED, WITHOUT, weights_of
     from ..studies.ablation import ablate as run_ablation
-    from ..studies.figures import left_out_panels
+    from ..studies.figures import left_out_figure
     from ..studies.report import write_comparison
     from ..studies.results import ResultsTable
     from ..studies.runner import RESULTS
-    from ..studies.statistics import Outline
+    from ..studies.statistics import ComparisonDesign
 
     scoring = Scoring(
         features=str(features),
@@ -131,13 +131,13 @@ def ablate(
     )
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
     references = dict.fromkeys(arms, TRAINED)
-    outline = Outline(out.name, arms, references, scoring, len(runs), unit="runs")
+    design = ComparisonDesign(out.name, arms, references, scoring, len(runs), unit="runs")
     figures = {}
     left_out = {layer: WITHOUT.format(layer) for layer in trained[0].layers}
     if not {*left_out.values()}.isdisjoint(arms):
         weights = np.mean([weights_of(run, num_steps).numpy() for run in trained], 0)
-        figures["layers"] = lambda claims: left_out_panels(claims, left_out, weights, outline)
-    for path in [out / RESULTS, *write_comparison(results, outline, out, figures)]:
+        figures["layers"] = lambda table: left_out_figure(table, left_out, weights, design)
+    for path in [out / RESULTS, *write_comparison(results, design, out, figures)]:
         click.echo(path)
 
 
@@ -182,14 +182,11 @@ def lag(
     Example:
       semroute lag runs/time --features features-test --cfg-scale 1 --cfg-scale 6
     """
-    from ...pipeline.store.open import open_features
     from ..diffusion.sampling import SamplingConfig
     from ..evaluation.lag import report_lag
     from ..runs.run import open_run
 
     trained = open_run(run, None, "ema")
-    store = open_features(features)
-    trained.check_features(store.manifest.identity)
     solver = SamplingConfig(num_steps, clock=trained.clock(clock))
-    for line in report_lag(trained, store, num, solver, seed=seed, **how):
+    for line in report_lag(trained, features, num, solver, seed=seed, **how):
         click.echo(line)

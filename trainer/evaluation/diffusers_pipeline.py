@@ -1,16 +1,16 @@
-"""A run as a pipeline of diffusers: text in, pictures out.
+"""A run as a diffusers pipeline: text in, images out.
 
-A folder that :func:`export_pipeline` wrote is loaded by
-``semroute.SemanticRoutingPipeline.from_pretrained(folder)``; no code comes with it. The network is
-in it, the LLM and the VAE are named: they are looked for where they were, or where the caller says.
+``semroute.SemanticRoutingPipeline.from_pretrained(folder)`` loads a folder that
+:func:`export_pipeline` wrote; the folder holds no code. It holds the network and names the LLM and
+the VAE, which are looked up where they were, or where the caller says.
 
-Shapes: N pictures, C channels, h x w latent.
+Shapes: N images, C channels, h x w latent.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from ...schemas import InputError, RunRecord, write_document
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig
 from ..runs.record import build_model
-from ..runs.run import Run
-from .generate import generate
+from .generate import encoded_captions, generate
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -32,8 +31,11 @@ try:
 except ModuleNotFoundError as error:
     raise InputError(f"pipelines need diffusers ({error}): pip install 'semroute[vae]'") from error
 
+if TYPE_CHECKING:
+    from ..runs.run import Run
+
 _ADDRESSES = ("semroute", "semroute.trainer.diffusion")
-"""Of :class:`SemanticRoutingTransformer` in exported folders; 0.1.0 wrote the latter."""
+"""Modules of :class:`SemanticRoutingTransformer` in exported folders; 0.1.0 wrote the latter."""
 CARD = """# {title}
 
 A diffusion transformer with Semantic Routing ({strategy}), from step {step:,} of a run of semroute.
@@ -42,20 +44,21 @@ A diffusion transformer with Semantic Routing ({strategy}), from step {step:,} o
 import semroute
 
 pipeline = semroute.SemanticRoutingPipeline.from_pretrained("path/of/this/folder")
-pipeline("two red circles", guidance_scale=3.0, seed=0).images[0].save("picture.png")
+pipeline("two red circles", guidance_scale=3.0, seed=0).images[0].save("image.png")
 ```
 
-It reads {layers} layers of {llm}, which is not in this folder: `from_pretrained(..., llm="path")`
-where it is elsewhere by now.{vae}
+It reads {layers} layers of {llm}, which is not in this folder; if it has moved, pass
+`from_pretrained(..., llm="path")`.{vae}
 """
 
 
 class SemanticRoutingTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """The network of a run; ``dit`` is :class:`semroute.trainer.model.dit.DiT`.
+    """The network of a run; ``dit`` is a :class:`semroute.trainer.model.dit.DiT`.
 
     Args:
         record: the run's ``run.json``.
-        step, weights: which checkpoint, and ``ema`` or ``model``.
+        step: steps done at the checkpoint.
+        weights: ``ema`` or ``model``.
     """
 
     __module__ = "semroute"  # the address that exported folders hold, wherever this file moves
@@ -66,18 +69,18 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.dit = build_model(RunRecord.model_validate(record))
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As :meth:`semroute.trainer.model.dit.DiT.forward`."""
+        """See :meth:`semroute.trainer.model.dit.DiT.forward`."""
         return self.dit(*args, **kwargs)
 
 
 class SemanticRoutingPipeline(DiffusionPipeline):
-    """Pictures of prompts, the same as those of ``semroute sample``.
+    """Images of prompts, the same as those of ``semroute sample``.
 
     Args:
         transformer: a :class:`SemanticRoutingTransformer`.
-        llm: where the LLM is, as ``--model`` of ``semroute sample``. Default: where it was when the
-            features were extracted. It is loaded at the first call, and must be the same files.
-        vae: where the VAE is, likewise. Not needed where latents are pixels.
+        llm: where the LLM is, as ``--model`` of ``semroute sample``. By default, where it was when
+            the features were extracted. It is loaded at the first call; its files must be the same.
+        vae: where the VAE is, likewise. Not needed if latents are pixels.
     """
 
     model_cpu_offload_seq: Any = "transformer"
@@ -97,8 +100,8 @@ class SemanticRoutingPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The content of ``model_index.json``, with the address of the network replaced by this
-        module, where diffusers finds its base classes, too."""
+        """The content of ``model_index.json``, with the network's module replaced by this one, in
+        which diffusers also finds its base classes."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         library, name = config.get("transformer") or (None, None)
@@ -125,23 +128,24 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         output_type: Literal["pil", "np", "latent"] = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draw prompts.
+        """Generate images.
 
         Args:
-            prompt: one, or several.
-            num_inference_steps: of the schedule.
-            guidance_scale: 1 is none.
+            prompt: one prompt, or several.
+            num_inference_steps: steps of the schedule.
+            guidance_scale: guidance scale; 1 is no guidance.
             guidance_interval: lowest and highest t that are guided.
-            method: of the solver, see :class:`semroute.trainer.diffusion.sampling.SamplingConfig`.
-            num_images_per_prompt: from different noise; those of a prompt follow each other.
-            seed: the noise of picture i is a function of (seed, i).
-            batch_size: pictures sampled at once.
-            output_type: images of Pillow, float32 [N, height, width, 3] from 0 to 1, or latents
-                float32 [N, C, h, w].
-            return_dict: an ``ImagePipelineOutput``, or a tuple of one.
+            method: see :class:`semroute.trainer.diffusion.sampling.SamplingConfig`.
+            num_images_per_prompt: images per prompt, from different noise; those of a prompt follow
+                each other.
+            seed: the noise of image i is a function of (seed, i).
+            batch_size: images sampled at once.
+            output_type: ``pil``: Pillow images; ``np``: float32 [N, height, width, 3] from 0 to 1;
+                ``latent``: latents, float32 [N, C, h, w].
+            return_dict: return an ``ImagePipelineOutput``; otherwise a tuple of one element.
 
         Raises:
-            InputError: no LLM or VAE where they are looked for, or others than the run's.
+            InputError: the LLM or VAE was not found, or is not the run's.
         """
         record = self.record
         device = str(self.transformer.device)
@@ -149,12 +153,12 @@ class SemanticRoutingPipeline(DiffusionPipeline):
             source = self.config.llm or record.model_source
             self._prompts = PromptEncoder(record.features, source, device)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [number + 1 for number in range(len(texts)) for _ in range(num_images_per_prompt)]
+        captions = encoded_captions(self._prompts, texts)
         latents = generate(
             self.transformer.dit,
             Flow.from_config(record.config.flow),
-            self._prompts(texts),
-            ids,
+            captions.features,
+            [caption_id for caption_id in captions.ids for _ in range(num_images_per_prompt)],
             SamplingConfig(num_inference_steps, guidance_scale, guidance_interval, method),
             seed=seed,
             batch_size=batch_size,
@@ -172,30 +176,31 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def export_pipeline(run: Run, out: str | os.PathLike[str]) -> Path:
+def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
     """Write a run as a folder that :class:`SemanticRoutingPipeline` loads.
 
     Raises:
-        InputError: the folder is there and not empty.
+        InputError: the folder exists and is not empty.
     """
     folder, record = Path(out), run.record
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there and not empty: name a new folder")
+        raise InputError(f"{folder} exists and is not empty: name a new folder")
     transformer = SemanticRoutingTransformer(
         record=record.model_dump(mode="json"), step=run.step, weights=run.source
     )
     transformer.dit.load_state_dict(run.model.state_dict())
     pipeline = SemanticRoutingPipeline(transformer)
     pipeline.save_pretrained(folder)
-    vae = record.latents.vae
-    said = "" if vae == "pixels" else f" So with its VAE, {record.vae_source}, and `vae=`."
+    vae = ""
+    if record.latents.vae != "pixels":
+        vae = f" Its VAE, {record.vae_source}, is not in it either; pass `vae=` likewise."
     card = CARD.format(
         title=folder.name,
         strategy=record.config.routing.strategy,
         step=run.step,
         layers=len(run.model.router.layers_read),
         llm=record.model_source,
-        vae=said,
+        vae=vae,
     )
     write_document(folder / "README.md", card)
     return folder

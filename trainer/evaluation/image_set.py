@@ -1,8 +1,8 @@
-"""Pictures of many prompts in a folder: dealt to processes, and drawn where they are not yet.
+"""A folder of images of many prompts: divided among processes; only missing images are generated.
 
-The noise of a picture is a function of the seed, its prompt's number and its own; batches are fixed
-by the number of pictures in one and drawn whole. So with the same batch size the bytes are the same
-whatever the processes and restarts, and with another one they differ by rounding.
+The noise of an image is a function of the seed, its prompt's number and its own number. Batches are
+fixed by their size and generated whole. So the bytes do not depend on the number of processes and
+restarts; another batch size changes them by rounding.
 """
 
 import io
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -32,82 +32,89 @@ from ...schemas import (
 )
 from ..diffusion.sampling import SamplingConfig
 from ..plots.images import CAPTIONS, sample_grid
-from ..runs.run import Run
 from .benchmarks import ImagePaths, image_paths
-from .generate import Decode, Features, generate
+from .generate import CaptionSet, Decode, generate
+
+if TYPE_CHECKING:
+    from ..runs.run import Run
 
 RECORD = "pictures.json"
 UNFINISHED = "unfinished"
-"""Where files are written before they have their names: no scorer looks there."""
+"""Folder in which files are written before they get their names: no scorer looks there."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 NUM_SHOWN = 24
-"""Pictures in the grid of a gallery."""
+"""Number of images in the grid of an image set."""
 _IMAGE_SHIFT = 32
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What a folder is to hold.
+    """Content of a folder of images, generated or not. Images are numbered from 0:
+    ``prompt * num_images + image``.
 
     Attributes:
         out: the folder.
-        prompts: one each.
-        places: where pictures go.
-        record: how they are drawn.
+        prompts: the prompts.
+        paths: where each image goes.
+        record: how images are generated.
     """
 
     out: Path
     prompts: Sequence[Prompt]
-    places: ImagePaths
+    paths: ImagePaths
     record: ImageSetRecord
 
     @property
     def num_images(self) -> int:
+        """Number of images per prompt."""
         return self.record.num_images
 
     def __len__(self) -> int:
         return len(self.prompts) * self.num_images
 
-    def file(self, picture: int) -> Path:
-        """Of picture ``prompt * num_images + image``."""
-        number, image = divmod(picture, self.num_images)
-        return self.out / self.places.pictures[number][image]
+    def file(self, number: int) -> Path:
+        """File of an image."""
+        prompt, image = divmod(number, self.num_images)
+        return self.out / self.paths.images[prompt][image]
 
     def write(self, file: Path, content: bytes) -> None:
-        """A file, whole or not at all: elsewhere first, for scorers read whatever is in a folder,
-        and under a name of this process, for others write at the same time."""
-        beside = self.out / UNFINISHED / f"{os.uname().nodename}-{os.getpid()}{file.suffix}"
-        for folder in (file.parent, beside.parent):
+        """Write a file, whole or not at all.
+
+        It is written in another folder first, because scorers read whatever a folder holds, and
+        under a name of this process, because others write at the same time.
+        """
+        partial = self.out / UNFINISHED / f"{os.uname().nodename}-{os.getpid()}{file.suffix}"
+        for folder in (file.parent, partial.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        publish(beside, file)
+        partial.write_bytes(content)
+        publish(partial, file)
 
     def missing(self) -> list[int]:
-        """Pictures that are not there, ascending."""
-        return [picture for picture in range(len(self)) if not self.file(picture).exists()]
+        """Images that do not exist yet, ascending."""
+        return [number for number in range(len(self)) if not self.file(number).exists()]
 
 
 def open_image_set(
     out: Path,
     prompts: Sequence[Prompt],
-    run: Run,
+    run: "Run",
     *,
     layout: BenchmarkName,
     num_images: int,
     codec: str,
     sampling: Mapping[str, Any],
 ) -> ImageSet:
-    """Begin a folder of pictures, or come back to it: everything in it but the pictures is written.
+    """Create a folder of images, or open it again, and write everything in it but the images.
 
     Args:
-        num_images: pictures a prompt.
-        codec: of the features, ``none`` where the LLM encodes the prompts.
-        sampling: what :func:`generate_image_set` is given besides.
+        num_images: images per prompt.
+        codec: codec of the features; ``none`` if the LLM encodes the prompts.
+        sampling: the other settings of :func:`generate_image_set`.
 
     Raises:
         InputError: the layout cannot hold the prompts, or the folder holds something else.
     """
-    places = image_paths(layout, prompts, num_images)
+    paths = image_paths(layout, prompts, num_images)
     record = ImageSetRecord(
         layout=layout,
         num_prompts=len(prompts),
@@ -120,29 +127,29 @@ def open_image_set(
         sampling=json.loads(json.dumps(sampling)),
     )
     _check_folder(out, record)
-    gallery = ImageSet(out, prompts, places, record)
+    image_set = ImageSet(out, prompts, paths, record)
     lines = [
         {"image": file, "caption": prompt.text, "number": number, "group": prompt.group}
-        for number, (prompt, files) in enumerate(zip(prompts, places.pictures, strict=True))
+        for number, (prompt, files) in enumerate(zip(prompts, paths.images, strict=True))
         for file in files
     ]
     captions = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    # The record first: a folder that has anything has it, whichever process is the first.
+    # The record first: a folder with any file has the record, whichever process came first.
     contents = {RECORD: record.model_dump_json(indent=1) + "\n"}
-    for name, content in (contents | places.beside | {CAPTIONS: captions}).items():
+    for name, content in (contents | paths.others | {CAPTIONS: captions}).items():
         if not (out / name).exists():
-            gallery.write(out / name, content.encode())
-    return gallery
+            image_set.write(out / name, content.encode())
+    return image_set
 
 
 def _check_folder(out: Path, record: ImageSetRecord) -> None:
-    """Refuse a folder of other pictures, or of anything else."""
-    found = {path.name for path in out.iterdir()} - {UNFINISHED} if out.exists() else set()
+    """Refuse a folder of other images, or of anything else."""
+    names = {path.name for path in out.iterdir()} - {UNFINISHED} if out.exists() else set()
     file = out / RECORD
     if not file.exists():
-        if found:
+        if names:
             raise InputError(
-                f"{out} is not empty and has no {RECORD}: it holds {', '.join(sorted(found)[:5])}. "
+                f"{out} is not empty and has no {RECORD}: it holds {', '.join(sorted(names)[:5])}. "
                 "Name a new folder with --out."
             )
         return
@@ -152,107 +159,109 @@ def _check_folder(out: Path, record: ImageSetRecord) -> None:
         raise InputError(f"{file} is damaged: {error}") from error
     refuse_differences(
         differences(record, before),
-        f"{out} has pictures that are drawn otherwise; what you asked for now, against what it has",
-        "Run the command as it was, or name another folder with --out.",
+        f"{out} has images that were generated differently; requested, against the existing ones",
+        "Run the original command, or name another folder with --out.",
     )
 
 
 def generate_image_set(
-    gallery: ImageSet,
-    run: Run,
-    features: Features,
-    caption_ids: Sequence[int],
+    image_set: ImageSet,
+    run: "Run",
+    captions: CaptionSet,
     decode: Decode,
-    how: SamplingConfig,
+    sampling: SamplingConfig,
     *,
     shard: tuple[int, int] = (0, 1),
     batch_size: int,
     seed: int,
     shape: tuple[int, int, int] | None = None,
 ) -> int:
-    """Draw the pictures of one shard that are not there yet.
+    """Generate the missing images of one shard.
 
     Args:
-        caption_ids: of the prompts, in ``features``.
+        captions: one per prompt.
         decode: latents -> images.
-        shard: which of how many, the first being 0. Shards take whole batches in turn, and may run
-            at the same time.
-        batch_size: pictures sampled at once.
-        how, seed, shape: as for :func:`semroute.trainer.evaluation.generate.generate`.
+        shard: number of the shard, from 0, and number of shards. Shards take whole batches in turn,
+            and may run at the same time.
+        batch_size: images sampled at once.
+        sampling, seed, shape: as for :func:`semroute.trainer.evaluation.generate.generate`.
 
     Returns:
-        How many were drawn.
+        Number of images generated.
     """
     index, num_shards = shard
     batches = [
-        range(first, min(first + batch_size, len(gallery)))
-        for first in range(index * batch_size, len(gallery), num_shards * batch_size)
+        range(first, min(first + batch_size, len(image_set)))
+        for first in range(index * batch_size, len(image_set), num_shards * batch_size)
     ]
-    missing = {*gallery.missing()}
+    missing = {*image_set.missing()}
     num_own = sum(map(len, batches))
-    num_left = sum(picture in missing for batch in batches for picture in batch)
+    num_missing = sum(number in missing for batch in batches for number in batch)
     with tqdm(
         total=num_own,
-        initial=num_own - num_left,
+        initial=num_own - num_missing,
         unit="image",
         desc=f"shard {index} of {num_shards}" if num_shards > 1 else None,
     ) as bar:
         for batch in batches:
-            wanted = [picture for picture in batch if picture in missing]
+            wanted = [number for number in batch if number in missing]
             if not wanted:
                 continue
-            pairs = [divmod(picture, gallery.num_images) for picture in batch]
+            pairs = [divmod(number, image_set.num_images) for number in batch]
             latents = generate(
                 run.model,
                 run.flow,
-                features,
-                [caption_ids[number] for number, _ in pairs],
-                how,
-                numbers=[image_number(number, image) for number, image in pairs],
+                captions.features,
+                [captions.ids[prompt] for prompt, _ in pairs],
+                sampling,
+                numbers=[noise_number(prompt, image) for prompt, image in pairs],
                 batch_size=len(batch),
                 seed=seed,
                 shape=shape,
                 progress=False,
             )
             images = decode(latents)
-            for picture in wanted:
-                file, content = gallery.file(picture), io.BytesIO()
-                Image.fromarray(images[picture - batch.start]).save(content, FORMATS[file.suffix])
-                gallery.write(file, content.getvalue())
+            for number in wanted:
+                file, content = image_set.file(number), io.BytesIO()
+                Image.fromarray(images[number - batch.start]).save(content, FORMATS[file.suffix])
+                image_set.write(file, content.getvalue())
             bar.update(len(wanted))
-    return num_left
+    return num_missing
 
 
-def finish_image_set(gallery: ImageSet) -> Path:
-    """When all pictures are there: write ``grid.png``, first pictures of prompts from all over the
-    file, and remove what killed processes left.
+def finish_image_set(image_set: ImageSet) -> Path:
+    """Once all images exist, write ``grid.png`` and remove what killed processes left behind.
+
+    The grid shows the first image of prompts from all over the file.
 
     Returns:
         The grid.
     """
-    num = len(gallery.prompts)
+    num = len(image_set.prompts)
     shown = np.linspace(0, num - 1, min(NUM_SHOWN, num)).astype(int).tolist()
     images = []
-    for number in shown:
-        with Image.open(gallery.file(number * gallery.num_images)) as image:
+    for prompt in shown:
+        with Image.open(image_set.file(prompt * image_set.num_images)) as image:
             images.append(np.asarray(image.convert("RGB")))
-    figure = sample_grid(np.stack(images), [gallery.prompts[number].text for number in shown])
-    path, content = gallery.out / "grid.png", io.BytesIO()
+    figure = sample_grid(np.stack(images), [image_set.prompts[prompt].text for prompt in shown])
+    path, content = image_set.out / "grid.png", io.BytesIO()
     figure.savefig(content, dpi=DPI)
-    gallery.write(path, content.getvalue())
-    shutil.rmtree(gallery.out / UNFINISHED, ignore_errors=True)
+    image_set.write(path, content.getvalue())
+    shutil.rmtree(image_set.out / UNFINISHED, ignore_errors=True)
     return path
 
 
-def image_number(prompt: int, image: int) -> int:
-    """The number that the noise of a picture is drawn by; that of the first picture of a prompt is
-    the prompt's, as where there is only one of each."""
+def noise_number(prompt: int, image: int) -> int:
+    """Number that the noise of an image is generated from.
+
+    For the first image of a prompt it is the prompt's number, as if each prompt had one image.
+    """
     return prompt + (image << _IMAGE_SHIFT)
 
 
 def find_shard(text: str | None) -> tuple[int, int]:
-    """``I/N`` -> I, N; without it what torchrun and ``accelerate launch`` tell their processes, or
-    the whole.
+    """``I/N`` -> I, N; without it, the rank and number of processes that torchrun and ``accelerate
+    launch`` set, or 0, 1.
 
     Raises:
         InputError: another form, or no such shard.

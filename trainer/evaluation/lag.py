@@ -1,16 +1,17 @@
-"""Nominal against effective noise level along the trajectories of a run.
+"""Lag: effective minus nominal noise level along the sampling trajectories of a run.
 
-Both clocks of :mod:`.clock` are read at every step: the oracle, by where the trajectory ended, and
-the estimate from x_t alone. Beside them stands a control: the same final latents with fresh noise
-of the nominal t, of which both should read that t. What they read of the control is their own
-error on these pictures, and lag is what they read of the trajectory beyond it.
+At every step the noise level is measured twice: by the oracle, which knows where the trajectory
+ended, and by an estimate from x_t alone. Both also measure a control, the same final latents with
+fresh noise of the nominal t, for which both should give that t. Their deviation on the control is
+their own error on these images; lag is the deviation on the trajectory beyond it.
 
 Shapes: B batch, S steps, N captions.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...pipeline.store.features import FeatureStore
 from ...pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
 from ...schemas import write_whole
 from ...schemas.display import Table
 from ..diffusion.noise_level import NoiseLevelEstimator, effective_t, shifted
 from ..diffusion.sampling import SamplingConfig
-from ..runs.noise_level import open_estimator
-from ..runs.run import Run
-from .generate import generate
+from .generate import Features, generate, stored_captions
+
+if TYPE_CHECKING:
+    from ..runs.run import Run
 
 LAG = "lag.parquet"
 LAG_SCHEMA = pa.schema(
@@ -46,24 +47,32 @@ LAG_SCHEMA = pa.schema(
         pa.field("num_captions", pa.int64(), nullable=False),
     ]
 )
-"""A row a guidance scale, method and step, after which x has nominal level ``t``. Of both clocks,
-mean and standard deviation over captions of what they read, and the mean of what they read of the
-control; ``apart``, mean absolute difference between them, each less its control; ``outside``, share
-of latents farther from the calibration latents than 99 % of those are."""
+"""One row per guidance scale, method and step, after which x has nominal level ``t``. For oracle
+and estimate: mean and standard deviation over captions, and the mean on the control. ``apart``:
+mean absolute difference between oracle and estimate, each minus its control. ``outside``: share of
+latents farther from the calibration latents than 99 % of those are."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryMismatch:
-    """What was found: ``table`` is ``LAG_SCHEMA``; ``error`` the mean absolute error of the
-    estimate on forward-noised latents that it was not calibrated on."""
+    """Measurements along trajectories.
+
+    Attributes:
+        table: ``LAG_SCHEMA``.
+        error: mean absolute error of the estimate on forward-noised latents that it was not
+            calibrated on.
+    """
 
     table: pa.Table
     error: float
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row a guidance scale and method: mean lag by the oracle and by the estimate over the
-        steps from t = 0.9 down to 0.1, the largest, the fixed shift that fits the oracle best, how
-        far apart the clocks are, and the share of latents outside."""
+        """One row per guidance scale and method, over the steps from t = 0.9 down to 0.1.
+
+        Mean lag by the oracle and by the estimate, the oracle's largest lag, the fixed shift that
+        fits the oracle best, the mean distance between oracle and estimate, and the share of
+        latents outside.
+        """
         rows = []
         for cfg_scale, method in dict.fromkeys(
             zip(*(self.table[key].to_pylist() for key in ("cfg_scale", "method")), strict=True)
@@ -87,7 +96,7 @@ class TrajectoryMismatch:
         return rows
 
     def of(self, cfg_scale: float, method: str) -> dict[str, NDArray[np.float64]]:
-        """The columns of numbers of one guidance scale and method, each [S]."""
+        """Numeric columns for one guidance scale and method, each [S]."""
         rows = [
             row
             for row in self.table.to_pylist()
@@ -119,70 +128,79 @@ class TrajectoryMismatch:
 def best_shift(t: NDArray[np.float64], lag: NDArray[np.float64]) -> float:
     """The shift K whose t' = K t / (1 + (K - 1) t) is nearest to t + lag, in least squares."""
     candidates = torch.from_numpy(np.geomspace(0.25, 4.0, 401))
-    read = torch.from_numpy(t + lag)
-    distances = [(shifted(torch.from_numpy(t), float(k)) - read).square().sum() for k in candidates]
+    nominal, effective = torch.from_numpy(t), torch.from_numpy(t + lag)
+    distances = [(shifted(nominal, float(k)) - effective).square().sum() for k in candidates]
     return float(candidates[int(torch.stack(distances).argmin())])
 
 
 def measure_lag(
-    run: Run,
-    features: FeatureStore,
+    run: "Run",
+    features: Features,
     caption_ids: Sequence[int],
     estimator: NoiseLevelEstimator,
-    how: SamplingConfig,
+    sampling: SamplingConfig,
     *,
     cfg_scales: Sequence[float],
     methods: Sequence[Literal["euler", "heun"]],
     seed: int,
     batch_size: int,
 ) -> TrajectoryMismatch:
-    """Draw the captions at every guidance scale with every method, and read the clocks on the way.
+    """Generate the captions at every guidance scale with every method, and measure on the way.
 
     Args:
-        how: what else holds for sampling; the clock of gates among it.
-        seed: of the noise that trajectories begin with; the control's follows from it.
+        sampling: the other settings of sampling, with the clock of the gates.
+        seed: seed of the noise that trajectories begin with; the control's follows from it.
     """
     rows = []
     for method in methods:
         for cfg_scale in cfg_scales:
-            reader = TrajectoryProbe(estimator, how.num_steps, seed)
+            probe = TrajectoryProbe(estimator, sampling.num_steps, seed)
             generate(
                 run.model,
                 run.flow,
                 features,
                 caption_ids,
-                replace(how, method=method, cfg_scale=cfg_scale),
+                replace(sampling, method=method, cfg_scale=cfg_scale),
                 seed=seed,
                 batch_size=batch_size,
-                callback=reader,
+                callback=probe,
             )
-            rows += [{"cfg_scale": cfg_scale, "method": method, **row} for row in reader.rows()]
+            rows += [{"cfg_scale": cfg_scale, "method": method, **row} for row in probe.rows()]
     return TrajectoryMismatch(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), estimator.error)
 
 
 class TrajectoryProbe:
-    """A callback of sampling that reads the clocks: it keeps the latents of a batch until that has
-    ended, for the oracle needs to know where."""
+    """A callback of sampling that measures noise levels.
+
+    It keeps the latents of a batch until its trajectories end, because the oracle needs to know
+    where.
+
+    Args:
+        estimator: the estimate from x_t alone.
+        num_steps: steps of the solver.
+        seed: seed of sampling.
+    """
 
     def __init__(self, estimator: NoiseLevelEstimator, num_steps: int, seed: int) -> None:
-        self.estimator = estimator
-        self.num_steps = num_steps
-        self.generator = torch.Generator().manual_seed(seed + 1)
-        self.levels: dict[int, float] = {}
-        self.kept: list[tuple[int, Tensor]] = []
-        self.read: dict[int, list[Tensor]] = {}
+        self._estimator = estimator
+        self._num_steps = num_steps
+        self._generator = torch.Generator().manual_seed(seed + 1)
+        self._levels: dict[int, float] = {}
+        self._batch: list[tuple[int, Tensor]] = []
+        self._measured: dict[int, list[Tensor]] = {}
 
     def __call__(self, step: int, t: float, x: Tensor) -> None:
-        if step < self.num_steps:
-            self.levels[step] = t
-            self.kept.append((step, x.cpu()))
+        """Keep the latents after a step; after the last one, measure those of all steps."""
+        if step < self._num_steps:
+            self._levels[step] = t
+            self._batch.append((step, x.cpu()))
             return
-        final, estimator = x.cpu().float(), self.estimator
-        for number, latents in self.kept:
-            level = self.levels[number]
-            noise = torch.randn(final.shape, generator=self.generator)
+        final, estimator = x.cpu().float(), self._estimator
+        for number, latents in self._batch:
+            level = self._levels[number]
+            noise = torch.randn(final.shape, generator=self._generator)
             control = (1 - level) * final + level * noise
-            self.read.setdefault(number, []).append(
+            self._measured.setdefault(number, []).append(
                 torch.stack(
                     [
                         effective_t(latents, final),
@@ -193,19 +211,19 @@ class TrajectoryProbe:
                     ]
                 )
             )
-        self.kept = []
+        self._batch = []
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a step but the last, ``LAG_SCHEMA`` without guidance scale and method."""
-        found = []
-        for step, parts in self.read.items():
-            values = torch.cat(parts, 1).double().numpy()  # [5, N]
+        """One row per step but the last: ``LAG_SCHEMA`` without guidance scale and method."""
+        rows = []
+        for step, batches in self._measured.items():
+            values = torch.cat(batches, 1).double().numpy()  # [5, N]
             oracle, oracle_control, estimate, estimate_control, outside = values
             lags = (oracle - oracle_control.mean(), estimate - estimate_control.mean())
-            found.append(
+            rows.append(
                 {
                     "step": step,
-                    "t": self.levels[step],
+                    "t": self._levels[step],
                     "oracle_mean": oracle.mean(),
                     "oracle_sd": oracle.std(),
                     "oracle_control": oracle_control.mean(),
@@ -217,29 +235,39 @@ class TrajectoryProbe:
                     "num_captions": len(oracle),
                 }
             )
-        return found
+        return rows
 
 
 def report_lag(
-    run: Run,
-    features: FeatureStore,
+    run: "Run",
+    features: str | os.PathLike[str],
     num: int,
-    how: SamplingConfig,
+    sampling: SamplingConfig,
     *,
     cfg_scales: Sequence[float],
     methods: Sequence[Literal["euler", "heun"]],
     seed: int,
     batch_size: int,
 ) -> list[str]:
-    """Measure, and write ``lag.parquet`` and ``figures/lag.png`` into the run: what to print."""
+    """Measure lag on the first captions of a feature store, and write ``lag.parquet`` and
+    ``figures/lag.png`` into the run.
+
+    Args:
+        num: number of captions.
+
+    Returns:
+        Lines to print.
+    """
+    from ..runs.noise_level import open_estimator
+
+    captions = stored_captions(run, features, num)
     estimator = open_estimator(run.path, run.record.config.latents)
-    rows = features.samples.slice(0, num)["caption_ids"].to_pylist()
     lag = measure_lag(
         run,
-        features,
-        [row[0] for row in rows],
+        captions.features,
+        captions.ids,
         estimator,
-        how,
+        sampling,
         cfg_scales=cfg_scales,
         methods=methods,
         seed=seed,
@@ -248,45 +276,44 @@ def report_lag(
     sink = pa.BufferOutputStream()
     pq.write_table(lag.table, sink)
     write_whole(run.path / LAG, sink.getvalue())
-    picture = run.path / "figures" / "lag.png"
-    picture.parent.mkdir(exist_ok=True)
+    path = run.path / "figures" / "lag.png"
+    path.parent.mkdir(exist_ok=True)
     strategy = run.record.config.routing.strategy
-    lag_figure(lag, f"{strategy}: how noisy latents are, beyond their label").savefig(
-        picture, dpi=DPI
-    )
+    title = f"{strategy}: how noisy latents are, beyond their label"
+    lag_figure(lag, title).savefig(path, dpi=DPI)
     return [
         lag.to_text(),
         "lag: effective minus nominal t by the oracle, mean over t from 0.1 to 0.9 and "
-        f"{len(rows)} captions; above 0, latents are noisier than their label.",
+        f"{len(captions)} captions; above 0, latents are noisier than their label.",
         f"estimated: the same from x_t alone; its mean error on noised latents is {lag.error:.4f}.",
         str(run.path / LAG),
-        str(picture),
+        str(path),
     ]
 
 
 def lag_figure(lag: TrajectoryMismatch, title: str) -> Figure:
-    """Lag against nominal t: a panel a method, a colour a guidance scale; the oracle as a line, the
-    estimate from x_t alone dashed."""
+    """Lag against nominal t: one panel per method, one colour per guidance scale; solid lines are
+    the oracle, dashed lines the estimate from x_t alone."""
     methods = list(dict.fromkeys(lag.table["method"].to_pylist()))
     scales = list(dict.fromkeys(lag.table["cfg_scale"].to_pylist()))
     figure = Figure(figsize=(1.8 + 4.0 * len(methods), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     figure.suptitle(title, color=INK)
-    for place, method in zip(axes, methods, strict=True):
-        clean(place)
-        place.set_title(method, color=INK, fontsize="small")
-        place.set_xlabel("nominal t: noise on the right, pictures on the left", color=INK)
-        place.axhline(0.0, color=FAINT, linewidth=1)
+    for axes, method in zip(panels, methods, strict=True):
+        clean(axes)
+        axes.set_title(method, color=INK, fontsize="small")
+        axes.set_xlabel("nominal t: noise on the right, images on the left", color=INK)
+        axes.axhline(0.0, color=FAINT, linewidth=1)
         for number, scale in enumerate(scales):
-            part, colour = lag.of(scale, method), LINES[number % len(LINES)]
-            for clock, style in (("oracle", "-"), ("estimate", "--")):
-                place.plot(
-                    part["t"],
-                    part[f"{clock}_mean"] - part[f"{clock}_control"],
+            columns, colour = lag.of(scale, method), LINES[number % len(LINES)]
+            for measure, style in (("oracle", "-"), ("estimate", "--")):
+                axes.plot(
+                    columns["t"],
+                    columns[f"{measure}_mean"] - columns[f"{measure}_control"],
                     style,
                     color=colour,
-                    label=f"guidance {scale:g}, {clock}",
+                    label=f"guidance {scale:g}, {measure}",
                 )
-    axes[0].set_ylabel("effective minus nominal t", color=INK)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    panels[0].set_ylabel("effective minus nominal t", color=INK)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

@@ -7,11 +7,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "ablation": ["ablate", "weights_of"],
         "compare": ["Comparison"],
-        "figures": ["left_out_panels"],
+        "figures": ["left_out_figure"],
         "job": ["list_jobs"],
         "report": ["write_comparison", "write_report"],
-        "results": ["ResultsTable"],
+        "results": ["EvaluationKey", "ResultsTable", "RunScores"],
         "runner": ["run_study"],
-        "statistics": ["Outline"],
+        "statistics": ["ComparisonDesign", "compare_arms"],
     },
 )

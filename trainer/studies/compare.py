@@ -1,6 +1,6 @@
-"""Several runs beside each other: what they were told, what they came to, and their curves.
+"""Several runs side by side: settings, outcomes and curves.
 
-Runs may be unfinished, and of a study. Nothing is trained or sampled.
+Runs may be unfinished, or belong to a study. Nothing is trained or sampled.
 """
 
 import base64
@@ -24,12 +24,11 @@ from ..plots.runs import curves_of_runs, loss_by_t, routing_of_runs
 from ..runs.checkpoint import list_checkpoints
 from ..runs.metrics import METRICS_SCHEMA, read_metrics
 from ..runs.record import FREE, read_record
-from ..runs.run import load_run
 from ..runs.scores import EvaluationReport
-from .job import JUDGED
+from .job import SCORES
 
 ALL = "all"
-"""The skill that is compared: everything that a caption asks for."""
+"""The skill that is compared: everything that a caption asks for is right."""
 STRATEGY = "routing.strategy"
 _STYLE = (
     "body{font-family:system-ui,sans-serif;margin:2rem;color:#1f2933}"
@@ -41,17 +40,17 @@ _STYLE = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Runs beside each other; ``compare`` makes it.
+    """Runs side by side, see :func:`compare`.
 
     Attributes:
-        paths: of the runs.
-        names: what is left of their paths where they differ.
-        records: their ``run.json``.
-        table: a row a run: ``run``, ``strategy``, each setting that differs by its dotted key,
+        paths: run directories.
+        names: the paths without the folders that all of them share.
+        records: the runs' ``run.json``.
+        table: one row per run: ``run``, ``strategy``, each setting that differs by its dotted key,
             ``step``, ``loss`` (mean over the last tenth of the lines), ``validation`` (the last one
-            measured), a column a score of everything a caption asks for, ``entropy`` of the routing
-            weights (last logged, 1 is uniform) and ``samples/s`` (median). Null where a run has
-            none.
+            measured), one column per split and guidance scale with the share of fully correct
+            images, ``entropy`` of the routing weights (last logged, 1 is uniform) and ``samples/s``
+            (median). Null if a run has none.
     """
 
     paths: list[Path]
@@ -61,35 +60,40 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> list[pa.Table]:
-        """Of each run, as :meth:`Run.metrics`."""
+        """Metrics of each run, as :meth:`semroute.trainer.runs.run.Run.metrics`."""
         lines = [read_metrics(path) for path in self.paths]
         return [pa.Table.from_pylist(each, schema=METRICS_SCHEMA) for each in lines]
 
     def figures(self) -> dict[str, Figure]:
-        """``curves``: loss, loss on held-out samples and entropy over the steps; ``by-t``: the last
+        """Name -> figure, for all data that some run has.
+
+        ``curves``: loss, loss on held-out samples and entropy over the steps; ``by-t``: the last
         loss on held-out samples by noise level; ``routing``: the weights of each run at its newest
-        checkpoint. Without those that no run has."""
-        found: dict[str, Figure] = {}
+        checkpoint.
+        """
+        from ..runs.run import load_run
+
+        figures: dict[str, Figure] = {}
         if any(metrics.num_rows for metrics in self.metrics):
-            found["curves"] = curves_of_runs(self.metrics, self.names)
+            figures["curves"] = curves_of_runs(self.metrics, self.names)
         if any(_validated(metrics).num_rows for metrics in self.metrics):
             last = {
                 name: _validated(metrics)["validation_by_t"][-1].as_py()
                 for name, metrics in zip(self.names, self.metrics, strict=True)
                 if _validated(metrics).num_rows
             }
-            found["by-t"] = loss_by_t(last)
+            figures["by-t"] = loss_by_t(last)
         weights = {}
         for name, path in zip(self.names, self.paths, strict=True):
             if list_checkpoints(path):
                 run = load_run(path)
                 weights[name] = (run.weights().mean(0), run.layers)
         if weights:
-            found["routing"] = routing_of_runs(weights)
-        return found
+            figures["routing"] = routing_of_runs(weights)
+        return figures
 
     def to_text(self) -> str:
-        """An aligned table."""
+        """The table as aligned text."""
         return str(Table(self._rows()))
 
     __str__ = to_text
@@ -99,22 +103,22 @@ class Comparison:
         return Table(self._rows()).to_html()
 
     def write_html(self, out: str | os.PathLike[str]) -> Path:
-        """The table and the figures as one page that needs nothing else."""
-        drawn = []
+        """Write the table and the figures as one self-contained page."""
+        images = []
         for name, figure in self.figures().items():
             code = base64.b64encode(figure._repr_png_()[0]).decode()
-            drawn.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/png;base64,{code}'>")
+            images.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/png;base64,{code}'>")
         out = Path(out)
         write_document(
             out,
             f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Runs</title>"
             f"<style>{_STYLE}</style><h1>{len(self.paths)} runs</h1>{self._repr_html_()}"
-            f"{''.join(drawn)}</html>\n",
+            f"{''.join(images)}</html>\n",
         )
         return out
 
     def to_json(self) -> str:
-        """The table, a list of rows."""
+        """The table as JSON, a list of rows."""
         return json.dumps(self.table.to_pylist(), indent=1)
 
     def _rows(self) -> list[list[str]]:
@@ -124,37 +128,39 @@ class Comparison:
 
 
 def compare(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
-    """Look at runs, finished or not.
+    """Compare runs, finished or not.
 
     Raises:
-        InputError: no runs, one twice, or a path that is none.
+        InputError: no runs, a run given twice, or a path without a run.
     """
-    found = [Path(path) for path in paths]
-    if not found or len({*found}) < len(found):
-        raise InputError(f"found {len(found)} runs, {len({*found})} of them different: name each")
-    records = [read_record(path) for path in found]
+    folders = [Path(path) for path in paths]
+    if not folders or len({*folders}) < len(folders):
+        raise InputError(
+            f"found {len(folders)} runs, {len({*folders})} of them different: name each once"
+        )
+    records = [read_record(path) for path in folders]
     settings = [_settings(record) for record in records]
     keys = list(dict.fromkeys(key for each in settings for key in each if key != STRATEGY))
     differing = [key for key in keys if len({json.dumps(s.get(key)) for s in settings}) > 1]
-    names = _short(found)
+    names = _short_names(folders)
     rows = []
-    for path, name, said in zip(found, names, settings, strict=True):
+    for path, name, own in zip(folders, names, settings, strict=True):
         rows.append(
             {
                 "run": name,
-                "strategy": said[STRATEGY],
-                **{key: said.get(key) for key in differing},
-                **_came_to(path),
+                "strategy": own[STRATEGY],
+                **{key: own.get(key) for key in differing},
+                **_outcome(path),
             }
         )
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns.sort(key=lambda column: column in ("entropy", "samples/s"))  # last, scores before them
+    columns.sort(key=lambda column: column in ("entropy", "samples/s"))  # last, after the scores
     arrays = {column: _array([row.get(column) for row in rows]) for column in columns}
-    return Comparison(found, names, records, pa.table(arrays))
+    return Comparison(folders, names, records, pa.table(arrays))
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    """What can make a difference, by key: not where things are, nor what is logged and kept."""
+    """Settings that can change the result, by key; not paths, nor what is logged or saved."""
     codec = record.codec
     return {
         "LLM": record.model_source.rstrip("/").rpartition("/")[2],
@@ -166,23 +172,26 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _came_to(path: Path) -> dict[str, Any]:
-    """What a run's files say of it."""
+def _outcome(path: Path) -> dict[str, Any]:
+    """Result columns of a run, from its files."""
     lines = read_metrics(path)
-    tenth = lines[-max(1, len(lines) // 10) :]
+    last_tenth = lines[-max(1, len(lines) // 10) :]
     measured = [line for line in lines if line.get("validation_loss") is not None]
     return {
         "step": lines[-1]["step"] if lines else 0,
-        "loss": statistics.fmean(line["loss"] for line in tenth) if lines else None,
+        "loss": statistics.fmean(line["loss"] for line in last_tenth) if lines else None,
         **({"validation": measured[-1]["validation_loss"]} if measured else {}),
         **_scores(path),
         "entropy": lines[-1]["routing_entropy"] if lines else None,
-        "samples/s": statistics.median(x["samples_per_second"] for x in lines) if lines else None,
+        "samples/s": statistics.median(line["samples_per_second"] for line in lines)
+        if lines
+        else None,
     }
 
 
 def _scores(path: Path) -> dict[str, float]:
-    """Split and guidance -> accuracy in everything asked for, as evaluate or a study judged."""
+    """Split and guidance scale -> share of fully correct images, from ``semroute evaluate`` or a
+    study."""
     report = EvaluationReport.read(path)
     if report is not None:
         return {
@@ -191,12 +200,12 @@ def _scores(path: Path) -> dict[str, float]:
             for split, skills in evaluation.to_dict().items()
             if ALL in skills
         }
-    if not (path / JUDGED).exists():
+    if not (path / SCORES).exists():
         return {}
-    judged = pq.read_table(path / JUDGED)
-    judged = judged.filter(pc.equal(judged["skill"], ALL))
-    right = pc.cast(judged["right"], pa.float64())
-    grouped = judged.append_column("share", right).group_by(["split", "cfg_scale"])
+    table = pq.read_table(path / SCORES)
+    table = table.filter(pc.equal(table["skill"], ALL))
+    right = pc.cast(table["right"], pa.float64())
+    grouped = table.append_column("share", right).group_by(["split", "cfg_scale"])
     rows = grouped.aggregate([("share", "mean")]).to_pylist()
     rows.sort(key=lambda row: (row["cfg_scale"], row["split"] == "held-out"))
     return {f"{row['split']} at {row['cfg_scale']:g}": row["share_mean"] for row in rows}
@@ -207,7 +216,7 @@ def _validated(metrics: pa.Table) -> pa.Table:
 
 
 def _array(values: list[Any]) -> pa.Array:
-    """Of one type; as text where values are of several."""
+    """Values as an array; as JSON if they have several types."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} or (len(kinds) == 1 and not kinds & {list, dict}):
         return pa.array(values)
@@ -222,8 +231,8 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _short(paths: Sequence[Path]) -> list[str]:
+def _short_names(paths: Sequence[Path]) -> list[str]:
     """Paths without the folders that all of them share."""
-    whole = [path.absolute() for path in paths]
-    shared = os.path.commonpath([path.parent for path in whole])
-    return [path.relative_to(shared).as_posix() for path in whole]
+    absolute = [path.absolute() for path in paths]
+    shared = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(shared).as_posix() for path in absolute]

@@ -11,157 +11,162 @@ from matplotlib.ticker import PercentFormatter
 
 from ...pipeline.style import FAINT, INK, LINES, Figure, clean
 from ..shapes.judge import SKILLS
-from .statistics import Chance, Outline, comparison_rows
+from .statistics import ChanceLevels, ComparisonDesign, comparison_rows
 
-LEFT_OUT = ("all", "count", "colour", "shape", "binding")
-"""Skills of which it is shown what each layer is worth."""
+LEFT_OUT_SKILLS = ("all", "count", "colour", "shape", "binding")
+"""Skills in :func:`left_out_figure`."""
 
 
-def score_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
-    """Accuracy of every arm at the last guidance scale: a panel a split and skill."""
-    cfg_scale = outline.scoring.cfg_scales[-1]
-    skills = [skill for skill in SKILLS if skill in {*claims["skill"].to_pylist()}]
-    arms = [*outline.arms]
-    size = (1.2 + 1.75 * len(skills), 0.8 + len(lucky) * (0.7 + 0.24 * len(arms)))
+def score_figure(
+    comparison: pa.Table, chance_levels: ChanceLevels, design: ComparisonDesign
+) -> Figure:
+    """Accuracy of every arm at the last guidance scale: one panel per split and skill."""
+    cfg_scale = design.scoring.cfg_scales[-1]
+    skills = [skill for skill in SKILLS if skill in {*comparison["skill"].to_pylist()}]
+    arms = [*design.arms]
+    size = (1.2 + 1.75 * len(skills), 0.8 + len(chance_levels) * (0.7 + 0.24 * len(arms)))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(lucky), len(skills), sharey=True, squeeze=False)
-    title = f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over {outline.unit}"
+    panels = figure.subplots(len(chance_levels), len(skills), sharey=True, squeeze=False)
+    title = f"Accuracy at guidance {cfg_scale:g}, mean and 95 % over {design.unit}"
     figure.suptitle(title, color=INK)
-    for line, split in zip(axes, lucky, strict=True):
-        rows = comparison_rows(claims, split, cfg_scale)
-        for place, skill in zip(line, skills, strict=True):
-            clean(place)
-            place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+    for panel_row, split in zip(panels, chance_levels, strict=True):
+        rows = comparison_rows(comparison, split, cfg_scale)
+        for axes, skill in zip(panel_row, skills, strict=True):
+            clean(axes)
+            axes.set_title(f"{split}: {skill}", color=INK, fontsize="small")
             for row in (row for row in rows if row["skill"] == skill):
                 height = arms.index(row["arm"])
                 colour = _colour(height, len(arms))
                 num = len(row["seeds"])
-                place.plot(row["seeds"], [height] * num, ".", color=colour, alpha=0.4)
+                axes.plot(row["seeds"], [height] * num, ".", color=colour, alpha=0.4)
                 if row["low"] is not None:
-                    place.plot([row["low"], row["high"]], [height] * 2, color=colour)
-                place.plot(row["accuracy"], height, "o", color=colour)
-            if (base := lucky[split].get(skill)) is not None:
-                place.axvline(base, color=FAINT, linestyle="--", linewidth=1)
-            place.xaxis.set_major_formatter(PercentFormatter(1.0))
-            place.tick_params(labelsize="x-small")
-        line[0].set_yticks(range(len(arms)), arms, fontsize="small")
-        line[0].set_ylim(len(arms) - 0.5, -0.5)
+                    axes.plot([row["low"], row["high"]], [height] * 2, color=colour)
+                axes.plot(row["accuracy"], height, "o", color=colour)
+            if (level := chance_levels[split].get(skill)) is not None:
+                axes.axvline(level, color=FAINT, linestyle="--", linewidth=1)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.tick_params(labelsize="x-small")
+        panel_row[0].set_yticks(range(len(arms)), arms, fontsize="small")
+        panel_row[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure
 
 
-def guidance_panels(claims: pa.Table, lucky: Chance, outline: Outline) -> Figure:
-    """Accuracy against the guidance scale: a line an arm, a panel a split and skill."""
-    skills = [s for s in ("count", "binding", "all") if s in {*claims["skill"].to_pylist()}]
-    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(lucky))
+def guidance_figure(
+    comparison: pa.Table, chance_levels: ChanceLevels, design: ComparisonDesign
+) -> Figure:
+    """Accuracy against the guidance scale: one line per arm, one panel per split and skill."""
+    skills = [s for s in ("count", "binding", "all") if s in {*comparison["skill"].to_pylist()}]
+    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(chance_levels))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(lucky), len(skills), sharex=True, squeeze=False)
-    for line, split in zip(axes, lucky, strict=True):
-        for place, skill in zip(line, skills, strict=True):
-            clean(place)
-            place.set_title(f"{split}: {skill}", color=INK, fontsize="small")
-            for number, arm in enumerate(outline.arms):
+    panels = figure.subplots(len(chance_levels), len(skills), sharex=True, squeeze=False)
+    for panel_row, split in zip(panels, chance_levels, strict=True):
+        for axes, skill in zip(panel_row, skills, strict=True):
+            clean(axes)
+            axes.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+            for number, arm in enumerate(design.arms):
                 rows = [
                     row
-                    for scale in outline.scoring.cfg_scales
-                    for row in comparison_rows(claims, split, scale)
+                    for scale in design.scoring.cfg_scales
+                    for row in comparison_rows(comparison, split, scale)
                     if (row["skill"], row["arm"]) == (skill, arm)
                 ]
-                place.plot(
+                axes.plot(
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
-                    **_line(number, len(outline.arms)),
+                    **_line(number, len(design.arms)),
                     label=arm,
                 )
-            if (base := lucky[split].get(skill)) is not None:
-                place.axhline(base, color=FAINT, linestyle="--", linewidth=1)
-            place.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for place in axes[-1]:
-        place.set_xlabel("guidance scale", color=INK)
-    _add_legend(figure, axes[0, 0])
+            if (level := chance_levels[split].get(skill)) is not None:
+                axes.axhline(level, color=FAINT, linestyle="--", linewidth=1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in panels[-1]:
+        axes.set_xlabel("guidance scale", color=INK)
+    _add_legend(figure, panels[0, 0])
     return figure
 
 
-def counting_panels(table: pa.Table, outline: Outline) -> Figure:
-    """Objects drawn against objects asked for: a panel a guidance scale, a line an arm."""
-    scales = outline.scoring.cfg_scales
+def counting_figure(table: pa.Table, design: ComparisonDesign) -> Figure:
+    """Objects generated against objects requested: one panel per guidance scale, a line per arm."""
+    scales = design.scoring.cfg_scales
     figure = Figure(figsize=(1.5 + 2.8 * len(scales), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     table = table.group_by(["arm", "cfg_scale", "num_asked"]).aggregate([("num_found", "mean")])
     table = table.sort_by("num_asked")
-    for place, scale in zip(axes, scales, strict=True):
-        clean(place)
-        place.set_title(f"guidance {scale:g}", color=INK, fontsize="small")
-        place.set_xlabel("objects asked for", color=INK)
-        for number, arm in enumerate(outline.arms):
+    for axes, scale in zip(panels, scales, strict=True):
+        clean(axes)
+        axes.set_title(f"guidance {scale:g}", color=INK, fontsize="small")
+        axes.set_xlabel("objects requested", color=INK)
+        for number, arm in enumerate(design.arms):
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            place.plot(asked, found, **_line(number, len(outline.arms)), label=arm)
-        place.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
-    axes[0].set_ylabel("objects drawn", color=INK)
-    _add_legend(figure, axes[0])
+            axes.plot(asked, found, **_line(number, len(design.arms)), label=arm)
+        axes.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
+    panels[0].set_ylabel("objects generated", color=INK)
+    _add_legend(figure, panels[0])
     return figure
 
 
-def left_out_panels(
-    claims: pa.Table, arms: Mapping[int, str], weights: np.ndarray, outline: Outline
+def left_out_figure(
+    comparison: pa.Table, arms: Mapping[int, str], weights: np.ndarray, design: ComparisonDesign
 ) -> Figure:
-    """What leaving out a layer does to accuracy at the last guidance scale, a panel a skill; and
-    the weight that the layer has.
+    """Accuracy lost or gained by leaving out a layer, at the last guidance scale, one panel per
+    skill; and the weight of each layer.
 
     Args:
-        arms: each of the L layers -> what the arm without it is called, if there is one.
+        arms: each of the L layers -> name of the arm without it, whether or not there is one.
         weights: as trained, mean over runs, ``[D, L]``.
     """
-    cfg_scale, layers = outline.scoring.cfg_scales[-1], [*arms]
-    splits = [*dict.fromkeys(claims["split"].to_pylist())]
-    skills = [skill for skill in LEFT_OUT if skill in {*claims["skill"].to_pylist()}]
+    cfg_scale, layers = design.scoring.cfg_scales[-1], [*arms]
+    splits = [*dict.fromkeys(comparison["split"].to_pylist())]
+    skills = [skill for skill in LEFT_OUT_SKILLS if skill in {*comparison["skill"].to_pylist()}]
     size = (2.8 + 0.24 * len(layers), 0.8 + 1.8 * (len(skills) + 1))
     figure = Figure(figsize=size, layout="constrained")
-    title = f"Without a layer, guidance {cfg_scale:g}: difference and 95 % over {outline.unit}"
+    title = f"Without a layer, guidance {cfg_scale:g}: difference and 95 % over {design.unit}"
     figure.suptitle(title, color=INK)
-    axes = figure.subplots(len(skills) + 1, 1, sharex=True)
-    for place, skill in zip(axes, skills, strict=False):
-        clean(place)
-        place.set_title(skill, color=INK, fontsize="small")
-        place.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
+    panels = figure.subplots(len(skills) + 1, 1, sharex=True)
+    for axes, skill in zip(panels, skills, strict=False):
+        clean(axes)
+        axes.set_title(skill, color=INK, fontsize="small")
+        axes.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
         for number, split in enumerate(splits):
             rows = {
                 row["arm"]: row
-                for row in comparison_rows(claims, split, cfg_scale)
+                for row in comparison_rows(comparison, split, cfg_scale)
                 if row["skill"] == skill
             }
-            found = [(n, rows[arm]) for n, arm in arms.items() if arm in rows]
+            shown = [(layer, rows[arm]) for layer, arm in arms.items() if arm in rows]
             shift, colour = 0.4 * (number / len(splits) - 0.25), _colour(number, len(splits))
-            at, values = [n + shift for n, _ in found], [row["difference"] for _, row in found]
-            place.plot(at, values, "o", markersize=4, color=colour, label=split)
-            for x, (_, row) in zip(at, found, strict=True):
+            positions = [layer + shift for layer, _ in shown]
+            differences = [row["difference"] for _, row in shown]
+            axes.plot(positions, differences, "o", markersize=4, color=colour, label=split)
+            for x, (_, row) in zip(positions, shown, strict=True):
                 if row["seeds_low"] is not None:
-                    place.plot([x, x], [row["seeds_low"], row["seeds_high"]], color=colour)
-    last = axes[-1]
+                    axes.plot([x, x], [row["seeds_low"], row["seeds_high"]], color=colour)
+    last = panels[-1]
     clean(last)
     last.set_title("weight: mean over blocks, and least to most", color=INK, fontsize="small")
     last.axhline(1 / len(layers), color=FAINT, linestyle="--", linewidth=1)
     last.vlines(layers, weights.min(0), weights.max(0), color=LINES[0], alpha=0.5)
     last.plot(layers, weights.mean(0), "o", markersize=4, color=LINES[0])
     last.set_xlabel("LLM layer", color=INK)
-    _add_legend(figure, axes[0])
+    _add_legend(figure, panels[0])
     return figure
 
 
 def _colour(number: int, num_arms: int) -> Any:
-    """Of an arm: all differ, up to ten."""
+    """Colour of an arm; up to ten arms have different colours."""
     return LINES[number] if num_arms <= len(LINES) else colormaps["tab10"](number % 10)
 
 
 def _line(number: int, num_arms: int) -> dict[str, Any]:
-    """How the line of an arm is drawn: all differ, up to forty."""
+    """Style of an arm's line; up to forty arms have different styles."""
     marker, dashes = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))[number // 10 % 4]
     return {"color": _colour(number, num_arms), "marker": marker, "linestyle": dashes}
 
 
 def _add_legend(figure: Figure, axes: Any) -> None:
-    """Beside the panels; the figure grows where there are many arms."""
+    """Add a legend beside the panels, and enlarge the figure if there are many arms."""
     handles, labels = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, max(height, 0.4 + 0.2 * len(labels)))

@@ -10,43 +10,49 @@ import pyarrow as pa
 from ...pipeline.style import DPI, Figure
 from ...schemas import Scoring, StudyConfig, write_document
 from ...schemas.display import Table
-from ..evaluation.shapes import chance
-from .figures import counting_panels, guidance_panels, score_panels
-from .job import read_captions
+from ..evaluation.shapes import chance, read_captions
+from .figures import counting_figure, guidance_figure, score_figure
 from .runner import RESULTS, collect
-from .statistics import Chance, Outline, compare_arms, comparison_rows, count_bias, counting
+from .statistics import (
+    ChanceLevels,
+    ComparisonDesign,
+    compare_arms,
+    comparison_rows,
+    count_bias,
+    counting,
+)
 from .tuning import read_tuning
 
 REPORT = "report.md"
 MIN_UNITS = 3
-"""Seeds that a difference needs to be marked: two may agree by chance."""
+"""Number of seeds that a difference needs to be marked: two may agree by chance."""
 SUMMARY = ("all", "binding", "count")
-"""Skills that a report begins with."""
+"""Skills in the first tables of a report."""
 
 
 def write_report(study: StudyConfig) -> list[Path]:
-    """Tables and figures of the runs that are done, into the folder of the study.
+    """Write tables and figures of the runs that are done into the folder of the study.
 
     Raises:
-        InputError: none is done.
+        InputError: no run is done.
     """
     out = Path(study.output)
     results, missing = collect(study)
     assert study.scoring is not None
     notes = []
     if missing:
-        notes += [f"Not done yet, and left out: {_seeds(missing)}.", ""]
+        notes += [f"Not done yet and left out: {_seeds(missing)}.", ""]
     fewer = {arm: study.seeds_of(arm) for arm in study.arms if study.arm(arm).seeds is not None}
     if fewer:
         listed = _seeds(fewer)
-        notes += [f"Arms that have fewer seeds, of which differences are paired: {listed}.", ""]
-    judged = {arm: study.arm(arm) for arm in study.arms if study.arm(arm).of is not None}
-    if judged:
+        notes += [f"Arms with fewer seeds, over which their differences are paired: {listed}.", ""]
+    derived = {arm: study.arm(arm) for arm in study.arms if study.arm(arm).of is not None}
+    if derived:
         listed = "; ".join(
             f"`{name}`: {arm.of} with " + ", ".join(f"{k} {v}" for k, v in arm.scoring.items())
-            for name, arm in judged.items()
+            for name, arm in derived.items()
         )
-        notes += [f"Runs of one arm, judged otherwise: {listed}.", ""]
+        notes += [f"Runs of another arm, scored differently: {listed}.", ""]
     tuned = {arm: scores for arm, scores in read_tuning(study).items() if arm in study.arms}
     if study.tuning is not None and tuned:
         notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
@@ -54,7 +60,7 @@ def write_report(study: StudyConfig) -> list[Path]:
             f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
             for arm, scores in tuned.items()
         ]
-    outline = Outline(
+    design = ComparisonDesign(
         out.name,
         [*study.arms],
         {arm: study.reference_of(arm) for arm in study.arms},
@@ -62,7 +68,7 @@ def write_report(study: StudyConfig) -> list[Path]:
         len(study.seeds),
         notes=notes,
     )
-    return [out / RESULTS, *write_comparison(results, outline, out)]
+    return [out / RESULTS, *write_comparison(results, design, out)]
 
 
 def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
@@ -71,141 +77,155 @@ def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
 
 def write_comparison(
     results: pa.Table,
-    outline: Outline,
+    design: ComparisonDesign,
     out: Path,
     more: Mapping[str, Callable[[pa.Table], Figure]] | None = None,
 ) -> list[Path]:
-    """Write ``report.md`` and the figures of judgements by arm and seed into a folder.
+    """Write ``report.md`` and the figures of a comparison into a folder.
 
     Args:
-        more: further figures by name, drawn of the claims.
+        results: scores of all images, with the columns ``arm`` and ``seed`` first.
+        more: further figures by name, made from the ``COMPARISON_SCHEMA`` table.
     """
-    claims = compare_arms(results, outline.references)
-    lucky = chances(outline.scoring)
+    comparison = compare_arms(results, design.references)
+    chance_levels = measure_chance(design.scoring)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in {
-        "scores": score_panels(claims, lucky, outline),
-        "guidance": guidance_panels(claims, lucky, outline),
-        "counting": counting_panels(counting(results), outline),
-        **{name: draw(claims) for name, draw in (more or {}).items()},
+        "scores": score_figure(comparison, chance_levels, design),
+        "guidance": guidance_figure(comparison, chance_levels, design),
+        "counting": counting_figure(counting(results), design),
+        **{name: plot(comparison) for name, plot in (more or {}).items()},
     }.items():
         path = out / "figures" / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
-    lines = to_markdown(claims, lucky, outline) + _inflation(count_bias(results), outline)
+    lines = to_markdown(comparison, chance_levels, design) + _surplus(count_bias(results), design)
     write_document(out / REPORT, "\n".join(lines) + "\n")
     return [out / REPORT, *written]
 
 
-def chances(scoring: Scoring) -> Chance:
-    """What pictures of other captions would score, by split and skill."""
-    table, scenes = read_captions(scoring)
-    splits = table["split"].to_pylist()
+def measure_chance(scoring: Scoring) -> ChanceLevels:
+    """Scores of true images of other captions, by split and skill."""
+    captions = read_captions(scoring.samples)
     return {
         split: chance(
-            [scene for scene, own in zip(scenes, splits, strict=True) if own == split],
+            [
+                scene
+                for scene, own in zip(captions.scenes, captions.splits, strict=True)
+                if own == split
+            ],
             np.random.default_rng(scoring.seed),
         )
-        for split in dict.fromkeys(splits)
+        for split in dict.fromkeys(captions.splits)
     }
 
 
-def to_markdown(claims: pa.Table, lucky: Chance, outline: Outline) -> list[str]:
-    """A table a skill that matters: arms by guidance scales; then one a split and guidance scale:
-    arms by skills, and differences to what each is compared with."""
-    unit = outline.unit
+def to_markdown(
+    comparison: pa.Table, chance_levels: ChanceLevels, design: ComparisonDesign
+) -> list[str]:
+    """Lines of a report.
+
+    First one table per split and skill of ``SUMMARY``, arms by guidance scales; then one per split
+    and guidance scale, arms by skills, with differences to the reference.
+    """
+    unit = design.unit
     lines = [
-        f"# {outline.title}",
+        f"# {design.title}",
         "",
-        f"{len(outline.arms)} arms x {outline.num_units} {unit}. Accuracy is the mean over {unit}, "
-        f"with its 95 % interval over {unit} (Student's t). A difference is to "
-        f"the arm named *to*, paired by {unit} and captions; *{unit}* is its interval over "
-        f"{unit}, *captions* a bootstrap over captions of these runs. **Bold**: the interval over "
-        f"{unit} excludes zero, of at least {MIN_UNITS}. *Chance* is what true pictures of other "
-        "captions score.",
+        f"{len(design.arms)} arms x {design.num_units} {unit}. Accuracy is the mean over {unit}, "
+        f"with its 95 % interval over {unit} (Student's t). A difference is to the arm in column "
+        f"*to*, paired by {unit} and captions. Column *{unit}* is its interval over {unit}, column "
+        f"*captions* a bootstrap over the captions of these runs. **Bold**: the interval over at "
+        f"least {MIN_UNITS} {unit} excludes zero. *Chance* is the score of true images of other "
+        "captions.",
     ]
-    if outline.notes:
-        lines += ["", *outline.notes]
-    for split in lucky:
+    if design.notes:
+        lines += ["", *design.notes]
+    for split in chance_levels:
         for skill in SUMMARY:
-            lines += _summary(claims, lucky, outline, split, skill)
+            lines += _summary(comparison, chance_levels, design, split, skill)
     head = ["skill", "asked", "chance", "arm", "accuracy", "to", "difference", unit, "captions"]
-    for split in lucky:
-        for cfg_scale in outline.scoring.cfg_scales:
+    for split in chance_levels:
+        for cfg_scale in design.scoring.cfg_scales:
             lines += ["", f"## {split}, guidance {cfg_scale:g}", ""]
             rows = [head]
-            for row in comparison_rows(claims, split, cfg_scale):
-                base = lucky[split].get(row["skill"])
+            for row in comparison_rows(comparison, split, cfg_scale):
+                level = chance_levels[split].get(row["skill"])
                 cells = [
                     row["skill"],
                     str(row["num_captions"]),
-                    "-" if base is None else f"{base:.3f}",
+                    "-" if level is None else f"{level:.3f}",
                     row["arm"],
                     f"{row['accuracy']:.3f} {_interval(row['low'], row['high'])}",
                     row["reference"] or "",
-                    *_contrast(row),
+                    *_difference(row),
                 ]
                 rows.append(cells)
             lines += Table(rows).to_markdown()
     return lines
 
 
-def _inflation(table: pa.Table, outline: Outline) -> list[str]:
-    """How many objects too many, arms by guidance scales."""
-    found = {(row["arm"], row["cfg_scale"]): row for row in table.to_pylist()}
-    scales = outline.scoring.cfg_scales
+def _surplus(table: pa.Table, design: ComparisonDesign) -> list[str]:
+    """Table of surplus objects, arms by guidance scales."""
+    by_arm = {(row["arm"], row["cfg_scale"]): row for row in table.to_pylist()}
+    scales = design.scoring.cfg_scales
     table_rows = [["arm", *(f"guidance {scale:g}" for scale in scales)]]
-    for arm in outline.arms:
-        rows = [found[arm, scale] for scale in scales if (arm, scale) in found]
+    for arm in design.arms:
+        rows = [by_arm[arm, scale] for scale in scales if (arm, scale) in by_arm]
         cells = [f"{r['objects']:+.2f} {_interval(r['low'], r['high'], 2)}" for r in rows]
         if cells:
             table_rows.append([arm, *cells])
-    title = "## Objects drawn, less objects asked for"
+    title = "## Objects generated minus objects requested"
     return ["", title, "", *Table(table_rows).to_markdown()]
 
 
 def _summary(
-    claims: pa.Table, lucky: Chance, outline: Outline, split: str, skill: str
+    comparison: pa.Table,
+    chance_levels: ChanceLevels,
+    design: ComparisonDesign,
+    split: str,
+    skill: str,
 ) -> list[str]:
-    """Arms by guidance scales, each with its difference and the interval over seeds."""
-    scales = outline.scoring.cfg_scales
-    found = {
+    """Table of one skill: arms by guidance scales, with differences and intervals over seeds."""
+    scales = design.scoring.cfg_scales
+    by_arm = {
         (row["arm"], row["cfg_scale"]): row
         for scale in scales
-        for row in comparison_rows(claims, split, scale)
+        for row in comparison_rows(comparison, split, scale)
         if row["skill"] == skill
     }
-    if not found:
+    if not by_arm:
         return []
-    num = next(iter(found.values()))["num_captions"]
-    base = lucky[split].get(skill)
-    chance = "" if base is None else f", chance {base:.3f}"
+    num = next(iter(by_arm.values()))["num_captions"]
+    level = chance_levels[split].get(skill)
+    heading = f"## {split}, {skill}: {num} captions"
+    heading += "" if level is None else f", chance {level:.3f}"
     head = [
         "arm",
         "to",
         *(text for scale in scales for text in (f"guidance {scale:g}", "difference")),
     ]
     table_rows = [head]
-    for arm in outline.arms:
-        rows = [found.get((arm, scale)) for scale in scales]
+    for arm in design.arms:
+        rows = [by_arm.get((arm, scale)) for scale in scales]
         if not any(rows):
             continue
-        to = outline.references.get(arm, arm)
-        cells = [arm, "" if to == arm else to]
+        reference = design.references.get(arm, arm)
+        cells = [arm, "" if reference == arm else reference]
         for row in rows:
-            difference, interval = ("", "") if row is None else _contrast(row)[:2]
+            difference, interval = ("", "") if row is None else _difference(row)[:2]
             cells += ["" if row is None else f"{row['accuracy']:.3f}", f"{difference} {interval}"]
         table_rows.append(cells)
-    title = f"## {split}, {skill}: {num} captions{chance}"
-    return ["", title, "", *Table(table_rows).to_markdown()]
+    return ["", heading, "", *Table(table_rows).to_markdown()]
 
 
 def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
     return "" if low is None or high is None else f"({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _contrast(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def _difference(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A difference, its interval over seeds and that over captions; empty without a reference."""
     if row["difference"] is None:
         return "", "", ""
     text = f"{row['difference']:+.3f}"

@@ -1,7 +1,7 @@
-"""What was judged of runs: a file beside each run, and one of all the runs of a study.
+"""Scores of runs on disk: one file beside each run, and one file of all runs of a study.
 
-Both say what the runs were trained and judged as, so judgements outlive the runs themselves, and
-those that are of anything else than what is asked for now are never taken for it.
+Both record what the runs were trained on and how they were scored. So scores outlive the runs, and
+scores of another training or scoring are never taken for the requested ones.
 """
 
 import json
@@ -19,29 +19,15 @@ from pydantic import ValidationError
 
 from ...schemas import InputError, Scoring, TrainConfig, write_whole
 
-JUDGED_SCHEMA = pa.schema(
-    [
-        pa.field("cfg_scale", pa.float64(), nullable=False),
-        pa.field("caption", pa.int32(), nullable=False),
-        pa.field("image", pa.int32(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("skill", pa.string(), nullable=False),
-        pa.field("right", pa.bool_(), nullable=False),
-        pa.field("num_asked", pa.int8(), nullable=False),
-        pa.field("num_found", pa.int8(), nullable=False),
-    ]
-)
-"""A row a skill of an image: ``caption`` is a row of the judge's file, ``image`` which of its
-images; ``num_asked`` and ``num_found`` are objects in the caption and in the image."""
-_META = b"judged"
+_METADATA_KEY = b"judged"
 
 
 @dataclass(frozen=True)
 class EvaluationKey:
-    """What a run is trained and judged as; where it lies does not matter.
+    """How a run is trained and scored; where it lies does not matter.
 
     Attributes:
-        weights: digest of the routing weights that it is judged under; empty: what it learned.
+        weights: digest of the routing weights that it is scored with; empty: its own.
     """
 
     config: TrainConfig
@@ -49,44 +35,46 @@ class EvaluationKey:
     weights: str = ""
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The key as plain JSON types."""
         document = {
             "config": self.config.model_dump(mode="json", exclude={"output"}),
             "scoring": self.scoring.model_dump(mode="json"),
         }
         return {**document, "weights": self.weights} if self.weights else document
 
-    def is_said(self, document: Any) -> bool:
-        """Whether :meth:`document` was said of the same; options that came since have their
-        defaults."""
+    def matches(self, document: Any) -> bool:
+        """Whether a stored :meth:`document` describes the same evaluation.
+
+        Options added since it was written count as their defaults.
+        """
         try:
-            config = {**document["config"], "output": self.config.output}
-            said = EvaluationKey(
-                TrainConfig.model_validate(config),
+            stored = EvaluationKey(
+                TrainConfig.model_validate({**document["config"], "output": self.config.output}),
                 Scoring.model_validate(document["scoring"]),
                 document.get("weights", ""),
             )
         except (KeyError, TypeError, ValidationError):
             return False
-        return said == self
+        return stored == self
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """Judgements of one run.
+    """Scores of the images of one run.
 
     Attributes:
-        labels: of the run: ``arm`` and ``seed``, and of a trial the ``value`` that it tried.
-        asked: what it was trained and judged as, as JSON has it.
-        table: ``JUDGED_SCHEMA``.
+        labels: ``arm`` and ``seed`` of the run, and for a trial the ``value`` that it tried.
+        key: how the run was trained and scored, see :meth:`EvaluationKey.document`.
+        table: :data:`semroute.trainer.evaluation.shapes.IMAGE_SCORES_SCHEMA`.
     """
 
     labels: Mapping[str, str | int]
-    asked: Mapping[str, Any]
+    key: Mapping[str, Any]
     table: pa.Table
 
     @property
     def name(self) -> str:
+        """Name of the run in a :class:`ResultsTable`."""
         return name_of(self.labels)
 
     def labelled(self) -> pa.Table:
@@ -95,43 +83,43 @@ class RunScores:
 
 
 def name_of(labels: Mapping[str, str | int]) -> str:
-    """What judgements with these labels are held by."""
+    """Name of the run with these labels."""
     return "/".join(map(str, labels.values()))
 
 
 def label(table: pa.Table, **labels: str | int) -> pa.Table:
-    """Judgements with what they are of as their first columns."""
+    """Scores with labels as their first columns."""
     table = table.replace_schema_metadata(None)
-    for place, (name, value) in enumerate(labels.items()):
+    for position, (name, value) in enumerate(labels.items()):
         kind = pa.string() if isinstance(value, str) else pa.int64()
         column = pa.repeat(pa.scalar(value, kind), table.num_rows)
-        table = table.add_column(place, pa.field(name, kind, nullable=False), column)
+        table = table.add_column(position, pa.field(name, kind, nullable=False), column)
     return table
 
 
-def write_scores(path: Path, table: pa.Table, asked: EvaluationKey) -> None:
-    """Judgements of one run, into its folder."""
-    _write(path, table, asked.document())
+def write_scores(path: Path, table: pa.Table, key: EvaluationKey) -> None:
+    """Write the scores of one run."""
+    _write(path, table, key.document())
 
 
-def read_scores(path: Path, asked: EvaluationKey) -> pa.Table | None:
-    """Those judgements, where they are there and of what is asked; without metadata."""
+def read_scores(path: Path, key: EvaluationKey) -> pa.Table | None:
+    """Scores of one run, without metadata; None if there are none for this key."""
     if not path.exists():
         return None
     table = pq.read_table(path)
-    said = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-    return table.replace_schema_metadata(None) if asked.is_said(said) else None
+    stored = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    return table.replace_schema_metadata(None) if key.matches(stored) else None
 
 
 class ResultsTable:
-    """Judgements of all the runs of a study in one file.
+    """Scores of all runs of a study in one file.
 
     Args:
-        path: of the Parquet file; it need not be there.
+        path: the Parquet file; it need not exist.
         columns: names of the labels.
 
     Raises:
-        InputError: on first use, the file is not one.
+        InputError: on first use, the file holds something else.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
@@ -139,48 +127,51 @@ class ResultsTable:
         self.columns = columns
 
     @cached_property
-    def held(self) -> dict[str, RunScores]:
-        """By name."""
+    def runs(self) -> dict[str, RunScores]:
+        """Stored scores by name of the run."""
         if not self.path.exists():
             return {}
         try:
             table = pq.read_table(self.path)
-            said = json.loads((table.schema.metadata or {})[_META])
-            names = [table.column(column) for column in self.columns]
+            keys = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+            labels = [table.column(column) for column in self.columns]
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
-                f"{self.path} does not hold judgements of a study ({error}); put it aside"
+                f"{self.path} does not hold scores of a study ({error}); move it away"
             ) from error
-        keys = pc.binary_join_element_wise(*(name.cast(pa.string()) for name in names), "/")
+        names = pc.binary_join_element_wise(*(each.cast(pa.string()) for each in labels), "/")
         rows = table.drop_columns([*self.columns]).replace_schema_metadata(None)
-        found = {}
-        codes = keys.combine_chunks().dictionary_encode()
+        # The rows of a run lie together:
+        #   name    a/0 a/0 a/1 a/1 a/1
+        #   code     0   0   1   1   1      a run starts where the code changes
+        codes = names.combine_chunks().dictionary_encode()
         starts = np.flatnonzero(np.diff(codes.indices.to_numpy(), prepend=-1))
-        stops = [*starts[1:].tolist(), len(keys)]
+        stops = [*starts[1:].tolist(), len(names)]
+        runs = {}
         for start, stop in zip(starts.tolist(), stops, strict=True):
-            labels = {c: name[start].as_py() for c, name in zip(self.columns, names, strict=True)}
-            key = keys[start].as_py()
-            found[key] = RunScores(labels, said[key], rows.slice(start, stop - start))
-        return found
+            own = {c: each[start].as_py() for c, each in zip(self.columns, labels, strict=True)}
+            name = names[start].as_py()
+            runs[name] = RunScores(own, keys[name], rows.slice(start, stop - start))
+        return runs
 
-    def find(self, name: str, asked: EvaluationKey) -> pa.Table | None:
-        """Judgements of a run, where they are held and of what is asked."""
-        judged = self.held.get(name)
-        return judged.table if judged is not None and asked.is_said(judged.asked) else None
+    def find(self, name: str, key: EvaluationKey) -> pa.Table | None:
+        """Scores of a run; None if there are none for this key."""
+        run = self.runs.get(name)
+        return run.table if run is not None and key.matches(run.key) else None
 
-    def add(self, judged: RunScores) -> None:
-        """Write these beside what is held, or in place of those of the same name."""
-        self.write({**self.held, judged.name: judged}.values())
+    def add(self, run: RunScores) -> None:
+        """Add the scores of a run, in place of those with the same name."""
+        self.write({**self.runs, run.name: run}.values())
 
-    def write(self, every: Iterable[RunScores]) -> None:
-        """Put these in place of what is held."""
-        self.held = {judged.name: judged for judged in every}
-        table = pa.concat_tables([judged.labelled() for judged in self.held.values()])
-        _write(self.path, table, {name: dict(each.asked) for name, each in self.held.items()})
+    def write(self, runs: Iterable[RunScores]) -> None:
+        """Replace all stored scores."""
+        self.runs = {run.name: run for run in runs}
+        table = pa.concat_tables([run.labelled() for run in self.runs.values()])
+        _write(self.path, table, {name: dict(run.key) for name, run in self.runs.items()})
 
 
-def _write(path: Path, table: pa.Table, said: dict[str, Any]) -> None:
+def _write(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata({_META: json.dumps(said).encode()})
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue())

@@ -1,17 +1,17 @@
-"""Arms x seeds, trained and judged, as many at a time as there are cores or GPUs.
+"""Arms x seeds, trained and scored, as many at a time as there are cores or GPUs.
 
 On disk::
 
-    tuning/ARM/VALUE/seed-0/   runs that chose a setting, judged on dev captions
-    trials.parquet             every judgement of them
+    tuning/ARM/VALUE/seed-0/   runs that choose a setting, scored on dev captions
+    trials.parquet             scores of all their images
     tuning.json                mean score of each value, by arm
-    runs/ARM/seed-0/           a run directory each, and judged.parquet; with judged-OTHER.parquet
-                               of an arm that judges these runs otherwise
-    results.parquet            every judgement of every run
+    runs/ARM/seed-0/           a run directory, and judged.parquet; with judged-OTHER.parquet of an
+                               arm that scores these runs differently
+    results.parquet            scores of all images of all runs
 
-Nothing else is kept: what remains to do follows from the judgements that are there, beside their
-runs or in the two files of all, so the same command continues a study that was stopped, and one
-that gained arms or seeds; and runs that were judged may be deleted.
+Nothing else is stored: what remains to do follows from the scores, beside their runs or in the two
+files of all runs. So rerunning the command resumes a study that was stopped or gained arms or
+seeds, and runs may be deleted once they are scored.
 """
 
 import multiprocessing
@@ -26,18 +26,22 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, StudyConfig, TrainConfig
-from .job import JUDGED, Job, OpenDecoder, list_jobs, read_captions, stored_results
+from ..evaluation.shapes import read_captions
+from .job import SCORES, Job, OpenDecoder, gather_scores, list_jobs
 from .results import ResultsTable
 from .tuning import read_chosen, tune
 
 RESULTS = "results.parquet"
-LOOK_SECONDS = 1.0
-"""How often the progress of running runs is read."""
-
-
-# ------------------------------------------------------------------------------------- the study
+POLL_SECONDS = 1.0
+"""Time between looks at the progress of running runs."""
+PRELOADED = [
+    __name__,
+    "semroute.trainer.training.train",
+    "semroute.trainer.runs.run",
+    "torch._dynamo",  # whatever makes its first optimizer imports it, which takes seconds
+]
+"""Modules that runs need, imported once for all processes."""
 
 
 def run_study(
@@ -47,69 +51,80 @@ def run_study(
     num_jobs: int | None = None,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Tune, train and judge what is not done yet.
+    """Tune, train and score what is not done yet.
 
     Args:
         open_decoder: importable by name, so that other processes find it.
-        num_jobs: runs at a time. Default: one a GPU, or one a core where there is none.
+        num_jobs: runs at a time. By default one per GPU, or one per core if there is no GPU.
+        report: takes lines about the progress.
 
     Raises:
-        InputError: a configuration that is not valid, or runs that failed; the others are kept.
+        InputError: an invalid configuration, or runs that failed, after all others are done.
     """
     num_jobs = num_jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    check_inputs(study)
+
+    def run(jobs: Sequence[Job], name: str, stored: ResultsTable) -> None:
+        remaining = [job for job in jobs if not job.is_done(stored)]
+        report(f"{name}: {len(jobs)} runs, to do: {len(remaining)}, {num_jobs} at a time")
+        run_jobs(remaining, num_jobs, open_decoder, name)
+
+    jobs = list_jobs(study, tune(study, run, report))
+    results = open_results(study)
+    run([job for job in jobs if job.file == SCORES], "study", results)
+    if others := [job for job in jobs if job.file != SCORES]:
+        run(others, "scored differently", results)
+
+
+def open_results(study: StudyConfig) -> ResultsTable:
+    """Scores of all runs of a study."""
+    return ResultsTable(Path(study.output) / RESULTS, ("arm", "seed"))
+
+
+def check_inputs(study: StudyConfig) -> None:
+    """Refuse missing stores and captions before any run starts."""
+    from ...pipeline.store.open import open_features
+
     for job in list_jobs(study):
         check_stores(job.config)
         if job.scoring is not None:
             open_features(job.scoring.features)
     if study.scoring is not None:
-        read_captions(study.scoring)
-
-    def run(jobs: Sequence[Job], name: str, archive: ResultsTable) -> None:
-        left = [job for job in jobs if not job.is_done(archive)]
-        report(f"{name}: {len(jobs)} runs, to do: {len(left)}, {num_jobs} at a time")
-        run_jobs(left, num_jobs, open_decoder, name)
-
-    jobs = list_jobs(study, tune(study, run, report))
-    results = results_of(study)
-    run([job for job in jobs if job.name == JUDGED], "study", results)
-    if others := [job for job in jobs if job.name != JUDGED]:
-        run(others, "judged otherwise", results)
-
-
-def results_of(study: StudyConfig) -> ResultsTable:
-    """All judgements of a study."""
-    return ResultsTable(Path(study.output) / RESULTS, ("arm", "seed"))
+        read_captions(study.scoring.samples)
 
 
 def check_stores(config: TrainConfig) -> None:
-    """Refuse stores that are not there before any run is begun."""
+    """Refuse missing stores of one run."""
+    from ...pipeline.store.open import open_features, open_latents
+
     open_features(config.features)
     open_latents(config.latents)
 
 
-def run_jobs(left: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name: str) -> None:
-    """Run them, so many at a time; a bar counts steps, or where all are trained and only to be
-    judged, runs.
+def run_jobs(jobs: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name: str) -> None:
+    """Run jobs, ``num_jobs`` at a time.
+
+    A bar counts steps; or runs, if all of them are trained and only to be scored.
 
     Raises:
-        InputError: some failed; all others were run to their end first.
+        InputError: some failed, after all others are done.
     """
     failed: list[str] = []
-    kept, total = sum(job.num_kept() for job in left), sum(job.config.steps for job in left)
-    training = kept < total
+    saved, total = sum(job.num_steps_saved() for job in jobs), sum(job.config.steps for job in jobs)
+    training = saved < total
     with (
         tqdm(
-            total=total if training else len(left),
-            initial=kept if training else 0,
+            total=total if training else len(jobs),
+            initial=saved if training else 0,
             unit="step" if training else "run",
             desc=name,
-            disable=not left,
+            disable=not jobs,
         ) as bar,
         _pool(num_jobs) as pool,
     ):
-        futures = {pool.submit(job.run, open_decoder): job for job in left}
+        futures = {pool.submit(job.run, open_decoder): job for job in jobs}
         try:
-            for future in _completed(futures, bar):
+            for future in _as_completed(futures, bar):
                 error = future.exception()
                 if error is not None:
                     job = futures[future]
@@ -120,53 +135,53 @@ def run_jobs(left: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name
     if failed:
         listed = "\n  ".join(failed)
         raise InputError(
-            f"{len(failed)} of {len(left)} runs failed; the others are done:\n  {listed}\n"
-            "The same command tries these again."
+            f"{len(failed)} of {len(jobs)} runs failed; the others are done:\n  {listed}\n"
+            "Rerun the command to try these again."
         )
 
 
-def _completed(futures: dict[Future[None], Job], bar: tqdm) -> Iterator[Future[None]]:
-    """Futures as they end; between them the bar is brought up to date."""
+def _as_completed(futures: dict[Future[None], Job], bar: tqdm) -> Iterator[Future[None]]:
+    """Futures as they end; the bar is updated in between."""
     waiting = {*futures}
     while waiting:
-        done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
+        done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
         num_done = len(futures) - len(waiting)
-        steps = sum(min(job.num_steps(), job.config.steps) for job in futures.values())
-        # Not by update(): a run that is continued goes back to its checkpoint.
+        steps = sum(min(job.num_steps_logged(), job.config.steps) for job in futures.values())
+        # Not by update(): a resumed run goes back to its checkpoint.
         bar.n = steps if bar.unit == "step" else num_done
         bar.set_postfix({"runs done": f"{num_done}/{len(futures)}"})
         yield from done
 
 
 def _pool(num_jobs: int) -> ProcessPoolExecutor:
-    """Processes with their share of the cores, and a GPU each where there are some.
+    """Processes with their share of the cores, and a GPU each if there are any.
 
     They are forked from a server that has imported what they need, and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
-    # Whatever makes its first optimiser imports torch._dynamo, which takes seconds.
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
-    places = context.Queue()
-    for place in range(num_jobs):
-        places.put(place)
+    context.set_forkserver_preload(PRELOADED)
+    numbers = context.Queue()
+    for number in range(num_jobs):
+        numbers.put(number)
     threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
-    arguments = (places, torch.cuda.device_count(), threads)
+    arguments = (numbers, torch.cuda.device_count(), threads)
     return ProcessPoolExecutor(
-        num_jobs, mp_context=context, initializer=_settle, initargs=arguments
+        num_jobs, mp_context=context, initializer=_start_process, initargs=arguments
     )
 
 
-def _settle(places: Any, num_gpus: int, threads: int) -> None:
-    """Of a new process: its GPU and its share of the cores."""
-    place = places.get()
+def _start_process(numbers: Any, num_gpus: int, threads: int) -> None:
+    """Take a number, and with it a GPU and a share of the cores; called first in a new process."""
+    number = numbers.get()
     if num_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % num_gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_driver, daemon=True).start()
 
 
 def _end_with_driver() -> None:
-    """A driver that was killed leaves no run behind that the next driver would begin beside."""
+    """End this process when the driver ends, so that a run does not go on beside the next driver's
+    run of the same job."""
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()
@@ -174,23 +189,22 @@ def _end_with_driver() -> None:
 
 
 def collect(study: StudyConfig) -> tuple[pa.Table, dict[str, list[int]]]:
-    """Write ``results.parquet``: all judgements there are, with the columns ``arm`` and ``seed``
-    before them.
+    """Write ``results.parquet``: all scores, with the columns ``arm`` and ``seed`` first.
 
     Returns:
         That table, and the runs that are not done yet: arm -> seeds.
 
     Raises:
-        InputError: none is done, or the study judges nothing.
+        InputError: no run is done, or the study has no scoring.
     """
     if study.scoring is None:
         raise InputError(f"the study of {study.output} has no scoring, so there is no report of it")
-    archive, jobs = results_of(study), list_jobs(study, read_chosen(study))
-    kept = stored_results(jobs, archive)
-    if not kept:
-        raise InputError(f"no run of {study.output} is trained and judged yet: run the study first")
+    results, jobs = open_results(study), list_jobs(study, read_chosen(study))
+    done = gather_scores(jobs, results)
+    if not done:
+        raise InputError(f"no run of {study.output} is trained and scored yet: run the study first")
     missing: dict[str, list[int]] = {}
     for job in jobs:
-        if job.title not in kept:
+        if job.name not in done:
             missing.setdefault(job.arm, []).append(job.seed)
-    return pa.concat_tables([judged.labelled() for judged in kept.values()]), missing
+    return pa.concat_tables([run.labelled() for run in done.values()]), missing

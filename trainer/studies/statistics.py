@@ -1,9 +1,10 @@
-"""What the judgements of a study say about its arms, with intervals and their units.
+"""Comparison of a study's arms, with intervals and their units.
 
 A claim about an arm is a claim about training it again: its unit is the seed, and its interval
 Student's t over seeds. A claim about these trained runs on other captions has the caption as its
-unit: a bootstrap over captions. Both are given for differences, which are paired: arms of one seed
-share weights at the start, data and noise, and are judged by the same captions from the same noise.
+unit, and as its interval a bootstrap over captions. Both are given for differences, which are
+paired: arms of one seed share initial weights, data and noise, and are scored on the same captions
+from the same noise.
 
 Shapes: S seeds, C captions.
 """
@@ -43,17 +44,17 @@ COMPARISON_SCHEMA = pa.schema(
         pa.field("num_captions", pa.int64(), nullable=False),
     ]
 )
-"""A row a guidance scale, split, skill and arm. ``accuracy`` is the mean over ``seeds``, those of
-each; ``low`` and ``high`` its 95 % interval over seeds, null for a single seed. ``difference``
-is to the arm ``reference`` over the seeds of both, with intervals over seeds and over captions;
-null where an arm is compared with none."""
+"""One row per guidance scale, split, skill and arm. ``accuracy`` is the mean of ``seeds``, the
+accuracies of each seed; ``low`` and ``high`` are its 95 % interval over seeds, null for a single
+seed. ``difference`` is the difference to the arm ``reference`` over the seeds that both have, with
+intervals over seeds and over captions; null if an arm is compared with none."""
 
 
 def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
     """Summarise ``results.parquet``: ``COMPARISON_SCHEMA``.
 
     Args:
-        references: arm -> the one that it is compared with; itself, or left out: with none.
+        references: arm -> the arm that it is compared with; itself, or left out: with none.
     """
     rows = []
     for (cfg_scale, split, skill), part in _groups(results, ["cfg_scale", "split", "skill"]):
@@ -61,17 +62,17 @@ def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
         for arm, right in shares.items():
             reference = references.get(arm, arm)
             base = shares.get(reference, {})
-            of_seeds = np.array([each.mean() for each in right.values()])
-            low, high = over_seeds(of_seeds)
+            by_seed = np.array([each.mean() for each in right.values()])
+            low, high = over_seeds(by_seed)
             row = {
                 "cfg_scale": cfg_scale,
                 "split": split,
                 "skill": skill,
                 "arm": arm,
-                "accuracy": float(of_seeds.mean()),
+                "accuracy": float(by_seed.mean()),
                 "low": low,
                 "high": high,
-                "seeds": of_seeds.tolist(),
+                "seeds": by_seed.tolist(),
                 "num_captions": len(next(iter(right.values()))),
             }
             if arm != reference and (both := [seed for seed in right if seed in base]):
@@ -85,12 +86,12 @@ def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
 
 
 def over_seeds(values: NDArray[np.float64]) -> Interval:
-    """95 % interval of the mean of [S] values by Student's t; none of a single one."""
+    """95 % interval of the mean of [S] values by Student's t; none for a single value."""
     if len(values) < 2:
         return None, None
     mean, error = float(values.mean()), float(stats.sem(values))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
-    return mean - reach, mean + reach
+    margin = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+    return mean - margin, mean + margin
 
 
 def over_captions(values: NDArray[np.float64], seed: int = 0) -> Interval:
@@ -103,30 +104,30 @@ def over_captions(values: NDArray[np.float64], seed: int = 0) -> Interval:
 
 
 def counting(results: pa.Table) -> pa.Table:
-    """How many objects were drawn where so many were asked for, by arm and guidance scale.
+    """Number of objects generated, by arm, guidance scale, split and number of objects requested.
 
     Columns arm, cfg_scale, split, num_asked, and ``num_found``, the mean over images and seeds.
     """
-    once = results.filter(pc.equal(results["skill"], "total"))
+    images = results.filter(pc.equal(results["skill"], "total"))  # a skill that every image has
     keys = ["arm", "cfg_scale", "split", "num_asked"]
-    table = once.group_by(keys).aggregate([("num_found", "mean")])
+    table = images.group_by(keys).aggregate([("num_found", "mean")])
     order = [(key, "ascending") for key in keys]
     return table.rename_columns([*keys, "num_found"]).sort_by(order)
 
 
 def count_bias(results: pa.Table) -> pa.Table:
-    """Objects drawn less objects asked for, by arm and guidance scale.
+    """Objects generated minus objects requested, by arm and guidance scale.
 
     Columns arm, cfg_scale, ``objects``, the mean over images and then seeds, and ``low`` and
     ``high``, its 95 % interval over seeds, null for a single seed.
     """
-    once = results.filter(pc.equal(results["skill"], "total"))
-    asked, found = (once[name].cast(pa.float64()) for name in ("num_asked", "num_found"))
-    table = once.append_column("more", pc.subtract(found, asked))
-    means = table.group_by(["arm", "cfg_scale", "seed"]).aggregate([("more", "mean")])
+    images = results.filter(pc.equal(results["skill"], "total"))  # a skill that every image has
+    asked, found = (images[name].cast(pa.float64()) for name in ("num_asked", "num_found"))
+    table = images.append_column("surplus", pc.subtract(found, asked))
+    means = table.group_by(["arm", "cfg_scale", "seed"]).aggregate([("surplus", "mean")])
     rows = []
     for (arm, cfg_scale), part in _groups(means, ["arm", "cfg_scale"]):
-        values = part["more_mean"].to_numpy()
+        values = part["surplus_mean"].to_numpy()
         low, high = over_seeds(values)
         rows.append((arm, cfg_scale, float(values.mean()), low, high))
     names = ("arm", "cfg_scale", "objects", "low", "high")
@@ -134,14 +135,14 @@ def count_bias(results: pa.Table) -> pa.Table:
 
 
 def _shares(table: pa.Table) -> dict[int, NDArray[np.float64]]:
-    """Seed -> share of images that are right, of each caption: [C]."""
+    """Seed -> share of right images of each caption, [C]."""
     means = table.group_by(["seed", "caption"]).aggregate([("right", "mean")])
     means = means.sort_by([("seed", "ascending"), ("caption", "ascending")])
     return {seed: part["right_mean"].to_numpy() for (seed,), part in _groups(means, ["seed"])}
 
 
 def _groups(table: pa.Table, keys: Sequence[str]) -> Iterator[tuple[tuple, pa.Table]]:
-    """The rows of every combination of values that occurs, in order of appearance."""
+    """Combinations of values in order of appearance, each with its rows."""
     for values in table.group_by(keys, use_threads=False).aggregate([]).to_pylist():
         masks = [pc.equal(table[key], values[key]) for key in keys]
         mask = masks[0]
@@ -150,20 +151,23 @@ def _groups(table: pa.Table, keys: Sequence[str]) -> Iterator[tuple[tuple, pa.Ta
         yield tuple(values[key] for key in keys), table.filter(mask)
 
 
-Chance = Mapping[str, Mapping[str, float]]
+ChanceLevels = Mapping[str, Mapping[str, float]]
 """Split -> skill -> accuracy of true images of other captions."""
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What is compared.
+class ComparisonDesign:
+    """Arms of a report and how they are compared.
 
     Attributes:
-        title: of the report.
-        references: arm -> the one that it is compared with.
-        unit: what a seed is called: ``seeds``, or ``runs`` where weights are swapped in them.
-        num_units: how many there are of an arm.
-        notes: further lines.
+        title: title of the report.
+        arms: names, in the order of the report.
+        references: arm -> the arm that it is compared with.
+        scoring: how runs were scored.
+        num_units: number of units per arm.
+        unit: name of the unit: ``seeds``, or ``runs`` if the arms are other weights in the same
+            runs.
+        notes: further lines of the report.
     """
 
     title: str
@@ -175,7 +179,10 @@ class Outline:
     notes: Sequence[str] = ()
 
 
-def comparison_rows(claims: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
-    """By skill in the order of ``SKILLS``, then by arm as they came."""
-    mask = pc.and_(pc.equal(claims["split"], split), pc.equal(claims["cfg_scale"], cfg_scale))
-    return sorted(claims.filter(mask).to_pylist(), key=lambda row: SKILLS.index(row["skill"]))
+def comparison_rows(comparison: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:
+    """Rows of ``COMPARISON_SCHEMA`` by skill, in the order of ``SKILLS``; arms in their order."""
+    mask = pc.and_(
+        pc.equal(comparison["split"], split), pc.equal(comparison["cfg_scale"], cfg_scale)
+    )
+    rows = comparison.filter(mask).to_pylist()
+    return sorted(rows, key=lambda row: SKILLS.index(row["skill"]))

@@ -1,4 +1,4 @@
-"""Tuning of one key per arm, before a study's runs."""
+"""Choice of one setting per arm, before a study's runs."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,12 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, StudyConfig, write_document
-from ..data.dataset import open_pairs
-from ..runs.record import build_model
-from ..training.setup import make_record
-from .job import Job, make_job, stored_results
+from .job import Job, gather_scores, make_job
 from .results import ResultsTable
 
 TRIALS = "trials.parquet"
@@ -26,13 +22,18 @@ def tune(
     run: Callable[[Sequence[Job], str, ResultsTable], None],
     report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Arm -> dotted key and the value that it chose; nothing where there is nothing to choose."""
+    """Run all trials and choose: arm -> dotted key and chosen value; empty if nothing is tuned.
+
+    Args:
+        run: runs the jobs that are not done, under a name, given the stored scores.
+        report: takes a line per arm.
+    """
     tuning = study.tuning
     if tuning is None:
         return {arm: {} for arm in study.arms}
-    training = [arm for arm in study.arms if study.arm(arm).of is None]
-    arms = [arm for arm in training if has_router(study, arm)]
-    for arm in sorted({*training} - {*arms}):
+    trained = [arm for arm in study.arms if study.arm(arm).of is None]
+    arms = [arm for arm in trained if has_router(study, arm)]
+    for arm in sorted({*trained} - {*arms}):
         report(f"{arm}: nothing to tune, its weights are fixed")
     jobs = [
         make_job(study, arm, seed, {tuning.key: value}, value)
@@ -40,18 +41,18 @@ def tune(
         for value in tuning.values
         for seed in tuning.seeds
     ]
-    archive = ResultsTable(Path(study.output) / TRIALS, ("arm", "value", "seed"))
-    run(jobs, "tuning", archive)
-    tables = stored_results(jobs, archive)
+    stored = ResultsTable(Path(study.output) / TRIALS, ("arm", "value", "seed"))
+    run(jobs, "tuning", stored)
+    done = gather_scores(jobs, stored)
     document: dict[str, dict[str, float]] = {}
     for arm in arms:
         scores = {}
         for value in tuning.values:
-            names = [job.title for job in jobs if (job.arm, job.value) == (arm, value)]
-            shares = [_accuracy(tables[name].table, tuning.skill) for name in names]
-            scores[f"{value:g}"] = float(np.mean(shares))
+            names = [job.name for job in jobs if (job.arm, job.value) == (arm, value)]
+            accuracies = [_accuracy(done[name].table, tuning.skill) for name in names]
+            scores[f"{value:g}"] = float(np.mean(accuracies))
         document[arm] = scores
-    others = {k: v for k, v in read_tuning(study).items() if k not in study.arms}
+    others = {arm: scores for arm, scores in read_tuning(study).items() if arm not in study.arms}
     everything = json.dumps({**document, **others}, indent=1)
     write_document(Path(study.output) / TUNING, everything + "\n")
     chosen = read_chosen(study)
@@ -62,13 +63,13 @@ def tune(
 
 
 def read_tuning(study: StudyConfig) -> dict[str, dict[str, float]]:
-    """``tuning.json``: arm -> value -> mean score, also of arms that the study has no more."""
+    """``tuning.json``: arm -> value -> mean score, also of arms that the study no longer has."""
     path = Path(study.output) / TUNING
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
-    """Arm -> dotted key and the value that it chose, by ``tuning.json``."""
+    """Arm -> dotted key and chosen value, according to ``tuning.json``."""
     chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
     if study.tuning is None:
         return chosen
@@ -81,7 +82,12 @@ def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
 
 
 def has_router(study: StudyConfig, arm: str) -> bool:
-    """Whether the weights of an arm are learned."""
+    """Whether an arm learns its routing weights."""
+    from ...pipeline.store.open import open_features, open_latents
+    from ..data.dataset import open_pairs
+    from ..runs.record import build_model
+    from ..training.setup import make_record
+
     config = make_job(study, arm, study.seeds[0], {}).config
     stores = open_features(config.features), open_latents(config.latents)
     record = make_record(config, open_pairs(*stores, config.data))
@@ -89,8 +95,8 @@ def has_router(study: StudyConfig, arm: str) -> bool:
 
 
 def _accuracy(table: pa.Table, skill: str) -> float:
-    chosen = table.filter(pc.equal(table["skill"], skill))
-    if not chosen.num_rows:
+    rows = table.filter(pc.equal(table["skill"], skill))
+    if not rows.num_rows:
         known = sorted({*table["skill"].to_pylist()})
-        raise InputError(f"tuning.skill {skill!r} is not judged; expected one of {known}")
-    return float(np.mean(chosen["right"].to_numpy(zero_copy_only=False)))
+        raise InputError(f"tuning.skill {skill!r} is not scored; expected one of {known}")
+    return float(np.mean(rows["right"].to_numpy(zero_copy_only=False)))

@@ -1,4 +1,4 @@
-"""Layouts, read back by the rules by which each scorer reads them."""
+"""Layouts, read back by the rules of each scorer."""
 
 import json
 import re
@@ -25,22 +25,22 @@ def prompts(num=3, group=None):
 
 
 @given(st.sampled_from(list(BENCHMARK_FORMATS)), st.integers(1, 12), st.integers(1, 5))
-def test_every_picture_has_a_place_of_its_own(layout, num, num_images):
-    places = image_paths(layout, prompts(num), num_images)
-    assert [len(files) for files in places.pictures] == [num_images] * num
-    every = [file for files in places.pictures for file in files] + [*places.beside]
+def test_every_image_has_a_path_of_its_own(layout, num, num_images):
+    paths = image_paths(layout, prompts(num), num_images)
+    assert [len(files) for files in paths.images] == [num_images] * num
+    every = [file for files in paths.images for file in files] + [*paths.others]
     assert len({*every}) == len(every)
     assert not any(file.startswith(("/", ".")) for file in every)
 
 
 class TestGenEval:
     def test_each_prompt_is_a_folder_with_its_line(self):
-        places = image_paths("geneval", prompts(), 4)
-        folders = {file.split("/")[0] for file in places.beside}
+        paths = image_paths("geneval", prompts(), 4)
+        folders = {file.split("/")[0] for file in paths.others}
         assert all(folder.isdigit() for folder in folders)
-        for number, files in enumerate(places.pictures):
+        for number, files in enumerate(paths.images):
             folder = f"{number:05d}"
-            line = json.loads(places.beside[f"{folder}/metadata.jsonl"])
+            line = json.loads(paths.others[f"{folder}/metadata.jsonl"])
             assert line["prompt"] == prompts()[number].text
             for file in files:
                 assert re.fullmatch(rf"{folder}/samples/\d+\.png", file)
@@ -51,13 +51,13 @@ class TestGenEval:
 
 
 class TestGenAIBench:
-    def test_a_set_of_pictures_is_a_model_of_the_scorer(self):
-        places = image_paths("genai-bench", prompts(), 2)
-        assert places.pictures[1] == ["0/00001.jpeg", "1/00001.jpeg"]
+    def test_a_set_of_images_is_a_model_of_the_scorer(self):
+        paths = image_paths("genai-bench", prompts(), 2)
+        assert paths.images[1] == ["0/00001.jpeg", "1/00001.jpeg"]
 
     @pytest.mark.parametrize("name", ["../00001", ".hidden"])
     def test_refuses_names_that_leave_the_folder(self, name):
-        with pytest.raises(InputError, match="cannot name a picture"):
+        with pytest.raises(InputError, match="cannot name an image"):
             image_paths("genai-bench", [Prompt("a cat", name)], 1)
 
     def test_refuses_a_name_twice(self):
@@ -67,16 +67,16 @@ class TestGenAIBench:
 
 
 def test_drawbench_is_by_number():
-    assert image_paths("drawbench", prompts(), 2).pictures[2] == [
+    assert image_paths("drawbench", prompts(), 2).images[2] == [
         "samples/0/00002.jpg",
         "samples/1/00002.jpg",
     ]
 
 
 class TestT2ICompBench:
-    def test_names_hold_prompt_and_a_number_through_all_pictures(self):
-        places = image_paths("t2i-compbench", prompts(), 10)
-        names = [file.removeprefix("samples/") for files in places.pictures for file in files]
+    def test_names_hold_prompt_and_a_number_through_all_images(self):
+        paths = image_paths("t2i-compbench", prompts(), 10)
+        names = [file.removeprefix("samples/") for files in paths.images for file in files]
         numbers = [int(name.split("_")[-1].split(".")[0]) for name in names]
         assert numbers == list(range(30))
         texts = [name.split("_")[0] for name in names]
@@ -84,7 +84,7 @@ class TestT2ICompBench:
 
     def test_categories_are_scored_apart(self):
         mixed = [*prompts(1, "color"), *prompts(1, "shape"), *prompts(1, "color")]
-        files = [files for (files,) in image_paths("t2i-compbench", mixed, 1).pictures]
+        files = [files for (files,) in image_paths("t2i-compbench", mixed, 1).images]
         bench = "a green bench and a blue bowl"
         assert files == [
             f"color/samples/{bench}_000000.png",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from semroute.cli import cli
 from semroute.schemas import InputError
-from semroute.trainer.evaluation.image_set import find_shard, image_number
+from semroute.trainer.evaluation.image_set import find_shard, noise_number
 from semroute.trainer.training.train import train
 
 TEXTS = ["a red cup", "two green trees", "a blue car", "a small dog", "a black box"]
@@ -161,7 +161,7 @@ class TestSample:
         other.write_text(prompts.read_text().replace("dog", "cat"))
         output = draw(run, other, tmp_path / "b", "--features", features, code=1)
         assert "was not extracted from" in output
-        assert "the prompts differ" in output
+        assert "the captions differ. Run semroute extract" in output
 
     @pytest.mark.parametrize(
         ("layout", "file"),
@@ -218,10 +218,10 @@ class TestRefusals:
             find_shard(shard)
 
 
-def test_pictures_have_numbers_of_their_own():
-    numbers = {image_number(prompt, image) for prompt in range(50) for image in range(20)}
+def test_images_have_noise_of_their_own():
+    numbers = {noise_number(prompt, image) for prompt in range(50) for image in range(20)}
     assert len(numbers) == 1000
-    assert [image_number(prompt, 0) for prompt in range(3)] == [0, 1, 2]
+    assert [noise_number(prompt, 0) for prompt in range(3)] == [0, 1, 2]
 
 
 def test_without_a_launcher_there_is_one_shard(monkeypatch):

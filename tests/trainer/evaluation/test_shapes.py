@@ -1,18 +1,22 @@
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from semroute.pipeline.store.open import open_features
-from semroute.schemas import InputError, ModelConfig, RoutingConfig
+from semroute.schemas import InputError, ModelConfig, RoutingConfig, Scoring
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.sampling import SamplingConfig
-from semroute.trainer.evaluation.generate import generate
-from semroute.trainer.evaluation.shapes import evaluate, score
+from semroute.trainer.evaluation.generate import CaptionSet, generate
+from semroute.trainer.evaluation.shapes import images_by_scale, read_captions, score
 from semroute.trainer.model.dit import DiT
 from semroute.trainer.runs.scores import EVALUATION_SCHEMA
+from semroute.trainer.shapes.dataset import write_world
 from semroute.trainer.shapes.images import IMAGE_PIXELS, render
 from semroute.trainer.shapes.judge import SKILLS
 from semroute.trainer.shapes.scenes import Object, Scene, sample_scene
@@ -204,29 +208,49 @@ class TestGenerate:
             run(network(features), features, [1], batch_size=0)
 
 
-class TestEvaluate:
-    def test_scores_what_the_decoder_returns(self, features):
-        scenes, images = draw(6, 9)
-        seen = []
+class TestImagesByScale:
+    def test_every_scale_has_images_of_every_caption_in_turn(self, features):
+        model = network(features)
+        run_of_model = SimpleNamespace(model=model, flow=Flow(shift=3.0), clock=lambda name: None)
+        captions = CaptionSet(features, [*range(1, 7)], ["caption"] * 6)
+        scoring = Scoring(
+            features="",
+            samples="",
+            cfg_scales=[1.0, 2.0],
+            images_per_caption=2,
+            num_steps=3,
+            seed=5,
+        )
+        decoded = []
 
         def decode(latents):
-            seen.append(latents)
-            return images
+            decoded.append(latents)
+            return latents
 
-        model = network(features)
-        evaluation, judged = evaluate(
-            model,
-            Flow(shift=3.0),
-            features,
-            range(1, 7),
-            scenes,
-            ["test"] * 6,
-            decode,
-            SamplingConfig(3, 2.0),
-            seed=0,
-            batch_size=4,
-            progress=False,
+        found = dict(
+            images_by_scale(run_of_model, captions, scoring, decode, batch_size=4, progress=False)
         )
-        assert judged is images
-        assert evaluation.to_dict()["test"]["all"]["accuracy"] == 1
-        np.testing.assert_array_equal(seen, [run(model, features, range(1, 7))])
+        assert [*found] == [1.0, 2.0]
+        for images, latents in zip(found.values(), decoded, strict=True):
+            assert images is latents
+        for cfg_scale, images in found.items():
+            ids = [1, 2, 3, 4, 5, 6] * 2
+            expected = run(model, features, ids, cfg_scale=cfg_scale, seed=5)
+            np.testing.assert_array_equal(images, expected)
+
+
+class TestReadCaptions:
+    def test_reads_what_captions_ask_for(self, tmp_path):
+        write_world(tmp_path / "shapes", 4, seed=0, num_test=6, num_dev=1, progress=False)
+        captions = read_captions(str(tmp_path / "shapes" / "test.parquet"))
+        assert captions.splits == ["test"] * 3 + ["held-out"] * 3
+        for text, scene in zip(captions.texts, captions.scenes, strict=True):
+            assert text in scene.captions()
+
+    def test_refuses_other_files(self, tmp_path):
+        file = tmp_path / "other.parquet"
+        with pytest.raises(InputError, match=r"samples .*other\.parquet"):
+            read_captions(str(file))
+        pq.write_table(pa.table({"text": ["a cat"]}), file)
+        with pytest.raises(InputError, match=r"samples .*other\.parquet.*scene"):
+            read_captions(str(file))

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 import semroute
 from semroute.cli import cli
 from semroute.schemas import InputError
+from semroute.trainer.evaluation.shapes import IMAGE_SCORES_SCHEMA
 from semroute.trainer.runs.scores import EVALUATION_SCHEMA, Evaluation, EvaluationReport
-from semroute.trainer.studies.job import JUDGED
-from semroute.trainer.studies.results import JUDGED_SCHEMA
+from semroute.trainer.studies.job import SCORES
 from semroute.trainer.training.train import train
 
 
@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def runs(configure, tmp_path_factory):
-    """Folder of three runs: one validated and evaluated, one judged by a study, one just begun."""
+    """Folder of three runs: one validated and evaluated, one scored by a study, one just begun."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name, strategy, **changes):
@@ -40,10 +40,10 @@ def runs(configure, tmp_path_factory):
     evaluation = Evaluation(pa.Table.from_pylist([row], schema=EVALUATION_SCHEMA))
     EvaluationReport(4, "ema", "features", 50, 0, {3.0: evaluation}).write(depth)
     uniform = run("arms/uniform", "uniform", optimizer={"lr": 1e-3}, keep_checkpoints=1)
-    judged = [(3.0, n, 0, "test", "all", n < 3, 1, 1) for n in range(4)]
-    judged += [(3.0, n, 0, "test", "colour", True, 1, 1) for n in range(4)]
-    columns = [[*column] for column in zip(*judged, strict=True)]
-    pq.write_table(pa.table(columns, schema=JUDGED_SCHEMA), uniform / JUDGED)
+    scores = [(3.0, n, 0, "test", "all", n < 3, 1, 1) for n in range(4)]
+    scores += [(3.0, n, 0, "test", "colour", True, 1, 1) for n in range(4)]
+    columns = [[*column] for column in zip(*scores, strict=True)]
+    pq.write_table(pa.table(columns, schema=IMAGE_SCORES_SCHEMA), uniform / SCORES)
     begun = run("begun", "static", steps=1)
     (begun / "metrics.jsonl").write_text("")
     return folder

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,9 +16,12 @@ import yaml
 from click.testing import CliRunner
 
 from semroute.cli import cli
-from semroute.schemas import InputError, StudyConfig, parse
+from semroute.schemas import InputError, Scoring, StudyConfig, parse
+from semroute.trainer.evaluation.shapes import read_captions, score_each_image, score_run
 from semroute.trainer.runs.run import load_run
-from semroute.trainer.studies.ablation import reading, swaps
+from semroute.trainer.runs.scores import EvaluationReport
+from semroute.trainer.shapes.images import render
+from semroute.trainer.studies.ablation import swapped_weights, swaps
 
 TRAIN = {
     "steps": 4,
@@ -124,7 +128,7 @@ def done(world):
 
 
 class TestStudy:
-    def test_every_run_is_trained_and_judged(self, done):
+    def test_every_run_is_trained_and_scored(self, done):
         _, out, printed = done
         table = pq.read_table(out / "results.parquet")
         runs = set(zip(table["arm"].to_pylist(), table["seed"].to_pylist(), strict=True))
@@ -178,12 +182,12 @@ class TestStudy:
         file = write(tmp_path / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
         invoke("study", file, "--report-only")
         report = (out / "report.md").read_text()
-        assert "Not done yet, and left out: `uniform`: 2; `depth`: 2." in report
+        assert "Not done yet and left out: `uniform`: 2; `depth`: 2." in report
         printed = invoke("study", file)
         assert "study: 6 runs, to do: 2" in printed
         assert "Not done yet" not in (out / "report.md").read_text()
 
-    def test_judging_otherwise_judges_again_and_trains_nothing(self, world, done, tmp_path):
+    def test_scoring_differently_scores_again_and_trains_nothing(self, world, done, tmp_path):
         out = shutil.copytree(done[1], tmp_path / "out")
         changed = document(world, out)
         changed["scoring"]["cfg_scales"] = [2.0]
@@ -193,7 +197,7 @@ class TestStudy:
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert {path.parent.parent for path in after} == {path.parent.parent for path in before}
 
-    def test_an_arm_of_another_judges_its_runs_and_trains_nothing(self, world, done, tmp_path):
+    def test_an_arm_of_another_scores_its_runs_and_trains_nothing(self, world, done, tmp_path):
         out = shutil.copytree(done[1], tmp_path / "out")
         changed = document(world, out)
         changed["arms"] |= {
@@ -203,7 +207,7 @@ class TestStudy:
         changed["arms"]["once"]["against"] = "late"
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         printed = invoke("study", write(tmp_path / "others.yaml", changed))
-        assert "judged otherwise: 2 runs, to do: 2" in printed
+        assert "scored differently: 2 runs, to do: 2" in printed
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert {path: after[path] for path in before if "static" not in path.parts} == before
         assert {path.name for path in (out / "runs").iterdir()} == {"uniform", "depth", "once"}
@@ -212,13 +216,15 @@ class TestStudy:
         assert {seed for arm, seed in runs if arm == "late"} == {0, 1}
         assert {seed for arm, seed in runs if arm == "once"} == {1}
         report = (out / "report.md").read_text()
-        assert "Arms that have fewer seeds, of which differences are paired: `once`: 1." in report
+        assert (
+            "Arms with fewer seeds, over which their differences are paired: `once`: 1." in report
+        )
         assert "`late`: depth with cfg_interval [0.0, 0.5]" in report
         assert "| late | depth |" in report
         assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
 
-    def test_killed_and_continued_gives_the_same_judgements(self, world, done, tmp_path):
+    def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path):
         content = document(world, tmp_path / "out", tuning=None)
         del content["tuning"]
         content["train"] = {**content["train"], "steps": 12}
@@ -232,7 +238,7 @@ class TestStudy:
         )
         assert found.equals(expected)
 
-    def test_judgements_outlive_their_runs(self, world, tmp_path):
+    def test_scores_outlive_their_runs(self, world, tmp_path):
         out = tmp_path / "out"
         content = document(world, out, seeds=[0])
         content["arms"]["late"] = {"of": "depth", "scoring": {"cfg_interval": [0.0, 0.5]}}
@@ -244,7 +250,7 @@ class TestStudy:
         printed = invoke("study", file)
         assert "tuning: 2 runs, to do: 0" in printed
         assert "study: 2 runs, to do: 0" in printed
-        assert "judged otherwise: 1 runs, to do: 0" in printed
+        assert "scored differently: 1 runs, to do: 0" in printed
         assert (out / "report.md").read_text() == report
         assert pq.read_table(out / "results.parquet").equals(results)
         assert not (out / "runs").exists()
@@ -276,16 +282,16 @@ class TestStudy:
         invoke("study", file, "--report-only", "--arm", "late")
         report = (out / "report.md").read_text()
         assert "3 arms x 2 seeds" in report  # what it is of, and the reference
-        assert "Not done yet, and left out: `late`: 0, 1." in report
+        assert "Not done yet and left out: `late`: 0, 1." in report
         printed = invoke("study", file, "--report-only", "--arm", "none", code=1)
         assert "'none' is no arm of this study: uniform, depth, late" in printed
 
-    def test_a_file_that_holds_no_judgements_is_refused(self, world, done, tmp_path):
+    def test_a_file_that_holds_no_scores_is_refused(self, world, done, tmp_path):
         content = document(world, tmp_path / "out")
         (tmp_path / "out").mkdir()
         shutil.copy(world / "shapes" / "dev.parquet", tmp_path / "out" / "trials.parquet")
         printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
-        assert "trials.parquet does not hold judgements of a study" in printed.replace("\n", " ")
+        assert "trials.parquet does not hold scores of a study" in printed.replace("\n", " ")
 
     def test_without_scoring_runs_are_only_trained(self, world, tmp_path):
         content = document(world, tmp_path / "out", seeds=[0])
@@ -307,6 +313,33 @@ class TestStudy:
         assert "2 of 6 runs failed; the others are done" in printed
         assert "wild/seed-0: FloatingPointError" in printed.replace("\n", "")
         assert len([*(tmp_path / "out").rglob("judged.parquet")]) == 4
+
+
+def test_scores_of_each_image_add_up_to_those_of_evaluate(world, done, tmp_path):
+    run = load_run(shutil.copytree(done[1] / "runs" / "depth" / "seed-0", tmp_path / "run"))
+    scoring = parse(Scoring, {**document(world, "")["scoring"], "images_per_caption": 2}, "")
+    asked = read_captions(scoring.samples)
+    rng = np.random.default_rng(0)
+    images = np.stack([render(scene, rng) for scene in asked.scenes * 2])
+    images[::3] = 0
+
+    table = score_each_image(run, scoring, lambda latents: images, batch_size=64)
+    score_run(run, scoring, lambda latents: images, batch_size=64, report=lambda line: None)
+
+    entries = EvaluationReport.read(run.path).scores
+    assert [*entries] == scoring.cfg_scales
+    right = {}
+    for row in table.to_pylist():
+        key = row["cfg_scale"], row["split"], row["skill"]
+        right.setdefault(key, []).append(row["right"])
+    for cfg_scale, evaluation in entries.items():
+        for row in evaluation.table.to_pylist():
+            each = right.pop((cfg_scale, row["split"], row["skill"]))
+            assert row["num_images"] == len(each)
+            assert row["accuracy"] == pytest.approx(np.mean(each))
+            if row["skill"] == "all":
+                assert row["accuracy"] == pytest.approx(2 / 3)
+    assert not right
 
 
 class TestShipped:
@@ -338,7 +371,7 @@ class TestAblate:
         options = ["--features", world / "test", "--samples", world / "shapes" / "test.parquet"]
         return ["ablate", *runs, *options, "--num-steps", 2, "--out", out]
 
-    def test_runs_are_judged_under_other_weights(self, world, done, tmp_path):
+    def test_runs_are_scored_under_other_weights(self, world, done, tmp_path):
         runs = [done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1)]
         printed = invoke(*self.command(world, tmp_path / "out", *runs), "--leave-one-out")
         assert f"{runs[1]}: as trained, 1/10" in printed
@@ -354,24 +387,24 @@ class TestAblate:
             assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
             assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
 
-    def test_what_is_judged_is_kept_and_not_judged_again(self, world, done, tmp_path):
+    def test_stored_scores_are_reused(self, world, done, tmp_path):
         run, other = (done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1))
         out, results = tmp_path / "out", tmp_path / "out" / "results.parquet"
         command = self.command(world, out, run)
         kill_once(results.exists, *command, "--leave-one-out")
         killed = pq.read_table(results)
         printed = invoke(*command, "--leave-one-out")
-        judged = {*killed["arm"].to_pylist()}
-        assert 0 < printed.count("judged before") == len(judged) < 9
+        known = {*killed["arm"].to_pylist()}
+        assert 0 < printed.count("scored before") == len(known) < 9
         whole = pq.read_table(results)
         assert whole.slice(0, killed.num_rows).equals(killed)
-        assert invoke(*command, "--leave-one-out").count("judged before") == 9
-        # Fewer swaps: judgements of the others stay where they are.
-        assert invoke(*command).count("judged before") == 5
+        assert invoke(*command, "--leave-one-out").count("scored before") == 9
+        # Fewer swaps: scores of the others stay where they are.
+        assert invoke(*command).count("scored before") == 5
         assert pq.read_table(results).equals(whole)
-        # Another network in its place, or other pictures of it.
-        assert "judged before" not in invoke(*self.command(world, out, other))
-        assert "judged before" not in invoke(*self.command(world, out, run), "--seed", 1)
+        # Another network in its place, or other images of it.
+        assert "scored before" not in invoke(*self.command(world, out, other))
+        assert "scored before" not in invoke(*self.command(world, out, run), "--seed", 1)
 
     def test_weights_are_put_in_place_and_taken_back(self, done):
         run = load_run(done[1] / "runs" / "depth" / "seed-0")
@@ -380,7 +413,7 @@ class TestAblate:
         found = swaps(alpha, given, run.layers, leave_one_out=True)
         for name, weights in found.items():
             assert torch.allclose(weights.sum(1), torch.ones(2)), name
-            with reading(run, weights):
+            with swapped_weights(run, weights):
                 assert torch.equal(torch.from_numpy(run.weights()[0]), weights)
         assert torch.equal(torch.from_numpy(run.weights()[0]), alpha)
         assert torch.equal(found["blocks reversed"], alpha[[1, 0]])

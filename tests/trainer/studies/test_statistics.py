@@ -14,8 +14,8 @@ from semroute.trainer.studies.statistics import (
 )
 
 
-def judgements(right, cfg_scale=3.0, split="test", skill="total", arms=("uniform", "depth")):
-    """Results of right [A, S, C], one image a caption; two objects asked, 2 or 3 found."""
+def results(right, cfg_scale=3.0, split="test", skill="total", arms=("uniform", "depth")):
+    """Results of right [A, S, C], one image per caption; two objects asked, 2 or 3 found."""
     rows = []
     for arm, seed, caption in itertools.product(*map(range, right.shape)):
         good = bool(right[arm, seed, caption])
@@ -39,23 +39,23 @@ def judgements(right, cfg_scale=3.0, split="test", skill="total", arms=("uniform
 AGAINST = {"depth": "uniform", "uniform": "uniform"}
 
 
-def row(claims, arm, **where):
+def row(comparison, arm, **where):
     found = [
         each
-        for each in claims.to_pylist()
+        for each in comparison.to_pylist()
         if each["arm"] == arm and all(each[key] == value for key, value in where.items())
     ]
     assert len(found) == 1
     return found[0]
 
 
-class TestMakeClaims:
+class TestCompareArms:
     def test_means_are_over_seeds_of_means_over_captions(self):
         right = np.random.default_rng(0).random((2, 3, 40)) < [[[0.5]], [[0.8]]]
-        claims = compare_arms(judgements(right), AGAINST)
-        assert claims.schema == COMPARISON_SCHEMA
+        comparison = compare_arms(results(right), AGAINST)
+        assert comparison.schema == COMPARISON_SCHEMA
         for number, arm in enumerate(("uniform", "depth")):
-            found = row(claims, arm)
+            found = row(comparison, arm)
             assert found["seeds"] == pytest.approx(right[number].mean(1).tolist())
             assert found["accuracy"] == pytest.approx(right[number].mean())
             assert found["num_captions"] == 40
@@ -66,7 +66,7 @@ class TestMakeClaims:
         for seed, share in enumerate((10, 30, 50, 70)):
             right[0, seed, :share] = True
             right[1, seed, : share + 8 + seed % 2] = True
-        found = row(compare_arms(judgements(right), AGAINST), "depth")
+        found = row(compare_arms(results(right), AGAINST), "depth")
         assert found["difference"] == pytest.approx(0.085)
         assert 0.07 < found["seeds_low"] < 0.085 < found["seeds_high"] < 0.1
         assert found["low"] < 0.1
@@ -74,29 +74,29 @@ class TestMakeClaims:
 
     def test_the_reference_has_no_difference_and_one_seed_no_interval(self):
         right = np.random.default_rng(0).random((2, 1, 40)) < 0.5
-        claims = compare_arms(judgements(right), AGAINST)
-        assert row(claims, "uniform")["difference"] is None
-        found = row(claims, "depth")
+        comparison = compare_arms(results(right), AGAINST)
+        assert row(comparison, "uniform")["difference"] is None
+        found = row(comparison, "depth")
         assert found["low"] is found["seeds_low"] is None
         assert found["captions_low"] <= found["difference"] <= found["captions_high"]
 
     def test_guidance_splits_and_skills_are_apart(self):
         right = np.random.default_rng(0).random((2, 2, 20)) < 0.5
         table = pa.concat_tables(
-            [judgements(right), judgements(~right, cfg_scale=1.0, split="held-out", skill="all")]
+            [results(right), results(~right, cfg_scale=1.0, split="held-out", skill="all")]
         )
-        claims = compare_arms(table, AGAINST)
-        first = row(claims, "depth", cfg_scale=3.0, split="test", skill="total")
-        other = row(claims, "depth", cfg_scale=1.0, split="held-out", skill="all")
+        comparison = compare_arms(table, AGAINST)
+        first = row(comparison, "depth", cfg_scale=3.0, split="test", skill="total")
+        other = row(comparison, "depth", cfg_scale=1.0, split="held-out", skill="all")
         assert first["accuracy"] == pytest.approx(1 - other["accuracy"])
-        assert claims.num_rows == 4
+        assert comparison.num_rows == 4
 
     def test_equal_arms_are_found_different_in_about_one_of_twenty(self):
         rng = np.random.default_rng(1)
         wrong = 0
         for _ in range(300):
             right = rng.random((2, 5, 30)) < 0.5
-            found = row(compare_arms(judgements(right), AGAINST), "depth")
+            found = row(compare_arms(results(right), AGAINST), "depth")
             wrong += not found["seeds_low"] <= 0 <= found["seeds_high"]
         assert 4 <= wrong <= 27
 
@@ -113,24 +113,24 @@ class TestIntervals:
         assert high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.12)
 
 
-def test_counting_tells_how_many_were_drawn():
+def test_counting_gives_the_number_of_generated_objects():
     right = np.zeros((2, 1, 4), bool)
     right[1] = True
-    table = counting(judgements(right)).to_pylist()
+    table = counting(results(right)).to_pylist()
     assert [(each["arm"], each["num_asked"], each["num_found"]) for each in table] == [
         ("depth", 2, 2.0),
         ("uniform", 2, 3.0),
     ]
 
 
-def test_inflation_is_in_objects_with_the_seed_as_its_unit():
+def test_count_bias_is_in_objects_with_the_seed_as_its_unit():
     right = np.zeros((2, 3, 10), bool)
     right[0] = True  # of depth, every one is an object too many
     right[1, :, :5] = [[True], [False], [False]]
-    table = count_bias(judgements(right)).to_pylist()
+    table = count_bias(results(right)).to_pylist()
     found = {each["arm"]: each for each in table}
     assert found["uniform"]["objects"] == found["uniform"]["low"] == 0
     assert found["depth"]["objects"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert found["depth"]["low"] < found["depth"]["objects"] < found["depth"]["high"]
-    alone = count_bias(judgements(right[:, :1])).to_pylist()
+    alone = count_bias(results(right[:, :1])).to_pylist()
     assert {each["low"] for each in alone} == {None}
