@@ -74,7 +74,6 @@ ARROWS = {
         "pipeline.store",
         "pipeline.style",
         "trainer.model",
-        "trainer.diffusion",
         "trainer.shapes",
         "trainer.plots",
         "trainer.data",

@@ -38,7 +38,7 @@ def command(run, prompts, out, *options):
     return [str(part) for part in (*given, *options)]
 
 
-def draw(*arguments, code=0, env=None):
+def generate(*arguments, code=0, env=None):
     result = CliRunner().invoke(cli, command(*arguments), env=env)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -54,18 +54,18 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def drawn(run, prompts, tmp_path_factory):
+def whole(run, prompts, tmp_path_factory):
     """The whole in one go."""
     out = tmp_path_factory.mktemp("whole") / "pictures"
-    output = draw(run, prompts, out)
+    output = generate(run, prompts, out)
     assert "15/15" in output  # the bar
     assert f"{out}: 15 images generated, 15 of 15 complete" in output
     return out
 
 
 class TestSample:
-    def test_the_folder_holds_the_benchmark_and_what_it_is(self, drawn, prompts):
-        found = contents(drawn)
+    def test_the_folder_holds_the_benchmark_and_what_it_is(self, whole, prompts):
+        found = contents(whole)
         pictures = {f"{i:05d}/samples/{k:05d}.png" for i in range(5) for k in range(3)}
         beside = {f"{i:05d}/metadata.jsonl" for i in range(5)}
         assert {*found} == pictures | beside | {"captions.jsonl", "pictures.json", "grid.png"}
@@ -80,53 +80,53 @@ class TestSample:
             "group": "counting",
         }
 
-    def test_pictures_of_a_prompt_differ(self, drawn):
-        files = [(drawn / f"00000/samples/0000{k}.png").read_bytes() for k in range(3)]
+    def test_images_of_a_prompt_differ(self, whole):
+        files = [(whole / f"00000/samples/0000{k}.png").read_bytes() for k in range(3)]
         assert len({*files}) == 3
 
-    def test_a_single_picture_is_that_of_prompt(self, run, drawn, tmp_path):
+    def test_a_single_image_is_that_of_prompt(self, run, whole, tmp_path):
         options = ["--num-steps", "2", "--cfg-scale", "2", "--out", str(tmp_path)]
         given = [part for text in TEXTS for part in ("--prompt", text)]
         assert CliRunner().invoke(cli, ["sample", str(run), *given, *options]).exit_code == 0
         for number in range(5):
             one = np.asarray(Image.open(tmp_path / f"{number:06d}.png")).astype(int)
-            other = np.asarray(Image.open(drawn / f"{number:05d}/samples/00000.png")).astype(int)
+            other = np.asarray(Image.open(whole / f"{number:05d}/samples/00000.png")).astype(int)
             assert np.abs(one - other).max() <= 1
 
-    def test_shards_draw_the_same_bytes(self, run, prompts, drawn, tmp_path):
+    def test_shards_generate_the_same_bytes(self, run, prompts, whole, tmp_path):
         for shard in ("1/3", "2/3"):
-            assert "of 15 complete" in draw(run, prompts, tmp_path / "a", "--shard", shard)
+            assert "of 15 complete" in generate(run, prompts, tmp_path / "a", "--shard", shard)
         assert not (tmp_path / "a" / "grid.png").exists()
-        draw(run, prompts, tmp_path / "a", "--shard", "0/3")
-        assert contents(tmp_path / "a") == contents(drawn)
+        generate(run, prompts, tmp_path / "a", "--shard", "0/3")
+        assert contents(tmp_path / "a") == contents(whole)
 
-    def test_processes_of_a_launcher_draw_a_shard_each(self, run, prompts, drawn, tmp_path):
+    def test_processes_of_a_launcher_generate_a_shard_each(self, run, prompts, whole, tmp_path):
         for rank in "10":
             env = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
-            output = draw(run, prompts, tmp_path / "a", env=env)
+            output = generate(run, prompts, tmp_path / "a", env=env)
             assert f"shard {rank} of 2" in output
-        assert contents(tmp_path / "a") == contents(drawn)
+        assert contents(tmp_path / "a") == contents(whole)
 
-    def test_another_batch_size_changes_rounding_only(self, run, prompts, drawn, tmp_path):
-        draw(run, prompts, tmp_path / "a", "--batch-size", 7)
-        for file in drawn.glob("*/samples/*.png"):
+    def test_another_batch_size_changes_rounding_only(self, run, prompts, whole, tmp_path):
+        generate(run, prompts, tmp_path / "a", "--batch-size", 7)
+        for file in whole.glob("*/samples/*.png"):
             one = np.asarray(Image.open(file)).astype(int)
-            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(drawn))).astype(int)
+            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(whole))).astype(int)
             assert np.abs(one - other).max() <= 1
 
-    def test_what_is_missing_is_drawn_and_the_rest_is_kept(self, run, prompts, drawn, tmp_path):
+    def test_missing_images_are_generated_and_the_rest_is_kept(self, run, prompts, whole, tmp_path):
         out = tmp_path / "a"
-        draw(run, prompts, out)
+        generate(run, prompts, out)
         (out / "00002/samples/00001.png").unlink()
         kept = out / "00000/samples/00000.png"
         mine = (out / "00003/samples/00000.png").read_bytes()
         kept.write_bytes(mine)
-        assert "1 images generated, 15 of 15 complete" in draw(run, prompts, out)
+        assert "1 images generated, 15 of 15 complete" in generate(run, prompts, out)
         assert kept.read_bytes() == mine
-        kept.write_bytes(contents(drawn)["00000/samples/00000.png"])
-        assert contents(out) | {"grid.png": b""} == contents(drawn) | {"grid.png": b""}
+        kept.write_bytes(contents(whole)["00000/samples/00000.png"])
+        assert contents(out) | {"grid.png": b""} == contents(whole) | {"grid.png": b""}
 
-    def test_processes_side_by_side_of_which_one_is_killed(self, run, prompts, drawn, tmp_path):
+    def test_processes_side_by_side_of_which_one_is_killed(self, run, prompts, whole, tmp_path):
         out = tmp_path / "a"
         shards = [command(run, prompts, out, "--shard", f"{i}/2") for i in range(2)]
         start = [sys.executable, "-m", "semroute.cli"]
@@ -139,27 +139,27 @@ class TestSample:
         assert processes[0].returncode == 0, errors.decode()
         processes[1].communicate()
         for file in out.glob("*/samples/*"):
-            assert file.read_bytes() == contents(drawn)[file.relative_to(out).as_posix()]
-        draw(run, prompts, out, "--shard", "1/2")
-        assert contents(out) == contents(drawn)
+            assert file.read_bytes() == contents(whole)[file.relative_to(out).as_posix()]
+        generate(run, prompts, out, "--shard", "1/2")
+        assert contents(out) == contents(whole)
 
     def test_features_of_the_same_file_stand_in_for_the_llm(
-        self, run, prompts, drawn, tiny_llm, tmp_path
+        self, run, prompts, whole, tiny_llm, tmp_path
     ):
         features = tmp_path / "features"
         extract = ["extract", prompts, features, "--model", tiny_llm, "--workers", 0]
         given = [str(part) for part in (*extract, "--codec", "bf16")]
         assert CliRunner().invoke(cli, given).exit_code == 0
-        draw(run, prompts, tmp_path / "a", "--features", features, "--model", "gone")
+        generate(run, prompts, tmp_path / "a", "--features", features, "--model", "gone")
         record = json.loads((tmp_path / "a" / "pictures.json").read_text())
         assert record["codec"] == "bf16"
-        for file in drawn.glob("*/samples/*.png"):
+        for file in whole.glob("*/samples/*.png"):
             one = np.asarray(Image.open(file)).astype(int)
-            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(drawn))).astype(int)
+            other = np.asarray(Image.open(tmp_path / "a" / file.relative_to(whole))).astype(int)
             assert np.abs(one - other).max() <= 2
         other = tmp_path / "other.jsonl"
         other.write_text(prompts.read_text().replace("dog", "cat"))
-        output = draw(run, other, tmp_path / "b", "--features", features, code=1)
+        output = generate(run, other, tmp_path / "b", "--features", features, code=1)
         assert "was not extracted from" in output
         assert "the captions differ. Run semroute extract" in output
 
@@ -174,33 +174,33 @@ class TestSample:
     )
     def test_other_layouts(self, run, prompts, tmp_path, layout, file):
         options = ["--layout", layout, "--images-per-prompt", 1]
-        draw(run, prompts, tmp_path / "a", *options)
+        generate(run, prompts, tmp_path / "a", *options)
         with Image.open(tmp_path / "a" / file) as image:
             assert image.size == (12, 12)
             assert image.format == ("PNG" if file.endswith("png") else "JPEG")
 
     def test_num_takes_the_first(self, run, prompts, tmp_path):
-        draw(run, prompts, tmp_path / "a", "--num", 2)
+        generate(run, prompts, tmp_path / "a", "--num", 2)
         assert len([*(tmp_path / "a").glob("*/samples/*.png")]) == 6
 
 
 class TestRefusals:
-    def test_pictures_drawn_otherwise(self, run, prompts, drawn):
-        before = contents(drawn)
-        output = draw(run, prompts, drawn, "--seed", 1, "--images-per-prompt", 2, code=1)
+    def test_images_generated_differently(self, run, prompts, whole):
+        before = contents(whole)
+        output = generate(run, prompts, whole, "--seed", 1, "--images-per-prompt", 2, code=1)
         assert "num_images: 2 instead of 3" in output
         assert "sampling.seed: 1 instead of 0" in output
-        assert contents(drawn) == before
+        assert contents(whole) == before
 
     def test_a_folder_of_something_else(self, run, prompts, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
-        output = draw(run, prompts, tmp_path, code=1)
+        output = generate(run, prompts, tmp_path, code=1)
         assert "it holds mine.txt. Name a new folder" in output
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
     def test_a_damaged_record(self, run, prompts, tmp_path):
         (tmp_path / "pictures.json").write_text("{")
-        assert "pictures.json is damaged" in draw(run, prompts, tmp_path, code=1)
+        assert "pictures.json is damaged" in generate(run, prompts, tmp_path, code=1)
 
     @pytest.mark.parametrize("option", ["--layout=plain", "--shard=0/2", "--images-per-prompt=2"])
     def test_options_of_files_of_prompts_alone(self, run, option):
@@ -209,7 +209,7 @@ class TestRefusals:
         assert f"{option.split('=')[0]} needs --prompts FILE" in result.output
 
     def test_prompts_and_a_prompt(self, run, prompts, tmp_path):
-        output = draw(run, prompts, tmp_path, "--prompt", "a cat", code=1)
+        output = generate(run, prompts, tmp_path, "--prompt", "a cat", code=1)
         assert "give either --features, --prompt or --prompts" in output
 
     @pytest.mark.parametrize("shard", ["3/3", "1", "a/2", "-1/2", "1/0"])

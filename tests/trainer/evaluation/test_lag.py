@@ -19,8 +19,8 @@ from semroute.trainer.evaluation.lag import (
 NUM_STEPS = 10
 
 
-def pictures(num):
-    """Bars of random place and colour on a dark ground."""
+def bars(num):
+    """Images of a bar of random position and colour on a dark ground."""
     generator = torch.Generator().manual_seed(0)
     images = torch.full((num, 3, 32, 32), -0.8)
     starts = torch.randint(0, 16, (num,), generator=generator).tolist()
@@ -31,8 +31,8 @@ def pictures(num):
     return images
 
 
-class Drawing:
-    """Goes straight to its picture, but leaves ``excess`` times as much noise in x on the way."""
+class StraightModel:
+    """Goes straight to its image, but leaves ``excess`` times as much noise in x on the way."""
 
     def __init__(self, images, excess):
         self.images = images
@@ -45,7 +45,7 @@ class Drawing:
         return -self.images + noise * (1 + self.excess * (1 - 2 * t))
 
 
-IMAGES = pictures(400)
+IMAGES = bars(400)
 
 
 @functools.cache
@@ -54,12 +54,12 @@ def estimator():
 
 
 def read(excess, num=64, num_steps=NUM_STEPS):
-    reader = TrajectoryProbe(estimator(), num_steps, seed=0)
+    probe = TrajectoryProbe(estimator(), num_steps, seed=0)
     noise = torch.randn(num, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    how = SamplingConfig(num_steps, cfg_scale=1.0)
-    model = Drawing(IMAGES[:num], excess)
-    solve(model, Flow("velocity"), lambda t: t, None, noise, how, reader)
-    rows = [{"cfg_scale": 1.0, "method": "euler", **row} for row in reader.rows()]
+    sampling = SamplingConfig(num_steps, cfg_scale=1.0)
+    model = StraightModel(IMAGES[:num], excess)
+    solve(model, Flow("velocity"), lambda t: t, None, noise, sampling, probe)
+    rows = [{"cfg_scale": 1.0, "method": "euler", **row} for row in probe.rows()]
     return TrajectoryMismatch(pa.Table.from_pylist(rows, schema=LAG_SCHEMA), 0.01)
 
 
@@ -100,5 +100,5 @@ class TestLag:
 @pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
 def test_the_best_shift_is_the_one_that_made_the_lag(shift):
     t = np.linspace(0.1, 0.9, 9)
-    told = shift * t / (1 + (shift - 1) * t)
-    assert best_shift(t, told - t) == pytest.approx(shift, rel=0.02)
+    effective = shift * t / (1 + (shift - 1) * t)
+    assert best_shift(t, effective - t) == pytest.approx(shift, rel=0.02)

@@ -166,8 +166,8 @@ def network(features, strategy="depth"):
 
 def run(model, features, ids, cfg_scale=2.0, **options):
     given = {"seed": 0, "batch_size": 4, "progress": False}
-    how = SamplingConfig(3, cfg_scale)
-    return generate(model, Flow(shift=3.0), features, ids, how, **given | options)
+    sampling = SamplingConfig(3, cfg_scale)
+    return generate(model, Flow(shift=3.0), features, ids, sampling, **given | options)
 
 
 class TestGenerate:

@@ -1,4 +1,4 @@
-"""A judge with random weights: what it says means nothing, that it is asked rightly means much."""
+"""A judge with random weights: its answers mean nothing; that it is asked correctly matters."""
 
 import io
 import json
@@ -86,16 +86,16 @@ def judge(tiny_vlm):
     return VQAScorer(tiny_vlm, "tiny", "float32", "cpu")
 
 
-def pictures(num=4, size=12):
+def make_images(num=4, size=12):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(num)]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """As semroute sample --prompts leaves it: two pictures of each caption."""
+    """As semroute sample --prompts leaves it: two images of each caption."""
     lines = []
-    for number, image in enumerate(pictures(8)):
+    for number, image in enumerate(make_images(8)):
         name = f"{number // 2:05d}/{number % 2:05d}.png"
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
@@ -115,12 +115,12 @@ def evaluate(*arguments, code=0):
 
 class TestJudge:
     def test_yes_has_the_probability_that_the_model_gives_it_next(self, judge):
-        """By the forward pass of transformers alone, a picture at a time."""
+        """By the forward pass of transformers alone, one image at a time."""
         questions = [f'Does this figure show "{text}"?' for text in CAPTIONS]
-        found = judge.ask(pictures(), questions)
+        found = judge.ask(make_images(), questions)
         assert found.shape == (4, 2)
         processor, model = judge.processor, judge.model
-        for image, question, (yes, no) in zip(pictures(), questions, found, strict=True):
+        for image, question, (yes, no) in zip(make_images(), questions, found, strict=True):
             text = f"<s><image>{question} ANSWER:"
             inputs = processor(text=text, images=image, add_special_tokens=False)
             tensors = {k: torch.as_tensor(np.array(v)) for k, v in inputs.items()}
@@ -137,8 +137,8 @@ class TestJudge:
                 second = model(**given).logits[0, -1].softmax(-1)[o]
             assert no == pytest.approx(float((probabilities[n] * second).sqrt()), rel=1e-4)
 
-    def test_question_and_picture_count(self, judge):
-        one, two = pictures(2)
+    def test_question_and_image_count(self, judge):
+        one, two = make_images(2)
         answers = judge.ask([one, two, one], ["a?", "a?", "b?"])[:, 0]
         assert len({f"{answer:.6g}" for answer in answers}) == 3
 
@@ -206,7 +206,7 @@ class TestSummarise:
         assert rows["all"]["low"] < 0.4375 < rows["all"]["high"]
         assert rows["all"]["chance"] is None
 
-    def test_more_pictures_of_the_same_prompts_do_not_narrow_the_interval(self):
+    def test_more_images_of_the_same_prompts_do_not_narrow_the_interval(self):
         scores = np.random.default_rng(0).uniform(size=100).tolist()
         captions = [str(number) for number in range(100)]
         (once,) = summarise(self.table(scores, captions)).to_pylist()
@@ -215,7 +215,7 @@ class TestSummarise:
         assert once["high"] - once["low"] == pytest.approx(1.96 * 2 * 0.29 / 10, rel=0.15)
         assert four["high"] - four["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
 
-    def test_chance_is_of_pictures_asked_for_another_caption(self):
+    def test_chance_is_of_questions_about_another_caption(self):
         table = self.table([0.9, 0.1, 0.7, 0.3], ["a", "a", "b", "b"], ["a", "b", "b", "a"])
         (row,) = summarise(table).to_pylist()
         assert (row["score"], row["chance"]) == (pytest.approx(0.8), pytest.approx(0.2))
@@ -223,7 +223,7 @@ class TestSummarise:
 
 
 class TestEvaluate:
-    def test_judges_a_folder_of_pictures(self, folder, tiny_vlm, judge):
+    def test_scores_a_folder_of_images(self, folder, tiny_vlm, judge):
         output = evaluate(folder, "--judge", tiny_vlm)
         out = folder / "judged" / "tiny-llava"
         assert "8/8" in output
@@ -247,16 +247,16 @@ class TestEvaluate:
         with Image.open(out / "judged.png") as figure:
             assert figure.width > 500
 
-    def test_judges_the_samples_of_a_run_and_tables(self, folder, tiny_vlm, tmp_path):
+    def test_scores_the_samples_of_a_run_and_tables(self, folder, tiny_vlm, tmp_path):
         (folder / "run.json").write_text("{}")
         samples = folder / "samples"
         samples.mkdir()
-        pictures(1)[0].save(samples / "0.png")
+        make_images(1)[0].save(samples / "0.png")
         line = json.dumps({"image": "0.png", "caption": "a cat"})
         (samples / "captions.jsonl").write_text(line + "\n")
         assert str(samples / "judged") in evaluate(folder, "--judge", tiny_vlm)
         file = io.BytesIO()
-        pictures(1)[0].save(file, "PNG")
+        make_images(1)[0].save(file, "PNG")
         table = pyarrow.table(
             {"text": ["a cat"], "image": [{"bytes": file.getvalue(), "path": None}]}
         )
@@ -269,7 +269,7 @@ class TestEvaluate:
         )
         assert one == other
 
-    def test_chance_asks_each_picture_for_another_caption(self, folder, tiny_vlm):
+    def test_chance_asks_about_each_image_with_another_caption(self, folder, tiny_vlm):
         evaluate(folder, "--judge", tiny_vlm)
         output = evaluate(folder, "--judge", tiny_vlm, "--chance")
         assert "16/16" in output
@@ -283,19 +283,19 @@ class TestEvaluate:
         evaluate(folder, "--judge", tiny_vlm)
         assert pyarrow.parquet.read_table(out / "judgements.parquet").num_rows == 16
 
-    def test_what_was_judged_is_not_judged_again(self, folder, tiny_vlm):
+    def test_stored_answers_are_reused(self, folder, tiny_vlm):
         out = folder / "judged" / "tiny-llava"
         evaluate(folder, "--judge", tiny_vlm)
         table = pyarrow.parquet.read_table(out / "judgements.parquet")
         marked = table.set_column(5, ANSWERS_SCHEMA.field("yes"), [np.full(8, 0.5, np.float32)])
         pyarrow.parquet.write_table(marked, out / "judgements.parquet")
         other = Image.fromarray(np.zeros((12, 12, 3), np.uint8))
-        other.save(folder / "00001" / "00000.png")  # drawn again
+        other.save(folder / "00001" / "00000.png")  # generated again
         evaluate(folder, "--judge", tiny_vlm)
         yes = pyarrow.parquet.read_table(out / "judgements.parquet")["yes"].to_pylist()
         assert [score == 0.5 for score in yes] == [True] * 2 + [False] + [True] * 5
 
-    def test_stopped_and_continued_it_is_the_same(self, folder, tiny_vlm, monkeypatch):
+    def test_stopped_and_resumed_it_is_the_same(self, folder, tiny_vlm, monkeypatch):
         whole = folder / "whole"
         evaluate(folder, "--judge", tiny_vlm, "--batch-size", 2, "--out", whole)
         asked = []
@@ -319,7 +319,7 @@ class TestEvaluate:
                 pyarrow.parquet.read_table(whole / name)
             )
 
-    def test_pictures_that_cannot_be_read_fail_the_command(self, folder, tiny_vlm):
+    def test_images_that_cannot_be_read_fail_the_command(self, folder, tiny_vlm):
         (folder / "00000" / "00001.png").unlink()
         (folder / "00002" / "00000.png").write_bytes(b"no picture")
         output = evaluate(folder, "--judge", tiny_vlm, code=1)
@@ -330,12 +330,12 @@ class TestEvaluate:
         assert table["sample"].to_pylist() == [0, 2, 3, 5, 6, 7]
 
 
-def test_a_verdict_says_the_same_in_html(folder, tiny_vlm):
+def test_scores_are_the_same_in_html(folder, tiny_vlm):
     evaluate(folder, "--judge", tiny_vlm)
     table = pyarrow.parquet.read_table(folder / "judged" / "tiny-llava" / "judgements.parquet")
-    verdict = VQAScores(table, [])
-    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", verdict._repr_html_())
-    assert "".join("".join(cells).split()) == "".join(verdict.to_text().split())
+    scores = VQAScores(table, [])
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", scores._repr_html_())
+    assert "".join("".join(cells).split()) == "".join(scores.to_text().split())
 
 
 class TestRefusals:
