@@ -13,7 +13,8 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*
 def place(tmp_path_factory, feature_store):
     """A folder with the stores that notebooks name."""
     folder = tmp_path_factory.mktemp("notebooks")
-    (folder / "features").symlink_to(feature_store)
+    (folder / "demo").mkdir()
+    (folder / "demo" / "features").symlink_to(feature_store)
     return folder
 
 

@@ -4,6 +4,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules=["figures"],
     submod_attrs={
         "describe": ["inspect"],
         "hub": ["push"],
