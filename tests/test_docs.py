@@ -21,6 +21,8 @@ from semroute.schemas import (
     CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
+    BenchmarkName,
+    Codec,
     FeatureManifest,
     ImageSetRecord,
     JobQueue,
@@ -251,6 +253,27 @@ class TestContracts:
         rows = table_after(page("routing.md"), "## The strategies")
         names = get_args(RoutingConfig.model_fields["strategy"].annotation)
         assert [row[0] for row in rows] == list(names)
+
+    def test_codecs_are_those_of_the_schema(self):
+        names = get_args(Codec.model_fields["name"].annotation)
+        rows = table_after(page("store-format.md"), "### Codecs")
+        assert re.findall(r"\w+", " ".join(row[0] for row in rows)) == [*names]
+        for command in ("extract", "estimate", "rewrite"):
+            (option,) = [o for o in cli.commands[command].params if o.name == "codec"]
+            assert tuple(option.type.choices) == names
+
+    def test_benchmarks_are_those_of_the_schema(self):
+        rows = table_after(page("evaluation.md"), "`--text-column` names.")
+        assert {row[0] for row in rows} == {*get_args(BenchmarkName)}
+
+    def test_formats_of_tables_are_those_that_are_read(self):
+        from semroute.pipeline.sources.table import SUFFIXES, TAR
+
+        tables = {suffix for suffix in SUFFIXES if suffix != TAR}
+        sentence = page("data-model.md").split("## Your file")[1].split(" (one caption")[0]
+        assert {*re.findall(r"`(\.\w+)`", sentence)} == tables
+        named = cli.commands["extract"].help.split("CAPTIONS is a ")[1].split(" file or URL")[0]
+        assert {f".{name}" for name in re.split(r", | or ", named)} == tables
 
     def test_templates_are_the_presets(self):
         from semroute.pipeline.text.templates import PRESETS

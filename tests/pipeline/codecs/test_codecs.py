@@ -1,8 +1,11 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from semroute import schemas
 from semroute.pipeline.codecs.base import Codec
 from semroute.pipeline.codecs.error import CodecError, layer_errors, relative_errors
 from semroute.pipeline.codecs.predictive import SCALES, Delta, Predictive
@@ -228,6 +231,11 @@ def test_scales_are_eight_an_octave():
 
 def test_every_codec_has_its_name():
     assert [codec.name for codec in CODECS.values()] == list(CODECS)
+
+
+def test_every_codec_is_in_the_table():
+    assert {name for name, _ in NAMES} == {*CODECS}
+    assert get_args(schemas.Codec.model_fields["name"].annotation) == tuple(CODECS)
 
 
 class TestCodecError:

@@ -1,6 +1,7 @@
 """Reading coded stores without torch, against the formulas of docs/store-format.md in numpy."""
 
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from semroute.pipeline.codecs.predictive import SCALES
 from semroute.pipeline.store.documents import StoreError
 from semroute.pipeline.store.open import open_features
 from semroute.pipeline.store.shard_file import CorruptShardError
-from semroute.schemas import InputError
+from semroute.schemas import Codec, InputError
 
-NAMES = ["bf16", "lossless", "delta", "linear"]
+NAMES = get_args(Codec.model_fields["name"].annotation)
 everything = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -19,7 +19,13 @@ from semroute.pipeline.extraction.plan import make_plan
 from semroute.pipeline.extraction.prompts import encode_prompts
 from semroute.pipeline.extraction.requests import CaptionsRequest
 from semroute.pipeline.models.hub import find_model
-from semroute.pipeline.models.llm import Encoder, attention_of, describe_model, find_tower
+from semroute.pipeline.models.llm import (
+    MODULE_NAMES,
+    Encoder,
+    attention_of,
+    describe_model,
+    find_tower,
+)
 from semroute.pipeline.models.packing import PackingError, check_packing, supports_packing
 from semroute.schemas import InputError
 
@@ -310,6 +316,15 @@ def test_the_text_tower_is_described_without_weights(family, tmp_path):
     assert attention_of(source) == made.attention
     encoder = Encoder(source, [1], "float32", "cpu")
     assert type(encoder.tower.module).__name__ == made.tower
+
+
+def test_every_form_has_a_family():
+    """A form that is added without a model to try it with fails here."""
+    forms = set()
+    for family in FAMILIES.values():
+        config = getattr(transformers, family.config)(**family.options)
+        forms.add(find_tower(getattr(transformers, family.model)(config), family.model).form)
+    assert forms == {*MODULE_NAMES}
 
 
 def test_the_window_of_the_tests_matters(make):

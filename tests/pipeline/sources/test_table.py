@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.pipeline.sources.table import read_samples
+from semroute.pipeline.sources.table import SUFFIXES, TAR, read_samples
 from semroute.schemas import InputError, fingerprint
 
+TABLES = [suffix for suffix in SUFFIXES if suffix != TAR]
 TEXTS = ["a red cup", 'a "quoted", odd\tcup', "tasse d'été ☕", "NA"]
 
 
@@ -30,7 +31,7 @@ def write(path: Path, texts: list[str], column: str = "text") -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv", ".txt"])
+@pytest.mark.parametrize("suffix", TABLES)
 def test_every_format_gives_the_same_captions(tmp_path, suffix):
     samples = read_samples(write(tmp_path / f"c{suffix}", TEXTS), need="text")
     assert samples.texts().to_pylist() == [[text] for text in TEXTS]
@@ -77,7 +78,7 @@ def test_limit_takes_the_first_rows(tmp_path):
     assert samples.texts().to_pylist() == [[text] for text in TEXTS[:2]]
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv", ".txt"])
+@pytest.mark.parametrize("suffix", TABLES)
 def test_an_empty_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"c{suffix}"
     path.write_bytes(b"")

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -87,6 +88,11 @@ def fused(router, hidden, t=None):
         return router(hidden)
     rows, owners = pairs(len(hidden))
     return router(hidden, t, rows=rows, owners=owners)
+
+
+def test_every_strategy_is_in_the_tables():
+    names = {*get_args(RoutingConfig.model_fields["strategy"].annotation)}
+    assert {config["strategy"] for config in EVERY.values()} == names - {"mixes"}
 
 
 class TestLayerNorm:
