@@ -301,7 +301,7 @@ class TestContracts:
     )
     def test_columns_are_those_of_the_arrow_schemas(self, heading, schema):
         if schema == "metrics":
-            schema = pytest.importorskip("semroute.trainer.runs.checkpoint").METRICS_SCHEMA
+            schema = pytest.importorskip("semroute.trainer.runs.metrics").METRICS_SCHEMA
         rows = table_after(page("store-format.md"), heading)
         assert [row[:2] for row in rows] == [[field.name, str(field.type)] for field in schema]
 

@@ -2,12 +2,13 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.schemas import InputError, Prompt
+from semroute.schemas import BenchmarkName, InputError, Prompt
 from semroute.trainer.evaluation.benchmarks import BENCHMARK_FORMATS, image_paths
 
 
@@ -22,6 +23,10 @@ def prompts(num=3, group=None):
         )
         for i in range(num)
     ]
+
+
+def test_every_benchmark_has_a_format():
+    assert tuple(BENCHMARK_FORMATS) == get_args(BenchmarkName)
 
 
 @given(st.sampled_from(list(BENCHMARK_FORMATS)), st.integers(1, 12), st.integers(1, 5))
