@@ -1,4 +1,4 @@
-"""The product's own path at its smallest, through the command line and real files; and nonsense."""
+"""The whole path at its smallest, through the command line and real files; and bad input."""
 
 import json
 import resource
@@ -45,7 +45,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_llm):
-    """Everything up to a trained run, each step by its command."""
+    """Everything up to a trained run, each step made by its command."""
     root = tmp_path_factory.mktemp("world")
     invoke("shapes", root / "shapes", "--num", 80, "--num-test", 12, "--seed", 3)
     for name in ("train", "test"):
@@ -72,7 +72,7 @@ def timed(world):
 
 
 class TestClock:
-    """Routing by t under clocks, and what they read."""
+    """Routing by t with each clock, and the lag that they measure."""
 
     def test_lag(self, world, timed):
         options = ["--features", world / "test", "--num", 3, "--num-steps", 4]
@@ -88,7 +88,7 @@ class TestClock:
         assert invoke("lag", timed, *options, "--cfg-scale", 1, "--cfg-scale", 3) == output
         assert (timed / "clock.safetensors").read_bytes() == first
 
-    def test_pictures_differ_by_clock_and_solver(self, world, timed, tmp_path):
+    def test_images_differ_by_clock_and_solver(self, world, timed, tmp_path):
         options = ["--features", world / "test", "--num", 1, "--num-steps", 4]
         found = set()
         for name in ("nominal", "shift:0.2", "estimated"):
@@ -97,7 +97,7 @@ class TestClock:
                 clock = ["--clock", name, "--solver", solver]
                 invoke("sample", timed, *options, *clock, "--out", out, "--weights", "model")
                 found.add((out / "000000.png").read_bytes())
-        assert len(found) >= 2  # after six steps, gates have hardly learned
+        assert len(found) >= 2  # after six steps, gates have learned very little
 
     def test_a_clock_is_refused_where_it_changes_nothing(self, world):
         options = ["--features", world / "test", "--clock", "estimated"]
@@ -106,7 +106,7 @@ class TestClock:
 
 
 class TestVAE:
-    """From images to pictures by way of a VAE."""
+    """Latents of a VAE, from images to images."""
 
     def test_the_whole_path(self, world, tiny_vae, tmp_path):
         vae, run = shutil.copytree(tiny_vae("kl"), tmp_path / "vae"), tmp_path / "run"
@@ -190,8 +190,8 @@ class TestPath:
             {"routing-over-time.png"} if strategy in "time joint" else set()
         )
 
-    def test_new_prompts_are_drawn_as_stored_captions_are(self, world, tmp_path):
-        """The first caption of the test set, once from the store, once encoded anew."""
+    def test_new_prompts_give_the_images_of_stored_captions(self, world, tmp_path):
+        """The first caption of the test set, once from the store and once encoded again."""
         caption = pyarrow.parquet.read_table(world / "shapes" / "test.parquet")["text"][0].as_py()
         options = ["--num-steps", 3, "--cfg-scale", 3]
         stored = ["--features", world / "test", "--num", 1, "--out", tmp_path / "stored"]
@@ -249,8 +249,8 @@ class TestPath:
         assert "model.files.model.safetensors" in output
 
 
-class TestNonsense:
-    """One clear message and a non-zero exit."""
+class TestBadInput:
+    """Bad input ends in one clear message and a non-zero exit code."""
 
     @pytest.fixture
     def extract(self, samples_file, tiny_llm, tmp_path):
@@ -397,7 +397,7 @@ def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):
 
 
 def test_a_full_disk_is_one_message_for_every_command(world, tmp_path):
-    """A limit on the size of a file stands for the full disk."""
+    """A limit on the size of files stands in for a full disk."""
 
     def run(limit, *arguments):
         return subprocess.run(
@@ -417,4 +417,4 @@ def test_a_full_disk_is_one_message_for_every_command(world, tmp_path):
         assert result.returncode == 1
         assert "the disk is full" in result.stderr
         assert "Traceback" not in result.stderr
-    invoke("train", config, f"output={tmp_path / 'run'}")  # and then it goes on
+    invoke("train", config, f"output={tmp_path / 'run'}")  # with space again, it resumes

@@ -1,4 +1,4 @@
-"""Estimates against the stores that they are about."""
+"""Estimates, compared with the stores that they predict."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def probed(samples_file, tiny_llm):
 
 class TestSizes:
     @pytest.mark.parametrize("codec", ["bf16", "lossless", "delta", "linear"])
-    def test_they_are_those_of_the_store(self, codec, probed, samples_file, tiny_llm, tmp_path):
+    def test_sizes_are_those_of_the_store(self, codec, probed, samples_file, tiny_llm, tmp_path):
         store = extract(
             str(samples_file),
             tmp_path / "store",
@@ -54,14 +54,14 @@ class TestSizes:
         )
         expected = find(probed, codec)
         assert expected["measured"]
-        # Beside the shards a store of so few bytes has files of which an estimate says nothing.
+        # An estimate counts shards only; a store this small also has other files.
         (array,) = [folder for folder in [tmp_path / "store" / "hidden.zarr"] if folder.is_dir()]
         stored = sum(file.stat().st_size for file in array.rglob("*") if file.is_file())
         assert expected["bytes"] == pytest.approx(stored, rel=0.12)
         assert probed["tokens"] == store.manifest.layout.num_rows
         assert probed["tokens_llm"] == probed["tokens"] + len(store) - 1  # BOS is dropped
 
-    def test_without_a_probe_they_are_typical(self, samples_file, tiny_llm):
+    def test_without_a_probe_sizes_are_typical(self, samples_file, tiny_llm):
         details = numbers(samples_file, tiny_llm)
         raw = details["tokens"] * 4 * 32 * 2
         assert find(details, "bf16")["bytes"] == find(details, "bf16")["bytes_bf16"] == raw

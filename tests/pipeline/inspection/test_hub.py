@@ -1,4 +1,4 @@
-"""Stores pushed to a stand-in of the Hub: a server on this machine that keeps what it is sent."""
+"""Stores pushed to a stand-in for the Hub: a server on this machine that keeps what it receives."""
 
 import base64
 import hashlib

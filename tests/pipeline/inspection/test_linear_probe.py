@@ -27,7 +27,7 @@ def invoke(*arguments):
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory, texts):
-    """What captions say, what they do not say, and what is no label."""
+    """Labels that captions state and that they do not, and numbers, which are no labels."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("labels") / "labels.parquet"
     table = {
@@ -53,7 +53,7 @@ class TestLabels:
         ]
 
     def test_what_rows_label_differently_is_counted_and_left_out(self, labels, texts):
-        """Eight captions stand in the table twice; their coins were tossed twice."""
+        """Eight captions occur twice in the table; their coins were tossed twice."""
         coins = pq.read_table(labels)["coin"].to_pylist()
         twice = [texts.index(text) for text in texts[-8:]]
         differing = [at for n, at in enumerate(twice) if coins[at] != coins[-8 + n]]
@@ -104,7 +104,7 @@ class TestProbes:
             assert probe.num_judged == pytest.approx(probe.num_fitted / 3, abs=1)
 
     def test_a_token_knows_its_word_and_little_of_the_one_before(self, tiny_llm, tmp_path):
-        """Of an LLM that was never trained, whose tokens are letters."""
+        """With an untrained LLM whose tokens are letters."""
         letters = np.random.default_rng(0).choice([*"abcd"], (700, 8))
         captions = sorted({"".join(row) for row in letters})
         table = tmp_path / "letters.csv"
@@ -120,7 +120,7 @@ class TestProbes:
         assert word.accuracy[0] > max(before.accuracy)
         assert before.chance < 0.5
 
-    def test_the_same_is_found_twice(self, feature_store, labels):
+    def test_results_are_reproducible(self, feature_store, labels):
         assert probed(feature_store, labels) == probed(feature_store, labels)
 
     def test_fewer_captions_may_be_asked_for(self, feature_store, labels):

@@ -8,7 +8,7 @@ from semroute.pipeline.store.open import open_features
 
 
 def slow_cka(x, y):
-    """Unbiased, as Song et al. write it, on centred features: term by term."""
+    """The unbiased estimate of Song et al. on centred features, term by term."""
     k, l = (f @ f.T for f in (x - x.mean(0), y - y.mean(0)))  # noqa: E741
     n = len(k)
 
@@ -42,7 +42,7 @@ class TestCka:
         assert linear_cka(np.stack([x, 100 * x @ rotation + 3]))[0, 1] == pytest.approx(1, abs=1e-4)
 
     def test_what_has_nothing_in_common_has_none(self):
-        """The biased estimate would say .5 of so few rows."""
+        """With so few rows, the biased estimate would be .5."""
         x = np.random.default_rng(0).normal(size=(2, 100, 100))
         assert abs(linear_cka(x)[0, 1]) < 0.1
 

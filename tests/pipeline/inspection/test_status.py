@@ -12,7 +12,7 @@ from semroute.schemas import LOCK_FILE
 
 
 def begun(store, folder, without=1):
-    """A store of which one shard is not written."""
+    """A copy of a store, with one shard not written."""
     path = shutil.copytree(store, folder / "store")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"status": "extracting"}))
@@ -25,7 +25,7 @@ def drive(path, **changes):
     (path / LOCK_FILE).write_text(json.dumps(document | changes))
 
 
-def test_a_complete_store_is_said_to_be_so(feature_store, latent_store):
+def test_a_complete_store_is_reported_as_complete(feature_store, latent_store):
     for path, unit in ((feature_store, "captions"), (latent_store, "samples")):
         found = status(path).details
         assert found["state"] == "complete"
