@@ -109,13 +109,17 @@ def routing_over_steps(
         InputError: weights that are not [S, D, len(layers)], or fewer than two steps.
     """
     weights = _checked(weights, ("S", "D", "L"), layers)
-    steps = np.asarray(steps, np.float64)
-    if steps.shape != weights.shape[:1] or len(steps) < 2 or (np.diff(steps) <= 0).any():
+    positions = np.asarray(steps, np.float64)
+    if (
+        positions.shape != weights.shape[:1]
+        or len(positions) < 2
+        or (np.diff(positions) <= 0).any()
+    ):
         raise InputError(
-            f"found steps of shape {list(steps.shape)} for {len(weights)} rows of weights, "
+            f"found steps of shape {list(positions.shape)} for {len(weights)} rows of weights, "
             "expected as many, at least two, ascending"
         )
-    figure = _block_panels(weights, steps, layers, along_x=True)
+    figure = _block_panels(weights, positions, layers, along_x=True)
     figure.suptitle(title, color=INK)
     figure.supxlabel("step", color=INK, fontsize=10)
     figure.supylabel("LLM layer", color=INK, fontsize=10)
