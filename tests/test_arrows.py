@@ -86,7 +86,7 @@ ARROWS = {
 ``trainer.commands`` and ``cli``, may import anything on a lower floor, and each other in this
 order."""
 COMMANDS = ("pipeline.commands", "trainer.commands", "cli")
-LONGEST_CHAIN = 17
+LONGEST_CHAIN = 10
 """Modules that may stand on one another."""
 MAX_LINES = 600
 
