@@ -109,17 +109,13 @@ def routing_over_steps(
         InputError: weights that are not [S, D, len(layers)], or fewer than two steps.
     """
     weights = _checked(weights, ("S", "D", "L"), layers)
-    positions = np.asarray(steps, np.float64)
-    if (
-        positions.shape != weights.shape[:1]
-        or len(positions) < 2
-        or (np.diff(positions) <= 0).any()
-    ):
+    points = np.asarray(steps, np.float64)
+    if points.shape != weights.shape[:1] or len(points) < 2 or (np.diff(points) <= 0).any():
         raise InputError(
-            f"found steps of shape {list(positions.shape)} for {len(weights)} rows of weights, "
+            f"found steps of shape {list(points.shape)} for {len(weights)} rows of weights, "
             "expected as many, at least two, ascending"
         )
-    figure = _block_panels(weights, positions, layers, along_x=True)
+    figure = _block_panels(weights, points, layers, along_x=True)
     figure.suptitle(title, color=INK)
     figure.supxlabel("step", color=INK, fontsize=10)
     figure.supylabel("LLM layer", color=INK, fontsize=10)
