@@ -13,8 +13,8 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from ...schemas import InputError, TrainConfig
 from ...schemas.interrupts import draining
 
-AGAIN_SECONDS = 1.0
-"""A second Ctrl-C that comes later than this means it."""
+REPEAT_SECONDS = 1.0
+"""A Ctrl-C that follows another one within this time is the same one, passed on by a launcher."""
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -59,14 +59,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets instead of ending the process; the second Ctrl-C
-    interrupts at once.
+    """An event that SIGTERM or Ctrl-C sets instead of ending the process.
 
-    One that follows within a second is the same: the terminal gives Ctrl-C to every process, and a
-    launcher passes it on to its own.
+    A second Ctrl-C interrupts at once, unless it repeats the first: the terminal sends Ctrl-C to
+    every process, and a launcher passes it on to its own.
 
     Outside the main thread Python cannot handle signals, and the event is never set.
     """
     stop = threading.Event()
-    with draining(stop, signal.SIGTERM, signal.SIGINT, again_seconds=AGAIN_SECONDS):
+    with draining(stop, signal.SIGTERM, signal.SIGINT, again_seconds=REPEAT_SECONDS):
         yield stop

@@ -17,15 +17,13 @@ from ...schemas import Report, Summary, TrainConfig
 from ...schemas.units import format_bytes
 from ..data.batch import on_device
 from ..data.loader import PackedLoader
-from ..data.sampler import BatchPartition
 from ..model.dit import DiT
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
-from .setup import Setup, prepare
+from .setup import Setup, make_loader, prepare
 from .trainer import Trainer
-from .validation import held_out
 
-NUM_LOOKED_AT = 32
+NUM_COUNTED_STEPS = 32
 """Number of first steps whose captions are counted."""
 FP32, BF16 = 4, 2
 
@@ -71,8 +69,8 @@ def plan(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     setup = prepare(config, building=mode)
-    stream = make_stream(setup, config, num_ranks)
-    reading = count_reading(stream)
+    loader = make_loader(setup, num_ranks=num_ranks)
+    reading = count_reading(loader)
     memory = count_memory(setup.model, config, reading, mode, num_ranks)
     measured = None
     if measure_steps:
@@ -81,7 +79,7 @@ def plan(
         "steps": {
             "total": config.steps,
             "done": 0 if setup.checkpoint is None else setup.checkpoint.step,
-            "per_epoch": stream.num_samples / config.data.batch_size,
+            "per_epoch": loader.num_samples / config.data.batch_size,
         },
         "parameters": {
             "total": sum(p.numel() for p in setup.model.parameters()),
@@ -102,11 +100,11 @@ def plan(
         "step_seconds": step_seconds,
         "step_seconds_measured": measured is not None,
     }
-    return Report(_facts(config, setup, stream, details), details)
+    return Report(_facts(config, setup, loader, details), details)
 
 
 def _facts(
-    config: TrainConfig, setup: Setup, stream: PackedLoader, details: Mapping[str, Any]
+    config: TrainConfig, setup: Setup, loader: PackedLoader, details: Mapping[str, Any]
 ) -> Summary:
     size, batch, steps = setup.model.size, details["batch"], details["steps"]
     parameters, memory = details["parameters"], details["memory_bytes"]
@@ -131,9 +129,9 @@ def _facts(
         f"{parameters['total']:,} parameters, {parameters['routing']:,} of them routing",
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
         f"{len(stored)} stored), codec {setup.features.codec.name}",
-        "data": f"{stream.num_samples:,} samples, {len(setup.features):,} captions"
-        + "".join(f"; {pair.summary()}" for pair in stream.pairs if pair.selection)
-        + "".join(f"; {pair.summary()}" for pair in stream.pairs[1:] if not pair.selection)
+        "data": f"{loader.num_samples:,} samples, {len(setup.features):,} captions"
+        + "".join(f"; {pair.summary()}" for pair in loader.pairs if pair.selection)
+        + "".join(f"; {pair.summary()}" for pair in loader.pairs[1:] if not pair.selection)
         + (f"; validated by {len(validation.samples):,} others" if validation is not None else ""),
         "batch": f"{batch['samples']} samples x {batch['noise_draws']} of t and noise; "
         f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} of {batch['samples_of_rank']}{parts}",
@@ -155,42 +153,23 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layers {listed}"
 
 
-def make_stream(setup: Setup, config: TrainConfig, num_ranks: int) -> PackedLoader:
-    """Rank 0's of so many.
-
-    Raises:
-        InputError: a batch that they do not divide.
-    """
-    return PackedLoader(
-        setup.features,
-        setup.latents,
-        config.data,
-        seed=config.seed,
-        layers=setup.model.router.layers_read,
-        partition=BatchPartition(0, num_ranks, config.grad_accum_steps),
-        held_out=held_out(config.validation, setup.latents.ids),
-        start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
-        pairs=setup.pairs,
-    )
-
-
-def count_reading(stream: PackedLoader) -> Reading:
+def count_reading(loader: PackedLoader) -> Reading:
     """Count what the first steps read, without reading it."""
-    data = stream.data
-    tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in stream.pairs]
-    parts, size = stream.partition.num_parts, stream.num_positions
-    fullest, most, rows = 0, 0, []
-    for step in range(NUM_LOOKED_AT):
+    data = loader.data
+    tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in loader.pairs]
+    parts, size = loader.partition.num_parts, loader.num_positions
+    most_rows, most_captions, rows = 0, 0, []
+    for step in range(NUM_COUNTED_STEPS):
         rows.append(0)
         for part in range(parts):
-            captions = stream.captions(step * data.batch_size + part * size, size)
-            own = sum(int(t[c].sum()) for t, c in zip(tokens, captions, strict=True))
-            rows[-1] += own
-            if own > fullest:
-                fullest, most = own, sum(map(len, captions))
+            captions = loader.captions(step * data.batch_size + part * size, size)
+            part_rows = sum(int(t[c].sum()) for t, c in zip(tokens, captions, strict=True))
+            rows[-1] += part_rows
+            if part_rows > most_rows:
+                most_rows, most_captions = part_rows, sum(map(len, captions))
     step_rows = statistics.fmean(rows)
-    step_bytes = stream.stored_bytes(step_rows, data.batch_size)
-    return Reading(fullest, most, step_rows, step_bytes)
+    step_bytes = loader.stored_bytes(step_rows, data.batch_size)
+    return Reading(most_rows, most_captions, step_rows, step_bytes)
 
 
 def count_memory(
@@ -275,10 +254,10 @@ def measure(config: TrainConfig, num_steps: int) -> float:
     """
     setup = prepare(config)
     accelerator = make_accelerator(config.model_copy(update={"tracker": "none"}))
-    stream = make_stream(setup, config, accelerator.num_processes)
+    loader = make_loader(setup, num_ranks=accelerator.num_processes)
     trainer = Trainer(config, accelerator, setup.model)
     seconds = []
-    with closing(iter(stream)) as read:
+    with closing(iter(loader)) as read:
         batches = on_device(read, accelerator.device)
         for _ in range(num_steps + 1):
             start = time.perf_counter()

@@ -35,9 +35,9 @@ class Window:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
-    def start(self, stream: "PackedLoader") -> None:
+    def start(self, loader: "PackedLoader") -> None:
         """Start the clocks. Steps before a restart count for the means, but not for the speed."""
-        self._start, self._waited = time.perf_counter(), stream.wait_seconds
+        self._start, self._waited = time.perf_counter(), loader.wait_seconds
         self._untimed = len(self.losses)
 
     @contextmanager
@@ -52,15 +52,15 @@ class Window:
         self.losses.append(loss)
         self.norms.append(norm)
 
-    def summary(self, stream: "PackedLoader") -> dict[str, float]:
+    def summary(self, loader: "PackedLoader") -> dict[str, float]:
         """Means and speed."""
         seconds = time.perf_counter() - self._start
-        samples = (len(self.losses) - self._untimed) * stream.data.batch_size
+        samples = (len(self.losses) - self._untimed) * loader.data.batch_size
         return {
             "loss": math.fsum(self.losses) / len(self.losses),
             "grad_norm": math.fsum(self.norms) / len(self.norms),
             "samples_per_second": samples / seconds,
-            "data_wait_share": (stream.wait_seconds - self._waited) / seconds,
+            "data_wait_share": (loader.wait_seconds - self._waited) / seconds,
         }
 
 

@@ -15,12 +15,14 @@ from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
 from ...schemas import InputError, RunRecord, TrainConfig
 from ..data.dataset import StorePair, by_shape, open_pairs
+from ..data.loader import PackedLoader
+from ..data.sampler import BatchPartition
 from ..model.dit import DiT
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
 from ..runs.start import open_start
-from .validation import Validation, open_validation
+from .validation import Validation, held_out, open_validation
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,32 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
         )
     validation = open_validation(config, features, latents, model.router.layers_read)
     return Setup(features, latents, pairs, record, checkpoint, model, start, validation)
+
+
+def make_loader(
+    setup: Setup, *, rank: int = 0, num_ranks: int = 1, codes: bool = False
+) -> PackedLoader:
+    """The loader of one rank, from the step where the run starts or resumes.
+
+    Args:
+        codes: deliver codes, see :class:`.PackedLoader`.
+
+    Raises:
+        InputError: ranks and accumulation steps do not divide the batch.
+    """
+    config = setup.record.config
+    return PackedLoader(
+        setup.features,
+        setup.latents,
+        config.data,
+        seed=config.seed,
+        layers=setup.model.router.layers_read,
+        partition=BatchPartition(rank, num_ranks, config.grad_accum_steps),
+        held_out=held_out(config.validation, setup.latents.ids),
+        start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
+        codes=codes,
+        pairs=setup.pairs,
+    )
 
 
 def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:

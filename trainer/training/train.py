@@ -8,16 +8,13 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
-from ..data.loader import PackedLoader
-from ..data.sampler import BatchPartition
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
 from ..runs.start import start_from
 from .accelerator import make_accelerator
-from .setup import prepare
+from .setup import make_loader, prepare
 from .trainer import Trainer
-from .validation import held_out
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
@@ -41,35 +38,27 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if setup.start is not None:
         start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
-    stream = PackedLoader(
-        setup.features,
-        setup.latents,
-        config.data,
-        seed=config.seed,
-        layers=model.router.layers_read,
-        partition=BatchPartition(
-            accelerator.process_index, accelerator.num_processes, config.grad_accum_steps
-        ),
-        held_out=held_out(config.validation, setup.latents.ids),
-        start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
+    loader = make_loader(
+        setup,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
         codes=accelerator.device.type != "cpu"
         and any(pair.features.codec.matrices for pair in setup.pairs),
-        pairs=setup.pairs,
     )
-    # Every rank has looked at the directory before one of them writes to it.
+    # All ranks have read the directory before one of them writes to it.
     accelerator.wait_for_everyone()
     main = accelerator.is_main_process
     with locked(path, _report) if main else nullcontext() as lock:
         if main:
             _check_unchanged(path, setup.checkpoint)
             write_record(path, record)
-            trim_metrics(path, stream.start_step)
-            if progress and (len(stream.pairs) > 1 or stream.pairs[0].selection):
-                for pair in stream.pairs:
+            trim_metrics(path, loader.start_step)
+            if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
+                for pair in loader.pairs:
                     tqdm.write(pair.summary(), file=sys.stderr)
         trainer = Trainer(config, accelerator, model, setup.checkpoint, setup.validation)
         if trainer.step < config.steps:
-            trainer.fit(stream, progress, lock)
+            trainer.fit(loader, progress, lock)
         accelerator.end_training()
     return path
 

@@ -95,7 +95,7 @@ class Trainer:
         }
         self.window = Window() if checkpoint is None else Window(**checkpoint.state()["window"])
 
-    def fit(self, stream: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
+    def fit(self, loader: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
         """Take all remaining steps; log, validate and save as often as configured.
 
         Args:
@@ -115,20 +115,21 @@ class Trainer:
             unit="step",
             disable=not (show and self.accelerator.is_main_process),
         )
-        self.window.start(stream)
-        with progress, closing(iter(stream)) as read, stop_signals() as stop:
+        self.window.start(loader)
+        with progress, closing(iter(loader)) as read, stop_signals() as stop:
             batches = on_device(read, self.accelerator.device)
             while self.step < config.steps:
                 if lock is not None and lock.lost:
                     raise LockedError(
                         f"another process took over {self.path} because this one seemed dead"
                     )
-                seen, stopping = self.take_step(batches, stop.is_set())
+                routing_inputs, stopping = self.take_step(batches, stop.is_set())
                 progress.update()
                 last = self.step == config.steps
                 validating = self.validation is not None and (self.step % every == 0 or last)
                 if self.step % config.log_every == 0 or validating or last:
-                    self.log(seen, stream, progress, self.validate() if validating else {})
+                    measured = self.validate() if validating else {}
+                    self.log(routing_inputs, loader, progress, measured)
                 if stopping or self.step % config.checkpoint_every == 0:
                     self.save()
                 if stopping and self.step < config.steps:
@@ -209,34 +210,34 @@ class Trainer:
     @torch.no_grad()
     def log(
         self,
-        seen: tuple[Tensor, Any],
-        stream: "PackedLoader",
+        routing_inputs: tuple[Tensor, Any],
+        loader: "PackedLoader",
         progress: tqdm,
         measured: dict[str, Any],
     ) -> None:
         """Log metrics since the last call, and now and then the routing weights.
 
         Args:
-            seen: what routing read last, t [B*K] and hidden states [R, L, H].
+            routing_inputs: what routing read last, t [B*K] and hidden states [R, L, H].
             measured: metrics of validation.
         """
         self._unshard()
-        alpha = self.dit.router.alpha(*seen)
-        weights = routing_weights(self.dit, self.config, self.step, seen[1])
+        alpha = self.dit.router.alpha(*routing_inputs)
+        weights = routing_weights(self.dit, self.config, self.step, routing_inputs[1])
         if isinstance(self.dit, FSDPModule):
             self.dit.reshard()
         line = {
             "step": self.step,
-            **self.window.summary(stream),
+            **self.window.summary(loader),
             "lr": self.schedules[0].get_last_lr()[0],
             "routing_entropy": entropy(alpha).mean().item(),
             **measured,
         }
         self.window = Window()
-        self.window.start(stream)
+        self.window.start(loader)
         if not self.accelerator.is_main_process:
             return
-        if (warning := stream.warning()) is not None:
+        if (warning := loader.warning()) is not None:
             progress.write(warning, file=sys.stderr)
         log_metrics(self.accelerator, self.config, line, weights, progress)
 

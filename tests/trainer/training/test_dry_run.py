@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from semroute.cli import cli
 from semroute.schemas import InputError
 from semroute.trainer.training.accelerator import make_accelerator
-from semroute.trainer.training.dry_run import make_stream, plan
-from semroute.trainer.training.setup import prepare
+from semroute.trainer.training.dry_run import plan
+from semroute.trainer.training.setup import make_loader, prepare
 from semroute.trainer.training.train import train
 from semroute.trainer.training.trainer import Trainer
 
@@ -40,7 +40,7 @@ def kept_bytes(config):
     setup = prepare(config)
     setup.model.gradient_checkpointing = config.gradient_checkpointing
     trainer = Trainer(config, make_accelerator(config), setup.model, None)
-    batch = make_stream(setup, config, 1).read(0)
+    batch = make_loader(setup).read(0)
     own = {p.untyped_storage().data_ptr() for p in (*setup.model.parameters(), batch.hidden)}
     sizes = {}
 
