@@ -27,7 +27,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
     "router": schemas.RouterRecord,
-    "pictures": schemas.PicturesRecord,
+    "pictures": schemas.ImageSetRecord,
     "judge": schemas.JudgeRecord,
     "train-config": schemas.TrainConfig,
 }

@@ -1,4 +1,4 @@
-"""The contracts: what is written to disk and read back, as pydantic models and Arrow schemas."""
+"""Contracts of what is written to disk and read back: pydantic models and Arrow schemas."""
 
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
 from .cluster import JobQueue

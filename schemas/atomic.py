@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever dies while they are written."""
+"""Atomic writes: a file is there whole or not at all, even if its writer dies."""
 
 import os
 import uuid
@@ -6,22 +6,22 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 PARTIAL = ".partial"
-"""Ends the name of what one of several writers has not put in its place yet, or never will."""
+"""Suffix of a file that one of several writers has not finished."""
 
 
 def write_document(path: Path, text: str) -> None:
-    """As :func:`write_whole`, a text in UTF-8."""
+    """Write a text in UTF-8 with :func:`write_whole`."""
     write_whole(path, text.encode())
 
 
 def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
-    """Write a file beside its place, then put it there; the folder is made where missing.
+    """Write a file under a temporary name, then rename it; its folder is created if missing.
 
-    Behind a URL (``upath.UPath``) it is one put, which is there whole or not at all.
+    Behind a URL (``upath.UPath``) it is one put, which is atomic.
 
     Args:
-        content: one part after the other.
-        alone: nobody else writes this file at the same time.
+        content: parts of the file, in order.
+        alone: no other process writes this file at the same time.
     """
     if not isinstance(path, PosixPath):
         path.fs.pipe_file(path.path, b"".join(content))
@@ -39,9 +39,9 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Rename a file when its bytes are on disk, and have the new name on disk too.
+    """Flush a file to disk, then rename it, and flush the new name too.
 
-    An object is put once more under its name, and not removed.
+    An object is put again under its final name; the first one is not removed.
     """
     if not isinstance(path, PosixPath):
         write_whole(path, unfinished.read_bytes())
@@ -52,7 +52,7 @@ def publish(unfinished: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on disk."""
+    """Flush the bytes of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Who fills a store: the YAML of ``--cluster``, and the file of the process that drives."""
+"""The YAML file of ``--cluster``."""
 
 from typing import Any, Literal
 
@@ -8,17 +8,17 @@ from .contract import Contract
 
 
 class JobQueue(Contract):
-    """A cluster that dask-jobqueue starts as jobs, as many as there is work for."""
+    """A cluster that dask-jobqueue starts as jobs of a batch system, as many as the work needs."""
 
     kind: Literal["slurm", "pbs", "sge", "lsf", "oar", "htcondor", "moab", "local"]
-    """The batch system; ``local`` starts processes of this machine as if they were jobs."""
+    """The batch system; ``local`` starts processes on this machine as if they were jobs."""
     minimum_jobs: int = Field(1, ge=1)
-    """Jobs that are kept, work or not: of the first is asked what workers are like, and it is not
+    """Jobs that are kept even without work. The first one is asked about the workers, and is not
     given back while captions are planned."""
     maximum_jobs: int = Field(ge=1)
-    """Jobs at most."""
+    """Upper limit of the number of jobs."""
     lifetime_margin_minutes: float = Field(10.0, ge=0)
-    """Workers end so long before their job's walltime, or the batch system kills them at work."""
+    """Workers end this long before their job's walltime, or the batch system kills them at work."""
     options: dict[str, Any]
     """Arguments of dask-jobqueue's cluster: ``cores``, ``memory``, ``queue``, ``walltime``,
     ``job_extra_directives`` and others."""

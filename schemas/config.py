@@ -11,19 +11,19 @@ from .train import TrainConfig
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A training configuration from a YAML file, with ``a.b=value`` put in.
+    """A training configuration from a YAML file, with overrides ``a.b=value``.
 
     Raises:
-        InputError: no such file, no YAML, or not a valid configuration.
+        InputError: no such file, not YAML, or not a valid configuration.
     """
     return parse(TrainConfig, read_yaml(path, overrides), str(path))
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping that a YAML file holds, with ``a.b=value`` put in.
+    """The mapping in a YAML file, with overrides ``a.b=value``.
 
     Raises:
-        InputError: no such file, no YAML, or no mapping.
+        InputError: no such file, not YAML, or not a mapping.
     """
     import yaml
 
@@ -47,7 +47,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def put(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value of a dotted key, such as ``routing.strategy``; a mapping is put in key by key.
+    """Set the value of a dotted key, such as ``routing.strategy``; a mapping is set key by key.
 
     Raises:
         InputError: a part of the key before the last holds a value.
@@ -66,7 +66,7 @@ def put(document: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _number_or(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 for a string; everybody else takes it for a number."""
+    """A number where YAML 1.1 sees a string, as in 1e-3; other values unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)

@@ -1,4 +1,4 @@
-"""What every contract shares: strict fields, errors that name the remedy, and comparison by key."""
+"""Base of all contracts: strict fields, errors that name the remedy, comparison key by key."""
 
 import difflib
 import hashlib
@@ -15,13 +15,13 @@ class ContractError(InputError):
 
 
 class Contract(BaseModel):
-    """Base of everything that is written to disk: unknown keys are errors, values are immutable."""
+    """Base of all documents on disk: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Difference(NamedTuple):
-    """One key whose values differ: dotted key, the value found, the value expected."""
+    """A key whose values differ: dotted key, value found, value expected."""
 
     key: str
     found: Any
@@ -38,11 +38,11 @@ def parse(model: type[M], document: Any, name: str) -> M:
     """Validate ``document`` against ``model``.
 
     Args:
-        document: what was read, normally a mapping.
-        name: what the document is called in messages, for example its path.
+        document: normally a mapping, as it was read.
+        name: of the document in messages, for example its path.
 
     Raises:
-        ContractError: with a line for each problem; an unknown key suggests the nearest known one.
+        ContractError: with one line per problem; for an unknown key, with the nearest known one.
     """
     try:
         return model.model_validate(document)
@@ -52,7 +52,7 @@ def parse(model: type[M], document: Any, name: str) -> M:
 
 
 def differences(found: Any, expected: Any, prefix: str = "") -> list[Difference]:
-    """Every leaf that differs between two contracts or plain documents, in key order."""
+    """All leaves that differ between two contracts or plain documents, in key order."""
     found, expected = _plain(found), _plain(expected)
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         keys = sorted({*found, *expected})
@@ -72,12 +72,12 @@ def refuse_differences(
     remedy: str,
     error: type[InputError] = InputError,
 ) -> None:
-    """Raise an error that lists what differs, one key per line; nothing where nothing does.
+    """Raise an error that lists differences, one key per line; do nothing if there are none.
 
     Args:
         different: of :func:`differences`, or lines.
-        what: what was found, and which of the two values is whose; the list follows it.
-        remedy: what to do; the last line of the message.
+        what: beginning of the message, which says whose the two values are; the list follows it.
+        remedy: what to do, the last line of the message.
         error: class of the error.
     """
     lines = [str(each) for each in different]
@@ -86,7 +86,7 @@ def refuse_differences(
 
 
 def flat(document: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a contract or plain document by dotted key; lists are leaves."""
+    """Leaves of a contract or plain document, by dotted key; lists are leaves."""
     leaves: dict[str, Any] = {}
     for key, value in _plain(document).items():
         if isinstance(value, Mapping):
@@ -127,7 +127,7 @@ def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
 
 
 def render(contract: Contract, *, early: bool = False) -> str:
-    """The one way in which a contract is written: JSON, a key a line; ``early`` as below."""
+    """The JSON text of a contract, one key per line; ``early`` as for :func:`digest`."""
     return contract.model_dump_json(indent=1, exclude_unset=early) + "\n"
 
 
@@ -135,7 +135,7 @@ def digest(contract: Contract, *, early: bool = False) -> str:
     """sha256 of a contract as it is written.
 
     Args:
-        early: it was read, maybe from what an early version wrote: leave out keys that were not in
-            the file.
+        early: the contract was read, perhaps from the file of an early version: leave out keys that
+            were not in the file.
     """
     return hashlib.sha256(render(contract, early=early).encode()).hexdigest()

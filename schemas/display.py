@@ -1,4 +1,4 @@
-"""What a repr shows: titled facts and tables, the same in text and in HTML."""
+"""Titled facts and tables, as text and as HTML, for reprs and reports."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Summary:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a look at a store found, twice.
+    """Findings about a store or a plan, for people and for machines.
 
     Attributes:
         facts: for people.
@@ -55,8 +55,9 @@ class Table:
     """Rows of cells under a head, as aligned text (``str()``), HTML or Markdown.
 
     Attributes:
-        rows: the head, then the others, all of equal length.
-        num_words: the first columns, which hold words, are aligned left in text; all others right.
+        rows: the head, then the other rows.
+        num_words: number of first columns that hold words, and are aligned left in text; the other
+            columns are aligned right.
     """
 
     rows: Sequence[Sequence[str]]
@@ -73,7 +74,7 @@ class Table:
         )
 
     def to_html(self) -> str:
-        """Every cell is escaped."""
+        """An HTML table with a head; every cell is escaped."""
         head, *others = self.rows
         lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
         lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in others]

@@ -1,6 +1,6 @@
-"""The one exception that is the user's to mend."""
+"""The exception for problems that the user can solve."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message says what was found, what was expected and what
-    to do; the command line prints it without a traceback."""
+    """Input that cannot be used. The message says what was found, what was expected and what to do;
+    the command line prints it without a traceback."""

@@ -1,7 +1,7 @@
-"""Where a store's files are: in a folder, or as objects behind a URL that fsspec knows.
+"""Files of a store, in a local folder or as objects behind a URL that fsspec knows.
 
-An object is put whole by one request, and is there whole or not at all. What a file system does by
-renaming, an object store does by that. Listings are never taken from a cache, as others write too.
+An object is put by one request, and is there whole or not at all; a file system achieves the same
+by renaming. Listings are never taken from a cache, since other processes write too.
 """
 
 import os
@@ -17,24 +17,24 @@ from .atomic import write_whole
 from .errors import InputError
 
 _TIMES = ("mtime", "LastModified", "last_modified", "created")
-"""What file systems of fsspec call the time of the last change."""
+"""Names that file systems of fsspec give to the time of the last change."""
 
 
 class StorageError(InputError):
-    """A place that cannot be reached, or not be written to."""
+    """A place that cannot be reached or written to."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A file in a listing: size, and time of the last change in seconds since 1970 by the clock of
-    the file system; 0 where it tells none."""
+    the file system, 0 if that is unknown."""
 
     num_bytes: int
     changed: float
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """A local path, or one behind a URL, which has the methods of a Path that are used here.
+    """A local path, or one behind a URL, which has those methods of a Path that stores use.
 
     Raises:
         StorageError: no such kind of URL, or its package is not installed.
@@ -48,19 +48,19 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
     try:
         found: Any = UPath(text.rstrip("/"), use_listings_cache=False)
-        _ = found.fs  # made when first asked for, and with it the package that it needs
+        _ = found.fs  # created on first access, which imports the package that it needs
     except (ValueError, ImportError) as error:
         raise StorageError(f"{path}: {error}") from error
     return found
 
 
 def is_local(path: Path) -> bool:
-    """Whether a path is in a file system of this machine."""
+    """True if a path is in a file system of this machine."""
     return isinstance(path, PosixPath)
 
 
 def list_names(folder: Path) -> set[str]:
-    """Names of what is directly in a folder; none where there is no such folder."""
+    """Names of files and folders directly in a folder; none if there is no such folder."""
     if is_local(folder):
         return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     system, base = _system(folder)
@@ -72,8 +72,8 @@ def list_names(folder: Path) -> set[str]:
 
 
 def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
-    """All files under a folder of ``root``, by path relative to ``root``, sorted; none where there
-    is no such folder."""
+    """All files under a folder of ``root``, by path relative to ``root``, sorted; none if there is
+    no such folder."""
     if is_local(root):
         paths = (path for path in (root / folder).rglob("*") if path.is_file())
         stats = {str(path.relative_to(root)): path.stat() for path in paths}
@@ -86,10 +86,10 @@ def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file; of an object by one request, so that it is of one moment.
+    """The content of a file; an object is read by one request, so that it is of one moment.
 
     Raises:
-        OSError: it is not there, or cannot be read.
+        OSError: no such file, or it cannot be read.
     """
     if is_local(path):
         return path.read_bytes()
@@ -98,10 +98,10 @@ def read_file(path: Path) -> bytes:
 
 
 def read_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The contents of files, by path relative to ``root``; of objects several at a time.
+    """The contents of files, by path relative to ``root``; objects are read concurrently.
 
     Raises:
-        OSError: one is not there, or cannot be read.
+        OSError: one is missing, or cannot be read.
     """
     names = list(names)
     if is_local(root) or not names:
@@ -115,14 +115,14 @@ def read_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
 def read_ranges(
     paths: Sequence[Path], starts: Sequence[int], stops: Sequence[int | None]
 ) -> list[bytes]:
-    """Parts of objects of one place, several at a time.
+    """Parts of objects in one object store, read concurrently.
 
     Args:
         starts: first byte; a negative one counts from the end.
-        stops: the byte after the last; None: the end.
+        stops: the byte after the last one; None: the end.
 
     Raises:
-        OSError: one is not there, or cannot be read.
+        OSError: one is missing, or cannot be read.
     """
     if not paths:
         return []
@@ -135,7 +135,7 @@ def read_ranges(
 
 
 def write_files(root: Path, files: Mapping[str, bytes]) -> None:
-    """Write files whole, by path relative to ``root``; of objects several at a time."""
+    """Write whole files, by path relative to ``root``; objects are written concurrently."""
     if is_local(root):
         for name, content in files.items():
             write_whole(root / name, content)
@@ -145,10 +145,10 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; nothing where there is none."""
+    """Remove a file, or a folder with all its contents, if it exists."""
     if not is_local(path):
         system, base = _system(path)
-        with suppress(FileNotFoundError):  # others may remove it at the same time
+        with suppress(FileNotFoundError):  # another process may remove it at the same time
             system.rm(base, recursive=True)
     elif path.is_dir():
         shutil.rmtree(path)
@@ -157,10 +157,11 @@ def remove(path: Path) -> None:
 
 
 def create_object(path: Path, content: bytes) -> bool:
-    """Put an object where there is none yet: whether it was put.
+    """Put an object if there is none yet; returns whether it was put.
 
-    One request on stores that know it (S3 by If-None-Match, Google Cloud by the generation, Azure
-    by the ETag); on others of fsspec two, between which another may come.
+    This is one request where the store supports it (S3 by If-None-Match, Google Cloud by the
+    generation, Azure by the ETag); elsewhere in fsspec it is two, between which another process may
+    put one.
     """
     system, base = _system(path)
     try:
@@ -171,7 +172,7 @@ def create_object(path: Path, content: bytes) -> bool:
 
 
 def _system(path: Any) -> tuple[Any, str]:
-    """The file system of a URL, and the path there as it writes it."""
+    """The file system of a URL, and the path in its own notation."""
     return path.fs, str(path.path).rstrip("/")
 
 

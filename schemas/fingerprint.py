@@ -1,4 +1,4 @@
-"""The hash by which texts are the same."""
+"""Fingerprint of texts: equal for equal texts in equal order."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_BLOCK = 65_536  # rows that are laid out at a time
+_BLOCK = 65_536  # rows that are framed at a time
 
 
 def fingerprint(rows: pa.Array | pa.ChunkedArray | Iterable[Sequence[str] | str]) -> str:
-    """sha256 over rows of texts, each text preceded by its length in bytes so that none can run on
+    """sha256 over rows of texts, each text preceded by its length in bytes so that none can run
     into the next.
 
     Args:
-        rows: texts, or lists of texts; of Arrow (which is faster) or of Python.
+        rows: texts, or lists of texts; as Arrow arrays (faster) or Python objects.
     """
     digest = hashlib.sha256()
     if isinstance(rows, pa.Array | pa.ChunkedArray):
@@ -35,7 +35,16 @@ def fingerprint(rows: pa.Array | pa.ChunkedArray | Iterable[Sequence[str] | str]
 
 
 def _framed(rows: pa.Array) -> np.ndarray:
-    """The bytes that are hashed: of every row its number of texts, of every text its length."""
+    """The bytes to hash: each row's number of texts, then each text after its length.
+
+    Numbers take 8 bytes. Two rows, ["ab", "c"] and ["def"]::
+
+        place    0   8   16   18   26   27   35   43
+        bytes    2 | 2 | ab | 1 |  c  | 1 | 3 | def
+
+    so a row's count stands at 8 * (earlier rows + earlier texts) + bytes of earlier texts, and a
+    text's length at 8 * (rows up to its own + earlier texts) + the same.
+    """
     if pa.types.is_list(rows.type) or pa.types.is_large_list(rows.type):
         counts = pc.list_value_length(rows).to_numpy(zero_copy_only=False).astype(np.int64)
         rows = rows.flatten()

@@ -15,10 +15,11 @@ class Prompt:
     """One prompt of a file.
 
     Attributes:
-        text: what is to be drawn.
-        name: what its file calls it; otherwise its number, of five digits.
-        group: what it tests (GenEval's ``tag``, the ``category`` of most others), if the file says.
-        record: its line of a .jsonl, as it stands there.
+        text: the caption.
+        name: its name in the file; otherwise its number, in five digits.
+        group: the skill that it tests (GenEval's ``tag``, the ``category`` of most others), if the
+            file names one.
+        record: its line in a .jsonl file, unchanged.
     """
 
     text: str
@@ -28,36 +29,36 @@ class Prompt:
 
 
 class ImageSetRecord(Contract):
-    """``pictures.json``: how the pictures of a folder are drawn, whichever process draws them."""
+    """``pictures.json``: how the images of a folder are generated, by whatever process."""
 
     format: Literal["semroute.pictures"] = "semroute.pictures"
     format_version: Literal[1] = 1
     layout: BenchmarkName
-    """Whose scorer the folder is laid out for."""
+    """Benchmark whose scorer can read the folder."""
     num_prompts: Annotated[int, Field(ge=1)]
     prompts: str
     """Fingerprint of names and texts of the prompts, in order."""
     num_images: Annotated[int, Field(ge=1)]
-    """Pictures a prompt."""
+    """Images per prompt."""
     run: str
-    """When the run was begun, which tells it from others wherever it is."""
+    """Time at which the run was created, which identifies it wherever it is."""
     step: int
     weights: Literal["ema", "model"]
     codec: str
-    """Of the features; ``none`` where the LLM encoded the prompts."""
+    """Codec of the features; ``none`` if the LLM encoded the prompts."""
     sampling: dict[str, int | float | str | list[float] | None]
     """Seed, steps, solver, guidance and clock."""
 
 
 class JudgeRecord(Contract):
-    """``judge.json``: who says what pictures show, and how it is asked."""
+    """``judge.json``: the judge model that scores images, and its question."""
 
     format: Literal["semroute.judge"] = "semroute.judge"
     format_version: Literal[1] = 1
     judge: str
-    """As it was named, of a hub id with the commit."""
+    """Name as given; for a hub id, with the commit."""
     files: dict[str, str]
-    """sha256 of its configuration and weights."""
+    """File name -> sha256, for its configuration and weights."""
     dtype: Literal["float32", "bfloat16"]
     question: str
-    """With ``{}`` where the caption goes."""
+    """The question, with ``{}`` for the caption."""

@@ -1,9 +1,9 @@
-"""The lock file of the process that writes a store."""
+"""The lock file of the process that writes a store or run."""
 
 from .contract import Contract
 
 LOCK_FILE = "driver.json"
-"""In a store that is being filled."""
+"""Name of the lock file in a store or run."""
 
 
 class LockOwner(Contract):
@@ -12,10 +12,10 @@ class LockOwner(Contract):
     host: str
     pid: int
     begun: str
-    """When the process began, as its machine counts; with the pid it names it for good."""
+    """Start of the process by its machine's clock; together with the pid it identifies it."""
     started: str
-    """When it took the lock, UTC."""
+    """Time at which it took the lock, UTC."""
     token: str
-    """Random, by which it knows its own file."""
+    """Random text by which it recognises its own file."""
     beats: int = 0
-    """In an object store: how often it has put the file anew, to show that it lives."""
+    """In an object store: number of times it has put the file again, to show that it is alive."""

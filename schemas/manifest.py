@@ -1,4 +1,4 @@
-"""``manifest.json``: what a store holds, how it was made, and how its bytes are laid out."""
+"""``manifest.json``: contents of a store, how it was made, and how its bytes are laid out."""
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -12,16 +12,16 @@ Status = Literal["extracting", "complete"]
 
 
 class ModelIdentity(Contract):
-    """The frozen LLM. Files are compared by content, so the same weights elsewhere are the same."""
+    """The frozen LLM. Files are compared by content, so their place does not matter."""
 
     architecture: str
     """Model type of the text tower in transformers, for example ``llama``."""
     num_layers: int = Field(ge=1)
-    """Number of blocks of the LLM, whether or not all of them are stored."""
+    """Number of blocks of the LLM, stored or not."""
     width: int = Field(ge=1)
     """Width of the hidden states (H)."""
     causal: bool = True
-    """Whether a token sees only those before it; false for encoders, such as T5's."""
+    """True if a token sees only earlier ones; false for encoders, such as T5's."""
     files: dict[str, str]
     """File name -> sha256, for the configuration and the weights."""
 
@@ -32,18 +32,18 @@ class Template(Contract):
     text: str
     """For example ``{bos}{caption}``."""
     prefix_tokens: list[int]
-    """Token ids in front of every caption; their rows are dropped but for the null caption's."""
+    """Token ids before every caption; their rows are dropped, except the null caption's."""
     suffix_tokens: list[int]
     """Token ids after every caption; always stored."""
     keep_prefix: bool
-    """Whether the prefix rows are stored for every caption."""
+    """True if the rows of the prefix are stored for every caption."""
 
 
 class CaptionsIdentity(Contract):
-    """The unique captions, and the seeded order in which they were dealt to shards."""
+    """The unique captions, and the seeded order in which they were assigned to shards."""
 
     num_captions: int = Field(ge=1)
-    """Unique captions, the null caption included."""
+    """Number of unique captions, including the null caption."""
     fingerprint: str
     """sha256 over the texts of all captions in store order."""
     seed: int
@@ -51,37 +51,37 @@ class CaptionsIdentity(Contract):
 
 
 class SamplesIdentity(Contract):
-    """The rows of the input file, in its order; joins features with latents."""
+    """The rows of the input file, in order; joins features with latents."""
 
     num_samples: int = Field(ge=1)
     fingerprint: str | None
-    """sha256 over the captions of every row, in input order; null where there are none."""
+    """sha256 over the captions of all rows, in input order; null if there are none."""
 
 
 class FeatureIdentity(Contract):
-    """Everything that decides the stored numbers. Resume and training demand equality."""
+    """Everything that decides the stored numbers. Resuming and training require equality."""
 
     model: ModelIdentity
     tokenizer: str
-    """sha256 of the tokenizer's serialised state."""
+    """sha256 of the tokenizer's serialized state."""
     template: Template
     layers: list[int] = Field(min_length=1)
-    """Stored layers: 0 is the embedding output, l the output of block l. Where ``mixes`` is given
-    their numbers instead, from 1."""
+    """Stored layers: 0 is the output of the embedding, l that of block l. If ``mixes`` is given,
+    the numbers of the mixes instead, from 1."""
     final_norm: Literal["normed", "absent"]
     """``normed``: the last layer is stored, after the final norm. ``absent``: it is not stored."""
     dtype: Literal["float32", "bfloat16"]
-    """In which the LLM ran."""
+    """Dtype in which the LLM ran."""
     attention: str
     """Attention implementation of transformers."""
     max_length: int = Field(ge=1)
-    """Longest sequence, template included, in tokens; longer captions were cut at their end."""
+    """Longest sequence in tokens, including the template; longer captions were cut at the end."""
     captions: CaptionsIdentity
     samples: SamplesIdentity
     mixes: Mixes | None = None
-    """What is stored in place of layers, where it is mixes of them."""
+    """Mixes of layers that are stored instead of layers; null if layers are stored."""
     shuffled: Annotated[int, Field(ge=0)] | None = None
-    """Seed by which each caption's layers changed places, where they did (a control)."""
+    """Seed by which the layers of each caption were permuted, if they were (a control)."""
 
     @model_validator(mode="after")
     def _numbered(self) -> "FeatureIdentity":
@@ -99,59 +99,59 @@ class FeatureIdentity(Contract):
 
 
 class Layout(Contract):
-    """How rows become chunks and shards (see ``pipeline.layout``)."""
+    """Division of rows into chunks and shards (see ``pipeline.store.layout``)."""
 
     num_shards: int = Field(ge=1)
     rows_per_shard: int = Field(ge=1)
     rows_per_chunk: int = Field(ge=1)
     num_rows: int = Field(ge=1)
-    """Rows in use; the arrays are ``num_shards * rows_per_shard`` long."""
+    """Rows in use; the arrays have ``num_shards * rows_per_shard`` rows."""
     batch_tokens: int = Field(ge=1)
-    """Budget of a batch of the encoder, padding included, in tokens (images for latents)."""
+    """Budget of an encoder batch in tokens, including padding (for latents, in images)."""
     line_tokens: int | None = Field(None, ge=1)
-    """Tokens of a line of a batch in which captions stand one after the other; null: a line a
+    """Tokens per row of a batch in which captions are packed one after the other; null: one row per
     caption, padded to the longest."""
     num_threads: int = Field(ge=1)
-    """CPU threads of a worker: another number can change the last bit of what a CPU computes."""
+    """CPU threads of a worker: another number can change the last bit of results on a CPU."""
 
 
 class Fit(Contract):
-    """The sample on which a codec's parameters were fitted, and what came out."""
+    """The sample to which a codec's parameters were fitted, and the result."""
 
     num_captions: int = Field(ge=1)
-    """The first so many in store order, which is a seeded random one."""
+    """Number of captions, the first ones in store order, which is random (seeded)."""
     num_rows: int = Field(ge=1)
-    """Their tokens."""
+    """Number of their tokens."""
     sha256: str
-    """Of the fitted arrays in ``hidden.zarr/parameters``, by name."""
+    """sha256 of the fitted arrays in ``hidden.zarr/parameters``, in order of their names."""
 
 
 class Codec(Contract):
-    """What the stored codes mean (see ``pipeline.codecs``)."""
+    """The codec of the hidden states (see ``pipeline.codecs``)."""
 
     name: Literal["bf16", "lossless", "delta", "linear"]
     quality: float | None = Field(None, ge=MIN_QUALITY, le=MAX_QUALITY)
-    """delta, linear: the step is 2**-quality; one more halves the error and costs a bit."""
+    """delta, linear: the step is 2**-quality; one more halves the error and costs one bit."""
     code_bits: Literal[4, 8] | None = None
-    """delta, linear: of a code; larger ones have an escape."""
+    """delta, linear: bits per code; larger codes use an escape."""
     fit: Fit | None = None
-    """lossless, delta, linear: fitted before the first shard."""
+    """lossless, delta, linear: the fit, made before the first shard."""
 
 
 class Derived(Contract):
-    """Of a store that was rewritten from another: what had been lost before."""
+    """The codec and error of the store that this one was rewritten from."""
 
     codec: Codec
-    """Of the store it was rewritten from."""
+    """Codec of the source."""
     codec_error: float | None
-    """Mean error of LN(h) that was made there; it and this store's own add up at most."""
+    """Mean error of LN(h) in the source; the total is at most its sum with this store's own."""
 
 
 class Provenance(Contract):
-    """Recorded for people; never compared."""
+    """Origin of a store, recorded for people and never compared."""
 
     source: str
-    """The captions or samples as named by the user."""
+    """The captions or samples, as named by the user."""
     model: str
     """The LLM (hub id, folder or file) or the VAE, as the user would name it again."""
     created: str
@@ -164,7 +164,7 @@ G = TypeVar("G", bound=Contract)
 
 
 class _Manifest(Contract, Generic[G]):
-    """How a store grew, which both kinds of manifest record alike.
+    """Growth of a store, which both kinds of manifest record alike.
 
     Fields are declared in each kind, since their order is that of the keys on disk.
     """
@@ -218,12 +218,12 @@ class _Manifest(Contract, Generic[G]):
 
 
 class Generation(Contract):
-    """What a store was before it grew."""
+    """A feature store before it grew."""
 
     captions: CaptionsIdentity
     samples: SamplesIdentity
     num_shards: int = Field(ge=1)
-    """The next generation begins with the shard of this number."""
+    """Number of shards; the next generation begins with the shard of this number."""
     num_rows: int = Field(ge=1)
     provenance: Provenance
 
@@ -242,11 +242,11 @@ class FeatureManifest(_Manifest[Generation]):
     derived: Derived | None = None
     provenance: Provenance
     grown_from: list[Generation] = Field(default_factory=list)
-    """What the store was each time before it grew, oldest first; empty where it never did."""
+    """The store each time before it grew, oldest first; empty if it never did."""
 
 
 class Bucket(Contract):
-    """A shape that images were brought to."""
+    """A shape to which images were resized."""
 
     height: int = Field(ge=1)
     """In pixels."""
@@ -266,38 +266,38 @@ class LatentIdentity(Contract):
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
     ]
-    """``pixels``: the image itself. Otherwise a class of diffusers."""
+    """``pixels``: the image itself; otherwise a class of diffusers."""
     files: dict[str, str] = Field(default_factory=dict)
     """File name -> sha256, for the configuration and the weights of the VAE."""
     shape: tuple[int, int, int]
-    """Channels, height, width of one latent; where there are buckets, of the first of them."""
+    """Channels, height, width of one latent; with buckets, of the first one's."""
     buckets: list[Bucket] = Field(default_factory=list)
-    """Shapes of latents where there are several, the square one first; empty where all have one."""
+    """Shapes of latents if there are several, the square one first; empty if all have one shape."""
     dtype: Literal["uint8", "float16"]
-    """Of the stored codes."""
+    """Dtype of the stored codes."""
     scale: float | list[float]
-    """Latent = code * scale + shift, in the units that the model is trained on; a number, or one a
-    channel."""
+    """Latent = code * scale + shift, in the units that the model is trained on; one number, or one
+    per channel."""
     shift: float | list[float]
     deviation: bool = False
-    """Whether the deviation of the VAE's posterior is stored beside its mean; in a latent it is
+    """True if the deviation of the VAE's posterior is stored beside its mean; in a latent it is
     deviation * scale."""
     images: str
-    """sha256 over the sha256 of every encoded image file in input order; 32 zero bytes stand for a
-    file that was not there."""
+    """sha256 over the sha256 of every encoded image file in input order, with 32 zero bytes for a
+    missing file."""
     dropped: list[int] = Field(default_factory=list)
-    """Samples that have no latent, for their images could not be read: left out of training. Empty
+    """Samples without a latent, because their images could not be read: left out of training. Empty
     until the store is complete."""
     samples: SamplesIdentity
 
 
 class LatentGeneration(Contract):
-    """What a latent store was before it grew."""
+    """A latent store before it grew."""
 
     images: str
     samples: SamplesIdentity
     num_shards: int = Field(ge=1)
-    """The next generation begins with the shard of this number."""
+    """Number of shards; the next generation begins with the shard of this number."""
     num_rows: int = Field(ge=1)
     provenance: Provenance
 
@@ -315,4 +315,4 @@ class LatentManifest(_Manifest[LatentGeneration]):
     layout: Layout
     provenance: Provenance
     grown_from: list[LatentGeneration] = Field(default_factory=list)
-    """What the store was each time before it grew, oldest first; empty where it never did."""
+    """The store each time before it grew, oldest first; empty if it never did."""

@@ -1,4 +1,4 @@
-"""Mixes of LLM layers: what a store holds instead of layers once the weights of a run are known."""
+"""Mixes of LLM layers, which a store can hold instead of layers once a run's weights are known."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ LN_EPS = 1e-5
 """Epsilon of LN, the parameter-free layer norm that routing applies (arXiv 2602.03510, reference
 code)."""
 SAME_WEIGHTS = 1e-5
-"""Weights no farther apart are the same, computed on another device."""
+"""Largest difference of weights that counts as equal: other devices round differently."""
 
 
 class Routing(Contract):
-    """How the blocks of a run weigh the LLM's layers, where that does not change with t."""
+    """Weights of the LLM's layers for the blocks of a run, if they do not depend on t."""
 
     strategy: Literal["penultimate", "uniform", "static", "depth", "one-per-block"]
     step: int = Field(ge=0)
-    """Of the run's checkpoint."""
+    """Step of the run's checkpoint."""
     source: Literal["ema", "model"]
-    """Which weights of the checkpoint."""
+    """Which weights of the checkpoint: its moving average, or the weights themselves."""
     layers: list[int] = Field(min_length=1)
-    """LLM layers that are weighed."""
+    """LLM layers that the weights are of."""
     weights: Matrix
-    """alpha: a row a block, or one row for all blocks; a number a layer."""
+    """alpha: one row per block, or one row for all blocks; one number per layer."""
 
     @model_validator(mode="after")
     def _rectangular(self) -> "Routing":
@@ -36,9 +36,9 @@ class Routing(Contract):
         return self
 
     def distance(self, layers: Sequence[int], weights: Sequence[Sequence[float]]) -> float:
-        """The largest difference to other weights; infinite for other layers or numbers of blocks.
+        """Largest difference from other weights; infinite if layers or numbers of blocks differ.
 
-        One row stands for as many as the other has.
+        A single row stands for all blocks.
         """
         num_blocks = max(len(self.weights), len(weights))
         if [*layers] != self.layers or {len(self.weights), len(weights)} - {1, num_blocks}:
@@ -51,20 +51,20 @@ class Routing(Contract):
 
 
 class Mixes(Routing):
-    """K mixes of layers a token, of which blocks read combinations.
+    """K mixes of layers per token, of which blocks read linear combinations.
 
     Mix k is ``M_k = sum_l basis_kl LN(H^(l))``; block d reads ``sum_k coefficients_dk M_k``, which
     is ``sum_l weights_dl LN(H^(l))`` up to the error of the rank.
     """
 
     basis: Matrix
-    """A row a mix, a number a layer; each mix has a mean square of 1."""
+    """One row per mix, one number per layer; each mix has a mean square of 1."""
     coefficients: Matrix
-    """A row a block, or one row for all blocks; a number a mix."""
+    """One row per block, or one row for all blocks; one number per mix."""
     errors: list[float]
-    """By rank, from 1: mean relative error of what blocks read that the rank makes, on a sample."""
+    """By rank, from 1: mean relative error of what blocks read due to the rank, on a sample."""
     tolerance: float | None
-    """The rank is the smallest with an error under this; null where the rank was asked for."""
+    """The rank is the smallest with an error below this; null if the rank was chosen."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Mixes":
@@ -77,12 +77,12 @@ class Mixes(Routing):
 
     @property
     def num_mixes(self) -> int:
-        """K."""
+        """Number of mixes (K)."""
         return len(self.basis)
 
     @property
     def error(self) -> float:
-        """Mean relative error of what blocks read that this rank makes, on a sample."""
+        """Mean relative error of what blocks read due to this rank, on a sample."""
         return self.errors[self.num_mixes - 1]
 
 

@@ -1,4 +1,4 @@
-"""``checksums.json``, and ``receipts/`` and ``quarantine/``: one small file per shard."""
+"""``checksums.json``; ``receipts/`` and ``quarantine/``, which hold one small file per shard."""
 
 from pydantic import Field
 
@@ -6,53 +6,53 @@ from .contract import Contract
 
 
 class Checksums(Contract):
-    """Of everything that is written once, before the first shard."""
+    """``checksums.json``: sha256 of everything that is written once, before the first shard."""
 
     manifest: str
-    """sha256 of ``manifest.json`` with its status at ``extracting``."""
+    """sha256 of ``manifest.json`` with status ``extracting``."""
     files: dict[str, str]
-    """Path relative to the store -> sha256: tables, and all of the arrays but their shards."""
+    """Path relative to the store -> sha256: tables, and the arrays' files except shards."""
 
 
 class WrittenFile(Contract):
-    """One file of a shard, as it was on disk when the receipt was written."""
+    """A file of a shard as it was when the receipt was written."""
 
     num_bytes: int
     sha256: str
 
 
 class Receipt(Contract):
-    """The proof that a shard is whole; work that remains is what has no receipt."""
+    """Proof that a shard is whole; shards without a receipt remain to be written."""
 
     shard: int
     num_rows: int
     num_entries: int
     """Captions (or samples) in the shard."""
     files: dict[str, WrittenFile]
-    """Path relative to the store -> what was written."""
+    """Path relative to the store -> size and sha256."""
     codec_error: dict[str, float]
     """Relative L2 error of LN(h) made by the codec, over the shard: mean, max, and both without the
-    three largest channels. In a store of mixes: of what blocks read, that of the rank included.
-    Empty where nothing was coded."""
+    three largest channels. In a store of mixes: error of what blocks read, including that of the
+    rank. Empty if nothing was coded."""
     layer_error: dict[str, float] = Field(default_factory=dict)
-    """LLM layer -> the mean of that error. In a store of mixes: block, from 0 -> the mean."""
+    """LLM layer -> mean of that error. In a store of mixes: block, from 0 -> mean."""
     broken: dict[int, str] = Field(default_factory=dict)
-    """sample_id -> why its image could not be read; its row is not to be used."""
+    """sample_id -> reason why its image could not be read; its row must not be used."""
     warnings: list[str]
     seconds: dict[str, float]
-    """Where the time went: load (of the model), forward, code (of hidden states), write; encode
-    where forward and code are one. While a shard is written the next is at work."""
+    """Time spent: load (of the model), forward, code (of hidden states), write; or encode, where
+    forward and code are one. While a shard is written, the next one is computed."""
     worker: str
     sha256: str = ""
-    """Of the receipt as it is written, with this key empty. Empty in stores of early versions."""
+    """sha256 of the receipt itself with this key empty. Empty in stores of early versions."""
 
 
 class Quarantine(Contract):
-    """A shard that could not be written, or the images that are missing from it, and why."""
+    """A shard that could not be written, or images that are missing from it, with the reason."""
 
     shard: int
     entries: list[int]
-    """caption_id (or sample_id) of everything in the shard; of a shard that is written but for
-    images that could not be read, those."""
+    """caption_id (or sample_id) of everything in the shard; if it is written except for images that
+    could not be read, those of the images."""
     reason: str
     traceback: str

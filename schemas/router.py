@@ -1,4 +1,4 @@
-"""``config.json`` of a router that was exported alone."""
+"""``config.json`` of a router that was exported on its own."""
 
 from typing import Literal
 
@@ -9,24 +9,24 @@ from .train import Positive, RoutingConfig
 
 
 class RouterRecord(Contract):
-    """What its weights are of, and what they may be given."""
+    """A router's configuration, and the features that it can read."""
 
     format: Literal["semroute.router"] = "semroute.router"
     format_version: Literal[1] = 1
     routing: RoutingConfig
     layers: list[Positive]
-    """LLM layers that alpha weighs, in its order."""
+    """LLM layers that alpha weighs, in the order of alpha."""
     num_llm_layers: Positive
     num_blocks: Positive
     text_width: Positive
-    """H: width of the hidden states."""
+    """Width of the hidden states (H)."""
     mixes: Mixes | None = None
-    """What the store of the run held in place of layers, where it did."""
+    """Mixes of layers that the store of the run held instead of layers; null if it held layers."""
     features: FeatureIdentity
-    """Of the hidden states that it was trained on."""
+    """Identity of the hidden states that it was trained on."""
     model_source: str
-    """The LLM as the extraction named it."""
+    """The LLM, as named in extraction."""
     step: int
-    """Of the run."""
+    """Training step of the weights."""
     weights: Literal["ema", "model"]
-    """The run's moving average, or the weights themselves."""
+    """``ema``: the run's moving average; ``model``: the weights themselves."""

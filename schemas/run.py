@@ -1,4 +1,4 @@
-"""``run.json``."""
+"""``run.json``: the record of a training run."""
 
 from typing import Literal
 
@@ -10,32 +10,32 @@ from .train import TrainConfig
 
 
 class SelectionRecord(Contract):
-    """What a selection left, and left out."""
+    """Result of selecting samples and captions."""
 
     num_samples: int = Field(ge=1)
-    """That are trained on, held-out ones included."""
+    """Samples that are left, including held-out ones."""
     num_captions: int = Field(ge=1)
-    """Of these samples; one that several samples have counts for each."""
+    """Captions of these samples; one that several samples have counts for each of them."""
     left_out_samples: int = Field(ge=0)
-    """That have a latent but no caption left."""
+    """Samples that have a latent but no caption left."""
     left_out_captions: int = Field(ge=0)
-    """By the filter, or by a weight of 0."""
+    """Captions left out by the filter, or by a weight of 0."""
     fingerprint: str
     """sha256 over the samples, their captions and weights."""
 
 
 class MixtureRecord(Contract):
-    """Another pair of stores that a run was trained on."""
+    """A further pair of stores that a run was trained on."""
 
     features: FeatureIdentity
     codec: Codec
     latents: LatentIdentity
     selection: SelectionRecord | None
-    """Null where all samples take part."""
+    """Null if all samples take part."""
 
 
 class RunRecord(Contract):
-    """``run.json``: what a run was trained on, enough to sample from it without its stores."""
+    """``run.json``: everything needed to sample from a run without its stores."""
 
     format: Literal["semroute.run"] = "semroute.run"
     format_version: Literal[1] = 1
@@ -44,14 +44,14 @@ class RunRecord(Contract):
     codec: Codec
     latents: LatentIdentity
     validation: SamplesIdentity | None = None
-    """Of the second pair of stores, where the run is measured by one."""
+    """Samples of the second pair of stores, if validation uses one."""
     selection: SelectionRecord | None = None
-    """What ``data.select`` left of these stores, where it selects."""
+    """Result of ``data.select`` on these stores, if it selects."""
     mixture: list[MixtureRecord] = Field(default_factory=list)
-    """What ``data.mixture`` names."""
+    """The stores of ``data.mixture``."""
     model_source: str
-    """The LLM as the extraction named it; needed only to encode new prompts."""
+    """The LLM, as named in extraction; needed only to encode new prompts."""
     vae_source: str = "pixels"
-    """The VAE as the latent store named it; needed only to decode what is sampled."""
+    """The VAE, as named in the latent store; needed only to decode samples."""
     versions: dict[str, str]
     created: str

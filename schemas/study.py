@@ -1,4 +1,4 @@
-"""What ``study.yaml`` says: which arms are trained, how often, and by what they are judged."""
+"""``study.yaml``: the arms to train, their seeds, and how they are scored."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -14,36 +14,36 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class Scoring(Contract):
-    """How a run is judged on captions of a world of shapes."""
+    """Scoring of a run on captions of the shapes dataset."""
 
     features: str
     """Feature store of the captions."""
     samples: str
-    """The file that it was extracted from: ``dev.parquet`` or ``test.parquet`` of a world."""
+    """The file that it was extracted from: ``dev.parquet`` or ``test.parquet`` of the dataset."""
     cfg_scales: Annotated[list[float], Field(min_length=1)]
     cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Lowest and highest t that are guided."""
+    """Lowest and highest t with guidance."""
     images_per_caption: Positive = 1
     num_steps: Positive = 50
-    """Of the solver."""
+    """Steps of the solver."""
     solver: Literal["euler", "heun"] = "euler"
     clock: str = "nominal"
-    """What routing by t is told: ``nominal``, ``shift:K`` or ``estimated``."""
+    """The t that routing sees: ``nominal``, ``shift:K`` or ``estimated``."""
     seed: int = 0
-    """Of the noise, the same for every run, so that runs are compared picture by picture."""
+    """Seed of the noise, the same for every run, so that runs are compared image by image."""
 
 
 class Tuning(Contract):
-    """A setting that every arm chooses for itself, by the same number of trials on dev captions."""
+    """A setting that each arm tunes by the same number of trials on dev captions."""
 
     key: str = "optimizer.router_lr"
     values: Annotated[list[Any], Field(min_length=2)]
     steps: Positive
-    """Of each trial."""
+    """Training steps of each trial."""
     seeds: Seeds
-    """Of the trials; none of the study's own."""
+    """Seeds of the trials, none of which the study uses."""
     skill: str = "all"
-    """The value whose runs are best in it, on average over seeds and guidance scales, is chosen."""
+    """The skill by which the best value is chosen, on average over seeds and guidance scales."""
     scoring: Scoring
 
 
@@ -51,69 +51,70 @@ _SHARED = ("samples", "cfg_scales", "images_per_caption", "seed")
 
 
 class Arm(Contract):
-    """What differs in one arm of a study; in the file, with the dotted keys beside these."""
+    """Settings of one arm of a study; in the file, dotted keys of training stand beside these."""
 
     of: str | None = None
-    """Another arm, whose runs this one judges otherwise: nothing is trained."""
+    """Another arm, whose runs this one scores differently: nothing is trained."""
     seeds: Seeds | None = None
-    """Those of the study's that this arm has; by default all."""
+    """The study's seeds that this arm has; by default all."""
     against: str | None = None
-    """The arm that this one is compared with; by default the one whose runs it judges, or else the
+    """The arm that this one is compared with; by default the one whose runs it scores, or else the
     study's reference."""
     scoring: dict[str, Any] = Field(default_factory=dict)
-    """What is judged otherwise: features, num_steps, solver, clock, cfg_interval."""
+    """Differences in scoring: features, num_steps, solver, clock, cfg_interval."""
     tuning: dict[str, Any] = Field(default_factory=dict)
-    """The same of the scoring of trials."""
+    """The same for the scoring of trials."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of ``semroute train``."""
 
 
 class StudyConfig(Contract):
-    """Arms x seeds over one pair of stores."""
+    """Arms x seeds on one pair of stores."""
 
     output: str
-    """Folder of the runs, the results and the report."""
+    """Folder for the runs, the results and the report."""
     train: dict[str, Any]
-    """What all runs share: a configuration of ``semroute train`` without output and seed."""
+    """Settings of all runs: a configuration of ``semroute train`` without output and seed."""
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """Name -> what differs, as dotted keys: ``{routing.strategy: depth}``. Besides, ``seeds``,
-    ``scoring`` and ``tuning`` say what else differs, ``of`` names an arm to judge otherwise, and
-    ``against`` one to be compared with."""
+    """Name -> differences as dotted keys: ``{routing.strategy: depth}``. Besides, ``seeds``,
+    ``scoring`` and ``tuning`` hold other differences, ``of`` names an arm to score differently, and
+    ``against`` one to compare with."""
     reference: str
-    """The arm that the others are compared with, where they name no other."""
+    """The arm that others are compared with by default."""
     seeds: Seeds
-    """Runs of an arm. Arms of one seed share initial weights, order of samples, t and noise."""
+    """One run of each arm per seed. Runs of one seed share initial weights, sample order, t and
+    noise."""
     scoring: Scoring | None = None
-    """None: runs are trained only, to be judged by other means."""
+    """Null: runs are only trained, to be scored by other means."""
     tuning: Tuning | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
         if self.reference not in self.arms:
-            raise ValueError(f"reference {self.reference!r} is no arm: {', '.join(self.arms)}")
+            raise ValueError(f"reference {self.reference!r} is not an arm: {', '.join(self.arms)}")
         for name in self.arms:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"arm {name!r} names a folder: use letters, digits, - _ .")
         if len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeat themselves")
+            raise ValueError(f"seeds {self.seeds} contain duplicates")
         for name in self.arms:
             self._check(name)
         if self.tuning is not None:
             shared = sorted({*self.seeds} & {*self.tuning.seeds})
             if shared:
                 raise ValueError(f"tuning.seeds shares {shared} with seeds: choose others")
-            judged_by = None if self.scoring is None else self.scoring.samples
-            if self.tuning.scoring.samples == judged_by:
+            samples = None if self.scoring is None else self.scoring.samples
+            if self.tuning.scoring.samples == samples:
                 raise ValueError(
-                    f"tuning.scoring.samples is {judged_by}, which the study is judged "
-                    "by: choose settings by other captions"
+                    f"tuning.scoring.samples is {samples}, by which the study is scored: choose "
+                    "settings by other captions"
                 )
         return self
 
     def _check(self, name: str) -> None:
         arm = self.arm(name)
         if arm.seeds is not None and not {*arm.seeds} <= {*self.seeds}:
-            raise ValueError(f"arm {name} has seeds {arm.seeds}, of which the study has not all")
+            raise ValueError(f"arm {name} has seeds {arm.seeds}, not all of which are the study's")
         for place, changes in (("scoring", arm.scoring), ("tuning", arm.tuning)):
             if found := sorted({*changes} & {*_SHARED}):
                 raise ValueError(
@@ -121,30 +122,30 @@ class StudyConfig(Contract):
                     "leave it out"
                 )
         if self.scoring is None and (arm.of is not None or arm.scoring):
-            raise ValueError(f"arm {name} is judged otherwise, in a study that judges nothing")
+            raise ValueError(f"arm {name} is scored differently, in a study without scoring")
         if arm.tuning and self.tuning is None:
             raise ValueError(f"arm {name} changes the tuning of a study that has none")
         if arm.against is not None and arm.against not in {*self.arms} - {name}:
-            raise ValueError(f"arm {name} is against {arm.against!r}, which is no other arm")
+            raise ValueError(f"arm {name} is against {arm.against!r}, which is not another arm")
         if arm.of is None:
             return
         if arm.of not in self.arms or "of" in self.arms[arm.of]:
-            raise ValueError(f"arm {name} is of {arm.of!r}, which is no arm with runs of its own")
+            raise ValueError(f"arm {name} is of {arm.of!r}, which is not an arm with its own runs")
         if arm.train or arm.tuning:
             raise ValueError(
-                f"arm {name} judges the runs of {arm.of} and trains none: it may have seeds and "
+                f"arm {name} scores the runs of {arm.of} and trains nothing: it may have seeds and "
                 "scoring only"
             )
 
     def arm(self, name: str) -> Arm:
-        """What differs in an arm."""
+        """The settings of an arm."""
         given = self.arms[name]
         own = {key: given[key] for key in given if key in Arm.model_fields and key != "train"}
         train = {key: given[key] for key in given if key not in own}
         return Arm.model_validate({**own, "train": train})
 
     def only(self, names: Iterable[str]) -> "StudyConfig":
-        """The study of some arms, with those that they are compared with and whose runs they judge.
+        """The study of some arms, with those that they are compared with or whose runs they score.
 
         Raises:
             InputError: no such arm.
@@ -154,15 +155,15 @@ class StudyConfig(Contract):
         while waiting:
             name = waiting.pop()
             if name not in self.arms:
-                raise InputError(f"{name!r} is no arm of this study: {', '.join(self.arms)}")
+                raise InputError(f"{name!r} is not an arm of this study: {', '.join(self.arms)}")
             wanted.add(name)
             others = {self.reference_of(name), self.arm(name).of or name}
             waiting += others - wanted
-        kept = {name: given for name, given in self.arms.items() if name in wanted}
-        return self.model_copy(update={"arms": kept})
+        arms = {name: given for name, given in self.arms.items() if name in wanted}
+        return self.model_copy(update={"arms": arms})
 
     def reference_of(self, name: str) -> str:
-        """What an arm is compared with; itself, where it is what others are compared with."""
+        """The arm that an arm is compared with; itself, for the study's reference."""
         arm = self.arm(name)
         return arm.against or arm.of or self.reference
 
@@ -171,13 +172,13 @@ class StudyConfig(Contract):
         return self.arm(name).seeds or self.seeds
 
     def scoring_of(self, name: str) -> Scoring | None:
-        """How an arm is judged, where the study judges."""
+        """Scoring of an arm; None if the study does not score."""
         if self.scoring is None:
             return None
         return _changed(self.scoring, self.arm(name).scoring, f"arm {name}, scoring")
 
     def trials_of(self, name: str) -> Scoring:
-        """How trials of an arm are judged, where the study tunes."""
+        """Scoring of an arm's trials, in a study that tunes."""
         assert self.tuning is not None
         return _changed(self.tuning.scoring, self.arm(name).tuning, f"arm {name}, tuning")
 
@@ -186,10 +187,10 @@ class StudyConfig(Contract):
 
         Args:
             arm: one that trains.
-            changes: dotted key -> value, put in last.
+            changes: dotted key -> value, which override all else.
 
         Raises:
-            InputError: what the study says of this arm is no valid configuration.
+            InputError: the settings of this arm are not a valid configuration.
         """
         document: dict[str, Any] = {}
         for key, value in {**self.train, **self.arm(arm).train, **changes}.items():

@@ -1,4 +1,4 @@
-"""Arrow schemas of the tables that stand beside the arrays."""
+"""Arrow schemas of the tables of a store."""
 
 import pyarrow as pa
 
@@ -14,9 +14,10 @@ CAPTIONS_SCHEMA = pa.schema(
         pa.field("row_stop", pa.int64(), nullable=False),
     ]
 )
-"""``captions.parquet``: a row a unique caption, in store order; row 0 is the null caption.
+"""``captions.parquet``: one row per unique caption, in store order; row 0 is the null caption.
 
-``token_ids`` are the stored rows' tokens, ``num_cut_tokens`` how many max_length cut off."""
+``token_ids`` are the tokens of the stored rows; ``num_cut_tokens`` is the number that max_length
+cut off."""
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -25,7 +26,7 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("image", pa.string()),
     ]
 )
-"""``samples.parquet`` of a feature store: a row an input row, in input order."""
+"""``samples.parquet`` of a feature store: one row per input row, in input order."""
 
 LATENT_SAMPLES_SCHEMA = pa.schema(
     [
@@ -36,4 +37,4 @@ LATENT_SAMPLES_SCHEMA = pa.schema(
         pa.field("bucket", pa.int32(), nullable=False),
     ]
 )
-"""``samples.parquet`` of a latent store: a row an input row, in input order."""
+"""``samples.parquet`` of a latent store: one row per input row, in input order."""

@@ -1,9 +1,9 @@
-"""The configuration of a training run, and the record that a run directory keeps of itself.
+"""The configuration of a training run.
 
-The defaults are the recipe of arXiv 2602.03510 and its reference code, but for these: phi_scale (1
-reproduces the reference), the router's own learning rate and no weight decay on the router. And two
-things that are no setting: gates start at zero, as the paper's text and not its code has it, and
-the average of the weights starts gently (see :class:`EMAConfig`).
+The defaults are the recipe of arXiv 2602.03510 and its reference code, except phi_scale (1
+reproduces the reference), the router's own learning rate and no weight decay on the router. Two
+more differences are not settings: gates start at zero, as in the paper's text but not in its code,
+and the average of the weights starts gently (see :class:`EMAConfig`).
 """
 
 from typing import Annotated, Literal
@@ -26,13 +26,13 @@ Tracker = Literal[
     "swanlab",
     "trackio",
 ]
-"""Those that Accelerate knows, by the name of their package."""
+"""Trackers that Accelerate supports, by the name of their package."""
 
 
 class RoutingConfig(Contract):
-    """Which mix of LLM layers a block reads (design: weights alpha from logits z(t, d)).
+    """The mix of LLM layers that a block reads: weights alpha from logits z(t, d).
 
-    A key that the strategy has no use for is an error.
+    A key that the strategy does not use is an error.
     """
 
     strategy: Literal[
@@ -49,39 +49,39 @@ class RoutingConfig(Contract):
         "mixes",
     ] = "depth"
     """One layer, the plain mean, one learned mix, or a mix by noise level, by block, by both, or by
-    token; a layer a block, layers side by side, or attention over layers, as deployed models do; or
-    ``mixes``, from a store that holds those of another run."""
+    token; one layer per block, layers side by side, or attention over layers, as in deployed
+    models; or ``mixes``, from a store that holds the mixes of another run."""
     phi_scale: float = Field(1000.0, gt=0)
-    """Multiplies t before the sinusoids of phi(t); 1 reproduces the reference code. Of ``time`` and
+    """Factor of t in the sinusoids of phi(t); 1 reproduces the reference code. For ``time`` and
     ``joint``."""
     t_jitter: float = Field(0.0, ge=0)
-    """Standard deviation of the noise on the t that gates are told in training, clipped to [0, 1].
-    Of ``time`` and ``joint``."""
+    """Standard deviation of noise on the t that gates see in training, clipped to [0, 1]. For
+    ``time`` and ``joint``."""
     weights: Literal["softmax", "signed"] = "softmax"
-    """Of learned logits z: softmax(z), or (1 + z) / L, which can be negative."""
+    """Weights from learned logits z: softmax(z), or (1 + z) / L, which can be negative."""
     top_k: Positive | None = None
-    """Keep only the k largest of learned weights; gradients still reach all."""
+    """Keep only the k largest learned weights; gradients still reach all."""
     rank: Positive | None = None
-    """Of ``depth``: logits are a product of rank r, so blocks share r patterns of layers."""
+    """For ``depth``: logits are a product of rank r, so blocks share r patterns of layers."""
     layers: list[Positive] | None = None
-    """Of ``one-per-block``, one a block; of ``concat`` and ``attention``, those that are read. By
-    default what the deployed model does, scaled to this LLM."""
+    """For ``one-per-block``, one layer per block; for ``concat`` and ``attention``, the layers that
+    are read. By default those of the deployed model, scaled to this LLM."""
     uniform_penalty: float = Field(0.0, ge=0)
-    """Added to the loss, times the chi-square distance of the weights from uniform."""
+    """Factor of the chi-square distance of the weights from uniform, added to the loss."""
     smooth_penalty: float = Field(0.0, ge=0)
-    """Added to the loss, times the same distance of neighbouring blocks. Of ``depth`` and
+    """Factor of the same distance between neighbouring blocks, added to the loss. For ``depth`` and
     ``joint``."""
 
     @model_validator(mode="after")
-    def _of_use(self) -> "RoutingConfig":
+    def _no_unused_keys(self) -> "RoutingConfig":
         useful = _ROUTING_KEYS.get(self.strategy, set())
         for name, field in type(self).model_fields.items():
             if name in {"strategy", *useful} or getattr(self, name) == field.default:
                 continue
             having = [strategy for strategy, keys in _ROUTING_KEYS.items() if name in keys]
             raise ValueError(
-                f"{name} is {getattr(self, name)!r}, which strategy {self.strategy} has no use "
-                f"for: leave it out, or choose of {', '.join(having)}"
+                f"{name} is {getattr(self, name)!r}, which strategy {self.strategy} does not use: "
+                f"leave it out, or choose from {', '.join(having)}"
             )
         return self
 
@@ -102,35 +102,35 @@ _ROUTING_KEYS = {
 
 
 class ModelConfig(Contract):
-    """The DiT. A named size, of which single numbers may be replaced."""
+    """The DiT: a named size, of which single numbers may be replaced."""
 
     size: Literal["nano", "small", "base", "paper"] = "paper"
     """From 1.2 million to 2.25 billion parameters; ``paper``: 24 blocks of width 2048."""
     depth: Positive | None = None
     """Number of blocks (D)."""
     width: Positive | None = None
-    """Of the residual stream."""
+    """Width of the residual stream."""
     num_heads: Positive | None = None
-    """Of attention."""
+    """Attention heads."""
     num_kv_heads: Positive | None = None
-    """Grouped-query attention: divides num_heads."""
+    """Heads of keys and values (grouped-query attention): divides num_heads."""
     head_dim: Positive | None = None
-    """Divisible by 4, for 2D RoPE."""
+    """Width of a head: divisible by 4, for 2D RoPE."""
     mlp_width: Positive | None = None
     """Hidden width of SwiGLU."""
     patch_size: Positive = 2
-    """Side of a patch, in latent pixels; divides the latent's height and width."""
+    """Side of a patch in latent pixels; divides the latent's height and width."""
     conditioning: Literal["none", "adaln"] = "none"
-    """How blocks see the noise level: not at all, as in the paper, or by adaLN."""
+    """Conditioning of blocks on the noise level: none, as in the paper, or adaLN."""
 
 
 class FlowConfig(Contract):
     """Rectified flow x_t = (1 - t) x_0 + t noise, t in [0, 1], 1 = pure noise."""
 
     prediction: Literal["velocity", "x0"] = "velocity"
-    """What the network gives: the velocity noise - x_0, or x_0 (with the velocity's loss)."""
+    """Output of the network: the velocity noise - x_0, or x_0 (with the velocity's loss)."""
     t_mean: float = 0.0
-    """Mean of the logit of t, which is normal, before the shift."""
+    """Mean of the logit of t, which is normally distributed, before the shift."""
     t_std: float = Field(1.0, gt=0)
     """Its standard deviation."""
     shift: float = Field(6.0, gt=0)
@@ -138,86 +138,87 @@ class FlowConfig(Contract):
 
 
 class OptimizerConfig(Contract):
-    """Two learning rates that matter, the router's apart."""
+    """Optimizer, learning rates (the router has its own) and schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """``muon``: torch.optim.Muon for the matrices of the blocks, AdamW for everything else."""
     lr: float = Field(1e-4, gt=0)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     muon_lr: float = Field(0.015, gt=0)
-    """Of the matrices, where name is ``muon``."""
+    """Learning rate of the matrices, if name is ``muon``."""
     router_lr: float = Field(1e-2, gt=0)
-    """Adam moves a logit by about this much a step, so at 1e-4 a short run stays uniform."""
+    """Learning rate of the router. Adam moves a logit by about this much per step, so at 1e-4 a
+    short run stays uniform."""
     router_scaling: Literal["fan_in", "none"] = "fan_in"
-    """``fan_in``: matrices of gates learn at router_lr / fan-in, so that the line above is true of
-    every strategy. ``none``: as in the reference, all at router_lr; at 1e-2 a gate then collapses
-    onto one layer within a few steps."""
+    """``fan_in``: matrices of gates learn at router_lr / fan-in, so that logits move by about
+    router_lr per step in every strategy. ``none``: as in the reference, all at router_lr; at 1e-2 a
+    gate then collapses onto one layer within a few steps."""
     weight_decay: float = Field(1e-4, ge=0)
     """Not applied to the router."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Of AdamW: decay of the mean of gradients."""
+    """AdamW: decay of the mean of gradients."""
     beta2: float = Field(0.999, ge=0, lt=1)
-    """Of AdamW: decay of the mean of squared gradients."""
+    """AdamW: decay of the mean of squared gradients."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of a larger norm, over all parameters, are scaled down to it."""
+    """Gradients with a larger norm, over all parameters, are scaled down to it."""
     warmup_steps: int = Field(0, ge=0)
-    """Linear: step s of the warm-up, counted from 1, has s / (warmup_steps + 1) of the rate."""
+    """Steps of linear warm-up: step s, counted from 1, has s / (warmup_steps + 1) of the rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up; cosine and linear fall to 0 at the last step."""
 
 
 class SelectionConfig(Contract):
-    """Which samples and captions of a pair of stores take part, and how often. By default all,
-    alike."""
+    """Selection of samples and captions of a pair of stores, and their weights. By default all take
+    part equally."""
 
     filter: str | None = None
-    """Only captions of which this is true, such as ``num_tokens <= 64 and style in ["photo"]``;
-    samples without one are left out."""
+    """Only captions for which this is true, such as ``num_tokens <= 64 and style in ["photo"]``;
+    samples without such a caption are left out."""
     caption_weights: list[Annotated[float, Field(ge=0)]] | str | None = None
-    """How often each caption of a sample is shown against its others: numbers by their place, or a
-    column of them. 0 is never."""
+    """Relative frequency of each caption of a sample: numbers in order of the captions, or a column
+    of such lists. 0 means never."""
     columns: str | None = None
-    """A parquet, csv or jsonl file with more columns: the table that the stores were made of, or
+    """A parquet, csv or jsonl file with more columns: the table that the stores were made from, or
     one with ``sample_id``."""
 
 
 class SourceConfig(Contract):
-    """Another pair of stores to train on."""
+    """A further pair of stores to train on."""
 
     features: str
     """A complete feature store, of the same model, template and layers."""
     latents: str
     """Its latent store."""
     proportion: Annotated[float, Field(gt=0, lt=1)]
-    """Share of all samples that come from here; the run's own stores have what is left."""
+    """Share of all samples that come from here; the rest come from the run's own stores."""
     select: SelectionConfig = SelectionConfig()
 
 
 class DataConfig(Contract):
-    """What a step reads."""
+    """The data that a step reads."""
 
     batch_size: Positive = 512
-    """Samples a step, over all ranks and accumulation steps."""
+    """Samples per step, over all ranks and accumulation steps."""
     noise_draws: Positive = 1
-    """Pairs of t and noise drawn for each sample read; each is a row of the DiT's batch."""
+    """Pairs of t and noise for each sample read; each pair is a row of the DiT's batch."""
     caption_dropout: Fraction = 0.1
-    """Share of samples whose caption becomes the null caption."""
+    """Share of samples whose caption is replaced by the null caption."""
     posterior: Literal["sample", "mean"] = "sample"
-    """Of latents that are stored with a deviation: a new draw each time that a sample is shown, or
+    """For latents that are stored with a deviation: a new sample of the posterior each time, or
     always the mean."""
     prefetch: Positive = 4
     """Batches read ahead."""
     workers: Positive = 1
-    """Threads that read them, each a batch of its own. More help where a disk or a network must
-    wait, or a codec decodes on several cores."""
+    """Threads that read batches, one batch each. More threads help with a slow disk or network, or
+    if a codec decodes on several cores."""
     order: Literal["random", "shards"] = "random"
-    """``random``: any sample may follow any other; ``shards``: shard by shard, for stores that are
-    not held in memory."""
+    """``random``: any sample may follow any other; ``shards``: shard by shard, for stores larger
+    than memory."""
     window: Positive = 16
-    """Of order ``shards``: how many shards are mixed at any time."""
+    """For order ``shards``: number of shards that are mixed at any time."""
     select: SelectionConfig = SelectionConfig()
     mixture: list[SourceConfig] = Field(default_factory=list)
-    """Other pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
+    """Further pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
     ``select``."""
 
 
@@ -225,29 +226,30 @@ class EMAConfig(Contract):
     """Exponential moving average of the weights, kept in fp32."""
 
     decay: Fraction = 0.99
-    """Of update n at most (1 + n) / (10 + n), so that a short run's average is not its start."""
+    """Decay per update; at update n at most (1 + n) / (10 + n), so that the average of a short run
+    is not dominated by its start."""
     every: Positive = 100
     """Steps between updates."""
 
 
 class ValidationConfig(Contract):
-    """What is never trained on, and measured by: a share of the samples, or a second pair of
-    stores. By default nothing is."""
+    """Held-out data to measure the loss on: a share of the samples, or a second pair of stores. By
+    default none."""
 
     share: float = Field(0.0, ge=0, lt=1)
-    """Share of the samples that are held out. Other images of their captions are not."""
+    """Share of the samples that are held out; other images of their captions are not."""
     features: str | None = None
-    """A second feature store to measure by instead, of the same LLM, template and layers."""
+    """A second feature store to use instead, of the same LLM, template and layers."""
     latents: str | None = None
     """Its latent store."""
     every: Positive = 500
     """Steps between measurements; there is one at the end in any case."""
     num_samples: Positive = 256
-    """At most so many samples are measured by."""
+    """Upper limit of the number of samples used."""
     num_bins: Positive = 8
-    """Equal parts of t from 0 to 1; each sample is shown once in each, at a t of its own."""
+    """Number of equal parts of t from 0 to 1; each sample is used once in each, at its own t."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the choice of samples, their t and their noise. Runs compare where it is the same."""
+    """Seed of the choice of samples, their t and noise. Runs are comparable if it is the same."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "ValidationConfig":
@@ -259,7 +261,7 @@ class ValidationConfig(Contract):
 
 
 class TrainConfig(Contract):
-    """Everything that ``semroute train`` needs."""
+    """Configuration of ``semroute train``."""
 
     features: str
     """A complete feature store."""
@@ -268,29 +270,29 @@ class TrainConfig(Contract):
     output: str
     """The run directory."""
     start: str | None = None
-    """A run whose moving average, at its newest checkpoint, is what this one's weights start from;
-    the router's too where the strategy is the same. By default weights are fresh."""
+    """A run whose moving average, at its newest checkpoint, initializes the weights of this one;
+    the router's too if the strategy is the same. By default weights are random."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the weights, and with a position of the order, caption dropout, t and noise."""
+    """Seed of the weights and, together with a position, of order, caption dropout, t and noise."""
     steps: Positive = 500_000
-    """Of the optimizer. May grow when a run is continued, under a constant schedule."""
+    """Steps of the optimizer; may grow when a run is resumed, under a constant schedule."""
     grad_accum_steps: Positive = 1
-    """Parts that a rank's share of a batch is computed in; divides batch_size."""
+    """Number of parts in which a rank's share of a batch is computed; divides batch_size."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Autocast of matrix products; weights, residual stream and routing stay in fp32."""
+    """Autocast for matrix products; weights, residual stream and routing stay in fp32."""
     log_every: Positive = 10
     """Steps between lines of metrics."""
     checkpoint_every: Positive = 5_000
     """Steps between checkpoints; there is one at the end in any case."""
     keep_checkpoints: Positive = 3
-    """The newest that are kept."""
+    """Number of newest checkpoints that are kept."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each block, and compute the rest again in the backward pass: less
-    memory for about a third more work, the same numbers."""
+    """Keep only the input of each block, and recompute the rest in the backward pass: less memory
+    for about a third more work, the same numbers."""
     compile: bool = False
-    """Compile the blocks with ``torch.compile``: slow first steps, and other rounding."""
+    """Compile the blocks with ``torch.compile``: slow first steps, and different rounding."""
     tracker: Tracker = "none"
-    """Gets every line of metrics too, through Accelerate. ``metrics.jsonl`` is always written."""
+    """Also receives all metrics, through Accelerate. ``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
@@ -305,7 +307,7 @@ class TrainConfig(Contract):
         if value == "fp16":
             raise ValueError(
                 "fp16 ends at 65,504, which hidden states of LLMs exceed, and needs a loss scaler, "
-                "which would make steps that are skipped: use bf16, or no"
+                "which would skip steps: use bf16, or no"
             )
         return value
 

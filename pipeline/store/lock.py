@@ -1,11 +1,11 @@
-"""One driver a store, or a run: a file that says who writes, and that it lives.
+"""One writer per store or run, its driver: a file that names it and shows that it is alive.
 
-On a file system the file is linked into its place, and touched to show life. In an object store it
-is put where there is none yet, and put again, with another number of beats. An object cannot be
-renamed, so to take over the lock of a driver that died is to remove it and to put one's own: of two
-that do so at once, each may have removed the other's. Every driver therefore looks for its own file
-before it beats, and stops where another's is; and after a take-over it waits for a beat before it
-begins.
+On a file system the file is linked into place, and touched to show life. In an object store it is
+put if there is none yet, and put again with another number of beats. An object cannot be renamed,
+so taking over the lock of a dead driver means removing its file and putting one's own: of two
+drivers that do so at once, each may have removed the other's. Every driver therefore checks that
+the file is its own before each beat, and stops if it is not; and after taking over, it waits for
+one beat before it begins.
 """
 
 import json
@@ -25,14 +25,14 @@ from ...schemas import LOCK_FILE, InputError, LockOwner, render, write_document
 from ...schemas.files import StorageError, create_object, is_local, read_file, remove
 
 BEAT_SECONDS = 5.0
-"""How often a driver shows that it lives."""
+"""Seconds between signs of life of a driver."""
 WATCH_BEATS = 4
-"""Beats to watch before a driver of another machine is taken for dead. What is watched is whether
-the file changes, so that clocks need not agree."""
+"""Beats to watch before a driver on another machine is taken for dead. It is watched whether the
+file changes, so clocks need not agree."""
 
 
 class LockedError(InputError):
-    """Another driver is at work."""
+    """Another driver is writing."""
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Lock:
     """The lock that this process holds.
 
     Attributes:
-        lost: another driver took this one for dead, and its lock.
-        stop: set when that was seen.
+        lost: another driver took this one for dead and has taken over its lock.
+        stop: set as soon as this is noticed.
     """
 
     lost: bool = False
@@ -50,14 +50,15 @@ class Lock:
 
 @contextmanager
 def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterator[Lock]:
-    """Be the only driver of a folder; the file of one that died is replaced.
+    """Be the only driver of a folder; the lock of a dead driver is taken over.
 
     Args:
-        store: a store's, or a run's.
-        hint: what to tell besides, where another is at work.
+        store: folder of a store or a run.
+        report: takes one line of text at a time.
+        hint: added to the message if another driver is writing.
 
     Raises:
-        LockedError: another driver is at work.
+        LockedError: another driver is writing.
         StorageError: the store is behind a URL that cannot be written to.
     """
     path, local = store / LOCK_FILE, is_local(store)
@@ -68,24 +69,24 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
         except FileExistsError as error:
             raise InputError(f"{store} is a file; expected a new folder") from error
     else:
-        _check_kind(store)
+        _check_writable(store)
     own = LockOwner(
         host=socket.gethostname(),
         pid=os.getpid(),
-        begun=_begun(os.getpid()),
+        begun=_start_ticks(os.getpid()),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
-    _take(path, own, report, hint)
+    _acquire(path, own, report, hint)
     lock, end = Lock(), threading.Event()
 
     def beat() -> None:
         beats = 0
         while not end.wait(BEAT_SECONDS):
-            # The disk is full, the network is down or the store is gone: others will say so.
+            # A full disk, a network that is down or a removed store is reported elsewhere.
             with suppress(Exception):
-                found = _read(path)
-                if found is None or found.token != own.token:
+                owner = _read(path)
+                if owner is None or owner.token != own.token:
                     lock.lost = True
                     lock.stop.set()
                     return
@@ -100,23 +101,23 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
         end.set()
         thread.join()
         with suppress(OSError):
-            found = read_driver(store)
-            if found is not None and found.token == own.token:
+            owner = read_driver(store)
+            if owner is not None and owner.token == own.token:
                 remove(path)
         if is_new and not any(store.iterdir()):
             store.rmdir()
 
 
 def read_driver(store: Path) -> LockOwner | None:
-    """Who writes to a store, or died while doing so."""
+    """The driver that writes to a store, or died while doing so; None if there is none."""
     return _read(store / LOCK_FILE)
 
 
 def is_dead(driver: LockOwner) -> bool | None:
-    """Whether a driver of this machine is gone; None for one of another."""
+    """True if a driver on this machine has ended, False if not; None on another machine."""
     if driver.host != socket.gethostname():
         return None
-    return _begun(driver.pid) != driver.begun
+    return _start_ticks(driver.pid) != driver.begun
 
 
 def _read(path: Path) -> LockOwner | None:
@@ -126,11 +127,11 @@ def _read(path: Path) -> LockOwner | None:
         return None
 
 
-def _check_kind(store: Any) -> None:
+def _check_writable(store: Any) -> None:
     if store.protocol == "hf":
         raise StorageError(
-            f"{store}: every file would be a commit to the Hub. Name another place, and take the "
-            "finished store to the Hub with semroute push."
+            f"{store}: every file would be a commit to the Hub. Name another place, and upload the "
+            "finished store with semroute push."
         )
 
 
@@ -141,38 +142,38 @@ def _show_life(path: Path, own: LockOwner) -> None:
         write_document(path, render(own))
 
 
-def _sign(path: Path) -> Any:
-    """What changes while a driver lives."""
+def _life_sign(path: Path) -> Any:
+    """A value that changes while the driver is alive."""
     return path.stat().st_mtime_ns if is_local(path) else read_file(path)
 
 
 def _create(path: Path, own: LockOwner) -> bool:
-    """Put the file where there is none: whether it was put."""
+    """Put the file if there is none; returns whether it was put."""
     if not is_local(path):
         try:
             return create_object(path, render(own).encode())
-        except Exception as error:  # no rights, no network: each package of fsspec has its own
+        except Exception as error:  # no permission, no network: each package of fsspec has its own
             raise StorageError(
                 f"{path.parent} cannot be written to: {type(error).__name__}: {error}"
             ) from error
     # Linked, not opened: whoever sees the file sees all of it.
-    aside = _aside(path, own)
-    aside.write_text(render(own), "utf-8")
+    temporary = _own_file(path, own)
+    temporary.write_text(render(own), "utf-8")
     try:
-        _link(aside, path)
+        _link(temporary, path)
         return True
     except FileExistsError:
         return False
     finally:
-        aside.unlink()
+        temporary.unlink()
 
 
-def _aside(path: Path, own: LockOwner) -> Path:
+def _own_file(path: Path, own: LockOwner) -> Path:
     return path.with_name(f"{LOCK_FILE}.{own.token}")
 
 
 def _link(file: Path, path: Path) -> None:
-    """Make a file appear whole, unless there is one."""
+    """Make a file appear whole at ``path``, unless there is one."""
     try:
         os.link(file, path)
     except FileExistsError:
@@ -182,66 +183,66 @@ def _link(file: Path, path: Path) -> None:
             target.write(file.read_text("utf-8"))
 
 
-def _take(path: Path, own: LockOwner, report: Callable[[str], None], hint: str) -> None:
+def _acquire(path: Path, own: LockOwner, report: Callable[[str], None], hint: str) -> None:
     taken_over = False
     while not _create(path, own):
-        found = _read(path)
-        if found is not None and not _is_gone(path, found, report):
-            raise _held(path, found, hint)
-        who = "a driver" if found is None else f"process {found.pid} on {found.host}"
-        report(f"the lock of {who}, which is gone, is taken over")
+        owner = _read(path)
+        if owner is not None and not _is_gone(path, owner, report):
+            raise _locked_error(path, owner, hint)
+        who = "a driver" if owner is None else f"process {owner.pid} on {owner.host}"
+        report(f"taking over the lock of {who}, which is gone")
         taken_over = True
         if not is_local(path):
-            if _read(path) == found:
+            if _read(path) == owner:
                 remove(path)
             continue
         # Renamed, not deleted: of two that take it over, one finds that it is no longer there.
-        aside = _aside(path, own)
+        removed = _own_file(path, own)
         with suppress(FileNotFoundError):
-            path.rename(aside)
-            if _read(aside) != found:  # the other was quicker: this is its own
+            path.rename(removed)
+            if _read(removed) != owner:  # the other was quicker: this is its lock, put it back
                 with suppress(FileExistsError):
-                    _link(aside, path)
-            aside.unlink()
+                    _link(removed, path)
+            removed.unlink()
     if taken_over and not is_local(path):
         time.sleep(BEAT_SECONDS)
-        found = _read(path)
-        if found is not None and found.token != own.token:
-            raise _held(path, found, hint)
+        owner = _read(path)
+        if owner is not None and owner.token != own.token:
+            raise _locked_error(path, owner, hint)
 
 
-def _held(path: Path, found: LockOwner, hint: str) -> LockedError:
+def _locked_error(path: Path, owner: LockOwner, hint: str) -> LockedError:
     return LockedError(
-        f"{path.parent} is being written by process {found.pid} on {found.host}, since "
-        f"{found.started}. Wait for it, or stop it.{hint}"
+        f"{path.parent} is being written by process {owner.pid} on {owner.host}, since "
+        f"{owner.started}. Wait for it, or stop it.{hint}"
     )
 
 
-def _is_gone(path: Path, found: LockOwner, report: Callable[[str], None]) -> bool:
-    dead = is_dead(found)
+def _is_gone(path: Path, owner: LockOwner, report: Callable[[str], None]) -> bool:
+    dead = is_dead(owner)
     if dead is not None:
         return dead
     seconds = WATCH_BEATS * BEAT_SECONDS
     report(
-        f"{path} is of process {found.pid} on {found.host}; watching for {seconds:.0f} s whether "
-        "it is alive"
+        f"{path} belongs to process {owner.pid} on {owner.host}; watching for {seconds:.0f} s "
+        "whether it is alive"
     )
     try:
-        before = _sign(path)
+        before = _life_sign(path)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(0.5, BEAT_SECONDS))
-            if _sign(path) != before:
+            if _life_sign(path) != before:
                 return False
     except FileNotFoundError:
         return True
     return True
 
 
-def _begun(pid: int) -> str:
-    """When a process of this machine began, in clock ticks since boot; empty where there is none.
+def _start_ticks(pid: int) -> str:
+    """Start of a process on this machine in clock ticks since boot; empty if there is none.
 
-    With the pid it names a process for good: pids are used again. /proc/PID/stat, field 22.
+    Pids are reused; pid and start together identify a process. /proc/PID/stat, field 22.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

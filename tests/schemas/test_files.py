@@ -278,7 +278,7 @@ class TestLock:
         said = []
         with locked(place, said.append):
             assert "watching for 0 s whether it is alive" in said[0]
-            assert "is taken over" in said[1]
+            assert "taking over the lock of" in said[1]
 
     def test_a_driver_elsewhere_that_beats_is_alive(self, s3, monkeypatch):
         monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)

@@ -57,8 +57,8 @@ def test_the_lock_of_the_dead_is_taken_over(other):
     said = []
     with locked(store, said.append):
         assert read_driver(store).pid == os.getpid()
-    assert said == [f"the lock of process {process.pid} on {lock.socket.gethostname()}, which is "
-                    "gone, is taken over"]  # fmt: skip
+    who = f"process {process.pid} on {lock.socket.gethostname()}"
+    assert said == [f"taking over the lock of {who}, which is gone"]
     assert not (store / LOCK_FILE).exists()
 
 

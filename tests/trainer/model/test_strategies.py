@@ -366,11 +366,11 @@ class TestOfUse:
     @pytest.mark.parametrize(
         ("document", "message"),
         [
-            ({"strategy": "time", "rank": 2}, "rank is 2, which strategy time has no use for"),
-            ({"strategy": "uniform", "top_k": 2}, "choose of static, time, depth, joint, token"),
-            ({"strategy": "depth", "phi_scale": 1.0}, "phi_scale is 1.0.* choose of time, joint"),
-            ({"strategy": "static", "smooth_penalty": 1.0}, "choose of depth, joint"),
-            ({"strategy": "depth", "layers": [1]}, "choose of one-per-block, concat, attention"),
+            ({"strategy": "time", "rank": 2}, "rank is 2, which strategy time does not use"),
+            ({"strategy": "uniform", "top_k": 2}, "choose from static, time, depth, joint, token"),
+            ({"strategy": "depth", "phi_scale": 1.0}, "phi_scale is 1.0.* choose from time, joint"),
+            ({"strategy": "static", "smooth_penalty": 1.0}, "choose from depth, joint"),
+            ({"strategy": "depth", "layers": [1]}, "choose from one-per-block, concat, attention"),
         ],
     )  # fmt: skip
     def test_a_key_that_would_do_nothing_is_an_error(self, document, message):

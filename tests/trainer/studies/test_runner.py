@@ -284,7 +284,7 @@ class TestStudy:
         assert "3 arms x 2 seeds" in report  # what it is of, and the reference
         assert "Not done yet and left out: `late`: 0, 1." in report
         printed = invoke("study", file, "--report-only", "--arm", "none", code=1)
-        assert "'none' is no arm of this study: uniform, depth, late" in printed
+        assert "'none' is not an arm of this study: uniform, depth, late" in printed
 
     def test_a_file_that_holds_no_scores_is_refused(self, world, done, tmp_path):
         content = document(world, tmp_path / "out")
@@ -303,7 +303,7 @@ class TestStudy:
         assert "no scoring, so there is no report" in invoke("study", file, "--report-only", code=1)
         content["arms"]["late"] = {"of": "depth"}
         printed = invoke("study", write(tmp_path / "other.yaml", content), code=1)
-        assert "in a study that judges nothing" in printed
+        assert "in a study without scoring" in printed
 
     def test_a_run_that_fails_is_named_and_the_others_are_done(self, world, tmp_path):
         content = document(world, tmp_path / "out")
@@ -483,20 +483,20 @@ class TestConfiguration:
             study.trials_of(arm)
 
     def test_refuses_what_cannot_be_compared(self, world):
-        self.refused(world, "reference 'best' is no arm: uniform, depth", reference="best")
-        self.refused(world, "repeat themselves", seeds=[1, 1])
+        self.refused(world, "reference 'best' is not an arm: uniform, depth", reference="best")
+        self.refused(world, "contain duplicates", seeds=[1, 1])
         self.refused(world, r"tuning.seeds shares \[7\] with seeds", seeds=[0, 7])
         self.refused(world, "names a folder", arms={"uniform": {}, "a/b": {}})
 
     @pytest.mark.parametrize(
         ("arm", "message"),
         [
-            ({"of": "best"}, "arm late is of 'best', which is no arm with runs of its own"),
-            ({"of": "later"}, "arm late is of 'later', which is no arm with runs of its own"),
-            ({"of": "depth", "steps": 3}, "judges the runs of depth and trains none"),
+            ({"of": "best"}, "arm late is of 'best', which is not an arm with its own runs"),
+            ({"of": "later"}, "arm late is of 'later', which is not an arm with its own runs"),
+            ({"of": "depth", "steps": 3}, "scores the runs of depth and trains nothing"),
             ({"against": "best"}, "arm late is against 'best', which is no other arm"),
             ({"against": "late"}, "arm late is against 'late', which is no other arm"),
-            ({"seeds": [0, 5]}, r"seeds \[0, 5\], of which the study has not all"),
+            ({"seeds": [0, 5]}, r"seeds \[0, 5\], not all of which are"),
             ({"scoring": {"cfg_scales": [2.0]}}, "changes scoring.cfg_scales, by which all arms"),
             ({"scoring": {"sampler": "x"}}, "(?s)arm late, scoring.*sampler"),
         ],
