@@ -14,7 +14,7 @@ from semroute.schemas import LOCK_FILE, InputError
 HOLD = """
 import sys, time
 from pathlib import Path
-from semroute.pipeline.lock import locked
+from semroute.pipeline.store.lock import locked
 with locked(Path(sys.argv[1]), print):
     print("locked", flush=True)
     time.sleep(60)
