@@ -338,6 +338,38 @@ class TestFiles:
         missing = [link for link in links if not (ROOT / link).exists() and link != PICTURE]
         assert missing == []
 
+    @pytest.mark.parametrize("path", [*PAGES, *DOCS.glob("benchmarks/*.md")], ids=lambda p: p.name)
+    def test_files_that_pages_name_exist(self, path):
+        folders = "schemas|pipeline|trainer|tests|benchmarks|studies|docs"
+        named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", path.read_text("utf-8"))
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+    def test_names_of_code_are_where_pages_say(self):
+        text = page("architecture.md") + page("contributing.md")
+        named = re.findall(r"`([\w.]+)` in\s+`([\w/]+\.py)`", text)
+        named += [(name, file) for file, name in re.findall(r"^\| `(\S+)` \| `(\w+)`", text, re.M)]
+        assert len(named) > 60
+        for name, file in named:
+            last = name.rpartition(".")[2]
+            defined = rf"^\s*(?:def|class) {last}\b|^\s*{last}\b(?:: [^=\n]+)?(?: =|$)"
+            assert re.search(defined, (ROOT / file).read_text("utf-8"), re.M), f"{name} in {file}"
+
+    def test_tests_that_fail_until_an_addition_is_complete_exist(self):
+        sources = "".join(path.read_text("utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+        named = re.findall(r"`(test_\w+)`", page("contributing.md"))
+        assert len(named) >= 8
+        assert [name for name in named if f"def {name}(" not in sources] == []
+
+    def test_the_drawing_shows_every_package(self):
+        packages = {
+            path.parent.relative_to(ROOT).as_posix()
+            for folder in ("pipeline", "trainer")
+            for path in ROOT.glob(f"{folder}/*/__init__.py")
+        }
+        drawing = page("images/architecture.svg")
+        shown = re.findall(r">((?:pipeline|trainer)/\w+)<", drawing)
+        assert sorted(shown) == sorted(packages - {"trainer/commands"})
+
     def test_arrows_are_those_of_the_test(self):
         arrows = runpy.run_path(str(ROOT / "tests" / "test_arrows.py"))
         found = {}
