@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "features": ["extract"],
         "latents": ["encode_images"],
         "plan": ["Plan", "make_plan"],
-        "prompts": ["PromptEncoder", "encode_prompts"],
+        "prompts": ["PromptEncoder"],
         "worker": ["encoder_of"],
     },
 )

@@ -138,10 +138,3 @@ class PromptEncoder:
                 self._located, identity.llm_layers, identity.dtype, self._device
             )
         return self._encoder
-
-
-def encode_prompts(
-    texts: Sequence[str], identity: FeatureIdentity, model: str, device: str | None = None
-) -> EncodedPrompts:
-    """Encode new texts once, see :class:`PromptEncoder`."""
-    return PromptEncoder(identity, model, device)(texts)

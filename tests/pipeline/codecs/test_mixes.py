@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from semroute.pipeline.codecs.mixes import TOLERANCE, combine, find_mixes, mix
-from semroute.pipeline.extraction.prompts import encode_prompts
+from semroute.pipeline.extraction.prompts import PromptEncoder
 from semroute.pipeline.extraction.rewrite import rewrite
 from semroute.pipeline.store.open import open_features
 from semroute.schemas import (
@@ -392,7 +392,7 @@ class TestTraining:
     def test_new_prompts_are_mixed(self, run, tiny_llm):
         store = open_features(run.record.config.features)
         text = store.captions["text"][7].as_py()
-        prompts = encode_prompts([text], run.record.features, str(tiny_llm))
+        prompts = PromptEncoder(run.record.features, str(tiny_llm))([text])
         for entry, caption in ((0, 0), (1, 7)):
             a, b = prompts.read([entry]).tensor(), store.read([caption]).tensor()
             torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from semroute.pipeline.extraction.prompts import encode_prompts
+from semroute.pipeline.extraction.prompts import PromptEncoder
 from semroute.pipeline.extraction.rewrite import rewrite
 from semroute.pipeline.store.documents import StoreError
 from semroute.pipeline.store.open import open_features
@@ -67,7 +67,7 @@ def test_shuffled_layers_are_the_same_ones_in_an_order_of_each_caption(arguments
     with pytest.raises(InputError, match="codec delta is fitted to what each layer is"):
         rewrite(**arguments | given | {"codec": "delta", "out": found.path.with_name("d")})
     with pytest.raises(InputError, match="layers in random order, a control"):
-        encode_prompts(["a cat"], found.manifest.identity, "nowhere")
+        PromptEncoder(found.manifest.identity, "nowhere")
 
 
 @pytest.mark.parametrize("codec", ["delta", "linear"])

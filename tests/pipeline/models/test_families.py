@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.extraction.plan import make_plan
-from semroute.pipeline.extraction.prompts import encode_prompts
+from semroute.pipeline.extraction.prompts import PromptEncoder
 from semroute.pipeline.extraction.requests import CaptionsRequest
 from semroute.pipeline.models.hub import find_model
 from semroute.pipeline.models.llm import (
@@ -251,7 +251,7 @@ def test_what_is_cached_equals_what_transformers_gives_online(family, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(caption.hidden), expected, rtol=1.01 * 2**-8, atol=1e-5
         )
-    prompts = encode_prompts(TEXTS[1:2], store.manifest.identity, folder)
+    prompts = PromptEncoder(store.manifest.identity, folder)(TEXTS[1:2])
     (stored,) = (caption.hidden for caption in store if caption.text == TEXTS[1])
     np.testing.assert_allclose(prompts.read([1]).numpy(), stored, rtol=1.01 * 2**-7, atol=1e-5)
 
