@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     num_bytes = int(float(match[1]) * unit) if match and unit else 0
     if num_bytes <= 0:
         raise InputError(
-            f"{text!r} is no size; expected a number and a unit, such as 256MB or 1GiB"
+            f"{text!r} is not a size; expected a number and a unit, such as 256MB or 1GiB"
         )
     return num_bytes
 

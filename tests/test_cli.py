@@ -385,7 +385,7 @@ def test_numbers_in_overrides_are_numbers(tmp_path):
 def test_sizes_are_refused_by_name(tmp_path):
     result = CliRunner().invoke(cli, ["latents", "x.parquet", str(tmp_path), "--shard-size", "big"])
     assert result.exit_code == 2
-    assert "'big' is no size; expected a number and a unit" in result.output
+    assert "'big' is not a size; expected a number and a unit" in result.output
 
 
 def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):

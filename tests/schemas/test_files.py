@@ -89,7 +89,7 @@ def place(request):
 
 @pytest.fixture(scope="module")
 def arguments(samples_file, tiny_llm):
-    """What every extraction here has in common."""
+    """Arguments of every extraction here."""
     how = {"model": str(tiny_llm), "codec": "bf16", "shard_bytes": 100_000, "threads": 1}
     return {"source": str(samples_file), "workers": 0, "report": [].append} | how
 
@@ -101,7 +101,7 @@ def local(arguments, tmp_path_factory):
 
 
 def contents(path) -> dict[str, bytes]:
-    """All that does not hold a time."""
+    """All files that hold no time."""
     changing = ("receipts/", "manifest.json", "checksums.json", "driver.json")
     names = [name for name in list_files(path) if not name.startswith(changing)]
     return read_files(path, names)

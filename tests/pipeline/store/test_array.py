@@ -104,7 +104,7 @@ def test_a_file_is_what_zarr_python_would_write(tmp_path, dtype, order, threads)
 
 
 def test_two_that_write_the_same_shard_do_not_meet(array, monkeypatch):
-    """A worker that was taken for dead, and the one that has its shard now."""
+    """A worker that was taken for dead, and the one that now has its shard."""
     from semroute.schemas import atomic
 
     rows, publish = shard_rows(array), atomic.publish

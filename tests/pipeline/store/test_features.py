@@ -14,7 +14,7 @@ from semroute.schemas import Quarantine
 
 
 class StoreContract:
-    """What holds for every kind of store; ``store`` is the path of a complete one to change."""
+    """Tests of every kind of store; ``store`` is the path of a complete one that may be changed."""
 
     kind: type[FeatureStore] | type[LatentStore]
 
@@ -273,7 +273,7 @@ class TestSearch:
 class TestLazyArrays:
     @pytest.fixture
     def store(self, random_store, monkeypatch):
-        """Of a codec whose layers depend on each other, in blocks of few captions."""
+        """A store whose codec makes layers depend on each other, in blocks of few captions."""
         pytest.importorskip("dask.array")
         monkeypatch.setattr("semroute.pipeline.store.lazy.DASK_BYTES", 40_000)
         return semroute.open_features(random_store("delta"))

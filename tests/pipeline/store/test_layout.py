@@ -78,7 +78,7 @@ def test_sizes_are_read(text, num_bytes):
 
 @pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "5 parsecs", "1e3"])
 def test_nonsense_is_no_size(text):
-    with pytest.raises(InputError, match="is no size; expected"):
+    with pytest.raises(InputError, match="is not a size; expected"):
         parse_bytes(text)
 
 

@@ -23,7 +23,7 @@ with locked(Path(sys.argv[1]), print):
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that drives a store."""
+    """A store, and another process that holds its lock."""
     store = tmp_path / "store"
     command = [sys.executable, "-c", HOLD, str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -43,7 +43,7 @@ def test_a_store_as_it_was_written_has_no_problem(store, latent_store):
 
 
 def test_a_flipped_byte_anywhere_is_found(delta):
-    """Every file; of large ones every so many bytes, another set of bits each time."""
+    """In every file; in large ones at intervals, with a different set of bits each time."""
     missed = []
     for file in sorted(delta.rglob("*")):
         if not file.is_file():
