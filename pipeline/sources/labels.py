@@ -92,8 +92,8 @@ def read_labels(
             distinct.setdefault(name, set()).add(value)
     if not common:
         raise InputError(
-            f"{source}: none of its {table.num_rows:,} captions is among the {len(texts):,} "
-            "stored ones; name the column of captions with --text-column"
+            f"{source}: none of its {table.num_rows:,} captions is among the {len(texts):,} that "
+            "are stored; name the column of captions with --text-column"
         )
     for name in names:
         if not any(_is_part(leaf, name) for leaf in by_label):

@@ -269,7 +269,7 @@ def test_neither_padding_nor_fewer_blocks_change_a_layer(family):
         assert torch.equal(encode(encoder, sequences()), every[:, : last + 1])
 
 
-def test_captions_in_one_line_are_kept_apart_or_the_trial_says_not(family, tmp_path):
+def test_captions_in_one_row_are_kept_apart_or_the_trial_says_not(family, tmp_path):
     made, model, folder = family
     encoder = Encoder(find_model(folder), range(NUM_LAYERS + 1), "float32", "cpu")
     apart = supports_packing(encoder, sequences()[:3])
