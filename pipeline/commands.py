@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
-from ..schemas import MAX_QUALITY, MIN_QUALITY, InputError, parse
+from ..schemas import MAX_QUALITY, MIN_QUALITY, CodecName, InputError, parse
 from ..schemas.units import parse_bytes
 from .executor.base import Interrupted
 
@@ -74,7 +74,7 @@ class _ByteSize(click.ParamType):
 
 
 BYTE_SIZE = _ByteSize()
-CODECS = click.Choice(["bf16", "lossless", "delta", "linear"])
+CODECS = click.Choice(get_args(CodecName))
 quality_option = click.option(
     "--quality",
     type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),

@@ -9,6 +9,7 @@ from .mixes import Mixes
 
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
+CodecName = Literal["bf16", "lossless", "delta", "linear"]
 
 
 class ModelIdentity(Contract):
@@ -129,7 +130,7 @@ class Fit(Contract):
 class Codec(Contract):
     """The codec of the hidden states (see ``pipeline.codecs``)."""
 
-    name: Literal["bf16", "lossless", "delta", "linear"]
+    name: CodecName
     quality: float | None = Field(None, ge=MIN_QUALITY, le=MAX_QUALITY)
     """delta, linear: the step is 2**-quality; one more halves the error and costs one bit."""
     code_bits: Literal[4, 8] | None = None

@@ -22,7 +22,7 @@ from semroute.schemas import (
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
     BenchmarkName,
-    Codec,
+    CodecName,
     FeatureManifest,
     ImageSetRecord,
     JobQueue,
@@ -255,7 +255,7 @@ class TestContracts:
         assert [row[0] for row in rows] == list(names)
 
     def test_codecs_are_those_of_the_schema(self):
-        names = get_args(Codec.model_fields["name"].annotation)
+        names = get_args(CodecName)
         rows = table_after(page("store-format.md"), "### Codecs")
         assert re.findall(r"\w+", " ".join(row[0] for row in rows)) == [*names]
         for command in ("extract", "estimate", "rewrite"):

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
-from ...schemas import Routing
+from ...schemas import CodecName, Routing
 
 Positive = Annotated[int, Field(ge=1)]
-CodecName = Literal["bf16", "lossless", "delta", "linear"]
 
 
 class _Request(BaseModel):

@@ -13,9 +13,9 @@ from semroute.pipeline.codecs.predictive import SCALES
 from semroute.pipeline.store.documents import StoreError
 from semroute.pipeline.store.open import open_features
 from semroute.pipeline.store.shard_file import CorruptShardError
-from semroute.schemas import Codec, InputError
+from semroute.schemas import CodecName, InputError
 
-NAMES = get_args(Codec.model_fields["name"].annotation)
+NAMES = get_args(CodecName)
 everything = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
