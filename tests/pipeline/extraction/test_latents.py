@@ -154,7 +154,7 @@ class TestAutoencoder:
         from semroute.pipeline.models.vae import open_decoder
 
         store = encode(folder, vae=str(tiny_vae("kl")))
-        with pytest.raises(StoreError, match=r"made otherwise.*\n(.*\n)*.*identity\.vae"):
+        with pytest.raises(StoreError, match=r"made differently.*\n(.*\n)*.*identity\.vae"):
             encode(folder, vae=str(tiny_vae("tiny")))
         with pytest.raises(InputError, match=r"is not the VAE of these latents.*\n.*files\."):
             open_decoder(store.manifest.identity, str(tiny_vae("wan")))
