@@ -1,4 +1,4 @@
-"""Stores that gain samples: what is new in new shards, all else as it is."""
+"""Stores that gain samples: new samples go into new shards, the others stay as they are."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ def check_rows(store: FeatureStore, plan: Plan) -> None:
 
 
 def generations(plan: Plan, packing: Packing, begun: FeatureStore | None) -> list[Generation]:
-    """What a store was each time before it grew, as the plan has it."""
+    """Generations of a store before its latest growth, oldest first."""
     made = [] if begun is None else [g.provenance for g in begun.manifest.generations]
     pairs = zip(plan.captions.earlier, plan.earlier, strict=True)
     return [
@@ -134,7 +134,7 @@ def latent_generations(
     packing: Packing,
     begun: LatentStore | None,
 ) -> list[LatentGeneration]:
-    """What a latent store was each time before it grew to these samples."""
+    """Generations of a latent store before it grew to these samples, oldest first."""
     made = [] if begun is None else begun.manifest.generations
     return [
         LatentGeneration(
@@ -155,10 +155,10 @@ def append(
     tables: Mapping[str, pa.Table],
     report: Callable[[str], None],
 ) -> S:
-    """Make room for what a store does not have; no shard is written.
+    """Make room in a store for new samples; no shard is written.
 
-    Tables, shapes, checksums and manifest are written beside and put in place together: what
-    is stopped on the way is still the store that it was, or is finished by the same command.
+    Tables, shapes, checksums and manifest are staged and put in place together: a store whose
+    growth was interrupted is still the old one, or the same command completes it.
 
     Args:
         store: as it is.
@@ -190,7 +190,7 @@ def append(
 
 
 def added_bytes(store: FeatureStore, manifest: FeatureManifest) -> int:
-    """Bytes that new shards will take, judged by those that are written."""
+    """Estimated bytes of the new shards, from those that are written."""
     rows = sum(receipt.num_rows for receipt in store.receipts().values())
     ratio = store.num_bytes() / rows if rows else store.bytes_per_row()
     return int(ratio * (manifest.layout.num_rows - store.manifest.layout.num_rows))

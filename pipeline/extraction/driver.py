@@ -52,7 +52,7 @@ _LIBRARIES = (
     "numpy",
     "dask",
 )
-"""Whose versions are recorded with a store."""
+"""Libraries whose versions are recorded with a store."""
 
 
 class ExtractionError(InputError):
@@ -68,12 +68,13 @@ def exclusive_writer(
     *,
     gpus: int | None = None,
 ) -> Iterator[Executor]:
-    """Be the driver of a store, on the cluster that was named; its workers end with the block.
+    """Hold the lock of a store and an executor on the named cluster; its workers end with the
+    block.
 
     Args: as for :func:`semroute.pipeline.executor.connect.connect`.
 
     Raises:
-        LockedError: another process fills this store.
+        LockedError: another process writes this store.
         InputError: no such cluster.
     """
     hint = f" semroute status {store} shows it."
@@ -351,25 +352,25 @@ class _Tally:
 
 
 def check_space(target: Path, needed: int, force: bool) -> None:
-    """Refuse to begin what the disk cannot hold. Of an object store nothing is asked.
+    """Refuse to begin if the disk is too small. Object stores are not asked.
 
     Args:
         needed: bytes.
-        force: begin all the same.
+        force: begin anyway.
     """
-    if not is_local(target):  # an object store tells no end
+    if not is_local(target):  # object stores have no known limit
         return
     existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free and not force:
         raise InputError(
             f"{target} needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free. "
-            "Take fewer --layers or another disk, or begin all the same with --force."
+            "Take fewer --layers or another disk, or begin anyway with --force."
         )
 
 
 def provenance(source: str, model: str) -> Provenance:
-    """Who made a store, of what, when, and with which libraries."""
+    """Provenance of a store: source, model, time and library versions."""
     return Provenance(
         source=source,
         model=model,
@@ -379,7 +380,7 @@ def provenance(source: str, model: str) -> Provenance:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides stored numbers, for the record."""
+    """Versions of the libraries that determine the stored numbers."""
     found = {}
     for library in _LIBRARIES:
         try:

@@ -1,7 +1,7 @@
-"""Captions -> feature store: plan, fit the codec, deal out shards.
+"""Captions -> feature store: plan, ask a worker twice, run one task per shard.
 
 Everything about a store is known before its first shard: the plan reads, deduplicates, tokenises
-and packs. A shard is one task. Work that remains is what has no receipt.
+and packs. A shard without a receipt remains to be done.
 """
 
 from collections.abc import Callable
@@ -223,13 +223,13 @@ def _bytes_per_row(identity: FeatureIdentity) -> int:
 
 
 def _some(captions: Captions, chosen: slice) -> ShardTask:
-    """Captions as a task that is no shard's."""
+    """A task of some captions that belongs to no shard."""
     counts = captions.num_tokens[chosen]
     return ShardTask.of(captions, chosen, 0, np.cumsum(counts) - counts)
 
 
 def _try_packing(job: Job, source: Plan, executor: Executor) -> str:
-    """Try in a worker whether captions can be packed: why not, or ""."""
+    """Try in a worker whether captions can be packed: the reason why not, or ""."""
     captions = source.captions
     chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
     task = _some(captions, chosen)

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 LATENT_CHUNK_BYTES = 16_384
 """Latents are read one at a time; smaller chunks would only make the shard's index longer."""
 PROGRESS = 64
-"""Images after which the driver is told."""
+"""Images between two progress reports."""
 BATCH_PIXELS = 2**20
-"""Of the images that a VAE encodes at once: one of 1024 x 1024."""
+"""Pixels that a VAE encodes at once: one image of 1024 x 1024."""
 
 
 def encode_images(
@@ -251,7 +251,7 @@ def _identity(
     samples: SampleTable,
     digests: list[str | None],
 ) -> LatentIdentity:
-    """What the stored numbers depend on, known before any image is encoded."""
+    """Everything that the stored numbers depend on, known before any image is encoded."""
     common: dict[str, Any] = {
         "images": images_fingerprint(digests),
         "samples": samples.identity(),
@@ -286,8 +286,8 @@ def _identity(
 
 
 def _since_begun(store: LatentStore, digests: list[str | None]) -> list[str | None]:
-    """Digests of images, but for those that could not be read: they may be mended meanwhile, and
-    count as they were when the store was begun."""
+    """Digests of images; those that could not be read count as they were when the store was begun,
+    since they may have been repaired meanwhile."""
     before, broken = store.samples["sha256"].to_pylist(), store.broken()
     pairs = enumerate(zip(before, digests, strict=False))
     old = [stored if stored is None or row in broken else now for row, (stored, now) in pairs]
@@ -296,13 +296,13 @@ def _since_begun(store: LatentStore, digests: list[str | None]) -> list[str | No
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker needs to write one shard.
+    """One shard of images to encode.
 
     Attributes:
         vae: None where latents are pixels.
         ids: sample_id of each file.
         size: height and width of images.
-        bucket: that they are of; 0 where there are none.
+        bucket: number of their bucket; 0 where there are none.
     """
 
     store: Path
@@ -372,14 +372,14 @@ def _encode_images(task: _Task) -> Deferred[Receipt]:
 
 
 def _codes(vae: Autoencoder | None, pixels: np.ndarray) -> list[np.ndarray]:
-    """What is stored of images ``[n, 3, H, W]``: mean, and deviation where there is one."""
+    """Stored arrays of images ``[n, 3, H, W]``: mean, and deviation where there is one."""
     if vae is None:
         return [pixels]
     return [codes for codes in vae.encode(pixels) if codes is not None]
 
 
 def _stored(codes: np.ndarray, dtype: str) -> np.ndarray:
-    """Codes in the type that is stored, all of them finite."""
+    """Codes in the stored dtype, all of them finite."""
     with np.errstate(over="ignore"):
         stored = codes.astype(dtype)
     if not np.isfinite(stored).all():
@@ -391,5 +391,5 @@ def _stored(codes: np.ndarray, dtype: str) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _load_vae(source: "ModelFiles", device: str) -> Autoencoder:
-    """The VAE, loaded once a worker."""
+    """The VAE, loaded once per worker."""
     return Autoencoder(source, device)

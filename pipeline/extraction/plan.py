@@ -1,4 +1,4 @@
-"""What an extraction is about, known before the LLM runs: its captions, its model, its identity."""
+"""Captions, model and identity of an extraction, known before the LLM runs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CPU_BATCH_TOKENS = 512
 """Best of 128 to 4,096 on two CPU cores with SmolLM2-135M."""
 GPU_BATCH_TOKENS = 16_384
 LINE_TOKENS = 128
-"""Of a line of packed captions: few, as a token's attention costs as much as its line is long, but
-some captions long, so that little of a line is left over."""
+"""Tokens of a packed row: few, because a token's attention costs as much as its row is long, but
+several captions, so that little of a row is left over."""
 
 TABLE_ROWS = 262_144
-"""Captions of a table that are laid out at a time."""
+"""Captions per record batch of captions.parquet."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Plan:
     foreign_markers: list[str]
 
     def samples_table(self) -> pa.Table:
-        """samples.parquet: a row an input row."""
+        """samples.parquet: one row per input row."""
         columns = [
             pa.array(np.arange(len(self.samples))),
             self.captions.caption_ids,
@@ -67,7 +67,7 @@ class Plan:
         return pa.table(columns, schema=SAMPLES_SCHEMA)
 
     def captions_table(self, packing: Packing) -> pa.Table:
-        """captions.parquet: a row a unique caption, laid out a block at a time."""
+        """captions.parquet: one row per unique caption, laid out block by block."""
         captions = self.captions
         blocks = []
         for first in range(0, len(captions), TABLE_ROWS):
@@ -95,7 +95,7 @@ class Plan:
         return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
 
     def report_warnings(self, report: Callable[[str], None]) -> None:
-        """Say whether the template is another LLM's, and which captions lose their end."""
+        """Warn about foreign chat markers and truncated captions."""
         if self.foreign_markers:
             report(
                 f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
@@ -180,7 +180,7 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
 
 
 def default_batch_tokens(have_gpus: bool | None = None) -> int:
-    """Tokens a batch, where nobody chose.
+    """Default number of tokens per batch.
 
     Args:
         have_gpus: whether the LLM runs on GPUs; default: whether this machine has any.

@@ -61,7 +61,7 @@ class EncodedPrompts:
         return self._load()
 
     def _encode(self, entry: int) -> np.ndarray:
-        """A batch of its own: bfloat16 bits, [T, L, H]."""
+        """Hidden states of one text, encoded as its own batch: bfloat16 bits, [T, L, H]."""
         import torch
 
         captions = self._captions
@@ -129,7 +129,7 @@ class PromptEncoder:
         return EncodedPrompts(captions, self._load, identity)
 
     def _load(self) -> "Encoder":
-        """When the first text is read, and kept."""
+        """The LLM, loaded when the first text is read."""
         from ..models.llm import Encoder
 
         if self._encoder is None:

@@ -58,7 +58,7 @@ BATCH_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class _Job:
-    """What every task of a rewriting shares."""
+    """The part of a task that is the same for every shard of a rewriting."""
 
     source: Path
     target: Path
@@ -382,14 +382,14 @@ class _First:
     num_tokens: np.ndarray
 
     def num_captions(self, num_rows: int) -> int:
-        """How many captions have at least so many tokens, or all."""
+        """Number of first captions that together have at least ``num_rows`` tokens, or all."""
         stops = np.cumsum(self.num_tokens)
         return min(len(stops), int(np.searchsorted(stops, num_rows)) + 1)
 
     def read(
         self, num_rows: int, layers: Sequence[int], basis: Sequence[Sequence[float]] | None
     ) -> "torch.Tensor":
-        """Their hidden states, or mixes of them: bfloat16 ``[R, L or K, H]``."""
+        """Hidden states of the first captions, or mixes of them: bfloat16 ``[R, L or K, H]``."""
         import torch
 
         num = self.num_captions(num_rows)
@@ -414,7 +414,7 @@ def _parts(counts: np.ndarray, num_rows: int) -> Iterator[slice]:
 def _reading(
     source: FeatureStore, identity: FeatureIdentity
 ) -> tuple[list[int], list[list[float]] | None]:
-    """What a new store is made of: layers of the source, and how they are mixed, if they are."""
+    """Layers of the source that a new store is made of, and the basis that mixes them, if any."""
     mixes = identity.mixes
     if mixes is None or source.mixes is not None:
         return identity.layers, None
@@ -424,7 +424,7 @@ def _reading(
 def _check_routing(
     routing: Routing | None, rank: int | None, layers: str, source: FeatureStore
 ) -> None:
-    """Refuse what cannot be asked for together, or of this source."""
+    """Refuse options that exclude one another, or that this source does not support."""
     if source.mixes is not None and (routing is not None or layers != "all"):
         raise InputError(
             f"{source.path} holds mixes of layers {source.mixes.layers}, which cannot be chosen or "
@@ -448,7 +448,7 @@ def _check_routing(
 
 
 def _asked_for(before: Mixes | None, routing: Routing, rank: int | None) -> bool:
-    """Whether mixes that were begun with are those asked for now."""
+    """Whether the mixes of an existing store are those requested now."""
     if before is None or (before.tolerance is None) != (rank is not None):
         return False
     keys = set(Routing.model_fields)
@@ -482,7 +482,7 @@ def _choose_layers(text: str, source: FeatureStore) -> list[int]:
 
 
 def _select(source: FeatureStore, file: str | None, text_column: str | None) -> _Selection:
-    """The captions that a file names, or all."""
+    """Captions that a file names, or all."""
     if file is None:
         ids = np.arange(len(source))
         return _Selection(ids, source.samples, source.manifest.identity.samples)

@@ -52,7 +52,7 @@ _model_in_use = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of an extraction shares."""
+    """The part of a task that is the same for every shard of an extraction."""
 
     store: Path
     source: "ModelFiles"
@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The captions of one shard; rows count from the shard's start."""
+    """The captions of one shard; rows are counted from the shard's start."""
 
     shard: int
     texts: list[str]
@@ -71,7 +71,7 @@ class ShardTask:
 
     @cached_property
     def num_rows(self) -> np.ndarray:
-        """Of each caption, int64."""
+        """Rows of each caption, int64 ``[captions]``."""
         return self.sequences.lengths - self.kept
 
     @classmethod
@@ -90,7 +90,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What fitting a codec gave."""
+    """A codec fitted to a sample."""
 
     spec: Codec
     parameters: dict[str, np.ndarray]
@@ -136,12 +136,12 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class _Part:
-    """What a batch, or a half of one, gave.
+    """Coded layers of a batch, or of a half of one.
 
     Attributes:
-        rows: where it belongs, int64 ``[R]``.
-        layers: what became of each layer, by name ``[R, ...]``, on the CPU or on its way there.
-        done: of a device, that it is there.
+        rows: rows of the shard, int64 ``[R]``.
+        layers: per layer, its arrays by name ``[R, ...]``, on the CPU or on their way there.
+        done: event of the device after which they have arrived.
     """
 
     rows: np.ndarray
@@ -154,12 +154,12 @@ class _Part:
 
 
 class _Shard:
-    """A shard that fills with codes.
+    """A shard being filled with codes.
 
     Attributes:
         arrays: codes by name, ``[rows_per_shard, L, size]``.
-        seconds: where the time went.
-        warnings: of what was met.
+        seconds: time spent per step.
+        warnings: conditions met on the way, one line each.
     """
 
     def __init__(self, store: FeatureStore, task: ShardTask) -> None:
@@ -187,7 +187,7 @@ class _Shard:
         return {"norm": norm, "relative": relative, "bare": bare, **coded.codes}
 
     def keep(self, part: _Part) -> None:
-        """Put what a batch gave where it belongs.
+        """Store the codes of a batch in their rows.
 
         Raises:
             NotFiniteError: with the caption and the layer.
@@ -205,7 +205,7 @@ class _Shard:
                     self.arrays[name][part.rows, index] = codes.numpy()
 
     def receipt(self) -> Receipt:
-        """But for what is known when the shard is written."""
+        """The receipt, without what is known only once the shard is written."""
         task = self._task
         return Receipt(
             shard=task.shard,
@@ -234,7 +234,7 @@ def _codec_of(store: FeatureStore) -> codecs.Codec:
 
 @lru_cache(maxsize=1)
 def _read_codec(store: Path, *_described: Codec | int) -> codecs.Codec:
-    """Read once a worker: parameters are a file a layer, and go to the device.
+    """The codec, read once per worker: parameters are one file per layer, and go to the device.
 
     Args:
         _described: what a store of this path that is made anew may have otherwise; of parameters
@@ -244,7 +244,7 @@ def _read_codec(store: Path, *_described: Codec | int) -> codecs.Codec:
 
 
 def _encode(store: FeatureStore, source: "ModelFiles", task: ShardTask) -> tuple[_Shard, _Part]:
-    """A shard, and the part of it that is still to be kept: the LLM is free already."""
+    """A shard, and its last part, still to be stored: the LLM is free already."""
     import torch
 
     manifest = store.manifest
@@ -267,7 +267,7 @@ def _encode(store: FeatureStore, source: "ModelFiles", task: ShardTask) -> tuple
 
 @contextmanager
 def _naming_culprit(store: FeatureStore, source: "ModelFiles", task: ShardTask) -> Iterator[None]:
-    """Of a line of captions that are not finite, raise for the one."""
+    """Re-raise for the single caption in a packed row that is not finite."""
     try:
         yield
     except NotFiniteError as error:
@@ -280,8 +280,8 @@ def _naming_culprit(store: FeatureStore, source: "ModelFiles", task: ShardTask) 
 def _find_culprit(
     store: FeatureStore, source: "ModelFiles", task: ShardTask, error: NotFiniteError
 ) -> NotFiniteError:
-    """Which caption of a line it is: all its neighbours are NaN too, for what weighs nothing in
-    attention is multiplied by zero, and stays NaN."""
+    """Find the caption of a packed row that is not finite. All its neighbours are NaN too: values
+    with no weight in attention are multiplied by zero, and NaN stays NaN."""
     layers = store.manifest.identity.layers
     encoder = encoder_of(source, store.manifest.identity)
     found: list[tuple[int, np.ndarray]] = []
@@ -303,14 +303,14 @@ _tried: "weakref.WeakSet[Encoder]" = weakref.WeakSet()
 
 
 def _try_once(encoder: "Encoder", task: ShardTask) -> None:
-    """Once a worker: another device may have other kernels than where the store was begun."""
+    """Check packing once per worker: its device may have other kernels than the first one."""
     if encoder not in _tried:
         check_packing(encoder, list(task.sequences[:NUM_CAPTIONS]))
         _tried.add(encoder)
 
 
 def encoder_of(source: "ModelFiles", identity: FeatureIdentity) -> "Encoder":
-    """The LLM of a store as tasks of this process have it: loaded by the first who asks."""
+    """The LLM of a store, loaded once per process."""
     return _load_encoder(source, tuple(identity.layers), identity.dtype, own_device())
 
 
@@ -338,11 +338,11 @@ def _run(
 ) -> Iterator[_Part]:
     """Run a task's captions through the LLM.
 
-    A batch that does not fit into memory is run in halves, and what it gave until then is let go.
+    A batch that does not fit into memory is run in halves; its layers so far are discarded.
 
     Args:
-        code: what to make of a layer (position) of a batch, ``[R, H]``, on its device.
-        warnings: one is added if there were halves.
+        code: codes a layer (by position) of a batch, ``[R, H]``, on its device.
+        warnings: gets one line if a batch was halved.
     """
     import torch
 
@@ -393,7 +393,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _free_memory() -> None:
-    """Give back what the allocator keeps of a batch that did not fit: it is in pieces."""
+    """Release the memory of a batch that did not fit, which the allocator holds in fragments."""
     import torch
 
     if torch.cuda.is_available():
@@ -401,7 +401,7 @@ def _free_memory() -> None:
 
 
 def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
-    """Why captions cannot stand in one line of a batch, or "". Runs in a worker."""
+    """The reason why captions cannot be packed into one row of a batch, or "". Runs in a worker."""
     with _model_in_use:
         encoder = encoder_of(job.source, identity)
         try:
@@ -409,9 +409,9 @@ def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            return "lines of three captions do not fit into memory"
+            return "rows of three captions do not fit into memory"
         if not apart:
-            return "the LLM does not keep captions apart that stand in one line"
+            return "the LLM does not keep captions apart that are packed into one row"
         _tried.add(encoder)
         return ""
 
@@ -436,7 +436,7 @@ def _fit_to(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
         return {"hidden": hidden, "norm": torch.linalg.vector_norm(hidden.float(), dim=-1)}
 
     def gather(layout: Layout) -> tuple[np.ndarray, NotFiniteError | None]:
-        """Which rows are finite, and the first caption that has others."""
+        """Mask of finite rows, and the error for the first caption with others."""
         finite, first = np.ones(num_rows, bool), None
         for part in _run(encoder, task, layout, code, warnings):
             part.wait()
@@ -468,7 +468,7 @@ def _fit_to(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
 
 
 def _sink_warnings(norms: np.ndarray, layers: Sequence[int], task: ShardTask) -> list[str]:
-    """Whether first kept tokens look like attention sinks."""
+    """A warning if first kept tokens look like attention sinks."""
     counts = task.num_rows
     eligible = counts > 1
     eligible[0] &= not task.has_null
