@@ -17,7 +17,7 @@ WAIT_SECONDS = 5
 
 @dataclass(frozen=True)
 class Workers:
-    """What all workers have.
+    """Properties that all workers share.
 
     Attributes:
         have_gpus: each sees at least one.

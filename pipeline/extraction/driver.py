@@ -131,7 +131,7 @@ class StorePlan(ABC, Generic[S]):
 
     @abstractmethod
     def describe(self) -> str:
-        """What is written, in one line."""
+        """One line about the work."""
 
     @abstractmethod
     def task(self, shard: int) -> tuple[Any, ...]:

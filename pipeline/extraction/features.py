@@ -90,7 +90,7 @@ class FeaturePlan(StorePlan[FeatureStore]):
 
     @property
     def job(self) -> Job:
-        """What every task shares."""
+        """The part of a task that is the same for every shard."""
         return Job(self.path.resolve(), self.source.model)
 
     def settle(self, executor: Executor, report: Callable[[str], None]) -> "FeaturePlan":

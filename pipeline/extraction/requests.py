@@ -1,4 +1,4 @@
-"""What is asked of the jobs that write stores: one frozen, validated request per command."""
+"""Requests to the jobs that write stores: one frozen, validated class per command."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,7 +41,7 @@ class CaptionsRequest(_Request):
 
 
 class WriteRequest(_Request):
-    """Where and by whom a store is written."""
+    """Target, shard size and workers of a store to be written."""
 
     target: SkipValidation[Path]
     """Folder of the store, or its URL in an object store, see
@@ -61,7 +61,7 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.features.extract`."""
 
     codec: CodecName = "delta"
-    """How hidden states are stored, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are
+    """Codec of hidden states, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are
     fitted to a sample of the captions first."""
     quality: float | None = None
     """Quality of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the

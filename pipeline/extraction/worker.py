@@ -41,7 +41,7 @@ SINK_RATIO = 20.0
 """A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
 attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
-"""What torch says of it on a CPU, where it is a plain RuntimeError, and on devices of others."""
+"""Messages of torch on a CPU, where it is a plain RuntimeError, and on devices of other vendors."""
 HALVED = (
     "batches did not fit into memory and were run in halves: smaller --batch-tokens would be "
     "faster. In the last bit the result may differ from that of whole batches"

@@ -1,4 +1,4 @@
-"""What a store holds, for people and for machines."""
+"""The contents of a store, for people and for machines."""
 
 import os
 from collections.abc import Mapping

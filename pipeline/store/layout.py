@@ -1,4 +1,4 @@
-"""Which shard and rows each caption or image goes to: pure arithmetic."""
+"""Shard and rows of each caption or image: pure arithmetic."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

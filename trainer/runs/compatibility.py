@@ -1,4 +1,4 @@
-"""Which stores of features a run can read."""
+"""Feature stores that a run can read."""
 
 import math
 from typing import TYPE_CHECKING

@@ -213,7 +213,7 @@ class Run:
         return make_figures(self)
 
     def facts(self) -> Summary:
-        """What a repr shows of this run."""
+        """Summary of this run, for its repr."""
         config, features, model = self.record.config, self.record.features, self.model
         layers, buckets = self.layers, self.record.latents.buckets
         shape = " x ".join(map(str, self.record.latents.shape))
