@@ -220,7 +220,7 @@ class TestPush:
         with pytest.raises(InputError, match=r"is not finished: 1 of \d+ shards"):
             hub.push(path, REPO, dry_run=True)
         open_features(path).reopen([0])
-        with pytest.raises(InputError, match="Run the command that made it once more, then push"):
+        with pytest.raises(InputError, match="Rerun the command that made it to resume"):
             hub.push(path, REPO, dry_run=True)
 
     def test_more_files_than_the_hub_takes(self, random_store, monkeypatch):
