@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 
 from semroute import schemas
+from semroute.pipeline.extraction.requests import ExtractRequest, LatentsRequest, RewriteRequest
 from semroute.trainer.model.dit import SIZES
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -32,6 +33,13 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "train-config": schemas.TrainConfig,
 }
 """Documents on disk -> their contract; each becomes a JSON Schema and a table of keys."""
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    "extract-request": ExtractRequest,
+    "latents-request": LatentsRequest,
+    "rewrite-request": RewriteRequest,
+}
+"""Requests of the jobs that write stores; each becomes a table of keys."""
 
 UNFOLDED_ELSEWHERE = (schemas.TrainConfig, schemas.FeatureIdentity, schemas.LatentIdentity)
 """Contracts that have a table of their own, and are only named inside ``run.json``."""
@@ -60,6 +68,8 @@ def write_reference(folder: Path) -> None:
         _write(folder / f"{name}.json", schema)
         stop = UNFOLDED_ELSEWHERE if model is schemas.RunRecord else ()
         _write(folder / f"{name}.md", to_table(list(fields(model, stop=stop))))
+    for name, model in REQUESTS.items():
+        _write(folder / f"{name}.md", to_table(list(fields(model, stop=(schemas.Routing,)))))
     _write(folder / "sizes.md", sizes_table())
 
 
@@ -93,25 +103,33 @@ def fields(
 
 
 def field_texts(model: type[BaseModel]) -> dict[str, str]:
-    """Field -> the string literal under it in the source, on one line."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
-    assert isinstance(tree, ast.ClassDef)
+    """Field, inherited ones too -> the string literal under it in the source, on one line."""
     texts = dict.fromkeys(model.model_fields, "")
-    for node, after in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        ):
-            texts[node.target.id] = " ".join(str(after.value.value).split()).replace("``", "`")
+    for base in reversed(model.__mro__):
+        if not base.__module__.startswith("semroute.") or "[" in base.__name__:
+            continue  # a generic base has its source under its plain name
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, tree.body[1:], strict=False):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                texts[node.target.id] = _to_markdown(str(after.value.value))
     return texts
+
+
+def _to_markdown(text: str) -> str:
+    """One line, whose code and references are code."""
+    return re.sub(r":\w+:(?=`)", "", " ".join(text.split()).replace("``", "`"))
 
 
 def describe(schema: Mapping[str, Any]) -> str:
     """A property of a JSON Schema in words."""
     if "anyOf" in schema:
-        return " or ".join(map(describe, schema["anyOf"]))
+        return " or ".join(dict.fromkeys(map(describe, schema["anyOf"])))
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:

@@ -17,6 +17,7 @@ from click import Context
 from pydantic import BaseModel
 
 from semroute.cli import cli
+from semroute.pipeline.extraction.requests import ExtractRequest, LatentsRequest
 from semroute.schemas import (
     CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
@@ -426,6 +427,8 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("name", "model"),
         [
+            ("api", ExtractRequest),
+            ("api", LatentsRequest),
             ("training", TrainConfig),
             ("store-format", FeatureManifest),
             ("store-format", LatentManifest),

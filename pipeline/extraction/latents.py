@@ -68,7 +68,7 @@ def encode_images(
         source, latents, options: the fields of
             :class:`semroute.pipeline.extraction.requests.LatentsRequest`; ``latents`` is its
             target.
-        report, progress: as in :func:`semroute.pipeline.extraction.features.extract`.
+        report, progress: as in :func:`semroute.pipeline.extraction.extract`.
 
     Raises:
         InputError: as in :func:`extract`; or images could not be read, after all others were

@@ -58,7 +58,7 @@ class WriteRequest(_Request):
 
 
 class ExtractRequest(CaptionsRequest, WriteRequest):
-    """Request of :func:`semroute.pipeline.extraction.features.extract`."""
+    """Request of :func:`semroute.pipeline.extraction.extract`."""
 
     codec: CodecName = "delta"
     """Codec of hidden states, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are
@@ -80,7 +80,7 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
 
 
 class LatentsRequest(WriteRequest):
-    """Request of :func:`semroute.pipeline.extraction.latents.encode_images`."""
+    """Request of :func:`semroute.pipeline.extraction.encode_images`."""
 
     source: str
     """The table that the features were made from, with an image column."""

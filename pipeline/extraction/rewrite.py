@@ -94,7 +94,7 @@ def rewrite(
     Args:
         features, out, options: the fields of
             :class:`semroute.pipeline.extraction.requests.RewriteRequest`; ``out`` is its target.
-        report, progress: as in :func:`semroute.pipeline.extraction.features.extract`.
+        report, progress: as in :func:`semroute.pipeline.extraction.extract`.
 
     Raises:
         InputError: bad input, before any work; or a store that was made differently.

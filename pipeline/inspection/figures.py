@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
 
@@ -61,7 +61,7 @@ def massive_activations(statistics: LayerStatistics) -> Figure:
 
 def similarity(statistics: LayerStatistics) -> Figure:
     """Similarity of every two layers: linear CKA and the cosine of the same token, of LN(h)."""
-    figure = Figure(figsize=(8.4, 4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     figure.suptitle("Similarity of layers", color=INK)
     pairs = {"linear CKA": statistics.cka, "cosine of a token": statistics.cosine}
     for axes, (name, values) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
@@ -82,7 +82,7 @@ def error_by_layer(errors: Mapping[int, float], codec: str) -> Figure:
     """Mean error of LN(h) by layer.
 
     Args:
-        errors: from :func:`semroute.pipeline.codecs.error.layer_error`.
+        errors: from :func:`semroute.layer_error`.
         codec: name of the codec that made them.
     """
     figure = Figure(figsize=(7, 2.8), layout="constrained")
@@ -107,6 +107,7 @@ def token_lengths(store: FeatureStore) -> Figure:
     if cut.any():
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     axes.set_title(f"Tokens per caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tokens", color=INK)
     axes.set_ylabel("captions", color=INK)
     clean(axes)

@@ -32,7 +32,7 @@ def write_report(path: str | os.PathLike[str], out: Path) -> Path:
     """Describe a store, finished or not, as a page of HTML.
 
     Features of a complete store are measured on a sample, see
-    :func:`semroute.pipeline.inspection.statistics.measure_layers`.
+    :func:`semroute.measure_layers`.
 
     Raises:
         StoreError: no store there.

@@ -27,7 +27,8 @@ class LayerStatistics:
 
     Attributes:
         layers: LLM layers.
-        num_rows, num_captions: size of the sample.
+        num_rows: tokens of the sample.
+        num_captions: captions of the sample.
         norms: L2 norms: 5 %, median, 95 % and largest over rows, float32 ``[L, 4]``.
         largest: the largest activation of a vector, in magnitude, over the median magnitude of the
             vector: median over rows and largest, float32 ``[L, 2]``.

@@ -177,7 +177,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
 
 
 def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
-    """Write a run as a folder that :class:`SemanticRoutingPipeline` loads.
+    """Write a run as a folder that :class:`.SemanticRoutingPipeline` loads.
 
     Raises:
         InputError: the folder exists and is not empty.

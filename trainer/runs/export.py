@@ -67,7 +67,7 @@ def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
 
 
 def load_router(path: str | os.PathLike[str]) -> Router:
-    """Load the router that :func:`export_router` wrote, as a module.
+    """Load the router that :func:`.export_router` wrote, as a module.
 
     Called with packed hidden states [R, layers_read, H], it returns what every block reads.
 

@@ -40,7 +40,7 @@ _STYLE = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Runs side by side, see :func:`compare`.
+    """Runs side by side, see :func:`semroute.compare`.
 
     Attributes:
         paths: run directories.
