@@ -396,6 +396,7 @@ def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):
     assert "3 unique (the null caption included) of 2 samples" in output
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_for_every_command(world, tmp_path):
     """A limit on the size of files stands in for a full disk."""
 

@@ -145,6 +145,7 @@ class TestFiles:
 
 
 class TestExtraction:
+    @pytest.mark.slow
     def test_a_killed_driver_is_continued_to_the_same_bytes(self, s3, arguments, local):
         url = "s3://bucket/killed"
         command = [sys.executable, "-m", "semroute.cli", "extract", arguments["source"], url]
@@ -196,6 +197,7 @@ class TestExtraction:
         assert contents(place) == contents(local.path)
         assert verify(place).problems == []
 
+    @pytest.mark.slow
     def test_every_codec_and_command(self, s3, arguments, tmp_path):
         how = arguments | {"codec": "delta", "limit": 40}
         local = extract(features=tmp_path / "features", **how)

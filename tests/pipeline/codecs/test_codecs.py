@@ -74,6 +74,7 @@ kinds = st.sampled_from(KINDS)
 
 @pytest.mark.parametrize(("name", "quality"), NAMES)
 class TestEveryCodec:
+    @pytest.mark.slow
     @slow
     @given(shape=shapes, kind=kinds, seed=st.integers(0, 99), data=st.data())
     def test_both_decoders_give_what_the_encoder_promised(

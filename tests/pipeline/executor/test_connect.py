@@ -89,6 +89,7 @@ def machines(tmp_path):
 
 
 class TestSchedulerFile:
+    @pytest.mark.slow
     def test_workers_that_come_and_go_write_the_same_bytes(
         self, machines, options, undisturbed, tmp_path
     ):
@@ -213,6 +214,7 @@ def write_jobs(**options):
 
 
 class TestJobs:
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its Popen
     def test_jobs_of_this_machine(self, options, undisturbed, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

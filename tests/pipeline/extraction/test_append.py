@@ -70,6 +70,7 @@ def by_text(store) -> dict[str, np.ndarray]:
 
 
 class TestGrowing:
+    @pytest.mark.slow
     @settings(
         max_examples=6,
         deadline=None,
@@ -130,6 +131,7 @@ class TestGrowing:
         assert grown.is_complete
         assert verify(grown.path).problems == []
 
+    @pytest.mark.slow
     def test_workers_and_an_unfinished_store_make_no_difference(self, make, texts, tmp_path):
         make(texts[:100])
         whole = make(texts)

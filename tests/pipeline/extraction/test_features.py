@@ -101,6 +101,7 @@ class TestStored:
                 torch.from_numpy(caption.hidden), expected, rtol=2**-7, atol=1e-4
             )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [0, 1])
     def test_progress_moves_within_a_shard_and_ends_at_all(
         self, arguments, workers, capfd, monkeypatch
@@ -215,6 +216,7 @@ class TestCodecs:
 
 
 class TestContinuing:
+    @pytest.mark.slow
     def test_a_killed_driver_is_continued_to_the_same_bytes(
         self, arguments, samples_file, tiny_llm, undisturbed
     ):
@@ -238,6 +240,7 @@ class TestContinuing:
         after = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
         assert {name: after[name] for name in written} == written  # nothing was done twice
 
+    @pytest.mark.slow
     def test_a_killed_worker_costs_nothing(self, samples_file, tiny_llm, tmp_path, undisturbed):
         features = tmp_path / "features"
         process = start(samples_file, tiny_llm, features)
@@ -253,6 +256,7 @@ class TestContinuing:
         assert process.returncode == 0, output
         assert contents(features) == contents(undisturbed)
 
+    @pytest.mark.slow
     def test_ctrl_c_drains_and_the_same_command_continues(
         self, arguments, samples_file, tiny_llm, undisturbed
     ):
@@ -429,6 +433,7 @@ class TestFailing:
         assert "Traceback" in quarantine.traceback
         assert store.remaining() == [0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("batching", "workers"), [("padded", 0), ("packed", 1)])
     def test_one_caption_that_is_not_finite_costs_its_shard_and_not_the_fit(
         self, batching, workers, arguments, tiny_llm, tmp_path
@@ -455,6 +460,7 @@ class TestFailing:
         assert len(store.quarantined()) == 1
         assert len(store.receipts()) == store.manifest.layout.num_shards - 1 > 0
 
+    @pytest.mark.slow
     def test_a_full_disk_is_said_and_loses_nothing(
         self, arguments, samples_file, tiny_llm, undisturbed
     ):

@@ -285,6 +285,7 @@ def test_a_damaged_source_is_quarantined_and_never_copied(arguments, feature_sto
     assert set(out.quarantined()) == set(out.remaining())
 
 
+@pytest.mark.slow
 def test_a_killed_rewriting_is_continued_to_the_same_bytes(arguments, feature_store, tmp_path):
     whole = rewrite(**arguments | {"codec": "delta", "shard_bytes": 25_000})
     killed = tmp_path / "killed"

@@ -42,6 +42,7 @@ def test_a_store_as_it_was_written_has_no_problem(store, latent_store):
         assert found.num_bytes == sum(file.stat().st_size for file in files)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_anywhere_is_found(delta):
     """In every file; in large ones at intervals, with a different set of bits each time."""
     missed = []

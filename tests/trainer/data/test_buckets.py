@@ -64,6 +64,7 @@ class TestOrder:
             joined = np.concatenate([getattr(part, name) for part in parts])
             assert np.array_equal(joined, getattr(whole, name))
 
+    @pytest.mark.slow
     def test_every_sample_is_shown_as_often(self, stores):
         data = DataConfig(batch_size=5)
         order = make_sampler(open_pairs(*stores, data), data, 0)
@@ -120,6 +121,7 @@ class TestStream:
 
 
 class TestRuns:
+    @pytest.mark.slow
     @pytest.mark.parametrize("strategy", ["depth", "joint"])
     def test_continues_bit_for_bit(self, configure, strategy):
         changes = {

@@ -73,6 +73,7 @@ class TestOrder:
             for reader in (again, fresh):
                 assert np.array_equal(table(reader, first + start, stop - start), whole[start:stop])
 
+    @pytest.mark.slow
     @settings(deadline=None)
     @given(orders)
     def test_an_epoch_holds_every_sample_once(self, kind):

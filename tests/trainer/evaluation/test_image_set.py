@@ -126,6 +126,7 @@ class TestSample:
         kept.write_bytes(contents(whole)["00000/samples/00000.png"])
         assert contents(out) | {"grid.png": b""} == contents(whole) | {"grid.png": b""}
 
+    @pytest.mark.slow
     def test_processes_side_by_side_of_which_one_is_killed(self, run, prompts, whole, tmp_path):
         out = tmp_path / "a"
         shards = [command(run, prompts, out, "--shard", f"{i}/2") for i in range(2)]

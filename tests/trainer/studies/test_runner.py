@@ -224,6 +224,7 @@ class TestStudy:
         assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
 
+    @pytest.mark.slow
     def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path):
         content = document(world, tmp_path / "out", tuning=None)
         del content["tuning"]
@@ -238,6 +239,7 @@ class TestStudy:
         )
         assert found.equals(expected)
 
+    @pytest.mark.slow
     def test_scores_outlive_their_runs(self, world, tmp_path):
         out = tmp_path / "out"
         content = document(world, out, seeds=[0])
@@ -371,6 +373,7 @@ class TestAblate:
         options = ["--features", world / "test", "--samples", world / "shapes" / "test.parquet"]
         return ["ablate", *runs, *options, "--num-steps", 2, "--out", out]
 
+    @pytest.mark.slow
     def test_runs_are_scored_under_other_weights(self, world, done, tmp_path):
         runs = [done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1)]
         printed = invoke(*self.command(world, tmp_path / "out", *runs), "--leave-one-out")
@@ -387,6 +390,7 @@ class TestAblate:
             assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
             assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
 
+    @pytest.mark.slow
     def test_stored_scores_are_reused(self, world, done, tmp_path):
         run, other = (done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1))
         out, results = tmp_path / "out", tmp_path / "out" / "results.parquet"
@@ -435,6 +439,7 @@ class TestAblate:
         }
         assert all(weights.isfinite().all() for weights in named.values())
 
+    @pytest.mark.slow
     def test_refuses_runs_that_cannot_be_compared(self, world, done, tmp_path):
         run = done[1] / "runs" / "depth" / "seed-0"
         content = document(world, tmp_path / "out")

@@ -207,6 +207,7 @@ class TestOutput:
         with pytest.raises(InputError, match=r"holds thesis.tex but no run.json. Name a new"):
             train(config)
 
+    @pytest.mark.slow
     def test_one_process_trains_a_run(self, configure, tmp_path, capsys):
         config = configure(steps=200, log_every=1, checkpoint_every=2)
         (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -402,6 +403,7 @@ class TestRanks:
             time.sleep(0.02)
         raise AssertionError(process.communicate()[0])
 
+    @pytest.mark.slow
     def test_killed_in_mid_epoch_and_continued_by_one_rank(self, configure, launch):
         """What a sample adds to the loss is a function of its position, its t and noise included:
         equal losses, step by step, are equal samples. An epoch has 25 steps."""
@@ -441,6 +443,7 @@ class TestRanks:
         for name in first:
             torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
 
+    @pytest.mark.slow
     def test_sigterm_saves_on_all_ranks(self, configure, launch):
         config = configure(steps=5000, log_every=1, checkpoint_every=5000)
         process = launch(config)
@@ -452,6 +455,7 @@ class TestRanks:
         assert f"Stopped after step {stopped} of 5000" in output
         assert read_metrics(Path(config.output))[-1]["step"] == stopped
 
+    @pytest.mark.slow
     def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, tmp_path):
         """Accelerate does not do it on a CPU, so the script does what it does on GPUs."""
         changes = {"strategy": "time", "routing": {"strategy": "time", "uniform_penalty": 0.1}}
@@ -519,6 +523,7 @@ module.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
 
 
 class TestIsolation:
+    @pytest.mark.slow
     def test_training_never_imports_the_llm_library(self, configure, tmp_path):
         config = configure(steps=1)
         (tmp_path / "config.json").write_text(config.model_dump_json())
