@@ -43,7 +43,7 @@ test: $(SETUP)
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12
 STORE_TESTS = schemas/test_contract pipeline/sources/test_table pipeline/codecs/test_decoding pipeline/store/test_layout \
-  pipeline/store/test_array pipeline/store/test_features pipeline/inspection/test_describe compatibility
+  pipeline/store/test_array pipeline/store/test_features pipeline/inspection/test_describe test_compatibility
 store-test:
 	$(STORE_PYTHON) -m venv $(VENV)-store
 	$(VENV)-store/bin/python -m pip install --quiet --upgrade pip
