@@ -14,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
-from ...schemas import InputError, Provenance, Quarantine, Receipt
+from ...schemas import FeatureManifest, InputError, Provenance, Quarantine, Receipt
 from ...schemas.files import is_local
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, DiskFullError, Executor, Interrupted
@@ -38,7 +39,7 @@ from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
 from ..store.lock import LockedError, locked
-from .append import append
+from .append import added_bytes, append
 from .requests import WriteRequest
 
 S = TypeVar("S", FeatureStore, LatentStore)
@@ -141,6 +142,38 @@ class StorePlan(ABC, Generic[S]):
     @abstractmethod
     def function(*task: Any) -> Deferred[Receipt]:
         """Write one shard and its receipt, in a worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStorePlan(StorePlan[FeatureStore]):
+    """A feature store to be written, from captions or from another one.
+
+    Attributes:
+        parameters: fitted arrays of the codec, for a new store.
+        bits_per_value: bits that the codec takes, as found on the sample that it was fitted to.
+    """
+
+    unit = "captions"
+
+    manifest: FeatureManifest
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
+    bits_per_value: float = 16.0
+
+    def uncompressed_bytes(self) -> int:
+        """Bytes of all hidden states in bfloat16."""
+        identity = self.manifest.identity
+        return self.packing.layout.num_rows * 2 * len(identity.layers) * identity.model.width
+
+    def new_bytes(self) -> int:
+        if self.existing is not None:
+            return added_bytes(self.existing, self.manifest)
+        return int(self.uncompressed_bytes() * self.bits_per_value / 16)
+
+    def create(self) -> FeatureStore:
+        tables = self.tables()
+        return FeatureStore.create(
+            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
+        )
 
 
 def write_store(

@@ -5,7 +5,7 @@ and packs. A shard without a receipt remains to be done.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from ...schemas import FeatureIdentity, FeatureManifest, InputError, parse
+from ...schemas import FeatureManifest, InputError, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..codecs.fit import fit_rows
@@ -25,8 +25,8 @@ from ..models.packing import NUM_CAPTIONS
 from ..store.features import FeatureStore
 from ..store.layout import pack
 from ..text.captions import Captions
-from .append import added_bytes, check_rows, generations
-from .driver import StorePlan, provenance, write_store
+from .append import check_rows, generations
+from .driver import FeatureStorePlan, provenance, write_store
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
 from .requests import ExtractRequest
 from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_packing
@@ -69,24 +69,18 @@ def extract(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturePlan(StorePlan[FeatureStore]):
+class FeaturePlan(FeatureStorePlan):
     """A feature store to be extracted.
 
     Attributes:
         request: what was asked for.
         source: samples, captions and LLM.
-        parameters: fitted arrays of the codec, for a new store.
-        bits_per_value: that the codec takes, as found on the sample that it was fitted to.
     """
 
-    unit = "captions"
     function = staticmethod(encode_shard)
 
-    manifest: FeatureManifest
     request: ExtractRequest
     source: Plan
-    parameters: dict[str, np.ndarray] = field(default_factory=dict)
-    bits_per_value: float = 16.0
 
     @property
     def job(self) -> Job:
@@ -109,23 +103,12 @@ class FeaturePlan(StorePlan[FeatureStore]):
             "captions": self.source.captions_table(self.packing),
         }
 
-    def new_bytes(self) -> int:
-        if self.existing is not None:
-            return added_bytes(self.existing, self.manifest)
-        return int(self._uncompressed() * self.bits_per_value / 16)
-
-    def create(self) -> FeatureStore:
-        tables = self.tables()
-        return FeatureStore.create(
-            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
-        )
-
     def describe(self) -> str:
         identity = self.manifest.identity
         return (
             f"{len(self.source.samples):,} samples, {len(self.source.captions):,} unique captions, "
             f"{self.packing.layout.num_rows:,} tokens x {len(identity.layers)} layers x "
-            f"{identity.model.width}: {format_bytes(self._uncompressed())}"
+            f"{identity.model.width}: {format_bytes(self.uncompressed_bytes())}"
         )
 
     def task(self, shard: int) -> tuple[Job, ShardTask]:
@@ -133,9 +116,6 @@ class FeaturePlan(StorePlan[FeatureStore]):
         chosen = slice(entries.start, entries.stop)
         row_start = self.packing.row_start[chosen] - shard * self.packing.layout.rows_per_shard
         return self.job, ShardTask.of(self.source.captions, chosen, shard, row_start)
-
-    def _uncompressed(self) -> int:
-        return self.packing.layout.num_rows * _bytes_per_row(self.manifest.identity)
 
     def _settle_batching(self, executor: Executor, report: Callable[[str], None]) -> "FeaturePlan":
         executor.limit(self.packing.layout.num_shards)
@@ -192,7 +172,7 @@ def plan_features(
     captions = source.captions
     packing = pack(
         captions.num_tokens,
-        bytes_per_row=_bytes_per_row(source.identity),
+        bytes_per_row=2 * len(source.identity.layers) * source.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=batch_tokens or default_batch_tokens(workers.have_gpus),
         aligned=CODECS[request.codec].aligned,
@@ -215,11 +195,6 @@ def plan_features(
         request=request,
         source=source,
     )
-
-
-def _bytes_per_row(identity: FeatureIdentity) -> int:
-    """Bytes of a token's hidden states in bfloat16."""
-    return 2 * len(identity.layers) * identity.model.width
 
 
 def _some(captions: Captions, chosen: slice) -> ShardTask:

@@ -5,7 +5,7 @@ No LLM is run. Shapes: R rows (tokens), L layers, K mixes of them, D blocks, H w
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ from ..sources.table import read_samples
 from ..store.features import FeatureStore
 from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
-from .driver import StorePlan, provenance, write_store
+from .driver import FeatureStorePlan, provenance, write_store
 from .requests import RewriteRequest
 
 if TYPE_CHECKING:
@@ -121,25 +121,18 @@ def rewrite(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewritePlan(StorePlan[FeatureStore]):
+class RewritePlan(FeatureStorePlan):
     """A feature store to be made from another one.
 
     Attributes:
         source: the store that is read.
         selection: captions and samples of the new store.
         captions: their rows of captions.parquet, as in the source.
-        parameters: fitted arrays of the codec, for a new store.
-        bits_per_value: that the codec takes, as found on the sample that it was fitted to.
     """
 
-    unit = "captions"
-
-    manifest: FeatureManifest
     source: FeatureStore
     selection: _Selection
     captions: pa.Table
-    parameters: dict[str, np.ndarray] = field(default_factory=dict)
-    bits_per_value: float = 16.0
 
     def settle(self, executor: Executor, report: Callable[[str], None]) -> "RewritePlan":
         """Fit the codec to the first captions; here, as no LLM is run."""
@@ -163,15 +156,6 @@ class RewritePlan(StorePlan[FeatureStore]):
             "captions": _captions_table(self.captions, self.packing),
         }
 
-    def new_bytes(self) -> int:
-        return int(self._uncompressed() * self.bits_per_value / 16)
-
-    def create(self) -> FeatureStore:
-        tables = self.tables()
-        return FeatureStore.create(
-            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
-        )
-
     def describe(self) -> str:
         layers, mixes = self.manifest.identity.layers, self.manifest.identity.mixes
         kept = f"{len(layers)} of {len(self.source.layers)} layers"
@@ -180,7 +164,7 @@ class RewritePlan(StorePlan[FeatureStore]):
         return (
             f"{len(self.selection.ids):,} of {len(self.source):,} captions, "
             f"{self.packing.layout.num_rows:,} tokens x {kept}: "
-            f"{format_bytes(self._uncompressed())} before {self.manifest.codec.name}"
+            f"{format_bytes(self.uncompressed_bytes())} before {self.manifest.codec.name}"
         )
 
     def task(self, shard: int) -> tuple[_Job, int, np.ndarray]:
@@ -195,10 +179,6 @@ class RewritePlan(StorePlan[FeatureStore]):
     @property
     def _num_tokens(self) -> np.ndarray:
         return np.asarray(self.captions["num_tokens"].to_numpy())
-
-    def _uncompressed(self) -> int:
-        identity = self.manifest.identity
-        return self.packing.layout.num_rows * 2 * len(identity.layers) * identity.model.width
 
 
 def plan_rewrite(
