@@ -63,8 +63,8 @@ def read_labels(
 
     Args:
         source: a table as :func:`semroute.pipeline.sources.table.read_samples` reads it, but not
-            tars: a column of captions, and columns of strings, numbers, booleans, structs or JSON
-            objects. Nulls and empty strings are not labels.
+            tars: a column of captions or of lists of them, and columns of strings, numbers,
+            booleans, structs or JSON objects. Nulls and empty strings are not labels.
         texts: captions to label, N.
         names: labels wanted, as ``Label`` names them, or columns with labels. Default: all of at
             most ``MAX_CLASSES`` classes.
@@ -82,14 +82,15 @@ def read_labels(
     ambiguous: dict[str, set[str]] = {}  # label -> captions that have two values
     wanted_texts, common = set(texts), set()
     for row in table.to_pylist():
-        caption = row.pop(text)
-        if caption not in wanted_texts:
-            continue
-        common.add(caption)
-        for name, value in _leaves(row):
-            if by_label.setdefault(name, {}).setdefault(caption, value) != value:
-                ambiguous.setdefault(name, set()).add(caption)
-            distinct.setdefault(name, set()).add(value)
+        captions = row.pop(text)
+        for caption in captions if isinstance(captions, list) else [captions]:
+            if caption not in wanted_texts:
+                continue
+            common.add(caption)
+            for name, value in _leaves(row):
+                if by_label.setdefault(name, {}).setdefault(caption, value) != value:
+                    ambiguous.setdefault(name, set()).add(caption)
+                distinct.setdefault(name, set()).add(value)
     if not common:
         raise InputError(
             f"{source}: none of its {table.num_rows:,} captions is among the {len(texts):,} that "
