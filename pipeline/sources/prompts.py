@@ -9,6 +9,7 @@ import fsspec
 
 from ...schemas import InputError, Prompt
 from .table import column_names, read_samples, read_table
+from .values import read_objects, to_array
 
 TEXT_COLUMNS = ("prompt", "prompts", "text", "caption")
 GROUP_COLUMNS = ("tag", "category")
@@ -52,8 +53,7 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
     records: Sequence[str | None] = [None] * len(captions)
     if PurePosixPath(source).suffix.lower() == ".jsonl":
         with fsspec.open(source, "rb") as file:
-            lines = file.read().decode("utf-8").split("\n")
-        records = [line.strip() for line in lines if line.strip()]
+            records = [line for line, _ in read_objects(file, source)]
     return [
         Prompt(
             text=texts[0],
@@ -96,6 +96,7 @@ def _prompt(source: str, name: str, value: Any, text_column: str | None) -> Prom
             f"{source}: entry {name} has no prompt; expected a string, or an object with "
             f"{text_column or ', '.join(TEXT_COLUMNS)}"
         )
+    to_array([value, name, group], "prompt", lambda _: f"{source}: entry {name!r}")
     return Prompt(value, name, group)
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
@@ -17,6 +18,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
+from .values import check_not_repeated, decode, not_utf8, read_objects, to_array, to_plain
 from .webdataset import BYTE_RANGE, TEXT, Reader, WebDataset
 
 TEXT_COLUMNS = ("text", "prompt", "caption")
@@ -25,6 +27,7 @@ TAR = ".tar"
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt", TAR)
 T = TypeVar("T")
 _NUM_SHOWN = 5  # offending rows listed in a message
+_CSV_BLOCKS = (1 << 20, 1 << 25, 1 << 28, (1 << 31) - 1)  # a row must fit in a block
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def read_samples(
     """Read a table of captions, images or both.
 
     Args:
-        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.txt`` (one caption per line); a
-            local path or any URL of fsspec. Or ``.tar``, several by a pattern, see
+        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` (no quoting: a row is a line) or
+            ``.txt`` (one caption per line); a local path or any URL of fsspec. Or ``.tar``,
+            several by a pattern, see
             :meth:`semroute.pipeline.sources.webdataset.WebDataset.open`.
         text_column: a column of strings or of lists of strings; default: the first of ``text``,
             ``prompt``, ``caption`` that exists. For tars ``txt`` (files) or a key of their JSON.
@@ -193,7 +197,11 @@ def read_samples(
     if text is not None:
         kind = table.schema.field(text).type
         value = kind.value_type if _is_list(kind) else kind
-        if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        if pa.types.is_null(value):  # no row has a caption
+            table = table.set_column(
+                table.schema.get_field_index(text), text, table[text].cast(_with_strings(kind))
+            )
+        elif not (pa.types.is_string(value) or pa.types.is_large_string(value)):
             raise InputError(
                 f"{source}: column {text!r} contains {kind}; expected strings or lists of strings"
             )
@@ -223,11 +231,13 @@ def read_table(
             f"{source} has no column {missing[0]!r}; its columns are {', '.join(names)}"
         )
     wanted = [name for name in names if columns is None or name in columns or name == text]
+    for name in wanted:
+        _check_unique(names, source, name)
     return str(text), _parsed(source, partial(_read_columns, columns=wanted))
 
 
 def column_names(source: str) -> list[str]:
-    """Columns of a table: of a jsonl the keys of its first object, of a txt ``text``.
+    """Columns of a table: of a jsonl the keys of all objects, of a txt ``text``.
 
     Raises:
         InputError: no such file or format, or it is empty.
@@ -246,59 +256,159 @@ def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
             f"{source}: cannot tell the format from {suffix or 'a name without suffix'!r}; "
             f"expected one of {', '.join(SUFFIXES)}"
         )
+    first, *others = source.split("::")
+    if others and "://" not in first and _suffix(first) in SUFFIXES:
+        raise InputError(
+            f"{source} names several tables, expected one; only tars may be several. Join the "
+            "tables into one file."
+        )
     try:
         with fsspec.open(source, "rb") as file:
             if not file.read(1):
                 raise InputError(f"{source} is empty; expected at least one row")
             file.seek(0)
-            return read(file, suffix)
+            return read(file, source)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{source}: no such file") from error
-    except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (pa.ArrowException, UnicodeError, json.JSONDecodeError) as error:
         raise InputError(f"{source} is not a readable {suffix[1:]} file: {error}") from error
 
 
-def _column_names(file: BinaryIO, suffix: str) -> list[str]:
+def _column_names(file: BinaryIO, source: str) -> list[str]:
+    suffix = _suffix(source)
     if suffix == ".parquet":
         return list(pyarrow.parquet.read_schema(pa.PythonFile(file, "r")).names)
     if suffix == ".txt":
         return ["text"]
     if suffix == ".jsonl":
-        return list(_first_object(file))
-    with pyarrow.csv.open_csv(file, parse_options=_csv_options(suffix)) as reader:
-        return list(reader.schema.names)
+        return [*{key: None for _, row in read_objects(file, source) for key in row}]
+
+    def header(options: pyarrow.csv.ReadOptions) -> list[str]:
+        with pyarrow.csv.open_csv(
+            file, read_options=options, parse_options=_csv_options(suffix)
+        ) as reader:
+            return list(reader.schema.names)
+
+    return _with_large_rows(file, header)
 
 
 def _read_columns(
-    file: BinaryIO, suffix: str, columns: list[str], names_of: str | None = None
+    file: BinaryIO, source: str, columns: list[str], names_of: str | None = None
 ) -> pa.Table:
     """Read columns; of ``names_of``, a column of images, only names, as bytes may be too many."""
+    suffix = _suffix(source)
     if suffix == ".parquet":
         parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
         if names_of is not None:
             columns = _replace_by_names(parquet.schema_arrow, columns, names_of)
-        return parquet.read(columns)
-    if suffix == ".txt":
-        lines = file.read().decode("utf-8").removesuffix("\n").split("\n")
-        return pa.table({"text": pa.array([line.removesuffix("\r") for line in lines])})
-    if suffix == ".jsonl":
-        # Only these columns are parsed: the type of others may change from row to row.
-        first = _first_object(file)
-        file.seek(0)
-        fields = [(name, pa.infer_type([first[name]])) for name in columns]
-        options = pyarrow.json.ParseOptions(
-            explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
-        )
-        return pyarrow.json.read_json(file, parse_options=options)
-    return pyarrow.csv.read_csv(
-        file,
-        parse_options=_csv_options(suffix),
-        convert_options=pyarrow.csv.ConvertOptions(
-            include_columns=columns,
-            column_types={name: pa.string() for name in columns},
-            null_values=[],
-        ),
+        table = parquet.read(columns)
+    elif suffix == ".txt":
+        return _read_lines(file.read(), source)
+    elif suffix == ".jsonl":
+        return _read_jsonl(file, source, columns)
+    else:
+        table = _read_csv(file, source, columns)
+    table = pa.table({name: to_plain(table[name]) for name in table.column_names})
+    for name in table.column_names:
+        row = not_utf8(table[name])
+        if row is not None:
+            raise InputError(
+                f"{source}: row {row} (counted from 0): column {name!r} is not UTF-8. Save the "
+                "file as UTF-8."
+            )
+    return table
+
+
+def _read_lines(content: bytes, source: str) -> pa.Table:
+    lines = content.rstrip(b"\r\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    texts = [
+        decode(line, f"{source}: row {row} (counted from 0)") for row, line in enumerate(lines)
+    ]
+    return pa.table({"text": pa.array(texts, pa.string())})
+
+
+def _read_jsonl(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
+    # Only these columns become Arrow: the type of others may change from row to row.
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    for row, (_, document) in enumerate(read_objects(file, source)):
+        check_not_repeated(document, columns, f"{source}: row {row} (counted from 0)")
+        for name, column in values.items():
+            column.append(document.get(name))
+    return pa.table(
+        {
+            name: to_array(column, name, lambda row: f"{source}: row {row} (counted from 0)")
+            for name, column in values.items()
+        }
     )
+
+
+def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
+    suffix = _suffix(source)
+    if suffix == ".csv":
+        _check_quotes(file, source)
+
+    def read(options: pyarrow.csv.ReadOptions) -> pa.Table:
+        return pyarrow.csv.read_csv(
+            file,
+            read_options=options,
+            parse_options=_csv_options(suffix),
+            convert_options=pyarrow.csv.ConvertOptions(
+                include_columns=columns,
+                column_types={name: pa.string() for name in columns},
+                null_values=[],
+                check_utf8=False,  # checked afterwards, to name the row
+            ),
+        )
+
+    return _with_large_rows(file, read)
+
+
+def _with_large_rows(file: BinaryIO, read: Callable[[pyarrow.csv.ReadOptions], T]) -> T:
+    """Read a csv in blocks that are as large as its largest row needs."""
+    for size in _CSV_BLOCKS:
+        file.seek(0)
+        try:
+            return read(pyarrow.csv.ReadOptions(block_size=size))
+        except pa.ArrowInvalid as error:
+            if "block" not in str(error) or size == _CSV_BLOCKS[-1]:
+                raise
+    raise AssertionError("the last block size returns or raises")
+
+
+def _check_quotes(file: BinaryIO, source: str) -> None:
+    """Refuse a csv whose last quote is not closed: the rest of the file would be one value."""
+    num_quotes = sum(part.count(b'"') for part in iter(partial(file.read, 1 << 20), b""))
+    if num_quotes % 2 == 0:
+        return
+    # A quote inside an unquoted value is a character. If the last one is open, it swallows a row
+    # that is appended.
+    names = _column_names(file, source)
+    file.seek(0)
+    content = file.read()
+    row = ",".join("x" for _ in names)
+    counts = []
+    for rows in (content, content + f"\n{row}\n".encode()):
+        with BytesIO(rows) as part:
+            counts.append(_with_large_rows(part, _num_csv_rows(part)))
+    if counts[0] == counts[1]:
+        raise InputError(
+            f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
+            "so the rest of the file would be one value. Close it, or double each quote inside "
+            "quotes."
+        )
+
+
+def _num_csv_rows(file: BinaryIO) -> Callable[[pyarrow.csv.ReadOptions], int]:
+    def count(options: pyarrow.csv.ReadOptions) -> int:
+        table = pyarrow.csv.read_csv(
+            file,
+            read_options=options,
+            parse_options=_csv_options(".csv"),
+            convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
+        )
+        return int(table.num_rows)
+
+    return count
 
 
 def _replace_by_names(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
@@ -311,18 +421,10 @@ def _replace_by_names(schema: pa.Schema, columns: list[str], image: str) -> list
     return [column for column in columns if column != image] + name
 
 
-def _first_object(file: BinaryIO) -> dict[str, Any]:
-    line = next((line for line in file if line.strip()), b"")
-    first = json.loads(line)
-    if not isinstance(first, dict):
-        raise InputError(f"a line of jsonl must be an object; found {line[:60]!r}")
-    return first
-
-
 def _csv_options(suffix: str) -> pyarrow.csv.ParseOptions:
-    return pyarrow.csv.ParseOptions(
-        delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True
-    )
+    if suffix == ".tsv":  # tab-separated values know no quotes
+        return pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
+    return pyarrow.csv.ParseOptions(newlines_in_values=True)
 
 
 def _find_column(
@@ -341,11 +443,25 @@ def _find_column(
             f"{source} has no column {expected}; its columns are "
             f"{', '.join(names)}. Name one with {option}."
         )
+    if found is not None and _suffix(source) != TAR:
+        _check_unique(names, source, found)
     return found
+
+
+def _check_unique(names: Sequence[str], source: str, name: str) -> None:
+    if names.count(name) > 1:
+        raise InputError(
+            f"{source} has {names.count(name)} columns of the name {name!r}, expected one; rename "
+            "or remove the others"
+        )
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _with_strings(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.large_string()) if _is_list(kind) else pa.large_string()
 
 
 def _image_name(value: Any) -> str:

@@ -5,7 +5,6 @@ A sample is all files of a tar whose names are equal up to the first dot of the 
 such a dot, or with nothing before it, belong to no sample, as in webdataset.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import fsspec
 import pyarrow as pa
 
 from ...schemas import InputError
+from .values import check_not_repeated, decode, parse_json, to_array
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE = "image"
@@ -58,7 +58,8 @@ class WebDataset:
         """Read the headers of all tars.
 
         Args:
-            source: path or URL; it may name several by ``*``, ``?``, ``{000..012}`` and ``{a,b}``.
+            source: path or URL; it may name several by ``*``, ``?``, ``{000..012}``, ``{a,b}`` and
+                ``a.tar::b.tar``.
 
         Raises:
             InputError: no such tar, or one that is damaged or truncated.
@@ -95,13 +96,14 @@ class WebDataset:
         extensions = IMAGE_EXTENSIONS if name == IMAGE else (name,)
         if name == TEXT:
             texts = self._read(samples, TEXT)
-            return pa.array([text and text.removesuffix("\n") for text in texts], pa.string())
+            return pa.array([text and text.rstrip("\r\n") for text in texts], pa.string())
         if not any(extension in files for _, files in samples for extension in extensions):
             documents = self._json(samples)
-            try:
-                return pa.array([document.get(name) for document in documents])
-            except pa.ArrowInvalid as error:
-                raise InputError(f"{self.source}: {name!r} of the JSON: {error}") from error
+            places = [_place(tar, files, _JSON, row) for row, (tar, files) in enumerate(samples)]
+            for document, place in zip(documents, places, strict=True):
+                check_not_repeated(document, [name], place)
+            values = [document.get(name) for document in documents]
+            return to_array(values, name, lambda row: places[row])
         byte_ranges = []
         for tar, files in samples:
             member = next((files[each] for each in extensions if each in files), None)
@@ -120,7 +122,7 @@ class WebDataset:
         documents = []
         for (tar, files), text in zip(samples, self._read(samples, _JSON), strict=True):
             try:
-                document = json.loads(text or "{}")
+                document = parse_json(text or "{}")
             except ValueError as error:
                 raise InputError(f"{tar}: {files[_JSON].name} is not JSON: {error}") from error
             if not isinstance(document, dict):
@@ -134,15 +136,13 @@ class WebDataset:
         """Contents of the file of each sample that has this extension, or None."""
         texts: list[str | None] = []
         with Reader() as reader:
-            for tar, files in samples:
+            for row, (tar, files) in enumerate(samples):
                 member = files.get(extension)
                 if member is None:
                     texts.append(None)
                     continue
-                try:
-                    texts.append(reader.read(tar, member.start, member.size).decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{tar}: {member.name} is not UTF-8: {error}") from error
+                content = reader.read(tar, member.start, member.size)
+                texts.append(decode(content, _place(tar, files, extension, row)))
         return texts
 
 
@@ -179,13 +179,14 @@ class Reader:
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths or URLs that match a pattern: braces in their order, ``*`` and ``?`` sorted.
+    """Paths or URLs that match a pattern: parts between ``::`` and braces in their order, ``*`` and
+    ``?`` sorted.
 
     Raises:
         InputError: nothing matches.
     """
     paths: list[str] = []
-    for plain in _expand_braces(pattern):
+    for plain in (plain for part in _split(pattern) for plain in _expand_braces(part)):
         if not re.search(r"[*?]", plain):
             paths.append(plain)
             continue
@@ -197,6 +198,26 @@ def expand(pattern: str) -> list[str]:
             matches = [filesystem.unstrip_protocol(match) for match in matches]
         paths += matches
     return paths
+
+
+def _split(pattern: str) -> list[str]:
+    """``a.tar::b.tar`` -> both; URLs that fsspec chains by ``::`` stay in one part, as
+    ``simplecache::s3://bucket/a.tar`` and ``zip://a.tar::b.zip``."""
+    parts: list[str] = []
+    chained = False
+    for piece in pattern.split("::"):
+        if chained:
+            parts[-1] += f"::{piece}"
+        else:
+            parts.append(piece)
+        inside = re.match(r"(tar|zip|libarchive)://", piece) is not None
+        chained = inside or not piece.lower().endswith((".tar", "}"))
+    return parts
+
+
+def _place(tar: str, files: dict[str, _Member], extension: str, row: int) -> str:
+    name = files[extension].name if extension in files else f"no .{extension}"
+    return f"{tar}: row {row} (counted from 0): {name}"
 
 
 def _expand_braces(pattern: str) -> list[str]:

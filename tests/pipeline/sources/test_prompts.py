@@ -81,3 +81,25 @@ class TestReadPrompts:
     def test_refuses_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(InputError, match="no such file"):
             read_prompts(str(tmp_path / "none.json"))
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_records_have_no_byte_order_mark_and_no_line_ends(self, tmp_path, end):
+        lines = [json.dumps(line) for line in GENEVAL]
+        text = "\ufeff" + end.join([*lines, ""])
+        found = read_prompts(write(tmp_path / "metadata.jsonl", text))
+        assert [(p.record, p.group) for p in found] == [
+            (lines[0], "single_object"),
+            (lines[1], "counting"),
+        ]
+
+    def test_a_group_that_the_first_row_lacks(self, tmp_path):
+        lines = '{"prompt": "a cat"}\n{"prompt": "a dog", "tag": "animals"}\n'
+        found = read_prompts(write(tmp_path / "metadata.jsonl", lines))
+        assert [p.group for p in found] == [None, "animals"]
+
+    @pytest.mark.parametrize(
+        "text", ['["a cat", "a \\ud83d"]', '[{"prompt": "a"}, {"prompt": "b", "tag": "\\ude00"}]']
+    )
+    def test_half_a_surrogate_pair_is_named(self, tmp_path, text):
+        with pytest.raises(InputError, match=r"p\.json: entry '00001': .* half a surrogate pair"):
+            read_prompts(write(tmp_path / "p.json", text))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semroute.pipeline.sources.table import SUFFIXES, TAR, read_samples
+from semroute.pipeline.sources.table import SUFFIXES, TAR, column_names, read_samples, read_table
 from semroute.schemas import InputError, fingerprint
 
 TABLES = [suffix for suffix in SUFFIXES if suffix != TAR]
@@ -22,10 +22,11 @@ def write(path: Path, texts: list[str], column: str = "text") -> str:
         case ".jsonl":
             rows = [{"other": number, column: text} for number, text in enumerate(texts)]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        case ".csv" | ".tsv":
-            mark = "," if path.suffix == ".csv" else "\t"
+        case ".csv":
             quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
-            path.write_text(f"other{mark}{column}\n" + "".join(f"1{mark}{q}\n" for q in quoted))
+            path.write_text(f"other,{column}\n" + "".join(f"1,{q}\n" for q in quoted))
+        case ".tsv":
+            path.write_text(f"other\t{column}\n" + "".join(f"1\t{text}\n" for text in texts))
         case ".txt":
             path.write_text("".join(f"{text}\n" for text in texts))
     return str(path)
@@ -33,9 +34,10 @@ def write(path: Path, texts: list[str], column: str = "text") -> str:
 
 @pytest.mark.parametrize("suffix", TABLES)
 def test_every_format_gives_the_same_captions(tmp_path, suffix):
-    samples = read_samples(write(tmp_path / f"c{suffix}", TEXTS), need="text")
-    assert samples.texts().to_pylist() == [[text] for text in TEXTS]
-    assert samples.identity().fingerprint == fingerprint([[text] for text in TEXTS])
+    texts = [text.replace("\t", " ") for text in TEXTS] if suffix == ".tsv" else TEXTS
+    samples = read_samples(write(tmp_path / f"c{suffix}", texts), need="text")
+    assert samples.texts().to_pylist() == [[text] for text in texts]
+    assert samples.identity().fingerprint == fingerprint([[text] for text in texts])
     assert samples.image_names().to_pylist() == [None] * 4
 
 
@@ -163,3 +165,166 @@ def test_bytes_of_images_are_not_read_for_captions(tmp_path):
         samples = read_samples(str(tmp_path / "c.parquet"), need="text")
         assert samples.image_names().to_pylist() == names
         assert samples.table.nbytes < 80
+
+
+def captions(path, content=None):
+    """Captions of a file, written first if its content is given."""
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_samples(str(path), need="text").texts().to_pylist()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_line_ends_and_a_byte_order_mark_are_no_part_of_captions(tmp_path, end, bom, last):
+    rows = {
+        "c.txt": ["a cat", " a dog "],
+        "c.csv": ["text,other", "a cat,1", " a dog ,2"],
+        "c.tsv": ["text\tother", "a cat\t1", " a dog \t2"],
+        "c.jsonl": ['{"text": "a cat"}', '{"text": " a dog "}'],
+    }
+    for name, lines in rows.items():
+        content = bom + (end.join(lines) + end * last).encode()
+        assert captions(tmp_path / name, content) == [["a cat"], [" a dog "]], name
+
+
+def test_quoted_values_of_csv_keep_their_line_ends(tmp_path):
+    content = 'text,other\r\n"a cat\r\n",1\r\n"\ra dog",2\r\n'
+    assert captions(tmp_path / "c.csv", content) == [["a cat\r\n"], ["\ra dog"]]
+
+
+@pytest.mark.parametrize("text", ['"open', 'shut"', '"both"', 'a "" b', '5" pipe', "'"])
+def test_quotes_in_tsv_are_characters(tmp_path, text):
+    content = f"other\ttext\n1\t{text}\n2\ta dog\n3\t{text}\n"
+    assert captions(tmp_path / "c.tsv", content) == [[text], ["a dog"], [text]]
+    assert captions(tmp_path / "one.tsv", f"text\n{text}\na dog\n") == [[text], ["a dog"]]
+
+
+@pytest.mark.parametrize("content", ['text\na\n"b\nc\nd\n', 'other,text\n1,a\n2,"b\n3,c\n4,d'])
+def test_a_quote_of_csv_that_is_never_closed_is_refused(tmp_path, content):
+    with pytest.raises(InputError, match=r"c\.csv: row 1 \(counted from 0\) opens a quote that"):
+        captions(tmp_path / "c.csv", content)
+
+
+def test_a_quote_inside_an_unquoted_value_of_csv_is_a_character(tmp_path):
+    assert captions(tmp_path / "c.csv", 'text\n5" pipe\na dog\n') == [['5" pipe'], ["a dog"]]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    twice = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    table = pa.Table.from_arrays(twice, ["text", "text", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    (tmp_path / "c.csv").write_text("text,text,prompt\na,b,c\n")
+    (tmp_path / "c.tsv").write_text("text\ttext\tprompt\na\tb\tc\n")
+    for name in ("c.parquet", "c.csv", "c.tsv"):
+        path = str(tmp_path / name)
+        with pytest.raises(InputError, match="has 2 columns of the name 'text', expected one"):
+            read_samples(path, need="text")
+        with pytest.raises(InputError, match="has 2 columns of the name 'text', expected one"):
+            read_table(path, "prompt")
+        other = read_samples(path, text_column="prompt", need="text")
+        assert other.texts().to_pylist() == [["c"]]
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\): .* has the key 'text'"):
+        captions(tmp_path / "c.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n')
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])
+def test_rows_of_any_size(tmp_path, suffix, first):
+    large, small = ["a cat", "x" * 3_000_000], ["a dog", "y"]
+    rows = [large, small, small] if first else [small, small, large]
+    match suffix:
+        case ".jsonl":
+            lines = [json.dumps({"text": text, "other": other}) for text, other in rows]
+        case ".txt":
+            lines = [text + other for text, other in rows]
+        case _:
+            mark = "," if suffix == ".csv" else "\t"
+            lines = [mark.join(row) for row in [["text", "other"], *rows]]
+    texts = captions(tmp_path / f"c{suffix}", "\n".join(lines))
+    assert texts == [[t + o] if suffix == ".txt" else [t] for t, o in rows]
+
+
+def test_types_come_from_all_rows(tmp_path):
+    path = tmp_path / "c.jsonl"
+    rows = [
+        {"text": [], "size": 1, "scene": {"a": 1}},
+        {"size": 1.5, "scene": {"b": "x"}, "text": ["a", "b"], "late": "here"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert column_names(str(path)) == ["text", "size", "scene", "late"]
+    assert read_table(str(path))[1].to_pylist() == [
+        {"text": [], "size": 1.0, "scene": {"a": 1, "b": None}, "late": None},
+        {"text": ["a", "b"], "size": 1.5, "scene": {"a": None, "b": "x"}, "late": "here"},
+    ]
+    for empty in ('{"text": null}', '{"other": 1}', '{"text": []}'):
+        good = '["a"]' if "[" in empty else '"a"'
+        with pytest.raises(InputError, match=r"1 of 2 rows have an empty caption.*rows 0, counted"):
+            captions(path, f'{empty}\n{{"text": {good}}}\n')
+    with pytest.raises(InputError, match="2 of 2 rows have an empty caption"):
+        captions(path, '{"text": null}\n{"text": null}\n')
+
+
+@pytest.mark.parametrize("other", ["1", "true", '["a"]', '{"a": 1}'])
+def test_a_value_of_another_type_is_named(tmp_path, other):
+    content = f'{{"text": null}}\n{{"text": "a"}}\n{{"text": {other}}}\n'
+    with pytest.raises(InputError, match=r"c\.jsonl: row 2 \(counted.*: 'text' is .* like \"a\""):
+        captions(tmp_path / "c.jsonl", content)
+
+
+@pytest.mark.parametrize("bad", [b"caf\xe9", b"\xed\xa0\xbd", b"\xff\xfe"])
+def test_bytes_that_are_not_utf8_name_file_and_row(tmp_path, bad):
+    contents = {
+        "c.txt": b"a\n" + bad + b"\n",
+        "c.csv": b"text\na\n" + bad + b"\n",
+        "c.tsv": b"other\ttext\n1\ta\n2\t" + bad + b"\n",
+        "c.jsonl": b'{"text": "a"}\n\n{"text": "' + bad + b'"}\n',
+    }
+    offsets = pa.array([0, 1, 1 + len(bad)], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a" + bad)])
+    for name, each in (
+        ("c.parquet", column),
+        ("lists.parquet", pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), column)),
+    ):
+        pyarrow.parquet.write_table(pa.table({"text": each}), tmp_path / name)
+        contents[name] = (tmp_path / name).read_bytes()
+    for name, content in contents.items():
+        with pytest.raises(InputError, match=rf"{name}: row 1 \(counted from 0\).* is not UTF-8"):
+            captions(tmp_path / name, content)
+
+
+@pytest.mark.parametrize("value", ['"a \\ud83d"', '["a", "\\ude00 b"]'])
+def test_half_a_surrogate_pair_is_named(tmp_path, value):
+    content = f'{{"text": null}}\n{{"text": {value}}}\n'
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\): 'text' has half a surrogate"):
+        captions(tmp_path / "c.jsonl", content)
+    whole = '{"text": "\\ud83d\\ude00"}\n'
+    assert captions(tmp_path / "c.jsonl", whole) == [["\U0001f600"]]
+
+
+def test_columns_of_other_arrow_types_are_read(tmp_path):
+    texts = pa.array(["a cat", "a dog", "a cat"])
+    pairs = pa.array([["a", "b"], ["c", "d"], ["e", "f"]])
+    offsets = pa.array([0, 1, 2, 3], pa.int32())
+    for column in (
+        texts.dictionary_encode(),
+        texts.cast(pa.string_view()),
+        pairs.cast(pa.list_(pa.string(), 2)),
+        pairs.cast(pa.list_(pa.string_view())),
+        pa.ListArray.from_arrays(offsets, texts.dictionary_encode()),
+    ):
+        pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+        rows = [row if isinstance(row, list) else [row] for row in column.to_pylist()]
+        assert captions(tmp_path / "c.parquet") == rows
+    for column in (texts.dictionary_encode(), texts.cast(pa.string_view())):
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "c.parquet")
+        images = read_samples(str(tmp_path / "c.parquet"), need="image")
+        assert images.image_names().to_pylist() == texts.to_pylist()
+
+
+def test_several_tables_are_refused(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("text\na\n")
+    with pytest.raises(InputError, match=r"names several tables, expected one; only tars"):
+        read_samples(f"{tmp_path / 'a.csv'}::{tmp_path / 'b.csv'}", need="text")

@@ -51,6 +51,60 @@ def test_patterns():
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{b,a}{0..1}") == ["b0", "b1", "a0", "a1"]
     assert expand("plain.tar") == ["plain.tar"]
+    assert expand("a.tar::s-{0..1}.tar::b.tar") == ["a.tar", "s-0.tar", "s-1.tar", "b.tar"]
+    assert expand("{a,b}.tar::{c.tar,d.tar}") == ["a.tar", "b.tar", "c.tar", "d.tar"]
+
+
+@pytest.mark.parametrize(
+    "url", ["simplecache::s3://x/a.tar", "tar://a.tar::b.tar", "zip://a.tar::simplecache::b.tar"]
+)
+def test_urls_that_fsspec_chains_are_one_tar(url):
+    assert expand(url) == [url]
+    assert expand(f"{url}::{url}") == [url, url]
+
+
+def test_a_list_of_tars_is_read_in_its_order(pattern):
+    paths = [str(pattern.with_name(f"s-{number:02d}.tar")) for number in (1, 0)]
+    samples = read_samples("::".join(paths), need="text")
+    assert samples.texts().to_pylist() == [[f"caption {n}"] for n in (3, 4, 5, 0, 1, 2)]
+    assert next(samples.image_files()) == png(3)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\r", "\n\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_line_ends_and_a_byte_order_mark_are_no_part_of_captions(tmp_path, end, bom):
+    document = json.dumps({"caption": "a cat\n"}) + end
+    files = [("0.txt", bom + f" a\ncat {end}".encode()), ("0.json", bom + document.encode())]
+    path = write(tmp_path / "a.tar", files)
+    assert read_samples(path, need="text").texts().to_pylist() == [[" a\ncat "]]
+    of_json = read_samples(path, text_column="caption", need="text")
+    assert of_json.texts().to_pylist() == [["a cat\n"]]
+
+
+@pytest.mark.parametrize("other", ["1", "true", '["a"]', '{"a": 1}'])
+def test_a_value_of_another_type_is_named(tmp_path, other):
+    contents = ['{"caption": null}', '{"caption": "a"}', f'{{"caption": {other}}}']
+    files = [(f"{number}.json", content) for number, content in enumerate(contents)]
+    match = r"a\.tar: row 2 \(counted from 0\): 2\.json: 'caption' is "
+    with pytest.raises(InputError, match=match):
+        read_samples(write(tmp_path / "a.tar", files), need="text")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"caption": "a \\ud83d"}', "'caption' has half a surrogate pair"),
+        ('{"caption": ["\\ude00"]}', "'caption' has half a surrogate pair"),
+        ('{"caption": "a", "caption": "b"}', "the object has the key 'caption' twice"),
+        (b'{"caption": "caf\xe9"}', "is not UTF-8"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+def test_what_a_json_cannot_hold_names_tar_and_row(tmp_path, content, message):
+    files = [("a.json", '{"caption": null}'), ("b.json", content)]
+    match = rf"a\.tar: row 1 \(counted from 0\): b\.json:? {message}"
+    with pytest.raises(InputError, match=match):
+        read_samples(write(tmp_path / "a.tar", files), need="text")
 
 
 @pytest.mark.parametrize("name", ["s-{00..01}.tar", "s-*.tar", "{s-00,s-01}.tar", "s-0?.tar"])
