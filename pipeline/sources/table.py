@@ -18,7 +18,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
-from .values import check_not_repeated, decode, not_utf8, read_objects, to_array, to_plain
+from ...schemas.columns import to_plain
+from .values import check_not_repeated, decode, not_utf8, read_objects, to_array
 from .webdataset import BYTE_RANGE, TEXT, Reader, WebDataset
 
 TEXT_COLUMNS = ("text", "prompt", "caption")

@@ -131,27 +131,6 @@ def _mismatch(values: list[Any], name: str, where: Callable[[int], str]) -> str 
     return None
 
 
-def to_plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column with dictionaries, views and lists of fixed size as plain strings and lists."""
-    kind = _plain_type(column.type)
-    return column if kind == column.type else column.cast(kind)
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    if pa.types.is_fixed_size_list(kind) or (
-        (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-        and _plain_type(kind.value_type) != kind.value_type
-    ):
-        return pa.large_list(_plain_type(kind.value_type))
-    return kind
-
-
 def not_utf8(column: pa.ChunkedArray) -> int | None:
     """The first row of a column of strings or of lists of them that is not UTF-8."""
     row = 0

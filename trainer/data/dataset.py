@@ -13,7 +13,9 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.dataset
+import pyarrow.json
 
 from ...schemas import (
     DataConfig,
@@ -24,6 +26,7 @@ from ...schemas import (
     differences,
     refuse_differences,
 )
+from ...schemas.columns import to_plain
 from ...schemas.seeds import as_uniform
 from .filters import parse_filter
 
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from ...pipeline.store.latents import LatentStore
 
 
+_BLOCK_BYTES = 1 << 26
+"""Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
 _NUM_NAMED = 20
 """Column names listed in a message."""
 _MAY_DIFFER = {"captions", "samples", "max_length"}
@@ -389,7 +394,7 @@ class JoinedColumns:
         """A column of the user's table by sample; null for samples that the table lacks."""
         assert self.table is not None
         if "sample_id" not in self.table.schema.names:
-            column = _array(self.table.to_table(columns=[name])[name])
+            column = self._read_table([name])[0]
             if len(column) != self.num_samples:
                 raise InputError(
                     f"{self.name} has {len(column):,} rows but there are {self.num_samples:,} "
@@ -397,12 +402,25 @@ class JoinedColumns:
                     "from"
                 )
             return column
-        table = self.table.to_table(columns=["sample_id", name])
-        ids = table["sample_id"].to_numpy()
+        number, column = self._read_table(["sample_id", name])
+        ids = number.to_numpy(zero_copy_only=False)
         if len(np.unique(ids)) != len(ids):
             raise InputError(f"{self.name}: a sample_id occurs twice; expected one row per sample")
         row = pc.index_in(pa.array(np.arange(self.num_samples)), pa.array(ids.astype(np.int64)))
-        return _array(table[name]).take(row)
+        return column.take(row)
+
+    def _read_table(self, names: list[str]) -> list[pa.Array]:
+        """Columns of the user's table.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        assert self.table is not None
+        try:
+            table = self.table.to_table(columns=names)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"data.columns: {self.name} cannot be read: {error}") from error
+        return [_array(to_plain(table[name])) for name in names]
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:
@@ -411,7 +429,19 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _open_table(name: str) -> pyarrow.dataset.Dataset:
-    form = {"jsonl": "json", "tsv": "csv"}.get(ending := name.rpartition(".")[2], ending)
+    ending = name.rpartition(".")[2]
+    form: str | pyarrow.dataset.FileFormat = ending
+    if ending in ("csv", "tsv"):
+        form = pyarrow.dataset.CsvFileFormat(
+            read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+            if ending == "csv"
+            else pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False),
+        )
+    elif ending == "jsonl":
+        form = pyarrow.dataset.JsonFileFormat(
+            read_options=pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES)
+        )
     try:
         filesystem, path = fsspec.core.url_to_fs(name)
         return pyarrow.dataset.dataset(path, filesystem=filesystem, format=form)

@@ -88,6 +88,49 @@ class TestFilter:
         pair = chosen(stores, filter="score > 7", columns=str(path))
         assert pair.index.samples.tolist() == [n for n, v in enumerate(values) if v > 7]
 
+    @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+    def test_columns_beside_large_or_quoted_values(self, stores, tmp_path, form):
+        """A row of more than a megabyte, a type that changes later, and a quote in a tsv."""
+        path = tmp_path / f"more.{form}"
+        values = [1, *[n / 2 for n in range(1, 200)]]
+        other = ["x" * 2_000_000 if n == 1 else "y" for n in range(200)]
+        if form == "jsonl":
+            rows = [json.dumps({"o": o, "score": v}) for o, v in zip(other, values, strict=True)]
+        else:
+            mark = "," if form == "csv" else "\t"
+            other[7] = '"a\nb"' if form == "csv" else '"open'
+            rows = [f"o{mark}score"]
+            rows += [f"{o}{mark}{v}" for o, v in zip(other, values, strict=True)]
+        path.write_text("\ufeff" + "\n".join(rows), "utf-8")
+        pair = chosen(stores, filter="score > 98.6", columns=str(path))
+        assert pair.index.samples.tolist() == [198, 199]
+
+    @pytest.mark.parametrize("form", ["parquet", "csv", "tsv"])
+    def test_two_columns_of_one_name_are_refused(self, stores, tmp_path, form):
+        path = tmp_path / f"more.{form}"
+        columns = [pa.array(range(200)), pa.array(range(200))]
+        if form == "parquet":
+            table = pa.Table.from_arrays(columns, ["score", "score"])
+            pyarrow.parquet.write_table(table, path)
+        else:
+            mark = "," if form == "csv" else "\t"
+            rows = [mark.join(["score", "score"]), *(f"{n}{mark}{n}" for n in range(200))]
+            path.write_text("\n".join(rows))
+        reason = "duplicate field names" if form == "parquet" else "multiple columns named score"
+        with pytest.raises(InputError, match=f"cannot be read as parquet.*: .*{reason}"):
+            chosen(stores, filter="score > 0", columns=str(path))
+
+    def test_columns_of_other_arrow_types(self, stores, tmp_path):
+        style = pa.array(["a" if n == 7 else "b" for n in range(200)])
+        for column in (style.dictionary_encode(), style.cast(pa.string_view())):
+            pyarrow.parquet.write_table(pa.table({"style": column}), tmp_path / "more.parquet")
+            pair = chosen(
+                stores,
+                filter='match_substring(style, pattern="a")',
+                columns=str(tmp_path / "more.parquet"),
+            )
+            assert pair.index.samples.tolist() == [7]
+
     def test_columns_of_a_file_by_sample_id(self, stores, tmp_path):
         table = pa.table({"sample_id": [150, 3, 40], "style": ["a", "b", "a"]})
         pyarrow.parquet.write_table(table, tmp_path / "more.parquet")
