@@ -47,6 +47,7 @@ from .run import MixtureRecord, RunRecord, SelectionRecord
 from .study import Scoring, StudyConfig, Tuning
 from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 from .train import (
+    MAX_SEED,
     DataConfig,
     EMAConfig,
     FlowConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "LN_EPS",
     "LOCK_FILE",
     "MAX_QUALITY",
+    "MAX_SEED",
     "MIN_QUALITY",
     "PARTIAL",
     "SAME_WEIGHTS",

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .contract import Contract
+from .contract import Settings
 
 
-class JobQueue(Contract):
+class JobQueue(Settings):
     """A cluster that dask-jobqueue starts as jobs of a batch system, as many as the work needs."""
 
     kind: Literal["slurm", "pbs", "sge", "lsf", "oar", "htcondor", "moab", "local"]

@@ -1,5 +1,6 @@
 """A training configuration from a YAML file and the command line."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from .contract import parse
 from .errors import InputError
 from .train import TrainConfig
+from .yaml_file import MAX_CHARACTERS, YamlMapping, load_yaml
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -19,30 +21,31 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return parse(TrainConfig, read_yaml(path, overrides), str(path))
 
 
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> YamlMapping:
     """The mapping in a YAML file, with overrides ``a.b=value``.
 
     Raises:
-        InputError: no such file, not YAML, or not a mapping.
+        InputError: no such file, not YAML, a value that YAML reads otherwise than people do, or not
+            a mapping.
     """
-    import yaml
-
     try:
-        document = yaml.safe_load(path.read_text("utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is no YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} holds {type(document).__name__}; expected keys and values")
+    values, lines = load_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}; expected keys and values")
+    document = YamlMapping(values, lines)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise InputError(f"{override!r}: expected KEY=VALUE, such as routing.strategy=time")
-        try:
-            put(document, key, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"{override!r}: the value is no YAML: {error}") from error
+        put(document, key, load_yaml(value, f"{override!r}: the value")[0])
+        for line in [line for line in lines if line == key or line.startswith(f"{key}.")]:
+            del lines[line]  # the value is no longer the file's
     return document
 
 
@@ -69,5 +72,6 @@ def _number_or(value: Any) -> Any:
     """A number where YAML 1.1 sees a string, as in 1e-3; other values unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
-            return float(value)
+            number = float(value)
+            return number if math.isfinite(number) else value
     return value

@@ -3,11 +3,13 @@
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from datetime import date
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from .errors import InputError
+from .yaml_file import YamlMapping
 
 
 class ContractError(InputError):
@@ -18,6 +20,36 @@ class Contract(BaseModel):
     """Base of all documents on disk: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Settings(Contract):
+    """Base of documents that people write: numbers are finite, and are no booleans."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        accepted = _leaf_types(field.annotation)
+        if accepted & {int, float} and not accepted & {bool, Any} and _holds_boolean(value):
+            raise ValueError(
+                "expected a number, not a boolean, which is also how YAML reads yes, no, on and off"
+            )
+        return value
+
+
+def _leaf_types(annotation: Any) -> set[Any]:
+    """The types inside an annotation: ``list[float] | None`` -> float, None's."""
+    inner = [each for each in get_args(annotation) if isinstance(each, type) or get_args(each)]
+    inner += [each for each in get_args(annotation) if each is Any]
+    return set().union(*map(_leaf_types, inner)) if inner else {annotation}
+
+
+def _holds_boolean(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_boolean, value))
+    return isinstance(value, bool)
 
 
 class Difference(NamedTuple):
@@ -38,7 +70,8 @@ def parse(model: type[M], document: Any, name: str) -> M:
     """Validate ``document`` against ``model``.
 
     Args:
-        document: normally a mapping, as it was read.
+        document: normally a mapping, as it was read; problems in a :class:`YamlMapping` are
+            reported with their lines.
         name: of the document in messages, for example its path.
 
     Raises:
@@ -47,7 +80,7 @@ def parse(model: type[M], document: Any, name: str) -> M:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
+        lines = [_explain(model, problem, document) for problem in error.errors()]
     raise ContractError("\n  ".join([f"{name} is not valid:", *lines]))
 
 
@@ -105,15 +138,33 @@ def _short(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
+def _explain(model: type[BaseModel], problem: Any, document: Any) -> str:
     location = problem["loc"]
+    line = document.line(location) if isinstance(document, YamlMapping) else None
     key = ".".join(str(part) for part in location)
+    if line is not None:
+        key = f"line {line}: {key}"
     if problem["type"] != "extra_forbidden":
-        return f"{key}: {problem['msg']} (found {_short(problem['input'])})"
+        hint = _quoting_hint(problem["type"], problem["input"])
+        return f"{key}: {problem['msg']} (found {_short(problem['input'])}){hint}"
     known = _known_keys(model, location[:-1])
     nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
+
+
+def _quoting_hint(problem: str, value: Any) -> str:
+    """What to do about a value that YAML made of text without quotes."""
+    if problem not in ("literal_error", "string_type"):
+        return ""
+    if isinstance(value, bool):
+        return (
+            "; YAML reads no, off, yes and on as booleans: quote the text, as in "
+            f'"{"yes" if value else "no"}"'
+        )
+    if problem == "string_type" and isinstance(value, (int, float, date)):
+        return f'; quote it if it is text, as in "{value}"'
+    return ""
 
 
 def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config import put
-from .contract import Contract, parse
+from .contract import Settings, parse
 from .errors import InputError
-from .train import Fraction, Positive, TrainConfig
+from .train import Fraction, Positive, Seed, TrainConfig
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 
 
-class Scoring(Contract):
+class Scoring(Settings):
     """Scoring of a run on captions of the shapes dataset."""
 
     features: str
@@ -29,11 +29,11 @@ class Scoring(Contract):
     solver: Literal["euler", "heun"] = "euler"
     clock: str = "nominal"
     """The t that routing sees: ``nominal``, ``shift:K`` or ``estimated``."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise, the same for every run, so that runs are compared image by image."""
 
 
-class Tuning(Contract):
+class Tuning(Settings):
     """A setting that each arm tunes by the same number of trials on dev captions."""
 
     key: str = "optimizer.router_lr"
@@ -50,7 +50,7 @@ class Tuning(Contract):
 _SHARED = ("samples", "cfg_scales", "images_per_caption", "seed")
 
 
-class Arm(Contract):
+class Arm(Settings):
     """Settings of one arm of a study; in the file, dotted keys of training stand beside these."""
 
     of: str | None = None
@@ -68,7 +68,7 @@ class Arm(Contract):
     """Dotted keys of ``semroute train``."""
 
 
-class StudyConfig(Contract):
+class StudyConfig(Settings):
     """Arms x seeds on one pair of stores."""
 
     output: str

@@ -10,9 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .contract import Contract
+from .contract import Settings
 
 Positive = Annotated[int, Field(ge=1)]
+MAX_SEED = 2**63 - 1
+"""Largest seed: tables of results hold seeds as signed numbers of 64 bits."""
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tracker = Literal[
     "none",
@@ -29,7 +32,7 @@ Tracker = Literal[
 """Trackers that Accelerate supports, by the name of their package."""
 
 
-class RoutingConfig(Contract):
+class RoutingConfig(Settings):
     """The mix of LLM layers that a block reads: weights alpha from logits z(t, d).
 
     A key that the strategy does not use is an error.
@@ -101,7 +104,7 @@ _ROUTING_KEYS = {
 }
 
 
-class ModelConfig(Contract):
+class ModelConfig(Settings):
     """The DiT: a named size, of which single numbers may be replaced."""
 
     size: Literal["nano", "small", "base", "paper"] = "paper"
@@ -124,7 +127,7 @@ class ModelConfig(Contract):
     """Conditioning of blocks on the noise level: none, as in the paper, or adaLN."""
 
 
-class FlowConfig(Contract):
+class FlowConfig(Settings):
     """Rectified flow x_t = (1 - t) x_0 + t noise, t in [0, 1], 1 = pure noise."""
 
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -137,7 +140,7 @@ class FlowConfig(Contract):
     """t <- shift t / (1 + (shift - 1) t), in training and in sampling."""
 
 
-class OptimizerConfig(Contract):
+class OptimizerConfig(Settings):
     """Optimizer, learning rates (the router has its own) and schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -167,7 +170,7 @@ class OptimizerConfig(Contract):
     """After the warm-up; cosine and linear fall to 0 at the last step."""
 
 
-class SelectionConfig(Contract):
+class SelectionConfig(Settings):
     """Selection of samples and captions of a pair of stores, and their weights. By default all take
     part equally."""
 
@@ -182,7 +185,7 @@ class SelectionConfig(Contract):
     one with ``sample_id``."""
 
 
-class SourceConfig(Contract):
+class SourceConfig(Settings):
     """A further pair of stores to train on."""
 
     features: str
@@ -194,7 +197,7 @@ class SourceConfig(Contract):
     select: SelectionConfig = SelectionConfig()
 
 
-class DataConfig(Contract):
+class DataConfig(Settings):
     """The data that a step reads."""
 
     batch_size: Positive = 512
@@ -222,7 +225,7 @@ class DataConfig(Contract):
     ``select``."""
 
 
-class EMAConfig(Contract):
+class EMAConfig(Settings):
     """Exponential moving average of the weights, kept in fp32."""
 
     decay: Fraction = 0.99
@@ -232,7 +235,7 @@ class EMAConfig(Contract):
     """Steps between updates."""
 
 
-class ValidationConfig(Contract):
+class ValidationConfig(Settings):
     """Held-out data to measure the loss on: a share of the samples, or a second pair of stores. By
     default none."""
 
@@ -248,7 +251,7 @@ class ValidationConfig(Contract):
     """Upper limit of the number of samples used."""
     num_bins: Positive = 8
     """Number of equal parts of t from 0 to 1; each sample is used once in each, at its own t."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the choice of samples, their t and noise. Runs are comparable if it is the same."""
 
     @model_validator(mode="after")
@@ -260,7 +263,7 @@ class ValidationConfig(Contract):
         return self
 
 
-class TrainConfig(Contract):
+class TrainConfig(Settings):
     """Configuration of ``semroute train``."""
 
     features: str
@@ -272,7 +275,7 @@ class TrainConfig(Contract):
     start: str | None = None
     """A run whose moving average, at its newest checkpoint, initializes the weights of this one;
     the router's too if the strategy is the same. By default weights are random."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the weights and, together with a position, of order, caption dropout, t and noise."""
     steps: Positive = 500_000
     """Steps of the optimizer; may grow when a run is resumed, under a constant schedule."""

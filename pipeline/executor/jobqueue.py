@@ -7,9 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ...schemas import InputError, JobQueue, parse
+from ...schemas import InputError, JobQueue, parse, read_yaml
 from .dask import TASK, connect_client, no_profile_variable
 
 SHARD_DURATION = "60s"
@@ -22,11 +20,7 @@ def read_job_queue(path: Path) -> JobQueue:
     Raises:
         InputError: it cannot be read, or is not valid.
     """
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--cluster {path}: cannot be read: {error}") from error
-    return parse(JobQueue, document, str(path))
+    return parse(JobQueue, read_yaml(path), str(path))
 
 
 def max_workers(jobs: JobQueue) -> int:

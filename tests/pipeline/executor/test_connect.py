@@ -271,7 +271,7 @@ class TestJobs:
                 "minimum_jobs",
             ),
             ({"kind": "local", "maximum_jobs": 1, "options": {"walltime": "4 h"}}, "such as 04:00"),
-            ("text", "is not valid"),
+            ("text", "holds str; expected keys and values"),
         ],
     )
     def test_a_bad_file_says_what_is_wrong(self, document, message, tmp_path):
