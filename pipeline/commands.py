@@ -4,6 +4,7 @@ The first half holds what all commands share, those of the trainer too.
 """
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ..schemas import MAX_QUALITY, MIN_QUALITY, CodecName, InputError, parse
+from ..schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
 from ..schemas.units import parse_bytes
 from .executor.base import Interrupted
 
@@ -73,11 +74,37 @@ class _ByteSize(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class _FiniteFloat(click.types.FloatParamType):
+    """A real number; click's own type also takes nan and infinities."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class FiniteRange(click.FloatRange, _FiniteFloat):
+    """A real number within bounds, which nan would pass."""
+
+
+class _Seed(click.types.IntParamType):
+    """A seed, within the bounds of those in configurations."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        seed = super().convert(value, param, ctx)
+        if not 0 <= seed <= MAX_SEED:
+            self.fail(f"{value!r} is not in the range from 0 to {MAX_SEED} (2^63 - 1).", param, ctx)
+        return seed
+
+
+FINITE_FLOAT = _FiniteFloat()
+SEED = _Seed()
 BYTE_SIZE = _ByteSize()
 CODECS = click.Choice(get_args(CodecName))
 quality_option = click.option(
     "--quality",
-    type=click.FloatRange(MIN_QUALITY, MAX_QUALITY),
+    type=FiniteRange(MIN_QUALITY, MAX_QUALITY),
     help="For delta and linear. Default: 4, an error of 1.1e-2 in LN(h). One step more halves the "
     "error and costs one bit per value.",
 )
@@ -127,6 +154,7 @@ plan_options = options(
         "--seed",
         default=0,
         show_default=True,
+        type=SEED,
         help="Seed of the order in which captions are stored.",
     ),
 )
@@ -224,14 +252,14 @@ def extract(captions: str, features: str, **options: Any) -> None:
     "--samples-per-second",
     default=100.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Training speed, over all devices.",
 )
 @click.option(
     "--passes",
     default=10.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(

@@ -14,7 +14,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: not a positive number with a known unit.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
     num_bytes = int(float(match[1]) * unit) if match and unit else 0
     if num_bytes <= 0:

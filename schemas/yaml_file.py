@@ -55,8 +55,8 @@ def load_yaml(text: str, name: str) -> tuple[Any, dict[str, int]]:
 
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"{name} has more than {MAX_CHARACTERS:,} characters; expected a few hundred lines: name "
-            "the file of settings"
+            f"{name} has more than {MAX_CHARACTERS:,} characters; expected settings, of a few "
+            "hundred lines: name their file"
         )
     try:
         _check_depth(yaml.parse(text, yaml.SafeLoader), name)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from semroute.cli import cli
+from semroute.pipeline.commands import FINITE_FLOAT, SEED
 from semroute.schemas import InputError, read_config
 
 
@@ -386,6 +388,58 @@ def test_sizes_are_refused_by_name(tmp_path):
     result = CliRunner().invoke(cli, ["latents", "x.parquet", str(tmp_path), "--shard-size", "big"])
     assert result.exit_code == 2
     assert "'big' is not a size; expected a number and a unit" in result.output
+
+
+def options_of(kind):
+    """Each option of a command whose type is of a kind."""
+    return [
+        pytest.param(name, option, id=f"{name}{option.opts[0]}")
+        for name, command in sorted(cli.commands.items())
+        for option in command.params
+        if isinstance(option.type, kind)
+    ]
+
+
+def refused_value(command, option, value):
+    """What is printed about a value of an option, with nothing else on the command line."""
+    arguments = [command, *option.opts[:1], *[value] * option.nargs]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    return result.output
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(("command", "option"), options_of(click.types.FloatParamType))
+def test_numbers_that_are_not_finite_are_refused_by_every_command(command, option, value):
+    output = refused_value(command, option, value)
+    assert f"Invalid value for '{option.opts[0]}': '{value}' is not a finite number" in output
+
+
+def test_every_number_of_every_command_has_one_of_our_types():
+    found = options_of(click.types.FloatParamType)
+    assert len(found) >= 8
+    kind = type(FINITE_FLOAT)
+    assert [each.id for each in found if not isinstance(each.values[1].type, kind)] == []
+    seeds = [
+        option.type
+        for command in cli.commands.values()
+        for option in command.params
+        if option.name in ("seed", "shuffle_layers")
+    ]
+    assert len(seeds) >= 7
+    assert {*map(type, seeds)} == {type(SEED)}
+
+
+@pytest.mark.parametrize("value", ["-1", str(2**63), str(10**30)])
+@pytest.mark.parametrize(("command", "option"), options_of(type(SEED)))
+def test_seeds_out_of_range_are_refused_by_every_command(command, option, value):
+    assert f"'{value}' is not in the range from 0 to" in refused_value(command, option, value)
+
+
+def test_a_size_of_very_many_digits_is_refused(tmp_path):
+    result = CliRunner().invoke(cli, ["latents", "x", str(tmp_path), "--shard-size", "9" * 400])
+    assert result.exit_code == 2
+    assert "is not a size" in result.output
 
 
 def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ...pipeline.commands import F, options
+from ...pipeline.commands import FINITE_FLOAT, SEED, F, FiniteRange, options
 from ...schemas import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ weights_option = click.option(
     type=click.Choice(["ema", "model"]),
     help="ema: the moving average of the weights. model: the weights themselves.",
 )
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=SEED, help="Seed of the noise."
+)
 batch_size_option = click.option(
     "--batch-size",
     default=64,
@@ -59,6 +61,7 @@ def cfg_scales_option(*default: float) -> Callable[[F], F]:
         multiple=True,
         default=default,
         show_default=True,
+        type=FINITE_FLOAT,
         help="Guidance scale; may be given several times.",
     )
 
@@ -78,7 +81,7 @@ sampling_options = options(
         nargs=2,
         default=(0.0, 1.0),
         show_default=True,
-        type=click.FloatRange(0, 1),
+        type=FiniteRange(0, 1),
         help="Lowest and highest t with guidance.",
     ),
     seed_option,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from ...pipeline.commands import options, report_line
+from ...pipeline.commands import FINITE_FLOAT, options, report_line
 from ...schemas import BenchmarkName, InputError
 from .options import open_vae_decoder, pop_sampling_config, refuse_options, sampling_options
 
@@ -75,7 +75,13 @@ PROMPTS_ONLY = ("layout", "images_per_prompt", "text_column", "shard")
     "--vae",
     help="Where the VAE of the latents is now. Default: where it was when they were made.",
 )
-@click.option("--cfg-scale", default=6.0, show_default=True, help="Guidance scale; 1 means none.")
+@click.option(
+    "--cfg-scale",
+    default=6.0,
+    show_default=True,
+    type=FINITE_FLOAT,
+    help="Guidance scale; 1 means none.",
+)
 @click.option(
     "--size",
     metavar="HEIGHTxWIDTH",

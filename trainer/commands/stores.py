@@ -9,6 +9,7 @@ import click
 
 from ...pipeline.commands import (
     CODECS,
+    SEED,
     interruptible,
     is_json,
     json_option,
@@ -109,7 +110,7 @@ def probe(
 )
 @click.option(
     "--shuffle-layers",
-    type=click.IntRange(0),
+    type=SEED,
     metavar="SEED",
     help="A control: shuffle the layers of each caption at random. Needs codec bf16.",
 )

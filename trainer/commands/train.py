@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import interruptible
+from ...pipeline.commands import SEED, FiniteRange, interruptible
 from ...schemas import InputError, read_config
 
 
@@ -31,7 +31,7 @@ from ...schemas import InputError, read_config
     type=click.IntRange(1),
     help="Images per training caption, each rendered anew.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the whole world.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the whole world.")
 def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """Render a world of captioned coloured shapes into OUT.
 
@@ -57,7 +57,7 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
 )
 @click.option(
     "--step-seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="With --dry-run: seconds per step, to report how fast the stores must deliver.",
 )
 @click.option(
