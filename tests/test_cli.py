@@ -436,6 +436,23 @@ def test_seeds_out_of_range_are_refused_by_every_command(command, option, value)
     assert f"'{value}' is not in the range from 0 to" in refused_value(command, option, value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sample run --features f --model m", "--model is not used with --features"),
+        ("sample run --features f --prompts p --model m", "--model is not used with --features"),
+        ("sample run --prompt p --layout geneval", "--layout needs --prompts"),
+        ("study c.yaml --report-only --jobs 2", "--jobs is not used with --report-only"),
+        ("rewrite f out --text-column c", "--text-column names a column of a table"),
+        ("rewrite f out --rank 2", "--rank is the number of mixes: name a run with --routing"),
+        ("probe f labels --routing run", "--routing is for the figure"),
+        ("evaluate run --question q", "--question needs --judge"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, message):
+    assert message in invoke(*arguments.split(), code=1)
+
+
 def test_a_size_of_very_many_digits_is_refused(tmp_path):
     result = CliRunner().invoke(cli, ["latents", "x", str(tmp_path), "--shard-size", "9" * 400])
     assert result.exit_code == 2

@@ -125,6 +125,8 @@ def sample(
     benchmark = {name: sampling.pop(name) for name in PROMPTS_ONLY}
     if file is None:
         refuse_options(PROMPTS_ONLY, "needs --prompts FILE")
+    if features is not None:
+        refuse_options(["model"], "is not used with --features, which no LLM encodes: leave it out")
     generator = open_generator(run, step, weights, size, sampling)
     if file is not None:
         out = out or run / "pictures" / Path(file).stem

@@ -20,6 +20,7 @@ from ...pipeline.commands import (
     work_options,
 )
 from ...schemas import InputError
+from .options import refuse_options
 
 if TYPE_CHECKING:
     from ...schemas import Routing
@@ -140,6 +141,10 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
       semroute rewrite features smaller --codec linear --layers every:2
       semroute rewrite features mixed --routing runs/depth
     """
+    if options["captions"] is None:
+        refuse_options(["text_column"], "names a column of a table: name the table with --captions")
+    if routing is None:
+        refuse_options(["rank"], "is the number of mixes: name a run with --routing")
     from ...pipeline.extraction.rewrite import rewrite as run
 
     if routing is not None:

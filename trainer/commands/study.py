@@ -13,6 +13,7 @@ from .options import (
     cfg_scales_option,
     clock_option,
     num_steps_option,
+    refuse_options,
     scoring_options,
     seed_option,
 )
@@ -58,6 +59,8 @@ def study(
     from ..studies.report import write_report
     from ..studies.runner import run_study
 
+    if report_only:
+        refuse_options(["jobs"], "is not used with --report-only, which runs nothing: leave it out")
     parsed = parse(StudyConfig, read_yaml(config, overrides), str(config))
     if arms:
         parsed = parsed.only(arms)
