@@ -145,13 +145,17 @@ class TestSample:
         assert contents(out) == contents(whole)
 
     def test_features_of_the_same_file_stand_in_for_the_llm(
-        self, run, prompts, whole, tiny_llm, tmp_path
+        self, run, prompts, whole, tiny_llm, tmp_path, monkeypatch
     ):
         features = tmp_path / "features"
         extract = ["extract", prompts, features, "--model", tiny_llm, "--workers", 0]
         given = [str(part) for part in (*extract, "--codec", "bf16")]
         assert CliRunner().invoke(cli, given).exit_code == 0
-        generate(run, prompts, tmp_path / "a", "--features", features, "--model", "gone")
+        monkeypatch.setattr(
+            "semroute.trainer.evaluation.generate.open_encoder",
+            lambda *_: pytest.fail("the LLM is opened"),
+        )
+        generate(run, prompts, tmp_path / "a", "--features", features)
         record = json.loads((tmp_path / "a" / "pictures.json").read_text())
         assert record["codec"] == "bf16"
         for file in whole.glob("*/samples/*.png"):
