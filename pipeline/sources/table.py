@@ -284,9 +284,9 @@ def _column_names(file: BinaryIO, source: str) -> list[str]:
     if suffix == ".jsonl":
         return [*{key: None for _, row in read_objects(file, source) for key in row}]
 
-    def header(options: pyarrow.csv.ReadOptions) -> list[str]:
+    def header(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> list[str]:
         with pyarrow.csv.open_csv(
-            file, read_options=options, parse_options=_csv_options(suffix)
+            content, read_options=options, parse_options=_csv_options(suffix)
         ) as reader:
             return list(reader.schema.names)
 
@@ -348,9 +348,9 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
     if suffix == ".csv":
         _check_quotes(file, source)
 
-    def read(options: pyarrow.csv.ReadOptions) -> pa.Table:
+    def read(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> pa.Table:
         return pyarrow.csv.read_csv(
-            file,
+            content,
             read_options=options,
             parse_options=_csv_options(suffix),
             convert_options=pyarrow.csv.ConvertOptions(
@@ -364,12 +364,19 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
     return _with_large_rows(file, read)
 
 
-def _with_large_rows(file: BinaryIO, read: Callable[[pyarrow.csv.ReadOptions], T]) -> T:
-    """Read a csv in blocks that are as large as its largest row needs."""
+def _with_large_rows(
+    file: BinaryIO, read: Callable[[pa.BufferReader, pyarrow.csv.ReadOptions], T]
+) -> T:
+    """Read a csv in blocks that are as large as its largest row needs.
+
+    Each attempt has a reader of its own: Arrow reads ahead in a thread, which may still move the
+    position of the one before.
+    """
+    file.seek(0)
+    content = pa.py_buffer(file.read())
     for size in _CSV_BLOCKS:
-        file.seek(0)
         try:
-            return read(pyarrow.csv.ReadOptions(block_size=size))
+            return read(pa.BufferReader(content), pyarrow.csv.ReadOptions(block_size=size))
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or size == _CSV_BLOCKS[-1]:
                 raise
@@ -390,7 +397,7 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
     counts = []
     for rows in (content, content + f"\n{row}\n".encode()):
         with BytesIO(rows) as part:
-            counts.append(_with_large_rows(part, _num_csv_rows(part)))
+            counts.append(_with_large_rows(part, _num_csv_rows))
     if counts[0] == counts[1]:
         raise InputError(
             f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
@@ -399,17 +406,14 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
         )
 
 
-def _num_csv_rows(file: BinaryIO) -> Callable[[pyarrow.csv.ReadOptions], int]:
-    def count(options: pyarrow.csv.ReadOptions) -> int:
-        table = pyarrow.csv.read_csv(
-            file,
-            read_options=options,
-            parse_options=_csv_options(".csv"),
-            convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
-        )
-        return int(table.num_rows)
-
-    return count
+def _num_csv_rows(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> int:
+    table = pyarrow.csv.read_csv(
+        content,
+        read_options=options,
+        parse_options=_csv_options(".csv"),
+        convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
+    )
+    return int(table.num_rows)
 
 
 def _replace_by_names(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
