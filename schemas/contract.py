@@ -17,7 +17,7 @@ class ContractError(InputError):
 
 
 class Contract(BaseModel):
-    """Base of all documents on disk: unknown keys are errors, values are immutable."""
+    """Base of documents on disk and of requests: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

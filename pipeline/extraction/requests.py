@@ -3,18 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import Field, SkipValidation
 
-from ...schemas import CodecName, Routing
+from ...schemas import CodecName, Contract, Routing
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class CaptionsRequest(_Request):
+class CaptionsRequest(Contract):
     """Captions, and the LLM that is to read them; enough to plan and to estimate."""
 
     source: str
@@ -40,7 +36,7 @@ class CaptionsRequest(_Request):
     """Seed of the order in which captions are dealt to shards."""
 
 
-class WriteRequest(_Request):
+class WriteRequest(Contract):
     """Target, shard size and workers of a store to be written."""
 
     target: SkipValidation[Path]
