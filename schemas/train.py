@@ -6,7 +6,7 @@ more differences are not settings: gates start at zero, as in the paper's text b
 and the average of the weights starts gently (see :class:`EMAConfig`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,7 +61,8 @@ class RoutingConfig(Settings):
     """Standard deviation of noise on the t that gates see in training, clipped to [0, 1]. For
     ``time`` and ``joint``."""
     weights: Literal["softmax", "signed"] = "softmax"
-    """Weights from learned logits z: softmax(z), or (1 + z) / L, which can be negative."""
+    """Weights from learned logits z: softmax(z), or (1 + z) / L, which can be negative. The default
+    of a pretrained network is ``signed``."""
     top_k: Positive | None = None
     """Keep only the k largest learned weights; gradients still reach all."""
     rank: Positive | None = None
@@ -74,12 +75,15 @@ class RoutingConfig(Settings):
     smooth_penalty: float = Field(0.0, ge=0)
     """Factor of the same distance between neighbouring blocks, added to the loss. For ``depth`` and
     ``joint``."""
+    where: Literal["input", "blocks", "taps"] = "blocks"
+    """Where a pretrained network is routed: at its input, which all blocks share; at each block; or
+    at each of the layers that it reads itself (FLUX.2, Krea 2, HiDream)."""
 
     @model_validator(mode="after")
     def _no_unused_keys(self) -> "RoutingConfig":
         useful = _ROUTING_KEYS.get(self.strategy, set())
         for name, field in type(self).model_fields.items():
-            if name in {"strategy", *useful} or getattr(self, name) == field.default:
+            if name in {"strategy", "where", *useful} or getattr(self, name) == field.default:
                 continue
             having = [strategy for strategy, keys in _ROUTING_KEYS.items() if name in keys]
             raise ValueError(
@@ -89,6 +93,8 @@ class RoutingConfig(Settings):
         return self
 
 
+_ROUTED = ("router", "router+lora", "router+projection", "full")
+"""Values of ``model.train`` with a router."""
 _ROUTING_KEYS = {
     "static": {"weights", "top_k", "uniform_penalty"},
     "time": {"phi_scale", "t_jitter", "weights", "top_k", "uniform_penalty"},
@@ -104,9 +110,27 @@ _ROUTING_KEYS = {
 }
 
 
-class ModelConfig(Settings):
-    """The DiT: a named size, of which single numbers may be replaced."""
+class LoraConfig(Settings):
+    """Low-rank adapters of a pretrained network's linear layers (arXiv 2106.09685)."""
 
+    rank: Positive = 8
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter's output is scaled by alpha / rank; by default alpha is the rank."""
+    targets: list[str] | None = None
+    """Ends of the names of linear layers; by default those of the attention that reads text."""
+
+
+class ModelConfig(Settings):
+    """The network: our DiT of a named size, of which single numbers may be replaced; or a pretrained
+    transformer of diffusers.
+
+    A key of the other kind is an error.
+    """
+
+    kind: Literal["dit", "pretrained"] = "dit"
+    """``dit``: our own network, from random weights. ``pretrained``: somebody's, see
+    docs/adapters.md."""
     size: Literal["nano", "small", "base", "paper"] = "paper"
     """From 1.2 million to 2.25 billion parameters; ``paper``: 24 blocks of width 2048."""
     depth: Positive | None = None
@@ -125,6 +149,49 @@ class ModelConfig(Settings):
     """Side of a patch in latent pixels; divides the latent's height and width."""
     conditioning: Literal["none", "adaln"] = "none"
     """Conditioning of blocks on the noise level: none, as in the paper, or adaLN."""
+    pretrained: str | None = None
+    """A pipeline of diffusers: its folder, or ``ORG/NAME@REVISION`` on the Hub."""
+    train: Literal[
+        "fusion", "router", "gain", "lora", "router+lora", "router+projection", "full"
+    ] = "router"
+    """What of a pretrained network learns: ``fusion``, its own weights of its layers; ``router``;
+    ``gain``, one number per block that makes text louder, and ``lora``, which are controls; a router
+    with LoRA or with the projection of text; or ``full``, router and all weights."""
+    lora: LoraConfig | None = None
+    """LoRA, if ``train`` names it; by default of rank 8."""
+    base_layers: list[Positive] | None = None
+    """LLM layers that the pretrained network was trained with; by default as its pipeline says."""
+    guidance: float = Field(3.5, ge=0)
+    """Guidance scale that a guidance-distilled network (FLUX.2) is told in training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the pretrained weights in memory. ``auto``: bfloat16 on a GPU where they are frozen,
+    otherwise float32. What learns is in float32."""
+
+    @model_validator(mode="after")
+    def _no_unused_keys(self) -> "ModelConfig":
+        foreign = _DIT_KEYS if self.kind == "pretrained" else _PRETRAINED_KEYS
+        for name in foreign:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                other = "dit" if self.kind == "pretrained" else "pretrained"
+                raise ValueError(
+                    f"{name} is {value!r}, which model.kind {self.kind} does not use: leave it out, "
+                    f"or set model.kind={other}"
+                )
+        if self.kind == "pretrained" and self.pretrained is None:
+            raise ValueError("kind is pretrained, but pretrained names no pipeline of diffusers")
+        if self.lora is not None and "lora" not in self.train:
+            raise ValueError(
+                f"lora is given, but train is {self.train}: use lora or router+lora, or leave it out"
+            )
+        return self
+
+
+_DIT_KEYS = (
+    *("size", "depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"),
+    *("patch_size", "conditioning"),
+)
+_PRETRAINED_KEYS = ("pretrained", "train", "lora", "base_layers", "guidance", "dtype")
 
 
 class FlowConfig(Settings):
@@ -220,6 +287,9 @@ class DataConfig(Settings):
     window: Positive = 16
     """For order ``shards``: number of shards that are mixed at any time."""
     select: SelectionConfig = SelectionConfig()
+    conditioning: str | None = None
+    """A conditioning store of the same captions, which semroute conditioning made: text as the
+    pipeline of a pretrained network gives it to the network."""
     mixture: list[SourceConfig] = Field(default_factory=list)
     """Further pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
     ``select``."""
@@ -313,6 +383,52 @@ class TrainConfig(Settings):
                 "which would skip steps: use bf16, or no"
             )
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_pretrained(cls, values: Any) -> Any:
+        """Signed weights, and LoRA of the default rank, where a pretrained network has them."""
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            return values
+        model = values["model"]
+        if model.get("kind") != "pretrained":
+            return values
+        train = model.get("train", "router")
+        if isinstance(train, str) and "lora" in train and model.get("lora") is None:
+            model = {**model, "lora": {}}
+        routing = values.get("routing", {})
+        if isinstance(routing, dict) and train in _ROUTED and "weights" not in routing:
+            strategy = routing.get("strategy", RoutingConfig.model_fields["strategy"].default)
+            if "weights" in _ROUTING_KEYS.get(strategy, set()):
+                routing = {**routing, "weights": "signed"}
+        return {**values, "model": model, "routing": routing}
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> "TrainConfig":
+        pretrained = self.model.kind == "pretrained"
+        if not pretrained and self.routing.where != "blocks":
+            raise ValueError(
+                f"routing.where is {self.routing.where}, which is for model.kind=pretrained: our own "
+                "network is routed at each block"
+            )
+        if pretrained and self.model.train not in _ROUTED:
+            plain = RoutingConfig(where=self.routing.where if self.model.train == "gain" else "blocks")
+            different = [
+                name
+                for name in type(plain).model_fields
+                if getattr(plain, name) != getattr(self.routing, name)
+            ]
+            if different:
+                raise ValueError(
+                    f"routing.{different[0]} is given, but model.train={self.model.train} has no "
+                    f"router: leave it out, or choose from {', '.join(_ROUTED)}"
+                )
+        if pretrained and self.flow.prediction != "velocity":
+            raise ValueError(
+                "flow.prediction is x0, but a pretrained network predicts what it was trained for: "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

@@ -31,6 +31,7 @@ def fuse(
     *,
     rows: Tensor | None = None,
     owners: Tensor | None = None,
+    mean: bool = True,
 ) -> Tensor:
     """The normalised layers of packed rows, mixed for all blocks in one product over the layers.
 
@@ -45,12 +46,14 @@ def fuse(
             together with ``rows`` and ``owners``.
         rows: int64 [P], the row that each pair reads.
         owners: int64 [P], the batch item whose alpha each pair uses.
+        mean: add the first term. Without it, only the deviation from the plain mean is returned,
+            exactly 0 where alpha is uniform.
 
     Returns:
         fp32 [R or P, D or 1, H].
     """
     if alpha is None:
-        return _Fuse.apply(hidden, None, None, None)
+        return _Fuse.apply(hidden, None, None, None, True)
     num_layers = hidden.shape[1]
     if alpha.shape[-1] != num_layers:
         raise ValueError(
@@ -58,7 +61,7 @@ def fuse(
             "the layers named by router.layers_read, in that order"
         )
     deviation = alpha.float() - 1.0 / num_layers  # [B or 1, D or 1, L], exactly 0 at uniform
-    return _Fuse.apply(hidden, deviation, rows, owners)
+    return _Fuse.apply(hidden, deviation, rows, owners, mean)
 
 
 class _Fuse(torch.autograd.Function):
@@ -71,6 +74,7 @@ class _Fuse(torch.autograd.Function):
         deviation: Tensor | None,
         rows: Tensor | None,
         owners: Tensor | None,
+        mean: bool,
     ) -> Tensor:
         num_pairs = len(hidden) if rows is None else len(rows)
         num_blocks = 1 if deviation is None else deviation.shape[1]
@@ -81,25 +85,28 @@ class _Fuse(torch.autograd.Function):
                 h = _take(hidden, rows, part).float()  # [C, L, H]
                 normed, *of_layers = torch.native_layer_norm(h, h.shape[-1:], None, None, LN_EPS)
                 moments.append(torch.stack(of_layers))  # [2, C, L, 1]
-                mean = normed.mean(1, keepdim=True)  # [C, 1, H]
                 if deviation is None:
-                    out[part] = mean
+                    out[part] = normed.mean(1, keepdim=True)  # [C, 1, H]
                     continue
                 mix = (
                     deviation.expand(len(normed), -1, -1)
                     if owners is None
                     else deviation[owners[part]]
                 )
-                torch.baddbmm(mean, mix, normed, out=out[part])  # [C, D, H]
+                if mean:
+                    center = normed.mean(1, keepdim=True)  # [C, 1, H]
+                    torch.baddbmm(center, mix, normed, out=out[part])  # [C, D, H]
+                else:
+                    torch.bmm(mix, normed, out=out[part])  # [C, D, H]
         ctx.save_for_backward(hidden, deviation, rows, owners, torch.cat(moments, dim=1))
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         hidden, deviation, rows, owners, moments = ctx.saved_tensors
         if deviation is None:
-            return None, None, None, None
+            return None, None, None, None, None
         total = torch.zeros_like(deviation)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, len(grad)):
@@ -112,7 +119,7 @@ class _Fuse(torch.autograd.Function):
                     total[0] += each.sum(0)
                 else:
                     total.index_add_(0, owners[part], each)
-        return None, total, None, None
+        return None, total, None, None, None
 
 
 def _chunks(hidden: Tensor, num_pairs: int) -> list[slice]:

@@ -90,11 +90,7 @@ class Router(nn.Module, ABC):
         Returns:
             fp32 [R or P, D or 1, H].
         """
-        if hidden.shape[1] != len(self.layers_read):
-            raise ValueError(
-                f"hidden states hold {hidden.shape[1]} layers, but this router reads "
-                f"{len(self.layers_read)}: read layers {list(self.layers_read)}"
-            )
+        self._check_layers(hidden)
         if self.depends_on_t:
             return fuse(hidden, self.alpha(t), rows=rows, owners=owners)
         return self.mix(hidden)
@@ -102,6 +98,13 @@ class Router(nn.Module, ABC):
     def mix(self, hidden: Tensor) -> Tensor:
         """:meth:`forward` without t: [R, len(layers_read), H] -> fp32 [R, D or 1, H]."""
         return fuse(hidden, self.alpha())
+
+    def _check_layers(self, hidden: Tensor) -> None:
+        if hidden.shape[1] != len(self.layers_read):
+            raise ValueError(
+                f"hidden states hold {hidden.shape[1]} layers, but this router reads "
+                f"{len(self.layers_read)}: read layers {list(self.layers_read)}"
+            )
 
 
 class Learned(Router):
@@ -149,6 +152,23 @@ class Learned(Router):
             else z.masked_fill(left_out, -torch.inf).softmax(dim=-1)
         )
         return alpha + (kept - alpha).detach()
+
+    def deviation(
+        self,
+        hidden: Tensor,
+        t: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> Tensor:
+        """The mix less the mix at zero logits, sum_l (alpha_l - 1/L) LN(h_l): exactly 0 there.
+
+        Args, returns: as for :meth:`Router.forward`.
+        """
+        self._check_layers(hidden)
+        if self.depends_on_t:
+            return fuse(hidden, self.alpha(t), rows=rows, owners=owners, mean=False)
+        return fuse(hidden, self.alpha(), mean=False)
 
     def penalty(self, t: Tensor | None = None) -> Tensor | float:
         """``uniform_penalty`` times the chi-square distance of alpha from uniform, L sum_l

@@ -191,11 +191,27 @@ class Token(Learned):
     def mix(self, hidden: Tensor) -> Tensor:
         return in_chunks(self._mix, hidden)
 
+    def deviation(
+        self,
+        hidden: Tensor,
+        t: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> Tensor:
+        self._check_layers(hidden)
+        return in_chunks(self._deviation, hidden)
+
     def _mix(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             normed = layer_norm(hidden)  # [C, L, H]
             deviation = self._weigh(normed) - 1.0 / len(self.layers)  # [C, D, L]
             return torch.baddbmm(normed.mean(1, keepdim=True), deviation, normed)  # [C, D, H]
+
+    def _deviation(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            normed = layer_norm(hidden)  # [C, L, H]
+            return (self._weigh(normed) - 1.0 / len(self.layers)) @ normed  # [C, D, H]
 
     def _weigh(self, normed: Tensor) -> Tensor:
         with torch.autocast(normed.device.type, enabled=False):

@@ -1,0 +1,42 @@
+"""LoRA of a pretrained transformer, by peft."""
+
+from typing import Any
+
+from ...schemas import InputError, LoraConfig
+from .base import Family
+
+ADAPTER = "default"
+
+
+def add_lora(transformer: Any, config: LoraConfig, family: Family) -> None:
+    """Add LoRA to linear layers of a transformer; only its matrices keep gradients.
+
+    The second matrix starts at zero, so the network starts as it was.
+
+    Raises:
+        InputError: peft is not installed, or no layer has such a name.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise InputError(f"LoRA needs peft ({error}): pip install 'semroute[adapters]'") from error
+    targets = [*(config.targets or family.lora)]
+    names = [name for name, _ in transformer.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            if config.targets:
+                raise InputError(
+                    f"model.lora.targets: no layer of {type(transformer).__name__} is named {target!r}; "
+                    f"the default is {', '.join(family.lora)}"
+                )
+    peft_config = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        target_modules=targets,
+    )
+    peft.inject_adapter_in_model(peft_config, transformer, ADAPTER)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is a matrix of LoRA."""
+    return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
