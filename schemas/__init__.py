@@ -43,7 +43,7 @@ from .manifest import (
 from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
 from .receipt import Checksums, Quarantine, Receipt, WrittenFile
 from .router import RouterRecord
-from .run import MixtureRecord, RunRecord, SelectionRecord
+from .run import MixtureRecord, PretrainedIdentity, RunRecord, SelectionRecord
 from .study import Scoring, StudyConfig, Tuning
 from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
 from .train import (
@@ -98,12 +98,13 @@ __all__ = [
     "LatentManifest",
     "Layout",
     "LockOwner",
+    "LoraConfig",
     "Mixes",
     "MixtureRecord",
-    "LoraConfig",
     "ModelConfig",
     "ModelIdentity",
     "OptimizerConfig",
+    "PretrainedIdentity",
     "Prompt",
     "Provenance",
     "Quarantine",

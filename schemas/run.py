@@ -1,6 +1,6 @@
 """``run.json``: the record of a training run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,25 @@ class MixtureRecord(Contract):
     """Null if all samples take part."""
 
 
+class PretrainedIdentity(Contract):
+    """The pretrained transformer that a run adapts. Files are compared by content."""
+
+    family: str
+    """Name of the family, see docs/adapters.md."""
+    pipeline: str | None
+    """Class of its pipeline in diffusers, if it was named."""
+    transformer: str
+    """Class of the transformer in diffusers."""
+    base_layers: list[int]
+    """LLM layers that it was trained with, in its order."""
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of its scheduler."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of the transformer."""
+    files: dict[str, str]
+    """File name -> sha256, for its configuration and weights."""
+
+
 class RunRecord(Contract):
     """``run.json``: everything needed to sample from a run without its stores."""
 
@@ -49,6 +68,8 @@ class RunRecord(Contract):
     """Result of ``data.select`` on these stores, if it selects."""
     mixture: list[MixtureRecord] = Field(default_factory=list)
     """The stores of ``data.mixture``."""
+    pretrained: PretrainedIdentity | None = None
+    """The pretrained transformer, if one is adapted."""
     model_source: str
     """The LLM, as named in extraction; needed only to encode new prompts."""
     vae_source: str = "pixels"

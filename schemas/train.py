@@ -122,8 +122,8 @@ class LoraConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """The network: our DiT of a named size, of which single numbers may be replaced; or a pretrained
-    transformer of diffusers.
+    """The network: our DiT of a named size, of which single numbers may be replaced; or a
+    pretrained transformer of diffusers.
 
     A key of the other kind is an error.
     """
@@ -155,8 +155,8 @@ class ModelConfig(Settings):
         "fusion", "router", "gain", "lora", "router+lora", "router+projection", "full"
     ] = "router"
     """What of a pretrained network learns: ``fusion``, its own weights of its layers; ``router``;
-    ``gain``, one number per block that makes text louder, and ``lora``, which are controls; a router
-    with LoRA or with the projection of text; or ``full``, router and all weights."""
+    ``gain``, one number per block that makes text louder, and ``lora``, which are controls; a
+    router with LoRA or with the projection of text; or ``full``, router and all weights."""
     lora: LoraConfig | None = None
     """LoRA, if ``train`` names it; by default of rank 8."""
     base_layers: list[Positive] | None = None
@@ -175,14 +175,16 @@ class ModelConfig(Settings):
             if value != type(self).model_fields[name].default:
                 other = "dit" if self.kind == "pretrained" else "pretrained"
                 raise ValueError(
-                    f"{name} is {value!r}, which model.kind {self.kind} does not use: leave it out, "
+                    f"{name} is {value!r}, which model.kind {self.kind} does not use: leave it "
+                    "out, "
                     f"or set model.kind={other}"
                 )
         if self.kind == "pretrained" and self.pretrained is None:
             raise ValueError("kind is pretrained, but pretrained names no pipeline of diffusers")
         if self.lora is not None and "lora" not in self.train:
             raise ValueError(
-                f"lora is given, but train is {self.train}: use lora or router+lora, or leave it out"
+                f"lora is given, but train is {self.train}: use lora or router+lora, or leave "
+                "it out"
             )
         return self
 
@@ -408,11 +410,14 @@ class TrainConfig(Settings):
         pretrained = self.model.kind == "pretrained"
         if not pretrained and self.routing.where != "blocks":
             raise ValueError(
-                f"routing.where is {self.routing.where}, which is for model.kind=pretrained: our own "
+                f"routing.where is {self.routing.where}, which is for model.kind=pretrained: "
+                "our own "
                 "network is routed at each block"
             )
         if pretrained and self.model.train not in _ROUTED:
-            plain = RoutingConfig(where=self.routing.where if self.model.train == "gain" else "blocks")
+            plain = RoutingConfig(
+                where=self.routing.where if self.model.train == "gain" else "blocks"
+            )
             different = [
                 name
                 for name in type(plain).model_fields

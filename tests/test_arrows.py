@@ -18,13 +18,14 @@ FLOORS = [
         "trainer.diffusion",
         "trainer.shapes",
     },
-    {"pipeline.store", "trainer.plots"},
+    {"pipeline.store", "trainer.adapters", "trainer.plots"},
     {"pipeline.extraction", "trainer.data", "trainer.runs"},
     {"pipeline.inspection", "trainer.training", "trainer.evaluation"},
     {"trainer.studies", "pipeline.commands", "trainer.commands", "cli"},
 ]
 ARROWS = {
     "pipeline.store": {"pipeline.codecs"},
+    "trainer.adapters": {"pipeline.models", "trainer.model", "trainer.diffusion"},
     "trainer.plots": {"pipeline.style"},
     "pipeline.extraction": {
         "pipeline.sources",
@@ -40,6 +41,7 @@ ARROWS = {
         "pipeline.style",
         "trainer.model",
         "trainer.diffusion",
+        "trainer.adapters",
         "trainer.plots",
     },
     "pipeline.inspection": {
@@ -54,6 +56,7 @@ ARROWS = {
     },
     "trainer.training": {
         "pipeline.store",
+        "trainer.adapters",
         "trainer.data",
         "trainer.model",
         "trainer.diffusion",
@@ -64,7 +67,6 @@ ARROWS = {
         "pipeline.store",
         "pipeline.extraction",
         "pipeline.style",
-        "trainer.model",
         "trainer.diffusion",
         "trainer.shapes",
         "trainer.plots",

@@ -1,7 +1,7 @@
 """What an adapter knows about a family of pretrained transformers: data and small functions.
 
-Shapes: B batch, T text rows of the padded layout, K base layers that the network reads (taps), H text
-width, W width of the network, C channels, h x w latent.
+Shapes: B batch, T text rows of the padded layout, K base layers that the network reads (taps), H
+text width, W width of the network, C channels, h x w latent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +51,8 @@ class Socket:
             by P(x_s). ``residual``: the argument is a stream that P(base) went into, and
             P(x_s) - P(base) is added to it. ``raw``: the argument is unprojected text, to which the
             deviation is added.
-        start: row of the argument at which the text begins, or how to find it: (argument, T) -> row.
-        tap: number of the one base layer that it reads; None: all of them.
+        start: row of the argument at which the text begins, or how to find it: (argument, T) ->
+        row. tap: number of the one base layer that it reads; None: all of them.
     """
 
     module: nn.Module
@@ -111,6 +111,7 @@ class Family:
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
             pipeline's dynamic shift of t.
         padding_side: side of the padding rows in what the pipeline gives the network.
+        text_width: configuration of the transformer -> H.
         latents: configuration of the transformer -> channels of latents, and the side of a patch.
         read_conditioning: (tensors of a conditioning store by name [B, ...], configuration of the
             transformer, dtype) -> text without mask and lengths.
@@ -123,6 +124,7 @@ class Family:
     project: Callable[[Any, Tensor, Tensor], Tensor]
     call: Callable[[Any, Tensor, Tensor, Text], Tensor]
     base_layers: Callable[[int, Mapping[str, Any], Mapping[str, Any]], list[int]]
+    text_width: Callable[[Mapping[str, Any]], int]
     lora: tuple[str, ...]
     projection: tuple[str, ...]
     path: Literal["flow", "ddpm"] = "flow"

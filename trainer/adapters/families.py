@@ -1,17 +1,18 @@
 """The families of pretrained transformers that can be routed, as a table.
 
-What a network is told, and what it predicts, is as its pipeline in diffusers 0.42 has it; latents are
-packed, and positions made, by the pipelines' own functions.
+What a network is told, and what it predicts, is as its pipeline in diffusers 0.42 has it; latents
+are packed, and positions made, by the pipelines' own functions.
 
-Left out: Chroma, whose pipeline passes a mask that hides nothing and whose single blocks get none under
-gradient checkpointing (diffusers issue 13619), so that there is no one network to anchor to; and
-CogView4, whose text depends on the other captions of a batch.
+Left out: Chroma, whose pipeline passes a mask that hides nothing and whose single blocks get none
+under gradient checkpointing (diffusers issue 13619), so that there is no one network to anchor to;
+and CogView4, whose text depends on the other captions of a batch.
 
-Shapes: B batch, T text rows of the padded layout, K base layers that the network reads (taps), H text
-width, W width of the network, C channels, h x w latent.
+Shapes: B batch, T text rows of the padded layout, K base layers that the network reads (taps), H
+text width, W width of the network, C channels, h x w latent.
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -168,9 +169,9 @@ def _sockets_auraflow(transformer: Any) -> list[Socket]:
 
 
 def _call_auraflow(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
-    return transformer(
-        x, encoder_hidden_states=text.base[:, :, 0], timestep=t, return_dict=False
-    )[0]
+    return transformer(x, encoder_hidden_states=text.base[:, :, 0], timestep=t, return_dict=False)[
+        0
+    ]
 
 
 def _sockets_flux2(transformer: Any) -> list[Socket]:
@@ -258,9 +259,7 @@ def _sockets_krea2(transformer: Any) -> list[Socket]:
 
 
 def _project_krea2(transformer: Any, rows: Tensor, mask: Tensor) -> Tensor:
-    return transformer.txt_in(
-        transformer.text_fusion(rows, attention_mask=mask[:, None, None])
-    )
+    return transformer.txt_in(transformer.text_fusion(rows, attention_mask=mask[:, None, None]))
 
 
 def _call_krea2(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -330,7 +329,7 @@ def _hidream_tokens(config: Config, _channels: int, _height: int, _width: int) -
     return height * width // config["patch_size"] ** 2
 
 
-# --------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
 def _no_projection(_transformer: Any, rows: Tensor, _mask: Tensor) -> Tensor:
@@ -358,6 +357,7 @@ FAMILIES = (
         project=_project_pixart,
         call=_call_pixart,
         base_layers=_last,
+        text_width=itemgetter("caption_channels"),
         lora=_CROSS,
         projection=("caption_projection",),
         path="ddpm",
@@ -370,6 +370,7 @@ FAMILIES = (
         project=_project_sana,
         call=_call_sana,
         base_layers=_last,
+        text_width=itemgetter("caption_channels"),
         lora=_CROSS,
         projection=("caption_projection", "caption_norm"),
     ),
@@ -381,6 +382,7 @@ FAMILIES = (
         project=_project_wan,
         call=_call_wan,
         base_layers=_last,
+        text_width=itemgetter("text_dim"),
         lora=_CROSS,
         projection=("condition_embedder.text_embedder",),
         length=512,
@@ -393,6 +395,7 @@ FAMILIES = (
         project=_project_context,
         call=_call_sd3,
         base_layers=_last,
+        text_width=itemgetter("joint_attention_dim"),
         lora=_JOINT,
         projection=("context_embedder",),
         image_tokens=_sd3_tokens,
@@ -407,6 +410,7 @@ FAMILIES = (
         project=_project_qwen,
         call=_call_qwen,
         base_layers=_last,
+        text_width=itemgetter("joint_attention_dim"),
         lora=_JOINT,
         projection=("txt_norm", "txt_in"),
         latents=packed_latents,
@@ -419,6 +423,7 @@ FAMILIES = (
         project=_project_context,
         call=_call_auraflow,
         base_layers=_last,
+        text_width=itemgetter("joint_attention_dim"),
         lora=_JOINT,
         projection=("context_embedder",),
         length=256,
@@ -431,6 +436,7 @@ FAMILIES = (
         project=_project_context,
         call=_call_flux2,
         base_layers=_flux2_layers,
+        text_width=lambda config: config["joint_attention_dim"] // FLUX2_TAPS,
         lora=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_qkv_mlp_proj"),
         projection=("context_embedder",),
         image_tokens=lambda _config, _channels, height, width: height * width,
@@ -447,6 +453,7 @@ FAMILIES = (
         project=_project_lumina2,
         call=_call_lumina2,
         base_layers=_penultimate,
+        text_width=itemgetter("cap_feat_dim"),
         lora=_SINGLE,
         projection=("time_caption_embed.caption_embedder",),
         image_tokens=_lumina2_tokens,
@@ -459,6 +466,7 @@ FAMILIES = (
         project=_project_z_image,
         call=_call_z_image,
         base_layers=_penultimate,
+        text_width=itemgetter("cap_feat_dim"),
         lora=_SINGLE,
         projection=("cap_embedder",),
         latents=lambda config: (config["in_channels"], 2),
@@ -471,6 +479,7 @@ FAMILIES = (
         project=_project_krea2,
         call=_call_krea2,
         base_layers=_krea2_layers,
+        text_width=itemgetter("text_hidden_dim"),
         lora=_SINGLE,
         projection=("text_fusion", "txt_in"),
         latents=packed_latents,
@@ -484,6 +493,7 @@ FAMILIES = (
         project=_no_projection,
         call=_call_hidream,
         base_layers=_hidream_layers,
+        text_width=lambda config: config["caption_channels"][1],
         lora=("to_q", "to_k", "to_v", "to_q_t", "to_k_t", "to_v_t"),
         projection=("caption_projection",),
         image_tokens=_hidream_tokens,
@@ -515,6 +525,4 @@ def find_family(transformer: str, name: str) -> Family:
             return family
     known = ", ".join(f"{family.transformer} ({family.name})" for family in FAMILIES)
     reason = LEFT_OUT.get(transformer, "no adapter is made for this class")
-    raise InputError(
-        f"{name}: {transformer} cannot be adapted: {reason}. Expected one of {known}."
-    )
+    raise InputError(f"{name}: {transformer} cannot be adapted: {reason}. Expected one of {known}.")

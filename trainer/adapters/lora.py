@@ -22,16 +22,15 @@ def add_lora(transformer: Any, config: LoraConfig, family: Family) -> None:
         raise InputError(f"LoRA needs peft ({error}): pip install 'semroute[adapters]'") from error
     targets = [*(config.targets or family.lora)]
     names = [name for name, _ in transformer.named_modules()]
-    for target in targets:
+    for target in config.targets or []:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            if config.targets:
-                raise InputError(
-                    f"model.lora.targets: no layer of {type(transformer).__name__} is named {target!r}; "
-                    f"the default is {', '.join(family.lora)}"
-                )
+            raise InputError(
+                f"model.lora.targets: {type(transformer).__name__} has no layer {target!r}; "
+                f"the default is {', '.join(family.lora)}"
+            )
     peft_config = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # a factor
         target_modules=targets,
     )
     peft.inject_adapter_in_model(peft_config, transformer, ADAPTER)

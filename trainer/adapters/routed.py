@@ -1,12 +1,12 @@
 """A pretrained transformer of diffusers that learns which LLM layers its blocks read.
 
-What socket s reads is ``base_s + std(base_s) sum_l (alpha_l - alpha0_l) LN(h_l)``, where the base is the
-layer that the network was trained with, alpha0 is alpha at zero logits, and LN and std are those of each
-token. At zero logits that is the base to the bit, for every strategy.
+What socket s reads is ``base_s + std(base_s) sum_l (alpha_l - alpha0_l) LN(h_l)``, where the base
+is the layer that the network was trained with, alpha0 is alpha at zero logits, and LN and std are
+those of each token. At zero logits that is the base to the bit, for every strategy.
 
-Shapes: B batch, R rows (tokens of all captions, packed), U unique captions, P rows or pairs of a batch
-item and a row, T text rows of the padded layout, L layers, K base layers that the network reads (taps), H
-text width, D sockets, C channels, h x w latent.
+Shapes: B batch, R rows (tokens of all captions, packed), U unique captions, P rows or pairs of a
+batch item and a row, T text rows of the padded layout, L layers, K base layers that the network
+reads (taps), H text width, D sockets, C channels, h x w latent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,23 +53,23 @@ class Unrouted(Router):
 class Routed(nn.Module):
     """A pretrained transformer and a router: x_t, t and packed hidden states -> a prediction.
 
-    It has the interface of :class:`semroute.trainer.model.dit.DiT`. The transformer stays in evaluation
-    mode, so that it is the network that was published.
+    It has the interface of :class:`semroute.trainer.model.dit.DiT`. The transformer stays in
+    evaluation mode, so that it is the network that was published.
 
     Args:
         transformer: a transformer of diffusers; only what ``config.train`` names keeps gradients.
         family: of the transformer.
         layers: LLM layers in the feature store.
         base_layers: those of them that the transformer was trained with, in its order.
-        latent_shape: (C, h, w) of latents; where they have several shapes, the one that is sampled by
-            default.
+        latent_shape: (C, h, w) of latents; where they have several shapes, the one that is sampled
+            by default.
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
 
     Raises:
-        InputError: a base layer is not stored, the strategy does not learn, or ``train`` or ``where``
-            does not fit the family.
+        InputError: a base layer is not stored, the strategy does not learn, or ``train`` or
+            ``where`` does not fit the family.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class Routed(nn.Module):
         super().__init__()
         if mixes is not None:
             raise InputError(
-                "a pretrained network reads its own layers beside the mix, but the store holds mixes "
+                "a pretrained network reads its own layers beside the mix, but the store holds "
+                "mixes "
                 "of layers: train from the store that it was made from"
             )
         missing = [layer for layer in base_layers if layer not in layers]
@@ -109,6 +110,7 @@ class Routed(nn.Module):
         self.parts = PARTS[config.train]
         sockets = family.sockets(transformer)
         self.taps = None if sockets[0].tap is None else [s.tap for s in sockets]
+        self.depth = len(sockets)
         self.num_blocks = self._count(sockets)
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
@@ -143,7 +145,8 @@ class Routed(nn.Module):
         )
         if not isinstance(router, Learned):
             raise InputError(
-                f"strategy {routing.strategy} has no logits that start at zero, so it would not leave "
+                f"strategy {routing.strategy} has no logits that start at zero, so it would not "
+                "leave "
                 "a pretrained network as it is at the start: choose static, time, depth, joint or "
                 "token"
             )
@@ -163,7 +166,8 @@ class Routed(nn.Module):
             return None
         if self.family.fusion is None:
             raise InputError(
-                f"model.train is fusion, but {self.family.name} reads one layer of its LLM and has no "
+                f"model.train is fusion, but {self.family.name} reads one layer of its LLM and "
+                "has no "
                 "weights of layers: train the router"
             )
         if self.family.fusion == "gains":
@@ -204,17 +208,25 @@ class Routed(nn.Module):
         channels, patch = self.family.latents(config)
         if shape[0] != channels:
             raise InputError(
-                f"latents have {shape[0]} channels, but {self.family.name} takes {channels}: encode the "
+                f"latents have {shape[0]} channels, but {self.family.name} takes {channels}: "
+                "encode the "
                 "images with its own VAE (semroute latents --vae PIPELINE)"
             )
         if shape[1] % patch or shape[2] % patch:
             raise InputError(
-                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of a patch "
+                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of "
+                "a patch "
                 f"of {self.family.name}: choose a size that is"
             )
 
+    def describe(self) -> str:
+        """Its class and what of it learns, in a few words."""
+        sockets = "1 socket" if self.num_blocks == 1 else f"{self.num_blocks} sockets"
+        return f"{type(self.transformer).__name__} ({self.family.name}), {sockets}"
+
     def router_parameters(self) -> list[nn.Parameter]:
-        """Parameters that weigh layers: of the strategy, of gains, or of the network's own fusion."""
+        """Parameters that weigh layers: of the strategy, of gains, or of the network's own
+        fusion."""
         own = [*self.router.parameters()]
         own += [each for each in (self.gain, self.fusion_gain) if each is not None]
         if "fusion" in self.parts and self.fusion_gain is None:
@@ -321,7 +333,8 @@ class Routed(nn.Module):
         if conditioning is None:
             if self.family.needs_conditioning:
                 raise InputError(
-                    f"{self.family.name} reads padding rows or a second encoder, which features do not "
+                    f"{self.family.name} reads padding rows or a second encoder, which features "
+                    "do not "
                     "hold: name a store that semroute conditioning made as data.conditioning"
                 )
             return None

@@ -4,7 +4,7 @@ Shapes: B batch (of one rank and accumulation step), R rows (tokens of all capti
 U unique captions, T tokens of the longest caption, L layers, H text width, C channels.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Batch:
         caption: int64 [B], index of each sample's caption among the unique ones, on the CPU.
         latents: fp32 [B, C, height, width].
         sources: int64 [B], number of the pair of stores that each sample is from; None: the first.
+        conditioning: what the pipeline of a pretrained network gives it for the unique captions, by
+            name, [U, ...]; None: nothing is stored.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Batch:
     caption: Tensor
     latents: Tensor
     sources: np.ndarray | None = None
+    conditioning: Mapping[str, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its large tensors on a device, where codes are decoded."""
@@ -55,11 +58,15 @@ class Batch:
             hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             hidden = self.hidden.to(device, non_blocking=True)
-        return replace(self, hidden=hidden, latents=self.latents.to(device, non_blocking=True))
+        given = self.conditioning
+        if given is not None:
+            given = {name: value.to(device, non_blocking=True) for name, value in given.items()}
+        latents = self.latents.to(device, non_blocking=True)
+        return replace(self, hidden=hidden, latents=latents, conditioning=given)
 
     def record_stream(self, stream: Any) -> None:
         """Mark the tensors as used on a stream: ``torch.Tensor.record_stream``."""
-        for tensor in (self.hidden, self.latents):
+        for tensor in (self.hidden, self.latents, *(self.conditioning or {}).values()):
             if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
                 tensor.record_stream(stream)
 

@@ -59,6 +59,10 @@ class Flow:
             return prediction
         return (x_t - prediction) / _like(t, x_t)
 
+    def advance(self, x: Tensor, velocity: Tensor, now: float, after: float) -> Tensor:
+        """One step of Euler."""
+        return x + (after - now) * velocity
+
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of the velocity per sample: fp32 [B].
 

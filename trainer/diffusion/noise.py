@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...schemas.seeds import Purpose, UnnumberedPurpose, numpy_generator, torch_generator
+from .ddpm import Ddpm
 from .flow import Flow
 
 
@@ -25,7 +26,7 @@ def starting_noise(shape: tuple[int, ...], *, seed: int, numbers: Sequence[int])
 
 
 def draw_noise(
-    flow: Flow, shape: tuple[int, ...], *, seed: int, first: int, num: int, draws: int
+    flow: Flow | Ddpm, shape: tuple[int, ...], *, seed: int, first: int, num: int, draws: int
 ) -> tuple[Tensor, Tensor]:
     """t [P*K] and noise [P*K, *shape] of ``num`` global positions from ``first`` on, on the CPU.
 

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, R rows (tokens of all captions, packed), U captions
 width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ...schemas import InputError
+from .ddpm import Ddpm
 from .flow import Flow
 from .noise import starting_noise
 
@@ -26,7 +28,12 @@ class Model(Protocol):
     def router(self) -> Any: ...
 
     def encode_text(
-        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+        self,
+        hidden: Tensor,
+        offsets: Tensor,
+        caption: Tensor,
+        t: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
     ) -> Any: ...
 
     def denoise(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor: ...
@@ -65,21 +72,28 @@ class SamplingConfig:
     clock: NoiseLevelMap | None = None
 
 
-def conditioning(model: Model, hidden: Tensor, offsets: Tensor, caption: Tensor) -> Conditioning:
+def conditioning(
+    model: Model,
+    hidden: Tensor,
+    offsets: Tensor,
+    caption: Tensor,
+    given: Mapping[str, Tensor] | None = None,
+) -> Conditioning:
     """The text of a batch for any t: computed once, unless the routing depends on t.
 
     Args:
         hidden, offsets, caption: as for :meth:`semroute.trainer.model.dit.DiT.encode_text`.
+        given: what a pretrained network's pipeline gives it, by name, [U, ...].
     """
     if model.router.depends_on_t:
-        return lambda t: model.encode_text(hidden, offsets, caption, t)
-    text = model.encode_text(hidden, offsets, caption)
+        return lambda t: model.encode_text(hidden, offsets, caption, t, given)
+    text = model.encode_text(hidden, offsets, caption, None, given)
     return lambda t: text
 
 
 def solve(
     model: Model,
-    flow: Flow,
+    flow: Flow | Ddpm,
     text: Conditioning,
     null: Conditioning | None,
     noise: Tensor,
@@ -115,13 +129,15 @@ def solve(
         v_null = flow.to_velocity(model.denoise(x, t, null(t_routing)), x, t)
         return v_null + config.cfg_scale * (v - v_null)
 
+    if config.method == "heun" and isinstance(flow, Ddpm):
+        raise InputError("method heun is for rectified flow, and this network is a DDPM: use euler")
     schedule = flow.schedule(config.num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
         v = velocity(x, now)
         if config.method == "heun" and step < config.num_steps:
-            v = (v + velocity(x + (after - now) * v, after)) / 2
-        x = x + (after - now) * v
+            v = (v + velocity(flow.advance(x, v, now, after), after)) / 2
+        x = flow.advance(x, v, now, after)
         if callback is not None:
             callback(step, after, x)
     return x
@@ -130,12 +146,14 @@ def solve(
 @torch.no_grad()
 def sample(
     model: Model,
-    flow: Flow,
+    flow: Flow | Ddpm,
     hidden: Tensor,
     offsets: Tensor,
     null_hidden: Tensor | None = None,
     config: SamplingConfig = SamplingConfig(),
     *,
+    given: Mapping[str, Tensor] | None = None,
+    null_given: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int, int] | None = None,
@@ -149,6 +167,8 @@ def sample(
         offsets: int64 [U + 1].
         null_hidden: [R0, len(router.layers_read), H], rows of the null caption; not needed at
             cfg_scale 1.
+        given, null_given: what the pipeline of a pretrained network gives it, by name: [U, ...] of
+            the captions, [1, ...] of the null caption.
         seed, numbers: the noise of latent i is a function of (seed, numbers[i]), by default of
             (seed, i). To sample a list in batches, pass the numbers of each batch.
         shape: (C, h, w) of the latents, by default ``model.latent_shape``.
@@ -157,11 +177,12 @@ def sample(
         fp32 [U, C, h, w] on the device of ``hidden``, in the units that the model was trained on.
     """
     num = len(offsets) - 1
-    text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device))
+    text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device), given)
     null = None
     if null_hidden is not None and config.cfg_scale != 1.0:
         ends = torch.tensor([0, len(null_hidden)])
-        null = conditioning(model, null_hidden, ends, torch.zeros(num, dtype=torch.int64))
+        none = torch.zeros(num, dtype=torch.int64)
+        null = conditioning(model, null_hidden, ends, none, null_given)
     numbers = range(num) if numbers is None else numbers
     shape = model.latent_shape if shape is None else shape
     noise = starting_noise(shape, seed=seed, numbers=numbers).to(hidden.device)

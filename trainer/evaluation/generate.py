@@ -20,8 +20,9 @@ from ..plots.images import sample_grid, save_images
 if TYPE_CHECKING:
     from ...pipeline.extraction.prompts import PromptEncoder
     from ...pipeline.store.features import FeatureStore, Rows
+    from ..diffusion.ddpm import Ddpm
     from ..diffusion.flow import Flow
-    from ..model.dit import DiT
+    from ..runs.record import Network
     from ..runs.run import Run
 
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
@@ -132,8 +133,8 @@ def _first_captions(store: "FeatureStore", num: int | None) -> CaptionSet:
 
 
 def generate(
-    model: "DiT",
-    flow: "Flow",
+    model: "Network",
+    flow: "Flow | Ddpm",
     features: Features,
     caption_ids: Sequence[int] | NDArray[np.int64],
     sampling: SamplingConfig,

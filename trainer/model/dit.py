@@ -8,7 +8,7 @@ P pairs of a batch item and a row, U unique captions, T text tokens of the longe
 width, D blocks, L layers, A attention heads, G key/value heads, E head width, M SwiGLU width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -305,6 +305,8 @@ class DiT(nn.Module):
         self.patch_size = patch
         self.check_shape(latent_shape)
         self.size = size
+        self.name = config.size
+        self.text_width = text_width
         self.gradient_checkpointing = False
         conditioned = config.conditioning == "adaln"
 
@@ -374,6 +376,29 @@ class DiT(nn.Module):
 
     # ------------------------------------------------------------------------------ parameters
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks that compute."""
+        return self.size.depth
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that read a mix of their own: D."""
+        return self.size.depth
+
+    def describe(self) -> str:
+        """Its size, in a few words."""
+        return f"{self.name}: {self.size.depth} blocks of width {self.size.width}"
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters that learn at the router's rate; see :meth:`.Router.parameter_groups`."""
+        return self.router.parameter_groups()
+
+    def compile_blocks(self) -> None:
+        """Compile each block with ``torch.compile``."""
+        for block in self.blocks:
+            block.compile()
+
     def router_parameters(self) -> list[nn.Parameter]:
         """Parameters of the routing strategy; none where its weights are fixed."""
         return list(self.router.parameters())
@@ -385,7 +410,12 @@ class DiT(nn.Module):
     # ------------------------------------------------------------------------------------ text
 
     def encode_text(
-        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+        self,
+        hidden: Tensor,
+        offsets: Tensor,
+        caption: Tensor,
+        t: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
     ) -> TextConditioning:
         """Mix, project, and lay out the text of a batch.
 
@@ -398,6 +428,7 @@ class DiT(nn.Module):
                 Best left on the CPU, with ``caption``: a GPU then waits for nothing.
             caption: int64 [B], which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
+            conditioning: not read; for pretrained networks.
         """
         # Captions of 2 and 3 rows, and three batch items of captions 1, 0, 1:
         #

@@ -52,7 +52,7 @@ def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
         routing=record.config.routing,
         layers=run.layers,
         num_llm_layers=record.features.model.num_layers,
-        num_blocks=run.model.size.depth,
+        num_blocks=run.model.num_blocks,
         text_width=record.features.model.width,
         mixes=record.features.mixes,
         features=record.features,

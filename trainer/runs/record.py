@@ -1,12 +1,18 @@
 """``run.json``: the record of a run."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
 
 from ...schemas import (
     LOCK_FILE,
     InputError,
+    PretrainedIdentity,
     RunRecord,
     TrainConfig,
     differences,
@@ -17,12 +23,15 @@ from ...schemas import (
 from .checkpoint import Checkpoint, latest_checkpoint
 
 if TYPE_CHECKING:
+    from ..adapters.routed import Routed
     from ..model.dit import DiT
+
+    Network: TypeAlias = DiT | Routed
 
 RECORD = "run.json"
 
 # Keys of a record that describe the data of training and validation.
-_STORES = {"features", "codec", "latents", "validation", "selection", "mixture"}
+_STORES = {"features", "codec", "latents", "validation", "selection", "mixture", "pretrained"}
 # Keys of a configuration that may change when a run is resumed: where things are (stores are
 # compared by identity), and what is kept and shown. None of them changes a weight.
 FREE: Any = {
@@ -35,7 +44,9 @@ FREE: Any = {
     "keep_checkpoints": True,
     "gradient_checkpointing": True,
     "tracker": True,
+    "model": {"pretrained"},
     "data": {
+        "conditioning": True,
         "prefetch": True,
         "workers": True,
         "select": {"columns"},
@@ -45,10 +56,59 @@ FREE: Any = {
 }
 
 
-def build_model(record: RunRecord) -> "DiT":
-    """The network that a record describes, with fresh weights that ``config.seed`` determines."""
-    import torch
+def build_model(
+    record: RunRecord, building: AbstractContextManager[Any] | None = None
+) -> "Network":
+    """The network that a record describes: fresh weights are determined by ``config.seed``, those
+    of a pretrained network are loaded.
 
+    Args:
+        building: context in which it is made; pretrained weights are not loaded then.
+
+    Raises:
+        InputError: the pretrained network is missing, or is another one.
+    """
+    if record.pretrained is not None:
+        return _build_pretrained(record, record.pretrained, building)
+    with building or nullcontext():
+        return _build_dit(record)
+
+
+def _build_pretrained(
+    record: RunRecord, pretrained: PretrainedIdentity, building: AbstractContextManager[Any] | None
+) -> "Routed":
+    from ..adapters.pretrained import find_pretrained, load_transformer
+    from ..adapters.routed import Routed
+
+    config, llm = record.config.model, record.features.model
+    assert config.pretrained is not None
+    found = find_pretrained(config.pretrained)
+    refuse_differences(
+        differences(
+            found.identity(config, llm.num_layers).model_dump(mode="json"),
+            pretrained.model_dump(mode="json"),
+        ),
+        f"{found.name} is not the pretrained network of the run; found, against the run's own",
+        "Name that one.",
+    )
+    transformer = load_transformer(found, config, building)
+    with building or nullcontext(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record.config.seed)
+        return Routed(
+            transformer,
+            found.family,
+            config,
+            record.config.routing,
+            layers=record.features.layers,
+            base_layers=pretrained.base_layers,
+            num_llm_layers=llm.num_layers,
+            text_width=llm.width,
+            latent_shape=record.latents.shape,
+            mixes=record.features.mixes,
+        )
+
+
+def _build_dit(record: RunRecord) -> "DiT":
     from ..model.dit import DiT
 
     llm = record.features.model
@@ -63,6 +123,35 @@ def build_model(record: RunRecord) -> "DiT":
             text_width=llm.width,
             mixes=record.features.mixes,
         )
+
+
+def learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that learn, with their names: all of our own network, some of a pretrained one."""
+    return ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights that learn, by name, as checkpoints hold them."""
+    names = {name for name, _ in learning(model)}
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        InputError: they are not those that learn in this network.
+    """
+    own = trained_weights(model)
+    refuse_differences(
+        differences(
+            {name: list(value.shape) for name, value in weights.items()},
+            {name: list(value.shape) for name, value in own.items()},
+        ),
+        "the checkpoint holds other weights than the network learns; found, expected",
+        "Restore the run directory from a copy.",
+    )
+    model.load_state_dict(dict(weights), strict=False)
 
 
 def write_record(path: Path, record: RunRecord) -> None:

@@ -13,17 +13,17 @@ import pyarrow as pa
 import torch
 
 from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
-from ..diffusion.flow import Flow
+from ..adapters.paths import make_path
 from .checkpoint import list_checkpoints
 from .compatibility import check_features, check_llm
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
-from .record import build_model, read_record
+from .record import build_model, load_trained, read_record
 
 if TYPE_CHECKING:
     from ...pipeline.style import Figure
     from ..diffusion.sampling import NoiseLevelMap
-    from ..model.dit import DiT
+    from .record import Network
 
 
 class Run:
@@ -38,13 +38,15 @@ class Run:
         flow: for :func:`semroute.trainer.diffusion.sampling.sample`.
     """
 
-    def __init__(self, path: Path, record: RunRecord, step: int, source: str, model: "DiT") -> None:
+    def __init__(
+        self, path: Path, record: RunRecord, step: int, source: str, model: "Network"
+    ) -> None:
         self.path = path
         self.record = record
         self.step = step
         self.source = source
         self.model = model
-        self.flow = Flow.from_config(record.config.flow)
+        self.flow = make_path(record.config.flow, record.pretrained)
 
     @property
     def layers(self) -> list[int]:
@@ -82,7 +84,7 @@ class Run:
             hidden = features.read(ids, router.layers_read).tensor()
         with torch.no_grad():
             alpha = router.alpha(levels.to(device), None if hidden is None else hidden.to(device))
-        shape = (len(levels), self.model.size.depth, len(self.layers))
+        shape = (len(levels), self.model.num_blocks, len(self.layers))
         return alpha.expand(shape).cpu().numpy().copy()
 
     def to_xarray(self, t: Sequence[float] | np.ndarray | None = None) -> Any:
@@ -197,7 +199,7 @@ class Run:
         """
         lines = read_metrics(self.path, WEIGHTS)
         levels = lines[0]["t"] if lines else [1.0]
-        shape = (len(lines), len(levels), self.model.size.depth, len(self.layers))
+        shape = (len(lines), len(levels), self.model.num_blocks, len(self.layers))
         weights = np.empty(shape, np.float32)
         for number, line in enumerate(lines):
             weights[number] = np.asarray(line["weights"], np.float32)
@@ -223,8 +225,8 @@ class Run:
         items = {
             "strategy": f"{config.routing.strategy}, over layers {layers[0]} to {layers[-1]} "
             f"({len(layers)} of {features.model.num_layers})",
-            "model": f"{config.model.size}: {model.size.depth} blocks of width {model.size.width}, "
-            f"{num_parameters:,} parameters, {num_routing:,} of them routing",
+            "model": f"{model.describe()}, {num_parameters:,} parameters, {num_routing:,} of them "
+            "routing",
             "latents": f"{shape}{others}, {config.flow.prediction} prediction, "
             f"shift {config.flow.shift:g}",
             "step": f"{self.step:,} of {config.steps:,}, weights: {self.source}",
@@ -269,7 +271,7 @@ def load_run(
         raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
     checkpoint = checkpoints[max(checkpoints) if step is None else step]
     model = build_model(record)
-    model.load_state_dict(checkpoint.ema() if weights == "ema" else checkpoint.model())
+    load_trained(model, checkpoint.ema() if weights == "ema" else checkpoint.model())
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
 
 

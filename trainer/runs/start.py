@@ -1,14 +1,18 @@
 """A new run that starts from the weights of another one."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...schemas import RunRecord, differences, refuse_differences
 from ..model.dit import DiT
+from .record import trained_weights
 from .run import Run, load_run
 
+if TYPE_CHECKING:
+    from .record import Network
 
-def open_start(model: DiT, record: RunRecord) -> Run | None:
+
+def open_start(model: "Network", record: RunRecord) -> Run | None:
     """The run that ``config.start`` names, with its averaged weights; None if it names none.
 
     Args:
@@ -30,24 +34,31 @@ def open_start(model: DiT, record: RunRecord) -> Run | None:
     return start
 
 
-def start_from(model: DiT, record: RunRecord, start: Run) -> None:
+def start_from(model: "Network", record: RunRecord, start: Run) -> None:
     """Copy the weights of another run into a new network; the router's only if it is alike."""
     own, other = record.config.routing, start.record.config.routing
     same_router = all(
         getattr(own, key) == getattr(other, key) for key in ("strategy", "rank", "layers")
     )
     weights = start.model.state_dict()
-    names = [n for n in model.state_dict() if same_router or not n.startswith("router.")]
+    names = [n for n in trained_weights(model) if same_router or not n.startswith("router.")]
     model.load_state_dict({name: weights[name] for name in names}, strict=False)
 
 
-def _architecture(record: RunRecord, model: DiT) -> dict[str, Any]:
+def _architecture(record: RunRecord, model: "Network") -> dict[str, Any]:
     """What two networks must share for one to take the other's weights, except for the router."""
-    return {
-        **asdict(model.size),
-        "width_read": model.context.in_features,
-        "patch_size": model.patch_size,
-        "conditioning": record.config.model.conditioning,
+    common = {
         "prediction": record.config.flow.prediction,
         "latents": [*record.latents.shape],
     }
+    if isinstance(model, DiT):
+        return {
+            **asdict(model.size),
+            "width_read": model.context.in_features,
+            "patch_size": model.patch_size,
+            "conditioning": record.config.model.conditioning,
+            **common,
+        }
+    trained = record.config.model.model_dump(mode="json", include={"train", "lora"})
+    assert record.pretrained is not None
+    return {**record.pretrained.model_dump(mode="json"), **trained, **common}

@@ -8,20 +8,24 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...schemas import Report, Summary, TrainConfig
 from ...schemas.units import format_bytes
+from ..adapters.paths import make_path
 from ..data.batch import on_device
 from ..data.loader import PackedLoader
-from ..model.dit import DiT
+from ..runs.record import learning
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
 from .setup import Setup, make_loader, prepare
 from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from ..runs.record import Network
 
 NUM_COUNTED_STEPS = 32
 """Number of first steps whose captions are counted."""
@@ -95,7 +99,7 @@ def plan(
         },
         "layers_read": list(setup.model.router.layers_read),
         "memory_bytes": memory,
-        "checkpoint_bytes": memory["weights"] + memory["average"] + memory["optimizer"],
+        "checkpoint_bytes": 2 * memory["average"] + memory["optimizer"],
         "read_bytes_per_step": reading.step_bytes,
         "step_seconds": step_seconds,
         "step_seconds_measured": measured is not None,
@@ -106,7 +110,7 @@ def plan(
 def _facts(
     config: TrainConfig, setup: Setup, loader: PackedLoader, details: Mapping[str, Any]
 ) -> Summary:
-    size, batch, steps = setup.model.size, details["batch"], details["steps"]
+    batch, steps = details["batch"], details["steps"]
     parameters, memory = details["parameters"], details["memory_bytes"]
     layers, stored = details["layers_read"], setup.features.layers
     num_ranks, accumulated = details["ranks"], config.grad_accum_steps
@@ -125,8 +129,8 @@ def _facts(
     )
     parts = f" in {accumulated} parts of {batch['samples_at_once']}" if accumulated > 1 else ""
     items = {
-        "network": f"{config.model.size}: {size.depth} blocks of width {size.width}, "
-        f"{parameters['total']:,} parameters, {parameters['routing']:,} of them routing",
+        "network": f"{setup.model.describe()}, {parameters['total']:,} parameters, "
+        f"{parameters['routing']:,} of them routing",
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
         f"{len(stored)} stored), codec {setup.features.codec.name}",
         "data": f"{loader.num_samples:,} samples, {len(setup.features):,} captions"
@@ -173,10 +177,11 @@ def count_reading(loader: PackedLoader) -> Reading:
 
 
 def count_memory(
-    model: DiT, config: TrainConfig, reading: Reading, mode: FakeTensorMode, num_ranks: int
+    model: "Network", config: TrainConfig, reading: Reading, mode: FakeTensorMode, num_ranks: int
 ) -> dict[str, float]:
     """Bytes that a rank needs on its device, by use."""
-    numbers = sum(p.numel() for p in model.parameters())
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    numbers = sum(parameter.numel() for _, parameter in learning(model))
     states = 0
     for optimizer in make_optimizers(model, config.optimizer):
         copies = 1 if isinstance(optimizer, torch.optim.Muon) else 2
@@ -184,9 +189,9 @@ def count_memory(
             p.numel() for group in optimizer.param_groups for p in group["params"]
         )
     parts = num_ranks * config.grad_accum_steps
-    hidden = reading.rows * len(model.router.layers_read) * model.context.out_features
+    hidden = reading.rows * len(model.router.layers_read) * model.text_width
     memory = {
-        "weights": FP32 * numbers,
+        "weights": stored,
         # DDP reduces gradients in buckets, which are a second copy.
         "gradients": FP32 * numbers * (2 if num_ranks > 1 else 1),
         "optimizer": FP32 * states,
@@ -200,10 +205,10 @@ def count_memory(
 
 
 def count_activations(
-    model: DiT, config: TrainConfig, reading: Reading, num_samples: int, mode: FakeTensorMode
+    model: "Network", config: TrainConfig, reading: Reading, num_samples: int, mode: FakeTensorMode
 ) -> int:
     """Bytes that autograd keeps of one accumulation step, without parameters and features."""
-    layers, width = len(model.router.layers_read), model.context.out_features
+    layers, width = len(model.router.layers_read), model.text_width
     num = num_samples * config.data.noise_draws
     # Captions have equal lengths, and the last one the remainder too.
     each, rest = divmod(reading.rows, reading.captions)
@@ -239,7 +244,7 @@ def count_activations(
     model.gradient_checkpointing = True
     checkpointed = forward()
     # The backward pass computes one block at a time again.
-    return checkpointed + (everything - checkpointed) // model.size.depth
+    return checkpointed + (everything - checkpointed) // model.depth
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -255,7 +260,8 @@ def measure(config: TrainConfig, num_steps: int) -> float:
     setup = prepare(config)
     accelerator = make_accelerator(config.model_copy(update={"tracker": "none"}))
     loader = make_loader(setup, num_ranks=accelerator.num_processes)
-    trainer = Trainer(config, accelerator, setup.model)
+    path = make_path(setup.record.config.flow, setup.record.pretrained)
+    trainer = Trainer(config, accelerator, setup.model, flow=path)
     seconds = []
     with closing(iter(loader)) as read:
         batches = on_device(read, accelerator.device)

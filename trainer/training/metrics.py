@@ -20,7 +20,7 @@ from ..runs.metrics import METRICS, WEIGHTS, add_line
 
 if TYPE_CHECKING:
     from ..data.loader import PackedLoader
-    from ..model.dit import DiT
+    from ..runs.record import Network
 
 HISTORY_T = [0.1, 0.3, 0.5, 0.7, 0.9]
 """Noise levels at which weights that depend on t are logged."""
@@ -80,7 +80,7 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, step: int) -> N
 
 
 def routing_weights(
-    dit: "DiT", config: TrainConfig, step: int, hidden: Any
+    network: "Network", config: TrainConfig, step: int, hidden: Any
 ) -> dict[str, Any] | None:
     """A line of ``routing.jsonl``; None if weights are not learned, or this step has no line.
 
@@ -89,11 +89,12 @@ def routing_weights(
     """
     every = config.log_every * math.ceil(config.steps / HISTORY_LINES / config.log_every)
     due = step % every == 0 or step == config.steps
-    if not (due and dit.router_parameters()):
+    router = network.router
+    if not (due and [*router.parameters()]):
         return None
-    levels = HISTORY_T if dit.router.depends_on_t else [1.0]
-    device = next(dit.parameters()).device
-    alpha = dit.router.alpha(torch.tensor(levels, device=device), hidden)
+    levels = HISTORY_T if router.depends_on_t else [1.0]
+    device = next(network.parameters()).device
+    alpha = router.alpha(torch.tensor(levels, device=device), hidden)
     rounded = [[[round(w, 6) for w in row] for row in rows] for rows in alpha.tolist()]
     return {"step": step, "t": levels, "weights": rounded}
 

@@ -1,14 +1,16 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...schemas import OptimizerConfig, TrainConfig
-from ..model.dit import DiT
+
+if TYPE_CHECKING:
+    from ..runs.record import Network
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -39,14 +41,16 @@ class _InFloat32(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_optimizers(dit: DiT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with a rate of its own and no decay for the router; and Muon if configured."""
-    shares = dit.router.parameter_groups()
+def make_optimizers(network: "Network", config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, with a rate of its own and no decay for the router; and Muon if configured. What does
+    not learn has no group."""
+    shares = network.parameter_groups()
     router = [parameter for part, _ in shares for parameter in part]
-    matrices = dit.block_matrices() if config.name == "muon" else []
+    matrices = network.block_matrices() if config.name == "muon" else []
     apart = {id(parameter) for parameter in (*router, *matrices)}
-    others = [parameter for parameter in dit.parameters() if id(parameter) not in apart]
-    groups: list[dict[str, Any]] = [{"params": others}]
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    others = [parameter for parameter in learning if id(parameter) not in apart]
+    groups: list[dict[str, Any]] = [{"params": others}] if others else []
     if router:
         if config.router_scaling == "none":
             shares = [(router, 1.0)]

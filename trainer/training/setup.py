@@ -4,25 +4,34 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
-from ...schemas import InputError, RunRecord, TrainConfig
+from ...schemas import (
+    FeatureIdentity,
+    InputError,
+    ModelConfig,
+    PretrainedIdentity,
+    RunRecord,
+    TrainConfig,
+)
 from ..data.dataset import StorePair, by_shape, open_pairs
 from ..data.loader import PackedLoader
 from ..data.sampler import BatchPartition
-from ..model.dit import DiT
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
 from ..runs.start import open_start
 from .validation import Validation, held_out, open_validation
+
+if TYPE_CHECKING:
+    from ..runs.record import Network
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Setup:
     pairs: list[StorePair]
     record: RunRecord
     checkpoint: Checkpoint | None
-    model: DiT
+    model: "Network"
     start: Run | None
     validation: Validation | None
 
@@ -60,8 +69,7 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     features, latents = open_features(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
-    with building or nullcontext():
-        model = build_model(record)
+    model = build_model(record, building)
     for shape in by_shape(pairs):
         model.check_shape(shape)
     start = open_start(model, record) if checkpoint is None else None
@@ -108,7 +116,11 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
     """
     first, *others = pairs
     features, latents = first.features, first.latents
-    names = ("torch", "accelerate", "numpy")
+    names = ["torch", "accelerate", "numpy"]
+    pretrained = identify_pretrained(config.model, features.manifest.identity)
+    if pretrained is not None:
+        names.append("diffusers")
+        config = with_shift(config, pretrained, latents.manifest.identity.shape)
     second = config.validation.features
     return RunRecord(
         config=config,
@@ -118,6 +130,7 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         validation=None if second is None else open_features(second).manifest.identity.samples,
         selection=first.selection,
         mixture=[pair.record() for pair in others],
+        pretrained=pretrained,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
         versions={
@@ -126,3 +139,40 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def identify_pretrained(
+    config: ModelConfig, features: FeatureIdentity
+) -> PretrainedIdentity | None:
+    """The pretrained network of a configuration; None if it names none.
+
+    Raises:
+        InputError: it is missing or of an unknown family, or its text is of another width.
+    """
+    if config.pretrained is None:
+        return None
+    from ..adapters.pretrained import find_pretrained
+
+    found = find_pretrained(config.pretrained)
+    width = found.family.text_width(found.config)
+    if width != features.model.width:
+        raise InputError(
+            f"{found.name} reads hidden states of width {width}, but the features are of width "
+            f"{features.model.width}, of another LLM: extract them with its own text encoder"
+        )
+    return found.identity(config, features.model.num_layers)
+
+
+def with_shift(
+    config: TrainConfig, pretrained: PretrainedIdentity, shape: tuple[int, int, int]
+) -> TrainConfig:
+    """The configuration with the shift of the pretrained scheduler, unless it names one."""
+    if "shift" in config.flow.model_fields_set:
+        return config
+    from ..adapters.paths import shift_of
+
+    shift = shift_of(pretrained, shape)
+    if shift is None:
+        return config
+    flow = config.flow.model_copy(update={"shift": shift})
+    return config.model_copy(update={"flow": flow})

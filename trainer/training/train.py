@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
+from ..adapters.paths import make_path
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
@@ -56,7 +57,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
                 for pair in loader.pairs:
                     tqdm.write(pair.summary(), file=sys.stderr)
-        trainer = Trainer(config, accelerator, model, setup.checkpoint, setup.validation)
+        trainer = Trainer(
+            config,
+            accelerator,
+            model,
+            setup.checkpoint,
+            setup.validation,
+            make_path(record.config.flow, record.pretrained),
+        )
         if trainer.step < config.steps:
             trainer.fit(loader, progress, lock)
         accelerator.end_training()

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig
 from ..data.batch import Batch, on_device
+from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 from ..diffusion.noise import draw_noise, jitter
-from ..model.dit import DiT
 from ..model.router import entropy
 from ..runs.checkpoint import (
     Checkpoint,
@@ -36,12 +36,14 @@ from ..runs.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from ..runs.record import learning, load_trained, trained_weights
 from .accelerator import stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
 
 if TYPE_CHECKING:
     from ..data.loader import PackedLoader
+    from ..runs.record import Network
     from .validation import Validation
 
 
@@ -55,37 +57,39 @@ class Trainer:
     Args:
         checkpoint: where to resume. None: start from the weights of ``model``.
         validation: measures the run on held-out samples.
+        flow: the path that a pretrained network was trained on; by default that of the
+        configuration.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        model: DiT,
+        model: "Network",
         checkpoint: Checkpoint | None = None,
         validation: "Validation | None" = None,
+        flow: "Flow | Ddpm | None" = None,
     ) -> None:
         self.config = config
         self.validation = validation
         self.accelerator = accelerator
         self.path = Path(config.output)
-        self.flow = Flow.from_config(config.flow)
+        self.flow = Flow.from_config(config.flow) if flow is None else flow
         self.step = 0 if checkpoint is None else checkpoint.step
         if checkpoint is not None:
-            model.load_state_dict(checkpoint.model())
-        self.dit = model.train().to(accelerator.device)
-        self.dit.gradient_checkpointing = config.gradient_checkpointing
+            load_trained(model, checkpoint.model())
+        self.network = model.train().to(accelerator.device)
+        self.network.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
-            for block in self.dit.blocks:
-                block.compile()
-        self.plain_optimizers = make_optimizers(self.dit, config.optimizer)
+            self.network.compile_blocks()
+        self.plain_optimizers = make_optimizers(self.network, config.optimizer)
         # The loader is not prepared, since it knows its rank; nor are the schedules, which
         # Accelerate would advance once per rank.
-        self.model, *self.optimizers = accelerator.prepare(self.dit, *self.plain_optimizers)
+        self.model, *self.optimizers = accelerator.prepare(self.network, *self.plain_optimizers)
         if checkpoint is not None:
-            load_optimizer_tensors(self.dit, self.plain_optimizers, checkpoint.optimizer())
+            load_optimizer_tensors(self.network, self.plain_optimizers, checkpoint.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
-        parameters = dict(self.dit.named_parameters())
+        parameters = dict(learning(self.network))
         average = parameters if checkpoint is None else checkpoint.ema()
         self.ema = {
             name: cut_like(average[name].detach(), parameter.detach()).to(
@@ -156,9 +160,9 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 loss, t = self.loss(batch)
                 self._unshard()
-                accelerator.backward(loss + self.dit.router.penalty(t))
+                accelerator.backward(loss + self.network.router.penalty(t))
             own_loss += loss.detach() / config.grad_accum_steps
-        parameters = self.dit.parameters()
+        parameters = self.network.parameters()
         norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
         report = torch.stack([own_loss, torch.full_like(own_loss, stop)])
         total_loss, stopping = accelerator.reduce(report, "mean").tolist()
@@ -197,7 +201,9 @@ class Trainer:
         x0 = batch.latents.repeat_interleave(draws, dim=0)  # [B*K, C, h, w]
         caption = batch.caption.repeat_interleave(draws)  # [B*K]
         x_t = self.flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
-        prediction = self.model(x_t, t, batch.hidden, batch.offsets, caption, t_routing)
+        inputs = (x_t, t, batch.hidden, batch.offsets, caption, t_routing)
+        extra = {} if batch.conditioning is None else {"conditioning": batch.conditioning}
+        prediction = self.model(*inputs, **extra)
         return self.flow.loss(prediction, x0, noise, t).mean(), t_routing
 
     def validate(self) -> dict[str, Any]:
@@ -222,10 +228,10 @@ class Trainer:
             measured: metrics of validation.
         """
         self._unshard()
-        alpha = self.dit.router.alpha(*routing_inputs)
-        weights = routing_weights(self.dit, self.config, self.step, routing_inputs[1])
-        if isinstance(self.dit, FSDPModule):
-            self.dit.reshard()
+        alpha = self.network.router.alpha(*routing_inputs)
+        weights = routing_weights(self.network, self.config, self.step, routing_inputs[1])
+        if isinstance(self.network, FSDPModule):
+            self.network.reshard()
         line = {
             "step": self.step,
             **self.window.summary(loader),
@@ -244,8 +250,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint: the main process writes, the others wait."""
         main = self.accelerator.is_main_process
-        model, ema = gather(self.dit.state_dict(), main), gather(self.ema, main)
-        optimizer = gather(optimizer_tensors(self.dit, self.plain_optimizers), main)
+        model, ema = gather(trained_weights(self.network), main), gather(self.ema, main)
+        optimizer = gather(optimizer_tensors(self.network, self.plain_optimizers), main)
         if main:
             save_checkpoint(
                 self.path,
@@ -263,8 +269,8 @@ class Trainer:
 
         They are sharded again at the end of the next backward pass.
         """
-        if isinstance(self.dit, FSDPModule):
-            self.dit.unshard()
+        if isinstance(self.network, FSDPModule):
+            self.network.unshard()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -272,7 +278,7 @@ class Trainer:
         do not dominate the average of a short run."""
         n = self.step // self.config.ema.every
         decay = min(self.config.ema.decay, (1 + n) / (10 + n))
-        for name, parameter in self.dit.named_parameters():
+        for name, parameter in learning(self.network):
             self.ema[name].lerp_(parameter.float(), 1 - decay)
 
     def _stop(self, progress: tqdm) -> None:

@@ -17,6 +17,7 @@ from ...schemas import InputError, TrainConfig, ValidationConfig, differences, r
 from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
 from ..data.dataset import check_joined
+from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Validation:
     seed: int
 
     @torch.no_grad()
-    def measure(self, model: Any, flow: Flow, accelerator: Any) -> list[float]:
+    def measure(self, model: Any, flow: Flow | Ddpm, accelerator: Any) -> list[float]:
         """Mean loss of each bin of t, from 0 to 1.
 
         All ranks must call it. Each computes a part, and all get the same numbers, which do not
@@ -97,7 +98,9 @@ class Validation:
         groups = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
         return [g[first : first + size] for g in groups for first in range(0, len(g), size)]
 
-    def _losses(self, model: Any, flow: Flow, samples: np.ndarray, accelerator: Any) -> Tensor:
+    def _losses(
+        self, model: Any, flow: Flow | Ddpm, samples: np.ndarray, accelerator: Any
+    ) -> Tensor:
         """[B, K]."""
         batch = self._read(samples).to(accelerator.device)
         t, noise = self._draw(samples, tuple(batch.latents.shape[1:]))

@@ -1,0 +1,154 @@
+"""Pretrained transformers found, identified and loaded: a pipeline of diffusers, in a folder or on
+the Hub."""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...pipeline.models.hub import LOAD_ERRORS, download, hash_file, hub_name, is_hub_id
+from ...schemas import InputError, ModelConfig, PretrainedIdentity
+from .base import Family
+from .families import find_family
+
+_INDEX = "model_index.json"
+_FILES = [_INDEX, "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors"]
+_FROZEN = ("fusion", "router", "gain", "lora", "router+lora")
+"""Values of ``model.train`` under which the published weights stay as they are."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained transformer on this machine.
+
+    Attributes:
+        name: names it again: ``ORG/NAME@COMMIT`` or a folder.
+        folder: of the transformer.
+        index: ``model_index.json``; empty if the folder is that of a transformer alone.
+        config: ``config.json`` of the transformer.
+        scheduler: ``scheduler_config.json``; empty if there is none.
+        family: of the transformer.
+    """
+
+    name: str
+    folder: Path
+    index: Mapping[str, Any]
+    config: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    family: Family
+
+    def identity(self, model: ModelConfig, num_llm_layers: int) -> PretrainedIdentity:
+        """What resuming and sampling compare; every file of weights is read for its digest."""
+        layers = model.base_layers or self.family.base_layers(
+            num_llm_layers, self.index, self.config
+        )
+        files = sorted(p for p in self.folder.iterdir() if p.suffix == ".safetensors")
+        return PretrainedIdentity(
+            family=self.family.name,
+            pipeline=self.index.get("_class_name"),
+            transformer=self.config["_class_name"],
+            base_layers=layers,
+            scheduler=dict(self.scheduler),
+            config=dict(self.config),
+            files={p.name: hash_file(p) for p in (self.folder / "config.json", *files)},
+        )
+
+
+def find_pretrained(name: str) -> Pretrained:
+    """Locate a pretrained transformer: the folder of a pipeline or of a transformer, or a hub id.
+
+    Raises:
+        InputError: no such model, no safetensors, or one of an unknown family.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder, found = path.resolve(), str(path.resolve())
+    elif is_hub_id(name):
+        folder = download(name, _FILES, "model.pretrained")
+        found = hub_name(name, folder)
+    else:
+        raise InputError(
+            f"model.pretrained {name}: no such folder, and not a hub id (org/name or "
+            "org/name@revision)"
+        )
+    index = _read(folder / _INDEX)
+    second = (index.get("transformer_2") or [None])[0]
+    if second is not None:
+        raise InputError(
+            f"{name} has two transformers, one for each end of the noise levels (as Wan 2.2 "
+            "A14B), of "
+            "which one run would learn half a route: expected a pipeline with one"
+        )
+    inner = folder / "transformer" if index else folder
+    config = _read(inner / "config.json")
+    if "_class_name" not in config:
+        raise InputError(
+            f"model.pretrained {name}: {inner / 'config.json'} names no class of diffusers; "
+            "expected "
+            f"the folder of a pipeline, with {_INDEX} and transformer/"
+        )
+    family = find_family(config["_class_name"], name)
+    if not any(p.suffix == ".safetensors" for p in inner.iterdir()):
+        raise InputError(f"model.pretrained {name}: {inner} has no .safetensors")
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    return Pretrained(found, inner, index, config, scheduler, family)
+
+
+def load_transformer(
+    pretrained: Pretrained,
+    config: ModelConfig,
+    building: AbstractContextManager[Any] | None = None,
+) -> Any:
+    """The transformer, with its weights.
+
+    Args:
+        building: context in which it is made without its weights.
+
+    Raises:
+        InputError: diffusers is missing or cannot load it.
+    """
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"pretrained transformers need diffusers ({error}): pip install 'semroute[adapters]'"
+        ) from error
+    cls: Any = getattr(diffusers, pretrained.config["_class_name"])
+    try:
+        if building is not None:
+            with building or nullcontext():
+                return cls.from_config(dict(pretrained.config)).to(_dtype(config))
+        return cls.from_pretrained(
+            pretrained.folder,
+            torch_dtype=_dtype(config),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=True,
+        )
+    except LOAD_ERRORS as error:
+        raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    frozen = config.train in _FROZEN and torch.cuda.is_available()
+    return torch.bfloat16 if frozen else torch.float32
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file does not exist."""
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{file} holds {type(document).__name__}; expected an object")
+    return document
