@@ -326,6 +326,20 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family of ``tiny_pipelines.FAMILIES`` -> the folder of a diffusers pipeline; read only."""
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import make_pipeline
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return make_pipeline(family, tmp_path_factory.mktemp("pipeline") / family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def latent_store(tmp_path_factory: pytest.TempPathFactory, samples_file: Path) -> Path:
     """A complete latent store of the same samples, 3 x 12 x 12 pixels; read only."""
     from semroute.pipeline.extraction.latents import encode_images
