@@ -24,6 +24,7 @@ from .manifest import (
     MIN_QUALITY,
     Bucket,
     CaptionsIdentity,
+    Cleaning,
     Codec,
     CodecName,
     Derived,
@@ -39,6 +40,7 @@ from .manifest import (
     Provenance,
     SamplesIdentity,
     Template,
+    TextProcessing,
 )
 from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
 from .receipt import Checksums, Quarantine, Receipt, WrittenFile
@@ -75,6 +77,7 @@ __all__ = [
     "Bucket",
     "CaptionsIdentity",
     "Checksums",
+    "Cleaning",
     "Codec",
     "CodecName",
     "Contract",
@@ -119,6 +122,7 @@ __all__ = [
     "StudyConfig",
     "Summary",
     "Template",
+    "TextProcessing",
     "TrainConfig",
     "Tuning",
     "ValidationConfig",
