@@ -2,8 +2,8 @@
 the Hub."""
 
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,8 @@ def load_transformer(
     cls: Any = getattr(diffusers, pretrained.config["_class_name"])
     try:
         if building is not None:
-            with building or nullcontext():
-                return cls.from_config(dict(pretrained.config)).to(_dtype(config))
+            with building, _default_dtype(_dtype(config)):
+                return cls.from_config(dict(pretrained.config))
         return cls.from_pretrained(
             pretrained.folder,
             torch_dtype=_dtype(config),
@@ -131,6 +131,16 @@ def load_transformer(
         )
     except LOAD_ERRORS as error:
         raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
