@@ -2,10 +2,6 @@
 
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-
 from ...schemas import InputError, LoraConfig
 from .base import Family
 
@@ -37,14 +33,7 @@ def add_lora(transformer: Any, config: LoraConfig, family: Family) -> None:
         lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # a factor
         target_modules=targets,
     )
-    fake = isinstance(next(transformer.parameters()).data, FakeTensor)
-    peft.inject_adapter_in_model(peft_config, transformer, ADAPTER, low_cpu_mem_usage=fake)
-    if fake:  # peft leaves them on the meta device then
-        for module in transformer.modules():
-            for name, each in [*module.named_parameters(recurse=False)]:
-                if each.device.type == "meta":
-                    empty = torch.empty(each.shape, dtype=each.dtype, device="cpu")
-                    module.register_parameter(name, nn.Parameter(empty))
+    peft.inject_adapter_in_model(peft_config, transformer, ADAPTER)
 
 
 def is_lora(name: str) -> bool:

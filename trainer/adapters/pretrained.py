@@ -2,8 +2,7 @@
 the Hub."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +97,11 @@ def find_pretrained(name: str) -> Pretrained:
     return Pretrained(found, inner, index, config, scheduler, family)
 
 
-def load_transformer(
-    pretrained: Pretrained,
-    config: ModelConfig,
-    building: AbstractContextManager[Any] | None = None,
-) -> Any:
+def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bool = True) -> Any:
     """The transformer, with its weights.
 
     Args:
-        building: context in which it is made without its weights.
+        weights: load them; otherwise the transformer is on the meta device.
 
     Raises:
         InputError: diffusers is missing or cannot load it.
@@ -119,9 +114,9 @@ def load_transformer(
         ) from error
     cls: Any = getattr(diffusers, pretrained.config["_class_name"])
     try:
-        if building is not None:
-            with building, _default_dtype(_dtype(config)):
-                return cls.from_config(dict(pretrained.config))
+        if not weights:
+            with torch.device("meta"):
+                return cls.from_config(dict(pretrained.config)).to(_dtype(config))
         return cls.from_pretrained(
             pretrained.folder,
             torch_dtype=_dtype(config),
@@ -131,16 +126,6 @@ def load_transformer(
         )
     except LOAD_ERRORS as error:
         raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:
