@@ -296,6 +296,7 @@ class LatentIdentity(Contract):
         "AutoencoderKL",
         "AutoencoderDC",
         "AutoencoderTiny",
+        "AutoencoderKLFlux2",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
     ]
