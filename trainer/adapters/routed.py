@@ -282,8 +282,8 @@ class Routed(nn.Module):
             offsets: int64 [U + 1], on the CPU; caption u is rows offsets[u] to offsets[u + 1].
             caption: int64 [B], on the CPU: which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
-            conditioning: what the pipeline gives the network, by name, [U, ...]; see
-                :meth:`.base.Family.read_conditioning`.
+            conditioning: what the pipeline gives the network, by name: [U, ...], with ``mask`` of
+                the captions' own rows; or, where the network reads no others, rows [R, ...].
         """
         # Captions of 2 and 3 rows in a layout of 4, and two batch items of captions 1, 0. What is
         # added for pads is the last row of the deviation, which is zero:
@@ -292,19 +292,23 @@ class Routed(nn.Module):
         #                     0 1 5 5                             3 4 5 5
         device = hidden.device
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
-        given = self._given(conditioning, caption, device)
-        num = self._num_rows(lengths, given)
-        first = num - lengths if self.family.padding_side == "left" and given else 0 * lengths
-        steps = torch.arange(num) - first[:, None]  # [B, T], of a row in its caption
-        mask = (steps >= 0) & (steps < lengths[:, None])
-        rows = torch.where(mask, starts[:, None] + steps, len(hidden)).to(device)  # [B, T]
         own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
+        if conditioning is not None and not self.family.needs_conditioning:
+            own = conditioning["prompt_embeds"].reshape(own.shape)  # rows of the same captions
+        given = self._given(conditioning, caption, device)
+        if given is None:
+            steps = torch.arange(self._num_rows(lengths))
+            mask = (steps < lengths[:, None]).to(device)  # [B, T]
+        else:
+            mask = given.mask
+        first = (starts[:, None] - 1).to(device)
+        rows = torch.where(mask, first + mask.cumsum(1), len(hidden))  # [B, T]
         if given is None:
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
             base = padded.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
+            text = Text(base.to(self.dtype), mask, lengths.tolist())
         else:
-            text = replace(given, mask=mask.to(device), lengths=lengths.tolist())
+            text = replace(given, lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
@@ -312,10 +316,9 @@ class Routed(nn.Module):
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
         pairs = None
         if self.router.depends_on_t:
-            pairs = (starts[:, None] + steps)[mask].to(device)  # [P]
-            owners = mask.nonzero()[:, 0].to(device)  # [P]
+            pairs, owners = rows[mask], mask.nonzero()[:, 0]  # [P] each
             rows = torch.full(mask.shape, len(pairs), device=device)
-            rows[mask.to(device)] = torch.arange(len(pairs), device=device)
+            rows[mask] = torch.arange(len(pairs), device=device)
             deviation = self._deviation(hidden, own, t, pairs, owners)
         else:
             deviation = self._deviation(hidden, own)
@@ -329,25 +332,24 @@ class Routed(nn.Module):
     def _given(
         self, conditioning: Mapping[str, Tensor] | None, caption: Tensor, device: torch.device
     ) -> Text | None:
-        """The text as the pipeline gave it, without mask and lengths; None: from the features."""
-        if conditioning is None:
-            if self.family.needs_conditioning:
-                raise InputError(
-                    f"{self.family.name} reads padding rows or a second encoder, which features "
-                    "do not "
-                    "hold: name a store that semroute conditioning made as data.conditioning"
-                )
+        """The text as the pipeline gave it, without lengths; None: from rows of the captions."""
+        if not self.family.needs_conditioning:
             return None
+        if conditioning is None:
+            raise InputError(
+                f"{self.family.name} reads padding rows or a second encoder, which features do not "
+                "hold: name a store that semroute conditioning made as data.conditioning"
+            )
         index = caption.to(device)
         each = {name: value[index] for name, value in conditioning.items()}
-        return self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        mask = each["mask"].bool()[:, -text.base.shape[1] :]  # rows of another encoder come first
+        return replace(text, mask=mask)
 
-    def _num_rows(self, lengths: Tensor, given: Text | None) -> int:
+    def _num_rows(self, lengths: Tensor) -> int:
         """T, of which no caption may have more."""
         longest = int(lengths.max())
         num = longest if self.family.length is None else self.family.length
-        if given is not None:
-            num = given.base.shape[1]
         if longest > num:
             raise InputError(
                 f"a caption has {longest} rows, but {self.family.name} takes {num}: extract the "
