@@ -87,6 +87,7 @@ def _describe_features(
             store.padded_bytes() / store.num_bytes() if store.is_complete else None
         ),
         "codec": store.manifest.codec.name,
+        "exact_layers": [*store.manifest.codec.exact_layers],
         "codec_error": error,
         "layer_error": by_layer,
     }

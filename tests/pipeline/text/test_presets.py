@@ -190,6 +190,8 @@ class TestOptions:
         ("strip", " A  cup\n", "A  cup"),
         ("lower_strip", " A  Cup\n", "a  cup"),
         ("no_images", "a [IMG]cup", "a cup"),
+        ("clean_caption", " A red_Cup!! see www.cups.com x.png", "a red_cup!! see"),
+        ("clean_caption", "cup.png", ""),
         ("fix_text", " a  cup &amp;amp; caf\u00c3\u00a9 \n", "a cup & caf\u00e9"),
     ],
 )
@@ -206,6 +208,8 @@ def test_texts_are_cleaned_as_the_pipelines_do(text):
     assert cleaner("fix_text")(text) == prompt_clean(text)
     pixart = object.__new__(PixArtSigmaPipeline)
     assert [cleaner("lower_strip")(text)] == pixart._text_preprocessing(text)
+    call = inspect.signature(PixArtSigmaPipeline.__call__)
+    assert call.parameters["clean_caption"].default is True
 
 
 @settings(max_examples=50, deadline=None)
