@@ -37,7 +37,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
         _describe_features(store, receipts, items, details)
     elif store.manifest.identity.buckets:
         details["buckets"] = store.bucket_counts()
-    details["manifest"] = store.manifest.model_dump(mode="json")
+    details["manifest"] = store.manifest.model_dump(mode="json", exclude_unset=True)
     warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
     quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}
     details |= {"warnings": warnings, "quarantined": quarantined}

@@ -135,8 +135,7 @@ class FeatureStore(Store[FeatureManifest]):
         write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
         _create_arrays(path / cls.group, manifest, parameters or {})
-        write_manifest(path, manifest)
-        return cls(path, manifest)
+        return cls(path, write_manifest(path, manifest))
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
