@@ -12,7 +12,7 @@ MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
 FinalNorm = Literal["normed", "raw", "both", "absent"]
 CodecName = Literal["bf16", "lossless", "delta", "linear"]
-Cleaning = Literal["none", "strip", "lower_strip", "fix_text", "no_images"]
+Cleaning = Literal["none", "strip", "lower_strip", "clean_caption", "fix_text", "no_images"]
 
 
 class ModelIdentity(Contract):
@@ -36,9 +36,10 @@ class TextProcessing(Contract):
     preset: str
     """Name of the preset, for people: the other keys say what was done."""
     cleaning: Cleaning
-    """``strip``: without spaces around it. ``lower_strip``: that, in lower case. ``fix_text``:
-    ftfy's fix_text, HTML entities resolved twice, runs of white space as one space. ``no_images``:
-    without ``[IMG]``."""
+    """``strip``: without spaces around it. ``lower_strip``: that, in lower case.
+    ``clean_caption``: as PixArtSigmaPipeline cleans by default, without URLs, file names and
+    repeated punctuation, among much else. ``fix_text``: ftfy's fix_text, HTML entities resolved
+    twice, runs of white space as one space. ``no_images``: without ``[IMG]``."""
     null_text: str
     """Template of the null caption."""
     null_tokens: list[int] = Field(default_factory=list)
@@ -186,6 +187,8 @@ class Codec(Contract):
     """delta, linear: bits per code; larger codes use an escape."""
     fit: Fit | None = None
     """lossless, delta, linear: the fit, made before the first shard."""
+    exact_layers: tuple[int, ...] = ()
+    """delta, linear: LLM layers that are stored exactly too, in the array ``exact``."""
 
 
 class Derived(Contract):

@@ -37,12 +37,13 @@ def summarise_features(store: "FeatureStore") -> Summary:
             f"{mixes.error:.1e}"
         )
     quality = "" if codec.quality is None else f", quality {codec.quality:g}"
+    exact = f"; exact in layers {_ranges(codec.exact_layers)}" if codec.exact_layers else ""
     items |= {
         "captions": f"{len(store):,} unique (the null caption included) of "
         f"{identity.samples.num_samples:,} samples",
         "tokens": f"{store.manifest.layout.num_rows:,}; {num_cut:,} captions cut at "
         f"{identity.max_length} tokens",
-        "codec": f"{codec.name}{quality}",
+        "codec": f"{codec.name}{quality}{exact}",
         "bytes": format_bytes(num_bytes),
         "state": store.state(),
     }
