@@ -66,6 +66,8 @@ class Routed(nn.Module):
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
+        deviates: something is added to the base.
+        hooked: it is added where blocks read text, not to what the network is given.
 
     Raises:
         InputError: a base layer is not stored, the strategy does not learn, or ``train`` or
@@ -117,9 +119,9 @@ class Routed(nn.Module):
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
         self.fusion_gain = self._open_weights(config)
         by_block = self.where == "blocks" or self.taps is not None
-        hooked = by_block and ("gain" in self.parts or "router" in self.parts)
-        self.sockets = Sockets(transformer, family, sockets if hooked else [])
-        self.hooked = hooked
+        self.deviates = not self.parts.isdisjoint({"gain", "router"})
+        self.hooked = by_block and self.deviates
+        self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
 
@@ -297,31 +299,48 @@ class Routed(nn.Module):
         first = num - lengths if self.family.padding_side == "left" and given else 0 * lengths
         steps = torch.arange(num) - first[:, None]  # [B, T], of a row in its caption
         mask = (steps >= 0) & (steps < lengths[:, None])
-        rows = torch.where(mask, starts[:, None] + steps, len(hidden)).to(device)  # [B, T]
-        own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
+        rows = torch.where(mask, starts[:, None] + steps, len(hidden))  # [B, T]
         if given is None:
+            own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-            base = padded.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            chosen = rows.flatten().to(device)
+            base = padded.index_select(0, chosen).unflatten(0, rows.shape)
             text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
         else:
             text = replace(given, mask=mask.to(device), lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
+        return self.read(text, hidden, rows, t)
+
+    def read(self, text: Text, hidden: Tensor, rows: Tensor, t: Tensor | None = None) -> Source:
+        """What the sockets read of a text that is laid out.
+
+        Args:
+            hidden: [R, len(router.layers_read), H], any float dtype.
+            rows: row of ``hidden`` for each row of the text, int64 [B, T], on the CPU, where no
+                device is waited for; R where nothing is added.
+            t: as for :meth:`encode_text`.
+        """
+        own = hidden[:, self.get_buffer("base_positions").to(hidden.device)]  # [R, K, H]
         if self.fusion_gain is not None:
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
-        pairs = None
+        mask = rows < len(hidden)
+        if not mask.any():
+            return Source(
+                text, hidden.new_zeros(1, 1, 1, 1), torch.zeros_like(rows).to(hidden.device)
+            )
         if self.router.depends_on_t:
-            pairs = (starts[:, None] + steps)[mask].to(device)  # [P]
-            owners = mask.nonzero()[:, 0].to(device)  # [P]
-            rows = torch.full(mask.shape, len(pairs), device=device)
-            rows[mask.to(device)] = torch.arange(len(pairs), device=device)
+            pairs = rows[mask].to(hidden.device)  # [P]
+            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            rows = torch.full(mask.shape, len(pairs)).masked_scatter(mask, torch.arange(len(pairs)))
             deviation = self._deviation(hidden, own, t, pairs, owners)
         else:
             deviation = self._deviation(hidden, own)
+        index = rows.to(hidden.device)
         if deviation is None:
-            return Source(text, hidden.new_zeros(0), rows)
-        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), rows)
+            return Source(text, hidden.new_zeros(0), index)
+        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), index)
         if not self.hooked:
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
