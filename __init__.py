@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FeatureStore": "semroute.pipeline.store",
     "LatentStore": "semroute.pipeline.store",
+    "attach": "semroute.trainer.evaluation.attach",
     "compare": "semroute.trainer.studies.compare",
+    "detach": "semroute.trainer.evaluation.attach",
     "figures": "semroute.pipeline.inspection",
     "inspect": "semroute.pipeline.inspection",
     "layer_error": "semroute.pipeline.codecs",

@@ -66,6 +66,8 @@ class Routed(nn.Module):
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
+        deviates: something is added to the base.
+        hooked: it is added where blocks read text, not to what the network is given.
 
     Raises:
         InputError: a base layer is not stored, the strategy does not learn, or ``train`` or
@@ -117,9 +119,9 @@ class Routed(nn.Module):
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
         self.fusion_gain = self._open_weights(config)
         by_block = self.where == "blocks" or self.taps is not None
-        hooked = by_block and ("gain" in self.parts or "router" in self.parts)
-        self.sockets = Sockets(transformer, family, sockets if hooked else [])
-        self.hooked = hooked
+        self.deviates = not self.parts.isdisjoint({"gain", "router"})
+        self.hooked = by_block and self.deviates
+        self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
 
@@ -292,47 +294,78 @@ class Routed(nn.Module):
         #                     0 1 5 5                             3 4 5 5
         device = hidden.device
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
-        own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
+        own = None
         if conditioning is not None and not self.family.needs_conditioning:
-            own = conditioning["prompt_embeds"].reshape(own.shape)  # rows of the same captions
+            shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
+            own = conditioning["prompt_embeds"].reshape(shape)  # rows of the same captions
         given = self._given(conditioning, caption, device)
         if given is None:
-            steps = torch.arange(self._num_rows(lengths))
-            mask = (steps < lengths[:, None]).to(device)  # [B, T]
+            mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
         else:
-            mask = given.mask
-        first = (starts[:, None] - 1).to(device)
-        rows = torch.where(mask, first + mask.cumsum(1), len(hidden))  # [B, T]
+            mask = given.mask.cpu()
+        rows = torch.where(mask, starts[:, None] - 1 + mask.cumsum(1), len(hidden))  # [B, T]
         if given is None:
+            own = self._base_rows(hidden) if own is None else own
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-            base = padded.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            text = Text(base.to(self.dtype), mask, lengths.tolist())
+            chosen = rows.flatten().to(device)
+            base = padded.index_select(0, chosen).unflatten(0, rows.shape)
+            text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
         else:
-            text = replace(given, lengths=lengths.tolist())
+            text = replace(given, mask=mask.to(device), lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
+        return self.read(text, hidden, rows, t, own)
+
+    def read(
+        self,
+        text: Text,
+        hidden: Tensor,
+        rows: Tensor,
+        t: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Source:
+        """What the sockets read of a text that is laid out.
+
+        Args:
+            hidden: [R, len(router.layers_read), H], any float dtype.
+            rows: row of ``hidden`` for each row of the text, int64 [B, T], on the CPU, where no
+                device is waited for; R where nothing is added.
+            t: as for :meth:`encode_text`.
+            own: base layers of the rows, [R, K, H]; by default those of ``hidden``.
+        """
+        own = self._base_rows(hidden) if own is None else own
         if self.fusion_gain is not None:
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
-        pairs = None
+        mask = rows < len(hidden)
+        if not mask.any():
+            return Source(
+                text, hidden.new_zeros(1, 1, 1, 1), torch.zeros_like(rows).to(hidden.device)
+            )
         if self.router.depends_on_t:
-            pairs, owners = rows[mask], mask.nonzero()[:, 0]  # [P] each
-            rows = torch.full(mask.shape, len(pairs), device=device)
-            rows[mask] = torch.arange(len(pairs), device=device)
+            pairs = rows[mask].to(hidden.device)  # [P]
+            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            rows = torch.full(mask.shape, len(pairs)).masked_scatter(mask, torch.arange(len(pairs)))
             deviation = self._deviation(hidden, own, t, pairs, owners)
         else:
             deviation = self._deviation(hidden, own)
+        index = rows.to(hidden.device)
         if deviation is None:
-            return Source(text, hidden.new_zeros(0), rows)
-        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), rows)
+            return Source(text, hidden.new_zeros(0), index)
+        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), index)
         if not self.hooked:
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
 
+    def _base_rows(self, hidden: Tensor) -> Tensor:
+        """[R, K, H]."""
+        return hidden[:, self.get_buffer("base_positions").to(hidden.device)]
+
     def _given(
         self, conditioning: Mapping[str, Tensor] | None, caption: Tensor, device: torch.device
     ) -> Text | None:
-        """The text as the pipeline gave it, without lengths; None: from rows of the captions."""
+        """The text as the pipeline gave it, without lengths; None: from rows of the captions. Its
+        mask is where ``conditioning`` has it, best on the CPU."""
         if not self.family.needs_conditioning:
             return None
         if conditioning is None:
@@ -340,11 +373,11 @@ class Routed(nn.Module):
                 f"{self.family.name} reads padding rows or a second encoder, which features do not "
                 "hold: name a store that semroute conditioning made as data.conditioning"
             )
-        index = caption.to(device)
-        each = {name: value[index] for name, value in conditioning.items()}
+        each = {name: value[caption.to(value.device)] for name, value in conditioning.items()}
+        own = each.pop("mask").bool()
+        each = {name: value.to(device) for name, value in each.items()}
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
-        mask = each["mask"].bool()[:, -text.base.shape[1] :]  # rows of another encoder come first
-        return replace(text, mask=mask)
+        return replace(text, mask=own[:, -text.base.shape[1] :])  # another encoder's come first
 
     def _num_rows(self, lengths: Tensor) -> int:
         """T, of which no caption may have more."""

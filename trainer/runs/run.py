@@ -14,7 +14,7 @@ import torch
 
 from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..adapters.paths import make_path
-from .checkpoint import list_checkpoints
+from .checkpoint import Checkpoint, list_checkpoints
 from .compatibility import check_features, check_llm
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
@@ -257,10 +257,21 @@ def load_run(
     Raises:
         InputError: there is no run, no such checkpoint, or no such weights.
     """
-    if weights not in ("ema", "model"):
-        raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
     path = Path(path)
     record = read_record(path)
+    checkpoint = find_checkpoint(path, record, step)
+    values = read_weights(checkpoint, weights)
+    model = build_model(record)
+    load_trained(model, values)
+    return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
+
+
+def find_checkpoint(path: Path, record: RunRecord, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a step, or the newest.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
     checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
     if not checkpoints:
         raise InputError(
@@ -269,10 +280,18 @@ def load_run(
         )
     if step is not None and step not in checkpoints:
         raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
-    checkpoint = checkpoints[max(checkpoints) if step is None else step]
-    model = build_model(record)
-    load_trained(model, checkpoint.ema() if weights == "ema" else checkpoint.model())
-    return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
+    return checkpoints[max(checkpoints) if step is None else step]
+
+
+def read_weights(checkpoint: Checkpoint, weights: str) -> dict[str, torch.Tensor]:
+    """The exponential moving average of the weights, or the weights themselves.
+
+    Raises:
+        InputError: ``weights`` is neither ``ema`` nor ``model``.
+    """
+    if weights not in ("ema", "model"):
+        raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
+    return checkpoint.ema() if weights == "ema" else checkpoint.model()
 
 
 def open_run(path: Path, step: int | None, weights: Literal["ema", "model"]) -> Run:
