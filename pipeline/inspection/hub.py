@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from ...schemas import LOCK_FILE, InputError, parse
 from ...schemas.files import is_local, list_files
 from ...schemas.units import format_bytes
-from ..store.documents import CHECKSUMS, MANIFEST
+from ..store.documents import AGAINST, CHECKSUMS, MANIFEST
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.open import open_store
@@ -147,7 +147,7 @@ def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str
     """The store's files with their bytes, and the other files of its folder."""
     store.check_complete(files=True)
     found = list_files(store.path)
-    known = {MANIFEST, CHECKSUMS, *(store.checksums.files if store.checksums else ())}
+    known = {MANIFEST, CHECKSUMS, AGAINST, *(store.checksums.files if store.checksums else ())}
     known |= {name for receipt in store.receipts().values() for name in receipt.files}
     known |= {name for name in found if name.startswith(("receipts/", "quarantine/"))}
     if store.checksums is None:  # an early version, which listed nothing

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "base": ["Store", "check_unchanged"],
-        "documents": ["StoreError", "render_table", "commit", "write_contract"],
+        "documents": ["StoreError", "render_table", "commit", "passed_against", "write_contract"],
         "features": ["Caption", "Codes", "FeatureStore", "Rows"],
         "latents": ["LatentStore", "array_shapes"],
         "layout": ["Packing", "pack", "rows_of"],

@@ -28,6 +28,7 @@ from ...schemas import (
 from ...schemas.files import list_files, locate, read_file
 from .array import ShardedArray, open_array
 from .documents import (
+    AGAINST,
     CHECKSUMS,
     GROWING,
     MANIFEST,
@@ -393,7 +394,7 @@ def _check_strangers(report: _Report, known: set[str]) -> None:
     """Warn of files that do not belong to the store."""
     if not (report.path / CHECKSUMS).exists():
         return
-    known |= {MANIFEST, CHECKSUMS, LOCK_FILE}
+    known |= {MANIFEST, CHECKSUMS, LOCK_FILE, AGAINST}
     allowed = (f"{RECEIPTS}/", f"{QUARANTINE}/", *_FILES_OF_THE_HUB)
     for name in report.files:
         if name not in known and not name.startswith(allowed):
