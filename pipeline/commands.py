@@ -349,6 +349,50 @@ def latents(samples: str, latents: str, **options: Any) -> None:
 
 
 @click.command()
+@click.argument("captions")
+@click.argument("conditioning")
+@click.option(
+    "--pipeline",
+    required=True,
+    help="A diffusers pipeline: a folder or a Hub id (org/name[@revision]). Only its tokenizers "
+    "and text encoders are loaded.",
+)
+@click.option("--text-column", help="Column of captions. Default: text, prompt or caption.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of the text encoders. auto: bfloat16 on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=SEED,
+    help="Seed of the order in which captions are stored: that of the features.",
+)
+@limit_option
+@work_options
+@interruptible()
+def conditioning(captions: str, conditioning: str, **options: Any) -> None:
+    """Store in CONDITIONING what a diffusers pipeline gives its transformer for CAPTIONS, exactly.
+
+    For pipelines whose transformer reads padding rows, pooled vectors or a second text encoder,
+    which features do not hold: SD3, FLUX.2, HiDream. CAPTIONS is the file that the features were
+    made from; captions have the same numbers in both stores. Rerun the same command to resume.
+
+    \b
+    Example:
+      semroute conditioning captions.parquet conditioning --pipeline black-forest-labs/FLUX.2-dev
+    """
+    from .extraction.conditioning import encode_captions
+
+    store = encode_captions(captions, conditioning, report=report_line, **options)
+    click.echo(store, err=is_json(options))
+
+
+@click.command()
 @click.argument("store")
 @json_option("Print JSON, including the manifest.")
 @click.option(
@@ -358,7 +402,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     "layer, lengths) and a search over captions.",
 )
 def inspect(store: str, as_json: bool, html: Path | None) -> None:
-    """Show what a feature or latent STORE holds, finished or not.
+    """Show what a STORE holds, finished or not.
 
     \b
     Examples:

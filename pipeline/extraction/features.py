@@ -158,7 +158,7 @@ def plan_features(
         dtype = before.identity.dtype if before is not None else dtype
     source = make_plan(request.model_copy(update={"dtype": dtype}), before)
     if existing is not None and before is not None:
-        check_rows(existing, source)
+        check_rows(existing, source.samples, source.earlier)
         if (before.codec.name, before.codec.quality) == (spec.name, spec.quality):
             spec = before.codec
         threads = before.layout.num_threads
@@ -185,7 +185,7 @@ def plan_features(
         layout=packing.layout.model_copy(update={"line_tokens": line_tokens}),
         codec=spec,
         provenance=provenance(request.source, source.model.name),
-        grown_from=generations(source, packing, existing),
+        grown_from=generations(captions.earlier, source.earlier, packing, existing),
     )
     return FeaturePlan(
         path=request.target,

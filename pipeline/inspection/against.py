@@ -1,22 +1,28 @@
-"""Compares a feature store with what a pipeline's own ``encode_prompt`` gives for its captions.
+"""Compares a store of captions with what a pipeline's own ``encode_prompt`` gives for them.
 
 Shapes: T rows of a caption, K base layers (those that the pipeline's transformer reads), H width.
 """
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
-from ...schemas import Against
+from ...schemas import Against, differences
 from ..codecs.error import codec_error
 from ..models.text_pipelines import TextPipeline, find_text_pipeline
+from ..store.base import CaptionStore
+from ..store.conditioning import ConditioningStore
 from ..store.documents import StoreError, write_against
 from ..store.features import NULL_CAPTION, FeatureStore
+from ..store.latents import LatentStore
 from ..store.open import open_store
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 6e-2}
@@ -68,31 +74,35 @@ class Comparison:
 def compare_with_pipeline(
     path: str | os.PathLike[str], pipeline: str, num: int = 8, device: str = "cpu"
 ) -> Comparison:
-    """Compare base rows of some captions, and of the null caption, with those of a pipeline.
+    """Compare rows of some captions, and of the null caption, with those of a pipeline.
 
-    If they agree, this is recorded in the store's folder (``against.json``).
+    If they agree, this is recorded in the store's folder (``against.json``). Of a feature store
+    rows of the base layers are compared, of a conditioning store all tensors.
 
     Args:
-        path: a finished feature store.
+        path: a finished feature or conditioning store.
         pipeline: folder or hub id of a pipeline of diffusers.
         num: number of captions: the longest, and the first ones in store order, which is random.
         device: for the pipeline's text encoders, which run in the store's dtype.
 
     Raises:
-        StoreError: no finished feature store there, or one of mixes or shuffled layers.
+        StoreError: no such store there, an unfinished one, or one of mixes or shuffled layers.
         InputError: no such pipeline.
     """
     store = open_store(path)
-    if not isinstance(store, FeatureStore):
-        raise StoreError(f"{path} is a {store.kind} store; expected a feature store")
+    if isinstance(store, LatentStore):
+        raise StoreError(f"{path} is a latent store; expected one of features or conditioning")
     store.check_complete()
-    identity = store.manifest.identity
-    if store.mixes is not None or identity.shuffled is not None:
-        kind = "shuffled layers" if store.mixes is None else "mixes of layers"
-        raise StoreError(f"{path} holds {kind}, which no pipeline reads; compare its source")
-    text = TextPipeline(find_text_pipeline(pipeline, "--against"), device, identity.dtype)
+    dtype = store.manifest.identity.dtype
+    if isinstance(store, FeatureStore):
+        _refuse_mixes(store)
+    text = TextPipeline(find_text_pipeline(pipeline, "--against"), device, dtype)
     captions = _choose(store, num)
-    comparison = _Comparison(store, text)
+    comparison: _FeatureComparison | _ConditioningComparison
+    if isinstance(store, FeatureStore):
+        comparison = _FeatureComparison(store, text)
+    else:
+        comparison = _ConditioningComparison(store, text)
     found = Comparison(
         path=store.path,
         pipeline=text.source.name,
@@ -119,42 +129,81 @@ def compare_with_pipeline(
     return found
 
 
-def _choose(store: FeatureStore, num: int) -> list[int]:
+def _refuse_mixes(store: FeatureStore) -> None:
+    """Refuse a store whose rows are not those of LLM layers."""
+    if store.mixes is not None or store.manifest.identity.shuffled is not None:
+        kind = "shuffled layers" if store.mixes is None else "mixes of layers"
+        raise StoreError(f"{store.path} holds {kind}, which no pipeline reads; compare its source")
+
+
+def _choose(store: CaptionStore[Any], num: int) -> list[int]:
     """The null caption, the longest one, and the first ones."""
-    longest = int(store.num_rows(range(len(store))).argmax())
+    longest = int(pc.list_value_length(store.captions["token_ids"]).to_numpy().argmax())
     others = [n for n in (longest, *range(1, len(store))) if n != NULL_CAPTION]
     return [NULL_CAPTION, *sorted([*dict.fromkeys(others)][:num])]
 
 
-class _Comparison:
-    """A store and a pipeline's text half, compared caption by caption."""
+class _Comparison(ABC):
+    """A store and a pipeline's text half, compared caption by caption.
 
-    def __init__(self, store: FeatureStore, text: TextPipeline) -> None:
-        self.store, self.text = store, text
-        identity, codec = store.manifest.identity, store.manifest.codec
-        self.tolerance = ROUNDING[identity.dtype] + BF16_ROUNDING
-        if codec.quality is not None:
-            self.tolerance += codec_error([*store.receipts().values()])["max"]
-        self.max_difference = 0.0
+    Attributes:
+        tolerance: largest difference of a row that counts as equal.
+        max_difference: found so far.
+    """
+
+    tolerance: float
+
+    def __init__(self, store: CaptionStore[Any], text: TextPipeline) -> None:
+        self.text, self.max_difference = text, 0.0
+        self.captions = store.captions
 
     def run(self, captions: Sequence[int]) -> list[str]:
         """What is wrong, each problem once, with the first caption that shows it."""
-        problems = [*self._layer_problems()]
+        problems = self.whole_problems()
         if problems:
-            return problems
+            return [*problems, *self.remedies()]
         found: dict[str, list[tuple[int, str]]] = {}
         for caption in captions:
-            kind, detail = self._compare(caption)
+            row = self.captions.slice(caption, 1).to_pylist()[0]
+            kind, detail = self.compare(caption, row["text"], np.array(row["token_ids"]))
             if kind:
+                detail += f", in {_quoted(row['text'])}"
                 found.setdefault(kind, []).append((caption, detail))
         for kind, shown in found.items():
             caption, detail = shown[0]
             name = "the null caption" if caption == NULL_CAPTION else f"caption {caption}"
             problems.append(f"{len(shown)} of {len(captions)} captions: {kind}. {name}: {detail}")
-        return problems + self._remedies() if problems else []
+        return [*problems, *self.remedies()] if problems else []
 
-    def _layer_problems(self) -> list[str]:
-        """Layers that are not there, which makes comparing rows vain."""
+    @abstractmethod
+    def whole_problems(self) -> list[str]:
+        """What is wrong with the whole store, so that comparing rows is in vain."""
+
+    @abstractmethod
+    def compare(self, caption: int, text: str, tokens: np.ndarray) -> tuple[str, str]:
+        """Kind of what is wrong with a caption, and details; twice "" if nothing is.
+
+        Args:
+            tokens: of the stored rows.
+        """
+
+    @abstractmethod
+    def remedies(self) -> list[str]:
+        """What to do, after the problems."""
+
+
+class _FeatureComparison(_Comparison):
+    """Rows of the base layers in a feature store."""
+
+    def __init__(self, store: FeatureStore, text: TextPipeline) -> None:
+        super().__init__(store, text)
+        self.store = store
+        identity, codec = store.manifest.identity, store.manifest.codec
+        self.tolerance = ROUNDING[identity.dtype] + BF16_ROUNDING
+        if codec.quality is not None:
+            self.tolerance += codec_error([*store.receipts().values()])["max"]
+
+    def whole_problems(self) -> list[str]:
         width, base = self.store.manifest.identity.model.width, self.text.base_layers
         if width != self.text.width:
             return [
@@ -171,23 +220,17 @@ class _Comparison:
             ]
         return []
 
-    def _compare(self, caption: int) -> tuple[str, str]:
-        """Kind of what is wrong with a caption, and details; twice "" if nothing is."""
-        row = self.store.captions.slice(caption, 1).to_pylist()[0]
-        encoded = self.text.encode([row["text"]])
-        expected = self.text.rows(encoded, 0).float().cpu().numpy()
-        tokens = self.text.tokens(row["text"])
-        stored = np.array(row["token_ids"])
-        if not np.array_equal(stored, tokens):
-            kind, detail = self._explain_tokens(stored, tokens)
-            return kind, f"{detail}, in {_quoted(row['text'])}"
+    def compare(self, caption: int, text: str, tokens: np.ndarray) -> tuple[str, str]:
+        own = self.text.tokens(text)
+        if not np.array_equal(tokens, own):
+            return self._explain_tokens(tokens, own)
+        expected = self.text.rows(self.text.encode([text]), 0).float().cpu().numpy()
         found = self.store.read([caption], self.text.base_layers).numpy()
         errors = _differences(self._as_read(found), expected)
         self.max_difference = max(self.max_difference, float(errors.max()))
         if errors.max() <= self.tolerance:
             return "", ""
-        kind, detail = self._explain_rows(caption, row["text"], expected, errors)
-        return kind, f"{detail}, in {_quoted(row['text'])}"
+        return self._explain_rows(caption, text, expected, errors)
 
     def _as_read(self, rows: np.ndarray) -> np.ndarray:
         """Rows as the pipeline gives them to its transformer."""
@@ -285,11 +328,12 @@ class _Comparison:
         ours = self.store.manifest.identity.model.files.items()
         return not {sha for name, sha in ours if name.endswith(".safetensors")} & theirs
 
-    def _remedies(self) -> list[str]:
+    def remedies(self) -> list[str]:
         recipe, source = self.text.recipe, self.text.source
+        name, at, revision = source.name.partition("@")
         lines = [
             f"Extract the captions with --template {recipe.family} and the pipeline's own LLM, "
-            f"--model {source.folder / recipe.encoder}."
+            f"--model {name}/{recipe.encoder}{at}{revision}."
         ]
         tokenizer = source.files.get(recipe.tokenizer)
         if self.store.manifest.identity.tokenizer != tokenizer:
@@ -300,6 +344,46 @@ class _Comparison:
         """Tokens in words."""
         text = self.text.tokenizer.decode(list(ids))
         return f"{len(ids)} tokens ({_quoted(text)})" if len(ids) != 1 else f"token {text!r}"
+
+
+class _ConditioningComparison(_Comparison):
+    """All tensors of a conditioning store."""
+
+    def __init__(self, store: ConditioningStore, text: TextPipeline) -> None:
+        super().__init__(store, text)
+        self.store = store
+        self.tolerance = ROUNDING[store.manifest.identity.dtype]
+
+    def whole_problems(self) -> list[str]:
+        identity = self.store.manifest.identity
+        if identity.pipeline != self.text.recipe.pipeline:
+            return [f"the store is of {identity.pipeline}"]
+        others = differences(self.text.source.files, identity.files, "files")
+        return [f"the store is of other files ({other})" for other in others[:3]]
+
+    def compare(self, caption: int, text: str, tokens: np.ndarray) -> tuple[str, str]:
+        own = self.text.tokens(text)
+        if not np.array_equal(tokens, own):
+            detail = f"{len(tokens)} tokens; expected {len(own)}, or others"
+            return "the pipeline reads other tokens (did it clean captions then?)", detail
+        expected = self.text.encode_one(text)
+        for name, stored in self.store.tensors([caption]).items():
+            found = stored if self.store.manifest.identity.ragged else stored[0]
+            pair = [each.float().cpu().numpy() for each in (found, expected[name])]
+            if pair[0].shape != pair[1].shape:
+                return f"{name} has another shape", f"{pair[0].shape}; expected {pair[1].shape}"
+            error = float(_differences(*pair).max())
+            self.max_difference = max(self.max_difference, error)
+            if error > self.tolerance:
+                detail = f"it differs by {error:.1e} (allowed {self.tolerance:.1e})"
+                return f"{name} has other values", detail
+        return "", ""
+
+    def remedies(self) -> list[str]:
+        return [
+            "Make the store again with semroute conditioning, or compare it with its own pipeline, "
+            f"{self.store.manifest.provenance.model}."
+        ]
 
 
 def _differences(found: np.ndarray, expected: np.ndarray) -> np.ndarray:

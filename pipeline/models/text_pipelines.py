@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...schemas import InputError
+from ...schemas import MASK, InputError
 from .hub import LOAD_ERRORS, ModelFiles, download, hash_file, hub_name, is_hub_id
 from .llm import Dtype, find_tower, load_tokenizer, tokenizer_digest
-from .text_recipes import MASK, NEGATIVE, Encoded, find_recipe
+from .text_recipes import NEGATIVE, Encoded, find_recipe
 
 _INDEX = "model_index.json"
 _TEXT_COMPONENTS = ("tokenizer", "text_encoder")

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...schemas import InputError
+from ...schemas import MASK, InputError
 
 if TYPE_CHECKING:
     import torch
 
 Encoded = dict[str, "torch.Tensor"]
 NEGATIVE = "negative_"
-MASK = "mask"
-"""Name of the rows that are the captions' own, bool ``[B, T]``, beside the pipeline's tensors."""
 _KREA2_LAYERS = tuple(range(2, 36, 3))  # where model_index.json names none
 
 
@@ -40,7 +38,7 @@ class TextRecipe:
             or before it.
         standardized: whether each row of a layer has mean 0 and deviation 1.
         arguments: of ``encode_prompt``, besides the defaults of ``__call__``.
-        arrange: brings outputs into the shape of all: captions first, :data:`MASK` ``[B, T]``.
+        arrange: brings outputs into the shape of all: captions first, ``mask`` ``[B, T]``.
         needs_networks: whether the pipeline's constructor asks for other networks.
         tapped: method of the pipeline that runs the LLM, where that is not the LLM's ``forward``.
         cleaners: optional packages with which the pipeline cleans captions if they are installed.

@@ -20,11 +20,10 @@ from ...schemas import (
     LOCK_FILE,
     PARTIAL,
     Against,
+    AnyManifest,
     Checksums,
     Contract,
-    FeatureManifest,
     InputError,
-    LatentManifest,
     Receipt,
     digest,
     parse,
@@ -76,7 +75,7 @@ def read_manifest(path: Path, kind: str) -> Any:
         raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
+def write_manifest(path: Path, manifest: AnyManifest) -> None:
     """Write the checksums of all other files, then the manifest, with which the store exists."""
     names = [name for name in list_files(path) if name != LOCK_FILE]
     checksums = {name: digest_file(path / name) for name in names}

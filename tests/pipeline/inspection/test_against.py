@@ -312,7 +312,7 @@ class TestRefusals:
             compare_with_pipeline(path, made.folder)
 
     def test_other_stores(self, make, latent_store):
-        with pytest.raises(StoreError, match="is a latent store; expected a feature store"):
+        with pytest.raises(StoreError, match="is a latent store; expected one of features"):
             compare_with_pipeline(latent_store, make("pixart").folder)
 
     def test_a_damaged_record(self, make, tmp_path):

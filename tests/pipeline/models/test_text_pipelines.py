@@ -17,8 +17,8 @@ from semroute.pipeline.models.text_pipelines import (  # noqa: E402
     find_text_pipeline,
     open_text_pipeline,
 )
-from semroute.pipeline.models.text_recipes import MASK, RECIPES  # noqa: E402
-from semroute.schemas import InputError  # noqa: E402
+from semroute.pipeline.models.text_recipes import RECIPES  # noqa: E402
+from semroute.schemas import MASK, InputError  # noqa: E402
 
 TEXTS = ["", "a red cup", "two Green dogs on a very long table"]
 
