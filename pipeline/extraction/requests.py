@@ -23,6 +23,9 @@ class CaptionsRequest(Contract):
     """Column of captions; default: text, prompt or caption."""
     layers: str = "all"
     """``all``, ``every:3`` or ``1-10,17``."""
+    final_norm: Literal["normed", "raw", "both"] | None = None
+    """Outputs of the last block that are stored: layer L after the final norm, layer L + 1 before
+    it; default: as the preset's pipeline reads it, or normed."""
     max_length: Positive | None = None
     """Maximum length in tokens, the template included; default: that of the preset, or 512."""
     keep_prefix: bool | None = None
@@ -63,6 +66,10 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     quality: float | None = None
     """Quality of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the
     default) gives an error of LN(h) of 1.1e-2; one more halves it and costs one bit per value."""
+    exact_layers: str | None = None
+    """Layers that are also stored exactly beside ``delta`` and ``linear``: ``base`` (those that the
+    preset's pipeline reads), ``none`` or numbers; default: as the existing store has it; for a new
+    one base with a preset of a pipeline that reads some layers only, and none without."""
     batch_tokens: Positive | None = None
     """Tokens per batch, padding included; default: as the existing store has it; for a new one 512
     on a CPU and 16,384 on a GPU."""
@@ -111,6 +118,9 @@ class RewriteRequest(WriteRequest):
     """As for extraction; default: the codec of the source."""
     quality: float | None = None
     """As for extraction; default: that of the source, where the codec is its own."""
+    exact_layers: str | None = None
+    """As for extraction, of layers that the source holds exactly; default: those of the source, if
+    its codec has loss."""
     layers: str = "all"
     """``all`` of the source, ``every:3`` or ``1-10,17``, all of which it must hold."""
     routing: Routing | None = None

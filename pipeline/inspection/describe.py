@@ -37,7 +37,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
         _describe_features(store, receipts, items, details)
     elif store.manifest.identity.buckets:
         details["buckets"] = store.bucket_counts()
-    details["manifest"] = store.manifest.model_dump(mode="json")
+    details["manifest"] = store.manifest.model_dump(mode="json", exclude_unset=True)
     warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
     quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}
     details |= {"warnings": warnings, "quarantined": quarantined}
@@ -87,6 +87,7 @@ def _describe_features(
             store.padded_bytes() / store.num_bytes() if store.is_complete else None
         ),
         "codec": store.manifest.codec.name,
+        "exact_layers": [*store.manifest.codec.exact_layers],
         "codec_error": error,
         "layer_error": by_layer,
     }

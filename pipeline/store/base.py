@@ -250,7 +250,7 @@ class Store(Generic[M]):
     def reopen(self, shards: Sequence[int]) -> None:
         """Mark shards to be rewritten: their receipts are removed, the store is unfinished."""
         self.manifest = self.manifest.unfinished()
-        write_contract(self.path / MANIFEST, self.manifest)
+        write_contract(self.path / MANIFEST, self.manifest, early=True)
         for shard in shards:
             (self.path / shard_document(RECEIPTS, shard)).unlink(missing_ok=True)
 
@@ -265,7 +265,7 @@ class Store(Generic[M]):
             raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
         check_unchanged(self)
         self.manifest = self.manifest.model_copy(update={"status": "complete"})
-        write_contract(self.path / MANIFEST, self.manifest)
+        write_contract(self.path / MANIFEST, self.manifest, early=True)
 
     def num_bytes(self) -> int:
         """Bytes of the shards written so far."""

@@ -42,6 +42,7 @@ from ...schemas.files import (
 )
 
 C = TypeVar("C", bound=Contract)
+M = TypeVar("M", FeatureManifest, LatentManifest)
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
 RECEIPTS, QUARANTINE = "receipts", "quarantine"
@@ -73,12 +74,17 @@ def read_manifest(path: Path, kind: str) -> Any:
         raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
-    """Write the checksums of all other files, then the manifest, with which the store exists."""
+def write_manifest(path: Path, manifest: M) -> M:
+    """Write the checksums of all other files, then the manifest, with which the store exists.
+
+    Returns:
+        The manifest as reading it gives it: every key is set.
+    """
     names = [name for name in list_files(path) if name != LOCK_FILE]
     checksums = {name: digest_file(path / name) for name in names}
     write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
     write_contract(path / MANIFEST, manifest)
+    return type(manifest).model_validate(manifest.model_dump())
 
 
 def prepare_folder(path: Path, kind: str, group: str, tables: Sequence[str]) -> None:
@@ -222,8 +228,9 @@ def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
         ) from error
 
 
-def write_contract(path: Path, contract: Contract) -> None:
-    write_document(path, render(contract))
+def write_contract(path: Path, contract: Contract, *, early: bool = False) -> None:
+    """Write a document; ``early`` as for :func:`semroute.schemas.digest`."""
+    write_document(path, render(contract, early=early))
 
 
 def digest_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +86,8 @@ class Codes:
     """Packed codes of several captions, decompressed but not decoded.
 
     Attributes:
-        arrays: by name, ``[rows, L, size]``; L are the stored layers up to the highest requested.
+        arrays: by name, ``[rows, L, size]``; L are the layers of the array up to the highest
+            requested. An array that decoding does not need is not there.
         offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
         codec: decodes them.
         layers: positions of the requested layers.
@@ -134,8 +135,7 @@ class FeatureStore(Store[FeatureManifest]):
         write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
         _create_arrays(path / cls.group, manifest, parameters or {})
-        write_manifest(path, manifest)
-        return cls(path, manifest)
+        return cls(path, write_manifest(path, manifest))
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
@@ -301,7 +301,8 @@ class FeatureStore(Store[FeatureManifest]):
         offsets = _offsets(stops - starts)
         positions = self.layer_positions(layers)
         slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
-        codes = read_codes(self.arrays, slices, int(offsets[-1]), max(positions) + 1, empty)
+        depths = self.codec.depths(positions)
+        codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
 
     def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -360,18 +361,23 @@ def _create_arrays(
 ) -> None:
     """Write the metadata of the codec's arrays, its parameters, and the numbers of the layers."""
     layers, width = manifest.identity.layers, manifest.identity.model.width
-    codec = open_codec(manifest.codec, len(layers), width, parameters)
+    codec = open_codec(manifest.codec, layers, width, parameters)
     with new_group(path) as group:
         for spec in codec.arrays:
             values = "channel" if spec.size == width else f"{spec.name}_value"
+            attributes: dict[str, Any] = {"codec": codec.name, "meaning": spec.meaning}
+            axis = "layer"
+            if spec.layers is not None:
+                attributes["layers"] = [layers[position] for position in spec.layers]
+                axis = f"{spec.name}_layer"
             create_array(
                 group,
                 spec.name,
                 manifest.layout,
-                (len(layers), spec.size),
+                (spec.num_layers(len(layers)), spec.size),
                 spec.dtype,
-                ("row", "layer", values),
-                {"semroute": {"codec": codec.name, "meaning": spec.meaning}},
+                ("row", axis, values),
+                {"semroute": attributes},
                 spec.order,
             )
         write_parameters(group, codec.parameters)

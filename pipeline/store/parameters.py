@@ -59,4 +59,4 @@ def read_codec(group: Path, manifest: FeatureManifest) -> Codec:
                 f"{folder} does not hold the fitted parameters of the codec (its sha256 is not "
                 "the manifest's); put it back from a copy"
             )
-    return open_codec(spec, len(identity.layers), identity.model.width, parameters)
+    return open_codec(spec, identity.layers, identity.model.width, parameters)

@@ -35,7 +35,7 @@ def read_rows(
         return
 
     def decode(block: ChunkSlices) -> None:
-        codes = read_codes(arrays, block.packed(), int(block.num.sum()), max(positions) + 1)
+        codes = read_codes(arrays, block.packed(), int(block.num.sum()), codec.depths(positions))
         codec.decode(codes, positions, block.rows(), out)
 
     (rows_per_chunk,) = {array.layout.rows_per_chunk for array in arrays.values()}
@@ -54,12 +54,17 @@ def read_codes(
     arrays: Mapping[str, ShardedArray],
     slices: ChunkSlices,
     num_rows: int,
-    num_layers: int,
+    depths: Mapping[str, int],
     empty: Allocator = np.empty,
 ) -> dict[str, np.ndarray]:
-    """Codes of the lowest stored layers by array, ``[num_rows, num_layers, size]`` each."""
+    """Codes by array, ``[num_rows, depth, size]`` each.
+
+    Args:
+        depths: how many of its lowest layers are read of an array; others are not read.
+    """
     codes = {}
-    for name, array in arrays.items():
-        codes[name] = empty((num_rows, num_layers, array.row_shape[1]), array.dtype)
-        array.read_slices(slices, codes[name], slice(num_layers))
+    for name, depth in depths.items():
+        array = arrays[name]
+        codes[name] = empty((num_rows, depth, array.row_shape[1]), array.dtype)
+        array.read_slices(slices, codes[name], slice(depth))
     return codes

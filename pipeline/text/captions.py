@@ -197,11 +197,11 @@ def _null_sequence(
 ) -> RaggedTokens:
     """Tokens of the null caption, in its own template."""
     if processing.null_tokens:
-        if max(processing.null_tokens) >= len(tokenizer):
+        if None in tokenizer.convert_ids_to_tokens(processing.null_tokens):
             raise InputError(
-                f"preset {processing.preset} has the null caption be the tokens "
-                f"{processing.null_tokens}, as its pipeline does; the tokenizer has only "
-                f"{len(tokenizer)}. It was made for another LLM."
+                f"the null caption of preset {processing.preset} is the tokens "
+                f"{processing.null_tokens}, as in its pipeline, which this tokenizer does not "
+                "have: the preset was made for another LLM"
             )
         tokens = np.array(processing.null_tokens, np.int32)
         return RaggedTokens(tokens, np.array([0, len(tokens)]))

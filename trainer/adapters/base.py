@@ -110,7 +110,6 @@ class Family:
             ``gains``, one number per tap; None: it reads one layer.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
             pipeline's dynamic shift of t.
-        padding_side: side of the padding rows in what the pipeline gives the network.
         text_width: configuration of the transformer -> H.
         latents: configuration of the transformer -> channels of latents, and the side of a patch.
         read_conditioning: (tensors of a conditioning store by name [B, ...], configuration of the
@@ -129,7 +128,6 @@ class Family:
     projection: tuple[str, ...]
     path: Literal["flow", "ddpm"] = "flow"
     image_tokens: Callable[[Mapping[str, Any], int, int, int], int] = quarter
-    padding_side: Literal["right", "left"] = "right"
     latents: Callable[[Any], tuple[int, int]] = plain_latents
     read_conditioning: Callable[[Mapping[str, Tensor], Any, torch.dtype], Text] = single_tensor
     length: int | None = None

@@ -284,8 +284,8 @@ class Routed(nn.Module):
             offsets: int64 [U + 1], on the CPU; caption u is rows offsets[u] to offsets[u + 1].
             caption: int64 [B], on the CPU: which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
-            conditioning: what the pipeline gives the network, by name, [U, ...]; see
-                :meth:`.base.Family.read_conditioning`.
+            conditioning: what the pipeline gives the network, by name: [U, ...], with ``mask`` of
+                the captions' own rows; or, where the network reads no others, rows [R, ...].
         """
         # Captions of 2 and 3 rows in a layout of 4, and two batch items of captions 1, 0. What is
         # added for pads is the last row of the deviation, which is zero:
@@ -294,14 +294,18 @@ class Routed(nn.Module):
         #                     0 1 5 5                             3 4 5 5
         device = hidden.device
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
+        own = None
+        if conditioning is not None and not self.family.needs_conditioning:
+            shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
+            own = conditioning["prompt_embeds"].reshape(shape)  # rows of the same captions
         given = self._given(conditioning, caption, device)
-        num = self._num_rows(lengths, given)
-        first = num - lengths if self.family.padding_side == "left" and given else 0 * lengths
-        steps = torch.arange(num) - first[:, None]  # [B, T], of a row in its caption
-        mask = (steps >= 0) & (steps < lengths[:, None])
-        rows = torch.where(mask, starts[:, None] + steps, len(hidden))  # [B, T]
         if given is None:
-            own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
+            mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
+        else:
+            mask = given.mask.cpu()
+        rows = torch.where(mask, starts[:, None] - 1 + mask.cumsum(1), len(hidden))  # [B, T]
+        if given is None:
+            own = self._base_rows(hidden) if own is None else own
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
             chosen = rows.flatten().to(device)
             base = padded.index_select(0, chosen).unflatten(0, rows.shape)
@@ -311,9 +315,16 @@ class Routed(nn.Module):
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
-        return self.read(text, hidden, rows, t)
+        return self.read(text, hidden, rows, t, own)
 
-    def read(self, text: Text, hidden: Tensor, rows: Tensor, t: Tensor | None = None) -> Source:
+    def read(
+        self,
+        text: Text,
+        hidden: Tensor,
+        rows: Tensor,
+        t: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Source:
         """What the sockets read of a text that is laid out.
 
         Args:
@@ -321,8 +332,9 @@ class Routed(nn.Module):
             rows: row of ``hidden`` for each row of the text, int64 [B, T], on the CPU, where no
                 device is waited for; R where nothing is added.
             t: as for :meth:`encode_text`.
+            own: base layers of the rows, [R, K, H]; by default those of ``hidden``.
         """
-        own = hidden[:, self.get_buffer("base_positions").to(hidden.device)]  # [R, K, H]
+        own = self._base_rows(hidden) if own is None else own
         if self.fusion_gain is not None:
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
         mask = rows < len(hidden)
@@ -345,28 +357,32 @@ class Routed(nn.Module):
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
 
+    def _base_rows(self, hidden: Tensor) -> Tensor:
+        """[R, K, H]."""
+        return hidden[:, self.get_buffer("base_positions").to(hidden.device)]
+
     def _given(
         self, conditioning: Mapping[str, Tensor] | None, caption: Tensor, device: torch.device
     ) -> Text | None:
-        """The text as the pipeline gave it, without mask and lengths; None: from the features."""
-        if conditioning is None:
-            if self.family.needs_conditioning:
-                raise InputError(
-                    f"{self.family.name} reads padding rows or a second encoder, which features "
-                    "do not "
-                    "hold: name a store that semroute conditioning made as data.conditioning"
-                )
+        """The text as the pipeline gave it, without lengths; None: from rows of the captions. Its
+        mask is where ``conditioning`` has it, best on the CPU."""
+        if not self.family.needs_conditioning:
             return None
-        index = caption.to(device)
-        each = {name: value[index] for name, value in conditioning.items()}
-        return self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        if conditioning is None:
+            raise InputError(
+                f"{self.family.name} reads padding rows or a second encoder, which features do not "
+                "hold: name a store that semroute conditioning made as data.conditioning"
+            )
+        each = {name: value[caption.to(value.device)] for name, value in conditioning.items()}
+        own = each.pop("mask").bool()
+        each = {name: value.to(device) for name, value in each.items()}
+        text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        return replace(text, mask=own[:, -text.base.shape[1] :])  # another encoder's come first
 
-    def _num_rows(self, lengths: Tensor, given: Text | None) -> int:
+    def _num_rows(self, lengths: Tensor) -> int:
         """T, of which no caption may have more."""
         longest = int(lengths.max())
         num = longest if self.family.length is None else self.family.length
-        if given is not None:
-            num = given.base.shape[1]
         if longest > num:
             raise InputError(
                 f"a caption has {longest} rows, but {self.family.name} takes {num}: extract the "

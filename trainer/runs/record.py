@@ -47,12 +47,20 @@ FREE: Any = {
     "model": {"pretrained"},
     "data": {
         "conditioning": True,
+        "unverified": True,
         "prefetch": True,
         "workers": True,
         "select": {"columns"},
-        "mixture": {"__all__": {"features": True, "latents": True, "select": {"columns"}}},
+        "mixture": {
+            "__all__": {
+                "features": True,
+                "latents": True,
+                "conditioning": True,
+                "select": {"columns"},
+            }
+        },
     },
-    "validation": {"every", "features", "latents"},
+    "validation": {"every", "features", "latents", "conditioning"},
 }
 
 
