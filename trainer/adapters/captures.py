@@ -151,7 +151,8 @@ def _on_layer(tower: TextTower, num_layers: int, layer: int, take: Callable[[Ten
             lambda _module, args, kwargs: take(args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
-    module = tower.norm if layer == num_layers else tower.blocks[layer - 1]
+    block = tower.blocks[min(layer, num_layers) - 1]
+    module = tower.norm if layer == num_layers else block
     return module.register_forward_hook(
         lambda _module, _args, output: take(output[0] if isinstance(output, tuple) else output)
     )

@@ -214,7 +214,7 @@ def _check_encoder(pipe: Any, record: RunRecord, path: Path) -> None:
         "width": tower.module.config.hidden_size,
         "num_layers": num_layers,
     }
-    needed = max(record.features.layers)
+    needed = min(max(record.features.layers), llm.num_layers)
     if needed <= num_layers < llm.num_layers:  # last blocks that nobody reads may be missing
         found["num_layers"] = llm.num_layers
     refuse_differences(
