@@ -1,5 +1,6 @@
 """Contracts of what is written to disk and read back: pydantic models and Arrow schemas."""
 
+from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
 from .cluster import JobQueue
@@ -89,6 +90,7 @@ __all__ = [
     "PARTIAL",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
+    "AdapterRecord",
     "Against",
     "AnyManifest",
     "BenchmarkName",

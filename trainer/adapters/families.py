@@ -444,6 +444,8 @@ FAMILIES = (
         read_conditioning=_read_flux2,
         needs_conditioning=True,
         fusion="gains",
+        fusion_layer=("context_embedder", "txt_in"),
+        layers_setting="text_encoder_out_layers",
     ),
     Family(
         name="lumina2",
@@ -484,6 +486,8 @@ FAMILIES = (
         projection=("text_fusion", "txt_in"),
         latents=packed_latents,
         fusion="projector",
+        fusion_layer=("text_fusion.projector", "txtfusion.projector"),
+        layers_setting="text_encoder_select_layers",
     ),
     Family(
         name="hidream",
@@ -499,6 +503,7 @@ FAMILIES = (
         image_tokens=_hidream_tokens,
         read_conditioning=_read_hidream,
         needs_conditioning=True,
+        layers_setting="llama_layers",
     ),
 )
 """One entry per family; the class of its transformer identifies it."""

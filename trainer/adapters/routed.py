@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ...schemas import LN_EPS, InputError, Mixes, ModelConfig, RoutingConfig
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
-from .base import Family, Text
+from .base import Family, Text, count_mixes
 from .lora import add_lora
-from .sockets import Socket, Sockets, Source, add
+from .sockets import Sockets, Source, add
 
 PARTS = {
     "fusion": {"fusion"},
@@ -113,7 +113,7 @@ class Routed(nn.Module):
         sockets = family.sockets(transformer)
         self.taps = None if sockets[0].tap is None else [s.tap for s in sockets]
         self.depth = len(sockets)
-        self.num_blocks = self._count(sockets)
+        self.num_blocks = count_mixes(sockets, routing.where, len(base_layers))
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
@@ -124,14 +124,6 @@ class Routed(nn.Module):
         self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
-
-    def _count(self, sockets: Sequence[Socket]) -> int:
-        """Number of mixes that the router makes."""
-        if self.where == "input":
-            return 1
-        if self.taps is not None:
-            return len(self.taps)
-        return len(self.base_layers) * (1 if self.where == "taps" else len(sockets))
 
     def _make_router(
         self, routing: RoutingConfig, layers: Sequence[int], num_llm_layers: int
