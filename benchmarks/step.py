@@ -282,6 +282,7 @@ def from_llm(store: FeatureStore, model: str, batches: Iterator[np.ndarray]) -> 
         template=identity.template.text,
         max_length=identity.max_length,
         keep_prefix=identity.template.keep_prefix,
+        processing=identity.template.processing,
         causal=identity.model.causal,
     )
     entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
@@ -293,7 +294,7 @@ def from_llm(store: FeatureStore, model: str, batches: Iterator[np.ndarray]) -> 
     for ids in batches:
         chosen = [entries[number] for number in ids]
         sequences = [captions.sequences[entry] for entry in chosen]
-        encoder.encode(sequences, [int(captions.kept[entry]) for entry in chosen], sink)
+        encoder.encode(sequences, captions.rows.of(chosen), sink)
         offsets = np.append(0, captions.num_tokens[chosen].cumsum())
         yield torch.stack(layers, dim=1), torch.from_numpy(offsets)
 

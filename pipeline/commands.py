@@ -121,7 +121,8 @@ plan_options = options(
     click.option(
         "--model",
         required=True,
-        help="The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file.",
+        help="The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file; or the text "
+        "encoder of a diffusers pipeline, such as org/name/text_encoder.",
     ),
     click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
     click.option(
@@ -129,19 +130,22 @@ plan_options = options(
         default="bos",
         show_default=True,
         help="Preset (bos, eos, describe, paper, qwen-image, lumina2, z-image, flux2, "
-        "flux2-klein) or a file that contains {caption}.",
+        "flux2-klein, pixart, sana, wan, krea2, hidream, sd3, auraflow, ideogram4, ltx2, cosmos, "
+        "fibo, qwen-image-2.1) or a file that contains {caption}. From qwen-image on: all that the "
+        "pipeline of diffusers with this name does to a prompt.",
     ),
     click.option(
-        "--keep-prefix", is_flag=True, help="Also store the rows of the template's prefix."
+        "--keep-prefix/--drop-prefix",
+        default=None,
+        help="Store the rows of the template's prefix, or do not. Default: as the preset's "
+        "pipeline reads them; for others they are dropped.",
     ),
     layers_option,
     click.option(
         "--max-length",
-        default=512,
-        show_default=True,
         type=click.IntRange(1),
         help="Longest caption in tokens, including the template. Longer captions are cut, counted "
-        "and listed.",
+        "and listed. Default: that of the preset's pipeline, or 512.",
     ),
     click.option(
         "--dtype",

@@ -24,6 +24,7 @@ from .manifest import (
     MIN_QUALITY,
     Bucket,
     CaptionsIdentity,
+    Cleaning,
     Codec,
     CodecName,
     Derived,
@@ -39,6 +40,7 @@ from .manifest import (
     Provenance,
     SamplesIdentity,
     Template,
+    TextProcessing,
 )
 from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
 from .receipt import Checksums, Quarantine, Receipt, WrittenFile
@@ -76,6 +78,7 @@ __all__ = [
     "Bucket",
     "CaptionsIdentity",
     "Checksums",
+    "Cleaning",
     "Codec",
     "CodecName",
     "Contract",
@@ -122,6 +125,7 @@ __all__ = [
     "StudyConfig",
     "Summary",
     "Template",
+    "TextProcessing",
     "TrainConfig",
     "Tuning",
     "ValidationConfig",

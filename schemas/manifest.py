@@ -10,6 +10,7 @@ from .mixes import Mixes
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
 CodecName = Literal["bf16", "lossless", "delta", "linear"]
+Cleaning = Literal["none", "strip", "lower_strip", "fix_text", "no_images"]
 
 
 class ModelIdentity(Contract):
@@ -27,6 +28,35 @@ class ModelIdentity(Contract):
     """File name -> sha256, for the configuration and the weights."""
 
 
+class TextProcessing(Contract):
+    """What a pipeline of diffusers does to a text, besides the template that it puts it into."""
+
+    preset: str
+    """Name of the preset, for people: the other keys say what was done."""
+    cleaning: Cleaning
+    """``strip``: without spaces around it. ``lower_strip``: that, in lower case. ``fix_text``:
+    ftfy's fix_text, HTML entities resolved twice, runs of white space as one space. ``no_images``:
+    without ``[IMG]``."""
+    null_text: str
+    """Template of the null caption."""
+    null_tokens: list[int] = Field(default_factory=list)
+    """Token ids of the null caption where the pipeline fixes them; empty: as the tokenizer
+    gives."""
+    dropped_rows: tuple[int, int]
+    """Rows from the first number to before the second are not stored, counted in the tokens of
+    each sequence."""
+    null_dropped_rows: tuple[int, int]
+    """The same of the null caption."""
+    cut: Literal["caption", "sequence"]
+    """``caption``: a sequence that is too long loses the caption's last tokens. ``sequence``: it
+    loses its own, those of the template's suffix included."""
+    suffix_apart: bool
+    """True if the suffix is tokenized by itself, not together with the caption."""
+    padding: Literal["left", "right"] | None
+    """Side on which sequences have padding tokens, up to the maximum length, that the LLM attends
+    to; null: padding changes nothing. Rows of padding tokens are not stored."""
+
+
 class Template(Contract):
     """The text around every caption, and which of its rows are stored."""
 
@@ -38,6 +68,8 @@ class Template(Contract):
     """Token ids after every caption; always stored."""
     keep_prefix: bool
     """True if the rows of the prefix are stored for every caption."""
+    processing: TextProcessing | None = None
+    """The rest of what a pipeline of diffusers does, for its preset; null: nothing else is done."""
 
 
 class CaptionsIdentity(Contract):

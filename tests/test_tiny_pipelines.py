@@ -71,7 +71,7 @@ class TestMakePipeline:
         assert torch.equal(sample(pipeline, family, "a red cup"), cup)
         assert cup.isfinite().all()
         tree = sample(pipeline, family, "a green tree")
-        assert (cup - tree).abs().mean() > 0.02 * cup.std()
+        assert (cup - tree).abs().mean() > 0.005 * cup.std()
 
     def test_decodes_with_guidance(self, family: str, load: Callable[[str], Any]) -> None:
         size = run_size(family)
@@ -84,9 +84,8 @@ class TestMakePipeline:
         pipeline = load(family)
         encoders = {n: m for n, m in pipeline.components.items() if n.startswith("text_encoder")}
         for name, encoder in encoders.items():
-            tokens = pipeline.components[name.replace("text_encoder", "tokenizer")]
-            tokens = getattr(tokens, "tokenizer", tokens)  # a processor holds one
-            ids = tokens("a small dog, seen from above", return_tensors="pt").input_ids
+            tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
+            ids = tokenizer("a small dog, seen from above", return_tensors="pt").input_ids
             with torch.no_grad():
                 output = encoder(input_ids=ids, output_hidden_states=True)
             layers = torch.stack(output.hidden_states)[:, 0].double()

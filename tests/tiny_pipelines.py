@@ -1,21 +1,26 @@
 """Complete diffusers pipelines with tiny random weights, one for each family of models.
 
-Every class is the one that the family's repository on the Hub loads: tokenizers, text encoders,
-transformer, VAE and scheduler, so that ``encode_prompt`` and sampling run for real.
+Tokenizers, text encoders, transformer, VAE and scheduler are of the classes that the family's
+repository on the Hub loads, and schedulers have its shift, so that ``encode_prompt`` and sampling
+run for real. No family is missing. One part differs: FLUX.2 dev holds a ``PixtralProcessor``, which
+asks for torchvision even for text; its tokenizer, with the same chat template, is there instead.
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import tiny_text_encoders as encoders
 import tiny_tokenizers as tokenizers
 import torch
 import transformers
+from tiny_text_encoders import WIDTH
 from torch import nn
 
-WIDTH, NUM_LAYERS = 32, 6  # of text encoders, where the pipeline does not name deeper layers
+_QUERY_KEY_NORM = re.compile(r"norm_(added_)?[qk]\.weight")
 
 
 def make_pipeline(family: str, folder: Path) -> Path:
@@ -31,96 +36,27 @@ def make_pipeline(family: str, folder: Path) -> Path:
 
 
 def run_size(family: str) -> dict[str, Any]:
-    """Keyword arguments for an image of 8 x 8 latent pixels, in about a second."""
+    """Keyword arguments of the pipeline for an image of 8 x 8 latent pixels (HiDream: 128 x 128):
+    height and width, and what has no default that suits so few pixels and steps."""
     return _SIZES.get(family, {"height": 16, "width": 16})
 
 
 def _fill(module: nn.Module) -> None:
-    """Random parameters that pass signals on: each layer changes what it reads, and text and time
-    reach the output, also through gates that are zero at initialisation."""
+    """Random parameters that pass signals on.
+
+    Each layer changes what it reads, gates that are zero at initialisation are open, and attention
+    is sharp enough for a few words among hundreds of padding rows to reach the output.
+    """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in module.named_parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim < 2:
-            parameter.add_(0.1 * noise)
+            sharper = 1.0 if _QUERY_KEY_NORM.search(name) else 0.0
+            parameter.add_(sharper + 0.1 * noise)
         elif id(parameter) in embeddings or not name.endswith("weight"):
             parameter.copy_(0.5 * noise)
         else:
             parameter.copy_(noise / math.sqrt(math.prod(parameter.shape[1:])))
-
-
-# ---- Text encoders
-
-
-def _llm(tokenizer: Any, num_layers: int = NUM_LAYERS) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 64,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 4096,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _t5(kind: str, tokenizer: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer),
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=64,
-        num_heads=4,
-        num_layers=NUM_LAYERS,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
-
-
-def _gemma2(tokenizer: Any) -> Any:
-    return transformers.Gemma2Model(
-        transformers.Gemma2Config(**_llm(tokenizer), query_pre_attn_scalar=8)
-    )
-
-
-def _qwen_vl(kind: str, tokenizer: Any, num_layers: int = NUM_LAYERS) -> Any:
-    """``kind``: name of a class of transformers, of Qwen2.5-VL or Qwen3-VL."""
-    version = kind[: kind.index("VL") + 2]
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-    }
-    if version == "Qwen3VL":
-        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    text = _llm(tokenizer, num_layers) | {
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [2, 1, 1],
-            "rope_theta": 1e6,
-        }
-    }
-    marks = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>")
-        for name, mark in {
-            "image": "image_pad",
-            "video": "video_pad",
-            "vision_start": "vision_start",
-            "vision_end": "vision_end",
-        }.items()
-    }
-    config = getattr(transformers, f"{version}Config")(
-        text_config=text, vision_config=vision, **marks
-    )
-    return getattr(transformers, kind)(config)
 
 
 # ---- VAEs
@@ -137,6 +73,7 @@ def _kl(kind: str = "AutoencoderKL", num_blocks: int = 2, **options: Any) -> Any
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
+        mid_block_add_attention=False,
         **options,
     )
     if kind == "AutoencoderKLFlux2":
@@ -178,7 +115,7 @@ def _pixart() -> Any:
     )
     return diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5("T5", tokenizer),
+        text_encoder=encoders.t5("T5", tokenizer),
         vae=_kl(shift_factor=None),
         transformer=transformer,
         scheduler=diffusers.DPMSolverMultistepScheduler(
@@ -215,7 +152,7 @@ def _sana() -> Any:
     )
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_gemma2(tokenizer),
+        text_encoder=encoders.gemma2(tokenizer),
         vae=vae,
         transformer=transformer,
         scheduler=diffusers.DPMSolverMultistepScheduler(
@@ -241,7 +178,7 @@ def _qwen_image() -> Any:
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
         vae=_film("AutoencoderKLQwenImage", [False]),
-        text_encoder=_qwen_vl("Qwen2_5_VLForConditionalGeneration", tokenizer),
+        text_encoder=encoders.qwen_vl("Qwen2_5_VLForConditionalGeneration", tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
     )
@@ -272,7 +209,7 @@ def _krea2() -> Any:
             use_dynamic_shifting=True, max_image_seq_len=6400
         ),
         vae=_film("AutoencoderKLQwenImage", [False]),
-        text_encoder=_qwen_vl("Qwen3VLModel", tokenizer),
+        text_encoder=encoders.qwen_vl("Qwen3VLModel", tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
         text_encoder_select_layers=(1, 3, 5),
@@ -300,7 +237,9 @@ def _flux2_klein() -> Any:
     return diffusers.Flux2KleinPipeline(
         scheduler=_flux_scheduler(),
         vae=_kl("AutoencoderKLFlux2"),
-        text_encoder=transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_llm(tokenizer, 28))),
+        text_encoder=transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**encoders.llm(tokenizer, 28))
+        ),
         tokenizer=tokenizer,
         transformer=_flux2_transformer(guidance_embeds=False),
     )
@@ -310,15 +249,283 @@ def _flux_scheduler() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
+def _flux2() -> Any:
+    """Reads layers 10, 20 and 30 by default, so that its text encoder has 31."""
+    tokenizer = tokenizers.mistral_tokenizer()
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **encoders.llm(tokenizer, 31)},
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+    )
+    return diffusers.Flux2Pipeline(
+        scheduler=_flux_scheduler(),
+        vae=_kl("AutoencoderKLFlux2"),
+        text_encoder=transformers.Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        transformer=_flux2_transformer(),
+    )
+
+
+def _ideogram4() -> Any:
+    """Reads layers 1, 4, ... 34 and 36, so that its text encoder has 36."""
+    tokenizer = tokenizers.qwen_tokenizer()
+    transformer, unconditional = (
+        diffusers.Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=4,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=64,
+            adaln_dim=16,
+            llm_features_dim=13 * WIDTH,
+            mrope_section=(3, 2, 2),
+        )
+        for _ in range(2)
+    )
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=_kl("AutoencoderKLFlux2"),
+        text_encoder=encoders.qwen_vl("Qwen3VLModel", tokenizer, 36),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        unconditional_transformer=unconditional,
+    )
+
+
+def _fibo() -> Any:
+    tokenizer = tokenizers.smollm3_tokenizer()
+    transformer = diffusers.BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        axes_dims_rope=[4, 6, 6],
+        text_encoder_dim=WIDTH,
+    )
+    return diffusers.BriaFiboPipeline(
+        transformer=transformer,
+        scheduler=_flux_scheduler(),
+        vae=_film("AutoencoderKLWan", [False] * 4, scale_factor_spatial=16),
+        text_encoder=transformers.SmolLM3ForCausalLM(
+            transformers.SmolLM3Config(**encoders.llm(tokenizer) | {"vocab_size": 128_256})
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def _wan() -> Any:
+    tokenizer = tokenizers.t5_tokenizer()
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=32,
+    )
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoders.t5("UMT5", tokenizer),
+        vae=_film("AutoencoderKLWan", [True, True], scale_factor_spatial=4),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformer,
+    )
+
+
+def _lumina2() -> Any:
+    tokenizer = tokenizers.gemma_tokenizer()
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=4,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=WIDTH,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_kl(num_blocks=4),
+        text_encoder=encoders.gemma2(tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def _z_image() -> Any:
+    tokenizer = tokenizers.qwen_tokenizer()
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_kl(),
+        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**encoders.llm(tokenizer))),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def _hidream() -> Any:
+    """Its four blocks read layers 1, 3, 5 and 6 of Llama."""
+    clip, t5, llama = (
+        tokenizers.clip_tokenizer(max_length=248),
+        tokenizers.t5_tokenizer(),
+        tokenizers.llama3_tokenizer(),
+    )
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=16 + 16,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(8, 4, 4),
+        llama_layers=[0, 2, 4, 5],
+        force_inference_output=True,
+    )
+    return diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=_kl(),
+        text_encoder=encoders.clip(clip, 16),
+        tokenizer=clip,
+        text_encoder_2=encoders.clip(clip, 16),
+        tokenizer_2=clip,
+        text_encoder_3=encoders.t5("T5", t5),
+        tokenizer_3=t5,
+        text_encoder_4=transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**encoders.llm(llama))
+        ),
+        tokenizer_4=llama,
+        transformer=transformer,
+    )
+
+
+def _auraflow() -> Any:
+    tokenizer = tokenizers.pile_t5_tokenizer()
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoders.t5("UMT5", tokenizer),
+        vae=_kl(shift_factor=None),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def _sd3() -> Any:
+    """Rows of CLIP are 8 + 16 wide, padded to the 32 of T5."""
+    clip, t5 = tokenizers.clip_tokenizer(), tokenizers.t5_tokenizer()
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=8 + 16,
+        out_channels=4,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0, 1),
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_kl(),
+        text_encoder=encoders.clip(clip, 8),
+        tokenizer=clip,
+        text_encoder_2=encoders.clip(clip, 16),
+        tokenizer_2=clip,
+        text_encoder_3=encoders.t5("T5", t5),
+        tokenizer_3=t5,
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart": _pixart,
     "sana": _sana,
+    "wan": _wan,
     "qwen-image": _qwen_image,
+    "lumina2": _lumina2,
+    "z-image": _z_image,
     "krea2": _krea2,
+    "flux2": _flux2,
     "flux2-klein": _flux2_klein,
+    "hidream": _hidream,
+    "auraflow": _auraflow,
+    "sd3": _sd3,
+    "ideogram4": _ideogram4,
+    "fibo": _fibo,
 }
 FAMILIES = tuple(_BUILDERS)
 _SIZES: dict[str, dict[str, Any]] = {
     "pixart": {"height": 16, "width": 16, "use_resolution_binning": False},
     "sana": {"height": 32, "width": 32, "use_resolution_binning": False},
+    "wan": {"height": 32, "width": 32, "num_frames": 5},
+    "hidream": {"height": 256, "width": 256},  # it scales any size to 128 x 128 latent pixels
+    "lumina2": {"height": 64, "width": 64},
+    "ideogram4": {
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 64,
+        "guidance_scale": 4.0,
+        "guidance_schedule": None,
+    },
+    "fibo": {"height": 128, "width": 128},
 }

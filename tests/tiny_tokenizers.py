@@ -6,7 +6,7 @@ counts on (Qwen-Image and Krea 2 drop 34); other words fall apart into letters o
 
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -72,19 +72,26 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def llama3_tokenizer(bos: bool = True) -> Any:
-    """Byte-level BPE of Llama 3; ``bos``: whether <|begin_of_text|> comes first by itself."""
+def llama3_tokenizer() -> Any:
+    """Byte-level BPE of Llama 3; <|begin_of_text|> comes first."""
     tokenizer = _byte_level(["<|begin_of_text|>", "<|end_of_text|>"])
-    if bos:
-        tokenizer.post_processor = TemplateProcessing(
-            single="<|begin_of_text|> $A",
-            special_tokens=[
-                ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>")),
-            ],
-        )
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token="<|end_of_text|>",
+    )
+
+
+def smollm3_tokenizer() -> Any:
+    """The words of Llama 3, without BOS; its two special tokens have their real numbers, of which
+    the pipeline of FIBO writes the first, 128000, by itself."""
+    special = {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level([], special),
         eos_token="<|end_of_text|>",
         pad_token="<|end_of_text|>",
     )
@@ -139,20 +146,20 @@ def t5_tokenizer(max_length: int = 512) -> Any:
     return T5Tokenizer(vocab=list(scores.items()), extra_ids=0, model_max_length=max_length)
 
 
-def clip_tokenizer() -> Any:
-    """Byte-level BPE on lower-case words; 77 tokens at most."""
+def clip_tokenizer(max_length: int = 77) -> Any:
+    """Byte-level BPE on lower-case words."""
+    ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary, merges = _train(
         CLIPTokenizer().backend_tokenizer.pre_tokenizer,
         texts=map(str.lower, CORPUS),
+        special=[*ends, "<|startoftext|>", "<|endoftext|>"],
         end_of_word_suffix="</w>",
     )
-    ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
-    for token in (*ends, "<|startoftext|>", "<|endoftext|>"):
-        vocabulary.setdefault(token, len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
 
 
-def _byte_level(special: list[str]) -> Tokenizer:
+def _byte_level(special: list[str], numbered: Mapping[str, int] | None = None) -> Tokenizer:
+    """``special`` tokens come first; ``numbered`` ones have the numbers given."""
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_GPT2_SPLIT), "isolated"),
@@ -160,10 +167,10 @@ def _byte_level(special: list[str]) -> Tokenizer:
         ]
     )
     vocabulary, merges = _train(split, special=special)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer = Tokenizer(models.BPE(vocabulary | (numbered or {}), merges))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens([*special, *(numbered or {})])
     return tokenizer
 
 

@@ -19,7 +19,8 @@ from ...schemas import (
 from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
 from ..text.captions import Captions, build_captions
-from ..text.templates import foreign_markers, read_template
+from ..text.presets import DEFAULT_LENGTH, Preset, check_base, read_template
+from ..text.templates import foreign_markers
 from .requests import CaptionsRequest
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Plan:
         blocks = []
         for first in range(0, len(captions), TABLE_ROWS):
             part = slice(first, min(first + TABLE_ROWS, len(captions)))
-            stored = captions.sequences[part].without(captions.kept[part])
+            stored = captions.rows[part].tokens(captions.sequences[part])
             starts, lengths = packing.row_start[part], stored.lengths
             tokens = pa.ListArray.from_arrays(
                 pa.array(stored.offsets, pa.int32()), pa.array(stored.tokens)
@@ -101,6 +102,13 @@ class Plan:
                 f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
                 "tokenizer has no token for and spells out; it was made for another LLM"
             )
+        processing = self.identity.template.processing
+        if processing is not None:
+            missing = check_base(
+                processing.preset, self.identity.model.num_layers, self.identity.layers
+            )
+            if missing:
+                report(f"warning: {missing}")
         captions = self.captions
         cut = np.flatnonzero(captions.num_cut)
         if not len(cut):
@@ -138,7 +146,7 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
         tokenizer_digest,
     )
 
-    template_text = read_template(request.template)
+    preset = _preset(request.template, existing)
     samples = read_samples(
         request.source, text_column=request.text_column, limit=request.limit, need="text"
     )
@@ -148,14 +156,23 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
     located = find_model(request.model)
     described = describe_model(located)
     chosen = parse_layers(request.layers, described.num_layers)
-    tokenizer = load_tokenizer(located)
+    tokenizer, causal = load_tokenizer(located), described.causal
+    max_length, keep_prefix, processing = DEFAULT_LENGTH, bool(request.keep_prefix), None
+    if preset.pipelines:
+        max_length = preset.max_length(tokenizer, causal=causal)
+        processing = preset.processing(
+            request.template, tokenizer, causal=causal, keep_prefix=request.keep_prefix
+        )
+        keep_prefix = processing.dropped_rows == (0, 0)
+    max_length = request.max_length or max_length
     captions = build_captions(
         texts,
         tokenizer,
-        template=template_text,
-        max_length=request.max_length,
-        keep_prefix=request.keep_prefix,
-        causal=described.causal,
+        template=preset.text,
+        max_length=max_length,
+        keep_prefix=keep_prefix,
+        processing=processing,
+        causal=causal,
         seed=request.seed,
         earlier=earlier,
     )
@@ -170,13 +187,23 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
         final_norm="normed" if chosen[-1] == described.num_layers else "absent",
         dtype=dtype,
         attention=attention_of(located),
-        max_length=request.max_length,
+        max_length=max_length,
         captions=captions.identity,
         samples=samples.identity(),
     )
     identities = [samples.slice(0, count).identity() for count in earlier]
-    markers = foreign_markers(template_text, tokenizer)
+    markers = foreign_markers(preset.text, tokenizer)
     return Plan(located, samples, captions, identity, identities, markers)
+
+
+def _preset(name: str, existing: FeatureManifest | None) -> Preset:
+    """A preset or file; where an early version made the store, which knew presets as plain
+    templates, the plain template."""
+    preset = read_template(name)
+    if existing is None or existing.identity.template.processing is not None:
+        return preset
+    same = existing.identity.template.text == preset.text
+    return Preset(preset.text) if same else preset
 
 
 def default_batch_tokens(have_gpus: bool | None = None) -> int:

@@ -72,7 +72,7 @@ class EncodedPrompts:
         def sink(index: int, hidden: "torch.Tensor") -> None:
             rows[:, index] = codec.encode(index, hidden, None).codes["hidden"].cpu().numpy()
 
-        self._encoder.encode([captions.sequences[entry]], [int(captions.kept[entry])], sink)
+        self._encoder.encode([captions.sequences[entry]], captions.rows.of([entry]), sink)
         if self.mixes is None:
             return rows
         mixed = mix(torch.from_numpy(rows).view(torch.bfloat16), self.mixes.basis).bfloat16()
@@ -124,6 +124,7 @@ class PromptEncoder:
             template=identity.template.text,
             max_length=identity.max_length,
             keep_prefix=identity.template.keep_prefix,
+            processing=identity.template.processing,
             causal=identity.model.causal,
         )
         return EncodedPrompts(captions, self._load, identity)

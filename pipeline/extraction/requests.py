@@ -18,15 +18,16 @@ class CaptionsRequest(Contract):
     model: str
     """Hub id, folder or GGUF file, see :func:`semroute.pipeline.models.hub.find_model`."""
     template: str = "bos"
-    """Preset or file, see :mod:`semroute.pipeline.text.templates`."""
+    """Preset or file, see :mod:`semroute.pipeline.text.presets`."""
     text_column: str | None = None
     """Column of captions; default: text, prompt or caption."""
     layers: str = "all"
     """``all``, ``every:3`` or ``1-10,17``."""
-    max_length: Positive = 512
-    """Maximum length in tokens, the template included."""
-    keep_prefix: bool = False
-    """Store the template's prefix rows for every caption."""
+    max_length: Positive | None = None
+    """Maximum length in tokens, the template included; default: that of the preset, or 512."""
+    keep_prefix: bool | None = None
+    """Store the template's prefix rows for every caption; default: as the preset's pipeline reads
+    them, or False."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the LLM. auto: as the existing store has it; for a new one bfloat16 on a GPU and
     float32 on a CPU."""

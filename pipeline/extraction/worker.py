@@ -27,7 +27,7 @@ from ..models.packing import NUM_CAPTIONS, check_packing, supports_packing
 from ..store.features import FeatureStore
 from ..store.layout import rows_of
 from ..text.batching import Batch, batches
-from ..text.captions import Captions
+from ..text.captions import Captions, StoredRows
 from ..text.tokenization import RaggedTokens
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class ShardTask:
     shard: int
     texts: list[str]
     sequences: RaggedTokens
-    kept: np.ndarray
+    stored: StoredRows
     row_start: np.ndarray
     has_null: bool
 
     @cached_property
     def num_rows(self) -> np.ndarray:
         """Rows of each caption, int64 ``[captions]``."""
-        return self.sequences.lengths - self.kept
+        return self.stored.counts
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class ShardTask:
             shard=shard,
             texts=captions.texts[chosen].to_pylist(),
             sequences=captions.sequences[chosen],
-            kept=captions.kept[chosen],
+            stored=captions.rows[chosen],
             row_start=row_start,
             has_null=chosen.start == 0,
         )
@@ -170,7 +170,7 @@ class _Shard:
         self.arrays = allocate(self._codec.arrays, *shape, rows)
         self.seconds = {"load": 0.0, "forward": 0.0, "code": 0.0}
         self.warnings: list[str] = []
-        self._task = task
+        self._task, self._template = task, store.manifest.identity.template
         self._norms = np.zeros(shape[::-1], np.float32)
         self._error = CodecError(self._layers)
         self._below: codecs.Coded | None = None
@@ -214,10 +214,16 @@ class _Shard:
             files={},
             codec_error=self._error.to_dict(),
             layer_error=self._error.by_layer(),
-            warnings=[*self.warnings, *_sink_warnings(self._norms, self._layers, task)],
+            warnings=[*self.warnings, *self._sink_warnings()],
             seconds=self.seconds,
             worker=worker_name(),
         )
+
+    def _sink_warnings(self) -> list[str]:
+        """Warnings about attention sinks, where nobody chose rows as a pipeline reads them."""
+        if self._template.processing is not None:
+            return []
+        return _sink_warnings(self._norms, self._layers, self._task)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -292,7 +298,7 @@ def _find_culprit(
 
     for entry in error.entries:
         start = task.row_start[entry]
-        encoder.encode([task.sequences[entry]], [int(task.kept[entry])], take)
+        encoder.encode([task.sequences[entry]], task.stored.of([entry]), take)
         for layer, rows in found:
             if len(rows):
                 return NotFiniteError.of(layer, task, rows)
@@ -360,8 +366,8 @@ def _run(
             layers.append({k: v.to("cpu", non_blocking=True) for k, v in found.items()})
 
         try:
-            sequences, kept = [task.sequences[i] for i in entries], task.kept[entries].tolist()
-            encoder.encode(sequences, kept, take, batch.row)
+            sequences = [task.sequences[i] for i in entries]
+            encoder.encode(sequences, task.stored.of(entries), take, batch.row)
             if encoder.device.type != "cpu":
                 done = torch.accelerator.current_stream(encoder.device).record_event()
         except (RuntimeError, MemoryError) as error:

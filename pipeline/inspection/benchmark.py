@@ -180,14 +180,14 @@ def _encode(plan: Plan, encoder: Encoder, batch: Batch) -> list[torch.Tensor]:
         layers.append(hidden.to(torch.bfloat16).cpu())
 
     sequences = [captions.sequences[i] for i in batch.entries]
-    encoder.encode(sequences, captions.kept[batch.entries].tolist(), keep, batch.row)
+    encoder.encode(sequences, captions.rows.of(batch.entries), keep, batch.row)
     return layers
 
 
 def _held_out_rows(plan: Plan, batch: Batch) -> torch.Tensor:
     """Which rows of a batch are of captions that no codec is fitted on, bool ``[R]``."""
-    entries, captions = batch.entries, plan.captions
-    num_rows = torch.from_numpy(captions.sequence_lengths[entries] - captions.kept[entries])
+    entries = batch.entries
+    num_rows = torch.from_numpy(plan.captions.num_tokens[entries])
     return torch.from_numpy(entries % HELD_OUT == 0).repeat_interleave(num_rows)
 
 

@@ -13,6 +13,8 @@ from ...schemas import InputError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
+PIPELINE_INDEX = "model_index.json"
+"""What a pipeline of diffusers has in its folder, above those of its components."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """Raised by transformers when it cannot load a model."""
 
@@ -25,18 +27,22 @@ class ModelFiles:
         name: names it again on a command line: ``org/name@commit``, a folder or a GGUF file.
         folder: for transformers to load.
         files: name -> sha256 of the files that determine the hidden states.
+        tokenizer: folder of the tokenizer, where it is another one: in a pipeline of diffusers.
     """
 
     name: str
     folder: Path
     files: dict[str, str] = field(hash=False)
+    tokenizer: Path | None = None
 
 
 def find_model(name: str, option: str = "--model", with_code: bool = False) -> ModelFiles:
     """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
 
     A hub id may carry a revision: ``org/name@revision``. Only configuration, tokenizer and
-    safetensors of a hub model are downloaded.
+    safetensors of a hub model are downloaded. The text encoder of a diffusers pipeline is named by
+    its folder there, ``PIPELINE/text_encoder`` or ``org/name/text_encoder@revision``; its tokenizer
+    is the one beside it.
 
     Args:
         option: of the command line, named in messages.
@@ -47,7 +53,9 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelFiles(str(path.resolve()), path.resolve(), _hash_files(path, option))
+        folder = path.resolve()
+        tokenizer = _tokenizer_beside(folder, option)
+        return ModelFiles(str(folder), folder, _hash_files(path, option), tokenizer)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(
@@ -59,11 +67,46 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
     if is_hub_id(name):
         folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
         return ModelFiles(hub_name(name, folder), folder, _hash_files(folder, option))
+    if match := re.fullmatch(r"([\w.-]+/[\w.-]+)/(text_encoder\w*)(@[\w./-]+)?", name):
+        hub_id, component, revision = match.groups(default="")
+        parts = [component, *_tokenizer_names(component)]
+        patterns = [f"{part}/{file}" for part in parts for file in _HUB_FILES]
+        root = download(hub_id + revision, [PIPELINE_INDEX, *patterns], option)
+        folder = root / component
+        tokenizer = _tokenizer_beside(folder, option)
+        known = f"{hub_id}/{component}@{root.name}"
+        return ModelFiles(known, folder, _hash_files(folder, option), tokenizer)
     raise InputError(f"{option} {name}: no such folder or file, and not a hub id (org/name)")
+
+
+def _tokenizer_names(component: str) -> list[str]:
+    """Where the tokenizer of a text encoder may be in its pipeline: ``tokenizer_2`` for
+    ``text_encoder_2``."""
+    number = component.removeprefix("text_encoder")
+    return [f"tokenizer{number}", f"processor{number}"]
+
+
+def _tokenizer_beside(folder: Path, option: str) -> Path | None:
+    """The folder of the tokenizer of a pipeline's text encoder; None for any other model."""
+    if not (folder.parent / PIPELINE_INDEX).exists():
+        return None
+    names = _tokenizer_names(folder.name)
+    for name in names:
+        if (folder.parent / name).is_dir():
+            return folder.parent / name
+    raise InputError(
+        f"{option} {folder}: the pipeline has no tokenizer for it; expected a folder "
+        f"{' or '.join(names)} beside it"
+    )
 
 
 def _hash_files(folder: Path, option: str) -> dict[str, str]:
     files = sorted(p for p in folder.iterdir() if p.suffix == _WEIGHTS or p.name == "config.json")
+    if (folder / PIPELINE_INDEX).exists():
+        raise InputError(
+            f"{option} {folder} is a pipeline of diffusers; name its text encoder, such as "
+            f"{folder / 'text_encoder'}"
+        )
     if not any(file.name == "config.json" for file in files):
         raise InputError(f"{option} {folder}: no config.json in this folder")
     if not any(file.suffix == _WEIGHTS for file in files):

@@ -78,7 +78,8 @@ def load_tokenizer(source: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        folder = source.tokenizer or source.folder
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source.name}: transformers loads no tokenizer: {error}") from error
 
@@ -225,7 +226,7 @@ class Encoder:
     def encode(
         self,
         sequences: Sequence[np.ndarray],
-        kept: Sequence[int],
+        kept: Sequence[int] | Sequence[np.ndarray],
         sink: Sink,
         row: Sequence[int] | np.ndarray | None = None,
     ) -> None:
@@ -233,7 +234,8 @@ class Encoder:
 
         Args:
             sequences: token ids of each caption, template included.
-            kept: first token of each sequence whose hidden states are wanted.
+            kept: first token of each sequence whose hidden states are wanted; or the numbers of all
+                that are, ascending, int64.
             sink: called as ``sink(index, rows)`` for each layer in turn, ``index`` into ``layers``;
                 ``rows`` are the hidden states of the wanted tokens of all sequences, one after the
                 other, ``[tokens, H]`` in the LLM's dtype, on its device. Only that layer is alive.
@@ -275,7 +277,7 @@ class Encoder:
 
 def lay_out(
     sequences: Sequence[np.ndarray],
-    kept: Sequence[int],
+    kept: Sequence[int] | Sequence[np.ndarray],
     row: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Arrange a batch as inputs of transformers.
@@ -301,11 +303,14 @@ def lay_out(
     mask = torch.zeros_like(tokens)
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
     positions = torch.arange(shape[1]).repeat(shape[0], 1)
-    for r, stop, sequence, first in zip(row, stops, sequences, kept, strict=True):
+    for r, stop, sequence, rows in zip(row, stops, sequences, kept, strict=True):
         start = stop - len(sequence)
         tokens[r, start:stop] = torch.from_numpy(sequence)
         mask[r, start:stop] = 1
-        wanted[r, start + first : stop] = True
+        if isinstance(rows, np.ndarray):
+            wanted[r, start + torch.from_numpy(rows)] = True
+        else:
+            wanted[r, start + rows : stop] = True
         positions[r, stop:] = torch.arange(shape[1] - stop)  # of the next sequence, or padding
     if shape[0] < len(sequences):
         return {"input_ids": tokens, "position_ids": positions}, wanted

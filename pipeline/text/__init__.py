@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "batching": ["Batch", "batches"],
-        "captions": ["Captions", "build_captions"],
-        "templates": ["foreign_markers", "read_template"],
+        "captions": ["Captions", "StoredRows", "build_captions"],
+        "cleaning": ["cleaner"],
+        "presets": ["PRESETS", "Preset", "preset_of", "read_template"],
+        "templates": ["foreign_markers"],
         "tokenization": ["RaggedTokens"],
     },
 )

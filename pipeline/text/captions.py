@@ -8,10 +8,49 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...schemas import CaptionsIdentity, InputError, Template, fingerprint
+from ...schemas import CaptionsIdentity, InputError, Template, TextProcessing, fingerprint
 from ...schemas.seeds import UnnumberedPurpose, numpy_generator
-from .templates import NULL_TEXT, bos_token, eos_token, split_template
+from .cleaning import cleaner
+from .templates import NULL_TEXT, special_tokens, split_template
 from .tokenization import RaggedTokens, TemplateTokens, apply_template, tokenize
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of sequences that are stored.
+
+    Of BOS (b), a prefix (p), a caption (c) and padding (-) those of b and c::
+
+        row      0 1 2 3 4 5 6
+        token    b p p c c c -       lead 1, kept 3, stops 6
+
+    Attributes:
+        kept: first stored row of each sequence, behind the dropped prefix; int64 ``[n]``.
+        stops: the row after the last stored one, int64 ``[n]``.
+        lead: number of rows in front of the dropped prefix that are stored too.
+    """
+
+    kept: np.ndarray
+    stops: np.ndarray
+    lead: int = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Number of stored rows of each sequence, int64 ``[n]``."""
+        return self.stops - self.kept + np.minimum(self.lead, self.kept)
+
+    def __getitem__(self, part: slice) -> "StoredRows":
+        return StoredRows(self.kept[part], self.stops[part], self.lead)
+
+    def of(self, entries: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Numbers of the stored rows of some sequences, int64 ``[rows]`` each."""
+        lead = np.arange(self.lead)
+        spans = zip(self.kept[entries].tolist(), self.stops[entries].tolist(), strict=True)
+        return [np.concatenate([lead[:first], np.arange(first, stop)]) for first, stop in spans]
+
+    def tokens(self, sequences: RaggedTokens) -> RaggedTokens:
+        """Token ids of the stored rows."""
+        return sequences.select(self.kept, self.stops, self.lead)
 
 
 @dataclass(frozen=True)
@@ -19,9 +58,9 @@ class Captions:
     """Unique captions in store order; entry 0 is the null caption.
 
     Attributes:
-        texts: the captions, without the template, large_string.
+        texts: the captions as the user wrote them, large_string.
         sequences: token ids of each whole sequence, template included.
-        kept: first stored row of each sequence; the rows before it are the dropped prefix.
+        rows: those that are stored.
         num_cut: tokens that max_length cut off each caption.
         caption_ids: ``list<int64>``, the captions of each sample.
         identity: compared on resuming, and by training.
@@ -31,7 +70,7 @@ class Captions:
 
     texts: pa.Array
     sequences: RaggedTokens
-    kept: np.ndarray
+    rows: StoredRows
     num_cut: np.ndarray
     caption_ids: pa.ListArray
     identity: CaptionsIdentity
@@ -49,7 +88,7 @@ class Captions:
     @property
     def num_tokens(self) -> np.ndarray:
         """Rows stored for each caption, int64 ``[num_captions]``."""
-        return self.sequence_lengths - self.kept
+        return self.rows.counts
 
 
 def build_captions(
@@ -59,6 +98,7 @@ def build_captions(
     template: str,
     max_length: int,
     keep_prefix: bool = False,
+    processing: TextProcessing | None = None,
     causal: bool = True,
     seed: int = 0,
     earlier: Sequence[int] = (),
@@ -74,6 +114,9 @@ def build_captions(
         max_length: tokens of the longest sequence; a longer caption loses its last tokens (the
             suffix stays), which is counted in ``num_cut``.
         keep_prefix: store the rows of the prefix for every caption.
+        processing: what a pipeline of diffusers does; it decides what is cut and which rows are
+            stored. The tokens for ``{bos}`` and ``{eos}`` are then those that the tokenizer adds,
+            if it adds any.
         causal: whether a token sees only those before it. Then something must stand in front of the
             caption, to be the attention sink; otherwise something in front or behind is enough.
         seed: of the order in which captions are stored.
@@ -82,25 +125,30 @@ def build_captions(
             each later generation has an order of its own.
 
     A prefix row is dropped where the whole sequence starts with the prefix's own tokens; a token
-    that the tokenizer merged across the boundary belongs to the caption and is kept.
+    that the tokenizer merged across the boundary belongs to the caption and is kept. A pipeline
+    counts rows instead.
 
     Raises:
         InputError: the template has nothing in front of the caption (for an encoder: nothing but
             the caption), the tokenizer lacks a token that it asks for, max_length leaves no room,
             or a caption has no tokens.
     """
-    start, prefix, suffix, end = split_template(template)
-    lead = [bos_token(tokenizer, causal)] if start else []
-    tail = [eos_token(tokenizer)] if end else []
     unique = _deduplicate(texts, seed, earlier)
-    prefix_tokens = [*lead, *tokenize(tokenizer, [prefix])[0]]
-    suffix_tokens = [*tokenize(tokenizer, [suffix])[0], *tail]
-    _check_template(template, len(prefix_tokens), len(suffix_tokens), max_length, causal)
-    around = TemplateTokens(prefix, suffix, lead, tail, suffix_tokens, max_length)
-    sequences, num_cut = apply_template(tokenizer, unique.texts, around)
-    kept = sequences.common_prefix([] if keep_prefix else prefix_tokens)
-    kept[0] = 0
-    without = np.flatnonzero(sequences.lengths == kept)
+    around, prefix, suffix = _around(template, tokenizer, causal, max_length, processing)
+    _check_template(template, prefix, suffix, max_length, causal, processing)
+    if processing is None:
+        sequences, num_cut = apply_template(tokenizer, unique.texts, around)
+        kept = sequences.common_prefix([] if keep_prefix else prefix)
+        kept[0] = 0
+        rows = StoredRows(kept, sequences.lengths)
+    else:
+        null = _null_sequence(tokenizer, causal, max_length, processing)
+        others, num_cut = apply_template(
+            tokenizer, unique.texts.slice(1), around, cleaner(processing.cleaning)
+        )
+        sequences, num_cut = RaggedTokens.concatenate([null, others]), np.append(0, num_cut)
+        sequences, rows = _choose_rows(sequences, tokenizer, max_length, processing)
+    without = np.flatnonzero(rows.counts == 0)
     if len(without):
         raise InputError(
             f"{len(without)} captions have no tokens of their own, the first is "
@@ -109,39 +157,102 @@ def build_captions(
     return Captions(
         texts=unique.texts,
         sequences=sequences,
-        kept=kept,
+        rows=rows,
         num_cut=num_cut,
         caption_ids=unique.caption_ids,
         identity=_identify(unique.texts, seed),
         template=Template(
             text=template,
-            prefix_tokens=prefix_tokens,
-            suffix_tokens=suffix_tokens,
+            prefix_tokens=prefix,
+            suffix_tokens=suffix,
             keep_prefix=keep_prefix,
+            processing=processing,
         ),
         earlier=[_identify(unique.texts.slice(0, end), seed) for end in unique.ends[:-1]],
     )
 
 
+def _around(
+    template: str, tokenizer: Any, causal: bool, max_length: int, processing: TextProcessing | None
+) -> tuple[TemplateTokens, list[int], list[int]]:
+    """The template around every caption, and the tokens of its prefix and suffix."""
+    _, prefix, suffix, _ = split_template(template)
+    lead, closing = special_tokens(template, tokenizer, causal=causal, own=processing is not None)
+    prefix_tokens = [*lead, *tokenize(tokenizer, [prefix])[0]]
+    suffix_tokens = [*tokenize(tokenizer, [suffix])[0], *closing]
+    apart = processing is not None and processing.suffix_apart
+    around = TemplateTokens(
+        prefix=prefix,
+        suffix="" if apart else suffix,
+        lead=lead,
+        tail=suffix_tokens if apart else closing,
+        ending=closing if processing and processing.cut == "sequence" else suffix_tokens,
+        max_length=max_length,
+    )
+    return around, prefix_tokens, suffix_tokens
+
+
+def _null_sequence(
+    tokenizer: Any, causal: bool, max_length: int, processing: TextProcessing
+) -> RaggedTokens:
+    """Tokens of the null caption, in its own template."""
+    if processing.null_tokens:
+        if max(processing.null_tokens) >= len(tokenizer):
+            raise InputError(
+                f"preset {processing.preset} has the null caption be the tokens "
+                f"{processing.null_tokens}, as its pipeline does; the tokenizer has only "
+                f"{len(tokenizer)}. It was made for another LLM."
+            )
+        tokens = np.array(processing.null_tokens, np.int32)
+        return RaggedTokens(tokens, np.array([0, len(tokens)]))
+    around, _, _ = _around(processing.null_text, tokenizer, causal, max_length, processing)
+    return apply_template(tokenizer, pa.array([NULL_TEXT]), around)[0]
+
+
+def _choose_rows(
+    sequences: RaggedTokens, tokenizer: Any, max_length: int, processing: TextProcessing
+) -> tuple[RaggedTokens, StoredRows]:
+    """Sequences with the padding that the LLM sees, and the rows that a pipeline reads."""
+    lead, first = processing.dropped_rows
+    lengths = sequences.lengths
+    kept = np.minimum(first, lengths)
+    kept[0] = min(processing.null_dropped_rows[1], lengths[0])
+    if kept[0] == lengths[0] and not lead:
+        kept[0] = 0  # the null caption has no other rows
+    if processing.padding is None:
+        return sequences, StoredRows(kept, lengths, lead)
+    padded = sequences.padded(max_length, tokenizer.pad_token_id, processing.padding)
+    shift = padded.lengths - lengths if processing.padding == "left" else np.zeros_like(lengths)
+    return padded, StoredRows(kept + shift, lengths + shift, lead)
+
+
 def _check_template(
-    template: str, num_prefix: int, num_suffix: int, max_length: int, causal: bool
+    template: str,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    max_length: int,
+    causal: bool,
+    processing: TextProcessing | None,
 ) -> None:
-    """Refuse a template that leaves the null caption without a row, or a caption without room."""
-    if not causal and not num_prefix and not num_suffix:
+    """Refuse a template that leaves the null caption without a row, or a caption without room.
+
+    What a pipeline does is not questioned.
+    """
+    if processing is None and not causal and not prefix and not suffix:
         raise InputError(
             f"the template {template!r} puts nothing around the caption: the null caption would "
             "have no row. End it with {eos}, as --template eos does."
         )
-    if causal and not num_prefix:
+    if processing is None and causal and not prefix:
         raise InputError(
             f"the template {template!r} puts nothing in front of the caption: its first word would "
             "become the LLM's attention sink and lose its meaning, and the null caption would have "
             "no row. Start it with {bos} or with words."
         )
-    if max_length <= num_prefix + num_suffix:
+    if max_length <= len(prefix) + len(suffix):
         raise InputError(
             f"--max-length {max_length} leaves no token for the caption: the template takes "
-            f"{num_prefix + num_suffix}"
+            f"{len(prefix) + len(suffix)}"
         )
 
 

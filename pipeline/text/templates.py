@@ -1,61 +1,13 @@
-"""Templates that captions are put into: presets, files, and the BOS and EOS tokens around them."""
+"""Templates that captions are put into: their parts, and the BOS and EOS tokens around them."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from ...schemas import InputError
-from .tokenization import tokenize
-
-PRESETS = {
-    "bos": "{bos}{caption}",
-    "eos": "{caption}{eos}",
-    "describe": "{bos}Describe this image. {caption}",
-    "paper": "Describe this image.{caption}",
-    "qwen-image": (
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
-        "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
-        "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
-    ),
-    "lumina2": (
-        "{bos}You are an assistant designed to generate superior images with the superior degree "
-        "of image-text alignment based on textual prompts or user prompts. <Prompt Start> {caption}"
-    ),
-    "z-image": "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n",
-    "flux2": (
-        "{bos}[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give "
-        "structured responses focusing on object relationships, object\nattribution and actions "
-        "without speculation.[/SYSTEM_PROMPT][INST]{caption}[/INST]"
-    ),
-    "flux2-klein": (
-        "<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    ),
-}
-"""Named templates. ``eos``: as T5 was trained. ``paper``: as in the reference code of arXiv
-2602.03510, no space, no BOS. From ``qwen-image`` on: as the pipelines of diffusers 0.42 with these
-names put a prompt to their LLM, with the chat template written out."""
+from .tokenization import added_tokens, tokenize
 
 NULL_TEXT = ""
 _MARKER = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]")
-
-
-def read_template(name: str) -> str:
-    """The text of a preset, or of a file.
-
-    Raises:
-        InputError: neither a preset nor a readable file, or not exactly one ``{caption}``.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    try:
-        text = Path(name).read_text("utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--template {name!r} is neither a preset ({', '.join(PRESETS)}) nor a readable text "
-            f"file: {error}"
-        ) from error
-    split_template(text)
-    return text
 
 
 def foreign_markers(template: str, tokenizer: Any) -> list[str]:
@@ -113,3 +65,22 @@ def eos_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise InputError("the template ends with {eos}, but the tokenizer has no EOS token")
     return int(tokenizer.eos_token_id)
+
+
+def special_tokens(
+    template: str, tokenizer: Any, *, causal: bool, own: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens in front of a sequence and behind it, for the ``{bos}`` and ``{eos}`` of a template.
+
+    Args:
+        causal: whether a token of the LLM sees only those before it.
+        own: what the tokenizer itself adds instead, if it adds anything.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    if own and any(added := added_tokens(tokenizer)):
+        return added
+    start, _, _, end = split_template(template)
+    lead = [bos_token(tokenizer, causal)] if start else []
+    return lead, [eos_token(tokenizer)] if end else []

@@ -1,6 +1,6 @@
 """Token ids of many texts in one flat array, tokenised a block of texts at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
@@ -59,13 +59,34 @@ class RaggedTokens:
         """Tokens of each text, int64 ``[texts]``."""
         return np.diff(self.offsets)
 
-    def without(self, leading: np.ndarray) -> "RaggedTokens":
-        """A copy without the first ``leading`` tokens of each text, int64 ``[texts]``."""
+    def select(self, starts: np.ndarray, stops: np.ndarray, lead: int = 0) -> "RaggedTokens":
+        """A copy with some tokens of each text.
+
+        Args:
+            starts, stops: first one of each text, and the one after its last; int64 ``[texts]``.
+            lead: how many of those before the first are kept as well, from the start of the text.
+        """
         text = np.repeat(np.arange(len(self)), self.lengths)  # that each token belongs to
         position = np.arange(len(text)) - (self.offsets[:-1] - self.offsets[0])[text]  # in its text
-        lengths = self.lengths - leading
-        tokens = self.tokens[position >= leading[text]]
-        return RaggedTokens(tokens, np.append(0, np.cumsum(lengths)))
+        kept = (position >= starts[text]) & (position < stops[text])
+        kept |= position < np.minimum(lead, starts)[text]
+        lengths = stops - starts + np.minimum(lead, starts)
+        return RaggedTokens(self.tokens[kept], np.append(0, np.cumsum(lengths)))
+
+    def padded(self, length: int, token: int, side: str) -> "RaggedTokens":
+        """A copy in which each text has ``length`` tokens, filled up on the left or on the right.
+
+        Texts that have more tokens stay as they are.
+        """
+        lengths = self.lengths
+        sizes = np.maximum(lengths, length)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        tokens = np.full(offsets[-1], token, self.tokens.dtype)
+        shift = sizes - lengths if side == "left" else np.zeros_like(lengths)
+        text = np.repeat(np.arange(len(self)), lengths)
+        position = np.arange(len(text)) - (self.offsets[:-1] - self.offsets[0])[text]
+        tokens[(offsets[:-1] + shift)[text] + position] = self.tokens
+        return RaggedTokens(tokens, offsets)
 
     def common_prefix(self, prefix: Sequence[int]) -> np.ndarray:
         """Number of first tokens that each text shares with ``prefix``, int64 ``[texts]``."""
@@ -84,7 +105,8 @@ class TemplateTokens:
     Attributes:
         prefix, suffix: text around it, tokenised together with it.
         lead, tail: token ids in front of the prefix and behind the suffix.
-        ending: token ids of suffix and tail, with which a text that is cut ends.
+        ending: token ids with which a sequence that is cut ends: those of suffix and tail, or
+            those of the tail alone.
         max_length: tokens of the longest sequence, all included.
     """
 
@@ -134,13 +156,17 @@ class TemplateTokens:
 
 
 def apply_template(
-    tokenizer: Any, texts: pa.Array, template: TemplateTokens
+    tokenizer: Any,
+    texts: pa.Array,
+    template: TemplateTokens,
+    clean: Callable[[str], str] = str,
 ) -> tuple[RaggedTokens, np.ndarray]:
     """Tokenise texts inside a template.
 
     Args:
         tokenizer: a tokenizer of transformers.
         texts: strings, ``[n]``.
+        clean: applied to every text first.
 
     Returns:
         Whole sequences, and how many tokens ``max_length`` cut off each, int64 ``[n]``.
@@ -149,7 +175,8 @@ def apply_template(
     with tqdm(total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS) as bar:
         for first in range(0, len(texts), BLOCK):
             block = texts.slice(first, BLOCK).to_pylist()
-            ids = tokenize(tokenizer, [template.prefix + t + template.suffix for t in block])
+            whole = [template.prefix + clean(text) + template.suffix for text in block]
+            ids = tokenize(tokenizer, whole)
             sequences, num_cut = template.assemble(ids)
             parts.append(sequences)
             cuts.append(num_cut)
@@ -163,3 +190,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         list(texts), add_special_tokens=False, return_attention_mask=False
     )["input_ids"]
     return ids
+
+
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens that a tokenizer itself adds in front of a text, and behind it."""
+    (bare,) = tokenize(tokenizer, ["a"])
+    (whole,) = tokenizer(["a"], return_attention_mask=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        stop = start + len(bare)
+        if whole[start:stop] == bare:
+            return list(whole[:start]), list(whole[stop:])
+    return [], []

@@ -197,3 +197,22 @@ def _write_gguf(gguf, file):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_the_text_encoder_of_a_pipeline_has_its_tokenizer_beside_it(tiny_llm, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    for name in ("text_encoder_2", "tokenizer_2"):
+        (pipeline / name).mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    for file in tiny_llm.iterdir():
+        part = "tokenizer_2" if "token" in file.name else "text_encoder_2"
+        shutil.copy(file, pipeline / part / file.name)
+    found, expected = find_model(str(pipeline / "text_encoder_2")), find_model(str(tiny_llm))
+    assert found.files == expected.files
+    digests = [tokenizer_digest(load_tokenizer(model)) for model in (found, expected)]
+    assert digests[0] == digests[1]
+    with pytest.raises(InputError, match=r"is a pipeline of diffusers; name its text encoder, .*_"):
+        find_model(str(pipeline))
+    shutil.rmtree(pipeline / "tokenizer_2")
+    with pytest.raises(InputError, match=r"expected a folder tokenizer_2 or processor_2 beside"):
+        find_model(str(pipeline / "text_encoder_2"))

@@ -1,8 +1,5 @@
-import ast
 import copy
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semroute.pipeline.text.captions import build_captions
-from semroute.pipeline.text.templates import PRESETS, foreign_markers, read_template
+from semroute.pipeline.text.presets import PRESETS
+from semroute.pipeline.text.templates import foreign_markers
 from semroute.schemas import InputError
 
 
@@ -33,7 +31,7 @@ def texts_of(captions):
 
 
 def kept_text(tokenizer, captions, entry):
-    return tokenizer.decode(captions.sequences[entry][captions.kept[entry] :].tolist())
+    return tokenizer.decode(captions.sequences[entry][captions.rows.kept[entry] :].tolist())
 
 
 def test_duplicates_are_stored_once_and_the_null_caption_comes_first(tokenizer):
@@ -47,10 +45,10 @@ def test_duplicates_are_stored_once_and_the_null_caption_comes_first(tokenizer):
 def test_the_prefix_is_dropped_but_for_the_null_caption(tokenizer):
     captions = build(tokenizer, [["a cup"]], template="{bos}Look: {caption} !")
     assert kept_text(tokenizer, captions, 1) == "a cup !"
-    assert captions.kept[0] == 0
+    assert captions.rows.kept[0] == 0
     assert captions.num_tokens[0] == 1 + len("Look:  !")
     kept = build(tokenizer, [["a cup"]], template="{bos}Look: {caption} !", keep_prefix=True)
-    assert kept.kept.tolist() == [0, 0]
+    assert kept.rows.kept.tolist() == [0, 0]
 
 
 def test_a_token_merged_across_the_boundary_belongs_to_the_caption():
@@ -74,7 +72,9 @@ def test_a_token_merged_across_the_boundary_belongs_to_the_caption():
 
     tokenizer = Merging()
     captions = build(tokenizer, [["A cat"]], template="Describe this image.{caption}")
-    words = [tokenizer.words[token - 10] for token in captions.sequences[1][captions.kept[1] :]]
+    words = [
+        tokenizer.words[token - 10] for token in captions.sequences[1][captions.rows.kept[1] :]
+    ]
     assert words == ["image.A", "cat"]
 
 
@@ -155,7 +155,7 @@ def test_flat_arrays_hold_what_a_caption_alone_gives(tokenizer, rows, template, 
             (i for i, (a, b) in enumerate(zip(prefix, expected, strict=False)) if a != b),
             min(len(prefix), len(expected)),
         )
-        assert captions.kept[entry] == (common if entry else 0)
+        assert captions.rows.kept[entry] == (common if entry else 0)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +175,12 @@ def test_templates_that_cannot_work_are_refused(tokenizer, template, message):
 
 
 def test_an_encoder_needs_something_around_the_caption_and_no_sink(tokenizer):
-    captions = build(tokenizer, [["a cup"]], template=PRESETS["eos"], causal=False)
+    captions = build(tokenizer, [["a cup"]], template=PRESETS["eos"].text, causal=False)
     assert kept_text(tokenizer, captions, 0) == "</s>"
     assert kept_text(tokenizer, captions, 1) == "a cup</s>"
-    assert captions.kept.tolist() == [0, 0]
+    assert captions.rows.kept.tolist() == [0, 0]
     assert captions.template.suffix_tokens == [tokenizer.eos_token_id]
-    cut = build(tokenizer, [["a cup"]], template=PRESETS["eos"], causal=False, max_length=3)
+    cut = build(tokenizer, [["a cup"]], template=PRESETS["eos"].text, causal=False, max_length=3)
     assert kept_text(tokenizer, cut, 1) == "a </s>"
     with pytest.raises(InputError, match=r"nothing around the caption.*--template eos"):
         build(tokenizer, [["a cup"]], template="{caption}", causal=False)
@@ -188,7 +188,7 @@ def test_an_encoder_needs_something_around_the_caption_and_no_sink(tokenizer):
 
 def test_eos_stands_where_the_tokenizer_of_t5_puts_it():
     tokenizer = t5_tokenizer()
-    captions = build(tokenizer, [["a cup"]], template=PRESETS["eos"], causal=False)
+    captions = build(tokenizer, [["a cup"]], template=PRESETS["eos"].text, causal=False)
     for text, sequence in zip(texts_of(captions), captions.sequences, strict=True):
         assert sequence.tolist() == tokenizer(text)["input_ids"]
 
@@ -200,7 +200,7 @@ def test_a_token_that_the_tokenizer_lacks_is_not_made_up():
     assert build(tokenizer, [["a"]], template="{bos}{caption}").template.prefix_tokens == [1]
     tokenizer.eos_token = None
     with pytest.raises(InputError, match=r"ends with \{eos\}, but the tokenizer has no EOS"):
-        build(tokenizer, [["a"]], template=PRESETS["eos"], causal=False)
+        build(tokenizer, [["a"]], template=PRESETS["eos"].text, causal=False)
 
 
 def t5_tokenizer():
@@ -225,50 +225,26 @@ PIPELINES = ["qwen-image", "lumina2", "z-image", "flux2", "flux2-klein"]
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_dropped_prefix_is_counted_in_the_tokens_of_the_tokenizer(tokenizer, name):
     """With a token a byte, and again where the markers of chats are tokens of their own."""
-    prefix, suffix = PRESETS[name].removeprefix("{bos}").split("{caption}")
-    lead = PRESETS[name].startswith("{bos}")
-    captions = build(tokenizer, [["a cup"]], template=PRESETS[name])
-    assert captions.kept.tolist() == [0, lead + len(prefix)]
+    text = PRESETS[name].text
+    prefix, suffix = text.removeprefix("{bos}").split("{caption}")
+    lead = text.startswith("{bos}")
+    captions = build(tokenizer, [["a cup"]], template=text)
+    assert captions.rows.kept.tolist() == [0, lead + len(prefix)]
     assert kept_text(tokenizer, captions, 1) == "a cup" + suffix
     assert captions.num_tokens[0] == lead + len(prefix + suffix)
-    assert foreign_markers(PRESETS["lumina2"], tokenizer) == []
+    assert foreign_markers(PRESETS["lumina2"].text, tokenizer) == []
     markers = re.findall(r"<\|\w+\|>|\[/?[A-Z_]+\]", prefix)
-    everywhere = foreign_markers(PRESETS[name], tokenizer)
+    everywhere = foreign_markers(text, tokenizer)
     assert {*markers} <= {*everywhere}
     chat = copy.deepcopy(tokenizer)
     chat.add_special_tokens({"additional_special_tokens": everywhere})
-    captions = build(chat, [["a cup"]], template=PRESETS[name])
-    assert foreign_markers(PRESETS[name], chat) == []
+    captions = build(chat, [["a cup"]], template=text)
+    assert foreign_markers(text, chat) == []
     fewer = sum(len(marker) - 1 for marker in markers)
-    assert captions.kept[1] == lead + len(prefix) - fewer
+    assert captions.rows.kept[1] == lead + len(prefix) - fewer
     assert bool(fewer) == (name != "lumina2")
-
-
-def test_presets_are_what_the_pipelines_of_diffusers_put_around_a_prompt():
-    """Against their source; the chat templates come with the models."""
-    (root,) = importlib.util.find_spec("diffusers").submodule_search_locations
-
-    def constants(file):
-        tree = ast.parse((Path(root) / "pipelines" / file).read_text("utf-8"))
-        return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-
-    qwen = PRESETS["qwen-image"].replace("{caption}", "{}")
-    assert {qwen, 34} <= constants("qwenimage/pipeline_qwenimage.py")
-    system, marker = re.fullmatch(r"\{bos\}(.*\.)( <.*> )\{caption\}", PRESETS["lumina2"]).groups()
-    assert {system, marker} <= constants("lumina2/pipeline_lumina2.py")
-    (message,) = re.findall(r"_PROMPT\](.*)\[/SYSTEM", PRESETS["flux2"], re.DOTALL)
-    assert message in constants("flux2/system_messages.py")
 
 
 def test_a_max_length_without_room_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"--max-length 5 leaves no token.*takes 5"):
         build(tokenizer, [["a"]], template="{bos}1234{caption}", max_length=5)
-
-
-def test_templates_come_from_presets_or_files(tmp_path):
-    assert read_template("bos") == PRESETS["bos"]
-    (tmp_path / "mine.txt").write_text("{bos}An image of {caption}\n")
-    assert read_template(str(tmp_path / "mine.txt")) == "{bos}An image of {caption}"
-    message = r"neither a preset \(bos, eos, .*flux2-klein\) nor a readable"
-    with pytest.raises(InputError, match=message):
-        read_template("nonsense")
