@@ -73,9 +73,13 @@ def packed_latents(config: Any) -> tuple[int, int]:
     return config["in_channels"] // 4, 2
 
 
+def leave(_transformer: Any) -> None:
+    """Most networks are ready to be trained."""
+
+
 def single_tensor(given: Mapping[str, Tensor], _config: Any, dtype: torch.dtype) -> Text:
     """Text of a pipeline that gives its network one tensor ``prompt_embeds`` [B, T, H]."""
-    return Text(given["prompt_embeds"][:, :, None].to(dtype))
+    return Text(given["prompt_embeds"][:, :, None].to(dtype), given["mask"])
 
 
 def quarter(_config: Mapping[str, Any], _channels: int, height: int, width: int) -> int:
@@ -110,11 +114,14 @@ class Family:
             ``gains``, one number per tap; None: it reads one layer.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
             pipeline's dynamic shift of t.
-        padding_side: side of the padding rows in what the pipeline gives the network.
         text_width: configuration of the transformer -> H.
         latents: configuration of the transformer -> channels of latents, and the side of a patch.
-        read_conditioning: (tensors of a conditioning store by name [B, ...], configuration of the
-            transformer, dtype) -> text without mask and lengths.
+        prepare: makes a transformer ready to be trained, without a change of what it computes.
+        templates: presets of those of its pipelines that have one of their own.
+        template: preset of the pipeline that was found; "" in the table.
+        read_conditioning: (tensors of a conditioning store by name [B, ...], ``mask`` of the rows
+            that are the captions' own among them; configuration of the transformer; dtype) -> text
+            without lengths.
     """
 
     name: str
@@ -129,9 +136,11 @@ class Family:
     projection: tuple[str, ...]
     path: Literal["flow", "ddpm"] = "flow"
     image_tokens: Callable[[Mapping[str, Any], int, int, int], int] = quarter
-    padding_side: Literal["right", "left"] = "right"
     latents: Callable[[Any], tuple[int, int]] = plain_latents
     read_conditioning: Callable[[Mapping[str, Tensor], Any, torch.dtype], Text] = single_tensor
+    prepare: Callable[[Any], None] = leave
+    templates: Mapping[str, str] = field(default_factory=dict)
+    template: str = ""
     length: int | None = None
     needs_conditioning: bool = False
     fusion: Literal["projector", "gains"] | None = None

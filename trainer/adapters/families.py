@@ -12,6 +12,8 @@ text width, W width of the network, C channels, h x w latent.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -131,6 +133,7 @@ def _read_sd3(given: Mapping[str, Tensor], _config: Config, dtype: torch.dtype) 
     pooled = given["pooled_prompt_embeds"].to(dtype)
     return Text(
         rows[:, CLIP_ROWS:, None],
+        given["mask"][:, CLIP_ROWS:],
         extras={"clip": rows[:, :CLIP_ROWS], "pooled_prompt_embeds": pooled},
     )
 
@@ -203,7 +206,7 @@ def _call_flux2(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
 
 def _read_flux2(given: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Text:
     embeds = given["prompt_embeds"].to(dtype)
-    return Text(embeds.unflatten(2, (FLUX2_TAPS, -1)))
+    return Text(embeds.unflatten(2, (FLUX2_TAPS, -1)), given["mask"])
 
 
 def _flux2_layers(_num_layers: int, index: Config, _config: Config) -> list[int]:
@@ -280,6 +283,10 @@ def _call_krea2(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
     return QwenImagePipeline._unpack_latents(out, height, width, 1)[:, :, 0]
 
 
+def _read_krea2(given: Mapping[str, Tensor], _config: Config, dtype: torch.dtype) -> Text:
+    return Text(given["prompt_embeds"].to(dtype), given["mask"])  # [B, T, K, H] as it is
+
+
 def _krea2_layers(_num_layers: int, index: Config, _config: Config) -> list[int]:
     return [*index.get("text_encoder_select_layers", range(2, 36, 3))]
 
@@ -314,10 +321,30 @@ def _call_hidream(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
 
 def _read_hidream(given: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Text:
     taps = sorted({*config["llama_layers"]})
-    rows = given["prompt_embeds_llama3"].to(dtype)  # [B, blocks of the LLM, T, H]
+    rows = given["prompt_embeds_llama3"].to(dtype)  # [B, T, blocks of the LLM, H]
     names = ("prompt_embeds_t5", "pooled_prompt_embeds")
     extras = {name: given[name].to(dtype) for name in names}
-    return Text(rows[:, taps].transpose(1, 2), extras=extras)
+    return Text(rows[:, :, taps], given["mask"], extras=extras)
+
+
+def _prepare_hidream(transformer: Any) -> None:
+    """Let gradients through the experts, which diffusers runs without outside of training mode."""
+    for module in transformer.modules():
+        if hasattr(module, "moe_infer"):
+            module.moe_infer = partial(_mix_experts, module)
+
+
+def _mix_experts(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """As ``moe_infer`` of diffusers, to the bit: [N, W], expert of each row and choice [N k], its
+    weight [N k, 1] -> [N, W]."""
+    mixed = torch.zeros_like(x)
+    for number, expert in enumerate(module.experts):
+        chosen = (experts == number).nonzero()[:, 0]
+        rows = chosen // module.num_activated_experts
+        own = expert(x[rows])
+        own = (own * weights[chosen]).to(own.dtype)
+        mixed = mixed.to(own.dtype).index_add(0, rows, own)
+    return mixed
 
 
 def _hidream_layers(_num_layers: int, _index: Config, config: Config) -> list[int]:
@@ -483,6 +510,7 @@ FAMILIES = (
         lora=_SINGLE,
         projection=("text_fusion", "txt_in"),
         latents=packed_latents,
+        read_conditioning=_read_krea2,
         fusion="projector",
     ),
     Family(
@@ -498,6 +526,7 @@ FAMILIES = (
         projection=("caption_projection",),
         image_tokens=_hidream_tokens,
         read_conditioning=_read_hidream,
+        prepare=_prepare_hidream,
         needs_conditioning=True,
     ),
 )

@@ -99,6 +99,7 @@ class Routed(nn.Module):
                 f"{family.name} reads layers {[*base_layers]}, but the store does not hold layers "
                 f"{missing}: extract them too, as --template {family.name} does"
             )
+        family.prepare(transformer)
         self.transformer = transformer.requires_grad_(False)
         self.family = family
         self.path = family.path
@@ -292,62 +293,74 @@ class Routed(nn.Module):
         #                     0 1 5 5                             3 4 5 5
         device = hidden.device
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
-        given = self._given(conditioning, caption, device)
-        num = self._num_rows(lengths, given)
-        first = num - lengths if self.family.padding_side == "left" and given else 0 * lengths
-        steps = torch.arange(num) - first[:, None]  # [B, T], of a row in its caption
-        mask = (steps >= 0) & (steps < lengths[:, None])
-        rows = torch.where(mask, starts[:, None] + steps, len(hidden)).to(device)  # [B, T]
+        given = self._given(conditioning, caption, lengths, device)
+        if given is None:
+            mask = (torch.arange(self._num_rows(lengths)) < lengths[:, None]).to(device)  # [B, T]
+        else:
+            mask = given.mask
         own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
+        index = _indices(mask, starts.to(device), len(hidden))
         if given is None:
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-            base = padded.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
+            base = padded.index_select(0, index.flatten()).unflatten(0, index.shape)
+            text = Text(base.to(self.dtype), mask, lengths.tolist())
         else:
-            text = replace(given, mask=mask.to(device), lengths=lengths.tolist())
+            text = replace(given, lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
         if self.fusion_gain is not None:
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
-        pairs = None
         if self.router.depends_on_t:
-            pairs = (starts[:, None] + steps)[mask].to(device)  # [P]
-            owners = mask.nonzero()[:, 0].to(device)  # [P]
-            rows = torch.full(mask.shape, len(pairs), device=device)
-            rows[mask.to(device)] = torch.arange(len(pairs), device=device)
-            deviation = self._deviation(hidden, own, t, pairs, owners)
+            firsts = lengths.cumsum(0) - lengths  # [B], of pairs
+            index = _indices(mask, firsts.to(device), int(lengths.sum()))
+            owners = torch.arange(len(caption)).repeat_interleave(lengths)  # [P]
+            rows = torch.arange(len(owners)) + (starts - firsts)[owners]  # [P]
+            deviation = self._deviation(hidden, own, t, rows.to(device), owners.to(device))
         else:
             deviation = self._deviation(hidden, own)
         if deviation is None:
-            return Source(text, hidden.new_zeros(0), rows)
-        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), rows)
+            return Source(text, hidden.new_zeros(0), index)
+        source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), index)
         if not self.hooked:
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
 
     def _given(
-        self, conditioning: Mapping[str, Tensor] | None, caption: Tensor, device: torch.device
+        self,
+        conditioning: Mapping[str, Tensor] | None,
+        caption: Tensor,
+        lengths: Tensor,
+        device: torch.device,
     ) -> Text | None:
-        """The text as the pipeline gave it, without mask and lengths; None: from the features."""
+        """The text as the pipeline gave it, without lengths; None: from the features."""
         if conditioning is None:
             if self.family.needs_conditioning:
                 raise InputError(
-                    f"{self.family.name} reads padding rows or a second encoder, which features "
-                    "do not "
-                    "hold: name a store that semroute conditioning made as data.conditioning"
+                    f"{self.family.name} reads padding rows or a second encoder, which features do "
+                    "not hold: name a store that semroute conditioning made as data.conditioning"
                 )
             return None
         index = caption.to(device)
         each = {name: value[index] for name, value in conditioning.items()}
-        return self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
+        own = text.mask.sum(1).tolist()
+        if own != lengths.tolist():
+            raise InputError(
+                f"captions have {lengths.tolist()} rows in the features, but {own} rows in the "
+                f"conditioning: extract the features with --template {self.family.template}, of the "
+                "same captions"
+            )
+        missing = self._num_rows(lengths) - text.mask.shape[1]
+        if missing > 0:  # only rows of its own are stored for a network that reads zeros beside them
+            base = nn.functional.pad(text.base, (0, 0, 0, 0, 0, missing))
+            text = replace(text, base=base, mask=nn.functional.pad(text.mask, (0, missing)))
+        return text
 
-    def _num_rows(self, lengths: Tensor, given: Text | None) -> int:
+    def _num_rows(self, lengths: Tensor) -> int:
         """T, of which no caption may have more."""
         longest = int(lengths.max())
         num = longest if self.family.length is None else self.family.length
-        if given is not None:
-            num = given.base.shape[1]
         if longest > num:
             raise InputError(
                 f"a caption has {longest} rows, but {self.family.name} takes {num}: extract the "
@@ -418,3 +431,9 @@ class Routed(nn.Module):
         """
         seen = t if t_routing is None else t_routing
         return self.denoise(x_t, t, self.encode_text(hidden, offsets, caption, seen, conditioning))
+
+
+def _indices(mask: Tensor, firsts: Tensor, none: int) -> Tensor:
+    """The caption's own rows counted from ``firsts``, and ``none`` elsewhere: bool [B, T], int64
+    [B] -> int64 [B, T]."""
+    return torch.where(mask, firsts[:, None] + mask.cumsum(1) - 1, none)
