@@ -92,9 +92,9 @@ class Family:
     """A family of pretrained transformers.
 
     Attributes:
-        name: also of the preset that extracts its features.
+        name: also of the preset that extracts its features, but for ``templates``.
         transformer: class in diffusers.
-        pipelines: classes of pipelines in diffusers that use it.
+        pipelines: classes of pipelines in diffusers whose inputs are those below.
         sockets: transformer -> one socket per block, in order of execution.
         project: (transformer, [B, T, K, H], mask [B, T]) -> projected text [B, T, W]; P of the
             sockets' kinds.

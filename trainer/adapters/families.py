@@ -77,7 +77,6 @@ def _call_sana(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
         encoder_hidden_states=text.base[:, :, 0],
         encoder_attention_mask=text.mask.long(),
         timestep=1000 * t * transformer.config.timestep_scale,
-        guidance=text.extras.get("guidance"),
         return_dict=False,
     )[0]
     return out.chunk(2, dim=1)[0] if transformer.config.out_channels // 2 == x.shape[1] else out
@@ -392,7 +391,7 @@ FAMILIES = (
     Family(
         name="sana",
         transformer="SanaTransformer2DModel",
-        pipelines=("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline"),
+        pipelines=("SanaPipeline", "SanaPAGPipeline"),
         sockets=_cross_attention("transformer_blocks"),
         project=_project_sana,
         call=_call_sana,
@@ -459,6 +458,7 @@ FAMILIES = (
         name="flux2",
         transformer="Flux2Transformer2DModel",
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        templates={"Flux2KleinPipeline": "flux2-klein"},
         sockets=_sockets_flux2,
         project=_project_context,
         call=_call_flux2,
@@ -540,18 +540,26 @@ LEFT_OUT = {
 """Classes of diffusers that are refused, and why."""
 
 
-def find_family(transformer: str, name: str) -> Family:
+def find_family(transformer: str, name: str, pipeline: str | None = None) -> Family:
     """The family of a class of transformers in diffusers.
 
     Args:
         name: of the pretrained model, for the message.
+        pipeline: class of its pipeline in diffusers, if known.
 
     Raises:
-        InputError: it is of no known family; with the list.
+        InputError: it is of no known family, or its pipeline gives it other inputs; with the list.
     """
     for family in FAMILIES:
-        if family.transformer == transformer:
-            return family
+        if family.transformer != transformer:
+            continue
+        if pipeline is None or pipeline in family.pipelines:
+            template = family.templates.get(pipeline or "", family.name)
+            return replace(family, template=template)
+        raise InputError(
+            f"{name}: {pipeline} cannot be adapted: its inputs, or what it makes of predictions, "
+            f"are not those of family {family.name}. Expected {' or '.join(family.pipelines)}."
+        )
     known = ", ".join(f"{family.transformer} ({family.name})" for family in FAMILIES)
     reason = LEFT_OUT.get(transformer, "no adapter is made for this class")
     raise InputError(f"{name}: {transformer} cannot be adapted: {reason}. Expected one of {known}.")

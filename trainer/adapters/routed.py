@@ -97,7 +97,7 @@ class Routed(nn.Module):
         if missing:
             raise InputError(
                 f"{family.name} reads layers {[*base_layers]}, but the store does not hold layers "
-                f"{missing}: extract them too, as --template {family.name} does"
+                f"{missing}: extract them too, as --template {family.template} does"
             )
         family.prepare(transformer)
         self.transformer = transformer.requires_grad_(False)
@@ -364,7 +364,7 @@ class Routed(nn.Module):
         if longest > num:
             raise InputError(
                 f"a caption has {longest} rows, but {self.family.name} takes {num}: extract the "
-                f"features with --template {self.family.name}, which cuts captions to that"
+                f"features with --template {self.family.template}, which cuts captions to that"
             )
         return num
 
