@@ -251,8 +251,8 @@ def _project_z_image(transformer: Any, rows: Tensor, _mask: Tensor) -> Tensor:
 
 def _call_z_image(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
     captions = [rows[:num, 0] for rows, num in zip(text.base, text.lengths, strict=True)]
-    # Told 1 - t, it predicts x0 - noise.
-    out = transformer([*x[:, :, None]], 1 - t, captions, return_dict=False)[0]
+    # Told 1 - t, rounded as in its pipeline, it predicts x0 - noise.
+    out = transformer([*x[:, :, None]], (1000 - 1000 * t) / 1000, captions, return_dict=False)[0]
     return -torch.stack(out)[:, :, 0]
 
 
