@@ -155,26 +155,52 @@ class Routed(nn.Module):
 
     def _open_weights(self, config: ModelConfig) -> nn.Parameter | None:
         """Let the weights of the network learn that ``train`` names; gains per tap, if it does."""
+        opened: list[nn.Module] = []
         if "network" in self.parts:
+            if self.dtype != torch.float32:
+                raise InputError(
+                    f"model.train is {config.train}, which trains all weights, in float32, but "
+                    f"model.dtype is {config.dtype}: leave it out"
+                )
             self.transformer.requires_grad_(True)
         if "projection" in self.parts:
-            for name in self.family.projection:
-                self.transformer.get_submodule(name).requires_grad_(True)
+            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
         if "lora" in self.parts:
             assert config.lora is not None
             add_lora(self.transformer, config.lora, self.family)
+        if "fusion" in self.parts and self.family.fusion == "projector":
+            opened.append(self.transformer.text_fusion.projector)
+        for module in opened:
+            module.requires_grad_(True)
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                self._learn_apart(part)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         if "fusion" not in self.parts:
             return None
         if self.family.fusion is None:
             raise InputError(
-                f"model.train is fusion, but {self.family.name} reads one layer of its LLM and "
-                "has no "
-                "weights of layers: train the router"
+                f"model.train is fusion, but {self.family.name} has no weights of layers of its "
+                "own: train the router"
             )
         if self.family.fusion == "gains":
             return nn.Parameter(torch.zeros(len(self.base_layers)))
-        self.transformer.text_fusion.projector.requires_grad_(True)
         return None
+
+    def _learn_apart(self, module: nn.Module) -> None:
+        """Let a module have another dtype than the network around it."""
+
+        def before(module: nn.Module, args: Any) -> Any:
+            dtype = next(module.parameters()).dtype
+            floating = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+            return tuple(a.to(dtype) if f else a for a, f in zip(args, floating, strict=True))
+
+        def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output.to(self.dtype)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
     # ------------------------------------------------------------------------- as the DiT has it
 
@@ -191,8 +217,9 @@ class Routed(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which the network takes its inputs."""
-        return next(self.transformer.parameters()).dtype
+        """Dtype in which the network takes its inputs; what learns in it may have another."""
+        parameters = [*self.transformer.parameters()]
+        return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
 
     def train(self, mode: bool = True) -> "Routed":
         super().train(mode)
@@ -243,7 +270,9 @@ class Routed(nn.Module):
 
     def block_matrices(self) -> list[nn.Parameter]:
         """2D weights of the network that learn, for which Muon is made."""
-        return [p for p in self.transformer.parameters() if p.ndim == 2 and p.requires_grad]
+        apart = {id(parameter) for parameter in self.router_parameters()}
+        learning = [p for p in self.transformer.parameters() if p.requires_grad]
+        return [p for p in learning if p.ndim == 2 and id(p) not in apart]
 
     def compile_blocks(self) -> None:
         """Compile each block's ``forward``; the hooks around it stay as they are."""
