@@ -276,10 +276,11 @@ class Routed(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block's ``forward``; the hooks around it stay as they are."""
-        names = {*(self.transformer._repeated_blocks or [])}
-        for module in self.transformer.modules():
-            if type(module).__name__ in names:
-                module.forward = torch.compile(module.forward)
+        # Half of the classes do not say which blocks repeat.
+        for blocks in self.transformer.children():
+            for block in blocks if isinstance(blocks, nn.ModuleList) else []:
+                if type(block).__name__.endswith("Block"):
+                    block.forward = torch.compile(block.forward)
 
     @contextmanager
     def reading(self, mixes: Mixes | None) -> Iterator[None]:
