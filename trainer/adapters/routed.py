@@ -90,8 +90,7 @@ class Routed(nn.Module):
         if mixes is not None:
             raise InputError(
                 "a pretrained network reads its own layers beside the mix, but the store holds "
-                "mixes "
-                "of layers: train from the store that it was made from"
+                "mixes of layers: train from the store that it was made from"
             )
         missing = [layer for layer in base_layers if layer not in layers]
         if missing:
@@ -147,9 +146,8 @@ class Routed(nn.Module):
         if not isinstance(router, Learned):
             raise InputError(
                 f"strategy {routing.strategy} has no logits that start at zero, so it would not "
-                "leave "
-                "a pretrained network as it is at the start: choose static, time, depth, joint or "
-                "token"
+                "leave a pretrained network as it is at the start: choose static, time, depth, "
+                "joint or token"
             )
         return router
 
@@ -237,14 +235,12 @@ class Routed(nn.Module):
         if shape[0] != channels:
             raise InputError(
                 f"latents have {shape[0]} channels, but {self.family.name} takes {channels}: "
-                "encode the "
-                "images with its own VAE (semroute latents --vae PIPELINE)"
+                "encode the images with its own VAE (semroute latents --vae PIPELINE)"
             )
         if shape[1] % patch or shape[2] % patch:
             raise InputError(
-                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of "
-                "a patch "
-                f"of {self.family.name}: choose a size that is"
+                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of a "
+                f"patch of {self.family.name}: choose a size that is"
             )
 
     def describe(self) -> str:
