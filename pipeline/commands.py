@@ -112,7 +112,8 @@ layers_option = click.option(
     "--layers",
     default="all",
     show_default=True,
-    help="all; every:3, counted from the last layer; or a list, such as 1-10,17.",
+    help="all; every:3, counted from the last layer; or a list, such as 1-10,17. 0 is the "
+    "embedding, which is among all where the preset's pipeline reads it.",
 )
 limit_option = click.option(
     "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
@@ -141,6 +142,12 @@ plan_options = options(
         "pipeline reads them; for others they are dropped.",
     ),
     layers_option,
+    click.option(
+        "--final-norm",
+        type=click.Choice(["normed", "raw", "both"]),
+        help="Take the last of L layers after the final norm, as layer L; before it, as layer "
+        "L + 1; or both. Default: as the preset's pipeline reads it, or normed.",
+    ),
     click.option(
         "--max-length",
         type=click.IntRange(1),

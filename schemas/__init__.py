@@ -30,6 +30,7 @@ from .manifest import (
     Derived,
     FeatureIdentity,
     FeatureManifest,
+    FinalNorm,
     Fit,
     Generation,
     LatentGeneration,
@@ -41,6 +42,7 @@ from .manifest import (
     SamplesIdentity,
     Template,
     TextProcessing,
+    final_norm_of,
 )
 from .mixes import LN_EPS, SAME_WEIGHTS, Mixes, Routing
 from .receipt import Checksums, Quarantine, Receipt, WrittenFile
@@ -89,6 +91,7 @@ __all__ = [
     "EMAConfig",
     "FeatureIdentity",
     "FeatureManifest",
+    "FinalNorm",
     "Fit",
     "FlowConfig",
     "Generation",
@@ -132,6 +135,7 @@ __all__ = [
     "WrittenFile",
     "differences",
     "digest",
+    "final_norm_of",
     "fingerprint",
     "flat",
     "parse",

@@ -1,5 +1,6 @@
 """``manifest.json``: contents of a store, how it was made, and how its bytes are laid out."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from .mixes import Mixes
 
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
+FinalNorm = Literal["normed", "raw", "both", "absent"]
 CodecName = Literal["bf16", "lossless", "delta", "linear"]
 Cleaning = Literal["none", "strip", "lower_strip", "fix_text", "no_images"]
 
@@ -99,10 +101,12 @@ class FeatureIdentity(Contract):
     """sha256 of the tokenizer's serialized state."""
     template: Template
     layers: list[int] = Field(min_length=1)
-    """Stored layers: 0 is the output of the embedding, l that of block l. If ``mixes`` is given,
+    """Stored layers: 0 is the output of the embedding, l that of block l. Of the L blocks of the
+    LLM the last has two numbers: L after the final norm, L + 1 before it. If ``mixes`` is given,
     the numbers of the mixes instead, from 1."""
-    final_norm: Literal["normed", "absent"]
-    """``normed``: the last layer is stored, after the final norm. ``absent``: it is not stored."""
+    final_norm: FinalNorm
+    """``normed``: of the last block, layer L is stored, after the final norm. ``raw``: layer L + 1,
+    before it. ``both``: both. ``absent``: neither."""
     dtype: Literal["float32", "bfloat16"]
     """Dtype in which the LLM ran."""
     attention: str
@@ -129,6 +133,19 @@ class FeatureIdentity(Contract):
     def llm_layers(self) -> list[int]:
         """LLM layers that are stored, or that were mixed."""
         return self.layers if self.mixes is None else self.mixes.layers
+
+
+def final_norm_of(layers: Sequence[int], num_layers: int) -> FinalNorm:
+    """Which outputs of the last block are among the layers of an LLM of ``num_layers`` blocks."""
+    match num_layers in layers, num_layers + 1 in layers:
+        case True, True:
+            return "both"
+        case True, False:
+            return "normed"
+        case False, True:
+            return "raw"
+        case _:
+            return "absent"
 
 
 class Layout(Contract):
@@ -296,6 +313,7 @@ class LatentIdentity(Contract):
         "AutoencoderKL",
         "AutoencoderDC",
         "AutoencoderTiny",
+        "AutoencoderKLFlux2",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
     ]

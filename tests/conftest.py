@@ -310,6 +310,17 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             diffusers.AutoencoderTiny,
             {**two, "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
         ),
+        "flux2": (
+            diffusers.AutoencoderKLFlux2,
+            {
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "latent_channels": 4,
+                "norm_num_groups": 4,
+                "layers_per_block": 1,
+            },
+        ),
         "qwen": (diffusers.AutoencoderKLQwenImage, film),
         "wan": (diffusers.AutoencoderKLWan, film),
     }
@@ -319,7 +330,11 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path = tmp_path_factory.mktemp("vae") / name
         kind, arguments = known[name]
         torch.manual_seed(0)
-        kind(**arguments).save_pretrained(path)
+        vae = kind(**arguments)
+        if name == "flux2":
+            vae.bn.running_mean.normal_(std=0.3)
+            vae.bn.running_var.uniform_(0.5, 2.0)
+        vae.save_pretrained(path)
         return path
 
     return make

@@ -14,7 +14,9 @@ from ...schemas import (
     SAMPLES_SCHEMA,
     FeatureIdentity,
     FeatureManifest,
+    InputError,
     SamplesIdentity,
+    final_norm_of,
 )
 from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
@@ -34,6 +36,12 @@ LINE_TOKENS = 128
 """Tokens of a packed row: few, because a token's attention costs as much as its row is long, but
 several captions, so that little of a row is left over."""
 
+_OF_LAST_BLOCK = {
+    "absent": "no output of the last block",
+    "normed": "that of the last block after the final norm",
+    "raw": "that of the last block before the final norm",
+    "both": "both outputs of the last block",
+}
 TABLE_ROWS = 262_144
 """Captions per record batch of captions.parquet."""
 
@@ -155,7 +163,19 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
     earlier = [count for count in counts if count < len(samples)]
     located = find_model(request.model)
     described = describe_model(located)
-    chosen = parse_layers(request.layers, described.num_layers)
+    chosen = parse_layers(
+        request.layers,
+        described.num_layers,
+        request.final_norm or preset.final_norm,
+        embedding=preset.reads_all == "from 0",
+    )
+    final_norm = final_norm_of(chosen, described.num_layers)
+    if request.final_norm not in (None, final_norm):
+        raise InputError(
+            f"--final-norm {request.final_norm}: --layers {request.layers} names "
+            f"{_OF_LAST_BLOCK[final_norm]}; layer {described.num_layers} is taken after the final "
+            f"norm, and {described.num_layers + 1} before it"
+        )
     tokenizer, causal = load_tokenizer(located), described.causal
     max_length, keep_prefix, processing = DEFAULT_LENGTH, bool(request.keep_prefix), None
     if preset.pipelines:
@@ -184,7 +204,7 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
         tokenizer=tokenizer_digest(tokenizer),
         template=captions.template,
         layers=chosen,
-        final_norm="normed" if chosen[-1] == described.num_layers else "absent",
+        final_norm=final_norm,
         dtype=dtype,
         attention=attention_of(located),
         max_length=max_length,

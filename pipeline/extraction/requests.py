@@ -23,6 +23,9 @@ class CaptionsRequest(Contract):
     """Column of captions; default: text, prompt or caption."""
     layers: str = "all"
     """``all``, ``every:3`` or ``1-10,17``."""
+    final_norm: Literal["normed", "raw", "both"] | None = None
+    """Outputs of the last block that are stored: layer L after the final norm, layer L + 1 before
+    it; default: as the preset's pipeline reads it, or normed."""
     max_length: Positive | None = None
     """Maximum length in tokens, the template included; default: that of the preset, or 512."""
     keep_prefix: bool | None = None

@@ -27,6 +27,7 @@ from ...schemas import (
     Routing,
     SamplesIdentity,
     differences,
+    final_norm_of,
     fingerprint,
     parse,
 )
@@ -204,8 +205,7 @@ def plan_rewrite(
         spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
     table = source.captions.take(pa.array(selection.ids))
     num_tokens = table["num_tokens"].to_numpy()
-    mixes, final_layer = before.identity.mixes, before.identity.llm_layers[-1]
-    last_layer = layers[-1] if mixes is None else final_layer
+    mixes = before.identity.mixes
     if request.routing is not None:
         mixes = None if existing is None else existing.manifest.identity.mixes
         if not _asked_for(mixes, request.routing, request.rank):
@@ -214,7 +214,7 @@ def plan_rewrite(
             mixes = find_mixes(request.routing, sample, request.rank)
         assert mixes is not None
         report(_describe_mixes(mixes))
-        layers, last_layer = [*range(1, mixes.num_mixes + 1)], mixes.layers[-1]
+        layers = [*range(1, mixes.num_mixes + 1)]
     packing = pack(
         num_tokens,
         bytes_per_row=2 * len(layers) * before.identity.model.width,
@@ -227,7 +227,9 @@ def plan_rewrite(
         "layers": layers,
         "mixes": mixes,
         "shuffled": shuffled if request.shuffle_layers is None else request.shuffle_layers,
-        "final_norm": before.identity.final_norm if last_layer == final_layer else "absent",
+        "final_norm": final_norm_of(
+            layers if mixes is None else mixes.layers, before.identity.model.num_layers
+        ),
         "captions": CaptionsIdentity(
             num_captions=len(selection.ids),
             fingerprint=fingerprint(table["text"]),
@@ -451,8 +453,9 @@ def _choose_layers(text: str, source: FeatureStore) -> list[int]:
 
     if text == "all":
         return source.layers
-    num_layers = source.manifest.identity.model.num_layers
-    chosen = parse_layers(text, num_layers)
+    identity = source.manifest.identity
+    held = "normed" if identity.final_norm == "absent" else identity.final_norm
+    chosen = parse_layers(text, identity.model.num_layers, held)
     missing = sorted({*chosen} - {*source.layers})
     if missing:
         raise InputError(

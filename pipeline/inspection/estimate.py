@@ -87,7 +87,7 @@ def estimate(
     codecs = [request_codec(name, quality) for name in ([codec] if codec else CODECS)]
     sizes = [
         [store_size(plan, layers, request, probe) for request in codecs]
-        for layers in choose_layers(plan.identity.layers)
+        for layers in choose_layers(plan.identity.layers, plan.identity.model.num_layers)
     ]
     work = Workload.from_plan(plan, samples_per_second, passes, probe)
     return Estimate(

@@ -170,9 +170,14 @@ def store_size(
     return StoreSize(layers, codec, num_bytes, matrices, 2 * num_values, trial)
 
 
-def choose_layers(layers: list[int]) -> list[list[int]]:
-    """All of the layers, each second and third counted from the last, and the last but one."""
-    fewer = [layers[::-1][::step][::-1] for step in (2, 3)] + [layers[-2:-1]]
+def choose_layers(layers: list[int], num_layers: int) -> list[list[int]]:
+    """All of the layers, each second and third counted from the last, and the last but one.
+
+    Args:
+        num_layers: L, of the LLM. Layers L and L + 1 are two outputs of one block, and count once.
+    """
+    blocks = layers[:-1] if {num_layers, num_layers + 1} <= {*layers} else layers
+    fewer = [blocks[::-1][::step][::-1] for step in (2, 3)] + [blocks[-2:-1]]
     return [layers] + [choice for choice in fewer if 0 < len(choice) < len(layers)]
 
 

@@ -150,35 +150,58 @@ def find_tower(model: Any, name: str) -> TextTower:
     return TextTower(module, path, names, causal=not bidirectional)
 
 
-def parse_layers(text: str, num_layers: int) -> list[int]:
-    """Layers by name: ``all`` is 1..L, ``every:3`` each third counted back from L, or ``1-10,17``.
+def parse_layers(
+    text: str,
+    num_layers: int,
+    final_norm: Literal["normed", "raw", "both"] = "normed",
+    *,
+    embedding: bool = False,
+) -> list[int]:
+    """Layers by name: ``all``, ``every:3``: each third counted back from the last; or ``1-10,17``.
 
-    Layer 0 is the embedding output, l the output of block l, L the output after the final norm.
+    Layer 0 is the embedding output, l the output of block l. The last block has two layers: L is
+    its output after the final norm, L + 1 before it.
+
+    Args:
+        num_layers: L.
+        final_norm: which of the two ``all`` and ``every`` take as the last. ``normed``: there is no
+            layer L + 1.
+        embedding: whether ``all`` begins with layer 0.
 
     Raises:
         InputError: another form, a layer that does not exist, or one named twice.
     """
+    last = {"normed": [num_layers], "raw": [num_layers + 1], "both": [num_layers, num_layers + 1]}
     if text == "all":
-        return list(range(1, num_layers + 1))
+        return [*range(0 if embedding else 1, num_layers), *last[final_norm]]
     if match := re.fullmatch(r"every:([1-9]\d*)", text):
-        return sorted(range(num_layers, 0, -int(match[1])))
+        return [*sorted(range(num_layers, 0, -int(match[1])))[:-1], *last[final_norm]]
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise InputError(f"--layers {text!r}: expected all, every:3, or numbers such as 1-10,17")
     layers: list[int] = []
     for part in text.split(","):
-        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
-        if max(first, last) > num_layers:
+        first, highest = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        _check_layer(max(first, highest), num_layers, final_norm)
+        if first > highest:
             raise InputError(
-                f"--layers: no layer {max(first, last)}; the model has layers 0 to {num_layers}"
+                f"--layers: {part} ends before it begins; did you mean {highest}-{first}?"
             )
-        if first > last:
-            raise InputError(
-                f"--layers: {part} ends before it begins; did you mean {last}-{first}?"
-            )
-        layers += range(first, last + 1)
+        layers += range(first, highest + 1)
     if len(set(layers)) < len(layers):
         raise InputError(f"--layers {text!r} names a layer twice")
     return sorted(layers)
+
+
+def _check_layer(layer: int, num_layers: int, final_norm: str) -> None:
+    raw = num_layers + 1
+    if layer <= num_layers or (layer == raw and final_norm != "normed"):
+        return
+    known = f"the model has layers 0 to {num_layers}"
+    if final_norm != "normed":
+        known += f", and {raw}, which is {num_layers} before the final norm"
+    elif layer == raw:
+        known += f"; with --final-norm raw or both, {raw} is {num_layers} before the final norm"
+    raise InputError(f"--layers: no layer {layer}; {known}")
 
 
 class Encoder:
@@ -209,12 +232,12 @@ class Encoder:
         num_layers = len(self.tower.blocks)
         # Layer 0 is the input of the first block: some models scale their embedding or add to it.
         self._needs_input = self.layers[0] == 0
-        self.tower.keep_blocks(max(1, self.layers[-1]))
+        self.tower.keep_blocks(max(1, min(self.layers[-1], num_layers)))
         self.tower.module.eval().requires_grad_(False).to(self.device)
+        outputs = [*self.tower.blocks]  # of layers 1, 2, ...
+        outputs[num_layers - 1 :] = [self.tower.norm, *outputs[num_layers - 1 :]]
         self._outputs = {
-            index: self.tower.norm if layer == num_layers else self.tower.blocks[layer - 1]
-            for index, layer in enumerate(self.layers)
-            if layer > 0
+            index: outputs[layer - 1] for index, layer in enumerate(self.layers) if layer > 0
         }
 
     @property
@@ -238,7 +261,8 @@ class Encoder:
                 that are, ascending, int64.
             sink: called as ``sink(index, rows)`` for each layer in turn, ``index`` into ``layers``;
                 ``rows`` are the hidden states of the wanted tokens of all sequences, one after the
-                other, ``[tokens, H]`` in the LLM's dtype, on its device. Only that layer is alive.
+                other, ``[tokens, H]`` in the LLM's dtype, on its device. Only that layer is alive,
+                and with the last one that before the final norm.
             row: the row of the batch in which each sequence stands, ascending from 0. Sequences
                 that share a row are packed one after the other. Positions that start anew keep
                 them apart: transformers derives its masks from them
@@ -249,14 +273,23 @@ class Encoder:
         inputs, wanted = lay_out(sequences, kept, row)
         # Indices instead of a mask: a device would have to count a mask, and the CPU to wait.
         chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
+        waiting: dict[int, torch.Tensor] = {}
+        turn = 0
+
+        def hand_over(index: int, hidden: torch.Tensor) -> None:
+            """In the order of layers: what goes into the final norm comes before its output."""
+            nonlocal turn
+            waiting[index] = hidden.flatten(0, 1).index_select(0, chosen)
+            while turn in waiting:
+                sink(turn, waiting.pop(turn))
+                turn += 1
 
         def receive(_module: Any, inputs: Any) -> None:
-            sink(0, inputs[0].flatten(0, 1).index_select(0, chosen))
+            hand_over(0, inputs[0])
 
         def give(index: int) -> Callable[[Any, Any, Any], None]:
             def take(_module: Any, _inputs: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
-                sink(index, hidden.flatten(0, 1).index_select(0, chosen))
+                hand_over(index, output[0] if isinstance(output, tuple) else output)  # [B, T, H]
 
             return take
 

@@ -43,6 +43,9 @@ def latents_to_images(latents: np.ndarray, scale: float, shift: float) -> np.nda
 CLASSES = [n for n in get_args(LatentIdentity.model_fields["vae"].annotation) if n != "pixels"]
 """Classes of diffusers whose conventions are known."""
 _VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a video of one frame
+_PATCHED = ("AutoencoderKLFlux2",)
+"""Classes whose pipelines fold patches of 2 x 2 latent pixels into channels, and normalise these by
+the VAE's own batch statistics."""
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES = [_CONFIG, f"{_WEIGHTS}.safetensors*", f"{_WEIGHTS}-*-of-*.safetensors"]
@@ -164,8 +167,12 @@ class Autoencoder:
 
         ``(code - mean) / std * scaling_factor``, where mean is ``latents_mean`` or, for all
         channels, ``shift_factor``, as in the pipelines of diffusers; where a configuration lacks
-        them, mean is 0, std 1 and scaling_factor 1.
+        them, mean is 0, std 1 and scaling_factor 1. For the VAE of FLUX.2, mean and std are the
+        statistics of its ``bn``.
         """
+        if self.name in _PATCHED:
+            variance = self.model.bn.running_var + self.config["batch_norm_eps"]
+            return [1.0 / std for std in variance.double().sqrt().tolist()]
         factor = self.config.get("scaling_factor")
         factor = 1.0 if factor is None else float(factor)
         return [factor / std for std in self._by_channel("latents_std", 1.0)]
@@ -173,6 +180,9 @@ class Autoencoder:
     @cached_property
     def shift(self) -> list[float]:
         """Shift by channel, see :attr:`scale`."""
+        if self.name in _PATCHED:
+            means = self.model.bn.running_mean.double().tolist()
+            return [0.0 - mean * scale for mean, scale in zip(means, self.scale, strict=True)]
         means = self._by_channel("latents_mean", self.config.get("shift_factor") or 0.0)
         return [0.0 - mean * scale for mean, scale in zip(means, self.scale, strict=True)]
 
@@ -206,6 +216,8 @@ class Autoencoder:
         mean, deviation = output.latent_dist.mean, output.latent_dist.std
         if self.name in _VIDEO:
             mean, deviation = mean.squeeze(2), deviation.squeeze(2)
+        if self.name in _PATCHED:
+            mean, deviation = _fold(mean), _fold(deviation)
         return mean, deviation
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -224,6 +236,7 @@ class Autoencoder:
             for latent in latents:
                 code = (torch.from_numpy(latent).to(self.device) - shift) / scale
                 code = code[None, :, None] if self.name in _VIDEO else code[None]
+                code = _unfold(code) if self.name in _PATCHED else code
                 image = self.model.decode(code).sample.reshape(3, *self._image_size(latent.shape))
                 images.append(image.cpu().numpy())
         return latents_to_images(np.stack(images), codec.scale, codec.shift)
@@ -231,6 +244,18 @@ class Autoencoder:
     def _image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         factor = self._probe[1]
         return shape[1] * factor, shape[2] * factor
+
+
+def _fold(latents: "torch.Tensor") -> "torch.Tensor":
+    """Patches of 2 x 2 as channels: ``[n, C, h, w]`` -> ``[n, 4 C, h / 2, w / 2]``."""
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [n, C, h/2, 2, w/2, 2]
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def _unfold(latents: "torch.Tensor") -> "torch.Tensor":
+    """The inverse of :func:`_fold`."""
+    patches = latents.unflatten(1, (-1, 2, 2))  # [n, C, 2, 2, h/2, w/2]
+    return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def open_decoder(

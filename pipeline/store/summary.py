@@ -10,6 +10,7 @@ from ...schemas import Summary
 from ...schemas.units import format_bytes
 
 if TYPE_CHECKING:
+    from ...schemas import FeatureIdentity
     from .features import FeatureStore
     from .latents import LatentStore
 
@@ -27,8 +28,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
         "template": f"{identity.template.text!r}, prefix "
         f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
         f"{len(identity.template.prefix_tokens)})",
-        "layers": _ranges(identity.llm_layers)
-        + (", the last after the final norm" if identity.final_norm == "normed" else ""),
+        "layers": _ranges(identity.llm_layers) + _final_norm(identity),
     }
     if mixes is not None:
         items["mixes"] = (
@@ -78,6 +78,19 @@ def model_name(store: "FeatureStore") -> str:
     """Hub id of the LLM, or the last part of a path."""
     model = store.manifest.provenance.model
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def _final_norm(identity: "FeatureIdentity") -> str:
+    last = identity.model.num_layers
+    match identity.final_norm:
+        case "normed":
+            return ", the last after the final norm"
+        case "raw":
+            return f", {last + 1} being {last} before the final norm"
+        case "both":
+            return f", {last} after the final norm and {last + 1} before it"
+        case _:
+            return ""
 
 
 def _shapes(store: "LatentStore") -> str:

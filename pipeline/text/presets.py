@@ -71,7 +71,7 @@ class Preset:
             Empty for a plain template, and for an LLM that does not have all of them.
         """
         if self.reads_all != "no":
-            layers = range(0 if self.reads_all == "from 0" else 1, num_layers + 1)
+            layers = [*range(0 if self.reads_all == "from 0" else 1, num_layers + 1)]
         else:
             layers = [layer if layer >= 0 else num_layers + 1 + layer for layer in self.base]
         if any(not 0 <= layer <= num_layers for layer in layers):

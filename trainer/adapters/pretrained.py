@@ -3,7 +3,6 @@ the Hub."""
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +97,11 @@ def find_pretrained(name: str) -> Pretrained:
     return Pretrained(found, inner, index, config, scheduler, family)
 
 
-def load_transformer(
-    pretrained: Pretrained,
-    config: ModelConfig,
-    building: AbstractContextManager[Any] | None = None,
-) -> Any:
+def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bool = True) -> Any:
     """The transformer, with its weights.
 
     Args:
-        building: context in which it is made without its weights.
+        weights: load them; otherwise the transformer is on the meta device.
 
     Raises:
         InputError: diffusers is missing or cannot load it.
@@ -119,8 +114,8 @@ def load_transformer(
         ) from error
     cls: Any = getattr(diffusers, pretrained.config["_class_name"])
     try:
-        if building is not None:
-            with building or nullcontext():
+        if not weights:
+            with torch.device("meta"):
                 return cls.from_config(dict(pretrained.config)).to(_dtype(config))
         return cls.from_pretrained(
             pretrained.folder,

@@ -91,10 +91,11 @@ def _build_pretrained(
         f"{found.name} is not the pretrained network of the run; found, against the run's own",
         "Name that one.",
     )
-    transformer = load_transformer(found, config, building)
-    with building or nullcontext(), torch.random.fork_rng(devices=[]):
+    place = nullcontext() if building is None else torch.device("meta")
+    transformer = load_transformer(found, config, weights=building is None)
+    with place, torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.config.seed)
-        return Routed(
+        model = Routed(
             transformer,
             found.family,
             config,
@@ -106,6 +107,10 @@ def _build_pretrained(
             latent_shape=record.latents.shape,
             mixes=record.features.mixes,
         )
+    if building is not None:
+        with building:
+            model.to_empty(device="cpu")
+    return model
 
 
 def _build_dit(record: RunRecord) -> "DiT":

@@ -62,7 +62,7 @@ def pixels_of(folder, number):
 
 
 class TestAutoencoder:
-    @pytest.fixture(params=["kl", "dc", "tiny", "qwen", "wan"])
+    @pytest.fixture(params=["kl", "dc", "tiny", "flux2", "qwen", "wan"])
     def vae(self, request, tiny_vae):
         return tiny_vae(request.param)
 
@@ -92,6 +92,13 @@ class TestAutoencoder:
                     expected = [model.encode(images).latent * config.scaling_factor]
                 case "AutoencoderTiny":
                     expected = [model.encode(images).latents]
+                case "AutoencoderKLFlux2":
+                    posterior = model.encode(images).latent_dist
+                    fold = diffusers.Flux2Pipeline._patchify_latents
+                    draw = fold(posterior.mean) + fold(posterior.std) * torch.from_numpy(noise)
+                    mean = model.bn.running_mean[:, None, None]
+                    std = (model.bn.running_var + config.batch_norm_eps).sqrt()[:, None, None]
+                    expected = [(each - mean) / std for each in (fold(posterior.mean), draw)]
                 case _:
                     posterior = model.encode(images[:, :, None]).latent_dist
                     draw = posterior.mean[:, :, 0] + posterior.std[:, :, 0] * torch.tensor(noise)
@@ -101,7 +108,10 @@ class TestAutoencoder:
                     )
                     expected = [(each - mean) / std for each in (posterior.mean[:, :, 0], draw)]
         scale = np.abs(expected[0].numpy()).max()
-        assert found.shape == (NUM, 4, SIZE // 2, SIZE // 2)
+        shape = (4, SIZE // 2, SIZE // 2)
+        if identity.vae == "AutoencoderKLFlux2":  # patches of 2 x 2 as channels
+            shape = (16, SIZE // 4, SIZE // 4)
+        assert found.shape == (NUM, *shape)
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-3 * scale)
         assert store.has_deviation == (len(expected) == 2)
         assert np.array_equal(found, drawn) == (len(expected) == 1)
@@ -121,7 +131,9 @@ class TestAutoencoder:
         assert images.dtype == np.uint8
         model = getattr(diffusers, identity.vae).from_pretrained(vae).eval()
         codes = torch.from_numpy(store.arrays["mean"].array[:3].astype(np.float32))
-        film = "latents_std" in model.config and identity.vae != "AutoencoderKL"
+        film = identity.vae in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+        if identity.vae == "AutoencoderKLFlux2":
+            codes = diffusers.Flux2Pipeline._unpatchify_latents(codes)
         with torch.no_grad():
             decoded = model.decode(codes[:, :, None] if film else codes).sample
         decoded = decoded.reshape(3, 3, SIZE, SIZE).permute(0, 2, 3, 1).numpy()

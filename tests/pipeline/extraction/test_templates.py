@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.extraction.prompts import PromptEncoder
+from semroute.pipeline.extraction.rewrite import rewrite
 from semroute.pipeline.text.presets import PRESETS
 from semroute.schemas import FeatureManifest, InputError, digest
 
@@ -85,6 +86,60 @@ def test_manifests_without_the_new_keys_keep_their_digest(make):
     assert old == FeatureManifest.model_validate_json(digest_source)
     assert json.loads(old.model_dump_json(exclude_unset=True)) == document
     assert digest(old, early=True) != digest(old)
+
+
+class TestFinalNorm:
+    def test_the_last_layer_before_the_norm_has_a_number_of_its_own(self, make):
+        normed, raw, both = (make(name, final_norm=name) for name in ("normed", "raw", "both"))
+        stores = (normed, raw, both)
+        assert [store.layers for store in stores] == [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4, 5]]
+        assert [store.manifest.identity.final_norm for store in stores] == ["normed", "raw", "both"]
+        for store in (normed, raw):
+            np.testing.assert_array_equal(
+                both.read(range(5), store.layers).bits, store.read(range(5)).bits
+            )
+        assert "4 after the final norm and 5 before it" in repr(both)
+        assert "5 being 4 before the final norm" in repr(raw)
+        assert both.to_xarray()["layer"].values.tolist() == [1, 2, 3, 4, 5]
+
+    def test_a_store_with_both_is_rewritten_to_either(self, make, tmp_path):
+        both = make(final_norm="both")
+        for layers, final_norm, kept in [
+            ("1-3,5", "raw", [1, 2, 3, 5]),
+            ("every:2", "both", [2, 4, 5]),
+            ("1,4", "normed", [1, 4]),
+            ("1,2", "absent", [1, 2]),
+        ]:
+            found = rewrite(both.path, tmp_path / layers, layers=layers, workers=0, report=str)
+            assert found.manifest.identity.final_norm == final_norm
+            assert found.layers == kept
+            np.testing.assert_array_equal(found.read(range(5)).bits, both.read(range(5), kept).bits)
+
+    def test_new_texts_are_encoded_with_both(self, make, tiny_llm):
+        store = make(final_norm="both", codec="delta")
+        prompts = PromptEncoder(store.manifest.identity, str(tiny_llm))(["a cup"])
+        normed, raw = prompts.read([1], [4, 5]).numpy().swapaxes(0, 1)
+        assert np.abs(normed - raw).max() > 0.01
+        deviation = np.sqrt((raw**2).mean(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(normed, raw / deviation, rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize(
+        ("layers", "final_norm", "message"),
+        [
+            ("1,4", "raw", "names that of the last block after the final norm; layer 4 is taken"),
+            ("1,2", "both", "names no output of the last block; layer 4 is taken after"),
+        ],
+    )
+    def test_options_that_contradict_one_another_are_refused(
+        self, make, layers, final_norm, message
+    ):
+        with pytest.raises(InputError, match=message):
+            make(layers=layers, final_norm=final_norm)
+
+    def test_presets_know_how_their_pipeline_reads_the_last_layer(self, make):
+        assert make("raw", template="qwen-image-2.1").layers == [1, 2, 3, 5]
+        assert make("all", template="ltx2").layers == [0, 1, 2, 3, 4]
+        assert make("chosen", template="qwen-image-2.1", layers="2,4").layers == [2, 4]
 
 
 def test_layers_that_the_pipeline_reads_and_the_llm_lacks_are_named(make):

@@ -269,6 +269,21 @@ def test_neither_padding_nor_fewer_blocks_change_a_layer(family):
         assert torch.equal(encode(encoder, sequences()), every[:, : last + 1])
 
 
+def test_the_last_layer_before_the_final_norm_is_what_the_norm_is_given(family):
+    _, model, folder = family
+    source, layers = find_model(folder), [NUM_LAYERS - 1, NUM_LAYERS, NUM_LAYERS + 1]
+    encoder = Encoder(source, layers, "float32", "cpu")
+    rows = encode(encoder, sequences())
+    expected = torch.cat([online(model, sequence) for sequence in sequences()])
+    tolerance = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(rows[:, :2], expected[:, -2:], rtol=0, atol=tolerance)
+    raw = encode(Encoder(source, [NUM_LAYERS + 1], "float32", "cpu"), sequences())
+    assert torch.equal(raw[:, 0], rows[:, 2])
+    normed = encoder.tower.norm(rows[:, 2])
+    torch.testing.assert_close(normed, expected[:, -1], rtol=0, atol=tolerance)
+    assert (rows[:, 2] - rows[:, 1]).abs().max() > 1e-2
+
+
 def test_captions_in_one_row_are_kept_apart_or_the_trial_says_not(family, tmp_path):
     made, model, folder = family
     encoder = Encoder(find_model(folder), range(NUM_LAYERS + 1), "float32", "cpu")

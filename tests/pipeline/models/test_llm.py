@@ -100,6 +100,30 @@ def test_layers_are_chosen(text, layers):
 
 
 @pytest.mark.parametrize(
+    ("text", "final_norm", "layers"),
+    [
+        ("all", "raw", [1, 2, 3, 4, 5, 6, 8]),
+        ("all", "both", [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("every:3", "raw", [1, 4, 8]),
+        ("every:3", "both", [1, 4, 7, 8]),
+        ("6,8", "raw", [6, 8]),
+        ("6,7", "raw", [6, 7]),
+    ],
+)
+def test_the_last_block_has_two_layers(text, final_norm, layers):
+    assert parse_layers(text, 7, final_norm) == layers
+    embedded = [0, *layers] if text == "all" else layers
+    assert parse_layers(text, 7, final_norm, embedding=True) == embedded
+
+
+def test_a_layer_before_the_final_norm_is_asked_for():
+    with pytest.raises(InputError, match=r"no layer 8; .*0 to 7; with --final-norm raw or both, 8"):
+        parse_layers("8", 7)
+    with pytest.raises(InputError, match=r"no layer 9; .*0 to 7, and 8, which is 7 before the f"):
+        parse_layers("9", 7, "both")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("some", "expected all, every:3, or numbers"),
