@@ -111,7 +111,7 @@ def find_pretrained(name: str) -> Pretrained:
             "expected "
             f"the folder of a pipeline, with {_INDEX} and transformer/"
         )
-    family = find_family(config["_class_name"], name)
+    family = find_family(config["_class_name"], name, index.get("_class_name"))
     if not any(p.suffix == ".safetensors" for p in inner.iterdir()):
         raise InputError(f"model.pretrained {name}: {inner} has no .safetensors")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...pipeline.style import DPI
 from ...schemas import LoraConfig, write_document
 from ..adapters.lora_files import matrices_of
@@ -144,9 +142,9 @@ def _figure(adapter: "Adapter") -> "Figure":
         before, after = fusion_weights(adapter)
         return layer_weights(before, after, base, "Weights of the network's layers", "LLM layer")
     if "gain" in parts:
-        gains = 1 + adapter.trained["gain"].float().numpy()
-        numbers = [*range(1, len(gains) + 1)]
-        return layer_weights(np.ones(len(gains)), gains, numbers, "Gain of text", _ROWS[where])
+        gains = (1 + adapter.trained["gain"].float()).tolist()
+        before, numbers = [1.0] * len(gains), [*range(1, len(gains) + 1)]
+        return layer_weights(before, gains, numbers, "Gain of text", _ROWS[where])
     matrices = matrices_of(adapter.trained, adapter.record.config.model.lora or LoraConfig())
     norms = {name: float((second @ first).norm()) for name, (first, second) in matrices.items()}
     return lora_sizes(norms, "LoRA: size of the change to each linear layer")
