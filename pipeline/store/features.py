@@ -29,8 +29,14 @@ from . import lazy
 from .array import ShardedArray, create_array, new_group
 from .base import CaptionStore
 from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .parameters import PARAMETERS, read_codec, write_parameters
-from .reader import Allocator, read_codes, read_rows
+from .reader import (
+    PARAMETERS,
+    Allocator,
+    read_codec,
+    read_codes,
+    read_rows,
+    write_parameters,
+)
 from .shard_file import ChunkSlices
 from .summary import summarise_features
 

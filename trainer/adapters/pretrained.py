@@ -46,6 +46,12 @@ class Pretrained:
     scheduler: Mapping[str, Any]
     family: Family
 
+    def text_files(self) -> Mapping[str, str]:
+        """sha256 of the files of the pipeline's text encoders, and of its tokenizers' states."""
+        from ...pipeline.models.text_pipelines import find_text_pipeline
+
+        return find_text_pipeline(self.name, "model.pretrained").files
+
     def identity(self, model: ModelConfig, num_llm_layers: int) -> PretrainedIdentity:
         """What resuming and sampling compare; every file of weights is read for its digest."""
         layers = model.base_layers or self.family.base_layers(

@@ -208,6 +208,11 @@ class Routed(nn.Module):
             getattr(self.transformer, f"{name}_gradient_checkpointing")()
 
     @property
+    def needs_conditioning(self) -> bool:
+        """Whether it reads more of a text than the hidden states of its tokens."""
+        return self.family.needs_conditioning
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype in which the network takes its inputs; what learns in it may have another."""
         parameters = [*self.transformer.parameters()]
