@@ -25,7 +25,7 @@ TYPICAL_BITS = {
 """Codec -> distance between stored layers (0: a single one) -> bits per value, at quality 4; see
 docs/benchmarks/codecs.md. One step of quality is about one bit."""
 TYPICAL_QUALITY = 4.0
-EXACT_BITS = 12.5
+EXACT_BITS = 13.0
 """Bits per value of a layer that is stored exactly beside a codec with loss: bfloat16 in zstd."""
 
 

@@ -111,7 +111,7 @@ def test_options_that_contradict_the_pipeline_are_refused(
 
 
 def test_what_is_no_known_pipeline_is_refused(tiny_pipeline, captions, tmp_path):
-    assert "Missing option '--model'" in estimate(captions, code=2)
+    assert "Missing option --model" in estimate(captions, code=2)
     assert "no such folder, and not a hub id" in estimate(captions, "--for", "nothing", code=1)
     assert "model_index.json cannot be read" in estimate(captions, "--for", tmp_path, code=1)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
