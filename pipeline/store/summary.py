@@ -97,8 +97,16 @@ def summarise_conditioning(store: "ConditioningStore") -> Summary:
 
 def model_name(store: "FeatureStore | ConditioningStore") -> str:
     """Hub id of the LLM or pipeline, or the last part of a path."""
-    model = store.manifest.provenance.model
-    return Path(model).name if Path(model).is_absolute() else model
+    return short_name(store.manifest.provenance.model)
+
+
+def short_name(model: str) -> str:
+    """A model as named on a command line: a hub id, or the last part of a path, with the pipeline
+    whose text encoder it is."""
+    path = Path(model)
+    if not path.is_absolute():
+        return model
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("text_encoder") else path.name
 
 
 def _final_norm(identity: "FeatureIdentity") -> str:
