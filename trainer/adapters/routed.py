@@ -370,15 +370,16 @@ class Routed(nn.Module):
         index = caption.to(device)
         each = {name: value[index] for name, value in conditioning.items()}
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
-        own = text.mask.sum(1).tolist()
-        if own != lengths.tolist():
+        own = zip(lengths.tolist(), text.mask.sum(1).tolist(), strict=True)
+        different = next(((here, there) for here, there in own if here != there), None)
+        if different is not None:
             raise InputError(
-                f"captions have {lengths.tolist()} rows in the features, but {own} rows in the "
-                f"conditioning: extract the features with --template {self.family.template}, of the "
-                "same captions"
+                f"a caption has {different[0]} rows in the features, but {different[1]} in the "
+                "conditioning: extract the features from the same captions with --template "
+                f"{self.family.template}"
             )
         missing = self._num_rows(lengths) - text.mask.shape[1]
-        if missing > 0:  # only rows of its own are stored for a network that reads zeros beside them
+        if missing > 0:  # where pads are zeros, a store need not have them
             base = nn.functional.pad(text.base, (0, 0, 0, 0, 0, missing))
             text = replace(text, base=base, mask=nn.functional.pad(text.mask, (0, missing)))
         return text
