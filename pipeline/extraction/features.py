@@ -162,7 +162,7 @@ def plan_features(
     exact = choose_exact_layers(request.exact_layers, spec.name, source.identity, codec)
     spec = fitted_before(with_exact_layers(spec, exact), codec)
     if existing is not None and before is not None:
-        check_rows(existing, source)
+        check_rows(existing, source.samples, source.earlier)
         threads = before.layout.num_threads
         batch_tokens = batch_tokens or before.layout.batch_tokens
         line_tokens = before.layout.line_tokens if request.batching != "padded" else None
@@ -187,7 +187,7 @@ def plan_features(
         layout=packing.layout.model_copy(update={"line_tokens": line_tokens}),
         codec=spec,
         provenance=provenance(request.source, source.model.name),
-        grown_from=generations(source, packing, existing),
+        grown_from=generations(captions.earlier, source.earlier, packing, existing),
     )
     return FeaturePlan(
         path=request.target,

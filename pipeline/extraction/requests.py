@@ -109,6 +109,26 @@ class LatentsRequest(WriteRequest):
     samples out."""
 
 
+class ConditioningRequest(WriteRequest):
+    """Request of :func:`semroute.pipeline.extraction.encode_captions`."""
+
+    source: str
+    """Table of captions, see :func:`semroute.pipeline.sources.table.read_samples`."""
+    pipeline: str
+    """Pipeline of diffusers: a folder or a hub id, see
+    :func:`semroute.pipeline.models.text_pipelines.find_text_pipeline`."""
+    text_column: str | None = None
+    """Column of captions; default: text, prompt or caption."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the text encoders. auto: as the existing store has it; for a new one bfloat16 on
+    a GPU and float32 on a CPU."""
+    limit: Positive | None = None
+    """Only the first samples."""
+    seed: int = 0
+    """Seed of the order in which captions are dealt to shards: that of the features, so that a
+    caption has the same number in both stores."""
+
+
 class RewriteRequest(WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.rewrite.rewrite`."""
 

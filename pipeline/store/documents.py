@@ -7,7 +7,7 @@ quarantine, per shard. Each is written whole by :mod:`semroute.schemas.atomic`.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +19,9 @@ import pyarrow.parquet
 from ...schemas import (
     LOCK_FILE,
     PARTIAL,
+    Against,
     Checksums,
+    ConditioningManifest,
     Contract,
     FeatureManifest,
     InputError,
@@ -42,9 +44,11 @@ from ...schemas.files import (
 )
 
 C = TypeVar("C", bound=Contract)
-M = TypeVar("M", FeatureManifest, LatentManifest)
+M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+AGAINST = "against.json"
+"""Written when a finished store was compared with a pipeline, and passed."""
 RECEIPTS, QUARANTINE = "receipts", "quarantine"
 GROWING = "growing"
 """Folder in which the files of a larger store are staged before they replace those of the store."""
@@ -174,6 +178,29 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     sealed = receipt.model_copy(update={"sha256": digest(unsealed)})
     write_contract(path / shard_document(RECEIPTS, receipt.shard), sealed)
     (path / shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
+
+
+def write_against(path: Path, against: Against) -> None:
+    """Record that a store holds what a pipeline reads."""
+    write_contract(path / AGAINST, against)
+
+
+def passed_against(path: Path, pipeline_class: str, files: Mapping[str, str]) -> bool:
+    """Whether a store was compared with a pipeline, and holds what that pipeline reads.
+
+    Args:
+        pipeline_class: in diffusers.
+        files: file -> sha256, of the pipeline's text encoders and tokenizers, perhaps among others;
+            see :func:`semroute.pipeline.models.text_pipelines.find_text_pipeline`.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    try:
+        against = read_contract(path / AGAINST, Against)
+    except FileNotFoundError:
+        return False
+    return against.pipeline_class == pipeline_class and against.files.items() <= files.items()
 
 
 def check_digest(path: Path, name: str, content: Any, checksums: Checksums | None) -> None:

@@ -62,6 +62,20 @@ class Socket:
     tap: int | None = None
 
 
+def count_mixes(sockets: Sequence[Socket], where: str, num_taps: int) -> int:
+    """Number of mixes that a router makes.
+
+    Args:
+        where: ``input``: one; ``taps``: one per base layer; ``blocks``: one per socket and base
+            layer that it reads.
+    """
+    if where == "input":
+        return 1
+    if sockets[0].tap is not None:
+        return len(sockets)
+    return num_taps * (1 if where == "taps" else len(sockets))
+
+
 def plain_latents(config: Any) -> tuple[int, int]:
     """Channels of latents, and the side of a patch, of a network that patches them itself."""
     patch = config.get("patch_size", 1)
@@ -73,9 +87,13 @@ def packed_latents(config: Any) -> tuple[int, int]:
     return config["in_channels"] // 4, 2
 
 
+def leave(_transformer: Any) -> None:
+    """Most networks are ready to be trained."""
+
+
 def single_tensor(given: Mapping[str, Tensor], _config: Any, dtype: torch.dtype) -> Text:
     """Text of a pipeline that gives its network one tensor ``prompt_embeds`` [B, T, H]."""
-    return Text(given["prompt_embeds"][:, :, None].to(dtype))
+    return Text(given["prompt_embeds"][:, :, None].to(dtype), given["mask"])
 
 
 def quarter(_config: Mapping[str, Any], _channels: int, height: int, width: int) -> int:
@@ -88,9 +106,9 @@ class Family:
     """A family of pretrained transformers.
 
     Attributes:
-        name: also of the preset that extracts its features.
+        name: also of the preset that extracts its features, but for ``templates``.
         transformer: class in diffusers.
-        pipelines: classes of pipelines in diffusers that use it.
+        pipelines: classes of pipelines in diffusers whose inputs are those below.
         sockets: transformer -> one socket per block, in order of execution.
         project: (transformer, [B, T, K, H], mask [B, T]) -> projected text [B, T, W]; P of the
             sockets' kinds.
@@ -108,12 +126,20 @@ class Family:
             conditioning store holds.
         fusion: the network's own weights of its layers: ``projector``, a module of its own, or
             ``gains``, one number per tap; None: it reads one layer.
+        fusion_layer: the linear layer that these weights belong to, or that reads the taps side by
+            side; its name in the transformer, and in ComfyUI.
+        layers_setting: what a pipeline or transformer of diffusers calls the layers that it reads,
+            where they can be set.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
             pipeline's dynamic shift of t.
         text_width: configuration of the transformer -> H.
         latents: configuration of the transformer -> channels of latents, and the side of a patch.
-        read_conditioning: (tensors of a conditioning store by name [B, ...], configuration of the
-            transformer, dtype) -> text without mask and lengths.
+        prepare: makes a transformer ready to be trained, without a change of what it computes.
+        templates: presets of those of its pipelines that have one of their own.
+        template: preset of the pipeline that was found; "" in the table.
+        read_conditioning: (tensors of a conditioning store by name [B, ...], ``mask`` of the rows
+            that are the captions' own among them; configuration of the transformer; dtype) -> text
+            without lengths.
     """
 
     name: str
@@ -130,6 +156,11 @@ class Family:
     image_tokens: Callable[[Mapping[str, Any], int, int, int], int] = quarter
     latents: Callable[[Any], tuple[int, int]] = plain_latents
     read_conditioning: Callable[[Mapping[str, Tensor], Any, torch.dtype], Text] = single_tensor
+    prepare: Callable[[Any], None] = leave
+    templates: Mapping[str, str] = field(default_factory=dict)
+    template: str = ""
     length: int | None = None
     needs_conditioning: bool = False
     fusion: Literal["projector", "gains"] | None = None
+    fusion_layer: tuple[str, str] = ("", "")
+    layers_setting: str | None = None

@@ -12,6 +12,8 @@ text width, W width of the network, C channels, h x w latent.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -75,7 +77,6 @@ def _call_sana(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
         encoder_hidden_states=text.base[:, :, 0],
         encoder_attention_mask=text.mask.long(),
         timestep=1000 * t * transformer.config.timestep_scale,
-        guidance=text.extras.get("guidance"),
         return_dict=False,
     )[0]
     return out.chunk(2, dim=1)[0] if transformer.config.out_channels // 2 == x.shape[1] else out
@@ -131,6 +132,7 @@ def _read_sd3(given: Mapping[str, Tensor], _config: Config, dtype: torch.dtype) 
     pooled = given["pooled_prompt_embeds"].to(dtype)
     return Text(
         rows[:, CLIP_ROWS:, None],
+        given["mask"][:, CLIP_ROWS:],
         extras={"clip": rows[:, :CLIP_ROWS], "pooled_prompt_embeds": pooled},
     )
 
@@ -203,7 +205,7 @@ def _call_flux2(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
 
 def _read_flux2(given: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Text:
     embeds = given["prompt_embeds"].to(dtype)
-    return Text(embeds.unflatten(2, (FLUX2_TAPS, -1)))
+    return Text(embeds.unflatten(2, (FLUX2_TAPS, -1)), given["mask"])
 
 
 def _flux2_layers(_num_layers: int, index: Config, _config: Config) -> list[int]:
@@ -249,8 +251,8 @@ def _project_z_image(transformer: Any, rows: Tensor, _mask: Tensor) -> Tensor:
 
 def _call_z_image(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
     captions = [rows[:num, 0] for rows, num in zip(text.base, text.lengths, strict=True)]
-    # Told 1 - t, it predicts x0 - noise.
-    out = transformer([*x[:, :, None]], 1 - t, captions, return_dict=False)[0]
+    # Told 1 - t, rounded as in its pipeline, it predicts x0 - noise.
+    out = transformer([*x[:, :, None]], (1000 - 1000 * t) / 1000, captions, return_dict=False)[0]
     return -torch.stack(out)[:, :, 0]
 
 
@@ -278,6 +280,10 @@ def _call_krea2(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
         return_dict=False,
     )[0]
     return QwenImagePipeline._unpack_latents(out, height, width, 1)[:, :, 0]
+
+
+def _read_krea2(given: Mapping[str, Tensor], _config: Config, dtype: torch.dtype) -> Text:
+    return Text(given["prompt_embeds"].to(dtype), given["mask"])  # [B, T, K, H] as it is
 
 
 def _krea2_layers(_num_layers: int, index: Config, _config: Config) -> list[int]:
@@ -314,10 +320,30 @@ def _call_hidream(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
 
 def _read_hidream(given: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Text:
     taps = sorted({*config["llama_layers"]})
-    rows = given["prompt_embeds_llama3"].to(dtype)  # [B, blocks of the LLM, T, H]
+    rows = given["prompt_embeds_llama3"].to(dtype)  # [B, T, blocks of the LLM, H]
     names = ("prompt_embeds_t5", "pooled_prompt_embeds")
     extras = {name: given[name].to(dtype) for name in names}
-    return Text(rows[:, taps].transpose(1, 2), extras=extras)
+    return Text(rows[:, :, taps], given["mask"], extras=extras)
+
+
+def _prepare_hidream(transformer: Any) -> None:
+    """Let gradients through the experts, which diffusers runs without outside of training mode."""
+    for module in transformer.modules():
+        if hasattr(module, "moe_infer"):
+            module.moe_infer = partial(_mix_experts, module)
+
+
+def _mix_experts(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """As ``moe_infer`` of diffusers, to the bit: [N, W], expert of each row and choice [N k], its
+    weight [N k, 1] -> [N, W]."""
+    mixed = torch.zeros_like(x)
+    for number, expert in enumerate(module.experts):
+        chosen = (experts == number).nonzero()[:, 0]
+        rows = chosen // module.num_activated_experts
+        own = expert(x[rows])
+        own = (own * weights[chosen]).to(own.dtype)
+        mixed = mixed.to(own.dtype).index_add(0, rows, own)
+    return mixed
 
 
 def _hidream_layers(_num_layers: int, _index: Config, config: Config) -> list[int]:
@@ -365,7 +391,7 @@ FAMILIES = (
     Family(
         name="sana",
         transformer="SanaTransformer2DModel",
-        pipelines=("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline"),
+        pipelines=("SanaPipeline", "SanaPAGPipeline"),
         sockets=_cross_attention("transformer_blocks"),
         project=_project_sana,
         call=_call_sana,
@@ -432,6 +458,7 @@ FAMILIES = (
         name="flux2",
         transformer="Flux2Transformer2DModel",
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        templates={"Flux2KleinPipeline": "flux2-klein"},
         sockets=_sockets_flux2,
         project=_project_context,
         call=_call_flux2,
@@ -444,6 +471,8 @@ FAMILIES = (
         read_conditioning=_read_flux2,
         needs_conditioning=True,
         fusion="gains",
+        fusion_layer=("context_embedder", "txt_in"),
+        layers_setting="text_encoder_out_layers",
     ),
     Family(
         name="lumina2",
@@ -483,7 +512,10 @@ FAMILIES = (
         lora=_SINGLE,
         projection=("text_fusion", "txt_in"),
         latents=packed_latents,
+        read_conditioning=_read_krea2,
         fusion="projector",
+        fusion_layer=("text_fusion.projector", "txtfusion.projector"),
+        layers_setting="text_encoder_select_layers",
     ),
     Family(
         name="hidream",
@@ -498,7 +530,9 @@ FAMILIES = (
         projection=("caption_projection",),
         image_tokens=_hidream_tokens,
         read_conditioning=_read_hidream,
+        prepare=_prepare_hidream,
         needs_conditioning=True,
+        layers_setting="llama_layers",
     ),
 )
 """One entry per family; the class of its transformer identifies it."""
@@ -511,18 +545,26 @@ LEFT_OUT = {
 """Classes of diffusers that are refused, and why."""
 
 
-def find_family(transformer: str, name: str) -> Family:
+def find_family(transformer: str, name: str, pipeline: str | None = None) -> Family:
     """The family of a class of transformers in diffusers.
 
     Args:
         name: of the pretrained model, for the message.
+        pipeline: class of its pipeline in diffusers, if known.
 
     Raises:
-        InputError: it is of no known family; with the list.
+        InputError: it is of no known family, or its pipeline gives it other inputs; with the list.
     """
     for family in FAMILIES:
-        if family.transformer == transformer:
-            return family
+        if family.transformer != transformer:
+            continue
+        if pipeline is None or pipeline in family.pipelines:
+            template = family.templates.get(pipeline or "", family.name)
+            return replace(family, template=template)
+        raise InputError(
+            f"{name}: {pipeline} cannot be adapted: its inputs, or what it makes of predictions, "
+            f"are not those of family {family.name}. Expected {' or '.join(family.pipelines)}."
+        )
     known = ", ".join(f"{family.transformer} ({family.name})" for family in FAMILIES)
     reason = LEFT_OUT.get(transformer, "no adapter is made for this class")
     raise InputError(f"{name}: {transformer} cannot be adapted: {reason}. Expected one of {known}.")

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...schemas import LN_EPS, InputError, Mixes, ModelConfig, RoutingConfig
+from ...schemas import LN_EPS, MASK, InputError, Mixes, ModelConfig, RoutingConfig
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
-from .base import Family, Text
+from .base import Family, Text, count_mixes
 from .lora import add_lora
-from .sockets import Socket, Sockets, Source, add
+from .sockets import Sockets, Source, add
 
 PARTS = {
     "fusion": {"fusion"},
@@ -92,15 +92,15 @@ class Routed(nn.Module):
         if mixes is not None:
             raise InputError(
                 "a pretrained network reads its own layers beside the mix, but the store holds "
-                "mixes "
-                "of layers: train from the store that it was made from"
+                "mixes of layers: train from the store that it was made from"
             )
         missing = [layer for layer in base_layers if layer not in layers]
         if missing:
             raise InputError(
                 f"{family.name} reads layers {[*base_layers]}, but the store does not hold layers "
-                f"{missing}: extract them too, as --template {family.name} does"
+                f"{missing}: extract them too, as --template {family.template} does"
             )
+        family.prepare(transformer)
         self.transformer = transformer.requires_grad_(False)
         self.family = family
         self.path = family.path
@@ -113,7 +113,7 @@ class Routed(nn.Module):
         sockets = family.sockets(transformer)
         self.taps = None if sockets[0].tap is None else [s.tap for s in sockets]
         self.depth = len(sockets)
-        self.num_blocks = self._count(sockets)
+        self.num_blocks = count_mixes(sockets, routing.where, len(base_layers))
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
@@ -124,14 +124,6 @@ class Routed(nn.Module):
         self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
-
-    def _count(self, sockets: Sequence[Socket]) -> int:
-        """Number of mixes that the router makes."""
-        if self.where == "input":
-            return 1
-        if self.taps is not None:
-            return len(self.taps)
-        return len(self.base_layers) * (1 if self.where == "taps" else len(sockets))
 
     def _make_router(
         self, routing: RoutingConfig, layers: Sequence[int], num_llm_layers: int
@@ -148,34 +140,59 @@ class Routed(nn.Module):
         if not isinstance(router, Learned):
             raise InputError(
                 f"strategy {routing.strategy} has no logits that start at zero, so it would not "
-                "leave "
-                "a pretrained network as it is at the start: choose static, time, depth, joint or "
-                "token"
+                "leave a pretrained network as it is at the start: choose static, time, depth, "
+                "joint or token"
             )
         return router
 
     def _open_weights(self, config: ModelConfig) -> nn.Parameter | None:
         """Let the weights of the network learn that ``train`` names; gains per tap, if it does."""
+        opened: list[nn.Module] = []
         if "network" in self.parts:
+            if self.dtype != torch.float32:
+                raise InputError(
+                    f"model.train is {config.train}, which trains all weights, in float32, but "
+                    f"model.dtype is {config.dtype}: leave it out"
+                )
             self.transformer.requires_grad_(True)
         if "projection" in self.parts:
-            for name in self.family.projection:
-                self.transformer.get_submodule(name).requires_grad_(True)
+            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
         if "lora" in self.parts:
             assert config.lora is not None
             add_lora(self.transformer, config.lora, self.family)
+        if "fusion" in self.parts and self.family.fusion == "projector":
+            opened.append(self.transformer.text_fusion.projector)
+        for module in opened:
+            module.requires_grad_(True)
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                self._learn_apart(part)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         if "fusion" not in self.parts:
             return None
         if self.family.fusion is None:
             raise InputError(
-                f"model.train is fusion, but {self.family.name} reads one layer of its LLM and "
-                "has no "
-                "weights of layers: train the router"
+                f"model.train is fusion, but {self.family.name} has no weights of layers of its "
+                "own: train the router"
             )
         if self.family.fusion == "gains":
             return nn.Parameter(torch.zeros(len(self.base_layers)))
-        self.transformer.text_fusion.projector.requires_grad_(True)
         return None
+
+    def _learn_apart(self, module: nn.Module) -> None:
+        """Let a module have another dtype than the network around it."""
+
+        def before(module: nn.Module, args: Any) -> Any:
+            dtype = next(module.parameters()).dtype
+            floating = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+            return tuple(a.to(dtype) if f else a for a, f in zip(args, floating, strict=True))
+
+        def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output.to(self.dtype)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
     # ------------------------------------------------------------------------- as the DiT has it
 
@@ -191,9 +208,15 @@ class Routed(nn.Module):
             getattr(self.transformer, f"{name}_gradient_checkpointing")()
 
     @property
+    def needs_conditioning(self) -> bool:
+        """Whether it reads more of a text than the hidden states of its tokens."""
+        return self.family.needs_conditioning
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which the network takes its inputs."""
-        return next(self.transformer.parameters()).dtype
+        """Dtype in which the network takes its inputs; what learns in it may have another."""
+        parameters = [*self.transformer.parameters()]
+        return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
 
     def train(self, mode: bool = True) -> "Routed":
         super().train(mode)
@@ -211,14 +234,12 @@ class Routed(nn.Module):
         if shape[0] != channels:
             raise InputError(
                 f"latents have {shape[0]} channels, but {self.family.name} takes {channels}: "
-                "encode the "
-                "images with its own VAE (semroute latents --vae PIPELINE)"
+                "encode the images with its own VAE (semroute latents --vae PIPELINE)"
             )
         if shape[1] % patch or shape[2] % patch:
             raise InputError(
-                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of "
-                "a patch "
-                f"of {self.family.name}: choose a size that is"
+                f"latents of {shape[1]} x {shape[2]} are not divisible by {patch}, the side of a "
+                f"patch of {self.family.name}: choose a size that is"
             )
 
     def describe(self) -> str:
@@ -244,14 +265,17 @@ class Routed(nn.Module):
 
     def block_matrices(self) -> list[nn.Parameter]:
         """2D weights of the network that learn, for which Muon is made."""
-        return [p for p in self.transformer.parameters() if p.ndim == 2 and p.requires_grad]
+        apart = {id(parameter) for parameter in self.router_parameters()}
+        learning = [p for p in self.transformer.parameters() if p.requires_grad]
+        return [p for p in learning if p.ndim == 2 and id(p) not in apart]
 
     def compile_blocks(self) -> None:
         """Compile each block's ``forward``; the hooks around it stay as they are."""
-        names = {*(self.transformer._repeated_blocks or [])}
-        for module in self.transformer.modules():
-            if type(module).__name__ in names:
-                module.forward = torch.compile(module.forward)
+        # Half of the classes do not say which blocks repeat.
+        for blocks in self.transformer.children():
+            for block in blocks if isinstance(blocks, nn.ModuleList) else []:
+                if type(block).__name__.endswith("Block"):
+                    block.forward = torch.compile(block.forward)
 
     @contextmanager
     def reading(self, mixes: Mixes | None) -> Iterator[None]:
@@ -297,12 +321,15 @@ class Routed(nn.Module):
         own = None
         if conditioning is not None and not self.family.needs_conditioning:
             shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
-            own = conditioning["prompt_embeds"].reshape(shape)  # rows of the same captions
-        given = self._given(conditioning, caption, device)
+            values = conditioning["prompt_embeds"]
+            if conditioning[MASK].ndim == 2:  # padded
+                values = values[conditioning[MASK].to(values.device, torch.bool)]
+            own = values.reshape(shape)  # rows of the same captions
+        given = self._given(conditioning, caption, lengths, device)
         if given is None:
             mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
         else:
-            mask = given.mask.cpu()
+            mask = given.mask
         rows = torch.where(mask, starts[:, None] - 1 + mask.cumsum(1), len(hidden))  # [B, T]
         if given is None:
             own = self._base_rows(hidden) if own is None else own
@@ -311,7 +338,7 @@ class Routed(nn.Module):
             base = padded.index_select(0, chosen).unflatten(0, rows.shape)
             text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
         else:
-            text = replace(given, mask=mask.to(device), lengths=lengths.tolist())
+            text = replace(given, lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
@@ -362,10 +389,13 @@ class Routed(nn.Module):
         return hidden[:, self.get_buffer("base_positions").to(hidden.device)]
 
     def _given(
-        self, conditioning: Mapping[str, Tensor] | None, caption: Tensor, device: torch.device
+        self,
+        conditioning: Mapping[str, Tensor] | None,
+        caption: Tensor,
+        lengths: Tensor,
+        device: torch.device,
     ) -> Text | None:
-        """The text as the pipeline gave it, without lengths; None: from rows of the captions. Its
-        mask is where ``conditioning`` has it, best on the CPU."""
+        """The text as the pipeline gave it, without lengths; None: from rows of the captions."""
         if not self.family.needs_conditioning:
             return None
         if conditioning is None:
@@ -373,11 +403,19 @@ class Routed(nn.Module):
                 f"{self.family.name} reads padding rows or a second encoder, which features do not "
                 "hold: name a store that semroute conditioning made as data.conditioning"
             )
-        each = {name: value[caption.to(value.device)] for name, value in conditioning.items()}
-        own = each.pop("mask").bool()
-        each = {name: value.to(device) for name, value in each.items()}
+        each = {
+            name: value[caption.to(value.device)].to("cpu" if name == MASK else device)
+            for name, value in conditioning.items()
+        }
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
-        return replace(text, mask=own[:, -text.base.shape[1] :])  # another encoder's come first
+        own = text.mask.sum(1).tolist()
+        if own != lengths.tolist():
+            raise InputError(
+                f"captions have {lengths.tolist()} rows in the features, but {own} in the "
+                f"conditioning: extract the features with --template {self.family.template}, of "
+                "the same captions"
+            )
+        return text
 
     def _num_rows(self, lengths: Tensor) -> int:
         """T, of which no caption may have more."""
@@ -386,7 +424,7 @@ class Routed(nn.Module):
         if longest > num:
             raise InputError(
                 f"a caption has {longest} rows, but {self.family.name} takes {num}: extract the "
-                f"features with --template {self.family.name}, which cuts captions to that"
+                f"features with --template {self.family.template}, which cuts captions to that"
             )
         return num
 

@@ -16,8 +16,8 @@ from ..adapters.families import find_family
 from ..adapters.lora import is_lora
 from ..adapters.pipeline import Attachment, replace_weights, restore
 from ..adapters.routed import PARTS
-from ..runs.record import adapt, check_trained, read_record
-from ..runs.run import find_checkpoint, read_weights
+from ..runs.adapter import load_adapter
+from ..runs.record import adapt, check_trained
 
 _PLACE = "_semroute_attachment"
 _NETWORK = "transformer."
@@ -26,7 +26,7 @@ _NETWORK = "transformer."
 def attach(
     pipe: Any,
     run: str | os.PathLike[str],
-    weights: Literal["ema", "model"] = "ema",
+    weights: Literal["ema", "model"] | None = None,
     step: int | None = None,
     *,
     check: bool = True,
@@ -39,8 +39,8 @@ def attach(
 
     Args:
         pipe: a pipeline with the transformer that the run adapted.
-        run: the run directory.
-        weights: the exponential moving average, or the weights themselves.
+        run: the run directory, or a folder that semroute export --as pipeline wrote.
+        weights: the exponential moving average, which is the default, or the weights themselves.
         step: step of the checkpoint. Default: the newest.
         check: compare the files that the transformer was loaded from with those of the run.
 
@@ -51,14 +51,9 @@ def attach(
         InputError: the run trained a network of its own; or the pipeline has another transformer,
             other weights, another text encoder, or is attached to a run already.
     """
-    path = Path(run)
-    record = read_record(path)
-    values = read_weights(find_checkpoint(path, record, step), weights)
-    if record.pretrained is None:
-        raise InputError(
-            f"{path} trained a network of its own, not one of diffusers: load it as a pipeline, "
-            "which semroute export writes"
-        )
+    adapter = load_adapter(run, step, weights)
+    path, record, values = adapter.path, adapter.record, adapter.trained
+    assert record.pretrained is not None
     changes = any(name.startswith(_NETWORK) for name in values)
     reads_text = not PARTS[record.config.model.train].isdisjoint({"gain", "router"})
     _check_network(pipe, record, record.pretrained, path)

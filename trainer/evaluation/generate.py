@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from ...schemas import CaptionsIdentity, InputError, Mixes
 from ..diffusion.sampling import Callback, SamplingConfig, sample
-from ..model.dit import DiT
 from ..plots.images import sample_grid, save_images
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def with_conditioning(
     Raises:
         InputError: the conditioning store or the pipeline is missing.
     """
-    model = run.model
-    if isinstance(model, DiT) or not model.family.needs_conditioning:
+    if not run.model.needs_conditioning:
         return features
     config = run.record.config
     if identity == run.record.features.captions and config.data.conditioning is not None:
@@ -90,7 +88,7 @@ def with_conditioning(
     from ...pipeline.models.text_pipelines import open_text_pipeline
 
     assert config.model.pretrained is not None
-    device = str(next(model.parameters()).device)
+    device = str(next(run.model.parameters()).device)
     pipeline = open_text_pipeline(config.model.pretrained, device, option="model.pretrained")
     return Conditioned(features, lambda ids: pipeline.encode([texts[number] for number in ids]))
 

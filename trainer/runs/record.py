@@ -20,7 +20,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
-from .checkpoint import Checkpoint, latest_checkpoint
+from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
     from ..adapters.routed import Routed
@@ -249,6 +249,23 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
     )
     resumed = before.model_copy(update={"config": record.config, "versions": record.versions})
     return resumed, latest_checkpoint(path)
+
+
+def choose_checkpoint(path: Path, record: RunRecord, step: int | None) -> Checkpoint:
+    """A checkpoint of a run: that of a step, or the newest.
+
+    Raises:
+        InputError: there is none yet, or none of this step.
+    """
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
+    if not checkpoints:
+        raise InputError(
+            f"{path} has no checkpoint yet: the first is written after "
+            f"{min(record.config.checkpoint_every, record.config.steps):,} steps"
+        )
+    if step is not None and step not in checkpoints:
+        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
+    return checkpoints[max(checkpoints) if step is None else step]
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

@@ -174,17 +174,17 @@ def check_verified(config: TrainConfig, pairs: Sequence[StorePair]) -> None:
     name = config.model.pretrained
     if name is None or config.data.unverified:
         return
-    from ...pipeline.models.text_pipelines import find_text_pipeline
     from ..adapters.pretrained import find_pretrained
 
-    pipeline = find_pretrained(name).index.get("_class_name", "")
+    found = find_pretrained(name)
+    pipeline = found.index.get("_class_name", "")
     files: Mapping[str, str] | None = None
     for pair in pairs:
         for store in (pair.features, pair.conditioning):
             if store is None:
                 continue
             if files is None and (store.path / AGAINST).exists():
-                files = find_text_pipeline(name, "model.pretrained").files
+                files = found.text_files()
             if files is None or not passed_against(store.path, pipeline, files):
                 raise InputError(
                     f"{store.path} was not compared with what {name} does to text: run semroute "

@@ -13,7 +13,6 @@ import tiny_runs  # noqa: E402
 from tiny_pipelines import run_size  # noqa: E402
 
 import semroute  # noqa: E402
-from semroute.schemas import InputError  # noqa: E402
 from semroute.trainer.adapters.arguments import ARGUMENTS  # noqa: E402
 from semroute.trainer.adapters.families import FAMILIES as KNOWN  # noqa: E402
 
