@@ -17,13 +17,20 @@ from click import Context
 from pydantic import BaseModel
 
 from semroute.cli import cli
-from semroute.pipeline.extraction.requests import ExtractRequest, LatentsRequest
+from semroute.pipeline.extraction.requests import (
+    ConditioningRequest,
+    ExtractRequest,
+    LatentsRequest,
+)
 from semroute.schemas import (
     CAPTIONS_SCHEMA,
+    CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
+    Against,
     BenchmarkName,
     CodecName,
+    ConditioningManifest,
     FeatureManifest,
     ImageSetRecord,
     JobQueue,
@@ -201,11 +208,12 @@ class TestCommands:
         """Command by command, in order, with the folder ``demo``."""
         demo = (ROOT / "benchmarks" / "demo.sh").read_text("utf-8")
         lines = re.findall(r"^(?:\[.*\|\| )?run (\w.*)$", demo, re.M)
-        # status is for another shell, push for the Hub, studies are hours of runs, and the demo's
-        # run has no clock.
+        # status is for another shell, push for the Hub, studies are hours of runs, the demo's run
+        # has no clock, and conditioning needs a pretrained pipeline.
         assert {line.split()[0] for line in lines} == {*cli.commands} - {
             "push",
             "status",
+            "conditioning",
             "study",
             "ablate",
             "lag",
@@ -295,10 +303,11 @@ class TestContracts:
         [
             ("### captions.parquet", CAPTIONS_SCHEMA),
             ("### samples.parquet", SAMPLES_SCHEMA),
+            ("`captions.parquet`:", CONDITIONING_CAPTIONS_SCHEMA),
             ("`samples.parquet`:", LATENT_SAMPLES_SCHEMA),
             ("`metrics.jsonl`, a line after `step` steps:", "metrics"),
         ],
-        ids=["captions", "samples", "latent samples", "metrics"],
+        ids=["captions", "samples", "conditioning captions", "latent samples", "metrics"],
     )
     def test_columns_are_those_of_the_arrow_schemas(self, heading, schema):
         if schema == "metrics":
@@ -429,9 +438,12 @@ class TestBuild:
         [
             ("api", ExtractRequest),
             ("api", LatentsRequest),
+            ("api", ConditioningRequest),
             ("training", TrainConfig),
             ("store-format", FeatureManifest),
             ("store-format", LatentManifest),
+            ("store-format", ConditioningManifest),
+            ("store-format", Against),
             ("store-format", Receipt),
             ("store-format", Quarantine),
             ("evaluation", ImageSetRecord),
