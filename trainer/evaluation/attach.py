@@ -107,7 +107,7 @@ def detach(pipe: Any) -> Any:
         raise InputError(f"no run is attached to this {type(pipe).__name__}")
     with _weights_in_place(pipe, attachment.changes_network):
         attachment.remove()
-    delattr(pipe.transformer, _PLACE)
+    delattr(attachment.routed.transformer, _PLACE)
     return pipe
 
 
