@@ -158,11 +158,13 @@ def _why_no_config(adapter: Adapter) -> str | None:
 # --------------------------------------------------------------------------------------- contents
 
 
-def _open(adapter: Adapter) -> str:
+def _open(adapter: Adapter, *arguments: str) -> str:
+    """Python that opens the base model; its last line ends in the arguments."""
     base = adapter.hub_base or str(adapter.record.config.model.pretrained)
+    given = ", ".join([repr(base), "dtype=torch.bfloat16", *arguments])
     return (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({given})\n"
     )
 
 
@@ -175,7 +177,7 @@ def _write_pipeline(adapter: Adapter, folder: Path, _rank: int | None) -> Conten
                 "With semroute",
                 "python",
                 f'{_open(adapter)}import semroute\n\nsemroute.attach(pipe, "{_HERE}")\n'
-                'pipe("a cat")\n',
+                'pipe(prompt="a cat")\n',
             )
         ],
         [
@@ -219,7 +221,7 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int | None) -> Content:
         else f'from peft import PeftModel\n\nPeftModel.from_pretrained(pipe.transformer, "{_HERE}")'
         "  # adds it to pipe.transformer itself\n"
     )
-    how = f'{_open(adapter)}{load}pipe("a cat")\n'
+    how = f'{_open(adapter)}{load}pipe(prompt="a cat")\n'
     about = f"LoRA for {adapter.family.name}, trained by semroute from stored hidden states."
     name = "With diffusers" if loader else "With diffusers and peft"
     return Content(about, [(name, "python", how)], holds, note, ["lora", "diffusers"])
@@ -341,20 +343,20 @@ def _weights_in_diffusers(adapter: Adapter, document: dict[str, Any]) -> list[tu
         )
     else:
         return []
-    return [("With diffusers", "python", f'{_open(adapter)}{lines}pipe("a cat")\n')]
+    return [("With diffusers", "python", f'{_open(adapter)}{lines}pipe(prompt="a cat")\n')]
 
 
 def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
     choice = choose_layers(adapter)
     setting = str(adapter.family.layers_setting)
     value = [layer - (setting == "llama_layers") for layer in choice.layers]
-    call = {
-        "llama_layers": f"pipe.transformer.register_to_config(llama_layers={value})\n"
-        'pipe("a cat")\n',
-        "text_encoder_out_layers": f'pipe("a cat", text_encoder_out_layers={tuple(value)})\n',
-        "text_encoder_select_layers": f"pipe.text_encoder_select_layers = {tuple(value)}\n"
-        'pipe("a cat")\n',
-    }[setting]
+    opened, call = _open(adapter), f'pipe(prompt="a cat", {setting}={tuple(value)})'
+    if setting == "llama_layers":
+        call = f"pipe.transformer.register_to_config({setting}={value})"
+    if setting == "text_encoder_select_layers":
+        call = _open(adapter, f"{setting}={tuple(value)}").splitlines()[-1]
+        opened = opened.rpartition("pipe = ")[0]
+    how = f"{opened}{call}\n" + ("" if call.startswith("pipe(") else 'pipe(prompt="a cat")\n')
     document = {
         "format": "semroute.layer-choice",
         "family": adapter.family.name,
@@ -364,7 +366,7 @@ def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
         "base_layers": choice.base,
         "weights": choice.weights,
         "shares": choice.shares,
-        "call": call.splitlines()[0],
+        "call": call,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_document(folder / CHOICE, json.dumps(document, indent=1) + "\n")
@@ -384,7 +386,7 @@ def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
         "run corrects for that, this setting does not.",
     ]
     about = f"A choice of layers for {adapter.family.name}, learned from data."
-    use = [("With diffusers", "python", _open(adapter) + call)]
+    use = [("With diffusers", "python", how)]
     return Content(about, use, holds, note, ["diffusers"])
 
 
