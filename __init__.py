@@ -13,14 +13,18 @@ __version__ = "0.1.0"
 # Public names and where they live. Imported on first use, by absolute name: this file must stay
 # importable on its own, and `import semroute` must not cost an import of torch.
 _PUBLIC = {
+    "ConditioningStore": "semroute.pipeline.store",
     "FeatureStore": "semroute.pipeline.store",
     "LatentStore": "semroute.pipeline.store",
+    "attach": "semroute.trainer.evaluation.attach",
     "compare": "semroute.trainer.studies.compare",
+    "detach": "semroute.trainer.evaluation.attach",
     "figures": "semroute.pipeline.inspection",
     "inspect": "semroute.pipeline.inspection",
     "layer_error": "semroute.pipeline.codecs",
     "measure_layers": "semroute.pipeline.inspection.statistics",
     "load_router": "semroute.trainer.runs.export",
+    "open_conditioning": "semroute.pipeline.store",
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
     "load_run": "semroute.trainer.runs.run",

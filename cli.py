@@ -44,6 +44,7 @@ for command in (
     pipeline.extract,
     pipeline.estimate,
     pipeline.latents,
+    pipeline.conditioning,
     pipeline.status,
     pipeline.inspect,
     stores.probe,

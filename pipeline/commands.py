@@ -115,6 +115,11 @@ layers_option = click.option(
     help="all; every:3, counted from the last layer; or a list, such as 1-10,17. 0 is the "
     "embedding, which is among all where the preset's pipeline reads it.",
 )
+exact_option = click.option(
+    "--exact-layers",
+    help="Layers that are stored exactly too, beside delta and linear: base, none, or numbers. "
+    "base: those that the preset's pipeline reads, the default where it reads some; else none.",
+)
 limit_option = click.option(
     "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
 )
@@ -217,6 +222,7 @@ work_options = options(
     help="How to store hidden states: from exact and fast to read, to a sixth of the bytes.",
 )
 @quality_option
+@exact_option
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
@@ -349,6 +355,50 @@ def latents(samples: str, latents: str, **options: Any) -> None:
 
 
 @click.command()
+@click.argument("captions")
+@click.argument("conditioning")
+@click.option(
+    "--pipeline",
+    required=True,
+    help="A diffusers pipeline: a folder or a Hub id (org/name[@revision]). Only its tokenizers "
+    "and text encoders are loaded.",
+)
+@click.option("--text-column", help="Column of captions. Default: text, prompt or caption.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of the text encoders. auto: bfloat16 on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=SEED,
+    help="Seed of the order in which captions are stored: that of the features.",
+)
+@limit_option
+@work_options
+@interruptible()
+def conditioning(captions: str, conditioning: str, **options: Any) -> None:
+    """Store in CONDITIONING what a diffusers pipeline gives its transformer for CAPTIONS, exactly.
+
+    For pipelines whose transformer reads padding rows, pooled vectors or a second text encoder,
+    which features do not hold: SD3, FLUX.2, HiDream. CAPTIONS is the file that the features were
+    made from; captions have the same numbers in both stores. Rerun the same command to resume.
+
+    \b
+    Example:
+      semroute conditioning captions.parquet conditioning --pipeline black-forest-labs/FLUX.2-dev
+    """
+    from .extraction.conditioning import encode_captions
+
+    store = encode_captions(captions, conditioning, report=report_line, **options)
+    click.echo(store, err=is_json(options))
+
+
+@click.command()
 @click.argument("store")
 @json_option("Print JSON, including the manifest.")
 @click.option(
@@ -358,7 +408,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     "layer, lengths) and a search over captions.",
 )
 def inspect(store: str, as_json: bool, html: Path | None) -> None:
-    """Show what a feature or latent STORE holds, finished or not.
+    """Show what a STORE holds, finished or not.
 
     \b
     Examples:
@@ -416,17 +466,38 @@ def push(store: str, repo: str, **options: Any) -> None:
 @click.command()
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Mark bad shards as not written.")
+@click.option(
+    "--against",
+    metavar="PIPELINE",
+    help="Compare rows with those of a diffusers pipeline instead: a folder or a Hub id "
+    "(org/name[@revision]), of which tokenizers and text encoders are loaded.",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(1),
+    help="With --against: captions to compare, besides the null caption. Default: 8.",
+)
 @json_option()
-def verify(store: str, repair: bool, as_json: bool) -> None:
+def verify(store: str, repair: bool, against: str | None, num: int | None, as_json: bool) -> None:
     """Read all of STORE and check it against what was written.
 
     Checks every checksum, row range, receipt and manifest key. The exit code is 1 if anything is
     wrong. After --repair, rerun the command that made the store: it rewrites only the bad shards.
 
+    With --against, the pipeline encodes some captions itself, and what it would give its
+    transformer is compared with the stored rows. If all agree, this is recorded in STORE.
+
     \b
-    Example:
+    Examples:
       semroute verify features --repair
+      semroute verify features --against Efficient-Large-Model/Sana_600M_512px_diffusers
     """
+    if against is not None:
+        if repair:
+            raise InputError("--repair does not go with --against, which reads a few rows only")
+        sys.exit(_compare(store, against, num or 8, as_json))
+    if num is not None:
+        raise InputError("--num needs --against")
     from .store.verify import repair as mark_bad
     from .store.verify import verify as run
 
@@ -438,3 +509,13 @@ def verify(store: str, repair: bool, as_json: bool) -> None:
         )
     if findings.problems:
         sys.exit(1)
+
+
+def _compare(store: str, pipeline: str, num: int, as_json: bool) -> int:
+    """Compare a store with a pipeline; returns the exit code."""
+    from .executor.workers import own_device
+    from .inspection.against import compare_with_pipeline
+
+    comparison = compare_with_pipeline(store, pipeline, num, own_device())
+    print_result(comparison, as_json)
+    return int(bool(comparison.problems))

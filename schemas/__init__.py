@@ -1,5 +1,7 @@
 """Contracts of what is written to disk and read back: pydantic models and Arrow schemas."""
 
+from .adapter import AdapterRecord
+from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
 from .cluster import JobQueue
 from .config import read_config, read_yaml
@@ -20,13 +22,18 @@ from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
 from .lock import LOCK_FILE, LockOwner
 from .manifest import (
+    MASK,
     MAX_QUALITY,
     MIN_QUALITY,
+    AnyManifest,
     Bucket,
     CaptionsIdentity,
     Cleaning,
     Codec,
     CodecName,
+    ConditioningIdentity,
+    ConditioningManifest,
+    ConditioningTensor,
     Derived,
     FeatureIdentity,
     FeatureManifest,
@@ -49,7 +56,12 @@ from .receipt import Checksums, Quarantine, Receipt, WrittenFile
 from .router import RouterRecord
 from .run import MixtureRecord, PretrainedIdentity, RunRecord, SelectionRecord
 from .study import Scoring, StudyConfig, Tuning
-from .tables import CAPTIONS_SCHEMA, LATENT_SAMPLES_SCHEMA, SAMPLES_SCHEMA
+from .tables import (
+    CAPTIONS_SCHEMA,
+    CONDITIONING_CAPTIONS_SCHEMA,
+    LATENT_SAMPLES_SCHEMA,
+    SAMPLES_SCHEMA,
+)
 from .train import (
     MAX_SEED,
     DataConfig,
@@ -67,15 +79,20 @@ from .train import (
 
 __all__ = [
     "CAPTIONS_SCHEMA",
+    "CONDITIONING_CAPTIONS_SCHEMA",
     "LATENT_SAMPLES_SCHEMA",
     "LN_EPS",
     "LOCK_FILE",
+    "MASK",
     "MAX_QUALITY",
     "MAX_SEED",
     "MIN_QUALITY",
     "PARTIAL",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
+    "AdapterRecord",
+    "Against",
+    "AnyManifest",
     "BenchmarkName",
     "Bucket",
     "CaptionsIdentity",
@@ -83,6 +100,9 @@ __all__ = [
     "Cleaning",
     "Codec",
     "CodecName",
+    "ConditioningIdentity",
+    "ConditioningManifest",
+    "ConditioningTensor",
     "Contract",
     "ContractError",
     "DataConfig",

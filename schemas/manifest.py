@@ -12,7 +12,9 @@ MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 Status = Literal["extracting", "complete"]
 FinalNorm = Literal["normed", "raw", "both", "absent"]
 CodecName = Literal["bf16", "lossless", "delta", "linear"]
-Cleaning = Literal["none", "strip", "lower_strip", "fix_text", "no_images"]
+Cleaning = Literal["none", "strip", "lower_strip", "clean_caption", "fix_text", "no_images"]
+MASK = "mask"
+"""Name of the rows that are a caption's own, beside the tensors of a pipeline."""
 
 
 class ModelIdentity(Contract):
@@ -36,9 +38,10 @@ class TextProcessing(Contract):
     preset: str
     """Name of the preset, for people: the other keys say what was done."""
     cleaning: Cleaning
-    """``strip``: without spaces around it. ``lower_strip``: that, in lower case. ``fix_text``:
-    ftfy's fix_text, HTML entities resolved twice, runs of white space as one space. ``no_images``:
-    without ``[IMG]``."""
+    """``strip``: without spaces around it. ``lower_strip``: that, in lower case.
+    ``clean_caption``: as PixArtSigmaPipeline cleans by default, without URLs, file names and
+    repeated punctuation, among much else. ``fix_text``: ftfy's fix_text, HTML entities resolved
+    twice, runs of white space as one space. ``no_images``: without ``[IMG]``."""
     null_text: str
     """Template of the null caption."""
     null_tokens: list[int] = Field(default_factory=list)
@@ -157,7 +160,8 @@ class Layout(Contract):
     num_rows: int = Field(ge=1)
     """Rows in use; the arrays have ``num_shards * rows_per_shard`` rows."""
     batch_tokens: int = Field(ge=1)
-    """Budget of an encoder batch in tokens, including padding (for latents, in images)."""
+    """Budget of an encoder batch in tokens, including padding (for latents, in images; for
+    conditioning, in captions)."""
     line_tokens: int | None = Field(None, ge=1)
     """Tokens per row of a batch in which captions are packed one after the other; null: one row per
     caption, padded to the longest."""
@@ -186,6 +190,8 @@ class Codec(Contract):
     """delta, linear: bits per code; larger codes use an escape."""
     fit: Fit | None = None
     """lossless, delta, linear: the fit, made before the first shard."""
+    exact_layers: tuple[int, ...] = ()
+    """delta, linear: LLM layers that are stored exactly too, in the array ``exact``."""
 
 
 class Derived(Contract):
@@ -268,7 +274,7 @@ class _Manifest(Contract, Generic[G]):
 
 
 class Generation(Contract):
-    """A feature store before it grew."""
+    """A store of captions before it grew."""
 
     captions: CaptionsIdentity
     samples: SamplesIdentity
@@ -367,3 +373,58 @@ class LatentManifest(_Manifest[LatentGeneration]):
     provenance: Provenance
     grown_from: list[LatentGeneration] = Field(default_factory=list)
     """The store each time before it grew, oldest first; empty if it never did."""
+
+
+class ConditioningTensor(Contract):
+    """One of the tensors that a pipeline gives its transformer for a caption."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """As the pipeline names it; ``mask``: the rows that are the caption's own."""
+    shape: list[int]
+    """Of one caption; if the store is ragged, of one row of a caption."""
+    dtype: Literal["bfloat16", "float16", "float32", "uint8"]
+    """bfloat16 is stored as its bits, in uint16."""
+
+
+class ConditioningIdentity(Contract):
+    """Everything that decides the stored tensors."""
+
+    pipeline: str
+    """Class of diffusers."""
+    files: dict[str, str]
+    """File -> sha256, of the text encoders; tokenizer -> sha256 of its state."""
+    cleaners: list[str]
+    """Optional packages with which the pipeline cleans captions, as far as they are installed."""
+    dtype: Literal["float32", "bfloat16"]
+    """Dtype in which the text encoders ran."""
+    max_length: int = Field(ge=1)
+    """Rows that the pipeline pads captions to, or cuts them at."""
+    layers: list[int] = Field(min_length=1)
+    """LLM layers that ``rows`` holds, in the order of the transformer's taps: 0 is the output of
+    the embedding, L that of the final norm, L + 1 that of block L."""
+    rows: str
+    """Name of the tensor with the rows of these layers."""
+    ragged: bool
+    """True if only a caption's own rows are stored, since the transformer reads no others but
+    zeros. Otherwise a caption has one row of the arrays, padding included."""
+    tensors: list[ConditioningTensor] = Field(min_length=1)
+    captions: CaptionsIdentity
+    samples: SamplesIdentity
+
+
+class ConditioningManifest(_Manifest[Generation]):
+    """``manifest.json`` of a conditioning store."""
+
+    generation = Generation
+
+    format: Literal["semroute.conditioning"] = "semroute.conditioning"
+    format_version: Literal[1] = 1
+    status: Status
+    identity: ConditioningIdentity
+    layout: Layout
+    provenance: Provenance
+    grown_from: list[Generation] = Field(default_factory=list)
+    """The store each time before it grew, oldest first; empty if it never did."""
+
+
+AnyManifest = FeatureManifest | LatentManifest | ConditioningManifest

@@ -5,6 +5,7 @@ from typing import Literal
 from .contract import Contract
 from .manifest import FeatureIdentity
 from .mixes import Mixes
+from .run import PretrainedIdentity
 from .train import Positive, RoutingConfig
 
 
@@ -24,6 +25,9 @@ class RouterRecord(Contract):
     """Mixes of layers that the store of the run held instead of layers; null if it held layers."""
     features: FeatureIdentity
     """Identity of the hidden states that it was trained on."""
+    pretrained: PretrainedIdentity | None = None
+    """The pretrained network that it was trained for, whose own layers it adds to; null for our
+    own network."""
     model_source: str
     """The LLM, as named in extraction."""
     step: int

@@ -19,6 +19,16 @@ CAPTIONS_SCHEMA = pa.schema(
 ``token_ids`` are the tokens of the stored rows; ``num_cut_tokens`` is the number that max_length
 cut off."""
 
+CONDITIONING_CAPTIONS_SCHEMA = pa.schema(
+    [
+        CAPTIONS_SCHEMA.field(name)
+        for name in ("caption_id", "text", "token_ids", "shard", "row_start", "row_stop")
+    ]
+)
+"""``captions.parquet`` of a conditioning store, of the same captions in the same order.
+
+``token_ids`` are the tokens of the caption's own rows."""
+
 SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.int64(), nullable=False),
@@ -26,7 +36,7 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("image", pa.string()),
     ]
 )
-"""``samples.parquet`` of a feature store: one row per input row, in input order."""
+"""``samples.parquet`` of a store of captions: one row per input row, in input order."""
 
 LATENT_SAMPLES_SCHEMA = pa.schema(
     [

@@ -264,6 +264,8 @@ class SourceConfig(Settings):
     proportion: Annotated[float, Field(gt=0, lt=1)]
     """Share of all samples that come from here; the rest come from the run's own stores."""
     select: SelectionConfig = SelectionConfig()
+    conditioning: str | None = None
+    """Its conditioning store, if the run's own stores have one."""
 
 
 class DataConfig(Settings):
@@ -292,6 +294,9 @@ class DataConfig(Settings):
     conditioning: str | None = None
     """A conditioning store of the same captions, which semroute conditioning made: text as the
     pipeline of a pretrained network gives it to the network."""
+    unverified: bool = False
+    """Train a pretrained network on stores that semroute verify --against has not compared with its
+    pipeline."""
     mixture: list[SourceConfig] = Field(default_factory=list)
     """Further pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
     ``select``."""
@@ -317,6 +322,8 @@ class ValidationConfig(Settings):
     """A second feature store to use instead, of the same LLM, template and layers."""
     latents: str | None = None
     """Its latent store."""
+    conditioning: str | None = None
+    """Its conditioning store, if ``data.conditioning`` is given."""
     every: Positive = 500
     """Steps between measurements; there is one at the end in any case."""
     num_samples: Positive = 256
@@ -330,6 +337,8 @@ class ValidationConfig(Settings):
     def _one_way(self) -> "ValidationConfig":
         if (self.features is None) != (self.latents is None):
             raise ValueError("features and latents belong together: give both or neither")
+        if self.conditioning is not None and self.features is None:
+            raise ValueError("conditioning is given, but no second pair of stores: leave it out")
         if self.features is not None and self.share:
             raise ValueError("give either share or a second pair of stores")
         return self

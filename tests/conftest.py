@@ -170,7 +170,7 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
         if parameters
         else None,
     )
-    codec = open_codec(spec, 4, 32, parameters)
+    codec = open_codec(spec, [1, 2, 3, 4], 32, parameters)
     manifest = FeatureManifest(
         status="extracting",
         identity=FeatureIdentity(

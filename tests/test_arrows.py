@@ -67,6 +67,7 @@ ARROWS = {
         "pipeline.store",
         "pipeline.extraction",
         "pipeline.style",
+        "trainer.adapters",
         "trainer.diffusion",
         "trainer.shapes",
         "trainer.plots",

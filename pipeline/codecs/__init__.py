@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["ArraySpec", "Codec", "Coded", "allocate", "digest_parameters"],
+        "base": ["ArraySpec", "Codec", "Coded", "Lossy", "allocate", "digest_parameters", "insert"],
         "bf16": ["Bf16"],
         "chunks": ["choose_rows_per_chunk", "compress", "decompress"],
         "error": ["CodecError", "codec_error", "layer_error", "layer_errors"],
@@ -18,6 +18,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "kernels": ["copy_runs"],
         "mixes": ["combine", "find_mixes", "mix"],
-        "registry": ["open_codec", "request_codec"],
+        "registry": ["is_lossy", "open_codec", "request_codec", "with_exact_layers"],
     },
 )

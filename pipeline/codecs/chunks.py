@@ -113,7 +113,8 @@ def decompress(
     size = _rows_per_chunk(codec)
     codes = {}
     for spec in codec.arrays:
-        whole = np.zeros((num_rows, codec.num_layers, spec.size), spec.dtype)
+        shape = (num_rows, spec.num_layers(codec.num_layers), spec.size)
+        whole = np.zeros(shape, spec.dtype)
         for number, chunk in enumerate(chunks[spec.name]):
             part = whole[number * size : (number + 1) * size]
             if chunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,12 +28,15 @@ def fit_rows(width: int) -> int:
     return max(MIN_FIT_ROWS, FIT_ROWS_PER_CHANNEL * width)
 
 
-def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> tuple[Codec, float]:
+def fit_codec(
+    name: str, sample: torch.Tensor, quality: float | None = None, exact: Sequence[int] = ()
+) -> tuple[Codec, float]:
     """Fit a codec to a sample.
 
     Args:
         sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
         quality: for ``delta`` and ``linear``.
+        exact: for them too, positions of layers that are also stored exactly.
 
     Returns:
         The codec, and its bits per value on the first rows of the sample.
@@ -43,7 +47,7 @@ def fit_codec(name: str, sample: torch.Tensor, quality: float | None = None) -> 
     choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(CODECS[name], Predictive) else (8,)
     best: tuple[Codec, float] | None = None
     for code_bits in choices:
-        codec = CODECS[name](num_layers, width, parameters, quality, code_bits)
+        codec = CODECS[name](num_layers, width, parameters, quality, code_bits, tuple(exact))
         bits = bits_per_value(codec, rows)
         if best is None or bits < best[1]:
             best = codec, bits

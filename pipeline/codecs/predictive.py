@@ -17,11 +17,10 @@ from .base import (
     U2,
     ArraySpec,
     CodeArrays,
-    Codec,
     Coded,
     Layers,
+    Lossy,
     layer_norm,
-    output_slots,
 )
 from .bits import pair, unpair, wrap
 
@@ -40,7 +39,7 @@ LOWEST_SCALE = 24
 SCALES = np.exp2(np.arange(256) / 8 - LOWEST_SCALE).astype(np.float32)
 
 
-class Predictive(Codec):
+class Predictive(Lossy):
     """LN(h) predicted from the layer below, the residual rounded to uniform steps.
 
     ``LN(h) = (h - mean) / deviation``, deviation = sqrt(var + 1e-5), both kept in bfloat16 so that
@@ -60,7 +59,7 @@ class Predictive(Codec):
     """
 
     @cached_property
-    def arrays(self) -> tuple[ArraySpec, ...]:
+    def code_arrays(self) -> tuple[ArraySpec, ...]:
         codes = {8: "zigzag code, 255: escape", 4: "two zigzag codes a byte, 15: escape"}
         return (
             ArraySpec("code", U1, -(-self.width * self.code_bits // 8), LAYER_MAJOR,
@@ -76,7 +75,7 @@ class Predictive(Codec):
         """The code that marks an escape."""
         return 2**self.code_bits - 1
 
-    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+    def encode_layer(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
         import torch
 
         hidden = hidden.float()
@@ -126,7 +125,9 @@ class Predictive(Codec):
         """The inverse of :meth:`_rotate`."""
         return residual
 
-    def decode_torch(self, codes: Mapping[str, torch.Tensor], layers: Layers) -> torch.Tensor:
+    def decode_layers_torch(
+        self, codes: Mapping[str, torch.Tensor], layers: Layers
+    ) -> torch.Tensor:
         import torch
 
         device = codes["code"].device
@@ -157,15 +158,17 @@ class Delta(Predictive):
     name = "delta"
     fits = ("slope", "bias")
 
-    def encode(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+    def encode_layer(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
         """On a CPU a compiled loop: the same arithmetic, but sums in another order."""
         import torch
 
         if hidden.device.type != "cpu":
-            return super().encode(layer, hidden, below)
+            return super().encode_layer(layer, hidden, below)
         values = hidden.float().contiguous().numpy()
         before = values[:0] if below is None else below.state.numpy()
-        codes = {spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.arrays}
+        codes = {
+            spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.code_arrays
+        }
         state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
 
         def encode_part(rows: slice) -> None:
@@ -197,8 +200,8 @@ class Delta(Predictive):
             return bias
         return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
 
-    def decode(
-        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    def decode_layers(
+        self, codes: CodeArrays, slots: np.ndarray, targets: np.ndarray, out: np.ndarray
     ) -> None:
         kernels.decode_delta(
             codes["code"],
@@ -207,7 +210,7 @@ class Delta(Predictive):
             SCALES,
             self.parameters["slope"],
             self.parameters["bias"],
-            output_slots(layers),
+            slots,
             targets,
             out,
         )
@@ -267,11 +270,10 @@ class Linear(Predictive):
         matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
         return matrix, rotation
 
-    def decode(
-        self, codes: CodeArrays, layers: Layers, targets: np.ndarray, out: np.ndarray
+    def decode_layers(
+        self, codes: CodeArrays, slots: np.ndarray, targets: np.ndarray, out: np.ndarray
     ) -> None:
         matrix, rotation = self._matrices
-        slots = output_slots(layers)
         state = np.zeros((len(targets), self.width), np.float32)
         residual = np.empty_like(state)
         for layer in range(len(slots)):

@@ -8,17 +8,21 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from ...schemas import (
+    AnyManifest,
+    CaptionsIdentity,
     Checksums,
     FeatureManifest,
     Generation,
     LatentGeneration,
     LatentManifest,
+    SamplesIdentity,
     digest,
     write_whole,
 )
 from ..sources.images import images_fingerprint
 from ..sources.table import SampleTable
-from ..store.base import Store, check_unchanged
+from ..store.base import CaptionStore, Store, check_unchanged
+from ..store.conditioning import ConditioningStore
 from ..store.documents import (
     CHECKSUMS,
     GROWING,
@@ -31,12 +35,9 @@ from ..store.documents import (
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore, array_shapes
 from ..store.layout import Packing
-from .plan import Plan
 
 
-def stage(
-    store: Store[Any], manifest: FeatureManifest | LatentManifest, files: Mapping[str, bytes]
-) -> None:
+def stage(store: Store[Any], manifest: AnyManifest, files: Mapping[str, bytes]) -> None:
     """Write what a store will be beside what it is; from the last rename on, it is decided.
 
     Args:
@@ -55,23 +56,29 @@ def stage(
     write_contract(staged / MANIFEST, manifest)
 
 
-S = TypeVar("S", FeatureStore, LatentStore)
+S = TypeVar("S", FeatureStore, LatentStore, ConditioningStore)
 
 
-def check_rows(store: FeatureStore, plan: Plan) -> None:
+def check_rows(
+    store: CaptionStore[Any], samples: SampleTable, earlier: Sequence[SamplesIdentity]
+) -> None:
     """Refuse a file that does not begin with the rows that a store was made from.
+
+    Args:
+        samples: of the file.
+        earlier: identities of its first samples, as many as the store had before it grew.
 
     Raises:
         StoreError: with the first row that differs; or the file ends before the store does.
     """
     expected = store.manifest.identity.samples
-    if expected in (*plan.earlier, plan.identity.samples):
+    if expected in (*earlier, samples.identity()):
         return
     ids = store.samples["caption_ids"].combine_chunks()
     texts = store.captions["text"].take(ids.flatten()).combine_chunks()
     before = pa.ListArray.from_arrays(ids.offsets, texts).to_pylist()
-    now = plan.samples.texts().to_pylist()
-    source = plan.samples.source
+    now = samples.texts().to_pylist()
+    source = samples.source
     for row, (found, stored) in enumerate(zip(now, before, strict=False)):
         if found != stored:
             raise StoreError(
@@ -86,16 +93,25 @@ def check_rows(store: FeatureStore, plan: Plan) -> None:
     )
 
 
-def generations(plan: Plan, packing: Packing, begun: FeatureStore | None) -> list[Generation]:
-    """Generations of a store before its latest growth, oldest first."""
+def generations(
+    identities: Sequence[CaptionsIdentity],
+    earlier: Sequence[SamplesIdentity],
+    packing: Packing,
+    begun: CaptionStore[Any] | None,
+) -> list[Generation]:
+    """Generations of a store of captions before its latest growth, oldest first.
+
+    Args:
+        identities: of the captions of each of them, and earlier: of their samples.
+    """
     made = [] if begun is None else [g.provenance for g in begun.manifest.generations]
-    pairs = zip(plan.captions.earlier, plan.earlier, strict=True)
+    pairs = zip(identities, earlier, strict=True)
     return [
         Generation(
             captions=captions,
             samples=samples,
             num_shards=int(packing.shard[captions.num_captions - 1]) + 1,
-            num_rows=int(plan.captions.num_tokens[: captions.num_captions].sum()),
+            num_rows=int(packing.num_rows[: captions.num_captions].sum()),
             provenance=made[number],
         )
         for number, (captions, samples) in enumerate(pairs)
@@ -151,7 +167,7 @@ def latent_generations(
 
 def append(
     store: S,
-    manifest: FeatureManifest | LatentManifest,
+    manifest: AnyManifest,
     tables: Mapping[str, pa.Table],
     report: Callable[[str], None],
 ) -> S:
@@ -178,7 +194,7 @@ def append(
         stored = getattr(store, name)
         whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
         files[f"{name}.parquet"] = render_table(whole)
-    names = store.arrays if isinstance(manifest, FeatureManifest) else array_shapes(manifest)
+    names = array_shapes(manifest) if isinstance(manifest, LatentManifest) else store.arrays
     for array in names:
         name = f"{store.group}/{array}/zarr.json"
         metadata = json.loads(store.read_file(name).to_pybytes())

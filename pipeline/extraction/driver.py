@@ -34,6 +34,8 @@ from ..executor.progress import (
     open_reporter,
 )
 from ..executor.workers import Workers, inspect_workers
+from ..store.base import Store
+from ..store.conditioning import ConditioningStore
 from ..store.documents import remove_partial_files
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
@@ -42,11 +44,12 @@ from ..store.lock import LockedError, locked
 from .append import added_bytes, append
 from .requests import WriteRequest
 
-S = TypeVar("S", FeatureStore, LatentStore)
+S = TypeVar("S", FeatureStore, LatentStore, ConditioningStore)
 _LIBRARIES = (
     "semroute",
     "torch",
     "transformers",
+    "diffusers",
     "tokenizers",
     "zarr",
     "numcodecs",
@@ -241,7 +244,7 @@ def open_or_create(plan: StorePlan[S], force: bool, report: Callable[[str], None
 
 
 def run_shards(
-    store: FeatureStore | LatentStore,
+    store: Store[Any],
     remaining: Sequence[int],
     function: Callable[..., Receipt | Deferred[Receipt]],
     arguments: Callable[[int], tuple[Any, ...]],
@@ -317,7 +320,7 @@ def run_shards(
 
 @contextmanager
 def _announced(
-    store: FeatureStore | LatentStore,
+    store: Store[Any],
     remaining: Sequence[int],
     packing: Packing,
     executor: Executor,
@@ -337,7 +340,7 @@ def _announced(
         emit(ShardsEnded)
 
 
-def _sweep(store: FeatureStore | LatentStore, report: Callable[[str], None]) -> None:
+def _sweep(store: Store[Any], report: Callable[[str], None]) -> None:
     left = remove_partial_files(store.path)
     if left:
         report(
@@ -375,7 +378,7 @@ class _Tally:
         for name, seconds in receipt.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
-    def summary(self, store: FeatureStore | LatentStore) -> str:
+    def summary(self, store: Store[Any]) -> str:
         elapsed = time.perf_counter() - self.started
         text = f"{store.path} is complete: {format_bytes(store.num_bytes())}"
         if not self.rows:

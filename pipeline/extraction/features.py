@@ -17,7 +17,7 @@ from ...schemas import FeatureManifest, InputError, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..codecs.fit import fit_rows
-from ..codecs.registry import CODECS, request_codec
+from ..codecs.registry import CODECS, fitted_before, request_codec, with_exact_layers
 from ..executor.base import Executor
 from ..executor.progress import Style
 from ..executor.workers import Workers
@@ -27,6 +27,7 @@ from ..store.layout import pack
 from ..text.captions import Captions
 from .append import check_rows, generations
 from .driver import FeatureStorePlan, provenance, write_store
+from .exact import choose_exact_layers
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
 from .requests import ExtractRequest
 from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_packing
@@ -157,10 +158,11 @@ def plan_features(
         dtype = "bfloat16" if workers.have_gpus else "float32"
         dtype = before.identity.dtype if before is not None else dtype
     source = make_plan(request.model_copy(update={"dtype": dtype}), before)
+    codec = None if before is None else before.codec
+    exact = choose_exact_layers(request.exact_layers, spec.name, source.identity, codec)
+    spec = fitted_before(with_exact_layers(spec, exact), codec)
     if existing is not None and before is not None:
-        check_rows(existing, source)
-        if (before.codec.name, before.codec.quality) == (spec.name, spec.quality):
-            spec = before.codec
+        check_rows(existing, source.samples, source.earlier)
         threads = before.layout.num_threads
         batch_tokens = batch_tokens or before.layout.batch_tokens
         line_tokens = before.layout.line_tokens if request.batching != "padded" else None
@@ -185,7 +187,7 @@ def plan_features(
         layout=packing.layout.model_copy(update={"line_tokens": line_tokens}),
         codec=spec,
         provenance=provenance(request.source, source.model.name),
-        grown_from=generations(source, packing, existing),
+        grown_from=generations(captions.earlier, source.earlier, packing, existing),
     )
     return FeaturePlan(
         path=request.target,

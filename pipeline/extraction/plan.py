@@ -68,12 +68,7 @@ class Plan:
 
     def samples_table(self) -> pa.Table:
         """samples.parquet: one row per input row."""
-        columns = [
-            pa.array(np.arange(len(self.samples))),
-            self.captions.caption_ids,
-            self.samples.image_names(),
-        ]
-        return pa.table(columns, schema=SAMPLES_SCHEMA)
+        return samples_table(self.samples, self.captions.caption_ids)
 
     def captions_table(self, packing: Packing) -> pa.Table:
         """captions.parquet: one row per unique caption, laid out block by block."""
@@ -224,6 +219,12 @@ def _preset(name: str, existing: FeatureManifest | None) -> Preset:
         return preset
     same = existing.identity.template.text == preset.text
     return Preset(preset.text) if same else preset
+
+
+def samples_table(samples: SampleTable, caption_ids: pa.ListArray) -> pa.Table:
+    """samples.parquet of a store of captions: one row per input row."""
+    columns = [pa.array(np.arange(len(samples))), caption_ids, samples.image_names()]
+    return pa.table(columns, schema=SAMPLES_SCHEMA)
 
 
 def default_batch_tokens(have_gpus: bool | None = None) -> int:

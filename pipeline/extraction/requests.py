@@ -66,6 +66,10 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     quality: float | None = None
     """Quality of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the
     default) gives an error of LN(h) of 1.1e-2; one more halves it and costs one bit per value."""
+    exact_layers: str | None = None
+    """Layers that are also stored exactly beside ``delta`` and ``linear``: ``base`` (those that the
+    preset's pipeline reads), ``none`` or numbers; default: as the existing store has it; for a new
+    one base with a preset of a pipeline that reads some layers only, and none without."""
     batch_tokens: Positive | None = None
     """Tokens per batch, padding included; default: as the existing store has it; for a new one 512
     on a CPU and 16,384 on a GPU."""
@@ -105,6 +109,26 @@ class LatentsRequest(WriteRequest):
     samples out."""
 
 
+class ConditioningRequest(WriteRequest):
+    """Request of :func:`semroute.pipeline.extraction.encode_captions`."""
+
+    source: str
+    """Table of captions, see :func:`semroute.pipeline.sources.table.read_samples`."""
+    pipeline: str
+    """Pipeline of diffusers: a folder or a hub id, see
+    :func:`semroute.pipeline.models.text_pipelines.find_text_pipeline`."""
+    text_column: str | None = None
+    """Column of captions; default: text, prompt or caption."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the text encoders. auto: as the existing store has it; for a new one bfloat16 on
+    a GPU and float32 on a CPU."""
+    limit: Positive | None = None
+    """Only the first samples."""
+    seed: int = 0
+    """Seed of the order in which captions are dealt to shards: that of the features, so that a
+    caption has the same number in both stores."""
+
+
 class RewriteRequest(WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.rewrite.rewrite`."""
 
@@ -114,6 +138,9 @@ class RewriteRequest(WriteRequest):
     """As for extraction; default: the codec of the source."""
     quality: float | None = None
     """As for extraction; default: that of the source, where the codec is its own."""
+    exact_layers: str | None = None
+    """As for extraction, of layers that the source holds exactly; default: those of the source, if
+    its codec has loss."""
     layers: str = "all"
     """``all`` of the source, ``every:3`` or ``1-10,17``, all of which it must hold."""
     routing: Routing | None = None

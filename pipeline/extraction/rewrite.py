@@ -34,11 +34,18 @@ from ...schemas import (
 from ...schemas.files import locate
 from ...schemas.seeds import UnnumberedPurpose, numpy_generator
 from ...schemas.units import format_bytes
-from ..codecs.base import Coded, allocate
+from ..codecs.base import Coded, allocate, insert
 from ..codecs.error import CodecError, codec_error
 from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
-from ..codecs.registry import CODECS, request_codec
+from ..codecs.registry import (
+    CODECS,
+    exact_positions,
+    fitted_before,
+    is_lossy,
+    request_codec,
+    with_exact_layers,
+)
 from ..executor.base import Deferred, Executor, report_progress, worker_name
 from ..executor.progress import Style
 from ..executor.workers import Workers
@@ -47,6 +54,7 @@ from ..store.features import FeatureStore
 from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
 from .driver import FeatureStorePlan, provenance, write_store
+from .exact import choose_exact_layers
 from .requests import RewriteRequest
 
 if TYPE_CHECKING:
@@ -144,8 +152,10 @@ class RewritePlan(FeatureStorePlan):
         num = first.num_captions(fit_rows(width))
         report(f"fitting {name} to {num:,} captions, {self._num_tokens[:num].sum():,} tokens")
         sample = first.read(fit_rows(width), *_reading(self.source, self.manifest.identity))
-        fitted, bits = fit_codec(name, sample, self.manifest.codec.quality)
-        spec = fitted_spec(self.manifest.codec, fitted, num, len(sample))
+        spec = self.manifest.codec
+        exact = exact_positions(spec, self.manifest.identity.layers)
+        fitted, bits = fit_codec(name, sample, spec.quality, exact)
+        spec = fitted_spec(spec, fitted, num, len(sample))
         manifest = self.manifest.model_copy(update={"codec": spec})
         return replace(
             self, manifest=manifest, parameters=dict(fitted.parameters), bits_per_value=bits
@@ -200,9 +210,6 @@ def plan_rewrite(
     if request.codec is None and quality is None:
         quality = before.codec.quality
     spec = request_codec(codec, quality)
-    if existing is not None:
-        asked = existing.manifest.codec
-        spec = asked if (asked.name, asked.quality) == (spec.name, spec.quality) else spec
     table = source.captions.take(pa.array(selection.ids))
     num_tokens = table["num_tokens"].to_numpy()
     mixes = before.identity.mixes
@@ -237,12 +244,14 @@ def plan_rewrite(
         ),
         "samples": selection.identity,
     }
+    identity = before.identity.model_copy(update=changes)
+    spec = with_exact_layers(spec, _choose_exact(request.exact_layers, codec, identity, source))
     error = codec_error(list(source.receipts().values()))
     manifest = FeatureManifest(
         status="extracting",
-        identity=before.identity.model_copy(update=changes),
+        identity=identity,
         layout=packing.layout,
-        codec=spec,
+        codec=fitted_before(spec, None if existing is None else existing.manifest.codec),
         derived=Derived(codec=before.codec, codec_error=error.get("mean")),
         provenance=provenance(str(request.features), before.provenance.model),
     )
@@ -255,6 +264,28 @@ def plan_rewrite(
         selection=selection,
         captions=table,
     )
+
+
+def _choose_exact(
+    asked: str | None, codec: str, identity: FeatureIdentity, source: FeatureStore
+) -> list[int]:
+    """Layers of the new store that are also stored exactly: of a source with loss only those that
+    it has exactly."""
+    held = source.manifest.codec
+    if not is_lossy(held.name):
+        return choose_exact_layers(asked, codec, identity)
+    if asked is None:
+        return [
+            layer for layer in held.exact_layers if is_lossy(codec) and layer in identity.layers
+        ]
+    chosen = choose_exact_layers(asked, codec, identity)
+    if lossy := sorted({*chosen} - {*held.exact_layers}):
+        raise InputError(
+            f"--exact-layers {asked}: {source.path} does not hold {lossy} exactly, but "
+            f"{[*held.exact_layers] or 'no layer'}. Name a store with codec bf16 or lossless, or "
+            "extract the captions anew."
+        )
+    return chosen
 
 
 def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
@@ -294,8 +325,7 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
                 error.add(index, one, coded.hidden)
             else:
                 decoded.append(coded.hidden)
-            for name, codes in coded.codes.items():
-                arrays[name][rows, index] = codes.numpy()
+            insert(arrays, codec.arrays, index, rows, coded.codes)
         if mixes is not None:
             before = source.mixes
             if before is None:

@@ -21,6 +21,7 @@ from ..codecs import base as codecs
 from ..codecs.base import allocate
 from ..codecs.error import CodecError, layer_errors
 from ..codecs.fit import fit_codec, fitted_spec
+from ..codecs.registry import exact_positions
 from ..executor.base import Deferred, report_progress, worker_name
 from ..executor.workers import own_device
 from ..models.packing import NUM_CAPTIONS, check_packing, supports_packing
@@ -201,8 +202,7 @@ class _Shard:
                 if len(bad):
                     raise NotFiniteError.of(self._layers[index], self._task, bad)
                 self._error.add_errors(index, found.pop("relative"), found.pop("bare"))
-                for name, codes in found.items():
-                    self.arrays[name][part.rows, index] = codes.numpy()
+                codecs.insert(self.arrays, self._codec.arrays, index, part.rows, found)
 
     def receipt(self) -> Receipt:
         """The receipt, without what is known only once the shard is written."""
@@ -468,7 +468,8 @@ def _fit_to(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
             f"fitted to: {first}"
         )
     spec = manifest.codec
-    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality)
+    exact = exact_positions(spec, identity.layers)
+    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality, exact)
     spec = fitted_spec(spec, codec, len(task.texts), len(sample))
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
 

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["figures"],
     submod_attrs={
+        "against": ["Comparison", "compare_with_pipeline"],
         "describe": ["inspect"],
         "hub": ["push"],
         "linear_probe": ["probe_layers"],

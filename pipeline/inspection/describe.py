@@ -10,6 +10,7 @@ from ...schemas import Receipt, Report, Summary
 from ...schemas.units import format_bytes
 from ..codecs.error import codec_error, layer_error
 from ..store.features import FeatureStore
+from ..store.latents import LatentStore
 from ..store.open import open_store
 
 NUM_SHOWN = 5
@@ -17,7 +18,7 @@ NUM_SHOWN = 5
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Describe a feature or latent store, finished or not.
+    """Describe a store, finished or not.
 
     Raises:
         StoreError: no store there.
@@ -35,9 +36,9 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     }
     if isinstance(store, FeatureStore):
         _describe_features(store, receipts, items, details)
-    elif store.manifest.identity.buckets:
+    elif isinstance(store, LatentStore) and store.manifest.identity.buckets:
         details["buckets"] = store.bucket_counts()
-    details["manifest"] = store.manifest.model_dump(mode="json")
+    details["manifest"] = store.manifest.model_dump(mode="json", exclude_unset=True)
     warnings = sorted({warning for receipt in receipts for warning in receipt.warnings})
     quarantined = {shard: q.reason for shard, q in sorted(store.quarantined().items())}
     details |= {"warnings": warnings, "quarantined": quarantined}
@@ -87,6 +88,7 @@ def _describe_features(
             store.padded_bytes() / store.num_bytes() if store.is_complete else None
         ),
         "codec": store.manifest.codec.name,
+        "exact_layers": [*store.manifest.codec.exact_layers],
         "codec_error": error,
         "layer_error": by_layer,
     }

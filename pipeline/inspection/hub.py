@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
 from ...schemas import LOCK_FILE, InputError, parse
 from ...schemas.files import is_local, list_files
 from ...schemas.units import format_bytes
-from ..store.documents import CHECKSUMS, MANIFEST
-from ..store.features import FeatureStore
+from ..store.base import Store
+from ..store.conditioning import ConditioningStore
+from ..store.documents import AGAINST, CHECKSUMS, MANIFEST
 from ..store.latents import LatentStore
 from ..store.open import open_store
 from .describe import inspect
@@ -143,11 +144,11 @@ def push(
     return replace(plan, url=str(url))
 
 
-def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str]]:
+def _choose(store: Store[Any]) -> tuple[dict[str, int], list[str]]:
     """The store's files with their bytes, and the other files of its folder."""
     store.check_complete(files=True)
     found = list_files(store.path)
-    known = {MANIFEST, CHECKSUMS, *(store.checksums.files if store.checksums else ())}
+    known = {MANIFEST, CHECKSUMS, AGAINST, *(store.checksums.files if store.checksums else ())}
     known |= {name for receipt in store.receipts().values() for name in receipt.files}
     known |= {name for name in found if name.startswith(("receipts/", "quarantine/"))}
     if store.checksums is None:  # an early version, which listed nothing
@@ -162,7 +163,7 @@ def _choose(store: FeatureStore | LatentStore) -> tuple[dict[str, int], list[str
     return files, sorted(set(found) - set(files))
 
 
-def _check_repository(api: HfApi, repo: str, store: FeatureStore | LatentStore) -> None:
+def _check_repository(api: HfApi, repo: str, store: Store[Any]) -> None:
     """Refuse a repository that holds another store."""
     try:
         manifest = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", force_download=True)
@@ -174,7 +175,7 @@ def _check_repository(api: HfApi, repo: str, store: FeatureStore | LatentStore) 
     try:
         document = json.loads(Path(manifest).read_text("utf-8"))
         found = parse(type(store.manifest), document, MANIFEST).unfinished()
-    except ValueError:  # a store of the other kind, or no store
+    except ValueError:  # a store of another kind, or no store
         found = None
     if found not in known:
         raise InputError(
@@ -183,22 +184,25 @@ def _check_repository(api: HfApi, repo: str, store: FeatureStore | LatentStore) 
         )
 
 
-def make_card(store: FeatureStore | LatentStore, repo: str, license: str | None = None) -> str:
+_CONTENTS = {
+    "feature": ("Hidden states of the layers of a frozen LLM over captions", "hidden-states"),
+    "latent": ("Latents of images", "latents"),
+    "conditioning": ("What a pipeline of diffusers gives its transformer for captions", "prompts"),
+}
+"""Kind of store -> what it holds, and a tag of the Hub."""
+
+
+def make_card(store: Store[Any], repo: str, license: str | None = None) -> str:
     """README.md of a store's repository: what the store holds, and how to read it."""
-    features = isinstance(store, FeatureStore)
     facts = inspect(store.path).facts.items
     rows = {key: value for key, value in facts.items() if key != "state"}
-    tables = ("captions", "samples") if features else ("samples",)
+    what, tag = _CONTENTS[store.kind]
+    tables = ("samples",) if isinstance(store, LatentStore) else ("captions", "samples")
     data = DatasetCardData(
         license=license,
         pretty_name=repo.rpartition("/")[2],
-        tags=["semroute", "zarr", "hidden-states" if features else "latents"],
+        tags=["semroute", "zarr", tag],
         configs=[{"config_name": name, "data_files": f"{name}.parquet"} for name in tables],
-    )
-    what = (
-        "Hidden states of the layers of a frozen LLM over captions"
-        if features
-        else "Latents of images"
     )
     stated = license or "not stated; ask the uploader before you use it"
     return f"""---
@@ -244,11 +248,16 @@ samples = pyarrow.parquet.read_table("{data.pretty_name}/samples.parquet")
 """
 
 
-def _example(store: FeatureStore | LatentStore, folder: str) -> str:
+def _example(store: Store[Any], folder: str) -> str:
     if isinstance(store, LatentStore):
         return (
             f'store = semroute.open_latents("{folder}")\n'
             "print(store.read([0]).shape)  # samples, channels, height, width"
+        )
+    if isinstance(store, ConditioningStore):
+        return (
+            f'store = semroute.open_conditioning("{folder}")\n'
+            "print({name: values.shape for name, values in store.read([1]).items()})"
         )
     return (
         f'store = semroute.open_features("{folder}")\n'

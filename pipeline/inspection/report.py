@@ -41,7 +41,7 @@ def write_report(path: str | os.PathLike[str], out: Path) -> Path:
     sections = [("Facts", report.facts._repr_html_())]
     if isinstance(store, FeatureStore):
         sections += _features(store)
-    elif len(store):
+    elif isinstance(store, LatentStore) and len(store):
         sections += _images(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_document(out, _page(report, dict(sections)))

@@ -10,7 +10,7 @@ from ...schemas import LockOwner, Report, Summary
 from ...schemas.files import list_names, locate
 from ...schemas.units import format_bytes
 from ..store.documents import MANIFEST, StoreError
-from ..store.features import FeatureStore
+from ..store.latents import LatentStore
 from ..store.lock import is_dead, read_driver
 from ..store.open import open_store
 from .describe import list_quarantined
@@ -39,7 +39,7 @@ def status(path: str | os.PathLike[str]) -> Report:
     written = {shard: receipt for shard, receipt in receipts.items() if shard not in remaining}
     rows = sum(receipt.num_rows for receipt in written.values())
     entries = sum(receipt.num_entries for receipt in written.values())
-    unit = "captions" if isinstance(store, FeatureStore) else "samples"
+    unit = "samples" if isinstance(store, LatentStore) else "captions"
     # A receipt is written with its shard; times are those of the file system.
     changed = store.receipt_times()
     times = {shard: changed[shard] for shard in written}

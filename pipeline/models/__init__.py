@@ -16,6 +16,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "tokenizer_digest",
         ],
         "packing": ["check_packing", "supports_packing"],
+        "text_pipelines": ["TextPipeline", "find_text_pipeline", "open_text_pipeline"],
+        "text_recipes": ["RECIPES", "TextRecipe", "find_recipe"],
         "vae": ["Autoencoder", "find_vae", "latents_to_images", "open_decoder", "pixel_codec"],
     },
 )

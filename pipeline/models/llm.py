@@ -156,6 +156,7 @@ def parse_layers(
     final_norm: Literal["normed", "raw", "both"] = "normed",
     *,
     embedding: bool = False,
+    option: str = "--layers",
 ) -> list[int]:
     """Layers by name: ``all``, ``every:3``: each third counted back from the last; or ``1-10,17``.
 
@@ -167,6 +168,7 @@ def parse_layers(
         final_norm: which of the two ``all`` and ``every`` take as the last. ``normed``: there is no
             layer L + 1.
         embedding: whether ``all`` begins with layer 0.
+        option: of the command line, named in messages.
 
     Raises:
         InputError: another form, a layer that does not exist, or one named twice.
@@ -177,22 +179,22 @@ def parse_layers(
     if match := re.fullmatch(r"every:([1-9]\d*)", text):
         return [*sorted(range(num_layers, 0, -int(match[1])))[:-1], *last[final_norm]]
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise InputError(f"--layers {text!r}: expected all, every:3, or numbers such as 1-10,17")
+        raise InputError(f"{option} {text!r}: expected all, every:3, or numbers such as 1-10,17")
     layers: list[int] = []
     for part in text.split(","):
         first, highest = int(part.partition("-")[0]), int(part.rpartition("-")[2])
-        _check_layer(max(first, highest), num_layers, final_norm)
+        _check_layer(max(first, highest), num_layers, final_norm, option)
         if first > highest:
             raise InputError(
-                f"--layers: {part} ends before it begins; did you mean {highest}-{first}?"
+                f"{option}: {part} ends before it begins; did you mean {highest}-{first}?"
             )
         layers += range(first, highest + 1)
     if len(set(layers)) < len(layers):
-        raise InputError(f"--layers {text!r} names a layer twice")
+        raise InputError(f"{option} {text!r} names a layer twice")
     return sorted(layers)
 
 
-def _check_layer(layer: int, num_layers: int, final_norm: str) -> None:
+def _check_layer(layer: int, num_layers: int, final_norm: str, option: str) -> None:
     raw = num_layers + 1
     if layer <= num_layers or (layer == raw and final_norm != "normed"):
         return
@@ -201,7 +203,7 @@ def _check_layer(layer: int, num_layers: int, final_norm: str) -> None:
         known += f", and {raw}, which is {num_layers} before the final norm"
     elif layer == raw:
         known += f"; with --final-norm raw or both, {raw} is {num_layers} before the final norm"
-    raise InputError(f"--layers: no layer {layer}; {known}")
+    raise InputError(f"{option}: no layer {layer}; {known}")
 
 
 class Encoder:

@@ -10,10 +10,13 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from ...schemas import (
+    AnyManifest,
     Checksums,
+    ConditioningManifest,
     FeatureManifest,
     LatentManifest,
     Quarantine,
@@ -45,12 +48,13 @@ from .documents import (
     write_receipt,
 )
 
-M = TypeVar("M", FeatureManifest, LatentManifest)
+M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
+C = TypeVar("C", FeatureManifest, ConditioningManifest)
 _NOT_COMPARED = {"status", "provenance"}  # manifest keys that may differ when a store is resumed
 
 
 class Store(Generic[M]):
-    """Common part of both kinds of store.
+    """Common part of all kinds of store.
 
     Attributes:
         kind: name of the kind, for messages.
@@ -70,6 +74,10 @@ class Store(Generic[M]):
     @abstractmethod
     def summary(self) -> Summary:
         """The facts that a repr shows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of entries: captions or samples."""
 
     def __init__(self, path: Path, manifest: M) -> None:
         self.path = path
@@ -250,7 +258,7 @@ class Store(Generic[M]):
     def reopen(self, shards: Sequence[int]) -> None:
         """Mark shards to be rewritten: their receipts are removed, the store is unfinished."""
         self.manifest = self.manifest.unfinished()
-        write_contract(self.path / MANIFEST, self.manifest)
+        write_contract(self.path / MANIFEST, self.manifest, early=True)
         for shard in shards:
             (self.path / shard_document(RECEIPTS, shard)).unlink(missing_ok=True)
 
@@ -265,7 +273,7 @@ class Store(Generic[M]):
             raise StoreError(f"{self.path}: {len(remaining)} shards remain, e.g. {remaining[:5]}")
         check_unchanged(self)
         self.manifest = self.manifest.model_copy(update={"status": "complete"})
-        write_contract(self.path / MANIFEST, self.manifest)
+        write_contract(self.path / MANIFEST, self.manifest, early=True)
 
     def num_bytes(self) -> int:
         """Bytes of the shards written so far."""
@@ -285,7 +293,79 @@ class Store(Generic[M]):
         return self.summary()._repr_html_()
 
 
-def _compared(manifest: FeatureManifest | LatentManifest) -> dict[str, Any]:
+class CaptionStore(Store[C]):
+    """Common part of stores that hold something for every unique caption."""
+
+    @cached_property
+    def captions(self) -> pa.Table:
+        """One row per unique caption, in store order; row 0 is the null caption."""
+        return self.read_table("captions.parquet")
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
+        return self.read_table("samples.parquet")
+
+    @cached_property
+    def first_captions(self) -> np.ndarray:
+        """First caption of each sample: ids for reading, int64 ``[samples]``."""
+        return np.asarray(pc.list_element(self.samples["caption_ids"], 0).to_numpy())
+
+    def check_source(
+        self,
+        source: str | os.PathLike[str],
+        texts: Sequence[str],
+        *,
+        first_rows: bool = False,
+        remedy: str = "",
+    ) -> None:
+        """Refuse a file that this store was not extracted from.
+
+        Args:
+            source: the file, for the message.
+            texts: first caption of each row; with ``first_rows``, perhaps of the first rows only.
+            remedy: what to do, a sentence at the end of the message.
+
+        Raises:
+            StoreError: the first captions of the stored samples are not these.
+        """
+        ids = self.first_captions[: len(texts)] if first_rows else self.first_captions
+        if self.captions["text"].take(pa.array(ids)).to_pylist() != list(texts):
+            raise StoreError(
+                f"{self.path} was not extracted from {source}: the captions differ."
+                f"{' ' * bool(remedy)}{remedy}"
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.identity.captions.num_captions
+
+    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Number of rows of each caption, int64 ``[captions]``; errors as for :meth:`row_spans`."""
+        starts, stops = self.row_spans(ids)
+        return np.asarray(stops - starts)
+
+    def row_spans(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First row of some captions, and the row after the last of each: int64 ``[captions]``.
+
+        Raises:
+            StoreError: no such caption.
+        """
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise StoreError(
+                f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to "
+                f"{len(self) - 1}"
+            )
+        starts, stops = self._rows
+        return starts[ids], stops[ids]
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """First row of every caption, and the row after its last."""
+        return self.captions["row_start"].to_numpy(), self.captions["row_stop"].to_numpy()
+
+
+def _compared(manifest: AnyManifest) -> dict[str, Any]:
     return manifest.unfinished().model_dump(mode="json", exclude=_NOT_COMPARED)
 
 

@@ -7,7 +7,7 @@ quarantine, per shard. Each is written whole by :mod:`semroute.schemas.atomic`.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +19,9 @@ import pyarrow.parquet
 from ...schemas import (
     LOCK_FILE,
     PARTIAL,
+    Against,
     Checksums,
+    ConditioningManifest,
     Contract,
     FeatureManifest,
     InputError,
@@ -42,8 +44,11 @@ from ...schemas.files import (
 )
 
 C = TypeVar("C", bound=Contract)
+M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+AGAINST = "against.json"
+"""Written when a finished store was compared with a pipeline, and passed."""
 RECEIPTS, QUARANTINE = "receipts", "quarantine"
 GROWING = "growing"
 """Folder in which the files of a larger store are staged before they replace those of the store."""
@@ -73,12 +78,17 @@ def read_manifest(path: Path, kind: str) -> Any:
         raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def write_manifest(path: Path, manifest: FeatureManifest | LatentManifest) -> None:
-    """Write the checksums of all other files, then the manifest, with which the store exists."""
+def write_manifest(path: Path, manifest: M) -> M:
+    """Write the checksums of all other files, then the manifest, with which the store exists.
+
+    Returns:
+        The manifest as reading it gives it: every key is set.
+    """
     names = [name for name in list_files(path) if name != LOCK_FILE]
     checksums = {name: digest_file(path / name) for name in names}
     write_contract(path / CHECKSUMS, Checksums(manifest=digest(manifest), files=checksums))
     write_contract(path / MANIFEST, manifest)
+    return type(manifest).model_validate(manifest.model_dump())
 
 
 def prepare_folder(path: Path, kind: str, group: str, tables: Sequence[str]) -> None:
@@ -170,6 +180,29 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     (path / shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
 
 
+def write_against(path: Path, against: Against) -> None:
+    """Record that a store holds what a pipeline reads."""
+    write_contract(path / AGAINST, against)
+
+
+def passed_against(path: Path, pipeline_class: str, files: Mapping[str, str]) -> bool:
+    """Whether a store was compared with a pipeline, and holds what that pipeline reads.
+
+    Args:
+        pipeline_class: in diffusers.
+        files: file -> sha256, of the pipeline's text encoders and tokenizers, perhaps among others;
+            see :func:`semroute.pipeline.models.text_pipelines.find_text_pipeline`.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    try:
+        against = read_contract(path / AGAINST, Against)
+    except FileNotFoundError:
+        return False
+    return against.pipeline_class == pipeline_class and against.files.items() <= files.items()
+
+
 def check_digest(path: Path, name: str, content: Any, checksums: Checksums | None) -> None:
     """Refuse a file whose bytes are not those that were written, as far as checksums list it.
 
@@ -222,8 +255,9 @@ def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
         ) from error
 
 
-def write_contract(path: Path, contract: Contract) -> None:
-    write_document(path, render(contract))
+def write_contract(path: Path, contract: Contract, *, early: bool = False) -> None:
+    """Write a document; ``early`` as for :func:`semroute.schemas.digest`."""
+    write_document(path, render(contract, early=early))
 
 
 def digest_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +27,16 @@ from ..codecs.base import Codec
 from ..codecs.registry import open_codec
 from . import lazy
 from .array import ShardedArray, create_array, new_group
-from .base import Store
+from .base import CaptionStore
 from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .parameters import PARAMETERS, read_codec, write_parameters
-from .reader import Allocator, read_codes, read_rows
+from .reader import (
+    PARAMETERS,
+    Allocator,
+    read_codec,
+    read_codes,
+    read_rows,
+    write_parameters,
+)
 from .shard_file import ChunkSlices
 from .summary import summarise_features
 
@@ -86,7 +92,8 @@ class Codes:
     """Packed codes of several captions, decompressed but not decoded.
 
     Attributes:
-        arrays: by name, ``[rows, L, size]``; L are the stored layers up to the highest requested.
+        arrays: by name, ``[rows, L, size]``; L are the layers of the array up to the highest
+            requested. An array that decoding does not need is not there.
         offsets: int64 ``[captions + 1]``; caption i has rows ``offsets[i]:offsets[i + 1]``.
         codec: decodes them.
         layers: positions of the requested layers.
@@ -106,7 +113,7 @@ class Codes:
         return self.codec.decode_torch(moved, self.layers)
 
 
-class FeatureStore(Store[FeatureManifest]):
+class FeatureStore(CaptionStore[FeatureManifest]):
     """Cached hidden states: ``len``, ``store[i]``, :meth:`read`, :attr:`captions`."""
 
     kind = "feature"
@@ -134,8 +141,7 @@ class FeatureStore(Store[FeatureManifest]):
         write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
         _create_arrays(path / cls.group, manifest, parameters or {})
-        write_manifest(path, manifest)
-        return cls(path, manifest)
+        return cls(path, write_manifest(path, manifest))
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
@@ -157,46 +163,6 @@ class FeatureStore(Store[FeatureManifest]):
         self.check_files(f"{self.group}/{PARAMETERS}/")
         return read_codec(self.path / self.group, self.manifest)
 
-    @cached_property
-    def captions(self) -> pa.Table:
-        """One row per unique caption, in store order (:data:`semroute.schemas.CAPTIONS_SCHEMA`)."""
-        return self.read_table("captions.parquet")
-
-    @cached_property
-    def samples(self) -> pa.Table:
-        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        return self.read_table("samples.parquet")
-
-    @cached_property
-    def first_captions(self) -> np.ndarray:
-        """First caption of each sample: ids for :meth:`read`, int64 ``[samples]``."""
-        return np.asarray(pc.list_element(self.samples["caption_ids"], 0).to_numpy())
-
-    def check_source(
-        self,
-        source: str | os.PathLike[str],
-        texts: Sequence[str],
-        *,
-        first_rows: bool = False,
-        remedy: str = "",
-    ) -> None:
-        """Refuse a file that this store was not extracted from.
-
-        Args:
-            source: the file, for the message.
-            texts: first caption of each row; with ``first_rows``, perhaps of the first rows only.
-            remedy: what to do, a sentence at the end of the message.
-
-        Raises:
-            StoreError: the first captions of the stored samples are not these.
-        """
-        ids = self.first_captions[: len(texts)] if first_rows else self.first_captions
-        if self.captions["text"].take(pa.array(ids)).to_pylist() != list(texts):
-            raise StoreError(
-                f"{self.path} was not extracted from {source}: the captions differ."
-                f"{' ' * bool(remedy)}{remedy}"
-            )
-
     @property
     def layers(self) -> list[int]:
         """Stored layers, ascending; in a store of mixes their numbers, from 1."""
@@ -206,9 +172,6 @@ class FeatureStore(Store[FeatureManifest]):
     def mixes(self) -> Mixes | None:
         """The mixes of layers that are stored instead of layers; None if layers are."""
         return self.manifest.identity.mixes
-
-    def __len__(self) -> int:
-        return self.manifest.identity.captions.num_captions
 
     def __getitem__(self, caption_id: int) -> Caption:
         number = caption_id + len(self) if caption_id < 0 else caption_id
@@ -236,7 +199,7 @@ class FeatureStore(Store[FeatureManifest]):
         Raises:
             InputError: no such caption or layer, or its shard is not written.
         """
-        starts, stops = _select(self._rows, ids)
+        starts, stops = self.row_spans(ids)
         offsets = _offsets(stops - starts)
         positions = self.layer_positions(layers)
         shape = (int(offsets[-1]), len(positions), self.manifest.identity.model.width)
@@ -267,7 +230,7 @@ class FeatureStore(Store[FeatureManifest]):
         Raises:
             InputError: as :meth:`read`.
         """
-        starts, stops = _select(self._rows, ids)
+        starts, stops = self.row_spans(ids)
         positions = self.layer_positions(layers)
         counts, width = stops - starts, self.manifest.identity.model.width
         shape = (len(counts), int(counts.max(initial=0)), len(positions), width)
@@ -297,22 +260,13 @@ class FeatureStore(Store[FeatureManifest]):
 
         Other args, errors: as for :meth:`read`.
         """
-        starts, stops = _select(self._rows, ids)
+        starts, stops = self.row_spans(ids)
         offsets = _offsets(stops - starts)
         positions = self.layer_positions(layers)
         slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
-        codes = read_codes(self.arrays, slices, int(offsets[-1]), max(positions) + 1, empty)
+        depths = self.codec.depths(positions)
+        codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
-
-    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Number of rows of each caption, int64 ``[captions]``; errors as for :meth:`read`."""
-        starts, stops = _select(self._rows, ids)
-        return np.asarray(stops - starts)
-
-    @cached_property
-    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of every caption, and the row after its last."""
-        return self.captions["row_start"].to_numpy(), self.captions["row_stop"].to_numpy()
 
     def layer_positions(self, layers: Sequence[int] | None = None) -> list[int]:
         """Positions of layers, default all, along the layer axis of the arrays.
@@ -360,18 +314,23 @@ def _create_arrays(
 ) -> None:
     """Write the metadata of the codec's arrays, its parameters, and the numbers of the layers."""
     layers, width = manifest.identity.layers, manifest.identity.model.width
-    codec = open_codec(manifest.codec, len(layers), width, parameters)
+    codec = open_codec(manifest.codec, layers, width, parameters)
     with new_group(path) as group:
         for spec in codec.arrays:
             values = "channel" if spec.size == width else f"{spec.name}_value"
+            attributes: dict[str, Any] = {"codec": codec.name, "meaning": spec.meaning}
+            axis = "layer"
+            if spec.layers is not None:
+                attributes["layers"] = [layers[position] for position in spec.layers]
+                axis = f"{spec.name}_layer"
             create_array(
                 group,
                 spec.name,
                 manifest.layout,
-                (len(layers), spec.size),
+                (spec.num_layers(len(layers)), spec.size),
                 spec.dtype,
-                ("row", "layer", values),
-                {"semroute": {"codec": codec.name, "meaning": spec.meaning}},
+                ("row", axis, values),
+                {"semroute": attributes},
                 spec.order,
             )
         write_parameters(group, codec.parameters)
@@ -379,18 +338,6 @@ def _create_arrays(
             "layer", shape=(len(layers),), dtype="int32", dimension_names=["layer"]
         )
         array[:] = np.array(layers, np.int32)
-
-
-def _select(
-    rows: tuple[np.ndarray, np.ndarray], ids: Sequence[int] | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """First row and stop of some captions, from those of all."""
-    ids, num = np.asarray(ids, np.int64), len(rows[0])
-    if len(ids) and not (ids.min() >= 0 and ids.max() < num):
-        raise StoreError(
-            f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to {num - 1}"
-        )
-    return rows[0][ids], rows[1][ids]
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

@@ -57,8 +57,7 @@ class LatentStore(Store[LatentManifest]):
                     ("sample", "channel", "y", "x"),
                     {"semroute": {"scale": identity.scale, "shift": identity.shift}},
                 )
-        write_manifest(path, manifest)
-        return cls(path, manifest)
+        return cls(path, write_manifest(path, manifest))
 
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:

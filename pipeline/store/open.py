@@ -1,13 +1,15 @@
 """Stores opened by path. Each kind is imported when one is opened."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from ...schemas import FeatureManifest, LatentManifest
+from ...schemas import ConditioningManifest, FeatureManifest, LatentManifest
 from ...schemas.files import locate
 from .documents import StoreError, read_manifest
 
 if TYPE_CHECKING:
+    from .conditioning import ConditioningStore
     from .features import FeatureStore
     from .latents import LatentStore
 
@@ -26,24 +28,36 @@ def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> "Lat
     return LatentStore.open(path, complete=complete)
 
 
-def open_store(path: str | os.PathLike[str]) -> "FeatureStore | LatentStore":
-    """Open a store of either kind, finished or not.
+def open_conditioning(
+    path: str | os.PathLike[str], *, complete: bool = True
+) -> "ConditioningStore":
+    """Open a conditioning store; see :meth:`.Store.open`."""
+    from .conditioning import ConditioningStore
+
+    return ConditioningStore.open(path, complete=complete)
+
+
+def open_store(
+    path: str | os.PathLike[str],
+) -> "FeatureStore | LatentStore | ConditioningStore":
+    """Open a store of any kind, finished or not.
 
     Raises:
         StoreError: no store there.
     """
     path = locate(path)
-    features, latents = (
-        manifest.model_fields["format"].default for manifest in (FeatureManifest, LatentManifest)
-    )
+    openers: dict[str, Callable[..., Any]] = {
+        FeatureManifest.model_fields["format"].default: open_features,
+        LatentManifest.model_fields["format"].default: open_latents,
+        ConditioningManifest.model_fields["format"].default: open_conditioning,
+    }
     try:
         found = read_manifest(path, "feature").get("format")
     except (StoreError, OSError, AttributeError):
-        found = features  # opening it raises the right error
-    if found == features:
-        return open_features(path, complete=False)
-    if found == latents:
-        return open_latents(path, complete=False)
-    raise StoreError(
-        f"{path}: the manifest's format is {found!r}; expected {features} or {latents}"
-    )
+        found, *_ = openers  # opening it raises the right error
+    if found not in openers:
+        raise StoreError(
+            f"{path}: the manifest's format is {found!r}; expected one of {', '.join(openers)}"
+        )
+    store: FeatureStore | LatentStore | ConditioningStore = openers[found](path, complete=False)
+    return store

@@ -1,18 +1,34 @@
-"""Reads slices of chunks of a codec's arrays, and decodes them in blocks, on several threads."""
+"""The arrays of a codec on disk: slices of chunks read and decoded in blocks, on several threads,
+and the fitted arrays in ``hidden.zarr/parameters``."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from zarr.codecs import Crc32cCodec
 
-from ..codecs.base import Codec
-from .array import ShardedArray
+from ...schemas import FeatureManifest
+from ..codecs.base import Codec, digest_parameters
+from ..codecs.registry import CODECS, open_codec
+from .array import ShardedArray, open_array
+from .documents import StoreError
 from .shard_file import ChunkSlices
 
 BLOCK_BYTES = 4_000_000
 """Decoded bytes of a block, which one thread reads and decodes at a time."""
 Allocator = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 """Returns memory of a shape and dtype, not initialised."""
+PARAMETERS = "parameters"
+_DIMENSIONS = {
+    "slope": ("layer", "channel"),
+    "bias": ("layer", "channel"),
+    "base": ("layer", "channel"),
+    "follow": ("layer", "distance"),
+    "matrix": ("layer", "channel_below", "channel"),
+    "rotation": ("layer", "axis", "channel"),
+}
 
 
 def read_rows(
@@ -35,7 +51,7 @@ def read_rows(
         return
 
     def decode(block: ChunkSlices) -> None:
-        codes = read_codes(arrays, block.packed(), int(block.num.sum()), max(positions) + 1)
+        codes = read_codes(arrays, block.packed(), int(block.num.sum()), codec.depths(positions))
         codec.decode(codes, positions, block.rows(), out)
 
     (rows_per_chunk,) = {array.layout.rows_per_chunk for array in arrays.values()}
@@ -54,12 +70,55 @@ def read_codes(
     arrays: Mapping[str, ShardedArray],
     slices: ChunkSlices,
     num_rows: int,
-    num_layers: int,
+    depths: Mapping[str, int],
     empty: Allocator = np.empty,
 ) -> dict[str, np.ndarray]:
-    """Codes of the lowest stored layers by array, ``[num_rows, num_layers, size]`` each."""
+    """Codes by array, ``[num_rows, depth, size]`` each.
+
+    Args:
+        depths: how many of its lowest layers are read of an array; others are not read.
+    """
     codes = {}
-    for name, array in arrays.items():
-        codes[name] = empty((num_rows, num_layers, array.row_shape[1]), array.dtype)
-        array.read_slices(slices, codes[name], slice(num_layers))
+    for name, depth in depths.items():
+        array = arrays[name]
+        codes[name] = empty((num_rows, depth, array.row_shape[1]), array.dtype)
+        array.read_slices(slices, codes[name], slice(depth))
     return codes
+
+
+def write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
+    """Write fitted arrays, one chunk per layer, into a Zarr group; nothing if there are none."""
+    if not parameters:
+        return
+    folder = group.create_group(PARAMETERS)
+    for name, values in parameters.items():
+        array = folder.create_array(
+            name,
+            shape=values.shape,
+            chunks=(1, *values.shape[1:]),
+            dtype=values.dtype,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=_DIMENSIONS[name],
+        )
+        array[...] = values
+
+
+def read_codec(group: Path, manifest: FeatureManifest) -> Codec:
+    """The codec that a manifest names, with its fitted arrays if it has any.
+
+    Raises:
+        StoreError: the arrays are not those that the manifest names.
+    """
+    spec, identity = manifest.codec, manifest.identity
+    parameters: dict[str, np.ndarray] = {}
+    if spec.fit is not None:
+        folder = group / PARAMETERS
+        names = CODECS[spec.name].fits
+        parameters = {name: np.asarray(open_array(folder / name)[...]) for name in names}
+        if digest_parameters(parameters) != spec.fit.sha256:
+            raise StoreError(
+                f"{folder} does not hold the fitted parameters of the codec (its sha256 is not "
+                "the manifest's); put it back from a copy"
+            )
+    return open_codec(spec, identity.layers, identity.model.width, parameters)

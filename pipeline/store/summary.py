@@ -11,6 +11,7 @@ from ...schemas.units import format_bytes
 
 if TYPE_CHECKING:
     from ...schemas import FeatureIdentity
+    from .conditioning import ConditioningStore
     from .features import FeatureStore
     from .latents import LatentStore
 
@@ -37,12 +38,13 @@ def summarise_features(store: "FeatureStore") -> Summary:
             f"{mixes.error:.1e}"
         )
     quality = "" if codec.quality is None else f", quality {codec.quality:g}"
+    exact = f"; exact in layers {_ranges(codec.exact_layers)}" if codec.exact_layers else ""
     items |= {
         "captions": f"{len(store):,} unique (the null caption included) of "
         f"{identity.samples.num_samples:,} samples",
         "tokens": f"{store.manifest.layout.num_rows:,}; {num_cut:,} captions cut at "
         f"{identity.max_length} tokens",
-        "codec": f"{codec.name}{quality}",
+        "codec": f"{codec.name}{quality}{exact}",
         "bytes": format_bytes(num_bytes),
         "state": store.state(),
     }
@@ -74,8 +76,27 @@ def summarise_latents(store: "LatentStore") -> Summary:
     )
 
 
-def model_name(store: "FeatureStore") -> str:
-    """Hub id of the LLM, or the last part of a path."""
+def summarise_conditioning(store: "ConditioningStore") -> Summary:
+    """Pipeline, captions, tensors, size and state."""
+    identity = store.manifest.identity
+    rows = "each caption's own rows" if identity.ragged else "all rows, padding included"
+    items = {
+        "pipeline": f"{identity.pipeline} ({model_name(store)}, {identity.dtype})",
+        "layers": _ranges(identity.layers),
+        "captions": f"{len(store):,} unique (the null caption included) of "
+        f"{identity.samples.num_samples:,} samples",
+        "rows": f"{store.manifest.layout.num_rows:,}: {rows}, of at most {identity.max_length}",
+    }
+    items |= {
+        tensor.name: f"{tensor.dtype} {' x '.join(map(str, tensor.shape))}"
+        for tensor in identity.tensors
+    }
+    items |= {"bytes": format_bytes(store.num_bytes()), "state": store.state()}
+    return Summary(f"ConditioningStore {store.path}", items)
+
+
+def model_name(store: "FeatureStore | ConditioningStore") -> str:
+    """Hub id of the LLM or pipeline, or the last part of a path."""
     model = store.manifest.provenance.model
     return Path(model).name if Path(model).is_absolute() else model
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from ...schemas import (
@@ -27,7 +28,9 @@ from ...schemas import (
 )
 from ...schemas.files import list_files, locate, read_file
 from .array import ShardedArray, open_array
+from .conditioning import ConditioningStore
 from .documents import (
+    AGAINST,
     CHECKSUMS,
     GROWING,
     MANIFEST,
@@ -43,7 +46,7 @@ from .open import open_store
 from .shard_file import read_bytes
 
 T = TypeVar("T")
-AnyStore = FeatureStore | LatentStore
+AnyStore = FeatureStore | LatentStore | ConditioningStore
 _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
 """Errors that reading damaged files raises, those of zarr and Arrow included."""
 _FILES_OF_THE_HUB = ("README.md", ".gitattributes", ".cache/huggingface/")
@@ -134,7 +137,7 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
     """Read a whole store, finished or not, and compare it with its own manifest and checksums.
 
     Args:
-        path: folder or URL of a feature or latent store.
+        path: folder or URL of a store.
         progress: show a bar.
 
     Raises:
@@ -250,7 +253,7 @@ def _check_tables(report: _Report, store: AnyStore) -> None:
     num_samples, expected = store.samples.num_rows, store.manifest.identity.samples.num_samples
     if num_samples != expected:
         report.problem("samples.parquet", f"has {num_samples} rows; the manifest says {expected}")
-    if isinstance(store, FeatureStore):
+    if not isinstance(store, LatentStore):
         for what in _caption_problems(store):
             report.problem("captions.parquet", what)
 
@@ -393,7 +396,7 @@ def _check_strangers(report: _Report, known: set[str]) -> None:
     """Warn of files that do not belong to the store."""
     if not (report.path / CHECKSUMS).exists():
         return
-    known |= {MANIFEST, CHECKSUMS, LOCK_FILE}
+    known |= {MANIFEST, CHECKSUMS, LOCK_FILE, AGAINST}
     allowed = (f"{RECEIPTS}/", f"{QUARANTINE}/", *_FILES_OF_THE_HUB)
     for name in report.files:
         if name not in known and not name.startswith(allowed):
@@ -418,13 +421,13 @@ def _entries_and_rows(store: AnyStore) -> Callable[[int], tuple[int, int]]:
         counts = np.bincount(store.rows // layout.rows_per_shard, minlength=layout.num_shards)
         return lambda shard: (int(counts[shard]), int(counts[shard]))
     shards = store.captions["shard"].to_numpy()
-    num_tokens = store.captions["num_tokens"].to_numpy()
+    num_rows = store.num_rows(range(len(store)))
     entries = np.bincount(shards, minlength=layout.num_shards)
-    rows = np.bincount(shards, weights=num_tokens, minlength=layout.num_shards)
+    rows = np.bincount(shards, weights=num_rows, minlength=layout.num_shards)
     return lambda shard: (int(entries[shard]), int(rows[shard]))
 
 
-def _caption_problems(store: FeatureStore) -> Iterator[str]:
+def _caption_problems(store: FeatureStore | ConditioningStore) -> Iterator[str]:
     """Contradictions within the tables, and between them and the manifest."""
     captions, identity, layout = store.captions, store.manifest.identity, store.manifest.layout
     if captions.num_rows != identity.captions.num_captions:
@@ -432,13 +435,14 @@ def _caption_problems(store: FeatureStore) -> Iterator[str]:
         return
     if fingerprint(captions["text"]) != identity.captions.fingerprint:
         yield "its texts are not those of the manifest's fingerprint"
-    starts, stops, num, shards = (
-        captions[name].to_numpy() for name in ("row_start", "row_stop", "num_tokens", "shard")
+    starts, stops, shards = (
+        captions[name].to_numpy() for name in ("row_start", "row_stop", "shard")
     )
+    num = _expected_rows(store)
     if not np.array_equal(captions["caption_id"].to_numpy(), np.arange(len(store))):
         yield "caption_id is not 0, 1, 2 and so on"
     if not np.array_equal(stops - starts, num) or num.sum() != layout.num_rows:
-        yield f"rows do not add up to num_tokens, or not to the manifest's {layout.num_rows}"
+        yield f"rows are not those of the tokens, or not the manifest's {layout.num_rows}"
     if (starts[1:] < stops[:-1]).any() or starts.min() < 0:
         yield "rows of two captions overlap"
     if not np.array_equal(starts // layout.rows_per_shard, shards) or not np.array_equal(
@@ -448,3 +452,12 @@ def _caption_problems(store: FeatureStore) -> Iterator[str]:
     ids = store.samples["caption_ids"].combine_chunks().values.to_numpy()
     if len(ids) and not (ids.min() >= 0 and ids.max() < len(store)):
         yield f"samples.parquet names captions {ids.min()} to {ids.max()}"
+
+
+def _expected_rows(store: FeatureStore | ConditioningStore) -> np.ndarray:
+    """Number of rows that each caption must have, ``[captions]``."""
+    if isinstance(store, FeatureStore):
+        return np.asarray(store.captions["num_tokens"].to_numpy())
+    if store.manifest.identity.ragged:
+        return np.asarray(pc.list_value_length(store.captions["token_ids"]).to_numpy())
+    return np.ones(len(store), np.int64)

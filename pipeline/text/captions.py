@@ -133,7 +133,7 @@ def build_captions(
             the caption), the tokenizer lacks a token that it asks for, max_length leaves no room,
             or a caption has no tokens.
     """
-    unique = _deduplicate(texts, seed, earlier)
+    unique = deduplicate(texts, seed, earlier)
     around, prefix, suffix = _around(template, tokenizer, causal, max_length, processing)
     _check_template(template, prefix, suffix, max_length, causal, processing)
     if processing is None:
@@ -160,7 +160,7 @@ def build_captions(
         rows=rows,
         num_cut=num_cut,
         caption_ids=unique.caption_ids,
-        identity=_identify(unique.texts, seed),
+        identity=identify(unique.texts, seed),
         template=Template(
             text=template,
             prefix_tokens=prefix,
@@ -168,7 +168,7 @@ def build_captions(
             keep_prefix=keep_prefix,
             processing=processing,
         ),
-        earlier=[_identify(unique.texts.slice(0, end), seed) for end in unique.ends[:-1]],
+        earlier=[identify(unique.texts.slice(0, end), seed) for end in unique.ends[:-1]],
     )
 
 
@@ -197,11 +197,11 @@ def _null_sequence(
 ) -> RaggedTokens:
     """Tokens of the null caption, in its own template."""
     if processing.null_tokens:
-        if max(processing.null_tokens) >= len(tokenizer):
+        if None in tokenizer.convert_ids_to_tokens(processing.null_tokens):
             raise InputError(
-                f"preset {processing.preset} has the null caption be the tokens "
-                f"{processing.null_tokens}, as its pipeline does; the tokenizer has only "
-                f"{len(tokenizer)}. It was made for another LLM."
+                f"the null caption of preset {processing.preset} is the tokens "
+                f"{processing.null_tokens}, as in its pipeline, which this tokenizer does not "
+                "have: the preset was made for another LLM"
             )
         tokens = np.array(processing.null_tokens, np.int32)
         return RaggedTokens(tokens, np.array([0, len(tokens)]))
@@ -257,7 +257,7 @@ def _check_template(
 
 
 @dataclass(frozen=True)
-class _UniqueCaptions:
+class UniqueCaptions:
     """The null caption and all others in store order, and which samples have them.
 
     Attributes:
@@ -271,7 +271,7 @@ class _UniqueCaptions:
     ends: list[int]
 
 
-def _deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> _UniqueCaptions:
+def deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> UniqueCaptions:
     """The unique captions, those of each generation in a seeded order of its own.
 
     Three samples of captions (a b), (b), (c); two of them came before the store grew::
@@ -300,12 +300,13 @@ def _deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> _Uni
     ids = np.zeros(len(known), np.int64)  # of each code
     ids[stored] = np.arange(1, len(stored) + 1)
     first = pa.array([NULL_TEXT], pa.large_string())
-    return _UniqueCaptions(
+    return UniqueCaptions(
         pa.concat_arrays([first, encoded.dictionary.take(pa.array(stored))]),
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[codes])),
         (np.cumsum([len(order) for order in orders]) + 1).tolist(),
     )
 
 
-def _identify(texts: pa.Array, seed: int) -> CaptionsIdentity:
+def identify(texts: pa.Array, seed: int) -> CaptionsIdentity:
+    """Identity of captions in store order."""
     return CaptionsIdentity(num_captions=len(texts), fingerprint=fingerprint(texts), seed=seed)

@@ -2,7 +2,9 @@
 
 import html
 import re
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 from ...schemas import Cleaning, InputError
 
@@ -25,8 +27,33 @@ def cleaner(cleaning: Cleaning) -> Callable[[str], str]:
             return lambda text: text.lower().strip()
         case "no_images":
             return lambda text: text.replace(IMAGE_TOKEN, "")
+        case "clean_caption":
+            return _caption_cleaner()
         case "fix_text":
             return _text_fixer()
+
+
+def _caption_cleaner() -> Callable[[str], str]:
+    """As ``PixArtSigmaPipeline`` cleans when it is called; its own code, with what that needs."""
+    try:
+        import bs4
+        import ftfy  # noqa: F401
+        from diffusers import PixArtSigmaPipeline
+    except ImportError as error:
+        raise InputError(
+            "this preset cleans captions as its pipeline does, with the packages diffusers, ftfy "
+            "and beautifulsoup4: pip install 'semroute[adapters]'"
+        ) from error
+    pipeline: Any = object.__new__(PixArtSigmaPipeline)
+
+    def clean(text: str) -> str:
+        with warnings.catch_warnings():
+            # A caption may look like a URL or a file name.
+            warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+            (cleaned,) = pipeline._text_preprocessing(text, clean_caption=True)
+        return str(cleaned)
+
+    return clean
 
 
 def _text_fixer() -> Callable[[str], str]:
@@ -36,7 +63,7 @@ def _text_fixer() -> Callable[[str], str]:
     except ImportError as error:
         raise InputError(
             "this preset repairs captions with the package ftfy, as its pipeline does: "
-            "pip install 'semroute[wan]'"
+            "pip install 'semroute[adapters]'"
         ) from error
 
     def clean(text: str) -> str:

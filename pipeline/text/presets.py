@@ -263,7 +263,7 @@ PRESETS = {
     "pixart": Preset(
         "{caption}{eos}",
         pipelines=("PixArtSigmaPipeline",),
-        cleaning="lower_strip",
+        cleaning="clean_caption",
         length=300,
         base=(-1,),
     ),

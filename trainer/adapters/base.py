@@ -62,6 +62,20 @@ class Socket:
     tap: int | None = None
 
 
+def count_mixes(sockets: Sequence[Socket], where: str, num_taps: int) -> int:
+    """Number of mixes that a router makes.
+
+    Args:
+        where: ``input``: one; ``taps``: one per base layer; ``blocks``: one per socket and base
+            layer that it reads.
+    """
+    if where == "input":
+        return 1
+    if sockets[0].tap is not None:
+        return len(sockets)
+    return num_taps * (1 if where == "taps" else len(sockets))
+
+
 def plain_latents(config: Any) -> tuple[int, int]:
     """Channels of latents, and the side of a patch, of a network that patches them itself."""
     patch = config.get("patch_size", 1)
@@ -112,6 +126,10 @@ class Family:
             conditioning store holds.
         fusion: the network's own weights of its layers: ``projector``, a module of its own, or
             ``gains``, one number per tap; None: it reads one layer.
+        fusion_layer: the linear layer that these weights belong to, or that reads the taps side by
+            side; its name in the transformer, and in ComfyUI.
+        layers_setting: what a pipeline or transformer of diffusers calls the layers that it reads,
+            where they can be set.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
             pipeline's dynamic shift of t.
         text_width: configuration of the transformer -> H.
@@ -144,3 +162,5 @@ class Family:
     length: int | None = None
     needs_conditioning: bool = False
     fusion: Literal["projector", "gains"] | None = None
+    fusion_layer: tuple[str, str] = ("", "")
+    layers_setting: str | None = None

@@ -471,6 +471,8 @@ FAMILIES = (
         read_conditioning=_read_flux2,
         needs_conditioning=True,
         fusion="gains",
+        fusion_layer=("context_embedder", "txt_in"),
+        layers_setting="text_encoder_out_layers",
     ),
     Family(
         name="lumina2",
@@ -512,6 +514,8 @@ FAMILIES = (
         latents=packed_latents,
         read_conditioning=_read_krea2,
         fusion="projector",
+        fusion_layer=("text_fusion.projector", "txtfusion.projector"),
+        layers_setting="text_encoder_select_layers",
     ),
     Family(
         name="hidream",
@@ -528,6 +532,7 @@ FAMILIES = (
         read_conditioning=_read_hidream,
         prepare=_prepare_hidream,
         needs_conditioning=True,
+        layers_setting="llama_layers",
     ),
 )
 """One entry per family; the class of its transformer identifies it."""

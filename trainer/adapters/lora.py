@@ -36,6 +36,17 @@ def add_lora(transformer: Any, config: LoraConfig, family: Family) -> None:
     peft.inject_adapter_in_model(peft_config, transformer, ADAPTER)
 
 
+def remove_lora(transformer: Any) -> None:
+    """Undo :func:`add_lora`: the layers are those that were there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in [*transformer.named_modules()]:
+        if isinstance(module, BaseTunerLayer):
+            parent, _, own = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), own, module.get_base_layer())
+    del transformer.peft_config
+
+
 def is_lora(name: str) -> bool:
     """Whether a parameter of this name is a matrix of LoRA."""
     return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name

@@ -2,7 +2,7 @@
 the Hub."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from ...pipeline.models.hub import LOAD_ERRORS, download, hash_file, hub_name, is_hub_id
-from ...schemas import InputError, ModelConfig, PretrainedIdentity
+from ...schemas import (
+    InputError,
+    ModelConfig,
+    PretrainedIdentity,
+    differences,
+    refuse_differences,
+)
 from .base import Family
 from .families import find_family
 
@@ -40,6 +46,12 @@ class Pretrained:
     scheduler: Mapping[str, Any]
     family: Family
 
+    def text_files(self) -> Mapping[str, str]:
+        """sha256 of the files of the pipeline's text encoders, and of its tokenizers' states."""
+        from ...pipeline.models.text_pipelines import find_text_pipeline
+
+        return find_text_pipeline(self.name, "model.pretrained").files
+
     def identity(self, model: ModelConfig, num_llm_layers: int) -> PretrainedIdentity:
         """What resuming and sampling compare; every file of weights is read for its digest."""
         layers = model.base_layers or self.family.base_layers(
@@ -54,6 +66,21 @@ class Pretrained:
             scheduler=dict(self.scheduler),
             config=dict(self.config),
             files={p.name: hash_file(p) for p in (self.folder / "config.json", *files)},
+        )
+
+    def check_files(self, identity: PretrainedIdentity, names: Sequence[str]) -> None:
+        """Refuse files that are not those of the network that a run adapted.
+
+        Raises:
+            InputError: with the names of those that differ.
+        """
+        refuse_differences(
+            differences(
+                {name: hash_file(self.folder / name) for name in names},
+                {name: identity.files.get(name) for name in names},
+            ),
+            f"{self.name} is not the pretrained network of the run; found, against the run's own",
+            "Name that one.",
         )
 
 
@@ -95,6 +122,13 @@ def find_pretrained(name: str) -> Pretrained:
         raise InputError(f"model.pretrained {name}: {inner} has no .safetensors")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     return Pretrained(found, inner, index, config, scheduler, family)
+
+
+def hub_id(name: str) -> str | None:
+    """The hub id, without its revision, that names a pretrained model; None if it is a folder."""
+    if Path(name).expanduser().is_dir() or not is_hub_id(name):
+        return None
+    return name.partition("@")[0]
 
 
 def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bool = True) -> Any:

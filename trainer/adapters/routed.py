@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...schemas import LN_EPS, InputError, Mixes, ModelConfig, RoutingConfig
+from ...schemas import LN_EPS, MASK, InputError, Mixes, ModelConfig, RoutingConfig
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
-from .base import Family, Text
+from .base import Family, Text, count_mixes
 from .lora import add_lora
-from .sockets import Socket, Sockets, Source, add
+from .sockets import Sockets, Source, add
 
 PARTS = {
     "fusion": {"fusion"},
@@ -66,6 +66,8 @@ class Routed(nn.Module):
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
+        deviates: something is added to the base.
+        hooked: it is added where blocks read text, not to what the network is given.
 
     Raises:
         InputError: a base layer is not stored, the strategy does not learn, or ``train`` or
@@ -111,25 +113,17 @@ class Routed(nn.Module):
         sockets = family.sockets(transformer)
         self.taps = None if sockets[0].tap is None else [s.tap for s in sockets]
         self.depth = len(sockets)
-        self.num_blocks = self._count(sockets)
+        self.num_blocks = count_mixes(sockets, routing.where, len(base_layers))
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
         self.fusion_gain = self._open_weights(config)
         by_block = self.where == "blocks" or self.taps is not None
-        hooked = by_block and ("gain" in self.parts or "router" in self.parts)
-        self.sockets = Sockets(transformer, family, sockets if hooked else [])
-        self.hooked = hooked
+        self.deviates = not self.parts.isdisjoint({"gain", "router"})
+        self.hooked = by_block and self.deviates
+        self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
-
-    def _count(self, sockets: Sequence[Socket]) -> int:
-        """Number of mixes that the router makes."""
-        if self.where == "input":
-            return 1
-        if self.taps is not None:
-            return len(self.taps)
-        return len(self.base_layers) * (1 if self.where == "taps" else len(sockets))
 
     def _make_router(
         self, routing: RoutingConfig, layers: Sequence[int], num_llm_layers: int
@@ -212,6 +206,11 @@ class Routed(nn.Module):
         if on != self.gradient_checkpointing:
             name = "enable" if on else "disable"
             getattr(self.transformer, f"{name}_gradient_checkpointing")()
+
+    @property
+    def needs_conditioning(self) -> bool:
+        """Whether it reads more of a text than the hidden states of its tokens."""
+        return self.family.needs_conditioning
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,8 +308,8 @@ class Routed(nn.Module):
             offsets: int64 [U + 1], on the CPU; caption u is rows offsets[u] to offsets[u + 1].
             caption: int64 [B], on the CPU: which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
-            conditioning: what the pipeline gives the network, by name, [U, ...]; see
-                :meth:`.base.Family.read_conditioning`.
+            conditioning: what the pipeline gives the network, by name: [U, ...], with ``mask`` of
+                the captions' own rows; or, where the network reads no others, rows [R, ...].
         """
         # Captions of 2 and 3 rows in a layout of 4, and two batch items of captions 1, 0. What is
         # added for pads is the last row of the deviation, which is zero:
@@ -319,38 +318,75 @@ class Routed(nn.Module):
         #                     0 1 5 5                             3 4 5 5
         device = hidden.device
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
+        own = None
+        if conditioning is not None and not self.family.needs_conditioning:
+            shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
+            values = conditioning["prompt_embeds"]
+            if conditioning[MASK].ndim == 2:  # padded
+                values = values[conditioning[MASK].to(values.device, torch.bool)]
+            own = values.reshape(shape)  # rows of the same captions
         given = self._given(conditioning, caption, lengths, device)
         if given is None:
-            mask = (torch.arange(self._num_rows(lengths)) < lengths[:, None]).to(device)  # [B, T]
+            mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
         else:
             mask = given.mask
-        own = hidden[:, self.get_buffer("base_positions")]  # [R, K, H]
-        index = _indices(mask, starts.to(device), len(hidden))
+        rows = torch.where(mask, starts[:, None] - 1 + mask.cumsum(1), len(hidden))  # [B, T]
         if given is None:
+            own = self._base_rows(hidden) if own is None else own
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-            base = padded.index_select(0, index.flatten()).unflatten(0, index.shape)
-            text = Text(base.to(self.dtype), mask, lengths.tolist())
+            chosen = rows.flatten().to(device)
+            base = padded.index_select(0, chosen).unflatten(0, rows.shape)
+            text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
         else:
             text = replace(given, lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
+        return self.read(text, hidden, rows, t, own)
+
+    def read(
+        self,
+        text: Text,
+        hidden: Tensor,
+        rows: Tensor,
+        t: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Source:
+        """What the sockets read of a text that is laid out.
+
+        Args:
+            hidden: [R, len(router.layers_read), H], any float dtype.
+            rows: row of ``hidden`` for each row of the text, int64 [B, T], on the CPU, where no
+                device is waited for; R where nothing is added.
+            t: as for :meth:`encode_text`.
+            own: base layers of the rows, [R, K, H]; by default those of ``hidden``.
+        """
+        own = self._base_rows(hidden) if own is None else own
         if self.fusion_gain is not None:
             text = text.with_base(add(text.base, self.fusion_gain[:, None] * text.base.float()))
+        mask = rows < len(hidden)
+        if not mask.any():
+            return Source(
+                text, hidden.new_zeros(1, 1, 1, 1), torch.zeros_like(rows).to(hidden.device)
+            )
         if self.router.depends_on_t:
-            firsts = lengths.cumsum(0) - lengths  # [B], of pairs
-            index = _indices(mask, firsts.to(device), int(lengths.sum()))
-            owners = torch.arange(len(caption)).repeat_interleave(lengths)  # [P]
-            rows = torch.arange(len(owners)) + (starts - firsts)[owners]  # [P]
-            deviation = self._deviation(hidden, own, t, rows.to(device), owners.to(device))
+            pairs = rows[mask].to(hidden.device)  # [P]
+            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            rows = torch.full(mask.shape, len(pairs)).masked_scatter(mask, torch.arange(len(pairs)))
+            deviation = self._deviation(hidden, own, t, pairs, owners)
         else:
             deviation = self._deviation(hidden, own)
+        index = rows.to(hidden.device)
         if deviation is None:
             return Source(text, hidden.new_zeros(0), index)
         source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), index)
         if not self.hooked:
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
+
+    def _base_rows(self, hidden: Tensor) -> Tensor:
+        """[R, K, H]."""
+        return hidden[:, self.get_buffer("base_positions").to(hidden.device)]
 
     def _given(
         self,
@@ -359,16 +395,18 @@ class Routed(nn.Module):
         lengths: Tensor,
         device: torch.device,
     ) -> Text | None:
-        """The text as the pipeline gave it, without lengths; None: from the features."""
-        if conditioning is None:
-            if self.family.needs_conditioning:
-                raise InputError(
-                    f"{self.family.name} reads padding rows or a second encoder, which features do "
-                    "not hold: name a store that semroute conditioning made as data.conditioning"
-                )
+        """The text as the pipeline gave it, without lengths; None: from rows of the captions."""
+        if not self.family.needs_conditioning:
             return None
-        index = caption.to(device)
-        each = {name: value[index] for name, value in conditioning.items()}
+        if conditioning is None:
+            raise InputError(
+                f"{self.family.name} reads padding rows or a second encoder, which features do not "
+                "hold: name a store that semroute conditioning made as data.conditioning"
+            )
+        each = {
+            name: value[caption.to(value.device)].to("cpu" if name == MASK else device)
+            for name, value in conditioning.items()
+        }
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
         own = zip(lengths.tolist(), text.mask.sum(1).tolist(), strict=True)
         different = next(((here, there) for here, there in own if here != there), None)
@@ -378,10 +416,6 @@ class Routed(nn.Module):
                 "conditioning: extract the features from the same captions with --template "
                 f"{self.family.template}"
             )
-        missing = self._num_rows(lengths) - text.mask.shape[1]
-        if missing > 0:  # where pads are zeros, a store need not have them
-            base = nn.functional.pad(text.base, (0, 0, 0, 0, 0, missing))
-            text = replace(text, base=base, mask=nn.functional.pad(text.mask, (0, missing)))
         return text
 
     def _num_rows(self, lengths: Tensor) -> int:
@@ -458,9 +492,3 @@ class Routed(nn.Module):
         """
         seen = t if t_routing is None else t_routing
         return self.denoise(x_t, t, self.encode_text(hidden, offsets, caption, seen, conditioning))
-
-
-def _indices(mask: Tensor, firsts: Tensor, none: int) -> Tensor:
-    """The caption's own rows counted from ``firsts``, and ``none`` elsewhere: bool [B, T], int64
-    [B] -> int64 [B, T]."""
-    return torch.where(mask, firsts[:, None] + mask.cumsum(1) - 1, none)

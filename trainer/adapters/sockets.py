@@ -30,7 +30,8 @@ class Source:
             it is the same for all sockets.
         index: row of ``deviation`` for each row of the text, int64 [B, T]; the last one where
             nothing is added.
-        projected: P(base), [B, T, W]; only for sockets of kind ``residual``.
+        projected: P(base), [B, T, W]; only for sockets of kind ``residual``. None: the first of
+            them computes it.
         done: its backward pass has begun.
     """
 
@@ -157,8 +158,9 @@ class Sockets:
         new = self.family.project(self.transformer, source.read(number), mask)
         if socket.kind == "replace":
             return new.to(old.dtype)
+        if source.projected is None:
+            source.projected = self.family.project(self.transformer, source.text.base, mask)
         # Zero outside the caption's rows, where a sequence may go on with the image.
-        assert source.projected is not None
         change = torch.where(mask[..., None], new - source.projected, 0.0).to(old.dtype)
         start = socket.start
         first = start(old, mask.shape[1]) if callable(start) else start

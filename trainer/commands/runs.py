@@ -5,8 +5,12 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import json_option, print_result
-from .options import step_option, weights_option
+from ...pipeline.commands import json_option, print_result, report_line
+from ...schemas import InputError
+from .options import refuse_options, step_option, weights_option
+
+KINDS = ("pipeline", "lora", "comfyui", "weights", "config")
+"""Forms of :data:`semroute.trainer.runs.adapter_export.KINDS`."""
 
 
 @click.command()
@@ -32,31 +36,80 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(KINDS),
+    help="Form of what a run on a pretrained network learned. Default: pipeline.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="With --as lora of gains of layers (FLUX.2): its rank. Default: the exact one.",
+)
 @click.option("--router", is_flag=True, help="Only the router, as safetensors with its config.")
 @step_option
 @weights_option
-def export(run: Path, out: Path, router: bool, step: int | None, weights: Any) -> None:
-    """Write a RUN into the folder OUT as a diffusers pipeline.
+def export(
+    run: Path,
+    out: Path,
+    kind: Any,
+    rank: int | None,
+    router: bool,
+    step: int | None,
+    weights: Any,
+) -> None:
+    """Write what a RUN learned into the folder OUT.
 
-    semroute.SemanticRoutingPipeline.from_pretrained loads it. With --router, only the router is
+    A network of semroute's own is written as a diffusers pipeline, which
+    semroute.SemanticRoutingPipeline.from_pretrained loads. With --router, only the router is
     written: semroute.load_router loads it, and any safetensors reader its weights.
+
+    Of a run on a pretrained network, --as chooses the form. lora: load_lora_weights of diffusers
+    loads it, or peft. comfyui: ComfyUI's loader of LoRA loads it. weights: numbers of layers.
+    config: one layer in each place, as a setting of diffusers. pipeline: everything, for
+    semroute.attach. What a run learned has not all of these forms.
 
     \b
     Examples:
       semroute export runs/depth pipeline
       semroute export runs/depth router --router
+      semroute export runs/krea2 lora --as lora
     """
-    from ..runs.run import load_run
+    from ..runs.export import export_router
+    from ..runs.record import read_record
 
-    trained = load_run(run, step, weights)
     if router:
-        from ..runs.export import export_router
+        refuse_options(["kind", "rank"], "is not used with --router: leave it out")
+    if read_record(run).pretrained is None:
+        if kind is not None and kind != "pipeline":
+            raise InputError(
+                f"--as {kind} is for runs on a pretrained network, and {run} trained a network of "
+                "semroute's own: choose --as pipeline or --router"
+            )
+        refuse_options(["rank"], "is for --as lora: leave it out")
+        from ..runs.run import load_run
 
-        click.echo(export_router(trained, out))
-    else:
+        trained = load_run(run, step, weights)
+        if router:
+            click.echo(export_router(trained, out))
+            return
         from ..evaluation.diffusers_pipeline import export_pipeline
 
         click.echo(export_pipeline(trained, out))
+        return
+    from ..runs.adapter import load_adapter
+
+    adapter = load_adapter(run, step, weights)
+    if router:
+        click.echo(export_router(adapter, out))
+        return
+    from ..runs.adapter_export import export_adapter
+
+    done = export_adapter(adapter, out, kind or "pipeline", rank)
+    click.echo(done.folder)
+    if done.note:
+        report_line(done.note)
 
 
 @click.command()

@@ -137,7 +137,8 @@ def sample(
     if features is not None:
         captions = stored_captions(generator.run, features, num or NUM_CAPTIONS)
     else:
-        captions = encoded_captions(open_encoder(generator.run, model), texts[:num])
+        encoder = open_encoder(generator.run, model)
+        captions = encoded_captions(encoder, texts[:num], generator.run)
     sample_captions(generator, captions, vae, out or run / "samples")
 
 
@@ -223,7 +224,7 @@ def sample_file(
     prompts = read_prompts(file, text_column)[:num]
     texts = [prompt.text for prompt in prompts]
     if features is None:
-        captions = encoded_captions(open_encoder(run, model), texts)
+        captions = encoded_captions(open_encoder(run, model), texts, run)
     else:
         captions = captions_of_file(
             run,

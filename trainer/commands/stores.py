@@ -10,6 +10,7 @@ import click
 from ...pipeline.commands import (
     CODECS,
     SEED,
+    exact_option,
     interruptible,
     is_json,
     json_option,
@@ -103,6 +104,7 @@ def probe(
 @click.argument("out")
 @click.option("--codec", type=CODECS, help="Default: the codec of FEATURES.")
 @quality_option
+@exact_option
 @layers_option
 @click.option(
     "--routing",

@@ -66,6 +66,12 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     metavar="STEPS",
     help="With --dry-run: run this many steps here to time one, and discard them.",
 )
+@click.option(
+    "--unverified",
+    is_flag=True,
+    help="Train a pretrained network on stores that semroute verify --against has not compared "
+    "with its pipeline; as data.unverified=true.",
+)
 def train(
     config: Path,
     overrides: tuple[str, ...],
@@ -73,6 +79,7 @@ def train(
     ranks: int | None,
     step_seconds: float | None,
     measure: int | None,
+    unverified: bool,
 ) -> None:
     """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
 
@@ -84,7 +91,7 @@ def train(
       semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
       semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
     """
-    parsed = read_config(config, overrides)
+    parsed = read_config(config, [*overrides, *["data.unverified=true"] * unverified])
     if dry_run:
         if step_seconds is not None and measure is not None:
             raise InputError("give either --step-seconds or --measure")

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...schemas import MASK
+
 if TYPE_CHECKING:
     from ...pipeline.store.features import Codes
 
@@ -37,7 +39,7 @@ class Batch:
         latents: fp32 [B, C, height, width].
         sources: int64 [B], number of the pair of stores that each sample is from; None: the first.
         conditioning: what the pipeline of a pretrained network gives it for the unique captions, by
-            name, [U, ...]; None: nothing is stored.
+            name, [U, ...]; None: nothing is stored. Their ``mask`` stays on the CPU.
     """
 
     step: int
@@ -60,7 +62,10 @@ class Batch:
             hidden = self.hidden.to(device, non_blocking=True)
         given = self.conditioning
         if given is not None:
-            given = {name: value.to(device, non_blocking=True) for name, value in given.items()}
+            given = {
+                name: value if name == MASK else value.to(device, non_blocking=True)
+                for name, value in given.items()
+            }
         latents = self.latents.to(device, non_blocking=True)
         return replace(self, hidden=hidden, latents=latents, conditioning=given)
 

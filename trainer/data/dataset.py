@@ -18,6 +18,7 @@ import pyarrow.dataset
 import pyarrow.json
 
 from ...schemas import (
+    MASK,
     DataConfig,
     InputError,
     MixtureRecord,
@@ -31,12 +32,15 @@ from ...schemas.seeds import as_uniform
 from .filters import parse_filter
 
 if TYPE_CHECKING:
+    from ...pipeline.store.conditioning import ConditioningStore
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
 
 
 _BLOCK_BYTES = 1 << 26
 """Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
+NUM_COMPARED = 64
+"""Captions whose number of rows is compared between features and conditioning."""
 _NUM_NAMED = 20
 """Column names listed in a message."""
 _MAY_DIFFER = {"captions", "samples", "max_length"}
@@ -123,6 +127,7 @@ class StorePair:
         index: samples and captions that are trained on.
         selection: what was left out; None where all samples and captions take part equally.
         proportion: share of all positions; None: what the others leave.
+        conditioning: what the pipeline of a pretrained network gives it for the captions.
     """
 
     features: "FeatureStore"
@@ -130,6 +135,7 @@ class StorePair:
     index: SampleIndex
     selection: SelectionRecord | None = None
     proportion: float | None = None
+    conditioning: "ConditioningStore | None" = None
 
     def without(self, held_out: Sequence[int] | np.ndarray) -> "StorePair":
         """The same pair without some samples.
@@ -192,7 +198,8 @@ def open_pairs(
     """
     from ...pipeline.store.open import open_features, open_latents
 
-    pairs = [select(features, latents, data.select)]
+    first = select(features, latents, data.select)
+    pairs = [replace(first, conditioning=open_joined(data.conditioning, features))]
     for config in data.mixture:
         texts, images = open_features(config.features), open_latents(config.latents)
         different = differences(
@@ -209,9 +216,56 @@ def open_pairs(
             f"{latents.path}; these, against those",
             "Make them with the same model, template, layers and VAE.",
         )
+        if (config.conditioning is None) != (data.conditioning is None):
+            raise InputError(
+                f"data.conditioning is {data.conditioning} and that of {config.features} in "
+                f"data.mixture is {config.conditioning}: name both or neither"
+            )
         pair = select(texts, images, config.select)
-        pairs.append(replace(pair, proportion=config.proportion))
+        conditioning = open_joined(config.conditioning, texts)
+        pairs.append(replace(pair, proportion=config.proportion, conditioning=conditioning))
     return pairs
+
+
+def open_joined(path: str | None, features: "FeatureStore") -> "ConditioningStore | None":
+    """Open a conditioning store of the captions of a feature store; None if none is named.
+
+    Raises:
+        InputError: it is unfinished, of other captions, or of other lengths.
+    """
+    if path is None:
+        return None
+    from ...pipeline.store.open import open_conditioning
+
+    store = open_conditioning(path)
+    store.check_complete()
+    refuse_differences(
+        differences(
+            store.manifest.identity.captions.model_dump(mode="json"),
+            features.manifest.identity.captions.model_dump(mode="json"),
+        ),
+        f"{store.path} was made from other captions than {features.path}; these, against those",
+        "Make both from the same file, with the same seed.",
+    )
+    ids = range(min(len(features), NUM_COMPARED))
+    own, given = features.num_rows(ids), _own_rows(store, ids)
+    different = np.flatnonzero(own != given)
+    if len(different):
+        caption = int(different[0])
+        text = features.captions["text"][caption].as_py()
+        raise InputError(
+            f"caption {text!r} has {own[caption]} rows in {features.path} and {given[caption]} in "
+            f"{store.path}: extract the features with the preset of the pipeline, and check them "
+            "with semroute verify --against"
+        )
+    return store
+
+
+def _own_rows(store: "ConditioningStore", ids: Sequence[int]) -> np.ndarray:
+    """Rows of a pipeline's text that are a caption's own, int64 ``[captions]``."""
+    if store.manifest.identity.ragged:
+        return store.num_rows(ids)
+    return np.asarray(store.read(ids, [MASK])[MASK].astype(np.int64).sum(-1))
 
 
 def by_shape(pairs: Sequence[StorePair]) -> dict[Shape, dict[int, SampleIndex]]:

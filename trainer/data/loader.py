@@ -15,7 +15,7 @@ U unique captions, T tokens of the longest caption, L layers, H text width, C ch
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -255,7 +255,7 @@ class PackedLoader(StreamingDataset[Batch]):
         hidden = None
         if not self.codes:
             hidden = allocate((int(offsets[-1]), *self._row_shape()), torch.bfloat16)
-        codes, before = [], 0
+        codes, given, before = [], [], 0
         for number, (pair, ids) in enumerate(zip(self.pairs, unique, strict=True)):
             if not len(ids):
                 continue
@@ -266,6 +266,8 @@ class PackedLoader(StreamingDataset[Batch]):
             else:
                 rows = hidden.view(torch.uint16).numpy()
                 pair.features.read(ids, self.layers, out=rows[offsets[before] :])
+            if pair.conditioning is not None:
+                given.append(pair.conditioning.tensors(ids))
             before += len(ids)
         return Batch(
             step=step,
@@ -277,7 +279,15 @@ class PackedLoader(StreamingDataset[Batch]):
             caption=torch.from_numpy(caption),
             latents=latents,
             sources=indices.source if len(self.pairs) > 1 else None,
+            conditioning=join(given),
         )
+
+
+def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Tensors of several stores, one after the other, by name; None of none."""
+    if not parts:
+        return None
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class PaddedLoader(StreamingDataset[PaddedBatch]):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from ...schemas import InputError, Mixes
+from ...schemas import CaptionsIdentity, InputError, Mixes
 from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..plots.images import sample_grid, save_images
 
@@ -38,6 +38,59 @@ class Features(Protocol):
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], layers: Sequence[int] | None = None
     ) -> "Rows": ...
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """Features of captions, and what the pipeline of a pretrained network gives it for them.
+
+    Attributes:
+        features: hidden states of the captions.
+        given: caption ids -> tensors by name, see :meth:`.Routed.encode_text`.
+    """
+
+    features: Features
+    given: Callable[[Sequence[int]], dict[str, torch.Tensor]]
+
+    @property
+    def mixes(self) -> Mixes | None:
+        return self.features.mixes
+
+    def read(
+        self, ids: Sequence[int] | NDArray[np.int64], layers: Sequence[int] | None = None
+    ) -> "Rows":
+        """As :meth:`Features.read`."""
+        return self.features.read(ids, layers)
+
+
+def with_conditioning(
+    run: "Run", features: Features, identity: CaptionsIdentity | None, texts: Sequence[str]
+) -> Features:
+    """Features with what the network of a run needs besides, if it needs anything.
+
+    The run's own conditioning store is read if it holds these captions; otherwise the pipeline of
+    the pretrained network encodes them.
+
+    Args:
+        identity: of the captions, if they are stored.
+        texts: of every caption id; "" is the null caption.
+
+    Raises:
+        InputError: the conditioning store or the pipeline is missing.
+    """
+    if not run.model.needs_conditioning:
+        return features
+    config = run.record.config
+    if identity == run.record.features.captions and config.data.conditioning is not None:
+        from ...pipeline.store.open import open_conditioning
+
+        return Conditioned(features, open_conditioning(config.data.conditioning).tensors)
+    from ...pipeline.models.text_pipelines import open_text_pipeline
+
+    assert config.model.pretrained is not None
+    device = str(next(run.model.parameters()).device)
+    pipeline = open_text_pipeline(config.model.pretrained, device, option="model.pretrained")
+    return Conditioned(features, lambda ids: pipeline.encode([texts[number] for number in ids]))
 
 
 @dataclass(frozen=True)
@@ -70,7 +123,7 @@ def stored_captions(
     Raises:
         InputError: no such store, or one that the run cannot read.
     """
-    return _first_captions(_open_store(run, features), num)
+    return _first_captions(run, _open_store(run, features), num)
 
 
 def captions_of_file(
@@ -95,12 +148,21 @@ def captions_of_file(
     """
     store = _open_store(run, features)
     store.check_source(source, texts, first_rows=first_rows, remedy=remedy)
-    return _first_captions(store, len(texts))
+    return _first_captions(run, store, len(texts))
 
 
-def encoded_captions(encoder: "PromptEncoder", texts: Sequence[str]) -> CaptionSet:
-    """New prompts, which the LLM encodes when they are read."""
-    return CaptionSet(encoder(texts), list(range(1, len(texts) + 1)), [*texts])
+def encoded_captions(
+    encoder: "PromptEncoder", texts: Sequence[str], run: "Run | None" = None
+) -> CaptionSet:
+    """New prompts, which the LLM encodes when they are read.
+
+    Args:
+        run: whose network may need what its pipeline does with them besides.
+    """
+    features: Features = encoder(texts)
+    if run is not None:
+        features = with_conditioning(run, features, None, ["", *texts])
+    return CaptionSet(features, list(range(1, len(texts) + 1)), [*texts])
 
 
 def open_encoder(run: "Run", model: str | None = None) -> "PromptEncoder":
@@ -126,10 +188,13 @@ def _open_store(run: "Run", features: str | os.PathLike[str]) -> "FeatureStore":
     return store
 
 
-def _first_captions(store: "FeatureStore", num: int | None) -> CaptionSet:
+def _first_captions(run: "Run", store: "FeatureStore", num: int | None) -> CaptionSet:
     ids = store.first_captions[:num].tolist()
-    texts = store.captions["text"].take(ids).to_pylist()
-    return CaptionSet(store, ids, texts, store.manifest.codec.name, str(store.path))
+    every = store.captions["text"]
+    captions = store.manifest.identity.captions
+    features = with_conditioning(run, store, captions, every.to_pylist())
+    texts = every.take(ids).to_pylist()
+    return CaptionSet(features, ids, texts, store.manifest.codec.name, str(store.path))
 
 
 def generate(
@@ -176,9 +241,10 @@ def generate(
         tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar,
     ):
         layers = model.router.layers_read
-        null = None
+        null = null_given = None
         if sampling.cfg_scale != 1.0:
             null = features.read([NULL_CAPTION], layers).tensor(device)
+            null_given = _given(features, [NULL_CAPTION], device)
         for first in range(0, len(caption_ids), batch_size):
             batch = caption_ids[first : first + batch_size]
             rows = features.read(batch, layers)
@@ -189,6 +255,8 @@ def generate(
                 torch.from_numpy(rows.offsets),
                 null,
                 sampling,
+                given=_given(features, batch, device),
+                null_given=null_given,
                 seed=seed,
                 numbers=numbers[first : first + len(batch)],
                 shape=shape,
@@ -196,6 +264,16 @@ def generate(
             ).numpy(force=True)
             bar.update(len(batch))
     return latents
+
+
+def _given(
+    features: Features, ids: Sequence[int] | NDArray[np.int64], device: torch.device
+) -> dict[str, torch.Tensor] | None:
+    """What a pretrained network is given for captions, on a device; None for any other network."""
+    if not isinstance(features, Conditioned):
+        return None
+    given = features.given([int(number) for number in ids])
+    return {name: value.to(device) for name, value in given.items()}
 
 
 def generate_samples(

@@ -376,6 +376,9 @@ class DiT(nn.Module):
 
     # ------------------------------------------------------------------------------ parameters
 
+    needs_conditioning = False
+    """Hidden states are all that it reads of a text."""
+
     @property
     def depth(self) -> int:
         """Number of blocks that compute."""

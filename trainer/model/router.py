@@ -45,6 +45,16 @@ class Router(nn.Module, ABC):
                 mean over these rows.
         """
 
+    def table(self, t: Tensor, num_blocks: int, hidden: Tensor | None = None) -> Tensor:
+        """The weights at noise levels t [T]: fp32 [T, D, L], on the CPU.
+
+        Args:
+            hidden: as for :meth:`alpha`.
+        """
+        with torch.no_grad():
+            alpha = self.alpha(t, hidden)
+        return alpha.expand(len(t), num_blocks, len(self.layers)).cpu().contiguous()
+
     def fixed_weights(self) -> tuple[list[int], Tensor]:
         """The layers that are read, and alpha over them: fp32 [D or 1, L].
 

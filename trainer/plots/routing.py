@@ -15,13 +15,19 @@ from .axes import block_ticks, mark_uniform, weight_colours
 
 
 def routing_heatmap(
-    weights: NDArray[np.floating[Any]], layers: Sequence[int], title: str = "Routing weights"
+    weights: NDArray[np.floating[Any]],
+    layers: Sequence[int],
+    title: str = "Routing weights",
+    rows: str = "DiT block",
 ) -> Figure:
     """The layers that each block reads: weights alpha [D, L], and above them the mean over blocks.
 
     The weight that every layer has under ``uniform``, 1/L, is marked in the mean and on the colour
     bar. Where every block reads the same mix, the figure shows only that. Weights of both signs
     have a colour map that is white at zero.
+
+    Args:
+        rows: what each row of the weights is for.
 
     Raises:
         InputError: weights that are not [D, len(layers)].
@@ -40,7 +46,7 @@ def routing_heatmap(
         top, main = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, height))
         mesh = main.imshow(weights, aspect="auto", **weight_colours(weights))
         block_ticks(main, num_blocks)
-        main.set_ylabel("DiT block", color=INK)
+        main.set_ylabel(rows, color=INK)
         mark_uniform(figure.colorbar(mesh, ax=main, pad=0.02), num_layers)
     top.bar(range(num_layers), weights.mean(0), width=0.8, color=LINES[0])
     top.axhline(1 / num_layers, color=INK, linewidth=1, linestyle="--")

@@ -5,6 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "adapter": ["Adapter", "load_adapter"],
+        "adapter_export": ["Export", "export_adapter"],
         "checkpoint": [
             "Checkpoint",
             "cut_like",

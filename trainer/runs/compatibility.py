@@ -1,6 +1,8 @@
 """Feature stores that a run can read."""
 
 import math
+from collections.abc import Set
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...schemas import (
@@ -31,7 +33,7 @@ def check_features(run: "Run", identity: FeatureIdentity) -> None:
             f"them with semroute rewrite --routing {run.path}"
         )
     else:
-        _check_identity(run, identity, _CAPTIONS)
+        check_identity(run.path, run.record.features, identity)
 
 
 def check_llm(run: "Run", identity: FeatureIdentity) -> None:
@@ -40,16 +42,27 @@ def check_llm(run: "Run", identity: FeatureIdentity) -> None:
     Raises:
         InputError: with every key that differs, and both values.
     """
-    _check_identity(run, identity, _CAPTIONS | _LAYERS)
+    check_identity(run.path, run.record.features, identity, _CAPTIONS | _LAYERS)
 
 
-def _check_identity(run: "Run", identity: FeatureIdentity, free: set[str]) -> None:
+def check_identity(
+    path: Path, own: FeatureIdentity, identity: FeatureIdentity, free: Set[str] = _CAPTIONS
+) -> None:
+    """Refuse features whose identity differs from that of a run's own.
+
+    Args:
+        path: of the run, for the message.
+        free: keys that may differ; by default those of the captions.
+
+    Raises:
+        InputError: with every key that differs, and both values.
+    """
     refuse_differences(
         differences(
-            identity.model_dump(mode="json", exclude=free),
-            run.record.features.model_dump(mode="json", exclude=free),
+            identity.model_dump(mode="json", exclude={*free}),
+            own.model_dump(mode="json", exclude={*free}),
         ),
-        f"{run.path} was trained on other features; those given, against its own",
+        f"{path} was trained on other features; those given, against its own",
         "Extract the captions with the run's model and options.",
     )
 

@@ -10,15 +10,21 @@ Shapes: T noise levels, D blocks, L layers.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ...schemas import InputError, RouterRecord, parse, write_document
-from ..model.router import Router
+from ..model.router import Learned, Router
 from ..model.strategies import make_router
-from .run import Run
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .run import Run
 
 CONFIG = "config.json"
 TENSORS = "router.safetensors"
@@ -27,17 +33,24 @@ NUM_T = 101
 _PARAMETERS = "parameters."
 
 
-def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
+def export_router(run: "Run | Adapter", out: str | os.PathLike[str]) -> Path:
     """Write the router of a run into a new or empty folder.
 
     ``alpha`` float32 [T, D, L] holds its weights at ``t`` float32 [T] (one, any, if they do not
     depend on it) over ``layers`` int64 [L]: enough to mix layers without this library. If each
     token has its own weights, alpha is a mean over some tokens, and the parameters are what counts.
 
+    Of a run on a pretrained network, ``alpha`` is what its layers are weighed by beside its own:
+    it adds those of alpha less 1/L.
+
     Raises:
-        InputError: the folder holds other files.
+        InputError: the folder holds other files, or no router was trained.
     """
-    folder, router, record = Path(out), run.model.router, run.record
+    folder, router, record = Path(out), run.router, run.record
+    if record.pretrained is not None and not isinstance(router, Learned):
+        raise InputError(
+            f"{run.path} has no router: it was trained with model.train={record.config.model.train}"
+        )
     if folder.exists() and (not folder.is_dir() or {*os.listdir(folder)} - {CONFIG, TENSORS}):
         raise InputError(f"{folder} holds other files: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,10 +65,11 @@ def export_router(run: Run, out: str | os.PathLike[str]) -> Path:
         routing=record.config.routing,
         layers=run.layers,
         num_llm_layers=record.features.model.num_layers,
-        num_blocks=run.model.num_blocks,
+        num_blocks=run.num_blocks,
         text_width=record.features.model.width,
         mixes=record.features.mixes,
         features=record.features,
+        pretrained=record.pretrained,
         model_source=record.model_source,
         step=run.step,
         weights=run.source,
@@ -90,6 +104,11 @@ def load_router(path: str | os.PathLike[str]) -> Router:
             text_width=exported.text_width,
             mixes=exported.mixes,
         )
-    parameters = [name for name in tensors if name.startswith(_PARAMETERS)]
-    router.load_state_dict({name.removeprefix(_PARAMETERS): tensors[name] for name in parameters})
+    router.load_state_dict(router_parameters(tensors))
     return router.eval().requires_grad_(False)
+
+
+def router_parameters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a router, by name, among the tensors of ``router.safetensors``."""
+    names = [name for name in tensors if name.startswith(_PARAMETERS)]
+    return {name.removeprefix(_PARAMETERS): tensors[name] for name in names}

@@ -20,7 +20,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
-from .checkpoint import Checkpoint, latest_checkpoint
+from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
     from ..adapters.routed import Routed
@@ -47,12 +47,20 @@ FREE: Any = {
     "model": {"pretrained"},
     "data": {
         "conditioning": True,
+        "unverified": True,
         "prefetch": True,
         "workers": True,
         "select": {"columns"},
-        "mixture": {"__all__": {"features": True, "latents": True, "select": {"columns"}}},
+        "mixture": {
+            "__all__": {
+                "features": True,
+                "latents": True,
+                "conditioning": True,
+                "select": {"columns"},
+            }
+        },
     },
-    "validation": {"every", "features", "latents"},
+    "validation": {"every", "features", "latents", "conditioning"},
 }
 
 
@@ -78,7 +86,6 @@ def _build_pretrained(
     record: RunRecord, pretrained: PretrainedIdentity, building: AbstractContextManager[Any] | None
 ) -> "Routed":
     from ..adapters.pretrained import find_pretrained, load_transformer
-    from ..adapters.routed import Routed
 
     config, llm = record.config.model, record.features.model
     assert config.pretrained is not None
@@ -91,14 +98,34 @@ def _build_pretrained(
         f"{found.name} is not the pretrained network of the run; found, against the run's own",
         "Name that one.",
     )
-    place = nullcontext() if building is None else torch.device("meta")
     transformer = load_transformer(found, config, weights=building is None)
-    with place, torch.random.fork_rng(devices=[]):
+    with nullcontext() if building is None else torch.device("meta"):
+        model = adapt(record, transformer)
+    if building is not None:
+        with building:
+            model.to_empty(device="cpu")
+    return model
+
+
+def adapt(record: RunRecord, transformer: Any) -> "Routed":
+    """A pretrained transformer with what a run adds to it; fresh weights are determined by
+    ``config.seed``.
+
+    Raises:
+        InputError: it is of another family, or does not fit.
+    """
+    from ..adapters.families import find_family
+    from ..adapters.routed import Routed
+
+    pretrained, llm = record.pretrained, record.features.model
+    assert pretrained is not None
+    family = find_family(type(transformer).__name__, pretrained.transformer)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.config.seed)
-        model = Routed(
+        return Routed(
             transformer,
-            found.family,
-            config,
+            family,
+            record.config.model,
             record.config.routing,
             layers=record.features.layers,
             base_layers=pretrained.base_layers,
@@ -107,10 +134,6 @@ def _build_pretrained(
             latent_shape=record.latents.shape,
             mixes=record.features.mixes,
         )
-    if building is not None:
-        with building:
-            model.to_empty(device="cpu")
-    return model
 
 
 def _build_dit(record: RunRecord) -> "DiT":
@@ -147,16 +170,24 @@ def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: they are not those that learn in this network.
     """
-    own = trained_weights(model)
+    check_trained(model, weights)
+    model.load_state_dict(dict(weights), strict=False)
+
+
+def check_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a checkpoint that are not those that learn in this network.
+
+    Raises:
+        InputError: with each that differs.
+    """
     refuse_differences(
         differences(
             {name: list(value.shape) for name, value in weights.items()},
-            {name: list(value.shape) for name, value in own.items()},
+            {name: list(value.shape) for name, value in trained_weights(model).items()},
         ),
         "the checkpoint holds other weights than the network learns; found, expected",
         "Restore the run directory from a copy.",
     )
-    model.load_state_dict(dict(weights), strict=False)
 
 
 def write_record(path: Path, record: RunRecord) -> None:
@@ -218,6 +249,23 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
     )
     resumed = before.model_copy(update={"config": record.config, "versions": record.versions})
     return resumed, latest_checkpoint(path)
+
+
+def choose_checkpoint(path: Path, record: RunRecord, step: int | None) -> Checkpoint:
+    """A checkpoint of a run: that of a step, or the newest.
+
+    Raises:
+        InputError: there is none yet, or none of this step.
+    """
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
+    if not checkpoints:
+        raise InputError(
+            f"{path} has no checkpoint yet: the first is written after "
+            f"{min(record.config.checkpoint_every, record.config.steps):,} steps"
+        )
+    if step is not None and step not in checkpoints:
+        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
+    return checkpoints[max(checkpoints) if step is None else step]
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

@@ -14,15 +14,15 @@ import torch
 
 from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..adapters.paths import make_path
-from .checkpoint import list_checkpoints
 from .compatibility import check_features, check_llm
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
-from .record import build_model, load_trained, read_record
+from .record import build_model, choose_checkpoint, load_trained, read_record
 
 if TYPE_CHECKING:
     from ...pipeline.style import Figure
     from ..diffusion.sampling import NoiseLevelMap
+    from ..model.router import Router
     from .record import Network
 
 
@@ -49,6 +49,16 @@ class Run:
         self.flow = make_path(record.config.flow, record.pretrained)
 
     @property
+    def router(self) -> "Router":
+        """The router of the model."""
+        return self.model.router
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of mixes that the router makes (D)."""
+        return self.model.num_blocks
+
+    @property
     def layers(self) -> list[int]:
         """LLM layers that alpha weighs, in its order."""
         return list(self.model.router.layers)
@@ -70,7 +80,7 @@ class Run:
         Raises:
             InputError: that store is needed, but it is missing or has changed since.
         """
-        router = self.model.router
+        router = self.router
         if t is None:
             t = np.linspace(0, 1, 21) if router.depends_on_t else [1.0]
         levels = torch.as_tensor(np.asarray(t, np.float32))
@@ -82,10 +92,8 @@ class Run:
             self.check_features(features.manifest.identity)
             ids = range(min(len(features), 64))
             hidden = features.read(ids, router.layers_read).tensor()
-        with torch.no_grad():
-            alpha = router.alpha(levels.to(device), None if hidden is None else hidden.to(device))
-        shape = (len(levels), self.model.num_blocks, len(self.layers))
-        return alpha.expand(shape).cpu().numpy().copy()
+        read = None if hidden is None else hidden.to(device)
+        return router.table(levels.to(device), self.num_blocks, read).numpy()
 
     def to_xarray(self, t: Sequence[float] | np.ndarray | None = None) -> Any:
         """:meth:`weights` as an xarray DataArray with the dimensions ``block`` (from 1), ``layer``
@@ -261,15 +269,7 @@ def load_run(
         raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
     path = Path(path)
     record = read_record(path)
-    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(path)}
-    if not checkpoints:
-        raise InputError(
-            f"{path} has no checkpoint yet: the first is written after "
-            f"{min(record.config.checkpoint_every, record.config.steps):,} steps"
-        )
-    if step is not None and step not in checkpoints:
-        raise InputError(f"{path} has no checkpoint of step {step}; it has {sorted(checkpoints)}")
-    checkpoint = checkpoints[max(checkpoints) if step is None else step]
+    checkpoint = choose_checkpoint(path, record, step)
     model = build_model(record)
     load_trained(model, checkpoint.ema() if weights == "ema" else checkpoint.model())
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))

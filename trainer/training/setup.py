@@ -3,13 +3,14 @@
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
@@ -68,6 +69,7 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     """
     features, latents = open_features(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
+    check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     model = build_model(record, building)
     for shape in by_shape(pairs):
@@ -161,6 +163,34 @@ def identify_pretrained(
             f"{features.model.width}, of another LLM: extract them with its own text encoder"
         )
     return found.identity(config, features.model.num_layers)
+
+
+def check_verified(config: TrainConfig, pairs: Sequence[StorePair]) -> None:
+    """Refuse stores that were never compared with the pipeline of a pretrained network.
+
+    Raises:
+        InputError: with the command that compares one.
+    """
+    name = config.model.pretrained
+    if name is None or config.data.unverified:
+        return
+    from ..adapters.pretrained import find_pretrained
+
+    found = find_pretrained(name)
+    pipeline = found.index.get("_class_name", "")
+    files: Mapping[str, str] | None = None
+    for pair in pairs:
+        for store in (pair.features, pair.conditioning):
+            if store is None:
+                continue
+            if files is None and (store.path / AGAINST).exists():
+                files = found.text_files()
+            if files is None or not passed_against(store.path, pipeline, files):
+                raise InputError(
+                    f"{store.path} was not compared with what {name} does to text: run semroute "
+                    f"verify {store.path} --against {name}, or train with data.unverified=true "
+                    "(--unverified)"
+                )
 
 
 def with_shift(

@@ -16,11 +16,12 @@ from torch import Tensor
 from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
-from ..data.dataset import check_joined
+from ..data.dataset import check_joined, open_joined
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 
 if TYPE_CHECKING:
+    from ...pipeline.store.conditioning import ConditioningStore
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
 
@@ -55,6 +56,7 @@ class Validation:
         layers: LLM layers to read.
         num_bins: K; each sample is used once in each bin, at a t that never changes.
         seed: determines t and noise, together with the sample's id.
+        conditioning: what the pipeline of a pretrained network gives it for the captions.
     """
 
     features: "FeatureStore"
@@ -63,6 +65,7 @@ class Validation:
     layers: list[int]
     num_bins: int
     seed: int
+    conditioning: "ConditioningStore | None" = None
 
     @torch.no_grad()
     def measure(self, model: Any, flow: Flow | Ddpm, accelerator: Any) -> list[float]:
@@ -108,7 +111,8 @@ class Validation:
         x0 = batch.latents.repeat_interleave(self.num_bins, dim=0)  # [B*K, C, h, w]
         caption = batch.caption.repeat_interleave(self.num_bins)  # [B*K]
         x_t = flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
-        prediction = model(x_t, t, batch.hidden, batch.offsets, caption)  # [B*K, C, h, w]
+        extra = {} if batch.conditioning is None else {"conditioning": batch.conditioning}
+        prediction = model(x_t, t, batch.hidden, batch.offsets, caption, **extra)  # [B*K, C, h, w]
         return flow.loss(prediction, x0, noise, t).reshape(-1, self.num_bins)
 
     def _read(self, samples: np.ndarray) -> Batch:
@@ -124,6 +128,7 @@ class Validation:
             offsets=torch.from_numpy(rows.offsets),
             caption=torch.from_numpy(caption),
             latents=torch.from_numpy(self.latents.read(samples, None)),
+            conditioning=None if self.conditioning is None else self.conditioning.tensors(unique),
         )
 
     def _draw(self, samples: np.ndarray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -151,11 +156,13 @@ def open_validation(
             kind from the first; with every key that differs.
     """
     wanted = config.validation
+    given = config.data.conditioning
     if wanted.features is not None and wanted.latents is not None:
         from ...pipeline.store.open import open_features, open_latents
 
         first = (features, latents)
         features, latents = open_features(wanted.features), open_latents(wanted.latents)
+        given = wanted.conditioning
         check_joined(features, latents)
         _check_alike(first, (features, latents))
         samples = latents.ids[: wanted.num_samples]
@@ -169,7 +176,15 @@ def open_validation(
         samples = np.sort(samples[: wanted.num_samples])
     else:
         return None
-    return Validation(features, latents, samples, list(layers), wanted.num_bins, wanted.seed)
+    return Validation(
+        features,
+        latents,
+        samples,
+        list(layers),
+        wanted.num_bins,
+        wanted.seed,
+        open_joined(given, features),
+    )
 
 
 def _check_alike(

@@ -19,6 +19,7 @@ SPECS = [
     ArraySpec("hidden", U2, 5, None, "as they are"),
     ArraySpec("code", U1, 3, LAYER_MAJOR, "layer by layer"),
     ArraySpec("scalar", U1, 4, (2, 1, 0), "value by value"),
+    ArraySpec("exact", U2, 5, LAYER_MAJOR, "the first layer alone", (0,)),
 ]
 
 
@@ -39,11 +40,13 @@ def test_rows_that_no_caption_has_are_zero(gaps, counts, num_layers):
         arrays = allocate(SPECS, num_rows, num_layers, used)
         for spec in SPECS:
             array = arrays[spec.name]
-            assert array.shape == (num_rows, num_layers, spec.size)
+            layers = spec.num_layers(num_layers)
+            assert layers == (1 if spec.name == "exact" else num_layers)
+            assert array.shape == (num_rows, layers, spec.size)
             assert array.dtype == spec.dtype
             assert array.transpose(spec.order or (0, 1, 2)).flags.c_contiguous
             array[used] = value
-            assert int(array.astype(int).sum()) == value * len(used) * num_layers * spec.size
+            assert int(array.astype(int).sum()) == value * len(used) * layers * spec.size
             array[:] = 255
 
 
@@ -56,3 +59,4 @@ def test_codecs_and_routing_normalise_alike():
 
 def test_positions_find_their_slot_in_the_output():
     assert output_slots([4, 1]).tolist() == [-1, 1, -1, -1, 0]
+    assert output_slots([4, 1], [4]).tolist() == [-1, 1]

@@ -44,6 +44,9 @@ def encode(codec: Codec, hidden):
     for layer in range(hidden.shape[1]):
         coded = codec.encode(layer, hidden[:, layer], coded)
         for spec in codec.arrays:
+            if spec.layers is not None and layer not in spec.layers:
+                assert spec.name not in coded.codes
+                continue
             array = coded.codes[spec.name]
             assert array.shape == (len(hidden), spec.size)
             codes[spec.name].append(array.numpy())
@@ -273,3 +276,42 @@ class TestCodecError:
         error = CodecError([1])
         error.add(0, torch.full((2, 8), 3.0), torch.full((2, 8), 3.0, dtype=torch.bfloat16))
         assert error.to_dict()["max"] == 0.0
+
+
+@slow
+@given(
+    shape=shapes,
+    name=st.sampled_from(["delta", "linear"]),
+    kind=kinds,
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_exact_layers_lie_beside_codes_that_they_do_not_change(shape, name, kind, seed, data):
+    num_layers = shape[1]
+    layer = st.integers(0, num_layers - 1)
+    exact = tuple(sorted(data.draw(st.lists(layer, unique=True))))
+    wanted = data.draw(st.lists(layer, unique=True, min_size=1))
+    hidden = make_hidden(*shape, seed=seed, kind=kind)
+    sample = make_hidden(8, *shape[1:], seed=seed + 1)
+    plain, _ = fit_codec(name, sample, 4.0)
+    codec = type(plain)(num_layers, shape[2], plain.parameters, 4.0, plain.code_bits, exact)
+    codes, promised = encode(codec, hidden)
+    before, lossy = encode(plain, hidden)
+    for array in before:
+        np.testing.assert_array_equal(codes[array], before[array])
+    assert ("exact" in codes) == bool(exact)
+    for layer in range(num_layers):
+        expected = hidden[:, layer].bfloat16() if layer in exact else lossy[:, layer]
+        assert torch.equal(promised[:, layer], expected)
+    depths = codec.depths(wanted)
+    assert ({*depths} <= {"exact"}) == ({*wanted} <= {*exact})
+    needed = {array: codes[array][:, :depth] for array, depth in depths.items()}
+    for found in (decode(codec, needed, wanted), decode_torch(codec, needed, wanted)):
+        for slot, layer in enumerate(wanted):
+            if layer in exact:
+                assert torch.equal(found[:, slot], promised[:, layer])
+        tolerance = 1e-3 * float(promised.float().abs().max()) if name == "linear" else 0
+        torch.testing.assert_close(
+            found.float(), promised[:, wanted].float(), rtol=2**-7 if tolerance else 0,
+            atol=tolerance,
+        )  # fmt: skip

@@ -11,8 +11,9 @@ pytest.importorskip("torch")
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.extraction.prompts import PromptEncoder
 from semroute.pipeline.extraction.rewrite import rewrite
+from semroute.pipeline.store.verify import verify
 from semroute.pipeline.text.presets import PRESETS
-from semroute.schemas import FeatureManifest, InputError, digest
+from semroute.schemas import FeatureManifest, InputError, digest, render
 
 TEXTS = ["A Red CUP ", "a red cup", "two  birds &amp; a tree", "x" * 300]
 
@@ -148,3 +149,22 @@ def test_layers_that_the_pipeline_reads_and_the_llm_lacks_are_named(make):
     assert any(
         "preset flux2 reads layers 10, 20, 30 of its LLM; this one has 4" in x for x in lines
     )
+
+
+def test_a_manifest_of_an_early_version_stays_as_it_was_when_its_store_is_completed(make):
+    """Whose keys are fewer, and whose digest is in checksums.json."""
+    store = make()
+    file, checksums = store.path / "manifest.json", store.path / "checksums.json"
+    document = json.loads(file.read_text())
+    del document["identity"]["template"]["processing"], document["codec"]["exact_layers"]
+    old = FeatureManifest.model_validate(document)
+    before = render(old, early=True)
+    file.write_text(before)
+    listed = json.loads(checksums.read_text())
+    listed["manifest"] = digest(old.unfinished(), early=True)
+    checksums.write_text(json.dumps(listed, indent=1) + "\n")
+    type(store).open(store.path).reopen([0])
+    assert not verify(store.path).problems
+    make()
+    assert file.read_text() == before
+    assert not verify(store.path).problems

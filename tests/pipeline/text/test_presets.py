@@ -130,7 +130,9 @@ class TestRows:
 
     def test_fibo_has_a_null_caption_of_one_fixed_token(self):
         tokenizer = make_tokenizer(bos=False)
-        with pytest.raises(InputError, match=r"tokens \[128000\].*only 259\. It was made"):
+        with pytest.raises(
+            InputError, match=r"fibo is the tokens \[128000\], .* not have: the preset"
+        ):
             build("fibo", tokenizer, ["a cup"])
         tokenizer.add_tokens([f"<extra {number}>" for number in range(128_001 - len(tokenizer))])
         captions = build("fibo", tokenizer, ["a cup"])
@@ -190,6 +192,8 @@ class TestOptions:
         ("strip", " A  cup\n", "A  cup"),
         ("lower_strip", " A  Cup\n", "a  cup"),
         ("no_images", "a [IMG]cup", "a cup"),
+        ("clean_caption", " A red_Cup!! see www.cups.com x.png", "a red_cup!! see"),
+        ("clean_caption", "cup.png", ""),
         ("fix_text", " a  cup &amp;amp; caf\u00c3\u00a9 \n", "a cup & caf\u00e9"),
     ],
 )
@@ -206,6 +210,8 @@ def test_texts_are_cleaned_as_the_pipelines_do(text):
     assert cleaner("fix_text")(text) == prompt_clean(text)
     pixart = object.__new__(PixArtSigmaPipeline)
     assert [cleaner("lower_strip")(text)] == pixart._text_preprocessing(text)
+    call = inspect.signature(PixArtSigmaPipeline.__call__)
+    assert call.parameters["clean_caption"].default is True
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,62 @@
+"""Figures of what a pretrained network learned besides routing weights.
+
+Shapes: K layers or blocks, M linear layers with LoRA.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from ...pipeline.style import FAINT, INK, LINES, Figure, layer_ticks
+from .axes import label, legend_below, line_colours
+
+
+def layer_weights(
+    before: Sequence[float], after: Sequence[float], names: Sequence[int], title: str, x: str
+) -> Figure:
+    """Weights [K] of a pretrained network before and after training, side by side.
+
+    Args:
+        names: along the x axis, one per weight; ``x`` says what they are.
+    """
+    figure = Figure(figsize=(max(6.0, 2.0 + 0.45 * len(names)), 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(names))
+    bars = [
+        axes.bar(places + shift, values, width=0.4, color=colour)
+        for shift, values, colour in ((-0.2, before, FAINT), (0.2, after, LINES[0]))
+    ]
+    axes.axhline(0, color=INK, linewidth=0.6)
+    label(axes, x, "weight", title)
+    axes.set_axisbelow(True)
+    layer_ticks(axes.xaxis, names)
+    legend_below(figure, bars, ["pretrained", "learned"], columns=2)
+    return figure
+
+
+def lora_sizes(norms: Mapping[str, float], title: str) -> Figure:
+    """Size of the change that LoRA makes to each linear layer, over the blocks of the network.
+
+    Args:
+        norms: name of a linear layer, such as ``transformer_blocks.3.attn.to_q`` -> Frobenius norm
+            of its change. Layers without a number in their name form a block of their own.
+    """
+    blocks: dict[str, int] = {}
+    lines: dict[str, dict[int, float]] = {}
+    for name, norm in norms.items():
+        block, kind = re.fullmatch(r"(.*?\d+)?\.?(.*)", name, re.S).groups()  # type: ignore[union-attr]
+        number = blocks.setdefault(block or kind, len(blocks) + 1)
+        lines.setdefault(kind, {})[number] = norm
+    figure = Figure(figsize=(7.0, 3.4 + 0.12 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    handles = [
+        axes.plot([*line], [*line.values()], marker="o", markersize=3, color=colour)[0]
+        for line, colour in zip(lines.values(), line_colours(len(lines)), strict=True)
+    ]
+    label(axes, "block", "norm of the change", title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    legend_below(figure, handles, [*lines], columns=4, fontsize=8)
+    return figure
