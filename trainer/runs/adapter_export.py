@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COMFYUI_FILE = "comfyui-{family}-layers.safetensors"
 WEIGHTS, GAINS, CHOICE = "weights.json", "gains.txt", "layers.json"
 _HERE = "path/of/this/folder"
+_IMPORT, _IMPORT_PEFT = "\nimport semroute\n", "from peft import PeftModel\n"
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,12 @@ def _why_no_config(adapter: Adapter) -> str | None:
 # --------------------------------------------------------------------------------------- contents
 
 
-def _open(adapter: Adapter, *arguments: str) -> str:
+def _open(adapter: Adapter, *arguments: str, imports: str = "") -> str:
     """Python that opens the base model; its last line ends in the arguments."""
     base = adapter.hub_base or str(adapter.record.config.model.pretrained)
     given = ", ".join([repr(base), "dtype=torch.bfloat16", *arguments])
     return (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f"import torch\nfrom diffusers import DiffusionPipeline\n{imports}\n"
         f"pipe = DiffusionPipeline.from_pretrained({given})\n"
     )
 
@@ -176,12 +177,12 @@ def _write_pipeline(adapter: Adapter, folder: Path, _rank: int | None) -> Conten
             (
                 "With semroute",
                 "python",
-                f'{_open(adapter)}import semroute\n\nsemroute.attach(pipe, "{_HERE}")\n'
+                f'{_open(adapter, imports=_IMPORT)}semroute.attach(pipe, "{_HERE}")\n'
                 'pipe(prompt="a cat")\n',
             )
         ],
         [
-            "All weights that were trained, without rounding. `adapter.json` is the run's record; "
+            "All weights that were trained. `adapter.json` is the run's record; "
             "`router.safetensors` holds the routing weights as a table that any program can read, "
             "and LoRA lies apart in the format that diffusers or peft loads."
         ],
@@ -194,7 +195,7 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int | None) -> Content:
     if "lora" in adapter.parts:
         config = adapter.record.config.model.lora or LoraConfig()
         matrices = matrices_of(adapter.trained, config)
-        holds = ["LoRA of the transformer, without rounding; its scale is part of the matrices."]
+        holds = ["LoRA of the transformer; its scale, alpha / rank, is part of the matrices."]
         if "router" in adapter.parts:
             note = "LoRA alone, without the router that it was trained with"
             holds += [
@@ -215,13 +216,13 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int | None) -> Content:
                 "without, the file is exact."
             ]
     write_lora(folder, matrices, loader, adapter.hub_base)
-    load = (
-        f'pipe.load_lora_weights("{_HERE}")\n'
-        if loader
-        else f'from peft import PeftModel\n\nPeftModel.from_pretrained(pipe.transformer, "{_HERE}")'
-        "  # adds it to pipe.transformer itself\n"
-    )
-    how = f'{_open(adapter)}{load}pipe(prompt="a cat")\n'
+    if loader:
+        how = f'{_open(adapter)}pipe.load_lora_weights("{_HERE}")\npipe(prompt="a cat")\n'
+    else:
+        how = (
+            f"{_open(adapter, imports=_IMPORT_PEFT)}# Adds it to pipe.transformer itself.\n"
+            f'PeftModel.from_pretrained(pipe.transformer, "{_HERE}")\npipe(prompt="a cat")\n'
+        )
     about = f"LoRA for {adapter.family.name}, trained by semroute from stored hidden states."
     name = "With diffusers" if loader else "With diffusers and peft"
     return Content(about, [(name, "python", how)], holds, note, ["lora", "diffusers"])

@@ -40,18 +40,14 @@ PLAIN = """
 import json, sys
 sys.modules["semroute"] = None
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 for job in json.loads(sys.argv[1]):
-    pipe = DiffusionPipeline.from_pretrained(job["pipeline"])
+    names = {}
+    exec(job["code"], names)
+    pipe = names["pipe"]
     pipe.set_progress_bar_config(disable=True)
-    if job["peft"]:
-        from peft import PeftModel
-        PeftModel.from_pretrained(pipe.transformer, job["folder"])
-    else:
-        pipe.load_lora_weights(job["folder"])
     latents = pipe(
         "a red cup", num_inference_steps=2, output_type="latent", return_dict=False,
         generator=torch.Generator().manual_seed(0), **job["how"],
@@ -163,23 +159,26 @@ def predict(transformer, given, x_t, t):
 
 
 @pytest.fixture(scope="module")
-def plain(krea2_run, make_run, tiny_pipeline, tmp_path_factory):
-    """Family -> its run, and what plain diffusers samples with the export in a process of its
+def plain(krea2_run, make_run, tmp_path_factory):
+    """Family -> its run, and what the code of the export's README samples in a process of its
     own."""
     folder = tmp_path_factory.mktemp("plain")
     lora = {"train": "lora", "lora": {"rank": 4, "alpha": 6}}
     runs = {"krea2": krea2_run, "sana": make_run("sana", **lora)}
     runs["pixart"] = make_run("pixart", **lora)
-    jobs = [
-        {
-            "pipeline": str(tiny_pipeline(family)),
-            "folder": str(export(run, folder / family, "lora")[0]),
-            "peft": family == "pixart",
-            "how": {**run_size(family), "guidance_scale": UNGUIDED[family]},
-            "out": str(folder / f"{family}.safetensors"),
-        }
-        for family, run in runs.items()
-    ]
+    jobs = []
+    for family, run in runs.items():
+        exported, _ = export(run, folder / family, "lora")
+        code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert ("peft" in code) == (family == "pixart")
+        code = code.replace("path/of/this/folder", str(exported)).replace("bfloat16", "float32")
+        jobs.append(
+            {
+                "code": code.removesuffix('pipe(prompt="a cat")\n'),
+                "how": {**run_size(family), "guidance_scale": UNGUIDED[family]},
+                "out": str(folder / f"{family}.safetensors"),
+            }
+        )
     command = [sys.executable, "-c", PLAIN, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
