@@ -53,14 +53,18 @@ LOG_EVERY = 50
 CHECKPOINT_EVERY = 500
 
 README = """\
-A Sana of {millions:.1f} M parameters, pretrained from random weights for {steps} steps on
-{samples:,} images of shapes (18 x 18 pixels, values from -1 to 1, which it generates without a
-VAE). It is a stand-in for a published model, made by benchmarks/standin.py of semroute.
+A Sana of {millions:.1f} M parameters, pretrained from random weights for {steps:,} steps on
+{samples:,} images of shapes: pixels from -1 to 1, which it generates without a VAE. It stands in
+for a published model; benchmarks/standin.py of semroute made it.
 
-It reads layer {layer} of {llm}, the last one, after the final norm: the rows of
-{template}, and the same for an empty prompt as the negative one.
-SanaPipeline cannot load that LLM from here and there is no VAE, so tokenizer, text_encoder and vae
-in model_index.json are [null, null]: use the transformer and the scheduler, with stored features.
+- LLM: {llm}
+- text: the last layer, {layer}, after the final norm, of {text}
+- negative prompt: the empty caption, as semroute stores it
+
+SanaPipeline cannot load that LLM from here, and there is no VAE: tokenizer, text_encoder and vae in
+model_index.json are [null, null]. So pass None for each:
+
+    SanaPipeline.from_pretrained(FOLDER, tokenizer=None, text_encoder=None, vae=None)
 """
 
 
@@ -255,7 +259,7 @@ def save_pipeline(
         samples=samples,
         layer=layer,
         llm=features.manifest.provenance.model.rpartition("/")[2],
-        template=repr(identity.template),
+        text=identity.template.text,
     )
     (out / "README.md").write_text(text, "utf-8")
     absent = [None, None]
