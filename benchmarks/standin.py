@@ -1,6 +1,6 @@
 """A small Sana, pretrained on shapes: a stranger's model for studies of adapters to adapt.
 
-    python benchmarks/standin.py pretrain FEATURES LATENTS OUT [--steps 3000] [--seed 0]
+    python benchmarks/standin.py pretrain FEATURES LATENTS OUT [--steps 2500] [--seed 0]
     python benchmarks/standin.py evaluate OUT FEATURES SAMPLES [--cfg-scale 3]
 
 No weights of a real diffusion transformer can be had offline. ``pretrain`` trains diffusers'
@@ -84,7 +84,12 @@ class Sana(nn.Module):
         return contextlib.nullcontext()
 
     def encode_text(
-        self, hidden: Tensor, offsets: Tensor, caption: Tensor, t: Tensor | None = None
+        self,
+        hidden: Tensor,
+        offsets: Tensor,
+        caption: Tensor,
+        t: Tensor | None = None,
+        conditioning: None = None,
     ) -> tuple[Tensor, Tensor]:
         """Padded rows [B, T, H] and mask [B, T] of packed rows [R, 1, H]."""
         lengths = offsets.diff()
@@ -113,7 +118,7 @@ def main() -> None:
 @click.argument("features")
 @click.argument("latents")
 @click.argument("out", type=Path)
-@click.option("--steps", default=3000, show_default=True)
+@click.option("--steps", default=2500, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", default=16, show_default=True, help="Samples per step.")
 @click.option("--noise-draws", default=4, show_default=True, help="t and noise for each sample.")
@@ -121,7 +126,7 @@ def main() -> None:
 @click.option("--ema", default=0.995, show_default=True, help="Decay of the moving average.")
 @click.option("--width", default=160, show_default=True, help="A multiple of 32.")
 @click.option("--depth", default=6, show_default=True)
-@click.option("--patch-size", default=3, show_default=True)
+@click.option("--patch-size", default=6, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 def pretrain(features: str, latents: str, out: Path, **given: Any) -> None:
     """Train on the last layer of FEATURES and on LATENTS, which are pixels; write OUT."""

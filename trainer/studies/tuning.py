@@ -33,7 +33,7 @@ def tune(
     trained = [arm for arm in study.arms if study.arm(arm).of is None]
     tunings = {arm: study.tuning_of(arm) for arm in trained if is_tuned(study, arm)}
     for arm in sorted({*trained} - {*tunings}):
-        report(f"{arm}: nothing to tune, its weights are fixed")
+        report(f"{arm}: nothing to tune")
     jobs = [
         make_job(study, arm, seed, {tuning.key: value}, value)
         for arm, tuning in tunings.items()
@@ -85,12 +85,15 @@ def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_tuned(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm names a setting of its own to tune, or learns how layers are weighted."""
+    """Whether trials choose a setting of an arm: not if it gives the value itself, or if it learns
+    no routing weights and names no other setting to tune."""
     from ...pipeline.store.open import open_features, open_latents
     from ..data.dataset import open_pairs
     from ..runs.record import build_model
     from ..training.setup import make_record
 
+    if study.tuning_of(arm).key in study.arm(arm).train:
+        return False
     if "key" in study.arm(arm).tuning:
         return True
     config = make_job(study, arm, study.seeds[0], {}).config
