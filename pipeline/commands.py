@@ -123,6 +123,11 @@ exact_option = click.option(
 limit_option = click.option(
     "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
 )
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
+)
 plan_options = options(
     click.option(
         "--model",
@@ -236,11 +241,7 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
-)
+@threads_option
 @limit_option
 @work_options
 @interruptible()
@@ -378,6 +379,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     type=SEED,
     help="Seed of the order in which captions are stored: that of the features.",
 )
+@threads_option
 @limit_option
 @work_options
 @interruptible()
