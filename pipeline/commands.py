@@ -130,6 +130,11 @@ MODEL_HELP = (
     "The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file; or the text encoder of a "
     "diffusers pipeline, such as org/name/text_encoder."
 )
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
+)
 plan_options = options(
     click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
     click.option(
@@ -238,11 +243,7 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
-)
+@threads_option
 @limit_option
 @work_options
 @interruptible()
@@ -416,6 +417,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     type=SEED,
     help="Seed of the order in which captions are stored: that of the features.",
 )
+@threads_option
 @limit_option
 @work_options
 @interruptible()
