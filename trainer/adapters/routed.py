@@ -63,6 +63,8 @@ class Routed(nn.Module):
         base_layers: those of them that the transformer was trained with, in its order.
         latent_shape: (C, h, w) of latents; where they have several shapes, the one that is sampled
             by default.
+        trainable: False: the transformer is somebody's to use; nothing of it has gradients, and it
+            keeps its dtype.
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
@@ -87,6 +89,7 @@ class Routed(nn.Module):
         text_width: int,
         latent_shape: tuple[int, int, int],
         mixes: Mixes | None = None,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         if mixes is not None:
@@ -100,7 +103,8 @@ class Routed(nn.Module):
                 f"{family.name} reads layers {[*base_layers]}, but the store does not hold layers "
                 f"{missing}: extract them too, as --template {family.template} does"
             )
-        family.prepare(transformer)
+        if trainable:
+            family.prepare(transformer)
         self.transformer = transformer.requires_grad_(False)
         self.family = family
         self.path = family.path
@@ -117,7 +121,12 @@ class Routed(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
-        self.fusion_gain = self._open_weights(config)
+        self.fusion_gain = self._make_fusion_gain()
+        if "lora" in self.parts:
+            assert config.lora is not None
+            add_lora(transformer, config.lora, family)
+        if trainable:
+            self._open_weights(config)
         by_block = self.where == "blocks" or self.taps is not None
         self.deviates = not self.parts.isdisjoint({"gain", "router"})
         self.hooked = by_block and self.deviates
@@ -145,30 +154,8 @@ class Routed(nn.Module):
             )
         return router
 
-    def _open_weights(self, config: ModelConfig) -> nn.Parameter | None:
-        """Let the weights of the network learn that ``train`` names; gains per tap, if it does."""
-        opened: list[nn.Module] = []
-        if "network" in self.parts:
-            if self.dtype != torch.float32:
-                raise InputError(
-                    f"model.train is {config.train}, which trains all weights, in float32, but "
-                    f"model.dtype is {config.dtype}: leave it out"
-                )
-            self.transformer.requires_grad_(True)
-        if "projection" in self.parts:
-            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
-        if "lora" in self.parts:
-            assert config.lora is not None
-            add_lora(self.transformer, config.lora, self.family)
-        if "fusion" in self.parts and self.family.fusion == "projector":
-            opened.append(self.transformer.text_fusion.projector)
-        for module in opened:
-            module.requires_grad_(True)
-            for part in module if isinstance(module, nn.ModuleList) else [module]:
-                self._learn_apart(part)
-        for parameter in self.transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    def _make_fusion_gain(self) -> nn.Parameter | None:
+        """A gain per tap, if ``train`` names it."""
         if "fusion" not in self.parts:
             return None
         if self.family.fusion is None:
@@ -179,6 +166,28 @@ class Routed(nn.Module):
         if self.family.fusion == "gains":
             return nn.Parameter(torch.zeros(len(self.base_layers)))
         return None
+
+    def _open_weights(self, config: ModelConfig) -> None:
+        """Let the weights of the network learn that ``train`` names."""
+        opened: list[nn.Module] = []
+        if "network" in self.parts:
+            if self.dtype != torch.float32:
+                raise InputError(
+                    f"model.train is {config.train}, which trains all weights, in float32, but "
+                    f"model.dtype is {config.dtype}: leave it out"
+                )
+            self.transformer.requires_grad_(True)
+        if "projection" in self.parts:
+            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
+        if "fusion" in self.parts and self.family.fusion == "projector":
+            opened.append(self.transformer.text_fusion.projector)
+        for module in opened:
+            module.requires_grad_(True)
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                self._learn_apart(part)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def _learn_apart(self, module: nn.Module) -> None:
         """Let a module have another dtype than the network around it."""
