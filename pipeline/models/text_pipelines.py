@@ -62,7 +62,13 @@ def find_text_pipeline(name: str, option: str = "--pipeline") -> ModelFiles:
             "diffusers"
         )
     index = read_index(folder, name, option)
-    find_recipe(index.get("_class_name"), name, option)
+    recipe = find_recipe(index.get("_class_name"), name, option)
+    lacking = {recipe.encoder, recipe.tokenizer} - {*_text_components(index)}
+    if lacking:
+        raise InputError(
+            f"{option} {name}: {_INDEX} has no {' and no '.join(sorted(lacking))}, the LLM whose "
+            "layers are read; expected a pipeline that was saved with it (save_pretrained)"
+        )
     files: dict[str, str] = {}
     for component in _text_components(index):
         where = folder / component
