@@ -342,8 +342,8 @@ def adapters(
         f"{samples} samples of 256 image tokens, {len(hidden)} rows of {layers} layers of {width}, "
         f"{turns} turns, 1 thread, torch {torch.__version__}\n"
     )
-    print("| network | trained | step without | with, to without |")
-    print("| --- | --- | --: | --: |")
+    print("| network | trained | mixes | step without | with, to without |")
+    print("| --- | --- | --: | --: | --: |")
     for name in only or NETWORKS:
         for parts in train or ("full", "router"):
             plain, ours = (Adapted(name, parts, each, layers, width) for each in (False, True))
@@ -358,11 +358,8 @@ def adapters(
                     pair[each] = time.process_time() - started
                 took.append(pair[plain])
                 ratios.append(pair[ours] / pair[plain])
-            middle = statistics.median(took)
-            sockets = ours.network.num_blocks
-            print(
-                f"| {name} | {parts} | {sockets} | {middle:.2f} s | {spread(ratios)} |", flush=True
-            )
+            middle, mixes = statistics.median(took), ours.network.num_blocks
+            print(f"| {name} | {parts} | {mixes} | {middle:.2f} s | {spread(ratios)} |", flush=True)
 
 
 @main.command()
