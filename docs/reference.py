@@ -17,12 +17,19 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 
 from semroute import schemas
-from semroute.pipeline.extraction.requests import ExtractRequest, LatentsRequest, RewriteRequest
+from semroute.pipeline.extraction.requests import (
+    ConditioningRequest,
+    ExtractRequest,
+    LatentsRequest,
+    RewriteRequest,
+)
 from semroute.trainer.model.dit import SIZES
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "feature-manifest": schemas.FeatureManifest,
     "latent-manifest": schemas.LatentManifest,
+    "conditioning-manifest": schemas.ConditioningManifest,
+    "against": schemas.Against,
     "checksums": schemas.Checksums,
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,
@@ -37,6 +44,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 REQUESTS: dict[str, type[BaseModel]] = {
     "extract-request": ExtractRequest,
     "latents-request": LatentsRequest,
+    "conditioning-request": ConditioningRequest,
     "rewrite-request": RewriteRequest,
 }
 """Requests of the jobs that write stores; each becomes a table of keys."""

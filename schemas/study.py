@@ -63,7 +63,8 @@ class Arm(Settings):
     scoring: dict[str, Any] = Field(default_factory=dict)
     """Differences in scoring: features, num_steps, solver, clock, cfg_interval."""
     tuning: dict[str, Any] = Field(default_factory=dict)
-    """The same for the scoring of trials."""
+    """The same for the scoring of trials; and ``key`` and ``values``, where this arm tunes another
+    setting than the study does."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of ``semroute train``."""
 
@@ -125,6 +126,8 @@ class StudyConfig(Settings):
             raise ValueError(f"arm {name} is scored differently, in a study without scoring")
         if arm.tuning and self.tuning is None:
             raise ValueError(f"arm {name} changes the tuning of a study that has none")
+        if "key" in arm.tuning and "values" not in arm.tuning:
+            raise ValueError(f"arm {name} tunes {arm.tuning['key']}: give its values too")
         if arm.against is not None and arm.against not in {*self.arms} - {name}:
             raise ValueError(f"arm {name} is against {arm.against!r}, which is not another arm")
         if arm.of is None:
@@ -177,10 +180,15 @@ class StudyConfig(Settings):
             return None
         return _changed(self.scoring, self.arm(name).scoring, f"arm {name}, scoring")
 
-    def trials_of(self, name: str) -> Scoring:
-        """Scoring of an arm's trials, in a study that tunes."""
+    def tuning_of(self, name: str) -> Tuning:
+        """Tuning of an arm, in a study that tunes."""
         assert self.tuning is not None
-        return _changed(self.tuning.scoring, self.arm(name).tuning, f"arm {name}, tuning")
+        source, changes = f"arm {name}, tuning", self.arm(name).tuning
+        own = {key: changes[key] for key in ("key", "values") if key in changes}
+        others = {key: value for key, value in changes.items() if key not in own}
+        scoring = _changed(self.tuning.scoring, others, source)
+        document = {**self.tuning.model_dump(), **own, "scoring": scoring.model_dump()}
+        return parse(Tuning, document, source)
 
     def run(self, arm: str, seed: int, output: str, **changes: Any) -> TrainConfig:
         """The configuration of one run.

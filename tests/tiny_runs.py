@@ -1,7 +1,7 @@
 """Runs on the tiny pipelines of :mod:`tiny_pipelines`: made, not trained, with random weights in
 place of learned ones; and the features of captions for them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from semroute.trainer.runs.record import adapt, trained_weights, write_record
 SAMPLES = SamplesIdentity(num_samples=1, fingerprint=None)
 
 
-def features_of(pipeline: Path, preset: str) -> FeatureIdentity:
-    """Identity of features of all layers of the pipeline's LLM."""
+def features_of(
+    pipeline: Path, preset: str, layers: Sequence[int] | None = None
+) -> FeatureIdentity:
+    """Identity of features of the pipeline's LLM, by default of all layers."""
     source = find_model(str(pipeline / PRESETS[preset].encoder))
     tokenizer, model = load_tokenizer(source), describe_model(source)
     return FeatureIdentity(
@@ -44,8 +46,8 @@ def features_of(pipeline: Path, preset: str) -> FeatureIdentity:
             keep_prefix=False,
             processing=PRESETS[preset].processing(preset, tokenizer, causal=model.causal),
         ),
-        layers=[*range(1, model.num_layers + 1)],
-        final_norm="normed",
+        layers=[*(layers or range(1, model.num_layers + 1))],
+        final_norm="normed" if layers is None else "absent",
         dtype="float32",
         attention="sdpa",
         max_length=PRESETS[preset].max_length(tokenizer, causal=model.causal),
@@ -60,13 +62,16 @@ def make_run(
     out: Path,
     *,
     size: float = 1.0,
-    train: str = "router",
+    layers: Sequence[int] | None = None,
+    model: Mapping[str, Any] | None = None,
     **routing: Any,
 ) -> Path:
     """A run with one checkpoint.
 
     Args:
         size: of the random numbers that are added to what it learns; 0: fresh weights.
+        layers: that its features hold; by default all.
+        model, routing: keys of its configuration.
     """
     config = TrainConfig.model_validate(
         {
@@ -74,12 +79,12 @@ def make_run(
             "latents": "latents",
             "output": str(out),
             "steps": 1,
-            "model": {"kind": "pretrained", "pretrained": str(pipeline), "train": train},
+            "model": {"kind": "pretrained", "pretrained": str(pipeline), **(model or {})},
             "routing": routing,
         }
     )
     found = find_pretrained(str(pipeline))
-    features = features_of(pipeline, preset)
+    features = features_of(pipeline, preset, layers)
     record = RunRecord(
         config=config,
         features=features,
@@ -100,11 +105,11 @@ def make_run(
     )
     out.mkdir(parents=True)
     write_record(out, record)
-    model = adapt(record, load_transformer(found, config.model))
+    network = adapt(record, load_transformer(found, config.model))
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: value + size * torch.randn(value.shape, generator=generator)
-        for name, value in trained_weights(model).items()
+        for name, value in trained_weights(network).items()
     }
     save_checkpoint(out, 1, model=weights, ema=weights, optimizer={}, state={}, keep=1)
     return out

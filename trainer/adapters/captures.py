@@ -43,12 +43,19 @@ class Captures:
     Args:
         layers: those that are kept, see :func:`semroute.pipeline.models.llm.parse_layers`.
         base_layers: those of them that the network reads, in its order.
+        max_calls: how many calls of the text encoder are kept, those that were read last; None:
+            all.
     """
 
-    def __init__(self, layers: Sequence[int], base_layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        base_layers: Sequence[int],
+        max_calls: int | None = MAX_CALLS,
+    ) -> None:
         self.layers = [*layers]
         self._base = [self.layers.index(layer) for layer in base_layers]
-        self._calls: deque[_Call] = deque(maxlen=MAX_CALLS)
+        self._calls: deque[_Call] = deque(maxlen=max_calls)
         self._handles: list[Any] = []
 
     def add(self, hidden: Tensor, padding: Tensor) -> None:
@@ -68,32 +75,38 @@ class Captures:
         Raises:
             InputError: a row came from no token and no padding that is kept.
         """
-        calls = [*reversed(self._calls)]
-        known = [call.base.to(rows.device, rows.dtype) for call in calls]
-        place = _places(rows.flatten(0, 1), torch.cat([*known, rows.new_zeros(1, *rows.shape[2:])]))
-        place = place.cpu()
-        strange = int((place < 0).sum())
-        if strange:
+        flat = rows.flatten(0, 1)
+        zero = (flat == 0).flatten(1).all(1).cpu()
+        numbers = torch.full(zero.shape, -1)  # of tokens among those of the calls that are used
+        missing = (~zero).nonzero()[:, 0]
+        hidden: list[Tensor] = []
+        padding = zero.clone()
+        for call in [*reversed(self._calls)]:
+            if not len(missing):
+                break
+            known = call.base.to(rows.device, rows.dtype)
+            place = _places(flat[missing.to(rows.device)], known).cpu()
+            found, token = place >= 0, place < len(call.hidden)
+            if not found.any():
+                continue
+            numbers[missing[found & token]] = place[found & token] + sum(map(len, hidden))
+            padding[missing[found & ~token]] = True
+            missing = missing[~found]
+            hidden.append(call.hidden.to(rows.device))
+            self._calls.remove(call)  # to the end, as the last that was read
+            self._calls.append(call)
+        if len(missing):
             raise InputError(
-                f"{strange:,} of {len(place):,} rows of text that the network is given did not "
-                "come from the text encoder since semroute.attach, or not in its last "
-                f"{MAX_CALLS} calls: pass prompts, or embeddings of semroute embed, with "
-                "attach(..., embeds=FILE)"
+                f"{len(missing):,} of {len(flat):,} rows of text that the network is given are not "
+                "known: they did not come from the text encoder since semroute.attach, or not in "
+                f"its last {MAX_CALLS} calls. Pass prompts, or embeddings of semroute embed, with "
+                "attach(..., embeds=FILE)."
             )
-        hidden, numbers, first, used = [], torch.full_like(place, -1), 0, 0
-        for call in calls:
-            own = (place >= first) & (place < first + len(call.hidden))
-            if own.any():
-                numbers[own] = place[own] - first + used
-                hidden.append(call.hidden.to(rows.device))
-                used += len(call.hidden)
-                self._calls.remove(call)  # to the end, as the last that was read
-                self._calls.append(call)
-            first += len(call.base)
-        numbers[numbers < 0] = used
-        none = rows.new_zeros(0, len(self.layers), rows.shape[-1])
-        found = torch.cat(hidden) if hidden else none
-        return found, numbers.unflatten(0, rows.shape[:2])
+        tokens = (
+            torch.cat(hidden) if hidden else rows.new_zeros(0, len(self.layers), rows.shape[-1])
+        )
+        numbers[padding] = len(tokens)
+        return tokens, numbers.unflatten(0, rows.shape[:2])
 
     def watch(self, encoder: nn.Module, tower: TextTower, num_layers: int, pad_token: int) -> None:
         """Catch what a text encoder gives from now on.
@@ -161,8 +174,8 @@ def _on_layer(tower: TextTower, num_layers: int, layer: int, take: Callable[[Ten
 def _places(rows: Tensor, known: Tensor) -> Tensor:
     """Number of the first known row that equals each row, [N, ...] in [M, ...]; -1: none does."""
     both = torch.cat([known, rows]).flatten(1).float()
-    number, same = torch.unique(both, dim=0, return_inverse=True)
+    distinct, same = torch.unique(both, dim=0, return_inverse=True)
     order = torch.arange(len(known), device=rows.device)
-    first = torch.full((len(number),), len(known), device=rows.device)
+    first = torch.full((len(distinct),), len(known), device=rows.device)
     first = first.scatter_reduce(0, same[: len(known)], order, "amin")[same[len(known) :]]
     return torch.where(first < len(known), first, -1)

@@ -142,7 +142,6 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._reader.captures.remove()
-        self.routed.sockets.remove()
         restore(self.routed, self._replaced, self._trained)
 
     def _begin(self, network: Any, args: Any, kwargs: Any) -> Any:
@@ -186,6 +185,7 @@ def restore(routed: Routed, replaced: Mapping[str, Tensor], trained: frozenset[s
         replaced: weights that were replaced.
         trained: parameters that had gradients.
     """
+    routed.sockets.remove()
     if "lora" in routed.parts:
         remove_lora(routed.transformer)
     replace_weights(routed.transformer, replaced)

@@ -63,6 +63,8 @@ class Routed(nn.Module):
         base_layers: those of them that the transformer was trained with, in its order.
         latent_shape: (C, h, w) of latents; where they have several shapes, the one that is sampled
             by default.
+        trainable: False: the transformer is somebody's to use; nothing of it has gradients, and it
+            keeps its dtype.
 
     Attributes:
         path: ``flow`` or ``ddpm``, see :class:`.base.Family`.
@@ -87,6 +89,7 @@ class Routed(nn.Module):
         text_width: int,
         latent_shape: tuple[int, int, int],
         mixes: Mixes | None = None,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         if mixes is not None:
@@ -100,7 +103,8 @@ class Routed(nn.Module):
                 f"{family.name} reads layers {[*base_layers]}, but the store does not hold layers "
                 f"{missing}: extract them too, as --template {family.template} does"
             )
-        family.prepare(transformer)
+        if trainable:
+            family.prepare(transformer)
         self.transformer = transformer.requires_grad_(False)
         self.family = family
         self.path = family.path
@@ -117,7 +121,12 @@ class Routed(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.router = self._make_router(routing, layers, num_llm_layers)
         self.gain = nn.Parameter(torch.zeros(self.num_blocks)) if "gain" in self.parts else None
-        self.fusion_gain = self._open_weights(config)
+        self.fusion_gain = self._make_fusion_gain()
+        if "lora" in self.parts:
+            assert config.lora is not None
+            add_lora(transformer, config.lora, family)
+        if trainable:
+            self._open_weights(config)
         by_block = self.where == "blocks" or self.taps is not None
         self.deviates = not self.parts.isdisjoint({"gain", "router"})
         self.hooked = by_block and self.deviates
@@ -145,30 +154,8 @@ class Routed(nn.Module):
             )
         return router
 
-    def _open_weights(self, config: ModelConfig) -> nn.Parameter | None:
-        """Let the weights of the network learn that ``train`` names; gains per tap, if it does."""
-        opened: list[nn.Module] = []
-        if "network" in self.parts:
-            if self.dtype != torch.float32:
-                raise InputError(
-                    f"model.train is {config.train}, which trains all weights, in float32, but "
-                    f"model.dtype is {config.dtype}: leave it out"
-                )
-            self.transformer.requires_grad_(True)
-        if "projection" in self.parts:
-            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
-        if "lora" in self.parts:
-            assert config.lora is not None
-            add_lora(self.transformer, config.lora, self.family)
-        if "fusion" in self.parts and self.family.fusion == "projector":
-            opened.append(self.transformer.text_fusion.projector)
-        for module in opened:
-            module.requires_grad_(True)
-            for part in module if isinstance(module, nn.ModuleList) else [module]:
-                self._learn_apart(part)
-        for parameter in self.transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    def _make_fusion_gain(self) -> nn.Parameter | None:
+        """A gain per tap, if ``train`` names it."""
         if "fusion" not in self.parts:
             return None
         if self.family.fusion is None:
@@ -179,6 +166,28 @@ class Routed(nn.Module):
         if self.family.fusion == "gains":
             return nn.Parameter(torch.zeros(len(self.base_layers)))
         return None
+
+    def _open_weights(self, config: ModelConfig) -> None:
+        """Let the weights of the network learn that ``train`` names."""
+        opened: list[nn.Module] = []
+        if "network" in self.parts:
+            if self.dtype != torch.float32:
+                raise InputError(
+                    f"model.train is {config.train}, which trains all weights, in float32, but "
+                    f"model.dtype is {config.dtype}: leave it out"
+                )
+            self.transformer.requires_grad_(True)
+        if "projection" in self.parts:
+            opened += [self.transformer.get_submodule(name) for name in self.family.projection]
+        if "fusion" in self.parts and self.family.fusion == "projector":
+            opened.append(self.transformer.text_fusion.projector)
+        for module in opened:
+            module.requires_grad_(True)
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                self._learn_apart(part)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def _learn_apart(self, module: nn.Module) -> None:
         """Let a module have another dtype than the network around it."""
@@ -320,11 +329,7 @@ class Routed(nn.Module):
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
         own = None
         if conditioning is not None and not self.family.needs_conditioning:
-            shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
-            values = conditioning["prompt_embeds"]
-            if conditioning[MASK].ndim == 2:  # padded
-                values = values[conditioning[MASK].to(values.device, torch.bool)]
-            own = values.reshape(shape)  # rows of the same captions
+            own = self._own_rows(conditioning, hidden)
         given = self._given(conditioning, caption, lengths, device)
         if given is None:
             mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
@@ -383,6 +388,19 @@ class Routed(nn.Module):
         if not self.hooked:
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
+
+    def _own_rows(self, conditioning: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Base layers of the rows of ``hidden`` as the pipeline gave them: [R, K, H]."""
+        values = conditioning["prompt_embeds"]
+        if conditioning[MASK].ndim == 2:  # padded
+            values = values[conditioning[MASK].to(values.device, torch.bool)]
+        if len(values) != len(hidden):
+            raise InputError(
+                f"captions have {len(hidden)} rows in the features, but {len(values)} in the "
+                "conditioning: extract the features from the same captions with --template "
+                f"{self.family.template}"
+            )
+        return values.reshape(len(hidden), len(self.base_layers), hidden.shape[-1])
 
     def _base_rows(self, hidden: Tensor) -> Tensor:
         """[R, K, H]."""

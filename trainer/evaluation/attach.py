@@ -17,7 +17,7 @@ from ..adapters.lora import is_lora
 from ..adapters.pipeline import Attachment, replace_weights, restore
 from ..adapters.routed import PARTS
 from ..runs.adapter import load_adapter
-from ..runs.record import adapt, check_trained
+from ..runs.record import adapt, refuse_other_weights
 
 _PLACE = "_semroute_attachment"
 _NETWORK = "transformer."
@@ -66,9 +66,15 @@ def attach(
     transformer = pipe.transformer
     trained = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
     with _weights_in_place(pipe, changes):
-        routed = adapt(record, transformer)
+        routed = adapt(record, transformer, trainable=False)
+        own = dict(routed.named_parameters())
+        expected = {
+            name: value
+            for name, value in own.items()
+            if name in values or is_lora(name) or not name.startswith(_NETWORK)
+        }
         try:
-            check_trained(routed, values)
+            refuse_other_weights(values, expected)
         except InputError:
             restore(routed, {}, trained)
             raise
@@ -107,7 +113,7 @@ def detach(pipe: Any) -> Any:
         raise InputError(f"no run is attached to this {type(pipe).__name__}")
     with _weights_in_place(pipe, attachment.changes_network):
         attachment.remove()
-    delattr(pipe.transformer, _PLACE)
+    delattr(attachment.routed.transformer, _PLACE)
     return pipe
 
 

@@ -107,9 +107,12 @@ def _build_pretrained(
     return model
 
 
-def adapt(record: RunRecord, transformer: Any) -> "Routed":
+def adapt(record: RunRecord, transformer: Any, *, trainable: bool = True) -> "Routed":
     """A pretrained transformer with what a run adds to it; fresh weights are determined by
     ``config.seed``.
+
+    Args:
+        trainable: see :class:`semroute.trainer.adapters.routed.Routed`.
 
     Raises:
         InputError: it is of another family, or does not fit.
@@ -133,6 +136,7 @@ def adapt(record: RunRecord, transformer: Any) -> "Routed":
             text_width=llm.width,
             latent_shape=record.latents.shape,
             mixes=record.features.mixes,
+            trainable=trainable,
         )
 
 
@@ -170,20 +174,20 @@ def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: they are not those that learn in this network.
     """
-    check_trained(model, weights)
+    refuse_other_weights(weights, trained_weights(model))
     model.load_state_dict(dict(weights), strict=False)
 
 
-def check_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of a checkpoint that are not those that learn in this network.
+def refuse_other_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a checkpoint that are not those that a network learns.
 
     Raises:
-        InputError: with each that differs.
+        InputError: with each name or shape that differs.
     """
     refuse_differences(
         differences(
-            {name: list(value.shape) for name, value in weights.items()},
-            {name: list(value.shape) for name, value in trained_weights(model).items()},
+            {name: list(value.shape) for name, value in found.items()},
+            {name: list(value.shape) for name, value in expected.items()},
         ),
         "the checkpoint holds other weights than the network learns; found, expected",
         "Restore the run directory from a copy.",

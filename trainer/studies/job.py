@@ -135,7 +135,7 @@ def make_job(
         return Job(arm, seed, config, study.scoring_of(arm), file=file)
     output = str(out / "tuning" / arm / f"{value:g}" / f"seed-{seed}")
     config = study.run(arm, seed, output, **{**chosen, "steps": tuning.steps})
-    return Job(arm, seed, config, study.trials_of(arm), value)
+    return Job(arm, seed, config, study.tuning_of(arm).scoring, value)
 
 
 def gather_scores(jobs: Sequence[Job], stored: ResultsTable) -> dict[str, RunScores]:

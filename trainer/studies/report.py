@@ -55,11 +55,15 @@ def write_report(study: StudyConfig) -> list[Path]:
         notes += [f"Runs of another arm, scored differently: {listed}.", ""]
     tuned = {arm: scores for arm, scores in read_tuning(study).items() if arm in study.arms}
     if study.tuning is not None and tuned:
-        notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{study.tuning.key}`:", ""]
-        notes += [
-            f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
-            for arm, scores in tuned.items()
-        ]
+        for key in dict.fromkeys(study.tuning_of(arm).key for arm in tuned):
+            if notes and notes[-1]:
+                notes.append("")
+            notes += [f"Mean dev accuracy (*{study.tuning.skill}*) by `{key}`:", ""]
+            notes += [
+                f"- {arm}: {', '.join(f'{value}: {score:.3f}' for value, score in scores.items())}"
+                for arm, scores in tuned.items()
+                if study.tuning_of(arm).key == key
+            ]
     design = ComparisonDesign(
         out.name,
         [*study.arms],

@@ -28,16 +28,15 @@ def tune(
         run: runs the jobs that are not done, under a name, given the stored scores.
         report: takes a line per arm.
     """
-    tuning = study.tuning
-    if tuning is None:
+    if study.tuning is None:
         return {arm: {} for arm in study.arms}
     trained = [arm for arm in study.arms if study.arm(arm).of is None]
-    arms = [arm for arm in trained if has_router(study, arm)]
-    for arm in sorted({*trained} - {*arms}):
-        report(f"{arm}: nothing to tune, its weights are fixed")
+    tunings = {arm: study.tuning_of(arm) for arm in trained if is_tuned(study, arm)}
+    for arm in sorted({*trained} - {*tunings}):
+        report(f"{arm}: nothing to tune")
     jobs = [
         make_job(study, arm, seed, {tuning.key: value}, value)
-        for arm in arms
+        for arm, tuning in tunings.items()
         for value in tuning.values
         for seed in tuning.seeds
     ]
@@ -45,7 +44,7 @@ def tune(
     run(jobs, "tuning", stored)
     done = gather_scores(jobs, stored)
     document: dict[str, dict[str, float]] = {}
-    for arm in arms:
+    for arm, tuning in tunings.items():
         scores = {}
         for value in tuning.values:
             names = [job.name for job in jobs if (job.arm, job.value) == (arm, value)]
@@ -58,7 +57,8 @@ def tune(
     chosen = read_chosen(study)
     for arm, scores in document.items():
         listed = ", ".join(f"{value}: {score:.3f}" for value, score in scores.items())
-        report(f"{arm}: {tuning.key} {chosen[arm][tuning.key]:g} of {listed}")
+        for key, value in chosen[arm].items():
+            report(f"{arm}: {key} {value:g} of {listed}")
     return chosen
 
 
@@ -73,25 +73,33 @@ def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
     chosen: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
     if study.tuning is None:
         return chosen
-    values = {f"{value:g}": value for value in study.tuning.values}
     for arm, scores in read_tuning(study).items():
+        if arm not in chosen:
+            continue
+        tuning = study.tuning_of(arm)
+        values = {f"{value:g}": value for value in tuning.values}
         tried = {name: score for name, score in scores.items() if name in values}
-        if arm in chosen and tried:
-            chosen[arm] = {study.tuning.key: values[max(tried, key=lambda name: tried[name])]}
+        if tried:
+            chosen[arm] = {tuning.key: values[max(tried, key=lambda name: tried[name])]}
     return chosen
 
 
-def has_router(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm learns its routing weights."""
+def is_tuned(study: StudyConfig, arm: str) -> bool:
+    """Whether trials choose a setting of an arm: not if it gives the value itself, or if it learns
+    no routing weights and names no other setting to tune."""
     from ...pipeline.store.open import open_features, open_latents
     from ..data.dataset import open_pairs
     from ..runs.record import build_model
     from ..training.setup import make_record
 
+    if study.tuning_of(arm).key in study.arm(arm).train:
+        return False
+    if "key" in study.arm(arm).tuning:
+        return True
     config = make_job(study, arm, study.seeds[0], {}).config
     stores = open_features(config.features), open_latents(config.latents)
     record = make_record(config, open_pairs(*stores, config.data))
-    return any(True for _ in build_model(record).router.parameters())
+    return bool(build_model(record).router_parameters())
 
 
 def _accuracy(table: pa.Table, skill: str) -> float:

@@ -157,6 +157,24 @@ class TestStudy:
         tried = pq.read_table(out / "tuning" / "depth" / "0.1" / "seed-7" / "judged.parquet")
         assert set(tried["split"].to_pylist()) == {"dev"}
 
+    def test_an_arm_tunes_a_setting_of_its_own(self, world, tmp_path):
+        out, content = tmp_path / "out", document(world, tmp_path / "out", seeds=[0])
+        own = {"key": "optimizer.lr", "values": [1e-4, 1e-2]}
+        content["arms"]["uniform"]["tuning"] = own
+        invoke("study", write(tmp_path / "study.yaml", content), "--jobs", 2)
+        scores = json.loads((out / "tuning.json").read_text())
+        assert {arm: [*each] for arm, each in scores.items()} == {
+            "uniform": ["0.0001", "0.01"],
+            "depth": ["0.001", "0.1"],
+        }
+        best = float(max(scores["uniform"], key=scores["uniform"].get))
+        config = load_run(out / "runs" / "uniform" / "seed-0").record.config
+        assert config.optimizer.lr == best
+        report = (out / "report.md").read_text()
+        parts = report.partition("by `optimizer.lr`:")[2].partition("by `optimizer.router_lr`:")
+        assert "- uniform: 0.0001: " in parts[0]
+        assert "- depth: 0.001: " in parts[2]
+
     def test_the_report_compares_with_the_reference(self, done):
         report = (done[1] / "report.md").read_text()
         assert "2 arms x 2 seeds" in report
@@ -485,13 +503,18 @@ class TestConfiguration:
         for arm in study.arms:
             study.run(study.arm(arm).of or arm, 0, "out")
             study.scoring_of(arm)
-            study.trials_of(arm)
+            study.tuning_of(arm)
 
     def test_refuses_what_cannot_be_compared(self, world):
         self.refused(world, "reference 'best' is not an arm: uniform, depth", reference="best")
         self.refused(world, "contain duplicates", seeds=[1, 1])
         self.refused(world, r"tuning.seeds shares \[7\] with seeds", seeds=[0, 7])
         self.refused(world, "names a folder", arms={"uniform": {}, "a/b": {}})
+        own = {"uniform": {"tuning": {"key": "optimizer.lr"}}}
+        self.refused(world, "arm uniform tunes optimizer.lr: give its values too", arms=own)
+        own["uniform"]["tuning"]["values"] = [1e-3]
+        message = "arm uniform, tuning is not valid:\n  values: List should have"
+        self.refused(world, message, arms=own)
 
     @pytest.mark.parametrize(
         ("arm", "message"),
