@@ -84,11 +84,15 @@ class ChunkCodec:
         """Rows from the bytes of a chunk, which are not empty; uncompressed ones are a view.
 
         Raises:
-            zstandard.ZstdError, ValueError: the bytes are not such a chunk.
+            zstandard.ZstdError, ValueError: the bytes are not such a chunk, or are of more rows.
         """
         if self.order is None:
             return np.frombuffer(content, self.dtype).reshape(self.shape)
-        stored = _zstd.decompressor.decompress(content, self.num_bytes)
+        # Where a frame declares its size, that is what would be allocated, whatever the limit.
+        declared = zstandard.frame_content_size(content)
+        if declared not in (-1, self.num_bytes):
+            raise ValueError(f"declares {declared:,} bytes; expected {self.num_bytes:,}")
+        stored = _zstd.decompressor.decompress(content, self.num_bytes, allow_extra_data=False)
         rows = np.frombuffer(stored, self.dtype).reshape(self._stored_shape)
         return rows.transpose(self._inverse_order)
 
