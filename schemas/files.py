@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from io import BufferedReader
 from pathlib import Path, PosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from .atomic import write_whole
 from .errors import InputError
@@ -203,7 +204,7 @@ def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
     return found.files
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A local file for reading, if it is a plain file and no link.
 
     Raises:
@@ -238,10 +239,22 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
         with open_file(path) as file:
             _check_size(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
-    system, base = _system(path)
     if limit is not None:
-        _check_size(path, int(system.info(base)["size"] or 0), limit)
+        _check_size(path, size_of(path), limit)
+    system, base = _system(path)
     return bytes(system.cat_file(base))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: no such file.
+    """
+    if is_local(path):
+        return path.lstat().st_size
+    system, base = _system(path)
+    return int(system.info(base)["size"] or 0)
 
 
 def _check_size(path: Path, size: int, limit: int | None) -> None:

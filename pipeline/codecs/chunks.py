@@ -61,6 +61,17 @@ class ChunkCodec:
         """Size when decoded."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def min_bytes(self) -> int:
+        """Fewest bytes of a chunk as it is stored."""
+        return self.num_bytes if self.order is None else 1
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a chunk as it is stored: zstd adds less than this to what it cannot
+        compress."""
+        return self.num_bytes + (0 if self.order is None else self.num_bytes // 128 + 1024)
+
     @cached_property
     def _stored_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.order or ())
