@@ -416,7 +416,8 @@ def _check_missing(report: _Report, store: AnyStore, receipts: Mapping[int, Rece
         incomplete = {
             shard
             for shard, receipt in receipts.items()
-            if any(sizes.get(name) != file.num_bytes for name, file in receipt.files.items())
+            if receipt.broken  # images that are tried again
+            or any(sizes.get(name) != file.num_bytes for name, file in receipt.files.items())
         }
         return sorted(missing | incomplete)
     if isinstance(store, LatentStore) and not missing:

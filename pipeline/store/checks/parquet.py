@@ -71,7 +71,7 @@ def read_parquet(
         missing = 0 if schema.field(name).nullable else _null_count(table[name])
         if missing:
             raise ValueError(f"{missing} values of {name} are missing")
-    return table.cast(pa.schema([schema.field(name) for name in names]))
+    return table
 
 
 def _columns(found: pa.Schema, schema: pa.Schema, optional: Collection[str]) -> list[str]:
