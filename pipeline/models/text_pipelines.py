@@ -66,7 +66,8 @@ def find_text_pipeline(name: str, option: str = "--pipeline") -> ModelFiles:
     lacking = {recipe.encoder, recipe.tokenizer} - {*_text_components(index)}
     if lacking:
         raise InputError(
-            f"{option} {name}: {_INDEX} has no {' and no '.join(sorted(lacking))}, the LLM whose "
+            f"{option} {name}: {PIPELINE_INDEX} has no {' and no '.join(sorted(lacking))}, the "
+            "LLM whose "
             "layers are read; expected a pipeline that was saved with it (save_pretrained)"
         )
     files: dict[str, str] = {}
