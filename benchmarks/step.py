@@ -1,13 +1,15 @@
 """Cost of a training step under each strategy, and with the LLM in the loop.
 
     python benchmarks/step.py strategies [--size small] [--data latents] [--layers 30] [--only ARM]
+    python benchmarks/step.py adapters [--only NETWORK] [--train PARTS]
     python benchmarks/step.py online FEATURES --model LLM [--size small]
 
 A step is forward, loss, backward, clipping and AdamW, in fp32. A step of each arm runs beside one
 of the first arm, alternately before and after it, so that other load on the machine affects both
 alike; the median of the ratio and its middle half are printed. ``strategies`` reads random features
 from memory; FLOPs are those of torch.utils.flop_counter, memory is what autograd keeps for the
-backward pass. ``online`` compares reading a store with running the LLM on the same captions at
+backward pass. ``adapters`` compares networks of diffusers, with random weights, with the same ones
+without us. ``online`` compares reading a store with running the LLM on the same captions at
 every step, each in a process of its own.
 """
 
@@ -18,11 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import click
+import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
@@ -34,6 +38,9 @@ from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.open import open_features
 from semroute.pipeline.text.captions import build_captions
 from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
+from semroute.trainer.adapters.base import Text as LaidOut
+from semroute.trainer.adapters.families import find_family
+from semroute.trainer.adapters.routed import Routed
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.model.dit import DiT
 from semroute.trainer.training.optimizers import make_optimizers
@@ -194,6 +201,165 @@ def strategies(
         learned = sum(p.numel() for p in arm.dit.router_parameters())
         flops, kept = arm.flops(texts[name]) / 1e9, arm.kept_bytes(texts[name]) / 1e6
         print(f"| {name} | {learned:,} | {spread(ratios[name])} | {flops:.2f} | {kept:.1f} |")
+
+
+_SIZE = {"num_attention_heads": 6, "attention_head_dim": 64}
+_FLUX2 = {
+    **_SIZE,
+    "in_channels": 16,
+    "num_layers": 4,
+    "num_single_layers": 4,
+    "joint_attention_dim": 3 * 1024,
+    "axes_dims_rope": (16, 16, 16, 16),
+    "guidance_embeds": False,
+}
+NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "PixArt": (
+        "PixArtTransformer2DModel",
+        {
+            **_SIZE,
+            "num_layers": 8,
+            "cross_attention_dim": 384,
+            "sample_size": 32,
+            "caption_channels": 1024,
+            "use_additional_conditions": False,
+        },
+        "blocks",
+    ),
+    "Qwen-Image": (
+        "QwenImageTransformer2DModel",
+        {
+            **_SIZE,
+            "num_layers": 8,
+            "in_channels": 16,
+            "out_channels": 4,
+            "joint_attention_dim": 1024,
+            "axes_dims_rope": (16, 24, 24),
+        },
+        "blocks",
+    ),
+    "FLUX.2": ("Flux2Transformer2DModel", _FLUX2, "taps"),
+    "FLUX.2, by block": ("Flux2Transformer2DModel", _FLUX2, "blocks"),
+}
+"""Class of diffusers and its configuration, 8 blocks of width 384, and where it is routed."""
+
+
+class Adapted:
+    """A network of diffusers that is trained, with us or without."""
+
+    def __init__(self, name: str, train: str, ours: bool, layers: int, width: int) -> None:
+        kind, options, where = NETWORKS[name]
+        torch.manual_seed(0)
+        transformer = getattr(diffusers, kind)(**options)
+        self.family = find_family(kind, name)
+        channels = self.family.latents(transformer.config)[0]
+        self.shape = (channels, 16, 16) if kind.startswith("Flux2") else (channels, 32, 32)
+        base = [8, 16, 24] if kind.startswith("Flux2") else [24]
+        self.ours, self.train = ours, train
+        self.network = Routed(
+            transformer,
+            self.family,
+            ModelConfig(kind="pretrained", pretrained="none", train=train),
+            RoutingConfig(strategy="depth", weights="signed", where=where),
+            layers=range(1, layers + 1),
+            base_layers=base,
+            num_llm_layers=layers,
+            text_width=width,
+            latent_shape=self.shape,
+        )
+        if not ours:
+            self.network.sockets.remove()
+        config = OptimizerConfig(lr=1e-5, router_lr=1e-3)
+        self.optimizers = make_optimizers(self.network, config) if ours or train == "full" else []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, hidden: torch.Tensor, offsets: torch.Tensor) -> None:
+        num = len(offsets) - 1
+        x0, noise = (torch.randn(num, *self.shape, generator=self.generator) for _ in range(2))
+        t = torch.rand(num, generator=self.generator)
+        path = Flow()
+        x_t, caption = path.interpolate(x0, noise, t), torch.arange(num)
+        given = None
+        if self.family.needs_conditioning:
+            base = self.network.base_layers
+            rows = hidden.unflatten(0, (num, -1))[:, :, [layer - 1 for layer in base]]
+            mask = torch.ones(rows.shape[:2], dtype=torch.bool)
+            given = {"prompt_embeds": rows.flatten(2), "mask": mask}
+        if self.ours:
+            prediction = self.network(x_t, t, hidden, offsets, caption, conditioning=given)
+        else:
+            prediction = self.plain(x_t, t, hidden, offsets, given)
+        path.loss(prediction, x0, noise, t).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def plain(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        hidden: torch.Tensor,
+        offsets: torch.Tensor,
+        given: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The network alone; where its weights are frozen, gradients go to its text."""
+        num = len(x_t)
+        if given is None:
+            rows = hidden[:, [layer - 1 for layer in self.network.base_layers]]
+            mask = torch.ones(num, len(rows) // num, dtype=torch.bool)
+            text = LaidOut(rows.unflatten(0, (num, -1)).float(), mask)
+        else:
+            text = self.family.read_conditioning(
+                given, self.network.transformer.config, torch.float32
+            )
+        text = replace(text, lengths=offsets.diff().tolist())
+        text.base.requires_grad_(self.train != "full")
+        return self.family.call(self.network.transformer, x_t, t, text)
+
+
+@main.command()
+@click.option("--layers", default=24, show_default=True)
+@click.option("--width", default=1024, show_default=True)
+@click.option("--samples", default=4, show_default=True)
+@click.option("--turns", default=7, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([*NETWORKS]))
+@click.option("--train", multiple=True, type=click.Choice(["full", "router"]))
+def adapters(
+    layers: int, width: int, samples: int, turns: int, only: tuple[str, ...], train: tuple[str, ...]
+) -> None:
+    """Compare steps of networks of diffusers with us and without, where all or the router learns.
+
+    Without us, and frozen, gradients still go through the network to its text. One thread, and the
+    time is that of its processor.
+    """
+    torch.set_num_threads(1)
+    tokens = WORKLOADS["latents"]["tokens"]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(samples * tokens, layers, width, generator=generator).bfloat16()
+    text = (hidden, torch.arange(samples + 1) * tokens)
+    print(
+        f"{samples} samples of 256 image tokens, {len(hidden)} rows of {layers} layers of {width}, "
+        f"{turns} turns, 1 thread, torch {torch.__version__}\n"
+    )
+    print("| network | trained | mixes | step without | with, to without |")
+    print("| --- | --- | --: | --: | --: |")
+    for name in only or NETWORKS:
+        for parts in train or ("full", "router"):
+            plain, ours = (Adapted(name, parts, each, layers, width) for each in (False, True))
+            for each in (plain, ours):
+                each.step(*text)
+            took, ratios = [], []
+            for turn in range(turns):
+                pair = {}
+                for each in ((plain, ours), (ours, plain))[turn % 2]:
+                    started = time.process_time()
+                    each.step(*text)
+                    pair[each] = time.process_time() - started
+                took.append(pair[plain])
+                ratios.append(pair[ours] / pair[plain])
+            middle, mixes = statistics.median(took), ours.network.num_blocks
+            print(f"| {name} | {parts} | {mixes} | {middle:.2f} s | {spread(ratios)} |", flush=True)
 
 
 @main.command()

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from ..schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
 from ..schemas.units import parse_bytes
 from .executor.base import Interrupted
+
+if TYPE_CHECKING:
+    from .inspection.pipelines import PipelineText
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -123,13 +126,16 @@ exact_option = click.option(
 limit_option = click.option(
     "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
 )
+MODEL_HELP = (
+    "The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file; or the text encoder of a "
+    "diffusers pipeline, such as org/name/text_encoder."
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
+)
 plan_options = options(
-    click.option(
-        "--model",
-        required=True,
-        help="The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file; or the text "
-        "encoder of a diffusers pipeline, such as org/name/text_encoder.",
-    ),
     click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
     click.option(
         "--template",
@@ -213,6 +219,7 @@ work_options = options(
 @click.command()
 @click.argument("captions")
 @click.argument("features")
+@click.option("--model", required=True, help=MODEL_HELP)
 @plan_options
 @click.option(
     "--codec",
@@ -236,11 +243,7 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
-)
+@threads_option
 @limit_option
 @work_options
 @interruptible()
@@ -261,10 +264,18 @@ def extract(captions: str, features: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("captions")
+@click.option("--model", help=f"{MODEL_HELP} Default, with --for: that of the pipeline.")
+@click.option(
+    "--for",
+    "pipeline",
+    help="A diffusers pipeline, by its folder or Hub id: what its network reads of captions, and "
+    "the bytes per caption of stores for it. Its template is used, and no weights are needed.",
+)
 @plan_options
 @limit_option
 @click.option("--codec", type=CODECS, help="Only this codec. Default: all, side by side.")
 @quality_option
+@exact_option
 @click.option(
     "--samples-per-second",
     default=100.0,
@@ -286,28 +297,56 @@ def extract(captions: str, features: str, **options: Any) -> None:
     "caching pays.",
 )
 @json_option()
-def estimate(captions: str, probe: bool, as_json: bool, **options: Any) -> None:
+def estimate(
+    captions: str, pipeline: str | None, probe: bool, as_json: bool, **options: Any
+) -> None:
     """Estimate what caching CAPTIONS would cost and save. Nothing is written.
 
     Reports tokens, bytes by codec and layers, the speed that training needs from storage, hours of
     extraction on this machine, and the break-even against running the LLM during training.
 
     \b
-    Example:
+    Examples:
       semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
+      semroute estimate captions.parquet --for Efficient-Large-Model/Sana_600M_512px_diffusers
     """
     from .extraction.plan import default_batch_tokens, make_plan
     from .extraction.requests import CaptionsRequest
     from .inspection.benchmark import run_benchmark
     from .inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "samples_per_second", "passes")
+    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes")
     workload = {name: options.pop(name) for name in names}
+    if pipeline is not None:
+        workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
+    elif options["model"] is None:
+        raise click.MissingParameter(param_hint="--model", param_type="option")
     request = parse(CaptionsRequest, {"source": captions, **options}, "the plan")
-    plan = make_plan(request)
+    plan = make_plan(request, weights=pipeline is None)
     plan.report_warnings(report_line)
     benchmark = run_benchmark(plan, default_batch_tokens()) if probe else None
     print_result(run(plan, probe=benchmark, **workload), as_json)
+
+
+def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "PipelineText":
+    """The pipeline of ``--for``; ``options`` get its template and its LLM.
+
+    Raises:
+        InputError: no such pipeline, or an option that contradicts it.
+    """
+    from .inspection.pipelines import read_pipeline
+
+    context = click.get_current_context()
+    if context.get_parameter_source("template") is not click.core.ParameterSource.DEFAULT:
+        raise InputError("--template is that of the pipeline: leave it out with --for")
+    if probe:
+        raise InputError(
+            "--probe runs the LLM: name it with --model and --template instead of --for"
+        )
+    pipeline = read_pipeline(name)
+    options["template"] = pipeline.preset_name
+    options["model"] = options["model"] or pipeline.model
+    return pipeline
 
 
 @click.command()
@@ -378,6 +417,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     type=SEED,
     help="Seed of the order in which captions are stored: that of the features.",
 )
+@threads_option
 @limit_option
 @work_options
 @interruptible()

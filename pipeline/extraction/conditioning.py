@@ -241,7 +241,9 @@ def plan_conditioning(
         captions=identify(unique.texts, request.seed),
         samples=samples.identity(),
     )
-    threads = workers.threads if before is None else before.layout.num_threads
+    threads = request.threads or workers.threads
+    if before is not None:
+        threads = before.layout.num_threads
     packing = _pack(identity, tokens, request, threads, unique.ends[:-1])
     captions = [identify(unique.texts.slice(0, end), request.seed) for end in unique.ends[:-1]]
     manifest = ConditioningManifest(

@@ -126,7 +126,9 @@ class Plan:
             report(f"  -{captions.num_cut[entry]} tokens: {shown!r}")
 
 
-def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None) -> Plan:
+def make_plan(
+    request: CaptionsRequest, existing: FeatureManifest | None = None, *, weights: bool = True
+) -> Plan:
     """Read, deduplicate and tokenise the captions; no weights are loaded.
 
     Args:
@@ -134,6 +136,7 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
             elsewhere.
         existing: manifest of the store that is resumed: where it has fewer samples than the file,
             its captions come first, in its order.
+        weights: without, the LLM's are not needed; its identity is then not complete.
 
     Raises:
         InputError: bad input.
@@ -156,7 +159,7 @@ def make_plan(request: CaptionsRequest, existing: FeatureManifest | None = None)
     texts = samples.texts()
     counts = [] if existing is None else [g.samples.num_samples for g in existing.generations]
     earlier = [count for count in counts if count < len(samples)]
-    located = find_model(request.model)
+    located = find_model(request.model, weights=weights)
     described = describe_model(located)
     chosen = parse_layers(
         request.layers,

@@ -127,6 +127,8 @@ class ConditioningRequest(WriteRequest):
     seed: int = 0
     """Seed of the order in which captions are dealt to shards: that of the features, so that a
     caption has the same number in both stores."""
+    threads: Positive | None = None
+    """CPU threads per worker, as for extraction."""
 
 
 class RewriteRequest(WriteRequest):

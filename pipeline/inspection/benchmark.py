@@ -6,6 +6,7 @@ Shapes: R rows (tokens), L layers, H width.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,15 +87,22 @@ class LLMBenchmark:
         least = MIN_ROWS_PER_CHANNEL * self.hidden.shape[2] if codec == "linear" else 1
         return fitted >= least and bool(self.held_out.any())
 
-    def try_codec(self, name: str, quality: float | None, positions: list[int]) -> CodecTrial:
+    def try_codec(
+        self,
+        name: str,
+        quality: float | None,
+        positions: list[int],
+        exact: Sequence[int] = (),
+    ) -> CodecTrial:
         """Fit a codec to some of the rows and measure it on the others.
 
         Args:
             positions: the layers to code, among those of ``hidden``.
+            exact: those of them that are also stored exactly, among ``positions``.
         """
         num_fitted = fit_rows(self.hidden.shape[2])
         fitted = self.hidden[~self.held_out][:num_fitted, positions].float()
-        codec, _ = fit_codec(name, fitted, quality)
+        codec, _ = fit_codec(name, fitted, quality, exact)
         rows = self.hidden[self.held_out][:MAX_HELD_ROWS, positions].float()
         seconds = []
         for _ in range(REPEATS):

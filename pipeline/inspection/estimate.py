@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...schemas import InputError, Summary
+from ...schemas import Codec, InputError, Summary
 from ...schemas.display import Table
 from ...schemas.units import format_bytes
-from ..codecs.registry import CODECS, request_codec
+from ..codecs.registry import CODECS, is_lossy, request_codec, with_exact_layers
+from ..extraction.exact import choose_exact_layers
+from ..store.summary import short_name
 from .workload import StoreSize, Workload, choose_layers, store_size
 
 if TYPE_CHECKING:
     from ..extraction.plan import Plan
     from .benchmark import LLMBenchmark
+    from .pipelines import PipelineText
 
 SMALL_SHARE = 0.05
 """Share of a machine below which running the LLM online hardly slows training."""
@@ -65,37 +67,132 @@ def estimate(
     *,
     codec: str | None = None,
     quality: float | None = None,
+    exact_layers: str | None = None,
     samples_per_second: float = 100.0,
     passes: float = 10.0,
     probe: LLMBenchmark | None = None,
+    pipeline: PipelineText | None = None,
 ) -> Estimate:
     """Sizes, times, bandwidths and the break-even of caching a plan's captions.
 
     Args:
         plan: from :func:`semroute.pipeline.extraction.plan.make_plan`.
-        codec, quality: as for extraction. Default: all codecs.
+        codec, quality, exact_layers: as for extraction. Default: all codecs.
         samples_per_second: speed of training, over all devices.
         passes: over the samples, in all epochs, seeds and ablations together.
         probe: from :func:`semroute.pipeline.inspection.benchmark.run_benchmark`. Without it, times
             are unknown and codecs have their typical sizes.
+        pipeline: from :func:`semroute.pipeline.inspection.pipelines.read_pipeline`: also what its
+            network reads, and the bytes per caption.
 
     Raises:
-        InputError: a quality for a codec that has none.
+        InputError: an option for a codec that does not have it.
     """
     if codec is None and quality is not None:
         raise InputError(f"--quality {quality:g} needs --codec delta or linear")
-    codecs = [request_codec(name, quality) for name in ([codec] if codec else CODECS)]
+    codecs = [
+        _request(plan, name, quality, exact_layers if codec or is_lossy(name) else None, pipeline)
+        for name in ([codec] if codec else CODECS)
+    ]
     sizes = [
         [store_size(plan, layers, request, probe) for request in codecs]
         for layers in choose_layers(plan.identity.layers, plan.identity.model.num_layers)
     ]
     work = Workload.from_plan(plan, samples_per_second, passes, probe)
-    return Estimate(
-        facts=_facts(plan, work, probe),
-        tables=_tables(sizes, work, probe),
-        advice=_advise(sizes[0], work),
-        details=_details(plan, sizes, work, probe),
-    )
+    facts, tables = _facts(plan, work, probe), _tables(sizes, work, probe)
+    details = _details(plan, sizes, work, probe)
+    if pipeline is not None:
+        needs = _Needs.of(pipeline, plan)
+        facts = Summary(facts.title, {**facts.items, **needs.facts()})
+        tables = {needs.title: needs.table(sizes[0]), **tables}
+        details = {**details, "pipeline": needs.details(sizes[0])}
+    return Estimate(facts, tables, advice=_advise(sizes[0], work), details=details)
+
+
+def _request(
+    plan: Plan,
+    name: str,
+    quality: float | None,
+    exact_layers: str | None,
+    pipeline: PipelineText | None,
+) -> Codec:
+    """The spec of a codec, with the layers that extraction would store exactly beside it."""
+    identity, spec = plan.identity, request_codec(name, quality)
+    if exact_layers is None and pipeline is not None and is_lossy(name):
+        base = {*pipeline.base_layers(identity.model.num_layers)} & {*identity.layers}
+        return with_exact_layers(spec, sorted(base) if len(base) < len(identity.layers) else [])
+    return with_exact_layers(spec, choose_exact_layers(exact_layers, name, identity))
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a pipeline reads of captions, and where it is stored.
+
+    Attributes:
+        base: layers that its network reads.
+        num_captions: that are stored.
+        conditioning_bytes: per caption, on average; of a store that the pipeline needs, or that
+            can be made.
+    """
+
+    pipeline: PipelineText
+    base: tuple[int, ...]
+    num_captions: int
+    conditioning_bytes: float
+
+    @classmethod
+    def of(cls, pipeline: PipelineText, plan: Plan) -> _Needs:
+        base = pipeline.base_layers(plan.identity.model.num_layers)
+        return cls(pipeline, base, len(plan.captions), pipeline.conditioning_bytes(plan))
+
+    @property
+    def title(self) -> str:
+        return f"bytes per caption for {self.pipeline.pipeline}, on average"
+
+    def facts(self) -> dict[str, str]:
+        preset = self.pipeline.preset
+        why = "its own rows are those of the features"
+        if preset.needs_conditioning:
+            parts = ["rows of padding"] * preset.reads_padding
+            parts += ["other rows of text"] * bool(preset.others)
+            why = f"it reads {' and '.join(parts)}"
+        needed = "needed" if preset.needs_conditioning else "not needed"
+        return {
+            "pipeline": f"{self.pipeline.pipeline}, --template {self.pipeline.preset_name}: reads "
+            f"layers {', '.join(map(str, self.base))}; at most {preset.length} rows",
+            "conditioning": f"{needed}: {why}; {format_bytes(int(self.conditioning_bytes))} per "
+            "caption",
+        }
+
+    def table(self, sizes: Sequence[StoreSize]) -> list[list[str]]:
+        """Bytes per caption by codec, of all layers."""
+        rows = [["codec", "base layers", "features", "conditioning", "together"]]
+        for size in sizes:
+            features = size.num_bytes / self.num_captions
+            extra = self.conditioning_bytes if self.pipeline.preset.needs_conditioning else 0.0
+            exact = not is_lossy(size.codec.name) or {*self.base} <= {*size.codec.exact_layers}
+            rows.append(
+                [
+                    size.codec_name,
+                    "exact" if exact else "with the codec's error",
+                    format_bytes(int(features)),
+                    format_bytes(int(extra)) if extra else "-",
+                    format_bytes(int(features + extra)),
+                ]
+            )
+        return rows
+
+    def details(self, sizes: Sequence[StoreSize]) -> dict[str, Any]:
+        return {
+            "class": self.pipeline.pipeline,
+            "template": self.pipeline.preset_name,
+            "base_layers": list(self.base),
+            "conditioning_needed": self.pipeline.preset.needs_conditioning,
+            "conditioning_bytes_a_caption": self.conditioning_bytes,
+            "features_bytes_a_caption": {
+                size.codec.name: size.num_bytes / self.num_captions for size in sizes
+            },
+        }
 
 
 def _tables(
@@ -122,7 +219,7 @@ def _facts(plan: Plan, work: Workload, probe: LLMBenchmark | None) -> Summary:
     cut = int(np.count_nonzero(captions.num_cut))
     token_bytes = 2 * len(identity.layers) * identity.model.width
     items = {
-        "model": f"{os.path.basename(plan.model.name) or plan.model.name} "
+        "model": f"{short_name(plan.model.name)} "
         f"({identity.model.architecture}, {identity.model.num_layers} layers of "
         f"{identity.model.width}, {identity.dtype})",
         "captions": f"{len(captions):,} unique (the null caption included) of "
@@ -263,6 +360,7 @@ def _store_details(size: StoreSize, work: Workload) -> dict[str, Any]:
         "layers": size.layers,
         "codec": size.codec.name,
         "quality": size.codec.quality,
+        "exact_layers": list(size.codec.exact_layers),
         "bytes": size.num_bytes,
         "bytes_bf16": size.raw_bytes,
         "measured": size.trial is not None,

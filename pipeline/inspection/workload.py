@@ -25,6 +25,8 @@ TYPICAL_BITS = {
 """Codec -> distance between stored layers (0: a single one) -> bits per value, at quality 4; see
 docs/benchmarks/codecs.md. One step of quality is about one bit."""
 TYPICAL_QUALITY = 4.0
+EXACT_BITS = 13.0
+"""Bits per value of a layer that is stored exactly beside a codec with loss: bfloat16 in zstd."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,13 @@ def store_size(
     It is measured on rows of the benchmark if these suffice, and otherwise typical.
     """
     width, trial = plan.identity.model.width, None
+    exact = [number for number, layer in enumerate(layers) if layer in codec.exact_layers]
     if benchmark is not None and benchmark.can_fit(codec.name):
         positions = [plan.identity.layers.index(layer) for layer in layers]
-        trial = benchmark.try_codec(codec.name, codec.quality, positions)
+        trial = benchmark.try_codec(codec.name, codec.quality, positions, exact)
         bits = trial.bits_per_value
     else:
-        bits = _typical_bits(layers, codec)
+        bits = _typical_bits(layers, codec) + EXACT_BITS * len(exact) / len(layers)
     num_values = int(plan.captions.num_tokens.sum()) * len(layers) * width
     # linear stores two matrices per layer, in bfloat16.
     matrices = 2 * 2 * len(layers) * width**2 if codec.name == "linear" else 0

@@ -36,7 +36,9 @@ class ModelFiles:
     tokenizer: Path | None = None
 
 
-def find_model(name: str, option: str = "--model", with_code: bool = False) -> ModelFiles:
+def find_model(
+    name: str, option: str = "--model", with_code: bool = False, weights: bool = True
+) -> ModelFiles:
     """Locate a model: a folder, a GGUF file (converted once, into a cache) or a hub id.
 
     A hub id may carry a revision: ``org/name@revision``. Only configuration, tokenizer and
@@ -47,6 +49,7 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
     Args:
         option: of the command line, named in messages.
         with_code: download the code of a hub model too.
+        weights: without, neither needed nor read: enough for configuration and tokenizer.
 
     Raises:
         InputError: no such model, or none that transformers could load.
@@ -55,7 +58,7 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
     if path.is_dir():
         folder = path.resolve()
         tokenizer = _tokenizer_beside(folder, option)
-        return ModelFiles(str(folder), folder, _hash_files(path, option), tokenizer)
+        return ModelFiles(str(folder), folder, _hash_files(path, option, weights), tokenizer)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(
@@ -64,18 +67,19 @@ def find_model(name: str, option: str = "--model", with_code: bool = False) -> M
             )
         digest = hash_file(path)
         return ModelFiles(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
+    wanted = [file for file in _HUB_FILES if weights or not file.endswith(_WEIGHTS)]
     if is_hub_id(name):
-        folder = download(name, [*_HUB_FILES, *(["*.py"] if with_code else [])], option)
-        return ModelFiles(hub_name(name, folder), folder, _hash_files(folder, option))
+        folder = download(name, [*wanted, *(["*.py"] if with_code else [])], option)
+        return ModelFiles(hub_name(name, folder), folder, _hash_files(folder, option, weights))
     if match := re.fullmatch(r"([\w.-]+/[\w.-]+)/(text_encoder\w*)(@[\w./-]+)?", name):
         hub_id, component, revision = match.groups(default="")
         parts = [component, *_tokenizer_names(component)]
-        patterns = [f"{part}/{file}" for part in parts for file in _HUB_FILES]
+        patterns = [f"{part}/{file}" for part in parts for file in wanted]
         root = download(hub_id + revision, [PIPELINE_INDEX, *patterns], option)
         folder = root / component
         tokenizer = _tokenizer_beside(folder, option)
         known = f"{hub_id}/{component}@{root.name}"
-        return ModelFiles(known, folder, _hash_files(folder, option), tokenizer)
+        return ModelFiles(known, folder, _hash_files(folder, option, weights), tokenizer)
     raise InputError(f"{option} {name}: no such folder or file, and not a hub id (org/name)")
 
 
@@ -100,8 +104,9 @@ def _tokenizer_beside(folder: Path, option: str) -> Path | None:
     )
 
 
-def _hash_files(folder: Path, option: str) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.suffix == _WEIGHTS or p.name == "config.json")
+def _hash_files(folder: Path, option: str, weights: bool = True) -> dict[str, str]:
+    wanted = {_WEIGHTS} if weights else set()
+    files = sorted(p for p in folder.iterdir() if p.suffix in wanted or p.name == "config.json")
     if (folder / PIPELINE_INDEX).exists():
         raise InputError(
             f"{option} {folder} is a pipeline of diffusers; name its text encoder, such as "
@@ -109,7 +114,7 @@ def _hash_files(folder: Path, option: str) -> dict[str, str]:
         )
     if not any(file.name == "config.json" for file in files):
         raise InputError(f"{option} {folder}: no config.json in this folder")
-    if not any(file.suffix == _WEIGHTS for file in files):
+    if weights and not any(file.suffix == _WEIGHTS for file in files):
         raise InputError(f"{option} {folder}: no .safetensors in this folder")
     return {file.name: hash_file(file) for file in files}
 

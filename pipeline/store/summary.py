@@ -10,7 +10,7 @@ from ...schemas import Summary
 from ...schemas.units import format_bytes
 
 if TYPE_CHECKING:
-    from ...schemas import FeatureIdentity
+    from ...schemas import FeatureIdentity, Template
     from .conditioning import ConditioningStore
     from .features import FeatureStore
     from .latents import LatentStore
@@ -26,9 +26,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
     items = {
         "model": f"{model_name(store)} ({identity.model.architecture}, "
         f"{identity.model.num_layers} layers of {identity.model.width}, {identity.dtype})",
-        "template": f"{identity.template.text!r}, prefix "
-        f"{'kept' if identity.template.keep_prefix else 'dropped'} (tokens: "
-        f"{len(identity.template.prefix_tokens)})",
+        "template": _template(identity.template),
         "layers": _ranges(identity.llm_layers) + _final_norm(identity),
     }
     if mixes is not None:
@@ -48,7 +46,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
         "bytes": format_bytes(num_bytes),
         "state": store.state(),
     }
-    if store.is_complete:
+    if store.is_complete and num_bytes:
         items["bytes"] += f", {store.padded_bytes() / num_bytes:.2f}x less than padded bf16"
     return Summary(f"FeatureStore {store.path}", items)
 
@@ -97,8 +95,26 @@ def summarise_conditioning(store: "ConditioningStore") -> Summary:
 
 def model_name(store: "FeatureStore | ConditioningStore") -> str:
     """Hub id of the LLM or pipeline, or the last part of a path."""
-    model = store.manifest.provenance.model
-    return Path(model).name if Path(model).is_absolute() else model
+    return short_name(store.manifest.provenance.model)
+
+
+def short_name(model: str) -> str:
+    """A model as named on a command line: a hub id, or the last part of a path, with the pipeline
+    whose text encoder it is."""
+    path = Path(model)
+    if not path.is_absolute():
+        return model
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("text_encoder") else path.name
+
+
+def _template(template: "Template") -> str:
+    processing = template.processing
+    if processing is None:
+        kept = "kept" if template.keep_prefix else "dropped"
+        return f"{template.text!r}, prefix {kept} (tokens: {len(template.prefix_tokens)})"
+    first, stop = processing.dropped_rows
+    dropped = f"rows {first} to {stop - 1} dropped" if stop > first else "all rows kept"
+    return f"preset {processing.preset}, {dropped}"
 
 
 def _final_norm(identity: "FeatureIdentity") -> str:

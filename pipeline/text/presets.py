@@ -15,6 +15,26 @@ _EVERY_THIRD = tuple(range(2, 36, 3))
 
 
 @dataclass(frozen=True)
+class OtherRows:
+    """Rows of text that a network reads besides those of its LLM's layers.
+
+    Attributes:
+        encoder: the component of the pipeline as wide as whose hidden states they are.
+        rows: how many; None: as many as the caption has.
+        pooled: one vector per caption, as wide as the encoder's projection.
+        times: how many hidden states lie side by side.
+    """
+
+    encoder: str
+    rows: int | None = 1
+    pooled: bool = False
+    times: int = 1
+
+
+_CLIP = (OtherRows("text_encoder", pooled=True), OtherRows("text_encoder_2", pooled=True))
+
+
+@dataclass(frozen=True)
 class Preset:
     """A named template; for a pipeline, also what else it does to a text, and what it reads.
 
@@ -41,6 +61,7 @@ class Preset:
             negative numbers count from the last, -1. Empty: see ``reads_all``.
         reads_all: the network reads all layers; from 0: with the embedding.
         final_norm: how it reads the last layer.
+        others: rows of other encoders, and of other layers, that it reads too.
     """
 
     text: str
@@ -60,6 +81,12 @@ class Preset:
     base: tuple[int, ...] = ()
     reads_all: Literal["no", "from 0", "from 1"] = "no"
     final_norm: Literal["normed", "raw"] = "normed"
+    others: tuple[OtherRows, ...] = ()
+
+    @property
+    def needs_conditioning(self) -> bool:
+        """Whether its network reads what a store of features does not hold."""
+        return self.reads_padding or bool(self.others)
 
     def base_layers(self, num_layers: int) -> tuple[int, ...]:
         """Numbers of the layers that the network reads, in its order.
@@ -294,6 +321,7 @@ PRESETS = {
         length=128,
         reads_padding=True,
         reads_all="from 1",
+        others=(OtherRows("text_encoder_3", rows=128), *_CLIP),
     ),
     "sd3": Preset(
         "{caption}{eos}",
@@ -303,6 +331,7 @@ PRESETS = {
         attends_padding=True,
         reads_padding=True,
         base=(-1,),
+        others=(OtherRows("text_encoder_3", rows=77), *_CLIP),  # CLIP's are padded to T5's width
     ),
     "auraflow": Preset("{caption}{eos}", pipelines=("AuraFlowPipeline",), length=256, base=(-1,)),
     "ideogram4": Preset(
@@ -333,6 +362,7 @@ PRESETS = {
         null_tokens=(128_000,),
         length=3_000,
         reads_all="from 0",
+        others=(OtherRows("text_encoder", rows=None, times=2),),
     ),
     "qwen-image-2.1": Preset(
         f"{_QWEN_IMAGE_2}{_USER}{_ASSISTANT}",

@@ -162,6 +162,30 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
         raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
 
 
+def check_transformer(transformer: Any, identity: PretrainedIdentity, path: Path) -> None:
+    """Refuse a loaded transformer that is not of the kind that a run adapted: of another class, or
+    of another configuration. Its weights are not compared: a later version of a model takes what
+    was learned on an earlier one.
+
+    Args:
+        path: of the run or export, for the message.
+
+    Raises:
+        InputError: with every key of the configuration that differs, and both values.
+    """
+    found = {"class": type(transformer).__name__}
+    expected = {"class": identity.transformer}
+    if found == expected:
+        for values, config in ((found, transformer.config), (expected, identity.config)):
+            plain = json.loads(json.dumps(dict(config), default=str))
+            values |= {name: value for name, value in plain.items() if name[0] != "_"}
+    refuse_differences(
+        differences(found, expected),
+        f"{path} was learned on another transformer; this one, against that",
+        "Load the pipeline that it was learned on.",
+    )
+
+
 def _dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)

@@ -329,11 +329,7 @@ class Routed(nn.Module):
         starts, lengths = offsets[:-1][caption], offsets.diff()[caption]  # [B] each
         own = None
         if conditioning is not None and not self.family.needs_conditioning:
-            shape = (len(hidden), len(self.base_layers), hidden.shape[-1])
-            values = conditioning["prompt_embeds"]
-            if conditioning[MASK].ndim == 2:  # padded
-                values = values[conditioning[MASK].to(values.device, torch.bool)]
-            own = values.reshape(shape)  # rows of the same captions
+            own = self._own_rows(conditioning, hidden)
         given = self._given(conditioning, caption, lengths, device)
         if given is None:
             mask = torch.arange(self._num_rows(lengths)) < lengths[:, None]  # [B, T]
@@ -393,6 +389,19 @@ class Routed(nn.Module):
             source.text = text.with_base(add(text.base, source.deviation_of(0)))
         return source
 
+    def _own_rows(self, conditioning: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Base layers of the rows of ``hidden`` as the pipeline gave them: [R, K, H]."""
+        values = conditioning["prompt_embeds"]
+        if conditioning[MASK].ndim == 2:  # padded
+            values = values[conditioning[MASK].to(values.device, torch.bool)]
+        if len(values) != len(hidden):
+            raise InputError(
+                f"captions have {len(hidden)} rows in the features, but {len(values)} in the "
+                "conditioning: extract the features from the same captions with --template "
+                f"{self.family.template}"
+            )
+        return values.reshape(len(hidden), len(self.base_layers), hidden.shape[-1])
+
     def _base_rows(self, hidden: Tensor) -> Tensor:
         """[R, K, H]."""
         return hidden[:, self.get_buffer("base_positions").to(hidden.device)]
@@ -417,12 +426,13 @@ class Routed(nn.Module):
             for name, value in conditioning.items()
         }
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)
-        own = text.mask.sum(1).tolist()
-        if own != lengths.tolist():
+        own = zip(lengths.tolist(), text.mask.sum(1).tolist(), strict=True)
+        different = next(((here, there) for here, there in own if here != there), None)
+        if different is not None:
             raise InputError(
-                f"captions have {lengths.tolist()} rows in the features, but {own} in the "
-                f"conditioning: extract the features with --template {self.family.template}, of "
-                "the same captions"
+                f"a caption has {different[0]} rows in the features, but {different[1]} in the "
+                "conditioning: extract the features from the same captions with --template "
+                f"{self.family.template}"
             )
         return text
 

@@ -7,7 +7,7 @@ import click
 
 from ...pipeline.commands import json_option, print_result, report_line
 from ...schemas import InputError
-from .options import refuse_options, step_option, weights_option
+from .options import refuse_options, step_option, was_given, weights_option
 
 KINDS = ("pipeline", "lora", "comfyui", "weights", "config")
 """Forms of :data:`semroute.trainer.runs.adapter_export.KINDS`."""
@@ -68,7 +68,8 @@ def export(
     Of a run on a pretrained network, --as chooses the form. lora: load_lora_weights of diffusers
     loads it, or peft. comfyui: ComfyUI's loader of LoRA loads it. weights: numbers of layers.
     config: one layer in each place, as a setting of diffusers. pipeline: everything, for
-    semroute.attach. What a run learned has not all of these forms.
+    semroute.attach. What a run learned has not all of these forms. RUN may be the folder of an
+    earlier --as pipeline.
 
     \b
     Examples:
@@ -76,12 +77,13 @@ def export(
       semroute export runs/depth router --router
       semroute export runs/krea2 lora --as lora
     """
+    from ..runs.adapter import is_export, load_adapter
     from ..runs.export import export_router
     from ..runs.record import read_record
 
     if router:
         refuse_options(["kind", "rank"], "is not used with --router: leave it out")
-    if read_record(run).pretrained is None:
+    if not is_export(run) and read_record(run).pretrained is None:
         if kind is not None and kind != "pipeline":
             raise InputError(
                 f"--as {kind} is for runs on a pretrained network, and {run} trained a network of "
@@ -98,9 +100,7 @@ def export(
 
         click.echo(export_pipeline(trained, out))
         return
-    from ..runs.adapter import load_adapter
-
-    adapter = load_adapter(run, step, weights)
+    adapter = load_adapter(run, step, weights if was_given("weights") else None)
     if router:
         click.echo(export_router(adapter, out))
         return

@@ -14,12 +14,18 @@ from .axes import label, legend_below, line_colours
 
 
 def layer_weights(
-    before: Sequence[float], after: Sequence[float], names: Sequence[int], title: str, x: str
+    before: Sequence[float],
+    after: Sequence[float],
+    names: Sequence[int],
+    title: str,
+    x: str,
+    y: str = "weight",
 ) -> Figure:
     """Weights [K] of a pretrained network before and after training, side by side.
 
     Args:
-        names: along the x axis, one per weight; ``x`` says what they are.
+        names: along the x axis, one per weight; ``x`` says what they are, ``y`` what the weights
+            are.
     """
     figure = Figure(figsize=(max(6.0, 2.0 + 0.45 * len(names)), 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -29,7 +35,7 @@ def layer_weights(
         for shift, values, colour in ((-0.2, before, FAINT), (0.2, after, LINES[0]))
     ]
     axes.axhline(0, color=INK, linewidth=0.6)
-    label(axes, x, "weight", title)
+    label(axes, x, y, title)
     axes.set_axisbelow(True)
     layer_ticks(axes.xaxis, names)
     legend_below(figure, bars, ["pretrained", "learned"], columns=2)
@@ -43,12 +49,12 @@ def lora_sizes(norms: Mapping[str, float], title: str) -> Figure:
         norms: name of a linear layer, such as ``transformer_blocks.3.attn.to_q`` -> Frobenius norm
             of its change. Layers without a number in their name form a block of their own.
     """
-    blocks: dict[str, int] = {}
+    places = {name: _place(name) for name in norms}
+    blocks = sorted({block for block, _ in places.values()})
+    numbers = {block: number for number, block in enumerate(blocks, 1)}
     lines: dict[str, dict[int, float]] = {}
-    for name, norm in norms.items():
-        block, kind = re.fullmatch(r"(.*?\d+)?\.?(.*)", name, re.S).groups()  # type: ignore[union-attr]
-        number = blocks.setdefault(block or kind, len(blocks) + 1)
-        lines.setdefault(kind, {})[number] = norm
+    for name, (block, kind) in sorted(places.items(), key=lambda item: item[1]):
+        lines.setdefault(kind, {})[numbers[block]] = norms[name]
     figure = Figure(figsize=(7.0, 3.4 + 0.12 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
     handles = [
@@ -60,3 +66,12 @@ def lora_sizes(norms: Mapping[str, float], title: str) -> Figure:
     axes.set_ylim(bottom=0)
     legend_below(figure, handles, [*lines], columns=4, fontsize=8)
     return figure
+
+
+def _place(name: str) -> tuple[tuple[bool, str, int], str]:
+    """The block of a linear layer, in the order of execution, and its name inside."""
+    match = re.match(r"(.*?)\.(\d+)\.(.+)", name)
+    if match is None:
+        return (False, "", 0), name
+    blocks, number, kind = match.groups()
+    return (blocks.startswith("single"), blocks, int(number)), kind  # single streams come last

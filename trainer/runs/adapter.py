@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from ...schemas import (
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
-from ..adapters.pretrained import find_pretrained, hub_id
+from ..adapters.pretrained import check_transformer, find_pretrained, hub_id
 from ..adapters.routed import PARTS, Unrouted
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
@@ -145,6 +145,14 @@ class Adapter:
             )
         return self.router
 
+    def check(self, transformer: Any) -> None:
+        """Refuse a transformer of diffusers that this does not fit.
+
+        Raises:
+            InputError: it is of another class or configuration than the pretrained one.
+        """
+        check_transformer(transformer, self.identity, self.path)
+
     def weights(self, t: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
         """The routing weights alpha, as :meth:`.run.Run.weights` gives them: float32 [T, D, L].
 
@@ -204,7 +212,7 @@ def load_adapter(
             holds another step or other weights.
     """
     path = Path(path)
-    if (path / ADAPTER).exists():
+    if is_export(path):
         return _open_export(path, step, weights)
     if not (path / RECORD).exists():
         raise InputError(
@@ -220,6 +228,11 @@ def load_adapter(
     source = weights or "ema"
     tensors = checkpoint.ema() if source == "ema" else checkpoint.model()
     return Adapter(path, record, tensors, checkpoint.step, source)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder holds an exported adapter, complete or not."""
+    return (path / ADAPTER).exists()
 
 
 def _open_export(path: Path, step: int | None, weights: Literal["ema", "model"] | None) -> Adapter:

@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COMFYUI_FILE = "comfyui-{family}-layers.safetensors"
 WEIGHTS, GAINS, CHOICE = "weights.json", "gains.txt", "layers.json"
 _HERE = "path/of/this/folder"
+_IMPORT, _IMPORT_PEFT = "\nimport semroute\n", "from peft import PeftModel\n"
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,13 @@ def _why_no_config(adapter: Adapter) -> str | None:
 # --------------------------------------------------------------------------------------- contents
 
 
-def _open(adapter: Adapter) -> str:
+def _open(adapter: Adapter, *arguments: str, imports: str = "") -> str:
+    """Python that opens the base model; its last line ends in the arguments."""
     base = adapter.hub_base or str(adapter.record.config.model.pretrained)
+    given = ", ".join([repr(base), "dtype=torch.bfloat16", *arguments])
     return (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)\n"
+        f"import torch\nfrom diffusers import DiffusionPipeline\n{imports}\n"
+        f"pipe = DiffusionPipeline.from_pretrained({given})\n"
     )
 
 
@@ -174,12 +177,12 @@ def _write_pipeline(adapter: Adapter, folder: Path, _rank: int | None) -> Conten
             (
                 "With semroute",
                 "python",
-                f'{_open(adapter)}import semroute\n\nsemroute.attach(pipe, "{_HERE}")\n'
-                'pipe("a cat")\n',
+                f'{_open(adapter, imports=_IMPORT)}semroute.attach(pipe, "{_HERE}")\n'
+                'pipe(prompt="a cat")\n',
             )
         ],
         [
-            "All weights that were trained, without rounding. `adapter.json` is the run's record; "
+            "All weights that were trained. `adapter.json` is the run's record; "
             "`router.safetensors` holds the routing weights as a table that any program can read, "
             "and LoRA lies apart in the format that diffusers or peft loads."
         ],
@@ -192,7 +195,7 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int | None) -> Content:
     if "lora" in adapter.parts:
         config = adapter.record.config.model.lora or LoraConfig()
         matrices = matrices_of(adapter.trained, config)
-        holds = ["LoRA of the transformer, without rounding; its scale is part of the matrices."]
+        holds = ["LoRA of the transformer; its scale, alpha / rank, is part of the matrices."]
         if "router" in adapter.parts:
             note = "LoRA alone, without the router that it was trained with"
             holds += [
@@ -213,13 +216,13 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int | None) -> Content:
                 "without, the file is exact."
             ]
     write_lora(folder, matrices, loader, adapter.hub_base)
-    load = (
-        f'pipe.load_lora_weights("{_HERE}")\n'
-        if loader
-        else f'from peft import PeftModel\n\nPeftModel.from_pretrained(pipe.transformer, "{_HERE}")'
-        "  # adds it to pipe.transformer itself\n"
-    )
-    how = f'{_open(adapter)}{load}pipe("a cat")\n'
+    if loader:
+        how = f'{_open(adapter)}pipe.load_lora_weights("{_HERE}")\npipe(prompt="a cat")\n'
+    else:
+        how = (
+            f"{_open(adapter, imports=_IMPORT_PEFT)}# Adds it to pipe.transformer itself.\n"
+            f'PeftModel.from_pretrained(pipe.transformer, "{_HERE}")\npipe(prompt="a cat")\n'
+        )
     about = f"LoRA for {adapter.family.name}, trained by semroute from stored hidden states."
     name = "With diffusers" if loader else "With diffusers and peft"
     return Content(about, [(name, "python", how)], holds, note, ["lora", "diffusers"])
@@ -341,20 +344,20 @@ def _weights_in_diffusers(adapter: Adapter, document: dict[str, Any]) -> list[tu
         )
     else:
         return []
-    return [("With diffusers", "python", f'{_open(adapter)}{lines}pipe("a cat")\n')]
+    return [("With diffusers", "python", f'{_open(adapter)}{lines}pipe(prompt="a cat")\n')]
 
 
 def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
     choice = choose_layers(adapter)
     setting = str(adapter.family.layers_setting)
     value = [layer - (setting == "llama_layers") for layer in choice.layers]
-    call = {
-        "llama_layers": f"pipe.transformer.register_to_config(llama_layers={value})\n"
-        'pipe("a cat")\n',
-        "text_encoder_out_layers": f'pipe("a cat", text_encoder_out_layers={tuple(value)})\n',
-        "text_encoder_select_layers": f"pipe.text_encoder_select_layers = {tuple(value)}\n"
-        'pipe("a cat")\n',
-    }[setting]
+    opened, call = _open(adapter), f'pipe(prompt="a cat", {setting}={tuple(value)})'
+    if setting == "llama_layers":
+        call = f"pipe.transformer.register_to_config({setting}={value})"
+    if setting == "text_encoder_select_layers":
+        call = _open(adapter, f"{setting}={tuple(value)}").splitlines()[-1]
+        opened = opened.rpartition("pipe = ")[0]
+    how = f"{opened}{call}\n" + ("" if call.startswith("pipe(") else 'pipe(prompt="a cat")\n')
     document = {
         "format": "semroute.layer-choice",
         "family": adapter.family.name,
@@ -364,7 +367,7 @@ def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
         "base_layers": choice.base,
         "weights": choice.weights,
         "shares": choice.shares,
-        "call": call.splitlines()[0],
+        "call": call,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_document(folder / CHOICE, json.dumps(document, indent=1) + "\n")
@@ -384,7 +387,7 @@ def _write_config(adapter: Adapter, folder: Path, _rank: int | None) -> Content:
         "run corrects for that, this setting does not.",
     ]
     about = f"A choice of layers for {adapter.family.name}, learned from data."
-    use = [("With diffusers", "python", _open(adapter) + call)]
+    use = [("With diffusers", "python", how)]
     return Content(about, use, holds, note, ["diffusers"])
 
 

@@ -113,7 +113,7 @@ def _facts(adapter: "Adapter", files: Sequence[str]) -> list[str]:
         "Text encoder": f"{code(record.model_source)}, {llm.num_layers} layers of width "
         f"{llm.width}",
         "Layers that the base reads": ", ".join(map(str, identity.base_layers)),
-        "Layers in the features": ", ".join(map(str, record.features.layers)),
+        "Layers in the features": _listed(record.features.layers),
         "Trained": trained,
         "Step": f"{adapter.step:,} of {record.config.steps:,}, "
         + ("moving average" if adapter.source == "ema" else "last weights"),
@@ -121,6 +121,13 @@ def _facts(adapter: "Adapter", files: Sequence[str]) -> list[str]:
     }
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return ["| | |", "|---|---|", *lines, ""]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    """Layers in order; the first and the last if there is no gap."""
+    if [*layers] == [*range(layers[0], layers[-1] + 1)]:
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def _how(heading: str, language: str, text: str) -> list[str]:
@@ -140,11 +147,13 @@ def _figure(adapter: "Adapter") -> "Figure":
         return routing_heatmap(adapter.weights().mean(0), adapter.layers, title, rows)
     if "fusion" in parts:
         before, after = fusion_weights(adapter)
-        return layer_weights(before, after, base, "Weights of the network's layers", "LLM layer")
+        title = "Weights of the layers that the network reads"
+        what = "gain" if adapter.family.fusion == "gains" else "weight"
+        return layer_weights(before, after, base, title, "LLM layer", what)
     if "gain" in parts:
         gains = (1 + adapter.trained["gain"].float()).tolist()
         before, numbers = [1.0] * len(gains), [*range(1, len(gains) + 1)]
-        return layer_weights(before, gains, numbers, "Gain of text", _ROWS[where])
+        return layer_weights(before, gains, numbers, "Gain of text", _ROWS[where], "gain")
     matrices = matrices_of(adapter.trained, adapter.record.config.model.lora or LoraConfig())
     norms = {name: float((second @ first).norm()) for name, (first, second) in matrices.items()}
     return lora_sizes(norms, "LoRA: size of the change to each linear layer")

@@ -35,6 +35,11 @@ from semroute.pipeline.store.open import (  # noqa: E402
 from semroute.pipeline.store.verify import repair, verify  # noqa: E402
 from semroute.schemas import MASK  # noqa: E402
 
+EVERY_FAMILY = [
+    pytest.param(family, marks=pytest.mark.slow) if family == "ideogram4" else family
+    for family in (*FAMILIES, *VIDEO_FAMILIES)
+]
+"""Ideogram 4 runs 36 blocks over 2,048 tokens for each caption."""
 CAPTIONS = [
     "a red cup",
     "two Green dogs on a long table",
@@ -57,7 +62,7 @@ def write_captions(path, texts):
 
 
 def make(captions, path, pipeline, **options):
-    options = {"workers": 0, "report": lambda _: None} | options
+    options = {"workers": 0, "threads": 1, "report": lambda _: None} | options
     return encode_captions(str(captions), path, pipeline=str(pipeline), **options)
 
 
@@ -84,25 +89,26 @@ def files_of(path):
     }
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *VIDEO_FAMILIES])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_what_a_pipeline_gives_is_stored_exactly(family, captions, tiny_pipeline, tmp_path):
     if family in VIDEO_FAMILIES:
         folder = make_text_half(family, tmp_path / "pipeline")
     else:
         folder = tiny_pipeline(family)
-    store = make(captions, tmp_path / "store", folder, limit=2)
+    store = make(captions, tmp_path / "store", folder, limit=1)
     text = open_text_pipeline(str(folder))
     identity = store.manifest.identity
     assert identity.layers == text.base_layers
     assert identity.ragged != text.recipe.reads_padding
     texts = store.captions["text"].to_pylist()
-    assert sorted(texts) == sorted({"", *CAPTIONS[:2]})
-    ids = [2, 0, 1, 2]
+    assert texts == ["", CAPTIONS[0]]
+    ids = [1, 0, 1]
     read = store.tensors(ids)
     assert (MASK in read) == text.recipe.reads_padding
     stops = np.cumsum(store.num_rows(ids))
+    encoded = [text.encode_one(caption) for caption in texts]
     for number, caption in enumerate(ids):
-        expected = text.encode_one(texts[caption])
+        expected = encoded[caption]
         own = store.captions["token_ids"][caption].as_py()
         assert own == text.tokens(texts[caption]).tolist()
         for name, values in read.items():
@@ -336,7 +342,14 @@ class TestLooking:
 class TestCommand:
     def test_makes_a_store_and_resumes(self, captions, tiny_pipeline, tmp_path):
         arguments = ["conditioning", str(captions), str(tmp_path / "store")]
-        arguments += ["--pipeline", str(tiny_pipeline("pixart")), "--workers", "0"]
+        arguments += [
+            "--pipeline",
+            str(tiny_pipeline("pixart")),
+            "--workers",
+            "0",
+            "--threads",
+            "1",
+        ]
         for last in ("PixArtSigmaPipeline", "nothing was left to do"):
             result = CliRunner().invoke(cli, arguments)
             assert result.exit_code == 0, result.output

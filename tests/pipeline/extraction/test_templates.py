@@ -62,6 +62,8 @@ def test_the_same_text_after_cleaning_has_the_same_rows(make):
     assert one.tokens == other.tokens
     np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-4)
     assert one.text != other.text
+    first, stop = store.manifest.identity.template.processing.dropped_rows
+    assert f"preset sana, rows {first} to {stop - 1} dropped" in repr(store)
 
 
 def test_a_store_that_knew_the_preset_as_a_plain_template_resumes(make, tmp_path):

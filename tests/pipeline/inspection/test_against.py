@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -6,17 +7,21 @@ import pytest
 from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-from tiny_text_halves import make_text_half  # noqa: E402
+diffusers = pytest.importorskip("diffusers")
+from tiny_pipelines import FAMILIES  # noqa: E402
+from tiny_text_halves import VIDEO_FAMILIES, make_text_half  # noqa: E402
 
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.extraction.driver import provenance  # noqa: E402
+from semroute.pipeline.extraction.features import extract  # noqa: E402
 from semroute.pipeline.inspection.against import compare_with_pipeline  # noqa: E402
 from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
+from semroute.pipeline.models.text_recipes import RECIPES  # noqa: E402
 from semroute.pipeline.store.documents import StoreError, passed_against  # noqa: E402
 from semroute.pipeline.store.features import FeatureStore  # noqa: E402
 from semroute.pipeline.store.layout import pack  # noqa: E402
 from semroute.pipeline.store.verify import verify  # noqa: E402
+from semroute.pipeline.text.presets import PRESETS  # noqa: E402
 from semroute.schemas import (  # noqa: E402
     CAPTIONS_SCHEMA,
     SAMPLES_SCHEMA,
@@ -31,6 +36,10 @@ from semroute.schemas import (  # noqa: E402
     fingerprint,
 )
 
+EVERY_FAMILY = [
+    pytest.param(family, marks=pytest.mark.slow) if family == "ideogram4" else family
+    for family in (*FAMILIES, *VIDEO_FAMILIES)
+]
 TEXTS = ["", "a red cup", "Two green dogs on a table"]
 
 
@@ -42,10 +51,9 @@ class Made:
             pipeline's, of the others random.
     """
 
-    def __init__(self, text):
-        self.text = text
-        self.layers = [*range(1, text.num_layers + 1)]
-        self.layers = sorted({*self.layers, *text.base_layers})
+    def __init__(self, text, encoded):
+        self.text, self.folder = text, str(text.source.folder)
+        self.layers = sorted({*range(1, text.num_layers + 1), *text.base_layers})
         self.tokens = [text.tokens(caption) for caption in TEXTS]
         self.rows = []
         self.files = {
@@ -57,7 +65,7 @@ class Made:
         rng = np.random.default_rng(0)
         for number, own in enumerate(self.tokens):
             rows = rng.normal(size=(len(own), len(self.layers), text.width))
-            base = text.rows(text.encode([TEXTS[number]]), 0).float().numpy()
+            base = text.rows(encoded, number).float().numpy()
             rows[:, [self.layers.index(layer) for layer in text.base_layers]] = base
             self.rows.append(rows.astype(np.float32))
 
@@ -86,7 +94,7 @@ class Made:
             tokenizer="of a test",
             template=Template(text="{caption}", **self.template),
             layers=self.layers,
-            final_norm="normed",
+            final_norm="both" if self.layers[-1] > self.text.num_layers else "normed",
             dtype="float32",
             attention="sdpa",
             max_length=512,
@@ -140,22 +148,28 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_pipeline, tmp_path_factory):
-    """Family -> a store of it, to be changed and written."""
-    folders = {}
+def folder(tiny_pipeline, tmp_path_factory):
+    """Family -> folder of its pipeline."""
 
+    @functools.cache
     def folder(family):
-        if family in ("ltx2", "cosmos"):
+        if family in VIDEO_FAMILIES:
             return make_text_half(family, tmp_path_factory.mktemp(family))
         return tiny_pipeline(family)
 
-    def make(family):
-        folders.setdefault(family, folder(family))
-        made = Made(open_text_pipeline(str(folders[family])))
-        made.folder = str(folders[family])
-        return made
+    return folder
 
-    return make
+
+@pytest.fixture(scope="module")
+def make(folder):
+    """Family -> a store of it, to be changed and written."""
+
+    @functools.cache
+    def opened(family):
+        text = open_text_pipeline(str(folder(family)))
+        return text, text.encode(TEXTS)
+
+    return lambda family: Made(*opened(family))
 
 
 @pytest.mark.parametrize("family", ["pixart", "krea2", "flux2-klein", "cosmos", "ltx2"])
@@ -173,6 +187,39 @@ def test_a_store_of_a_pipelines_rows_passes(make, family, tmp_path):
     assert not passed_against(path, made.text.recipe.pipeline, dict.fromkeys(source.files, "x"))
     checked = verify(path)
     assert checked.problems == checked.warnings == []
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_store_of_the_preset_passes(folder, family, tmp_path):
+    """Extracted by the LLM on its own, with other batches and without padding."""
+    recipe = next(recipe for recipe in RECIPES.values() if recipe.family == family)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(TEXTS[1:]) + "\n")
+    extract(
+        str(captions),
+        tmp_path / "store",
+        model=str(folder(family) / recipe.encoder),
+        template=family,
+        codec="bf16",
+        workers=0,
+        threads=1,
+        report=lambda _: None,
+    )
+    found = compare_with_pipeline(tmp_path / "store", str(folder(family)), num=1)
+    assert found.problems == []
+    assert 0 < found.max_difference < found.tolerance
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.family)
+def test_recipes_are_those_of_the_presets(recipe):
+    preset = PRESETS[recipe.family]
+    assert recipe.pipeline in preset.pipelines
+    assert (recipe.encoder, recipe.final_norm) == (preset.encoder, preset.final_norm)
+    assert recipe.reads_padding == preset.reads_padding
+    layers = [
+        layer + (layer == 36 and recipe.final_norm == "raw") for layer in recipe.layers(36, {})
+    ]
+    assert tuple(layers) == preset.base_layers(36)
 
 
 ROWS = {
@@ -225,12 +272,25 @@ class TestLayers:
             expected = "what the pipeline reads as layer 1 is layer 6 of the store"
         assert expected in found.problems[0]
 
-    def test_the_last_layer_on_the_wrong_side_of_the_norm(self, make, tmp_path):
-        made = make("ideogram4")
-        last = made.layers.index(made.text.num_layers + 1)
-        for rows in made.rows:
-            rows[:, last] = made.text.final_norm(torch.from_numpy(rows[:, last])).float()
+    def test_the_last_layer_stored_before_the_norm(self, make, tmp_path):
+        made = make("pixart")
+        pipe = diffusers.DiffusionPipeline.from_pretrained(made.folder)
+        raw = []
+        norm = pipe.text_encoder.encoder.final_layer_norm
+        norm.register_forward_pre_hook(lambda _, inputs: raw.append(inputs[0][0].detach()))
+        for caption, rows in zip(TEXTS, made.rows, strict=True):
+            pipe.encode_prompt(caption, do_classifier_free_guidance=False)
+            rows[:, -1] = raw[-1][: len(rows)]
         found = compare_with_pipeline(made.write(tmp_path / "store"), made.folder)
+        assert "the last layer is stored before the final norm" in found.problems[0]
+        assert "the pipeline reads it after" in found.problems[0]
+
+    @pytest.mark.slow
+    def test_the_last_layer_stored_after_the_norm(self, make, tmp_path):
+        made = make("ideogram4")
+        for rows in made.rows:
+            rows[:, -1] = made.text.final_norm(torch.from_numpy(rows[:, -1])).float()
+        found = compare_with_pipeline(made.write(tmp_path / "store"), made.folder, num=1)
         assert "the last layer is stored after the final norm" in found.problems[0]
         assert "the pipeline reads it before" in found.problems[0]
 
@@ -238,7 +298,7 @@ class TestLayers:
         made = make("krea2")
         made.layers, made.rows = made.layers[:4], [rows[:, :4] for rows in made.rows]
         found = compare_with_pipeline(made.write(tmp_path / "store"), made.folder)
-        assert found.problems == ["the pipeline reads layers 1, 3, 5, but layer 5 is not stored"]
+        assert found.problems[0] == "the pipeline reads layers 1, 3, 5, but layer 5 is not stored"
 
     def test_another_width(self, make, tmp_path):
         made = make("krea2")

@@ -8,6 +8,7 @@ from PIL import Image
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import InputError, ModelConfig, RoutingConfig, RunRecord, TrainConfig
 from semroute.trainer.evaluation.shapes import score
+from semroute.trainer.plots.adapters import layer_weights, lora_sizes
 from semroute.trainer.plots.images import sample_grid, save_images
 from semroute.trainer.plots.routing import routing_heatmap, routing_over_steps, routing_over_time
 from semroute.trainer.plots.scores import accuracy_bars
@@ -333,6 +334,23 @@ class TestPlotRun:
     def test_a_run_that_logged_nothing_has_no_loss(self, make_run, tmp_path):
         paths = plot_run(make_run("depth", num_logged=0), tmp_path / "plots")
         assert [path.name for path in paths] == ["routing.png"]
+
+
+class TestAdapters:
+    def test_weights_before_and_after_stand_side_by_side(self):
+        figure = layer_weights([1.0, -0.5], [0.5, 0.25], [9, 18], "Title", "LLM layer", "gain")
+        (axes,) = figure.axes
+        assert [patch.get_height() for patch in axes.patches] == [1.0, -0.5, 0.5, 0.25]
+        assert {"Title", "LLM layer", "gain", "9", "18", "pretrained", "learned"} <= {
+            *texts(figure)
+        }
+
+    def test_lora_is_drawn_over_blocks_in_order_of_execution(self):
+        names = [f"transformer_blocks.{block}.attn.to_q" for block in (10, 2)]
+        norms = {"single_transformer_blocks.0.proj": 4.0, names[0]: 3.0, names[1]: 2.0, "head": 1.0}
+        (axes,) = lora_sizes(norms, "LoRA").axes
+        drawn = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines]
+        assert drawn == [(1, 1.0), (2, 3, 2.0, 3.0), (4, 4.0)]
 
 
 def test_images_are_saved_with_their_captions(tmp_path):
