@@ -238,7 +238,7 @@ class TestEmbed:
             embed(run, PROMPTS, file, pipeline=str(tiny_pipeline("flux2")))
         assert not file.exists()
         embed(run, PROMPTS, file, pipeline=str(folder))
-        with pytest.raises(InputError, match="hold all that .* learned"):
+        with pytest.raises(InputError, match=r"hold all that .* learned"):
             semroute.attach(load(folder, text=False), run, embeds=file)
 
     def test_refuses_a_negative_prompt_that_is_not_taken(
@@ -273,5 +273,5 @@ class TestEmbed:
         file, other = tmp_path / "embeds.safetensors", tmp_path / "other.safetensors"
         embed(run, PROMPTS, file)
         pipe = semroute.attach(load(folder, text=False), run, embeds=file)
-        with pytest.raises(InputError, match="rows of text .* are not known"):
+        with pytest.raises(InputError, match=r"rows of text .* are not known"):
             sample(pipe, "pixart", **embed(run, ["a bird"], other).given)
