@@ -191,4 +191,4 @@ def restore(routed: Routed, replaced: Mapping[str, Tensor], trained: frozenset[s
         remove_lora(routed.transformer)
     replace_weights(routed.transformer, replaced)
     for name, parameter in routed.transformer.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name.replace(".base_layer.", ".") in trained)

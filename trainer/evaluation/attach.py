@@ -33,7 +33,8 @@ def attach(
 
     Prompts, negative prompts, several images per prompt, offloading and other dtypes work as they
     do without. Attach before ``torch.compile``, and before loading LoRA of others if the run
-    trained LoRA or weights of the network.
+    trained LoRA or weights of the network. Where it trained LoRA, diffusers switches that off when
+    another is loaded: ``pipe.set_adapters(["default", NAME])`` has both.
 
     Args:
         pipe: a pipeline with the transformer that the run adapted.
