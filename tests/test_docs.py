@@ -174,7 +174,7 @@ class TestPython:
     def test_most_blocks_are_run(self):
         reasons = [b[1] for path in PAGES for b in blocks(path.read_text("utf-8"), "python")]
         assert len(reasons) > 10
-        assert sum(reason is not None for reason in reasons) <= 2
+        assert sum(reason is not None for reason in reasons) <= 4
 
 
 class TestCommands:
