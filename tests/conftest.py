@@ -33,8 +33,8 @@ def no_teams() -> Iterator[None]:
     """By default torch has one thread: tests run side by side on all cores, and a thread that waits
     for its team keeps its core busy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semroute.pipeline.executor.workers.num_cpus", lambda: 1)
-        patch.setattr("semroute.pipeline.inspection.benchmark.num_cpus", lambda: 1)
+        for module in ("base", "workers"):
+            patch.setattr(f"semroute.pipeline.executor.{module}.num_cpus", lambda: 1)
         yield
 
 
