@@ -230,15 +230,19 @@ def feature_store(
 
 @pytest.fixture(scope="session")
 def random_store(
-    tmp_path_factory: pytest.TempPathFactory, samples_file: Path
-) -> Callable[[str], Path]:
-    """Codec -> a complete store of random codes and parameters, written without torch."""
+    tmp_path_factory: pytest.TempPathFactory, samples_file: Path, texts: list[str]
+) -> Callable[..., Path]:
+    """Codec, and the number of samples if not all -> a complete store of random codes and
+    parameters, written without torch."""
 
     @functools.cache
-    def make(codec: str) -> Path:
-        path = tmp_path_factory.mktemp("random") / codec
-        write_random_store(path, samples_file, codec)
-        return path
+    def make(codec: str, num: int | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("random")
+        samples = samples_file
+        if num is not None:
+            samples = write_samples(folder / "samples.parquet", texts[:num])
+        write_random_store(folder / codec, samples, codec)
+        return folder / codec
 
     return make
 
