@@ -131,6 +131,8 @@ class Routed(nn.Module):
         self.deviates = not self.parts.isdisjoint({"gain", "router"})
         self.hooked = by_block and self.deviates
         self.sockets = Sockets(transformer, family, sockets if self.hooked else [])
+        # As Accelerate asks for the classes that FSDP2 shards one by one.
+        self._no_split_modules = sorted({type(block).__name__ for block in self._blocks()})
         positions = [self.router.layers_read.index(layer) for layer in base_layers]
         self.register_buffer("base_positions", torch.tensor(positions), persistent=False)
 
@@ -280,11 +282,15 @@ class Routed(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block's ``forward``; the hooks around it stay as they are."""
-        # Half of the classes do not say which blocks repeat.
+        for block in self._blocks():
+            block.forward = torch.compile(block.forward)
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        """Blocks of the transformer; half of the classes of diffusers do not say which repeat."""
         for blocks in self.transformer.children():
             for block in blocks if isinstance(blocks, nn.ModuleList) else []:
                 if type(block).__name__.endswith("Block"):
-                    block.forward = torch.compile(block.forward)
+                    yield block
 
     @contextmanager
     def reading(self, mixes: Mixes | None) -> Iterator[None]:

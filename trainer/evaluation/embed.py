@@ -296,7 +296,9 @@ def _write(embeds: Embeds, path: Path) -> None:
     if embeds.hidden:
         lengths = torch.tensor([0, *map(len, embeds.hidden)])
         tensors |= {_HIDDEN: torch.cat([*embeds.hidden]), _OFFSETS: lengths.cumsum(0)}
-    whole = {name: value.contiguous() for name, value in tensors.items()}
+    # Clones: safetensors refuses tensors that share memory, such as one negative prompt for all.
+    own = torch.contiguous_format
+    whole = {name: value.clone(memory_format=own) for name, value in tensors.items()}
     write_whole(path, save(whole, {_OWN: embeds.record.model_dump_json()}))
 
 

@@ -286,6 +286,10 @@ class DiT(nn.Module):
             read what is stored.
     """
 
+    # Classes that FSDP2 shards one by one, as Accelerate asks for them. Not Block: keys and values
+    # of the text are computed before the blocks run.
+    _no_split_modules = ("SelfAttention", "SwiGLU")
+
     def __init__(
         self,
         config: ModelConfig,

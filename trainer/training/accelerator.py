@@ -5,13 +5,24 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ...schemas import InputError, TrainConfig
 from ...schemas.interrupts import draining
+
+if TYPE_CHECKING:
+    from ..runs.record import Network
 
 REPEAT_SECONDS = 1.0
 """A Ctrl-C that follows another one within this time is the same one, passed on by a launcher."""
@@ -34,8 +45,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "found DeepSpeed (ACCELERATE_USE_DEEPSPEED is set), expected DDP or FSDP2: launch with "
             "docs/accelerate/ddp.yaml or fsdp2.yaml, see docs/training.md"
         )
+    # Qwen-Image's last block computes text that nothing reads.
+    unused = config.model.kind == "pretrained" and config.model.train == "full"
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.grad_accum_steps, sync_with_dataloader=False
         ),
@@ -55,6 +69,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "with fsdp_version: 2, see docs/accelerate/fsdp2.yaml, or DDP"
         )
     return accelerator
+
+
+def prepare_model(
+    accelerator: Accelerator, network: "Network", *optimizers: torch.optim.Optimizer
+) -> tuple[nn.Module, list[Any]]:
+    """A network and its optimizers, prepared for the ranks and the precision of the launcher.
+
+    Under FSDP2 Accelerate would cast to bfloat16 whatever enters a module, and all weights of the
+    router: t, the logits and rotary positions. Here only products are in bfloat16, as under DDP;
+    weights are gathered in their own dtype.
+    """
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        network.forward = autocast(network.forward)  # type: ignore[method-assign]
+    model, *prepared = accelerator.prepare(network, *optimizers)
+    return model, prepared
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from ..runs.checkpoint import (
     save_checkpoint,
 )
 from ..runs.record import learning, load_trained, trained_weights
-from .accelerator import stop_signals
+from .accelerator import prepare_model, stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
 
@@ -85,7 +85,9 @@ class Trainer:
         self.plain_optimizers = make_optimizers(self.network, config.optimizer)
         # The loader is not prepared, since it knows its rank; nor are the schedules, which
         # Accelerate would advance once per rank.
-        self.model, *self.optimizers = accelerator.prepare(self.network, *self.plain_optimizers)
+        self.model, self.optimizers = prepare_model(
+            accelerator, self.network, *self.plain_optimizers
+        )
         if checkpoint is not None:
             load_optimizer_tensors(self.network, self.plain_optimizers, checkpoint.optimizer())
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]

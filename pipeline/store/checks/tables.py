@@ -92,7 +92,7 @@ def text_faults(
         yield "captions.parquet: its texts are not those of the manifest's fingerprint"
     lists = samples["caption_ids"].combine_chunks()
     joined = pa.ListArray.from_arrays(lists.offsets, texts.take(lists.values))
-    if fingerprint(joined) != identity.samples.fingerprint:
+    if identity.samples.fingerprint not in (None, fingerprint(joined)):
         yield "samples.parquet: captions of samples are not those of the manifest's fingerprint"
 
 
