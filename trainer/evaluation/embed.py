@@ -221,10 +221,11 @@ def _open_pipeline(adapter: Adapter, pipeline: str | None) -> "TextPipeline":
             f"{identity.transformer}, which {' and '.join(adapter.family.pipelines)} have"
         )
     check_encoder(text.pipe, record, adapter.path)
-    if text.base_layers != identity.base_layers:
+    layers = adapter.family.base_layers(text.num_layers, text.index, identity.config)
+    if layers != identity.base_layers:
         raise InputError(
-            f"{option} {name} reads layers {text.base_layers} of its text encoder, but "
-            f"{adapter.path} was trained for a pipeline that reads layers {identity.base_layers}"
+            f"{option} {name} reads layers {layers} of its text encoder, but {adapter.path} was "
+            f"trained for a pipeline that reads layers {identity.base_layers}"
         )
     return text
 
@@ -274,7 +275,7 @@ def _join(items: Sequence[_Item], names: Arguments) -> dict[str, Any]:
     for name in items[0].given:
         values = [item.given[name] for item in items]
         if isinstance(values[0], list):
-            joined[name] = [rows for value in values for rows in value]
+            joined[name] = [rows.clone() for value in values for rows in value]
             continue
         axis = names.axis if name == names.embeds else 0
         rows = [value.movedim(axis, 0)[0] for value in values]

@@ -35,7 +35,8 @@ WITHOUT_NEGATIVE = ("flux2", "flux2-klein")
 def load(folder: Path, *, text: bool = True) -> Any:
     """A pipeline; without tokenizers and text encoders, if asked for."""
     index = json.loads((folder / "model_index.json").read_text())
-    absent = {name: None for name in index if name.startswith(("tokenizer", "text_encoder"))}
+    parts = [name for name in index if (folder / name).is_dir()]
+    absent = {name: None for name in parts if name.startswith(("tokenizer", "text_encoder"))}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **({} if text else absent))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -203,7 +204,8 @@ class TestEmbed:
         assert embeds.record.learned == "none"
         assert embeds.record.negative == ""
         pipe = load(folder)
-        plain = pipe.encode_prompt([*PROMPTS], negative_prompt="")
+        with torch.no_grad():
+            plain = pipe.encode_prompt([*PROMPTS], negative_prompt="")
         assert distance(embeds.given["prompt_embeds"], plain[0]) < 1e-6
         assert torch.equal(embeds.given["prompt_attention_mask"], plain[1])
 
