@@ -5,13 +5,13 @@ Shapes: T rows of a caption, K base layers, H width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...schemas import InputError
+from ...schemas.json_file import read_json
 from ..models.hub import PIPELINE_INDEX, download, hub_name, is_hub_id
 from ..text.presets import PRESETS, OtherRows, Preset, preset_of
 
@@ -136,7 +136,7 @@ def read_pipeline(name: str, option: str = "--for") -> PipelineText:
 
 def _read_json(file: Path, option: str) -> dict[str, Any]:
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = read_json(file, follow=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{option} {file.parent}: {file.name} cannot be read: {error}; expected a pipeline of "

@@ -17,6 +17,7 @@ from ...schemas import (
     differences,
     refuse_differences,
 )
+from ...schemas.json_file import read_json
 from .base import Family
 from .families import find_family
 
@@ -197,7 +198,7 @@ def _dtype(config: ModelConfig) -> torch.dtype:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty if the file does not exist."""
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = read_json(file, follow=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

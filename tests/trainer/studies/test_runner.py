@@ -513,7 +513,9 @@ class TestConfiguration:
         own = {"uniform": {"tuning": {"key": "optimizer.lr"}}}
         self.refused(world, "arm uniform tunes optimizer.lr: give its values too", arms=own)
         own["uniform"]["tuning"]["values"] = [1e-3]
-        self.refused(world, "arm uniform, tuning is not valid:\n  values: List should have", arms=own)
+        self.refused(
+            world, "arm uniform, tuning is not valid:\n  values: List should have", arms=own
+        )
 
     @pytest.mark.parametrize(
         ("arm", "message"),
