@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from ...schemas import (
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
-from ..adapters.pretrained import check_transformer, find_pretrained, hub_id
+from ..adapters.pretrained import find_class, find_pretrained, hub_id
 from ..adapters.routed import PARTS, Unrouted
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
@@ -105,9 +105,7 @@ class Adapter:
     @cached_property
     def num_blocks(self) -> int:
         """Number of mixes that the router makes (D)."""
-        import diffusers
-
-        cls = getattr(diffusers, self.identity.transformer)
+        cls = find_class(self.identity.transformer)
         with torch.device("meta"):
             sockets = self.family.sockets(cls.from_config(dict(self.identity.config)))
         where = self.record.config.routing.where
@@ -144,14 +142,6 @@ class Adapter:
                 f"{self.record.config.model.train}"
             )
         return self.router
-
-    def check(self, transformer: Any) -> None:
-        """Refuse a transformer of diffusers that this does not fit.
-
-        Raises:
-            InputError: it is of another class or configuration than the pretrained one.
-        """
-        check_transformer(transformer, self.identity, self.path)
 
     def weights(self, t: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
         """The routing weights alpha, as :meth:`.run.Run.weights` gives them: float32 [T, D, L].

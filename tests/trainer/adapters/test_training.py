@@ -160,7 +160,7 @@ class TestResume:
     def test_after_a_kill(self, configure: Callable[..., Any], family: str, tmp_path: Path) -> None:
         changes = {"model": {"train": "router+lora"}, "steps": 60, "checkpoint_every": 5}
         config = configure(family, "killed", **changes)
-        (tmp_path / "run.json").write_text(config.model_dump_json())
+        (tmp_path / "run.json").write_text(config.model_dump_json(exclude_unset=True))
         command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "run.json")]
         with subprocess.Popen(
             command,
