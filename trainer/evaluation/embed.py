@@ -275,7 +275,7 @@ def _join(items: Sequence[_Item], names: Arguments) -> dict[str, Any]:
     for name in items[0].given:
         values = [item.given[name] for item in items]
         if isinstance(values[0], list):
-            joined[name] = [rows.clone() for value in values for rows in value]
+            joined[name] = [rows for value in values for rows in value]
             continue
         axis = names.axis if name == names.embeds else 0
         rows = [value.movedim(axis, 0)[0] for value in values]
