@@ -9,7 +9,6 @@ Shapes: B captions, T rows, K base layers, H text width.
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from ...schemas import MASK, InputError
+from ...schemas.json_file import read_json
 from .hub import LOAD_ERRORS, PIPELINE_INDEX, ModelFiles, download, hash_file, hub_name, is_hub_id
 from .llm import Dtype, find_tower, load_tokenizer, tokenizer_digest
 from .text_recipes import NEGATIVE, Encoded, find_recipe
@@ -93,7 +93,7 @@ def read_index(folder: Path, name: str, option: str = "--pipeline") -> dict[str,
         InputError: missing or damaged.
     """
     try:
-        index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
+        index = read_json(folder / PIPELINE_INDEX, follow=True)
     except FileNotFoundError as error:
         raise InputError(
             f"{option} {name}: no {PIPELINE_INDEX} there; expected a pipeline of diffusers"

@@ -1,7 +1,6 @@
 """Pretrained transformers found, identified and loaded: a pipeline of diffusers, in a folder or on
 the Hub."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...schemas import (
     differences,
     refuse_differences,
 )
+from ...schemas.json_file import read_json
 from .base import Family
 from .families import find_family
 
@@ -187,7 +187,7 @@ def _dtype(config: ModelConfig) -> torch.dtype:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty if the file does not exist."""
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = read_json(file, follow=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

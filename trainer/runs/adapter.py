@@ -12,7 +12,6 @@ On disk::
 Shapes: T noise levels, D mixes that the router makes, R rows (tokens), L layers, H text width.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.json_file import read_json
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
@@ -228,8 +228,8 @@ def is_export(path: Path) -> bool:
 def _open_export(path: Path, step: int | None, weights: Literal["ema", "model"] | None) -> Adapter:
     file = path / ADAPTER
     try:
-        document = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        document = read_json(file, follow=True)
+    except OSError as error:
         raise InputError(f"{file} is damaged: {error}") from error
     record = parse(AdapterRecord, document, str(file))
     asked = {"step": step, "weights": weights}
