@@ -273,6 +273,20 @@ class TestAttach:
         semroute.detach(pipe)
         assert torch.equal(sample(semroute.attach(pipe, run, "model"), "pixart"), plain)
 
+    @pytest.mark.parametrize("train", ["router", "router+lora", "router+projection", "full"])
+    def test_the_dtype_may_change(self, train: str, make_run: Any) -> None:
+        pipe, run = make_run("pixart", size=0.1, model={"train": train})
+        semroute.attach(pipe, run)
+        routed = sample(pipe.to(torch.bfloat16), "pixart")
+        assert {each.dtype for each in pipe.transformer.parameters()} == {torch.bfloat16}
+        semroute.detach(pipe)
+        plain = sample(pipe, "pixart")
+        assert {each.dtype for each in pipe.transformer.parameters()} == {torch.bfloat16}
+        assert not torch.equal(routed, plain)
+        assert torch.equal(sample(semroute.attach(pipe, run), "pixart"), routed)
+        never_attached = load(pipe.config._name_or_path).to(torch.bfloat16)
+        assert torch.equal(sample(never_attached, "pixart"), plain)
+
     @pytest.mark.parametrize("preset", ["sana", "z-image"])
     def test_each_prompt_of_a_batch_is_its_own(self, preset: str, make_run: Any) -> None:
         pipe, run = make_run(preset, size=0.3)
