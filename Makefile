@@ -38,7 +38,7 @@ demo: $(LLM)
 
 # Several at a time, each with one thread. To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_OPTIONS)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12

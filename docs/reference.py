@@ -150,6 +150,8 @@ def describe(schema: Mapping[str, Any]) -> str:
             return f"list of {len(schema['prefixItems'])} {_plural(describe(first))}"
         case "array":
             return f"list of {_plural(describe(schema['items']))}"
+        case "object" if schema["additionalProperties"] is True:
+            return "map"
         case "object":
             return f"map to {describe(schema['additionalProperties'])}"
         case "integer" | "number" as kind:

@@ -3,7 +3,7 @@
 import os
 import uuid
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
 """Suffix of a file that one of several writers has not finished."""
@@ -30,12 +30,19 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
     suffix = ".tmp" if alone else f".{uuid.uuid4().hex}{PARTIAL}"
     unfinished = path.with_name(path.name + suffix)
     try:
-        with unfinished.open("wb") as file:
+        with _create(unfinished) as file:
             file.writelines(content)
         publish(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file; one that a killed writer left there goes first, as does a link."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def publish(unfinished: Path, path: Path) -> None:

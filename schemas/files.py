@@ -2,14 +2,21 @@
 
 An object is put by one request, and is there whole or not at all; a file system achieves the same
 by renaming. Listings are never taken from a cache, since other processes write too.
+
+A store may come from a stranger: it holds plain files and folders. Links, pipes and devices in it
+are refused, and names that lead out of it.
 """
 
+import errno
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from io import BufferedReader
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -18,6 +25,21 @@ from .errors import InputError
 
 _TIMES = ("mtime", "LastModified", "last_modified", "created")
 """Names that file systems of fsspec give to the time of the last change."""
+
+
+MAX_DEPTH = 16
+"""Deepest nesting of folders in a store."""
+_LINK = "a link"
+_UNNAMEABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are not UTF-8
+_KINDS = {
+    **{stat.S_IFLNK: _LINK, stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"},
+    **{stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"},
+}
+_REMEDIES = {
+    _LINK: "expected the file itself: copy the store without links, as `hf download` does with "
+    "--local-dir",
+    "a folder": "expected a file",
+}
 
 
 class StorageError(InputError):
@@ -31,6 +53,19 @@ class Entry:
 
     num_bytes: int
     changed: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that is under a folder, by path relative to the root.
+
+    Attributes:
+        files: plain files, sorted.
+        others: what is neither a plain file nor a folder -> what it is, for messages.
+    """
+
+    files: dict[str, Entry]
+    others: dict[str, str]
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -71,43 +106,174 @@ def list_names(folder: Path) -> set[str]:
     return {path[len(base) + 1 :] for path in found if path != base}
 
 
-def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
-    """All files under a folder of ``root``, by path relative to ``root``, sorted; none if there is
-    no such folder."""
+def inside(root: Path, name: str) -> Path:
+    """The path of a file in a store, which need not be there yet.
+
+    Args:
+        root: the store; it may be, or lie behind, a link.
+        name: relative to it.
+
+    Raises:
+        StorageError: the name leads out of the store, or passes through a link; or what is there is
+            neither a file nor a folder.
+    """
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or _UNNAMEABLE.search(name):
+        raise StorageError(f"{root}: {name!r} is no name of a file in a store")
+    place = root / name
+    if not is_local(root):
+        return place
+    path = str(root)
+    for part in parts:
+        path = f"{path}/{part}"
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            break  # a folder on the way is missing, which whoever reads the file reports
+        except OSError as error:
+            raise StorageError(f"{place} cannot be read: {error.strerror}") from error
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise StorageError(_refusal(path, mode))
+    return place
+
+
+def _refusal(path: str | Path, mode: int) -> str:
+    kind = _KINDS.get(stat.S_IFMT(mode), "no plain file")
+    return f"{path} is {kind}; {_REMEDIES.get(kind, 'expected a plain file')}"
+
+
+def scan(root: Path, folder: str = "") -> Listing:
+    """All that is under a folder of ``root``; links are listed, never followed.
+
+    Raises:
+        StorageError: the folder itself lies behind a link in ``root``, or cannot be read.
+    """
     if is_local(root):
-        paths = (path for path in (root / folder).rglob("*") if path.is_file())
-        stats = {str(path.relative_to(root)): path.stat() for path in paths}
-        return {name: Entry(s.st_size, s.st_mtime) for name, s in sorted(stats.items())}
+        start = str(inside(root, folder) if folder else root)
+        return _scan(start, f"{folder}/" if folder else "")
     system, base = _system(root)
     found = system.find(f"{base}/{folder}" if folder else base, detail=True)
     # A key that ends in a slash is how some tools mark an empty folder.
     names = {path[len(base) + 1 :]: info for path, info in sorted(found.items()) if path[-1] != "/"}
-    return {name: Entry(int(info["size"] or 0), _changed(info)) for name, info in names.items()}
+    files = {name: Entry(int(info["size"] or 0), _changed(info)) for name, info in names.items()}
+    return Listing(files, {})
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file; an object is read by one request, so that it is of one moment.
+def _scan(start: str, prefix: str) -> Listing:
+    files: dict[str, Entry] = {}
+    others: dict[str, str] = {}
+    folders = [(start, prefix, 0)]
+    while folders:
+        folder, prefix, depth = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    with suppress(FileNotFoundError):  # another process renamed it
+                        status = entry.stat(follow_symlinks=False)
+                        kind = stat.S_IFMT(status.st_mode)
+                        if _UNNAMEABLE.search(entry.name):
+                            others[ascii(name)] = "a name with control characters"
+                        elif kind == stat.S_IFREG:
+                            files[name] = Entry(status.st_size, status.st_mtime)
+                        elif kind == stat.S_IFDIR and depth < MAX_DEPTH:
+                            folders.append((entry.path, f"{name}/", depth + 1))
+                        elif kind == stat.S_IFDIR:
+                            others[name] = f"nested more than {MAX_DEPTH} deep"
+                        else:
+                            others[name] = _KINDS.get(kind, "no plain file")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be read: {error.strerror}") from error
+    return Listing(dict(sorted(files.items())), dict(sorted(others.items())))
+
+
+def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
+    """All files under a folder of ``root``, by path relative to ``root``, sorted; none if there is
+    no such folder.
 
     Raises:
+        StorageError: something there is neither a file nor a folder; or it cannot be read.
+    """
+    found = scan(root, folder)
+    for name, kind in found.others.items():
+        raise StorageError(
+            f"{root}/{name} is {kind}; {_REMEDIES.get(kind, 'a store holds plain files')}"
+        )
+    return found.files
+
+
+def open_file(path: Path) -> BufferedReader:
+    """A local file for reading, if it is a plain file and no link.
+
+    Raises:
+        StorageError: it is something else.
+        OSError: no such file, or it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise StorageError(_refusal(path, os.lstat(path).st_mode)) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise StorageError(_refusal(path, mode))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, *, limit: int | None = None) -> bytes:
+    """The content of a file; an object is read by one request, so that it is of one moment.
+
+    Args:
+        limit: largest size, in bytes.
+
+    Raises:
+        StorageError: it is larger, or no plain file.
         OSError: no such file, or it cannot be read.
     """
     if is_local(path):
-        return path.read_bytes()
+        with open_file(path) as file:
+            _check_size(path, os.fstat(file.fileno()).st_size, limit)
+            return file.read()
+    if limit is not None:
+        _check_size(path, size_of(path), limit)
     system, base = _system(path)
     return bytes(system.cat_file(base))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: no such file.
+    """
+    if is_local(path):
+        return path.lstat().st_size
+    system, base = _system(path)
+    return int(system.info(base)["size"] or 0)
+
+
+def _check_size(path: Path, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise StorageError(f"{path} has {size:,} bytes; expected at most {limit:,}")
 
 
 def read_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     """The contents of files, by path relative to ``root``; objects are read concurrently.
 
     Raises:
+        StorageError: one is no plain file in ``root``.
         OSError: one is missing, or cannot be read.
     """
-    names = list(names)
-    if is_local(root) or not names:
-        return {name: (root / name).read_bytes() for name in names}
+    places = {name: inside(root, name) for name in names}
+    if is_local(root) or not places:
+        return {name: read_file(place) for name, place in places.items()}
     system, base = _system(root)
-    paths = {f"{base}/{name}": name for name in names}
+    paths = {f"{base}/{name}": name for name in places}
     found = system.cat(list(paths), on_error="raise")
     return {name: bytes(found[path]) for path, name in paths.items()}
 
@@ -138,19 +304,19 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> None:
     """Write whole files, by path relative to ``root``; objects are written concurrently."""
     if is_local(root):
         for name, content in files.items():
-            write_whole(root / name, content)
+            write_whole(inside(root, name), content)
     elif files:
         system, base = _system(root)
         system.pipe({f"{base}/{name}": content for name, content in files.items()})
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all its contents, if it exists."""
+    """Remove a file, or a folder with all its contents, if it exists; of a link, the link."""
     if not is_local(path):
         system, base = _system(path)
         with suppress(FileNotFoundError):  # another process may remove it at the same time
             system.rm(base, recursive=True)
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -187,7 +187,11 @@ class StudyConfig(Settings):
         own = {key: changes[key] for key in ("key", "values") if key in changes}
         others = {key: value for key, value in changes.items() if key not in own}
         scoring = _changed(self.tuning.scoring, others, source)
-        document = {**self.tuning.model_dump(), **own, "scoring": scoring.model_dump()}
+        document: dict[str, Any] = {
+            **self.tuning.model_dump(),
+            **own,
+            "scoring": scoring.model_dump(),
+        }
         return parse(Tuning, document, source)
 
     def run(self, arm: str, seed: int, output: str, **changes: Any) -> TrainConfig:

@@ -4,8 +4,12 @@ import functools
 import importlib.util
 import io
 import itertools
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import runpy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,118 @@ NUM_LAYERS, WIDTH = 4, 32
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("cup", "tree", "car", "bird", "chair", "box", "clock", "small dog")
 PLACES = ("", " on a table", " in the snow", " at night, seen from very far above")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_teams() -> Iterator[None]:
+    """By default torch has one thread: tests run side by side on all cores, and a thread that waits
+    for its team keeps its core busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semroute.pipeline.executor.workers.num_cpus", lambda: 1)
+        patch.setattr("semroute.pipeline.inspection.benchmark.num_cpus", lambda: 1)
+        yield
+
+
+PRELOADED = (
+    "distributed.nanny",
+    "torch._dynamo",
+    "transformers.models.llama.modeling_llama",
+    "semroute.cli",
+    "semroute.pipeline.extraction.features",
+    "semroute.pipeline.models.llm",
+    "semroute.trainer.studies.runner",
+    "semroute.trainer.training.train",
+)
+"""Modules that take processes which tests start seconds to import."""
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Processes of ``forkserver``, Dask's workers among them, are forked from one that has imported
+    what they need. Each that is started anew takes six seconds of a core to import torch and
+    transformers."""
+    dask = pytest.importorskip("dask")
+    pytest.importorskip("distributed")  # sets its defaults, which must not come later
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED])
+    forkserver.ensure_running()
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+
+
+class Command:
+    """``python -m MODULE ARGUMENTS`` in a process of its own, and in a session of its own.
+
+    Attributes:
+        output: file of what it prints.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[object],
+        output: Path,
+        environment: dict[str, str],
+        max_file_bytes: int | None,
+    ):
+        self.output = output
+        request = {
+            "module": module,
+            "arguments": [str(argument) for argument in arguments],
+            "folder": os.getcwd(),
+            "environment": {**os.environ, **environment},
+            "output": str(output),
+            "max_file_bytes": max_file_bytes,
+        }
+        script = str(Path(__file__).with_name("run_command.py"))
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=runpy.run_path, args=(script,), kwargs={"init_globals": {"request": request}}
+        )
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def wait_until(self, ready: Callable[[], object], timeout: float = 120) -> None:
+        """While it runs."""
+        deadline = time.monotonic() + timeout
+        while not ready():
+            assert self.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def start_command(fork_server: None, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Arguments of ``semroute``, or of another module -> :class:`Command`. What still runs at the
+    end of the test is killed."""
+    started: list[Command] = []
+
+    def start(
+        *arguments: object,
+        module: str = "semroute.cli",
+        max_file_bytes: int | None = None,
+        **environment: str,
+    ) -> Command:
+        output = tmp_path / f"output-{len(started)}.txt"
+        started.append(Command(module, arguments, output, environment, max_file_bytes))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
 """The whole path at its smallest, through the command line and real files; and bad input."""
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
 
 import click
 import numpy as np
@@ -468,25 +465,16 @@ def test_several_captions_a_sample_are_stored_and_joined(tiny_llm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_message_for_every_command(world, tmp_path):
+def test_a_full_disk_is_one_message_for_every_command(world, tmp_path, start_command):
     """A limit on the size of files stands in for a full disk."""
-
-    def run(limit, *arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "semroute.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )
-
     config = world / "run.yaml"
     for limit, arguments in (
         (10_000, ["shapes", tmp_path / "shapes", "--num", 4000]),
         (200_000, ["train", config, f"output={tmp_path / 'run'}"]),
     ):
-        result = run(limit, *arguments)
-        assert result.returncode == 1
-        assert "the disk is full" in result.stderr
-        assert "Traceback" not in result.stderr
+        process = start_command(*arguments, max_file_bytes=limit)
+        assert process.wait() == 1
+        printed = process.output.read_text()
+        assert "the disk is full" in printed
+        assert "Traceback" not in printed
     invoke("train", config, f"output={tmp_path / 'run'}")  # with space again, it resumes

@@ -25,7 +25,7 @@ from ...schemas import LN_EPS
 if TYPE_CHECKING:
     import torch
 
-U1, U2 = np.dtype("u1"), np.dtype("<u2")
+U1, U2, F4 = np.dtype("u1"), np.dtype("<u2"), np.dtype("<f4")
 LAYER_MAJOR = (1, 0, 2)
 """An :attr:`ArraySpec.order`: all rows of the first layer, then all rows of the second ..."""
 
@@ -201,6 +201,12 @@ class Codec(ABC):
             layers: positions wanted. An array that is not needed is left out.
         """
         return {spec.name: max(layers) + 1 for spec in self.arrays}
+
+    @classmethod
+    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Names of the fitted arrays -> shape for each layer, and dtype, as :meth:`fit` gives
+        them."""
+        return {}
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:

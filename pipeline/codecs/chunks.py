@@ -61,6 +61,17 @@ class ChunkCodec:
         """Size when decoded."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def min_bytes(self) -> int:
+        """Fewest bytes of a chunk as it is stored."""
+        return self.num_bytes if self.order is None else 1
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a chunk as it is stored: zstd adds less than this to what it cannot
+        compress."""
+        return self.num_bytes + (0 if self.order is None else self.num_bytes // 128 + 1024)
+
     @cached_property
     def _stored_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.order or ())
@@ -84,11 +95,15 @@ class ChunkCodec:
         """Rows from the bytes of a chunk, which are not empty; uncompressed ones are a view.
 
         Raises:
-            zstandard.ZstdError, ValueError: the bytes are not such a chunk.
+            zstandard.ZstdError, ValueError: the bytes are not such a chunk, or are of more rows.
         """
         if self.order is None:
             return np.frombuffer(content, self.dtype).reshape(self.shape)
-        stored = _zstd.decompressor.decompress(content, self.num_bytes)
+        # Where a frame declares its size, that is what would be allocated, whatever the limit.
+        declared = zstandard.frame_content_size(content)
+        if declared not in (-1, self.num_bytes):
+            raise ValueError(f"declares {declared:,} bytes; expected {self.num_bytes:,}")
+        stored = _zstd.decompressor.decompress(content, self.num_bytes, allow_extra_data=False)
         rows = np.frombuffer(stored, self.dtype).reshape(self._stored_shape)
         return rows.transpose(self._inverse_order)
 

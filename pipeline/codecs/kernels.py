@@ -17,6 +17,8 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .bounds import check_fitted, check_output, check_predictive, check_shapes, code_sizes
+
 MIN_PART_ROWS = 64
 """Fewest rows that are worth a thread."""
 
@@ -61,18 +63,53 @@ def _memcpy_code(_context, target, source, num_bytes):  # type: ignore[no-untype
 _memcpy: Any = intrinsic(_memcpy_code)
 
 
-@_compiled
-def copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
-    """Copy runs of bytes; starts, sizes and targets are int64 ``[runs]``, in bytes.
+def copy_runs(
+    source: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    targets: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Copy runs of bytes.
 
-    The caller must check bounds: nothing here keeps a run inside its array.
+    Args:
+        source, out: uint8 ``[bytes]``.
+        starts, sizes, targets: in bytes, int64 ``[runs]``.
+
+    Raises:
+        ValueError: a run is not inside its array; nothing was copied.
     """
+    runs = (starts, sizes, targets)
+    for array in (source, out):
+        if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
+            raise ValueError(f"found {array.dtype} {array.shape}; expected contiguous bytes")
+    if any(array.dtype != np.int64 or array.shape != starts.shape for array in runs):
+        raise ValueError("expected one start, size and target for each run, int64")
+    outside = _copy_runs(source, starts, sizes, targets, out)
+    if outside >= 0:
+        start, size, target = (int(array[outside]) for array in runs)
+        raise ValueError(
+            f"{size:,} bytes at {start:,} to {target:,} are not inside {len(source):,} and "
+            f"{len(out):,} bytes"
+        )
+
+
+@_compiled
+def _copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
+    """The first run that is not inside its array; if there is none, -1, and all are copied."""
+    for run in range(len(starts)):
+        size = sizes[run]
+        if not 0 <= size <= min(len(source), len(out)):
+            return run
+        if not (0 <= starts[run] <= len(source) - size and 0 <= targets[run] <= len(out) - size):
+            return run
     for run in range(len(starts)):
         _memcpy(
             np.uintp(out.ctypes.data + targets[run]),
             np.uintp(source.ctypes.data + starts[run]),
             sizes[run],
         )
+    return -1
 
 
 @_compiled
@@ -95,10 +132,34 @@ def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
                 out[channel] = 14 + escape[channel]
 
 
-@_compiled
-def decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):  # type: ignore[no-untyped-def]
+def decode_lossless(
+    code: np.ndarray,
+    escape: np.ndarray,
+    mantissa: np.ndarray,
+    base: np.ndarray,
+    follow: np.ndarray,
+    slots: np.ndarray,
+    targets: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """As :meth:`semroute.pipeline.codecs.lossless.Lossless.decode_torch`; slots are those of
-    :func:`semroute.pipeline.codecs.base.output_slots`."""
+    :func:`semroute.pipeline.codecs.base.output_slots`.
+
+    Raises:
+        ValueError: shapes, rows or slots do not belong together.
+    """
+    width, num = mantissa.shape[-1], len(slots)
+    codes = {"code": code, "escape": escape, "mantissa": mantissa}
+    sizes = {"code": code_sizes(width)[1:], "escape": (width,), "mantissa": (width,)}
+    check_shapes(codes, sizes, num)
+    check_fitted({"base": base}, num, width)
+    check_fitted({"follow": follow}, num, 256)
+    check_output(targets, slots, out, len(code), width)
+    _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out)
+
+
+@_compiled
+def _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
     distance = np.empty(width, np.uint8)
@@ -144,10 +205,32 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
         out[channel] = np.uint16(rounded >> np.uint32(16))
 
 
-@_compiled
-def decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out):  # type: ignore[no-untyped-def]
+def decode_delta(
+    code: np.ndarray,
+    escape: np.ndarray,
+    scalar: np.ndarray,
+    scales: np.ndarray,
+    slope: np.ndarray,
+    bias: np.ndarray,
+    slots: np.ndarray,
+    targets: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """As :meth:`semroute.pipeline.codecs.predictive.Predictive.decode_torch`; slots are those of
-    :func:`semroute.pipeline.codecs.base.output_slots`."""
+    :func:`semroute.pipeline.codecs.base.output_slots`.
+
+    Raises:
+        ValueError: shapes, rows or slots do not belong together.
+    """
+    width, num = escape.shape[-1], len(slots)
+    check_predictive(code, escape, scalar, scales, width, num)
+    check_fitted({"slope": slope, "bias": bias}, num, width)
+    check_output(targets, slots, out, len(code), width)
+    _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out)
+
+
+@_compiled
+def _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = escape.shape
     state = np.zeros(width, np.float32)
     zigzag = np.empty(width, np.int32)
@@ -167,9 +250,27 @@ def decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out)
                 _to_bits(state, mean, deviation, bits, out[targets[row], slots[layer]])
 
 
+def decode_codes(
+    code: np.ndarray,
+    escape: np.ndarray,
+    scalar: np.ndarray,
+    layer: int,
+    scales: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Codes of one layer times their scale, float32 [R, H].
+
+    Raises:
+        ValueError: shapes do not belong together.
+    """
+    check_predictive(code, escape, scalar, scales, out.shape[-1], layer + 1)
+    if len(out) != len(code):
+        raise ValueError(f"out is {out.shape}; expected {len(code)} rows")
+    _decode_codes(code, escape, scalar, layer, scales, out)
+
+
 @_compiled
-def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
-    """Codes of one layer times their scale, float32 [R, H]."""
+def _decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
     zigzag = np.empty(out.shape[1], np.int32)
     for row in range(len(out)):
         _unpack(code[row, layer], escape[row, layer], zigzag)
@@ -179,9 +280,29 @@ def decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-u
             out[row, channel] = number * scale
 
 
+def denormalise(
+    state: np.ndarray,
+    scalar: np.ndarray,
+    layer: int,
+    slot: int,
+    targets: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """LN(h) of one layer, float32 [R, H] -> bits of bfloat16 of h, in a slot of ``out``.
+
+    Raises:
+        ValueError: shapes, rows or slot do not belong together.
+    """
+    rows, width = state.shape
+    check_shapes({"scalar": scalar}, {"scalar": (5,)}, layer + 1)
+    check_output(targets, np.array([slot]), out, rows, width)
+    if len(scalar) != rows:
+        raise ValueError(f"scalar has {len(scalar)} rows; expected {rows}")
+    _denormalise(state, scalar, layer, slot, targets, out)
+
+
 @_compiled
-def denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-untyped-def]
-    """LN(h) of one layer, float32 [R, H] -> bits of bfloat16 of h, in a slot of ``out``."""
+def _denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-untyped-def]
     bits = np.empty(state.shape[1], np.uint32)
     for row in range(len(state)):
         mean, deviation = _scalars(scalar[row, layer])

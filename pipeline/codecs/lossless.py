@@ -106,6 +106,10 @@ class Lossless(Codec):
         return torch.stack([decoded[layer] for layer in layers], 1)
 
     @classmethod
+    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"base": ((width,), U1), "follow": ((256,), U1)}
+
+    @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
         """``base`` ``[L, H]`` and ``follow`` ``[L, 256]``, by distance; uint8, modulo 256."""
         import torch

@@ -12,6 +12,7 @@ import numpy as np
 from ...schemas import LN_EPS
 from . import kernels
 from .base import (
+    F4,
     LAYER_MAJOR,
     U1,
     U2,
@@ -216,6 +217,10 @@ class Delta(Predictive):
         )
 
     @classmethod
+    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"slope": ((width,), F4), "bias": ((width,), F4)}
+
+    @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
         """``slope`` and ``bias``, float32 ``[L, H]``: least squares, weighted by 1 / RMS**2."""
         import torch
@@ -289,6 +294,14 @@ class Linear(Predictive):
             state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
             if slots[layer] >= 0:
                 kernels.denormalise(state, codes["scalar"], layer, slots[layer], targets, out)
+
+    @classmethod
+    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {
+            "matrix": ((width, width), U2),
+            "rotation": ((width, width), U2),
+            "bias": ((width,), F4),
+        }
 
     @classmethod
     def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:

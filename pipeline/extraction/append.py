@@ -19,6 +19,8 @@ from ...schemas import (
     digest,
     write_whole,
 )
+from ...schemas.files import inside
+from ...schemas.json_file import load_json
 from ..sources.images import images_fingerprint
 from ..sources.table import SampleTable
 from ..store.base import CaptionStore, Store, check_unchanged
@@ -46,7 +48,7 @@ def stage(store: Store[Any], manifest: AnyManifest, files: Mapping[str, bytes]) 
     """
     commit(store.path)
     check_unchanged(store)
-    staged = store.path / GROWING
+    staged = inside(store.path, GROWING)
     for name, content in files.items():
         write_whole(staged / name, content)
     if store.checksums is not None:
@@ -197,7 +199,7 @@ def append(
     names = array_shapes(manifest) if isinstance(manifest, LatentManifest) else store.arrays
     for array in names:
         name = f"{store.group}/{array}/zarr.json"
-        metadata = json.loads(store.read_file(name).to_pybytes())
+        metadata = load_json(store.read_file(name).to_pybytes(), str(store.path / name))
         metadata["shape"][0] = layout.num_shards * layout.rows_per_shard
         files[name] = json.dumps(metadata, indent=2).encode()
     stage(store, manifest, files)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...schemas import InputError
 from ..models.hub import PIPELINE_INDEX, download, hub_name, is_hub_id
+from ..models.text_pipelines import read_index
 from ..text.presets import PRESETS, OtherRows, Preset, preset_of
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def read_pipeline(name: str, option: str = "--for") -> PipelineText:
             f"{option} {name}: no such folder, and not a hub id (org/name); expected a pipeline of "
             "diffusers"
         )
-    index = _read_json(folder / PIPELINE_INDEX, option)
+    index = read_index(folder, name, option)
     pipeline = index.get("_class_name")
     preset = preset_of(str(pipeline))
     if preset is None:
@@ -128,20 +129,12 @@ def read_pipeline(name: str, option: str = "--for") -> PipelineText:
             f"{option} {name}: there is no preset for {pipeline}; expected one of "
             f"{', '.join(known)}"
         )
-    configs = {
-        file.parent.name: _read_json(file, option) for file in sorted(folder.glob("*/config.json"))
-    }
+    configs = {file.parent.name: _read_json(file) for file in sorted(folder.glob("*/config.json"))}
     return PipelineText(source, str(pipeline), preset, index, configs)
 
 
-def _read_json(file: Path, option: str) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        document = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{option} {file.parent}: {file.name} cannot be read: {error}; expected a pipeline of "
-            "diffusers"
-        ) from error
-    if not isinstance(document, dict):
-        raise InputError(f"{option} {file.parent}: {file.name} is no JSON object")
-    return document
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file} is not the configuration of a model: {error}") from error

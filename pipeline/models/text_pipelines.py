@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from ...schemas import MASK, InputError
-from .hub import LOAD_ERRORS, ModelFiles, download, hash_file, hub_name, is_hub_id
+from .hub import LOAD_ERRORS, PIPELINE_INDEX, ModelFiles, download, hash_file, hub_name, is_hub_id
 from .llm import Dtype, find_tower, load_tokenizer, tokenizer_digest
 from .text_recipes import NEGATIVE, Encoded, find_recipe
 
-_INDEX = "model_index.json"
 _TEXT_COMPONENTS = ("tokenizer", "text_encoder")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
@@ -53,7 +52,7 @@ def find_text_pipeline(name: str, option: str = "--pipeline") -> ModelFiles:
         folder = folder.resolve()
         source = str(folder)
     elif is_hub_id(name):
-        folder = download(name, [_INDEX], option)
+        folder = download(name, [PIPELINE_INDEX], option)
         source = hub_name(name, folder)
         components = _text_components(read_index(folder, name, option))
         folder = download(source, [*_patterns(components)], option)
@@ -63,7 +62,14 @@ def find_text_pipeline(name: str, option: str = "--pipeline") -> ModelFiles:
             "diffusers"
         )
     index = read_index(folder, name, option)
-    find_recipe(index.get("_class_name"), name, option)
+    recipe = find_recipe(index.get("_class_name"), name, option)
+    lacking = {recipe.encoder, recipe.tokenizer} - {*_text_components(index)}
+    if lacking:
+        raise InputError(
+            f"{option} {name}: {PIPELINE_INDEX} has no {' and no '.join(sorted(lacking))}, the "
+            "LLM whose "
+            "layers are read; expected a pipeline that was saved with it (save_pretrained)"
+        )
     files: dict[str, str] = {}
     for component in _text_components(index):
         where = folder / component
@@ -87,15 +93,17 @@ def read_index(folder: Path, name: str, option: str = "--pipeline") -> dict[str,
         InputError: missing or damaged.
     """
     try:
-        index = json.loads((folder / _INDEX).read_text("utf-8"))
+        index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{option} {name}: no {_INDEX} there; expected a pipeline of diffusers"
+            f"{option} {name}: no {PIPELINE_INDEX} there; expected a pipeline of diffusers"
         ) from error
     except ValueError as error:
-        raise InputError(f"{option} {name}: {folder / _INDEX} is not JSON: {error}") from error
+        raise InputError(
+            f"{option} {name}: {folder / PIPELINE_INDEX} is not JSON: {error}"
+        ) from error
     if not isinstance(index, dict):
-        raise InputError(f"{option} {name}: {folder / _INDEX} is no JSON object")
+        raise InputError(f"{option} {name}: {folder / PIPELINE_INDEX} is no JSON object")
     return index
 
 
@@ -450,7 +458,7 @@ def _text_components(index: Mapping[str, Any]) -> list[str]:
     foreign = [name for name in names if index[name][0] != "transformers"]
     if foreign:
         raise InputError(
-            f"{_INDEX}: {foreign[0]} is {'.'.join(index[foreign[0]])}; expected a class of "
+            f"{PIPELINE_INDEX}: {foreign[0]} is {'.'.join(index[foreign[0]])}; expected a class of "
             "transformers, since code of a pipeline is not run"
         )
     return names
@@ -458,7 +466,7 @@ def _text_components(index: Mapping[str, Any]) -> list[str]:
 
 def _patterns(components: Sequence[str]) -> Iterator[str]:
     """Files of a pipeline to download."""
-    yield _INDEX
+    yield PIPELINE_INDEX
     for component in components:
         is_tokenizer = component.startswith("tokenizer")
         files = _TOKENIZER_FILES if is_tokenizer else ("*.json", *_WEIGHTS)

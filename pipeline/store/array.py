@@ -11,17 +11,18 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
 
 from ...schemas import InputError, Layout, WrittenFile, write_whole
-from ...schemas.files import is_local, list_files, read_files, read_ranges, write_files
+from ...schemas.files import inside, is_local, read_ranges, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
+from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -29,7 +30,6 @@ from .shard_file import (
     CorruptShardError,
     ShardFile,
     chunk_crc,
-    known_form,
     read_bytes,
 )
 
@@ -50,24 +50,53 @@ class ShardedArray:
         self.path = path
         self.layout = layout
         self.is_local = is_local(path)
-        self.array: Any = open_array(path, whole=False)
-        self.row_shape: tuple[int, ...] = tuple(self.array.shape[1:])
-        self.dtype: np.dtype = self.array.dtype
-        expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
-        if self.array.shape != expected:
-            raise CorruptShardError(
-                f"{path}: the array is {self.array.shape} but the manifest says {expected}"
-            )
-        form = known_form(self.array)
+        try:
+            metadata = read_metadata(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptShardError(f"{path} has no {METADATA}") from error
+        self._form = form = sharded_form(metadata)
         self.is_known = form is not None
         self.direct = self.is_known if direct is None else direct
-        if not self.direct and not self.is_local:
-            self.array = zarr.open_array(store=str(path), mode="r")
+        found = self.array if form is None else form
+        shape: tuple[int, ...] = tuple(found.shape)
+        self.row_shape = shape[1:]
+        self.dtype: np.dtype = found.dtype
         self.order = form.order if form else None
+        expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
+        if shape != expected:
+            raise CorruptShardError(
+                f"{path}: the array is {shape} but the manifest says {expected}"
+            )
+        for fault in self.faults(StoredArray(self.row_shape, self.dtype, self.order)):
+            raise CorruptShardError(f"{path / METADATA}: {fault}")
         self.chunk_codec = ChunkCodec(
             (layout.rows_per_chunk, *self.row_shape), self.dtype, self.order
         )
         self._shards: dict[int, ShardFile] = {}
+
+    def faults(self, expected: StoredArray, *, any_form: bool = True) -> Iterator[str]:
+        """What of the array is not as the manifest says.
+
+        Args:
+            any_form: it may be an array that only zarr-python can read.
+        """
+        if self._form is not None:
+            yield from array_faults(self._form, expected, self.layout)
+        elif not any_form:
+            yield "the array is not of the documented form"
+        elif (self.row_shape, self.dtype) != (expected.row_shape, expected.dtype):
+            yield (
+                f"rows are {self.dtype} {self.row_shape}; the manifest says {expected.dtype} "
+                f"{expected.row_shape}"
+            )
+
+    @cached_property
+    def array(self) -> Any:
+        """The array as zarr-python sees it."""
+        try:
+            return zarr.open_array(store=str(self.path), mode="r")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CorruptShardError(f"{self.path / METADATA} is damaged: {error}") from error
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
         """Write one whole shard, durably on disk or in the object store.
@@ -89,10 +118,10 @@ class ShardedArray:
                 f"{self.path}: the array has other codecs than semroute gives it, and can only "
                 "be read"
             )
-        name = _shard_name(shard, len(self.row_shape))
+        name = shard_name(shard, len(self.row_shape))
         parts = self._code(rows)
         # A worker that was taken for dead may still be writing the same bytes.
-        write_whole(self.path / name, *parts, alone=False)
+        write_whole(inside(self.path, name), *parts, alone=False)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -210,7 +239,7 @@ class ShardedArray:
     def _shard(self, shard: int) -> ShardFile:
         file = self._shards.get(shard)
         if file is None:
-            content = read_bytes(self._shard_path(shard))
+            content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
             file = self._shards[shard] = self._open(shard, content)
         return file
 
@@ -220,7 +249,13 @@ class ShardedArray:
         return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
 
     def _shard_path(self, shard: int) -> Path:
-        return self.path / _shard_name(shard, len(self.row_shape))
+        return self.path / shard_name(shard, len(self.row_shape))
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Largest file of a shard."""
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        return num_chunks * (self.chunk_codec.max_bytes + CRC_BYTES + 16) + CRC_BYTES
 
     def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
         """Read a whole shard of an array of the known form, and check every checksum.
@@ -232,24 +267,11 @@ class ShardedArray:
             CorruptShardError: bytes that are not as they were written.
             InputError: the shard is not written.
         """
-        content = read_bytes(self._shard_path(shard)) if content is None else content
+        if content is None:
+            content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
         file = self._open(shard, content)
         for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
             file.chunk(number)
-
-
-def open_array(path: Path, *, whole: bool = True) -> Any:
-    """A Zarr array; behind a URL, its files are read into memory.
-
-    Args:
-        whole: read all its files, or only the metadata, which is enough to read shards directly.
-    """
-    if is_local(path):
-        return zarr.open_array(store=str(path), mode="r" if whole else "r+")
-    files = read_files(path, list_files(path) if whole else ["zarr.json"])
-    buffer = default_buffer_prototype().buffer
-    buffers = {name: buffer.from_bytes(content) for name, content in files.items()}
-    return zarr.open_array(zarr.storage.MemoryStore(buffers), mode="r")
 
 
 @contextmanager
@@ -290,5 +312,6 @@ def create_array(
     )
 
 
-def _shard_name(shard: int, row_dimensions: int) -> str:
+def shard_name(shard: int, row_dimensions: int) -> str:
+    """Path of a shard's file, relative to its array."""
     return "/".join(["c", str(shard), *["0"] * row_dimensions])

@@ -1,19 +1,21 @@
 """Base class of stores: manifest, checksums, receipts, quarantine, remaining shards."""
 
 import os
+import sys
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 
 from ...schemas import (
+    SAMPLES_SCHEMA,
     AnyManifest,
     Checksums,
     ConditioningManifest,
@@ -28,7 +30,14 @@ from ...schemas import (
     parse,
     refuse_differences,
 )
-from ...schemas.files import list_files, locate, read_files
+from ...schemas.files import inside, is_local, list_files, locate, read_files, size_of
+from ...schemas.json_file import MAX_BYTES
+from .array import ShardedArray, shard_name
+from .checks.manifest import manifest_faults
+from .checks.metadata import METADATA, StoredArray
+from .checks.parquet import READ_ERRORS, max_file_bytes, read_parquet
+from .checks.receipts import receipt_faults
+from .checks.tables import caption_faults, sample_faults, token_faults
 from .documents import (
     CHECKSUMS,
     GROWING,
@@ -38,10 +47,12 @@ from .documents import (
     StoreError,
     check_digest,
     commit,
+    is_shard_document,
     read_checked,
     read_contract,
     read_manifest,
     read_shard_documents,
+    refuse_faults,
     shard_document,
     shard_of,
     write_contract,
@@ -50,6 +61,7 @@ from .documents import (
 
 M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
 C = TypeVar("C", FeatureManifest, ConditioningManifest)
+_FEW_SHARDS = 10_000  # to which anything may count, whatever is there
 _NOT_COMPARED = {"status", "provenance"}  # manifest keys that may differ when a store is resumed
 
 
@@ -65,11 +77,26 @@ class Store(Generic[M]):
     kind: ClassVar[str]
     manifest_type: ClassVar[Any]
     group: ClassVar[str]
+    entries: ClassVar[str]
+    """Name of the table of entries."""
 
     @property
     @abstractmethod
     def arrays(self) -> Mapping[str, Any]:
         """The sharded arrays of codes, by name."""
+
+    @property
+    @abstractmethod
+    def stored_arrays(self) -> Mapping[str, StoredArray]:
+        """The same as the manifest says that they are; no array is opened."""
+
+    @abstractmethod
+    def check_tables(self) -> None:
+        """Read the tables, and refuse them if they contradict the manifest.
+
+        Raises:
+            StoreError: with the file and the first faults.
+        """
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -97,7 +124,9 @@ class Store(Generic[M]):
             complete: refuse a store that is not finished.
 
         Raises:
-            StoreError: no store of this kind there, or not finished, or its manifest is damaged.
+            StoreError: no store of this kind there, or not finished, or its manifest is damaged; or
+                tables or arrays contradict it, which is found out of an unfinished store when they
+                are first read.
         """
         path = locate(path)
         document = read_manifest(path, cls.kind)
@@ -114,9 +143,11 @@ class Store(Generic[M]):
                 "resume."
             )
         store = cls(path, parse(cls.manifest_type, document, str(path / MANIFEST)))
+        refuse_faults(path / MANIFEST, manifest_faults(store.manifest, len(store)))
         store._check_manifest()
         if complete:
             store.check_complete()
+            store.check()
         return store
 
     @classmethod
@@ -127,14 +158,17 @@ class Store(Generic[M]):
         """
         if not (path / MANIFEST).exists():
             return None
+        list_files(path)  # refuses links, through which a writer would leave the store
         commit(path)
         return cls.open(path, complete=False)
 
     @cached_property
     def checksums(self) -> Checksums | None:
         """Checksums of files that are written once; None in a store of an early version."""
-        path = self.path / CHECKSUMS
-        return read_contract(path, Checksums) if path.exists() else None
+        try:
+            return read_contract(self.path / CHECKSUMS, Checksums)
+        except FileNotFoundError:
+            return None
 
     def _check_manifest(self) -> None:
         found = digest(self.manifest.unfinished(), early=True)
@@ -144,28 +178,89 @@ class Store(Generic[M]):
                 "both back from a copy."
             )
 
-    def read_file(self, name: str) -> pa.Buffer:
-        """A file that is written once, every byte of it as written.
+    def check(self) -> None:
+        """Refuse tables and arrays that contradict the manifest, before a shard is read.
 
         Raises:
-            StoreError: it is missing or damaged.
+            StoreError: with the file and what is wrong.
         """
-        return read_checked(self.path, name, self.checksums)
+        self._check_version()
+        self.check_tables()
+        for name in self.stored_arrays:
+            self.open_array(name, direct=False)
 
-    def check_files(self, prefix: str) -> None:
-        """Read all files that are written once under a path; errors as for :meth:`read_file`."""
-        listed = self.checksums.files if self.checksums else {}
-        names = [name for name in listed if name.startswith(prefix)]
+    def _check_version(self) -> None:
+        """Refuse a store without checksums whose receipts are of a version that wrote them."""
+        if self.checksums is not None:
+            return
+        entries = list_files(self.path, RECEIPTS)
+        for name in [name for name in entries if is_shard_document(name, RECEIPTS)][:1]:
+            if read_contract(self.path / name, Receipt).sha256:
+                raise StoreError(
+                    f"{self.path} has lost {CHECKSUMS}, without which no file can be checked. Put "
+                    "it back from a copy."
+                )
+
+    def open_array(self, name: str, *, direct: bool | None = None) -> ShardedArray:
+        """One of the sharded arrays, if it is what the manifest says.
+
+        Args:
+            direct: as for :class:`.ShardedArray`; None: refuse one that cannot be read so.
+
+        Raises:
+            StoreError: it is another array.
+        """
+        file, expected = f"{self.group}/{name}/{METADATA}", self.stored_arrays[name]
+        self.read_file(file)
+        array = ShardedArray(
+            inside(self.path, f"{self.group}/{name}"), self.manifest.layout, direct=direct
+        )
+        refuse_faults(self.path / file, array.faults(expected, any_form=direct is False))
+        return array
+
+    def read_file(self, name: str, *, limit: int = MAX_BYTES) -> pa.Buffer:
+        """A file that is written once, every byte of it as written.
+
+        Args:
+            limit: largest size, in bytes.
+
+        Raises:
+            StoreError: it is missing, damaged or larger.
+        """
+        return read_checked(self.path, name, self.checksums, limit)
+
+    def read_files(self, names: Iterable[str]) -> dict[str, Any]:
+        """Files that are written once; objects are read concurrently. Errors as for
+        :meth:`read_file`, but of any size."""
+        names = [*names]
+        if is_local(self.path):
+            return {name: self.read_file(name, limit=sys.maxsize) for name in names}
         try:
             contents = read_files(self.path, names)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error}") from error
         for name, content in contents.items():
             check_digest(self.path, name, content, self.checksums)
+        return contents
 
-    def read_table(self, name: str) -> pa.Table:
-        """A whole Parquet table; errors as for :meth:`read_file`."""
-        return pyarrow.parquet.read_table(pa.BufferReader(self.read_file(name)))
+    def read_table(
+        self, name: str, schema: pa.Schema, num_rows: int, optional: Collection[str] = ()
+    ) -> pa.Table:
+        """A Parquet table.
+
+        Args:
+            schema: its columns; others are not read.
+            num_rows: that the manifest says it has.
+            optional: columns that need not be there.
+
+        Raises:
+            StoreError: it is missing or damaged, or another table.
+        """
+        content = self.read_file(name, limit=max_file_bytes(num_rows))
+        try:
+            return read_parquet(content, schema, num_rows, optional)
+        except READ_ERRORS as error:
+            raise StoreError(f"{self.path / name} cannot be used: {error}") from error
 
     @property
     def is_complete(self) -> bool:
@@ -205,9 +300,32 @@ class Store(Generic[M]):
         )
 
     def receipts(self) -> dict[int, Receipt]:
-        """Receipts by shard."""
+        """Receipts by shard.
+
+        Raises:
+            StoreError: one is damaged, or not of its shard.
+        """
+        self._check_version()
         found = read_shard_documents(self.path, RECEIPTS, Receipt)
-        return {receipt.shard: receipt for receipt in found}
+        for shard, receipt in found.items():
+            file = self.path / shard_document(RECEIPTS, shard)
+            refuse_faults(file, self.receipt_faults(receipt, shard))
+        return found
+
+    def receipt_faults(self, receipt: Receipt, shard: int) -> Iterator[str]:
+        """What a receipt of a shard says that cannot be."""
+        return receipt_faults(receipt, shard, self.manifest.layout, self.shard_files(shard))
+
+    def shard_files(self, shard: int) -> set[str]:
+        """Paths of the files of a shard, relative to the store."""
+        return {
+            f"{self.group}/{name}/{shard_name(shard, len(self.stored_arrays[name].row_shape))}"
+            for name in self.names_of(shard)
+        }
+
+    def names_of(self, shard: int) -> Collection[str]:
+        """Names of the arrays that hold a shard."""
+        return self.stored_arrays
 
     def receipt_times(self) -> dict[int, float]:
         """Time of each receipt, by shard: seconds since 1970 by the file system's clock."""
@@ -215,12 +333,19 @@ class Store(Generic[M]):
         return {s: e.changed for n, e in entries.items() if (s := shard_of(n)) is not None}
 
     def remaining(self) -> list[int]:
-        """Shards without a receipt, or with missing or incomplete files."""
+        """Shards without a receipt, or with missing or incomplete files.
+
+        Raises:
+            StoreError: the manifest says that there are more shards than entries can be.
+        """
+        num_shards = self.manifest.layout.num_shards
+        if num_shards > _FEW_SHARDS and num_shards > size_of(inside(self.path, self.entries)):
+            raise StoreError(f"{self.path / self.entries} is too small for {num_shards:,} shards")
         receipts = self.receipts()
         sizes = {name: e.num_bytes for name, e in list_files(self.path, self.group).items()}
         return [
             shard
-            for shard in range(self.manifest.layout.num_shards)
+            for shard in range(num_shards)
             if shard not in receipts
             or any(sizes.get(n) != f.num_bytes for n, f in receipts[shard].files.items())
         ]
@@ -248,19 +373,19 @@ class Store(Generic[M]):
 
     def write_quarantine(self, quarantine: Quarantine) -> None:
         """Record a shard as failed, with its entries and the reason."""
-        write_contract(self.path / shard_document(QUARANTINE, quarantine.shard), quarantine)
+        file = inside(self.path, shard_document(QUARANTINE, quarantine.shard))
+        write_contract(file, quarantine)
 
     def quarantined(self) -> dict[int, Quarantine]:
         """Failed shards, by number."""
-        found = read_shard_documents(self.path, QUARANTINE, Quarantine)
-        return {quarantine.shard: quarantine for quarantine in found}
+        return read_shard_documents(self.path, QUARANTINE, Quarantine)
 
     def reopen(self, shards: Sequence[int]) -> None:
         """Mark shards to be rewritten: their receipts are removed, the store is unfinished."""
         self.manifest = self.manifest.unfinished()
         write_contract(self.path / MANIFEST, self.manifest, early=True)
         for shard in shards:
-            (self.path / shard_document(RECEIPTS, shard)).unlink(missing_ok=True)
+            inside(self.path, shard_document(RECEIPTS, shard)).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Mark the store complete.
@@ -296,15 +421,32 @@ class Store(Generic[M]):
 class CaptionStore(Store[C]):
     """Common part of stores that hold something for every unique caption."""
 
+    entries = "captions.parquet"
+    captions_schema: ClassVar[pa.Schema]
+    """Schema of that table."""
+
     @cached_property
     def captions(self) -> pa.Table:
         """One row per unique caption, in store order; row 0 is the null caption."""
-        return self.read_table("captions.parquet")
+        table = self.read_table(self.entries, self.captions_schema, len(self))
+        faults = caption_faults(table, self.manifest.layout, self.expected_rows(table))
+        refuse_faults(self.path / self.entries, chain(token_faults(table), faults))
+        return table
+
+    @abstractmethod
+    def expected_rows(self, captions: pa.Table) -> np.ndarray:
+        """Number of rows that each caption must have, ``[captions]``, by its tokens."""
 
     @cached_property
     def samples(self) -> pa.Table:
         """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        return self.read_table("samples.parquet")
+        num = self.manifest.identity.samples.num_samples
+        table = self.read_table("samples.parquet", SAMPLES_SCHEMA, num)
+        refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
+        return table
+
+    def check_tables(self) -> None:
+        _ = self.captions, self.samples
 
     @cached_property
     def first_captions(self) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
@@ -27,6 +28,7 @@ from ...schemas import (
 )
 from .array import ShardedArray, create_array, new_group
 from .base import CaptionStore
+from .checks.metadata import StoredArray
 from .documents import StoreError, prepare_folder, render_table, write_manifest
 from .summary import summarise_conditioning
 
@@ -40,6 +42,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
     kind = "conditioning"
     manifest_type = ConditioningManifest
     group = "conditioning.zarr"
+    captions_schema = CONDITIONING_CAPTIONS_SCHEMA
 
     @classmethod
     def create(
@@ -68,11 +71,23 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
         """The stored values by tensor."""
-        names = [tensor.name for tensor in self.manifest.identity.tensors]
-        for name in names:
-            self.check_files(f"{self.group}/{name}/zarr.json")
-        root, layout = self.path / self.group, self.manifest.layout
-        return {name: ShardedArray(root / name, layout) for name in names}
+        return {name: self.open_array(name) for name in self.stored_arrays}
+
+    @cached_property
+    def stored_arrays(self) -> dict[str, StoredArray]:
+        return {
+            tensor.name: StoredArray(
+                tuple(tensor.shape),
+                stored_dtype(tensor).newbyteorder("<"),
+                tuple(range(1 + len(tensor.shape))),
+            )
+            for tensor in self.manifest.identity.tensors
+        }
+
+    def expected_rows(self, captions: pa.Table) -> np.ndarray:
+        if self.manifest.identity.ragged:
+            return np.asarray(pc.list_value_length(captions["token_ids"]).to_numpy())
+        return np.ones(len(captions), np.int64)
 
     def read(
         self,

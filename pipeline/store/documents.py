@@ -5,11 +5,13 @@ quarantine, per shard. Each is written whole by :mod:`semroute.schemas.atomic`.
 """
 
 import hashlib
-import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
+from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,13 +37,17 @@ from ...schemas import (
 )
 from ...schemas.files import (
     StorageError,
+    inside,
     is_local,
     list_files,
     list_names,
+    open_file,
     read_file,
     read_files,
     remove,
+    scan,
 )
+from ...schemas.json_file import MAX_BYTES, load_json
 
 C = TypeVar("C", bound=Contract)
 M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
@@ -52,6 +58,7 @@ AGAINST = "against.json"
 RECEIPTS, QUARANTINE = "receipts", "quarantine"
 GROWING = "growing"
 """Folder in which the files of a larger store are staged before they replace those of the store."""
+_SHOWN = 3  # faults of a file that are named
 _SHARD_DOCUMENT = re.compile(r"/shard-(\d{6,})\.json$")
 
 
@@ -67,11 +74,11 @@ def read_manifest(path: Path, kind: str) -> Any:
         StorageError: the place cannot be read.
     """
     try:
-        return json.loads(read_file(path / MANIFEST).decode("utf-8"))
+        return load_json(read_file(path / MANIFEST, limit=MAX_BYTES), str(path / MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path} is no {kind} store: it has no {MANIFEST}") from error
-    except ValueError as error:  # not JSON, or not text
-        raise StoreError(f"{path / MANIFEST} is damaged: {error}") from error
+    except InputError as error:
+        raise StoreError(str(error)) from error
     except Exception as error:  # no permission, no network: each package of fsspec has its own
         if is_local(path):
             raise
@@ -130,11 +137,17 @@ def prepare_folder(path: Path, kind: str, group: str, tables: Sequence[str]) -> 
 
 def commit(path: Path) -> None:
     """Move staged files into place, the manifest last; drop them if staging did not finish."""
-    staged = path / GROWING
+    staged = inside(path, GROWING)
     names = list_files(staged)
     if MANIFEST in names:
         for name in sorted(names, key=lambda name: name == MANIFEST):
-            publish(staged / name, path / name)
+            try:
+                publish(inside(staged, name), inside(path, name))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise StoreError(
+                    f"{staged / name} has no place in {path}: {error.strerror}. Put the store back "
+                    "from a copy."
+                ) from error
     remove(staged)
 
 
@@ -146,11 +159,11 @@ def remove_partial_files(path: Path) -> list[int]:
     if not is_local(path):  # an object is written whole or not at all
         return []
     sizes = []
-    for file in path.rglob(f"*{PARTIAL}"):
-        with suppress(FileNotFoundError):  # its writer finished first
-            size = file.stat().st_size
-            file.unlink()
-            sizes.append(size)
+    for name, entry in scan(path).files.items():
+        if name.endswith(PARTIAL):
+            with suppress(FileNotFoundError):  # its writer finished first
+                inside(path, name).unlink()
+                sizes.append(entry.num_bytes)
     return sizes
 
 
@@ -165,19 +178,38 @@ def shard_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_shard_documents(path: Path, folder: str, kind: type[C]) -> list[C]:
-    """All receipts, or all quarantines."""
-    names = [name for name in list_files(path, folder) if shard_of(name) is not None]
+def is_shard_document(name: str, folder: str) -> bool:
+    """Whether a name is one of those that :func:`shard_document` gives."""
+    shard = shard_of(name)
+    return shard is not None and name == shard_document(folder, shard)
+
+
+def read_shard_documents(path: Path, folder: str, kind: type[C]) -> dict[int, C]:
+    """All receipts, or all quarantines, by the shard that the file's name says; files of other
+    names are left alone.
+
+    Raises:
+        StoreError: one is damaged.
+    """
+    entries = list_files(path, folder)
+    names = [name for name in entries if is_shard_document(name, folder)]
+    for name in names:
+        if entries[name].num_bytes > MAX_BYTES:
+            raise StoreError(f"{path / name} has {entries[name].num_bytes:,} bytes")
     contents = read_files(path, names)
-    return [parse_contract(path / name, contents[name], kind) for name in names]
+    return {
+        shard: parse_contract(path / name, contents[name], kind)
+        for name in names
+        if (shard := shard_of(name)) is not None
+    }
 
 
 def write_receipt(path: Path, receipt: Receipt) -> None:
     """Record a shard as written, sealed with the receipt's own sha256, and lift its quarantine."""
     unsealed = receipt.model_copy(update={"sha256": ""})
     sealed = receipt.model_copy(update={"sha256": digest(unsealed)})
-    write_contract(path / shard_document(RECEIPTS, receipt.shard), sealed)
-    (path / shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
+    write_contract(inside(path, shard_document(RECEIPTS, receipt.shard)), sealed)
+    inside(path, shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
 
 
 def write_against(path: Path, against: Against) -> None:
@@ -217,22 +249,49 @@ def check_digest(path: Path, name: str, content: Any, checksums: Checksums | Non
         )
 
 
-def read_checked(path: Path, name: str, checksums: Checksums | None) -> pa.Buffer:
+def read_checked(
+    path: Path, name: str, checksums: Checksums | None, limit: int = MAX_BYTES
+) -> pa.Buffer:
     """A file that is written once; a local one is mapped.
 
+    Args:
+        limit: largest size, in bytes.
+
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: it is missing, damaged, or larger.
     """
-    file = path / name
+    file = inside(path, name)
     try:
         if is_local(file):
-            content = pa.memory_map(str(file)).read_buffer()
+            content = _map(file, limit)
         else:
-            content = pa.py_buffer(read_file(file))
+            content = pa.py_buffer(read_file(file, limit=limit))
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {error}") from error
     check_digest(path, name, content, checksums)
     return content
+
+
+def _map(path: Path, limit: int) -> pa.Buffer:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise StoreError(f"{path} has {size:,} bytes; expected at most {limit:,}")
+        return pa.py_buffer(mmap(file.fileno(), 0, access=ACCESS_READ) if size else b"")
+
+
+def refuse_faults(place: Path, faults: Iterable[str]) -> None:
+    """Raise an error with the first faults of a file; do nothing if there are none.
+
+    Raises:
+        StoreError: there are some.
+    """
+    found = [*islice(faults, _SHOWN)]
+    if found:
+        raise StoreError(
+            f"{place} cannot be used: {'; '.join(found)}. Put it back from a copy, or get the "
+            "store again."
+        )
 
 
 def render_table(table: pa.Table) -> bytes:
@@ -243,16 +302,14 @@ def render_table(table: pa.Table) -> bytes:
 
 
 def read_contract(path: Path, kind: type[C]) -> C:
-    return parse_contract(path, read_file(path), kind)
+    return parse_contract(path, read_file(path, limit=MAX_BYTES), kind)
 
 
 def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
     try:
-        return parse(kind, json.loads(content.decode("utf-8")), str(path))
+        return parse(kind, load_json(content, str(path)), str(path))
     except ValueError as error:
-        raise StoreError(
-            f"{path} is damaged: {error}. semroute verify shows what can be done."
-        ) from error
+        raise StoreError(f"{error}. semroute verify shows what can be done.") from error
 
 
 def write_contract(path: Path, contract: Contract, *, early: bool = False) -> None:
@@ -262,5 +319,5 @@ def write_contract(path: Path, contract: Contract, *, early: bool = False) -> No
 
 def digest_file(path: Path) -> str:
     """sha256 of a file."""
-    with path.open("rb") as file:
+    with open_file(path) if is_local(path) else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,15 +28,10 @@ from ..codecs.registry import open_codec
 from . import lazy
 from .array import ShardedArray, create_array, new_group
 from .base import CaptionStore
+from .checks.metadata import StoredArray
+from .checks.plain import read_plain
 from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .reader import (
-    PARAMETERS,
-    Allocator,
-    read_codec,
-    read_codes,
-    read_rows,
-    write_parameters,
-)
+from .reader import Allocator, read_codec, read_codes, read_rows, write_parameters
 from .shard_file import ChunkSlices
 from .summary import summarise_features
 
@@ -119,8 +114,10 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     kind = "feature"
     manifest_type = FeatureManifest
     group = "hidden.zarr"
+    captions_schema = CAPTIONS_SCHEMA
     direct = True
-    """Read shard files of the known form without zarr-python; set it before the first read."""
+    """Read shard files without zarr-python, and refuse arrays of another form than the documented
+    one; set it before the first read. Bytes that zarr-python reads are not checked by semroute."""
 
     @cached_property
     def num_threads(self) -> int:
@@ -146,12 +143,21 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
         """The stored codes, one array per array of the codec."""
-        root, layout = self.path / self.group, self.manifest.layout
         direct = None if self.direct else False
-        names = [spec.name for spec in self.codec.arrays]
-        for name in names:
-            self.check_files(f"{self.group}/{name}/zarr.json")
-        return {name: ShardedArray(root / name, layout, direct=direct) for name in names}
+        return {name: self.open_array(name, direct=direct) for name in self.stored_arrays}
+
+    @cached_property
+    def stored_arrays(self) -> dict[str, StoredArray]:
+        identity = self.manifest.identity
+        num_layers = len(identity.layers)
+        codec = open_codec(self.manifest.codec, identity.layers, identity.model.width, {})
+        return {
+            spec.name: StoredArray((spec.num_layers(num_layers), spec.size), spec.dtype, spec.order)
+            for spec in codec.arrays
+        }
+
+    def expected_rows(self, captions: pa.Table) -> np.ndarray:
+        return np.asarray(captions["num_tokens"].to_numpy())
 
     @cached_property
     def codec(self) -> Codec:
@@ -160,8 +166,13 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         Raises:
             StoreError: the parameters are not those that the manifest names.
         """
-        self.check_files(f"{self.group}/{PARAMETERS}/")
-        return read_codec(self.path / self.group, self.manifest)
+        return read_codec(self.path, self.group, self.manifest, self.read_files)
+
+    def stored_layers(self) -> list[int]:
+        """The coordinate ``layer``, which is for other readers: the manifest has them too."""
+        name, shape = f"{self.group}/layer", (len(self.layers),)
+        values = read_plain(self.path, name, shape, np.dtype("<i4"), self.read_files)
+        return [int(value) for value in values]
 
     @property
     def layers(self) -> list[int]:
@@ -274,13 +285,14 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         Raises:
             InputError: no layer, or one that is not stored.
         """
+        places = {layer: place for place, layer in enumerate(self.layers)}
         layers = self.layers if layers is None else layers
         if not len(layers):
             raise StoreError("no layer asked for")
         for layer in layers:
-            if layer not in self.layers:
+            if layer not in places:
                 raise StoreError(f"layer {layer} is not stored; {self.path} has {self.layers}")
-        return [self.layers.index(layer) for layer in layers]
+        return [places[layer] for layer in layers]
 
     def search(self, text: str) -> pa.Table:
         """Captions that contain every word of ``text``, in any order and case.

@@ -25,7 +25,16 @@ from ...schemas import (
 )
 from .array import ShardedArray, create_array, new_group
 from .base import Store
-from .documents import QUARANTINE, StoreError, prepare_folder, render_table, write_manifest
+from .checks.metadata import StoredArray
+from .checks.tables import latent_faults
+from .documents import (
+    QUARANTINE,
+    StoreError,
+    prepare_folder,
+    refuse_faults,
+    render_table,
+    write_manifest,
+)
 from .summary import summarise_latents
 
 _SHOWN = 5  # unreadable images named in a message
@@ -37,6 +46,7 @@ class LatentStore(Store[LatentManifest]):
     kind = "latent"
     manifest_type = LatentManifest
     group = "latents.zarr"
+    entries = "samples.parquet"
     drop_broken = False
     """Finish without the samples whose images could not be read; set it before writing shards."""
 
@@ -62,12 +72,29 @@ class LatentStore(Store[LatentManifest]):
     @cached_property
     def arrays(self) -> dict[str, ShardedArray]:
         """The stored codes, ``mean`` and perhaps ``deviation``, of each bucket that has samples."""
+        return {name: self.open_array(name) for name in self.stored_arrays}
+
+    @cached_property
+    def stored_arrays(self) -> dict[str, StoredArray]:
         used = np.unique(self.buckets).tolist() if self.manifest.identity.buckets else [0]
-        names = [name for bucket in used for name in self.names(bucket)]
-        for name in names:
-            self.check_files(f"{self.group}/{name}/zarr.json")
-        root, layout = self.path / self.group, self.manifest.layout
-        return {name: ShardedArray(root / name, layout) for name in names}
+        dtype = np.dtype(self.manifest.identity.dtype).newbyteorder("<")
+        return {
+            name: StoredArray(self.shape(bucket), dtype, None)
+            for bucket in used
+            for name in self.names(bucket)
+        }
+
+    def names_of(self, shard: int) -> list[str]:
+        """Names of the arrays that hold a shard: those of its bucket."""
+        return self.names(self._shard_buckets.get(shard, 0))
+
+    @cached_property
+    def _shard_buckets(self) -> dict[int, int]:
+        """Bucket of each shard."""
+        shards, first = np.unique(
+            self.rows // self.manifest.layout.rows_per_shard, return_index=True
+        )
+        return dict(zip(shards.tolist(), self.buckets[first].tolist(), strict=True))
 
     def names(self, bucket: int = 0) -> list[str]:
         """Names of a bucket's arrays: mean, then deviation if there is one."""
@@ -86,13 +113,19 @@ class LatentStore(Store[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """One row per sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
-        table = self.read_table("samples.parquet")
+        optional = ("row", "bucket")
+        table = self.read_table("samples.parquet", LATENT_SAMPLES_SCHEMA, len(self), optional)
         if "row" not in table.column_names:  # an early version, in which it is the sample_id
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
         if "bucket" not in table.column_names:
             none = pa.array(np.zeros(len(table), np.int32))
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("bucket"), none)
+        faults = latent_faults(table, self.manifest.layout, self.manifest.identity.buckets)
+        refuse_faults(self.path / "samples.parquet", faults)
         return table
+
+    def check_tables(self) -> None:
+        _ = self.samples
 
     @cached_property
     def rows(self) -> np.ndarray:

@@ -12,7 +12,8 @@ from zarr.codecs import Crc32cCodec
 from ...schemas import FeatureManifest
 from ..codecs.base import Codec, digest_parameters
 from ..codecs.registry import CODECS, open_codec
-from .array import ShardedArray, open_array
+from .array import ShardedArray
+from .checks.plain import ReadFiles, read_plain
 from .documents import StoreError
 from .shard_file import ChunkSlices
 
@@ -104,21 +105,29 @@ def write_parameters(group: Any, parameters: Mapping[str, np.ndarray]) -> None:
         array[...] = values
 
 
-def read_codec(group: Path, manifest: FeatureManifest) -> Codec:
+def read_codec(root: Path, group: str, manifest: FeatureManifest, read: ReadFiles) -> Codec:
     """The codec that a manifest names, with its fitted arrays if it has any.
 
+    Args:
+        root: of the store.
+        group: name of its Zarr group.
+        read: reads files of the store by name.
+
     Raises:
-        StoreError: the arrays are not those that the manifest names.
+        InputError: the arrays are not those that the manifest names.
     """
     spec, identity = manifest.codec, manifest.identity
+    num_layers, width = len(identity.layers), identity.model.width
     parameters: dict[str, np.ndarray] = {}
     if spec.fit is not None:
-        folder = group / PARAMETERS
-        names = CODECS[spec.name].fits
-        parameters = {name: np.asarray(open_array(folder / name)[...]) for name in names}
+        folder = f"{group}/{PARAMETERS}"
+        parameters = {
+            name: read_plain(root, f"{folder}/{name}", (num_layers, *shape), dtype, read)
+            for name, (shape, dtype) in CODECS[spec.name].fitted(width).items()
+        }
         if digest_parameters(parameters) != spec.fit.sha256:
             raise StoreError(
-                f"{folder} does not hold the fitted parameters of the codec (its sha256 is not "
-                "the manifest's); put it back from a copy"
+                f"{root / folder} does not hold the fitted parameters of the codec (its sha256 is "
+                "not the manifest's); put it back from a copy"
             )
-    return open_codec(spec, identity.layers, identity.model.width, parameters)
+    return open_codec(spec, identity.layers, width, parameters)

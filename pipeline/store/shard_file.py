@@ -1,17 +1,17 @@
 """A shard's file: its index, its chunks, and the slices of chunks that are read from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 import zstandard
 
 from ...schemas import InputError
-from ...schemas.files import is_local, read_file
+from ...schemas.files import inside, is_local, open_file, read_file
 from ..codecs.chunks import ChunkCodec
 from ..codecs.kernels import copy_runs
 
@@ -23,22 +23,31 @@ class CorruptShardError(InputError):
     """Bytes on disk are not those that were written."""
 
 
-def read_bytes(path: Path) -> np.ndarray:
+def read_bytes(folder: Path, name: str) -> np.ndarray:
     """Bytes of a shard's file, uint8; mapped if it is on a file system of this machine.
 
+    Args:
+        folder: of the array, or of the store.
+        name: path of the file, relative to it.
+
     Raises:
-        InputError: no such file, or an empty one.
+        InputError: no such file, an empty one, or one that is not a plain file in the folder.
     """
+    path = inside(folder, name)
     try:
         if is_local(path):
-            return np.asarray(np.memmap(path, np.uint8, mode="r"))
-        content = np.frombuffer(read_file(path), np.uint8)
-    except FileNotFoundError as error:
+            with open_file(path) as file:
+                content = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_READ), np.uint8)
+        else:
+            content = np.frombuffer(read_file(path), np.uint8)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path} is not written yet; rerun the command that makes this store"
         ) from error
-    except ValueError as error:  # numpy refuses to map an empty file
-        raise CorruptShardError(f"{path} is empty") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise CorruptShardError(f"{path} is empty") from error  # such a file cannot be mapped
     if not len(content):
         raise CorruptShardError(f"{path} is empty")
     return content
@@ -136,15 +145,28 @@ class ChunkSlices:
 
 
 class ShardFile:
-    """Chunks of a shard by number, each checked when it is first read."""
+    """Chunks of a shard by number, each checked when it is first read.
+
+    Args:
+        path: of the file, for messages.
+        content: its bytes, or its end with the index if chunks are fetched apart.
+        num_chunks: as the layout says.
+        codec: of its chunks.
+
+    Raises:
+        CorruptShardError: the index is damaged, or leads out of the file.
+    """
 
     def __init__(self, path: Path, content: np.ndarray, num_chunks: int, codec: ChunkCodec) -> None:
         self.path, self.bytes, self.codec = path, content, codec
         index = self.bytes[-(16 * num_chunks + CRC_BYTES) :]
-        if len(index) != 16 * num_chunks + CRC_BYTES or not _crc_fits(index):
+        if len(index) != 16 * num_chunks + CRC_BYTES or not crc_fits(index):
             raise CorruptShardError(f"{path}: the shard's index is damaged")
         table = index[:-CRC_BYTES].view("<u8").reshape(num_chunks, 2)
         self.offsets, self.sizes = table[:, 0].copy(), table[:, 1].copy()
+        num_bytes = len(content) - len(index)
+        for fault in index_faults(self.offsets, self.sizes, codec, num_bytes or None):
+            raise CorruptShardError(f"{path}: {fault}")
         self.checked = np.zeros(num_chunks, bool)
 
     def copy(self, slices: ChunkSlices, out: np.ndarray) -> None:
@@ -180,74 +202,61 @@ class ShardFile:
         """
         if (place := self.byte_range(number)) is None:
             return np.zeros(self.codec.shape, self.codec.dtype)
-        start, size = place[0], place[1] - place[0]
+        start, stop = place
         if coded is None:
-            coded = self.bytes[start : start + size]
-        elif len(coded) != size:
-            raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
+            coded, known = self.bytes[start:stop], bool(self.checked[number])
         else:
-            self.checked[number] = False  # fetched anew
-        if not self.checked[number]:
-            if not _crc_fits(coded):
-                raise CorruptShardError(
-                    f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not "
-                    "fit)"
-                )
-            if self.codec.order is None and size != self.codec.num_bytes + CRC_BYTES:
-                raise CorruptShardError(f"{self.path}: chunk {number} has {size} bytes")
-            self.checked[number] = True
+            known = False  # fetched anew
+        if len(coded) != stop - start:
+            raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
+        if not known and not crc_fits(coded):
+            raise CorruptShardError(
+                f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not fit)"
+            )
         try:
-            return self.codec.decode(coded[:-CRC_BYTES].data)
+            rows = self.codec.decode(coded[:-CRC_BYTES].data)
         except (zstandard.ZstdError, ValueError) as error:
-            raise CorruptShardError(f"{self.path}: chunk {number} is no zstd: {error}") from error
+            raise CorruptShardError(f"{self.path}: chunk {number} is damaged: {error}") from error
+        self.checked[number] = True
+        return rows
 
 
-def _crc_fits(coded: np.ndarray) -> bool:
+def index_faults(
+    offsets: np.ndarray, sizes: np.ndarray, codec: ChunkCodec, num_bytes: int | None
+) -> Iterator[str]:
+    """What a shard's index says that cannot be.
+
+    Args:
+        offsets, sizes: of its chunks, uint64 ``[chunks]``.
+        codec: of its chunks.
+        num_bytes: of the file without the index; None: unknown.
+    """
+    largest = codec.max_bytes + CRC_BYTES
+    limit = len(offsets) * largest
+    if num_bytes is not None and num_bytes > limit:
+        yield f"{num_bytes:,} bytes of chunks; the layout allows {limit:,}"
+    end = np.uint64(limit if num_bytes is None else num_bytes)
+    stored = (offsets != ABSENT) | (sizes != ABSENT)
+    numbers, starts, sizes = np.flatnonzero(stored), offsets[stored], sizes[stored]
+    least = codec.min_bytes + CRC_BYTES
+    wrong = (sizes < np.uint64(least)) | (sizes > np.uint64(largest))
+    for number, size in zip(numbers[wrong][:1], sizes[wrong][:1], strict=True):
+        expected = f"{least:,} to {largest:,}" if least < largest else f"{largest:,}"
+        yield f"chunk {number} has {size:,} bytes; expected {expected}"
+    outside = (starts > end) | (sizes > end - np.minimum(starts, end))
+    for number, start in zip(numbers[outside][:1], starts[outside][:1], strict=True):
+        yield f"chunk {number} at byte {start:,} is outside the {end:,} bytes of chunks"
+    if not (wrong | outside).any():
+        order = np.argsort(starts)
+        ends = (starts + sizes)[order]
+        for number in numbers[order][1:][starts[order][1:] < ends[:-1]][:1]:
+            yield f"chunk {number} lies upon another one"
+
+
+def crc_fits(coded: np.ndarray) -> bool:
     stored = int.from_bytes(coded[-CRC_BYTES:].tobytes(), "little")
     return bool(google_crc32c.value(coded[:-CRC_BYTES].tobytes()) == stored)
 
 
 def chunk_crc(content: bytes) -> bytes:
     return int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")
-
-
-@dataclass(frozen=True)
-class _Form:
-    """Storage of chunks in a known form: under zstd with their axes in this order, or raw."""
-
-    order: tuple[int, ...] | None
-
-
-def known_form(array: Any) -> _Form | None:
-    """The form of an array that this module can read itself; None for any other array."""
-    metadata = array.metadata.to_dict()
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    values = little if array.dtype.itemsize > 1 else {"name": "bytes"}
-    crc = {"name": "crc32c"}
-    try:
-        (sharding,) = metadata["codecs"]
-        configuration = sharding["configuration"]
-        known = (
-            sharding["name"] == "sharding_indexed"
-            and configuration["index_location"] in ("end", None)
-            and [*map(_plain, configuration["index_codecs"])] == [little, crc]
-            and metadata["chunk_key_encoding"]["name"] == "default"
-        )
-        codecs = [*map(_plain, configuration["codecs"])]
-        if not known or codecs[-1] != crc:
-            return None
-        if codecs[:-1] == [values]:
-            return _Form(None)
-        transpose, serializer, zstd = codecs[:-1]
-        if (transpose["name"], serializer, zstd["name"]) == ("transpose", values, "zstd"):
-            return _Form(tuple(transpose["configuration"]["order"]))
-    except (KeyError, ValueError, TypeError):
-        pass
-    return None
-
-
-def _plain(codec: Any) -> dict[str, Any]:
-    document = dict(codec if isinstance(codec, Mapping) else codec.to_dict())
-    if not document.get("configuration"):
-        document.pop("configuration", None)
-    return document

@@ -46,7 +46,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
         "bytes": format_bytes(num_bytes),
         "state": store.state(),
     }
-    if store.is_complete:
+    if store.is_complete and num_bytes:
         items["bytes"] += f", {store.padded_bytes() / num_bytes:.2f}x less than padded bf16"
     return Summary(f"FeatureStore {store.path}", items)
 

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from ...schemas import (
@@ -21,13 +22,14 @@ from ...schemas import (
     Receipt,
     WrittenFile,
     digest,
-    fingerprint,
     parse,
     refuse_differences,
     render,
 )
-from ...schemas.files import list_files, locate, read_file
-from .array import ShardedArray, open_array
+from ...schemas.files import inside, locate, read_file, scan
+from ...schemas.json_file import MAX_BYTES, load_json
+from .array import ShardedArray
+from .checks.tables import text_faults
 from .conditioning import ConditioningStore
 from .documents import (
     AGAINST,
@@ -37,6 +39,7 @@ from .documents import (
     QUARANTINE,
     RECEIPTS,
     digest_file,
+    is_shard_document,
     shard_document,
     shard_of,
 )
@@ -47,6 +50,8 @@ from .shard_file import read_bytes
 
 T = TypeVar("T")
 AnyStore = FeatureStore | LatentStore | ConditioningStore
+_Counts = Callable[[int], tuple[int, int]]
+"""Shard -> number of entries and of rows."""
 _DAMAGE = (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
 """Errors that reading damaged files raises, those of zarr and Arrow included."""
 _FILES_OF_THE_HUB = ("README.md", ".gitattributes", ".cache/huggingface/")
@@ -154,17 +159,17 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
         return report.result([])
     report.read_document(MANIFEST, type(store.manifest))
     known = _check_checksums(report, store)
-    report.attempt("tables", lambda: _check_tables(report, store))
-    arrays = report.attempt(store.group, lambda: _check_arrays(report, store)) or {}
-    expected = report.attempt("captions.parquet", lambda: _entries_and_rows(store))
-    receipts = _check_receipts(report, store)
-    _check_shards(report, store, arrays, receipts, expected, progress)
-    _check_missing(report, store, receipts)
+    counts = _check_tables(report, store)
+    arrays = _check_arrays(report, store)
+    # Which arrays hold a shard of latents is in their table.
+    needs_table = counts is None and isinstance(store, LatentStore)
+    receipts = {} if needs_table else _check_receipts(report, store)
+    _check_shards(report, store, arrays, receipts, counts, progress)
+    unfinished = [] if counts is None else _check_missing(report, store, receipts)
     for receipt in receipts.values():
         known |= {*receipt.files}
     _check_strangers(report, known)
-    remaining = report.attempt(RECEIPTS, store.remaining) or []
-    return report.result([] if store.is_complete else remaining)
+    return report.result(unfinished)
 
 
 def repair(verification: Verification) -> list[int]:
@@ -191,7 +196,10 @@ class _Report:
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.num_bytes = 0
-        self.files = list_files(path)
+        found = scan(path)
+        self.files = found.files
+        for name, kind in found.others.items():
+            self.problem(name, f"is {kind}; a store holds plain files")
 
     def problem(self, where: str, what: str, shard: int | None = None) -> None:
         self.problems.append(Problem(where, what, shard))
@@ -200,17 +208,19 @@ class _Report:
         """Run a check; if damage stops it, that is a problem like any other."""
         try:
             return check()
+        except InputError as error:
+            self.problem(where, str(error).replace(f"{self.path}/", ""))
         except _DAMAGE as error:
             self.problem(where, f"cannot be read: {type(error).__name__}: {error}")
-            return None
+        return None
 
     def read_document(self, name: str, kind: type[Contract], shard: int | None = None) -> Any:
         """A JSON file that must be exactly as semroute writes it; None where it is not."""
         try:
-            raw = read_file(self.path / name)
+            raw = read_file(inside(self.path, name), limit=MAX_BYTES)
             self.num_bytes += len(raw)
-            contract = parse(kind, json.loads(raw.decode("utf-8")), name)
-        except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+            contract = parse(kind, load_json(raw, name), name)
+        except (OSError, ValueError) as error:  # InputError is a ValueError
             self.problem(name, f"cannot be read: {error}", shard)
             return None
         # Keys that an early version did not have are not missing.
@@ -227,11 +237,7 @@ class _Report:
 
 def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
     """Check all files but shards and receipts; returns the files that belong to the store."""
-    if not (report.path / CHECKSUMS).exists():
-        report.warnings.append(
-            f"{CHECKSUMS} is not there (a store of an early version): tables, manifest and "
-            "metadata could be compared with each other only"
-        )
+    if CHECKSUMS not in report.files:  # which the receipts may prove to be a loss
         return set()
     checksums: Checksums | None = report.read_document(CHECKSUMS, Checksums)
     if checksums is None:
@@ -243,35 +249,42 @@ def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
             report.problem(name, "is missing")
             continue
         report.num_bytes += report.files[name].num_bytes
-        if digest_file(report.path / name) != expected:
+        found = report.attempt(name, partial(digest_file, inside(report.path, name)))
+        if found is not None and found != expected:
             report.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
     return {*checksums.files}
 
 
-def _check_tables(report: _Report, store: AnyStore) -> None:
-    """Compare tables with the manifest."""
-    num_samples, expected = store.samples.num_rows, store.manifest.identity.samples.num_samples
-    if num_samples != expected:
-        report.problem("samples.parquet", f"has {num_samples} rows; the manifest says {expected}")
-    if not isinstance(store, LatentStore):
-        for what in _caption_problems(store):
-            report.problem("captions.parquet", what)
+def _check_tables(report: _Report, store: AnyStore) -> _Counts | None:
+    """Compare tables with the manifest; returns what they put into each shard."""
+    samples = report.attempt("samples.parquet", lambda: store.samples)
+    if isinstance(store, LatentStore):
+        return None if samples is None else _count(store)
+    captions = report.attempt("captions.parquet", lambda: store.captions)
+    if captions is None or samples is None:
+        return None
+    for what in text_faults(captions, samples, store.manifest.identity):
+        where, _, fault = what.partition(": ")
+        report.problem(where, fault)
+    return _count(store)
 
 
 def _check_arrays(report: _Report, store: AnyStore) -> dict[str, ShardedArray]:
     """Compare metadata and parameters with the manifest; returns the arrays that can be read."""
-    arrays = store.arrays
+    arrays = {}
+    for name in report.attempt(store.group, lambda: store.stored_arrays) or ():
+        file = f"{store.group}/{name}/zarr.json"
+        array = report.attempt(file, partial(store.open_array, name))
+        if array is not None:
+            arrays[name] = array
     if isinstance(store, FeatureStore):
-        layers = np.asarray(open_array(report.path / store.group / "layer")[:])
-        if layers.tolist() != store.layers:
+        report.attempt(f"{store.group}/parameters", lambda: store.codec)
+        layers = report.attempt(f"{store.group}/layer", store.stored_layers)
+        if layers is not None and layers != store.layers:
             report.problem(
-                f"{store.group}/layer",
-                f"holds {layers.tolist()}; the manifest says {store.layers}",
+                f"{store.group}/layer", f"holds {layers}; the manifest says {store.layers}"
             )
-    for name, array in arrays.items():
-        if not array.is_known:
-            report.problem(f"{store.group}/{name}/zarr.json", "is not of the documented form")
-    return {name: array for name, array in arrays.items() if array.is_known}
+    return arrays
 
 
 def _check_receipts(report: _Report, store: AnyStore) -> dict[int, Receipt]:
@@ -284,7 +297,7 @@ def _check_receipts(report: _Report, store: AnyStore) -> dict[int, Receipt]:
         shard = shard_of(name)
         if (
             shard is None
-            or name != shard_document(RECEIPTS, shard)
+            or not is_shard_document(name, RECEIPTS)
             or shard >= store.manifest.layout.num_shards
         ):
             report.warnings.append(f"{name} is no receipt of this store")
@@ -298,10 +311,13 @@ def _check_receipts(report: _Report, store: AnyStore) -> dict[int, Receipt]:
         elif digest(unsealed, early=True) != receipt.sha256:
             report.problem(name, "its sha256 is not that of its contents", shard)
             continue
-        if receipt.shard != shard:
-            report.problem(name, f"is about shard {receipt.shard}", shard)
-            continue
-        receipts[shard] = receipt
+        faults = [*store.receipt_faults(receipt, shard)]
+        for fault in faults:
+            report.problem(name, fault, shard)
+        if not faults:
+            receipts[shard] = receipt
+    if CHECKSUMS not in report.files:
+        _report_no_checksums(report, lost=num_unsealed < len(receipts))
     if num_unsealed:
         report.warnings.append(
             f"{num_unsealed} receipts have no sha256 of their own (an early version's)"
@@ -309,19 +325,30 @@ def _check_receipts(report: _Report, store: AnyStore) -> dict[int, Receipt]:
     return receipts
 
 
+def _report_no_checksums(report: _Report, *, lost: bool) -> None:
+    """Args: lost: the receipts are of a version that wrote checksums."""
+    if lost:
+        report.problem(CHECKSUMS, "is missing; without it no table can be checked")
+        return
+    report.warnings.append(
+        f"{CHECKSUMS} is not there (a store of an early version): tables, manifest and metadata "
+        "could be compared with each other only"
+    )
+
+
 def _check_shards(
     report: _Report,
     store: AnyStore,
     arrays: Mapping[str, ShardedArray],
     receipts: Mapping[int, Receipt],
-    expected: Callable[[int], tuple[int, int]] | None,
+    expected: _Counts | None,
     progress: bool,
 ) -> None:
     """Read all shard files and compare them with their receipts, and receipts with the tables."""
     total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
         for shard, receipt in sorted(receipts.items()):
-            own = _arrays_of(store, arrays, shard)
+            own = {name: arrays[name] for name in store.names_of(shard) if name in arrays}
             counted = (receipt.num_entries, receipt.num_rows)
             if expected is not None and counted != expected(shard):
                 report.problem(
@@ -329,14 +356,12 @@ def _check_shards(
                     f"entries and rows are {counted}; the tables say {expected(shard)}",
                     shard,
                 )
-            folders = {name.partition("c/")[0] for name in receipt.files}
-            if own and folders != {f"{store.group}/{name}/" for name in own}:
-                report.problem(
-                    shard_document(RECEIPTS, shard), "does not list a file of every array", shard
-                )
             contents = {}
             for name, written in receipt.files.items():
-                contents[name.partition("/c/")[0]] = _read_shard_file(report, name, written, shard)
+                array = own.get(name.split("/")[1])
+                limit = sys.maxsize if array is None else array.max_shard_bytes
+                path = name.partition("/c/")[0]
+                contents[path] = _read_shard_file(report, name, written, shard, limit)
                 bar.update(written.num_bytes)
             for name, array in own.items():
                 path = f"{store.group}/{name}"
@@ -344,15 +369,22 @@ def _check_shards(
 
 
 def _read_shard_file(
-    report: _Report, name: str, written: WrittenFile, shard: int
+    report: _Report, name: str, written: WrittenFile, shard: int, limit: int
 ) -> np.ndarray | None:
-    """Bytes of a shard file, of which size and sha256 are checked; None if it cannot be read."""
+    """Bytes of a shard file, of which size and sha256 are checked; None if it cannot be read.
+
+    Args:
+        limit: largest size, in bytes, that the layout allows.
+    """
     size = report.files[name].num_bytes if name in report.files else 0
+    if size > limit:
+        report.problem(name, f"has {size:,} bytes; the layout allows {limit:,}", shard)
+        return None
     if name in report.files and size != written.num_bytes:
         report.problem(name, f"has {size:,} bytes instead of {written.num_bytes:,}", shard)
         return None
     try:
-        content = read_bytes(report.path / name)
+        content = read_bytes(report.path, name)
     except (InputError, OSError) as error:
         is_missing = isinstance(error.__cause__, FileNotFoundError)
         why = "No such file or directory" if is_missing else error
@@ -374,11 +406,20 @@ def _check_chunks(
         report.problem(name, str(error).removeprefix(f"{report.path}/"), shard)
 
 
-def _check_missing(report: _Report, store: AnyStore, receipts: Mapping[int, Receipt]) -> None:
-    """Look for shards of a complete store without a receipt, and check the dropped samples."""
+def _check_missing(report: _Report, store: AnyStore, receipts: Mapping[int, Receipt]) -> list[int]:
+    """Look for shards of a complete store without a receipt, and check the dropped samples; returns
+    the shards of an unfinished store that are to be written."""
+    shards = range(store.manifest.layout.num_shards)  # as many as the tables have
+    missing = {*shards} - {*receipts}
     if not store.is_complete:
-        return
-    missing = {*range(store.manifest.layout.num_shards)} - {*receipts}
+        sizes = {name: entry.num_bytes for name, entry in report.files.items()}
+        incomplete = {
+            shard
+            for shard, receipt in receipts.items()
+            if receipt.broken  # images that are tried again
+            or any(sizes.get(name) != file.num_bytes for name, file in receipt.files.items())
+        }
+        return sorted(missing | incomplete)
     if isinstance(store, LatentStore) and not missing:
         broken = sorted(sample for receipt in receipts.values() for sample in receipt.broken)
         dropped = store.manifest.identity.dropped
@@ -390,32 +431,23 @@ def _check_missing(report: _Report, store: AnyStore, receipts: Mapping[int, Rece
     reported = {problem.shard for problem in report.problems}
     for shard in sorted(missing - reported):
         report.problem(shard_document(RECEIPTS, shard), "is missing", shard)
+    return []
 
 
 def _check_strangers(report: _Report, known: set[str]) -> None:
-    """Warn of files that do not belong to the store."""
-    if not (report.path / CHECKSUMS).exists():
+    """Warn of files that do not belong to the store; of receipts there was a warning already."""
+    if CHECKSUMS not in report.files:
         return
     known |= {MANIFEST, CHECKSUMS, LOCK_FILE, AGAINST}
-    allowed = (f"{RECEIPTS}/", f"{QUARANTINE}/", *_FILES_OF_THE_HUB)
+    allowed = (f"{RECEIPTS}/", *_FILES_OF_THE_HUB)
     for name in report.files:
-        if name not in known and not name.startswith(allowed):
+        belongs = name in known or is_shard_document(name, QUARANTINE)
+        if not belongs and not name.startswith(allowed):
             report.warnings.append(f"{name} does not belong to the store")
 
 
-def _arrays_of(
-    store: AnyStore, arrays: Mapping[str, ShardedArray], shard: int
-) -> Mapping[str, ShardedArray]:
-    """Arrays that hold a shard: all, or those of its bucket if there are buckets."""
-    if not isinstance(store, LatentStore) or not store.manifest.identity.buckets:
-        return arrays
-    first = np.flatnonzero(store.rows // store.manifest.layout.rows_per_shard == shard)[:1]
-    names = {name for bucket in store.buckets[first] for name in store.names(int(bucket))}
-    return {name: array for name, array in arrays.items() if name in names}
-
-
-def _entries_and_rows(store: AnyStore) -> Callable[[int], tuple[int, int]]:
-    """Shard -> number of entries and of rows that the tables put there."""
+def _count(store: AnyStore) -> _Counts:
+    """Number of entries and of rows that the tables put into each shard."""
     layout = store.manifest.layout
     if isinstance(store, LatentStore):
         counts = np.bincount(store.rows // layout.rows_per_shard, minlength=layout.num_shards)
@@ -425,39 +457,3 @@ def _entries_and_rows(store: AnyStore) -> Callable[[int], tuple[int, int]]:
     entries = np.bincount(shards, minlength=layout.num_shards)
     rows = np.bincount(shards, weights=num_rows, minlength=layout.num_shards)
     return lambda shard: (int(entries[shard]), int(rows[shard]))
-
-
-def _caption_problems(store: FeatureStore | ConditioningStore) -> Iterator[str]:
-    """Contradictions within the tables, and between them and the manifest."""
-    captions, identity, layout = store.captions, store.manifest.identity, store.manifest.layout
-    if captions.num_rows != identity.captions.num_captions:
-        yield f"has {captions.num_rows} rows; the manifest says {identity.captions.num_captions}"
-        return
-    if fingerprint(captions["text"]) != identity.captions.fingerprint:
-        yield "its texts are not those of the manifest's fingerprint"
-    starts, stops, shards = (
-        captions[name].to_numpy() for name in ("row_start", "row_stop", "shard")
-    )
-    num = _expected_rows(store)
-    if not np.array_equal(captions["caption_id"].to_numpy(), np.arange(len(store))):
-        yield "caption_id is not 0, 1, 2 and so on"
-    if not np.array_equal(stops - starts, num) or num.sum() != layout.num_rows:
-        yield f"rows are not those of the tokens, or not the manifest's {layout.num_rows}"
-    if (starts[1:] < stops[:-1]).any() or starts.min() < 0:
-        yield "rows of two captions overlap"
-    if not np.array_equal(starts // layout.rows_per_shard, shards) or not np.array_equal(
-        (stops - 1) // layout.rows_per_shard, shards
-    ):
-        yield "rows lie in another shard than the one named"
-    ids = store.samples["caption_ids"].combine_chunks().values.to_numpy()
-    if len(ids) and not (ids.min() >= 0 and ids.max() < len(store)):
-        yield f"samples.parquet names captions {ids.min()} to {ids.max()}"
-
-
-def _expected_rows(store: FeatureStore | ConditioningStore) -> np.ndarray:
-    """Number of rows that each caption must have, ``[captions]``."""
-    if isinstance(store, FeatureStore):
-        return np.asarray(store.captions["num_tokens"].to_numpy())
-    if store.manifest.identity.ragged:
-        return np.asarray(pc.list_value_length(store.captions["token_ids"]).to_numpy())
-    return np.ones(len(store), np.int64)

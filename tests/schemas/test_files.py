@@ -3,9 +3,6 @@
 import json
 import logging
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 from urllib.request import Request, urlopen
@@ -146,20 +143,18 @@ class TestFiles:
 
 class TestExtraction:
     @pytest.mark.slow
-    def test_a_killed_driver_is_continued_to_the_same_bytes(self, s3, arguments, local):
+    def test_a_killed_driver_is_continued_to_the_same_bytes(
+        self, s3, arguments, local, start_command
+    ):
         url = "s3://bucket/killed"
-        command = [sys.executable, "-m", "semroute.cli", "extract", arguments["source"], url]
-        command += ["--model", arguments["model"], "--codec", "bf16", "--shard-size", "100000"]
-        command += ["--workers", "0", "--threads", "1"]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, **output) as process:
-            while len(s3.glob("bucket/killed/receipts/*")) < 4:
-                assert process.poll() is None, process.communicate()[0]
-                time.sleep(0.01)
-            assert status(url).details["driver_is_dead"] is False
-            with pytest.raises(LockedError, match=f"process {process.pid} on"):
-                extract(features=url, **arguments)
-            process.send_signal(signal.SIGKILL)
+        command = ["extract", arguments["source"], url, "--model", arguments["model"]]
+        command += ["--codec", "bf16", "--shard-size", 100_000, "--workers", 0, "--threads", 1]
+        process = start_command(*command)
+        process.wait_until(lambda: len(s3.glob("bucket/killed/receipts/*")) >= 4)
+        assert status(url).details["driver_is_dead"] is False
+        with pytest.raises(LockedError, match=f"process {process.pid} on"):
+            extract(features=url, **arguments)
+        process.kill()
         store = open_features(url, complete=False)
         before = store.receipts()
         assert 4 <= len(before) < store.manifest.layout.num_shards

@@ -153,7 +153,7 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
                 return cls.from_config(dict(pretrained.config)).to(_dtype(config))
         return cls.from_pretrained(
             pretrained.folder,
-            torch_dtype=_dtype(config),
+            dtype=_dtype(config),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=True,

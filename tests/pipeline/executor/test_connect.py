@@ -25,6 +25,7 @@ from semroute.pipeline.extraction.features import extract
 from semroute.schemas import InputError
 
 SHARD_BYTES = 60_000
+PROFILE = "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"
 
 
 def contents(store):
@@ -51,41 +52,55 @@ def undisturbed(tmp_path_factory, options):
 
 
 class Machines:
-    """A scheduler and workers, each a process that is started by its own command."""
+    """A scheduler and workers, each a process that its own command started.
 
-    def __init__(self, folder):
+    Args:
+        start: starts a module with arguments.
+    """
+
+    def __init__(self, folder, start):
         self.file = folder / "scheduler.json"
-        self.folder = folder
-        self.processes = []
-        self.start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", self.file)
+        self.start = start
+        options = ("--port", "0", "--no-dashboard", "--scheduler-file", self.file)
+        self.scheduler = start("distributed.cli.dask_scheduler", *options)
         # It is there before it is written.
         while not (self.file.exists() and self.file.read_text().endswith("}")):
             time.sleep(0.05)
 
-    def start(self, *words, **environment):
-        command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *map(str, words[1:])]
-        options = {"start_new_session": True, "cwd": self.folder, "env": os.environ | environment}
-        with (self.folder / "log.txt").open("a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, **options)
-        self.processes.append(process)
-        return process
-
-    def worker(self, *words, profile=False):
+    def worker(self, *words):
         name = ["--scheduler-file", self.file, "--nthreads", "1", "--no-dashboard", *words]
-        return self.start("worker", *name, DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=str(profile))
-
-    def stop(self):
-        for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return self.start("distributed.cli.dask_worker", *name)
 
 
 @pytest.fixture
-def machines(tmp_path):
-    started = Machines(tmp_path)
-    yield started
-    started.stop()
+def machines(tmp_path, monkeypatch, start_command):
+    """Their processes are forked, and workers without the nanny that would start them anew."""
+    monkeypatch.setenv(PROFILE, "False")
+
+    def start(module, *words):
+        given = ["--no-nanny"] if module.endswith("worker") else []
+        return start_command(*words, *given, module=module)
+
+    return Machines(tmp_path, start)
+
+
+@pytest.fixture
+def start_anew(tmp_path):
+    """Starts a module as a shell does."""
+    processes = []
+
+    def start(module, *words):
+        command = [sys.executable, "-m", module, *map(str, words)]
+        with (tmp_path / "log.txt").open("a") as log:
+            options = {"stdout": log, "stderr": log, "start_new_session": True, "cwd": tmp_path}
+            processes.append(subprocess.Popen(command, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class TestSchedulerFile:
@@ -121,7 +136,8 @@ class TestSchedulerFile:
                 until = time.monotonic() + 60
                 while not any(wanted) and time.monotonic() < until:
                     wanted.append(executor.client.run_on_scheduler(count))
-                machines.worker("--nthreads", "3", profile=True)
+                monkeypatch.setenv(PROFILE, "True")
+                machines.worker("--nthreads", "3")
             said.append(line)
 
         with connect(str(machines.file), None) as executor:
@@ -138,7 +154,8 @@ class TestSchedulerFile:
         assert "1 workers have several threads" in shared
         assert not found.have_gpus
 
-    def test_tls_is_what_dask_is_configured_with(self, tmp_path, monkeypatch):
+    def test_tls_is_what_dask_is_configured_with(self, tmp_path, monkeypatch, start_anew):
+        """Of a scheduler and a worker as a shell starts them."""
         pytest.importorskip("cryptography")
         import dask
         from distributed.security import Security
@@ -159,18 +176,15 @@ class TestSchedulerFile:
         with dask.config.set(settings, config=config):
             (tmp_path / "dask.yaml").write_text(yaml.safe_dump(config))
         monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "dask.yaml"))
-        machines = Machines(tmp_path)
-        try:
-            machines.worker()
-            address = json.loads(machines.file.read_text())["address"]
-            assert address.startswith("tls://")
-            for name in (address, str(machines.file)):
-                with dask.config.set(settings), connect(name, None) as executor:
-                    assert inspect_workers(executor, str(tmp_path / "store"), print).threads >= 1
-                with pytest.raises(InputError, match="no Dask scheduler answers"):
-                    connect(name, None).threads()
-        finally:
-            machines.stop()
+        machines = Machines(tmp_path, start_anew)
+        machines.worker()
+        address = json.loads(machines.file.read_text())["address"]
+        assert address.startswith("tls://")
+        for name in (address, str(machines.file)):
+            with dask.config.set(settings), connect(name, None) as executor:
+                assert inspect_workers(executor, str(tmp_path / "store"), print).threads >= 1
+            with pytest.raises(InputError, match="no Dask scheduler answers"):
+                connect(name, None).threads()
 
     def test_a_folder_that_workers_do_not_see_is_refused(self, machines, tmp_path):
         machines.worker()
@@ -185,7 +199,7 @@ class TestSchedulerFile:
         with connect(str(machines.file), None) as executor:
             executor.client.wait_for_workers(1, timeout=60)
             with pytest.raises(ClusterLostError, match=r"is gone: .*rerun the same command"):
-                executor.ask(os.killpg, machines.processes[0].pid, signal.SIGKILL)
+                executor.ask(os.killpg, machines.scheduler.pid, signal.SIGKILL)
 
     def test_a_scheduler_that_dies_loses_nothing(self, machines, options, undisturbed, tmp_path):
         machines.worker()
@@ -193,7 +207,7 @@ class TestSchedulerFile:
 
         def report(line):
             if "to do:" in line:
-                os.killpg(machines.processes[0].pid, signal.SIGKILL)
+                os.killpg(machines.scheduler.pid, signal.SIGKILL)
 
         import dask
 

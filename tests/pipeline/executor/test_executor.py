@@ -11,6 +11,8 @@ from semroute.pipeline.executor.base import ATTEMPTS, Deferred, DiskFullError, I
 from semroute.pipeline.executor.dask import IN_FLIGHT, DaskExecutor
 from semroute.pipeline.executor.local import LocalExecutor
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def make_executor(workers):
     return DaskExecutor(workers) if workers else LocalExecutor()

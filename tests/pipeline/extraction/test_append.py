@@ -132,7 +132,7 @@ class TestGrowing:
         assert verify(grown.path).problems == []
 
     @pytest.mark.slow
-    def test_workers_and_an_unfinished_store_make_no_difference(self, make, texts, tmp_path):
+    def test_workers_and_an_unfinished_store_make_no_difference(self, make, texts, fork_server):
         make(texts[:100])
         whole = make(texts)
         begun = make(texts[:100], "begun")

@@ -1,12 +1,10 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,24 +65,14 @@ def contents(store: Path) -> dict[str, bytes]:
     return found
 
 
-def start(samples_file, tiny_llm, features, *options, workers=2):
-    command = [sys.executable, "-m", "semroute.cli", "extract", str(samples_file), str(features)]
-    command += ["--model", str(tiny_llm), "--shard-size", str(SHARD_BYTES), "--codec", "bf16"]
-    return subprocess.Popen(
-        [*command, "--workers", str(workers), "--threads", "1", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def command(samples_file, tiny_llm, features, *options, workers=2):
+    words = ["extract", samples_file, features, "--model", tiny_llm, "--shard-size", SHARD_BYTES]
+    words += ["--codec", "bf16", "--workers", workers, "--threads", 1, *options]
+    return [str(word) for word in words]
 
 
-def wait_for_shards(process, features, num):
-    deadline = time.monotonic() + 120
-    while len(list((features / "receipts").glob("shard-*.json"))) < num:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+def num_receipts(features):
+    return len(list((features / "receipts").glob("shard-*.json")))
 
 
 class TestStored:
@@ -104,7 +92,7 @@ class TestStored:
     @pytest.mark.slow
     @pytest.mark.parametrize("workers", [0, 1])
     def test_progress_moves_within_a_shard_and_ends_at_all(
-        self, arguments, workers, capfd, monkeypatch
+        self, arguments, workers, capfd, monkeypatch, fork_server
     ):
         monkeypatch.setattr("semroute.pipeline.executor.progress.JSON_SECONDS", 0)
         options = {"workers": workers, "shard_bytes": 10**7, "batch_tokens": 64, "progress": "json"}
@@ -172,17 +160,17 @@ class TestCodecs:
             assert list(receipt.layer_error) == ["1", "2", "3", "4"]
 
     def test_a_killed_driver_is_continued_to_the_same_bytes(
-        self, arguments, samples_file, tiny_llm, tmp_path
+        self, arguments, samples_file, tiny_llm, tmp_path, start_command
     ):
         lines: list[str] = []
         how = arguments | {"codec": "delta", "report": lines.append}
         whole = extract(**how | {"features": tmp_path / "whole"})
         assert any("fitted" in line for line in lines)
         features = tmp_path / "killed"
-        process = start(samples_file, tiny_llm, features, "--codec", "delta", workers=0)
-        wait_for_shards(process, features, 2)
+        options = ("--codec", "delta")
+        process = start_command(*command(samples_file, tiny_llm, features, *options, workers=0))
+        process.wait_until(lambda: num_receipts(features) >= 2)
         process.kill()
-        process.communicate()
         lines.clear()
         extract(**how | {"features": features})
         assert not any("fitted" in line for line in lines)  # what was fitted is part of the store
@@ -218,14 +206,13 @@ class TestCodecs:
 class TestContinuing:
     @pytest.mark.slow
     def test_a_killed_driver_is_continued_to_the_same_bytes(
-        self, arguments, samples_file, tiny_llm, undisturbed
+        self, arguments, samples_file, tiny_llm, undisturbed, start_command
     ):
         features = arguments["features"]
         for num, workers in ((1, 2), (15, 0)):
-            process = start(samples_file, tiny_llm, features, workers=workers)
-            wait_for_shards(process, features, num)
+            process = start_command(*command(samples_file, tiny_llm, features, workers=workers))
+            process.wait_until(lambda num=num: num_receipts(features) >= num)
             process.kill()
-            process.communicate()
             with pytest.raises(StoreError, match="is not finished"):
                 semroute.open_features(features)
         written = {p.name: p.stat().st_mtime_ns for p in (features / "receipts").iterdir()}
@@ -241,31 +228,35 @@ class TestContinuing:
         assert {name: after[name] for name in written} == written  # nothing was done twice
 
     @pytest.mark.slow
-    def test_a_killed_worker_costs_nothing(self, samples_file, tiny_llm, tmp_path, undisturbed):
-        features = tmp_path / "features"
-        process = start(samples_file, tiny_llm, features)
-        wait_for_shards(process, features, 1)
-        pids = {
-            int(json.loads(p.read_text())["worker"].rpartition(":")[2])
-            for p in (features / "receipts").glob("shard-*.json")
-        }
-        assert process.pid not in pids
-        for pid in pids:
-            psutil.Process(pid).kill()
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    def test_a_killed_worker_costs_nothing(self, arguments, undisturbed, fork_server):
+        features = arguments["features"]
+        killed: set[int] = set()
+
+        def kill():
+            while not killed:
+                for path in (features / "receipts").glob("shard-*.json"):
+                    killed.add(int(json.loads(path.read_text())["worker"].rpartition(":")[2]))
+                time.sleep(0.005)
+            for pid in killed:
+                psutil.Process(pid).kill()
+
+        with ThreadPoolExecutor(1) as other:
+            done = other.submit(kill)
+            extract(**arguments | {"workers": 2})
+            done.result()
+        assert os.getpid() not in killed
         assert contents(features) == contents(undisturbed)
 
     @pytest.mark.slow
     def test_ctrl_c_drains_and_the_same_command_continues(
-        self, arguments, samples_file, tiny_llm, undisturbed
+        self, arguments, samples_file, tiny_llm, undisturbed, start_command
     ):
         features = arguments["features"]
-        process = start(samples_file, tiny_llm, features)
-        wait_for_shards(process, features, 1)
+        process = start_command(*command(samples_file, tiny_llm, features))
+        process.wait_until(lambda: num_receipts(features) >= 1)
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, output
+        assert process.wait() == 130, process.output.read_text()
+        output = process.output.read_text()
         assert "shards remain; rerun the same command to resume" in output
         assert "Traceback" not in output
         extract(**arguments)
@@ -436,7 +427,7 @@ class TestFailing:
     @pytest.mark.slow
     @pytest.mark.parametrize(("batching", "workers"), [("padded", 0), ("packed", 1)])
     def test_one_caption_that_is_not_finite_costs_its_shard_and_not_the_fit(
-        self, batching, workers, arguments, tiny_llm, tmp_path
+        self, batching, workers, arguments, tiny_llm, tmp_path, fork_server
     ):
         """One letter of the captions' bytes has an embedding that is not finite."""
         from safetensors.torch import load_file, save_file
@@ -462,26 +453,18 @@ class TestFailing:
 
     @pytest.mark.slow
     def test_a_full_disk_is_said_and_loses_nothing(
-        self, arguments, samples_file, tiny_llm, undisturbed
+        self, arguments, samples_file, tiny_llm, undisturbed, start_command
     ):
         """A limit on the size of a file stands for the full disk: shards no longer fit."""
         features = arguments["features"]
-        command = [sys.executable, "-m", "semroute.cli", "extract", str(samples_file)]
-        command += [str(features), "--model", str(tiny_llm), "--shard-size", str(SHARD_BYTES)]
-        command += ["--workers", "0", "--threads", "1", "--codec", "bf16"]
-        limit = SHARD_BYTES * 3 // 4
-        run = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )
-        assert run.returncode == 1
-        assert "disk of" in run.stderr
-        assert "is full" in run.stderr
-        assert "rerun the same command to resume" in run.stderr
-        assert "Traceback" not in run.stderr
+        words = command(samples_file, tiny_llm, features, workers=0)
+        process = start_command(*words, max_file_bytes=SHARD_BYTES * 3 // 4)
+        assert process.wait() == 1
+        printed = process.output.read_text()
+        assert "disk of" in printed
+        assert "is full" in printed
+        assert "rerun the same command to resume" in printed
+        assert "Traceback" not in printed
         extract(**arguments)
         assert contents(features) == contents(undisturbed)
 
@@ -511,7 +494,9 @@ class TestFailing:
 
 
 class TestImages:
-    def test_latents_are_continued_and_refused_like_features(self, samples_file, tmp_path):
+    def test_latents_are_continued_and_refused_like_features(
+        self, samples_file, tmp_path, fork_server
+    ):
         path = tmp_path / "latents"
         options = {"shard_bytes": 30_000, "workers": 0, "report": [].append}
         whole = encode_images(str(samples_file), path, **options)

@@ -1,6 +1,7 @@
 """Images to latents: VAEs and pixels, whole and broken images. Needs no network."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -331,6 +332,9 @@ class TestGrowing:
         )
         pyarrow.parquet.write_table(table, store.path / "samples.parquet")
         (store.path / "checksums.json").unlink()
+        for path in (store.path / "receipts").iterdir():  # which were not sealed then
+            receipt = json.loads(path.read_text())
+            path.write_text(json.dumps({**receipt, "sha256": ""}))
         early = open_latents(store.path)
         assert np.array_equal(early.read([5, 20]), store.read([5, 20]))
 

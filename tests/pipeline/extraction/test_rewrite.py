@@ -1,7 +1,4 @@
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -286,18 +283,17 @@ def test_a_damaged_source_is_quarantined_and_never_copied(arguments, feature_sto
 
 
 @pytest.mark.slow
-def test_a_killed_rewriting_is_continued_to_the_same_bytes(arguments, feature_store, tmp_path):
+def test_a_killed_rewriting_is_continued_to_the_same_bytes(
+    arguments, feature_store, tmp_path, start_command
+):
     whole = rewrite(**arguments | {"codec": "delta", "shard_bytes": 25_000})
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "semroute.cli", "rewrite", str(feature_store), str(killed)]
-    command += ["--codec", "delta", "--shard-size", "25000", "--workers", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(killed.glob("receipts/shard-*.json"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.002)
+    command = ["rewrite", feature_store, killed, "--codec", "delta"]
+    command += ["--shard-size", 25_000, "--workers", 0]
+    process = start_command(*command)
+    process.wait_until(lambda: len(list(killed.glob("receipts/shard-*.json"))) >= 2)
     process.kill()
-    process.wait()
     assert open_features(killed, complete=False).remaining()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = start_command(*command)
+    assert done.wait() == 0, done.output.read_text()
     assert contents(killed) == contents(whole.path)

@@ -52,7 +52,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match="it has no manifest"):
         inspect(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
-    with pytest.raises(StoreError, match=r"format is 'other'; expected semroute\.features or"):
+    with pytest.raises(StoreError, match=r"format is 'other'; expected one of semroute\.features"):
         inspect(tmp_path)
     (tmp_path / "manifest.json").write_text("[1]")
     with pytest.raises(StoreError):

@@ -113,11 +113,16 @@ def test_options_that_contradict_the_pipeline_are_refused(
 def test_what_is_no_known_pipeline_is_refused(tiny_pipeline, captions, tmp_path):
     assert "Missing option --model" in estimate(captions, code=2)
     assert "no such folder, and not a hub id" in estimate(captions, "--for", "nothing", code=1)
-    assert "model_index.json cannot be read" in estimate(captions, "--for", tmp_path, code=1)
+    assert "no model_index.json there; expected a pipeline" in estimate(
+        captions, "--for", tmp_path, code=1
+    )
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     output = estimate(captions, "--for", tmp_path, code=1)
     assert "no preset for FluxPipeline; expected one of AuraFlowPipeline, BriaFibo" in output
     folder = shutil.copytree(tiny_pipeline("hidream"), tmp_path / "without")
+    (folder / "vae" / "config.json").write_text("[1]")
+    assert "config.json is not the configuration" in estimate(captions, "--for", folder, code=1)
+    (folder / "vae" / "config.json").unlink()
     shutil.rmtree(folder / "text_encoder_4")
     output = estimate(captions, "--for", folder, code=1)
     assert "has no text_encoder_4: name the LLM that the pipeline is run with by --model" in output

@@ -222,6 +222,15 @@ class TestFinding:
         with pytest.raises(InputError, match=message):
             open_text_pipeline(str(folder))
 
+    def test_a_pipeline_without_its_llm_is_refused(self, tiny_pipeline, tmp_path):
+        """As HiDream is on the Hub, where Llama is not part of it."""
+        folder = shutil.copytree(tiny_pipeline("hidream"), tmp_path / "pipeline")
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"text_encoder_4": [None, None], "tokenizer_4": [None, None]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match="has no text_encoder_4 and no tokenizer_4, the LLM"):
+            open_text_pipeline(str(folder))
+
     def test_weights_that_would_be_unpickled_are_refused(self, pixart, tmp_path):
         folder = shutil.copytree(pixart, tmp_path / "pipeline")
         weights = folder / "text_encoder/model.safetensors"

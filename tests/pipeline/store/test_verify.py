@@ -162,8 +162,16 @@ class TestOtherDamage:
     def test_a_store_of_an_early_version_says_what_it_cannot_tell(self, delta):
         (delta / "checksums.json").unlink()
         found = verify(delta)
+        assert [problem.where for problem in found.problems] == ["checksums.json"]
+        with pytest.raises(InputError, match=r"has lost checksums\.json"):
+            open_features(delta)
+        for file in (delta / "receipts").iterdir():  # which early versions did not seal
+            receipt = json.loads(file.read_text())
+            file.write_text(json.dumps(receipt | {"sha256": ""}, indent=1) + "\n")
+        found = verify(delta)
         assert found.problems == []
         assert "early version" in found.warnings[0]
+        assert len(open_features(delta)) > 0
 
     def test_no_store(self, tmp_path):
         with pytest.raises(StoreError, match=r"has no manifest\.json"):

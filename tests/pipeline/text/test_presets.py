@@ -336,6 +336,21 @@ class TestAgainstDiffusers:
         assert list(PRESETS["ideogram4"].base) == blocks
         assert str(PRESETS["krea2"].base) in source("krea2/pipeline_krea2.py")
 
+    def test_presets_are_what_is_known_of_the_pipelines_elsewhere(self):
+        """In the table by which their own ``encode_prompt`` is run."""
+        from semroute.pipeline.models.text_recipes import RECIPES
+
+        for pipeline, recipe in RECIPES.items():
+            preset = PRESETS[preset_of(pipeline)]
+            assert PRESETS[recipe.family] is preset
+            assert recipe.encoder == preset.encoder
+            assert recipe.reads_padding == preset.reads_padding
+            assert recipe.final_norm == preset.final_norm
+            layers = recipe.layers(36, {})
+            if preset.final_norm == "raw":
+                layers = [37 if layer == 36 else layer for layer in layers]
+            assert tuple(layers) == preset.base_layers(36)
+
     def test_every_encoder_is_a_component(self):
         import diffusers
 

@@ -347,9 +347,8 @@ class TestGains:
 
     def predict(self, transformer, embeds, x_t, t):
         family = find_family(type(transformer).__name__, "")
-        text = family.read_conditioning(
-            {"prompt_embeds": embeds}, transformer.config, torch.float32
-        )
+        given = {"prompt_embeds": embeds, "mask": torch.ones(embeds.shape[:2], dtype=torch.bool)}
+        text = family.read_conditioning(given, transformer.config, torch.float32)
         with torch.no_grad():
             return family.call(transformer, x_t, t, text)
 
@@ -386,7 +385,7 @@ class TestGains:
         hidden, offsets = torch.randn(9, 28, 32), torch.tensor([0, 9])
         t = torch.tensor([0.5])
         with torch.no_grad():
-            given = {"prompt_embeds": embeds}
+            given = {"prompt_embeds": embeds, "mask": torch.ones(1, 9, dtype=torch.bool)}
             found = routed(x_t, t, hidden, offsets, torch.tensor([0]), conditioning=given)
         scaled = (embeds.unflatten(2, (3, -1)) * gains[:, None]).flatten(2)
         pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("flux2-klein"))
@@ -485,7 +484,8 @@ class TestConfig:
         pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("hidream"))
         t5, _, llama3, _, pooled, _ = pipe.encode_prompt(PROMPT, *[None] * 3)
         given = {"prompt_embeds_t5": t5, "pooled_prompt_embeds": pooled}
-        given |= {"prompt_embeds_llama3": llama3.transpose(0, 1)}
+        given["prompt_embeds_llama3"] = llama3.permute(1, 2, 0, 3)  # [B, T, blocks, H]
+        given["mask"] = torch.ones(t5.shape[:2], dtype=torch.bool)
         inputs = (given, torch.randn(1, 4, 8, 8), torch.tensor([0.5]))
         before = predict(pipe.transformer, *inputs)
         exec(document["call"], {"pipe": pipe})

@@ -203,7 +203,7 @@ class TestEveryFamily:
         _, run = make_run(preset, size=0.3)
         folder = semroute.load_run(run).record.config.model.pretrained
         exact = load(folder)
-        pipe = load(folder, torch_dtype=torch.bfloat16)
+        pipe = load(folder, dtype=torch.bfloat16)
         error = distance(sample(pipe, preset), sample(exact, preset))
         for each in (pipe, exact):
             semroute.attach(each, run)

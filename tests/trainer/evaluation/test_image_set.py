@@ -1,8 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -127,18 +123,15 @@ class TestSample:
         assert contents(out) | {"grid.png": b""} == contents(whole) | {"grid.png": b""}
 
     @pytest.mark.slow
-    def test_processes_side_by_side_of_which_one_is_killed(self, run, prompts, whole, tmp_path):
+    def test_processes_side_by_side_of_which_one_is_killed(
+        self, run, prompts, whole, tmp_path, start_command
+    ):
         out = tmp_path / "a"
         shards = [command(run, prompts, out, "--shard", f"{i}/2") for i in range(2)]
-        start = [sys.executable, "-m", "semroute.cli"]
-        processes = [subprocess.Popen(start + shard, stderr=subprocess.PIPE) for shard in shards]
-        while not (out / "00001/samples/00001.png").exists():  # of shard 1
-            assert processes[1].poll() is None
-            time.sleep(0.002)
-        processes[1].send_signal(signal.SIGKILL)
-        _, errors = processes[0].communicate()
-        assert processes[0].returncode == 0, errors.decode()
-        processes[1].communicate()
+        processes = [start_command(*shard) for shard in shards]
+        processes[1].wait_until((out / "00001/samples/00001.png").exists)
+        processes[1].kill()
+        assert processes[0].wait() == 0, processes[0].output.read_text()
         for file in out.glob("*/samples/*"):
             assert file.read_bytes() == contents(whole)[file.relative_to(out).as_posix()]
         generate(run, prompts, out, "--shard", "1/2")

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -45,23 +43,20 @@ def group_lives(group):
     return True
 
 
-def kill_once(ready, *arguments):
-    """Run a command in a process of its own, and kill it as soon as that is true."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "semroute.cli", *(str(argument) for argument in arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not ready():
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
-    deadline = time.monotonic() + 30
-    while group_lives(child.pid):  # a study's runs end with their driver
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@pytest.fixture
+def kill_once(start_command):
+    """Run a command in a process of its own, and kill it as soon as something is true."""
+
+    def kill_once(ready, *arguments):
+        process = start_command(*arguments)
+        process.wait_until(ready)
+        process.kill()
+        deadline = time.monotonic() + 30
+        while group_lives(process.pid):  # a study's runs end with their driver
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    return kill_once
 
 
 def invoke(*arguments, code=0):
@@ -71,7 +66,7 @@ def invoke(*arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_llm):
+def world(tmp_path_factory, tiny_llm, fork_server):
     root = tmp_path_factory.mktemp("study")
     invoke("shapes", root / "shapes", "--num", 80, "--num-test", 12, "--num-dev", 6)
     for name in ("train", "dev", "test"):
@@ -243,7 +238,7 @@ class TestStudy:
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
 
     @pytest.mark.slow
-    def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path):
+    def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path, kill_once):
         content = document(world, tmp_path / "out", tuning=None)
         del content["tuning"]
         content["train"] = {**content["train"], "steps": 12}
@@ -409,7 +404,7 @@ class TestAblate:
             assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
 
     @pytest.mark.slow
-    def test_stored_scores_are_reused(self, world, done, tmp_path):
+    def test_stored_scores_are_reused(self, world, done, tmp_path, kill_once):
         run, other = (done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1))
         out, results = tmp_path / "out", tmp_path / "out" / "results.parquet"
         command = self.command(world, out, run)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -208,23 +207,17 @@ class TestOutput:
             train(config)
 
     @pytest.mark.slow
-    def test_one_process_trains_a_run(self, configure, tmp_path, capsys):
+    def test_one_process_trains_a_run(self, configure, tmp_path, capsys, start_command):
         config = configure(steps=200, log_every=1, checkpoint_every=2)
         (tmp_path / "config.json").write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "config.json")]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = start_command("train", tmp_path / "config.json")
         path = Path(config.output)
-        try:
-            while not [*path.glob("checkpoints/step-*[0-9]")]:
-                assert child.poll() is None
-                time.sleep(0.01)
-            child.send_signal(signal.SIGSTOP)
-            with pytest.raises(LockedError, match=f"written by process {child.pid} on .* stop it"):
-                train(config)
-            assert latest_checkpoint(path).step < 200
-        finally:
-            child.kill()
-            child.wait()
+        child.wait_until(lambda: [*path.glob("checkpoints/step-*[0-9]")])
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(LockedError, match=f"written by process {child.pid} on .* stop it"):
+            train(config)
+        assert latest_checkpoint(path).step < 200
+        child.kill()
         train(config)
         assert f"the lock of process {child.pid} on" in capsys.readouterr().err
         assert latest_checkpoint(path).step == 200
@@ -366,42 +359,34 @@ class TestTraining:
 
 
 class TestRanks:
-    """Real processes, started by torchrun: accelerate's own launcher runs only one on a CPU."""
+    """Real processes: accelerate's own launcher runs only one on a CPU."""
 
     @pytest.fixture
-    def launch(self, tmp_path):
-        def launch(config):
+    def launch(self, start_command, tmp_path):
+        """Start two ranks, as torchrun does from its one process."""
+        stores = []
+
+        def launch(config, *words, module="semroute.cli", **environment):
             (tmp_path / "config.json").write_text(config.model_dump_json())
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-            command += ["--standalone", "-m", "semroute.cli", "train"]
-            return subprocess.Popen(
-                [*command, str(tmp_path / "config.json")],
-                env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+            stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))
+            environment |= {
+                "ACCELERATE_USE_CPU": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(stores[-1].port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "WORLD_SIZE": "2",
+            }
+            words = [*words, tmp_path / "config.json"]
+            return [
+                start_command(*words, module=module, RANK=rank, LOCAL_RANK=rank, **environment)
+                for rank in "01"
+            ]
 
         return launch
 
-    def run(self, script, config, tmp_path, environment):
-        """A script on two ranks, to its end."""
-        (tmp_path / "script.py").write_text(script)
-        (tmp_path / "config.json").write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        command += ["--standalone", str(tmp_path / "script.py"), str(tmp_path / "config.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-
     def wait_for(self, path, step, process):
         """Until that step is logged."""
-        while process.poll() is None:
-            if any(line["step"] >= step for line in read_metrics(Path(path))):
-                return
-            time.sleep(0.02)
-        raise AssertionError(process.communicate()[0])
+        process.wait_until(lambda: any(line["step"] >= step for line in read_metrics(Path(path))))
 
     @pytest.mark.slow
     def test_killed_in_mid_epoch_and_continued_by_one_rank(self, configure, launch):
@@ -410,16 +395,10 @@ class TestRanks:
         changes = {"log_every": 1, "steps": 40, "checkpoint_every": 4}
         changes["validation"] = {"share": 0.1, "every": 4, "num_samples": 12, "num_bins": 4}
         whole, config = train(configure("whole", **changes)), configure("two", **changes)
-        process = launch(config)
-        try:
-            self.wait_for(config.output, 11, process)
-        finally:
-            # Torchrun gives each rank a session of its own, so that all must be named.
-            ranks = psutil.Process(process.pid).children(recursive=True)
-            for one in (process, *ranks):
-                one.kill()
-            psutil.wait_procs(ranks)
-            process.communicate()
+        ranks = launch(config, "train")
+        self.wait_for(config.output, 11, ranks[0])
+        for rank in ranks:
+            rank.kill()
         killed = latest_checkpoint(Path(config.output)).step
         assert 8 <= killed < 40
         by_two = read_metrics(Path(config.output))
@@ -444,25 +423,31 @@ class TestRanks:
             torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
 
     @pytest.mark.slow
-    def test_sigterm_saves_on_all_ranks(self, configure, launch):
+    def test_sigterm_saves_on_all_ranks(self, configure, tmp_path, start_command):
+        """Torchrun starts them, and passes the signal on."""
         config = configure(steps=5000, log_every=1, checkpoint_every=5000)
-        process = launch(config)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        words = ["--nproc_per_node=2", "--standalone", "-m", "semroute.cli", "train"]
+        words.append(tmp_path / "config.json")
+        process = start_command(*words, module="torch.distributed.run", ACCELERATE_USE_CPU="1")
         self.wait_for(config.output, 2, process)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode != 0
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() != 0
+        output = process.output.read_text()
         stopped = latest_checkpoint(Path(config.output)).step
         assert f"Stopped after step {stopped} of 5000" in output
         assert read_metrics(Path(config.output))[-1]["step"] == stopped
 
     @pytest.mark.slow
-    def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, tmp_path):
+    def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, launch, tmp_path):
         """Accelerate does not do it on a CPU, so the script does what it does on GPUs."""
         changes = {"strategy": "time", "routing": {"strategy": "time", "uniform_penalty": 0.1}}
         changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
         train(configure("sharded", **{**changes, "steps": 2}))  # so that it continues, cut up
         config = configure("sharded", **{**changes, "steps": 4})
-        self.run(SHARDED, config, tmp_path, {"ACCELERATE_USE_CPU": "1"})
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        for rank in launch(config, module="sharded", PYTHONPATH=str(tmp_path)):
+            assert rank.wait() == 0, rank.output.read_text()
         train(configure("sharded", **changes))  # to step 6, whole again
         first, second = tensors(train(configure("whole", **changes))), tensors(config.output)
         assert first.keys() == second.keys()
