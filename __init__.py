@@ -28,6 +28,7 @@ _PUBLIC = {
     "open_features": "semroute.pipeline.store",
     "open_latents": "semroute.pipeline.store",
     "load_run": "semroute.trainer.runs.run",
+    "read_embeds": "semroute.trainer.evaluation.embed",
     "SemanticRoutingPipeline": "semroute.trainer.evaluation.diffusers_pipeline",
     "SemanticRoutingTransformer": "semroute.trainer.evaluation.diffusers_pipeline",
 }

@@ -8,7 +8,7 @@ from . import __version__
 from .pipeline import commands as pipeline
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
-from .trainer.commands import evaluate, runs, sample, stores, study, train
+from .trainer.commands import embed, evaluate, runs, sample, stores, study, train
 
 
 class _Commands(click.Group):
@@ -57,6 +57,7 @@ for command in (
     runs.plot,
     runs.compare,
     runs.export,
+    embed.embed,
     study.study,
     study.ablate,
     study.lag,

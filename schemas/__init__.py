@@ -17,6 +17,7 @@ from .contract import (
     render,
 )
 from .display import Report, Summary
+from .embeds import EmbedsRecord
 from .errors import InputError
 from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
@@ -109,6 +110,7 @@ __all__ = [
     "Derived",
     "Difference",
     "EMAConfig",
+    "EmbedsRecord",
     "FeatureIdentity",
     "FeatureManifest",
     "FinalNorm",

@@ -204,14 +204,17 @@ def list_files(root: Path, folder: str = "") -> dict[str, Entry]:
     return found.files
 
 
-def open_file(path: Path) -> BufferedReader:
-    """A local file for reading, if it is a plain file and no link.
+def open_file(path: Path, *, follow: bool = False) -> BufferedReader:
+    """A local file for reading, if it is a plain file.
+
+    Args:
+        follow: it may be a link to one.
 
     Raises:
         StorageError: it is something else.
         OSError: no such file, or it cannot be read.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -225,18 +228,19 @@ def open_file(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(path: Path, *, limit: int | None = None) -> bytes:
+def read_file(path: Path, *, limit: int | None = None, follow: bool = False) -> bytes:
     """The content of a file; an object is read by one request, so that it is of one moment.
 
     Args:
         limit: largest size, in bytes.
+        follow: a local file may be a link to one.
 
     Raises:
         StorageError: it is larger, or no plain file.
         OSError: no such file, or it cannot be read.
     """
     if is_local(path):
-        with open_file(path) as file:
+        with open_file(path, follow=follow) as file:
             _check_size(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
     if limit is not None:

@@ -20,14 +20,17 @@ _DIGITS = re.compile(r"[0-9]{20}")
 _SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, follow: bool = False) -> Any:
     """The JSON document in a file.
+
+    Args:
+        follow: the file may be a link, as in the cache of the Hub.
 
     Raises:
         InputError: it is damaged, or out of bounds; the file is no plain file.
         OSError: no such file, or it cannot be read.
     """
-    return load_json(read_file(path, limit=MAX_BYTES), str(path))
+    return load_json(read_file(path, limit=MAX_BYTES, follow=follow), str(path))
 
 
 def load_json(content: bytes | str, name: str) -> Any:

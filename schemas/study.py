@@ -184,7 +184,7 @@ class StudyConfig(Settings):
         """Tuning of an arm, in a study that tunes."""
         assert self.tuning is not None
         source, changes = f"arm {name}, tuning", self.arm(name).tuning
-        own = {key: changes[key] for key in ("key", "values") if key in changes}
+        own: dict[str, Any] = {key: changes[key] for key in ("key", "values") if key in changes}
         others = {key: value for key, value in changes.items() if key not in own}
         scoring = _changed(self.tuning.scoring, others, source)
         document: dict[str, Any] = {

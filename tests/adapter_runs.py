@@ -34,6 +34,7 @@ def write_run(
     routing: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
     features: Any = None,
+    architecture: str = "llama",
 ) -> Path:
     """Write a run of one step.
 
@@ -57,7 +58,7 @@ def write_run(
             "routing": routing or {},
         }
     )
-    identity = make_identity(num_llm_layers, found.family.text_width(found.config))
+    identity = make_identity(architecture, num_llm_layers, found.family.text_width(found.config))
     if features is not None:
         identity = features.manifest.identity
     record = RunRecord(
@@ -92,10 +93,12 @@ def write_run(
     return path
 
 
-def make_identity(num_layers: int, width: int) -> FeatureIdentity:
+def make_identity(architecture: str, num_layers: int, width: int) -> FeatureIdentity:
     """Features of all layers of an LLM."""
     return FeatureIdentity(
-        model=ModelIdentity(architecture="llama", num_layers=num_layers, width=width, files={}),
+        model=ModelIdentity(
+            architecture=architecture, num_layers=num_layers, width=width, files={}
+        ),
         tokenizer="",
         template=Template(text=TEMPLATE, prefix_tokens=[], suffix_tokens=[], keep_prefix=False),
         layers=[*range(1, num_layers + 1)],

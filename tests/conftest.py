@@ -33,8 +33,8 @@ def no_teams() -> Iterator[None]:
     """By default torch has one thread: tests run side by side on all cores, and a thread that waits
     for its team keeps its core busy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semroute.pipeline.executor.workers.num_cpus", lambda: 1)
-        patch.setattr("semroute.pipeline.inspection.benchmark.num_cpus", lambda: 1)
+        for module in ("base", "workers"):
+            patch.setattr(f"semroute.pipeline.executor.{module}.num_cpus", lambda: 1)
         yield
 
 
@@ -230,15 +230,19 @@ def feature_store(
 
 @pytest.fixture(scope="session")
 def random_store(
-    tmp_path_factory: pytest.TempPathFactory, samples_file: Path
-) -> Callable[[str], Path]:
-    """Codec -> a complete store of random codes and parameters, written without torch."""
+    tmp_path_factory: pytest.TempPathFactory, samples_file: Path, texts: list[str]
+) -> Callable[..., Path]:
+    """Codec, and the number of samples if not all -> a complete store of random codes and
+    parameters, written without torch."""
 
     @functools.cache
-    def make(codec: str) -> Path:
-        path = tmp_path_factory.mktemp("random") / codec
-        write_random_store(path, samples_file, codec)
-        return path
+    def make(codec: str, num: int | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("random")
+        samples = samples_file
+        if num is not None:
+            samples = write_samples(folder / "samples.parquet", texts[:num])
+        write_random_store(folder / codec, samples, codec)
+        return folder / codec
 
     return make
 

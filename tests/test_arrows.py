@@ -63,6 +63,7 @@ ARROWS = {
         "trainer.runs",
     },
     "trainer.evaluation": {
+        "pipeline.executor",
         "pipeline.models",
         "pipeline.store",
         "pipeline.extraction",

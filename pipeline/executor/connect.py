@@ -1,6 +1,5 @@
 """From ``--cluster`` to its executor: this machine, a running scheduler, or a batch system."""
 
-import json
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas import InputError
+from ...schemas.json_file import read_json
 from .base import Executor, num_cpus
 from .dask import DaskExecutor, connect_client
 from .jobqueue import job_queue, max_workers, read_job_queue
@@ -65,7 +65,7 @@ def _address(address: str) -> Callable[[ExitStack], Any]:
 
 def _scheduler_file(path: Path) -> Callable[[ExitStack], Any]:
     try:
-        address = json.loads(path.read_text("utf-8"))["address"]
+        address = read_json(path, follow=True)["address"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--cluster {path}: no scheduler file: {error}. "

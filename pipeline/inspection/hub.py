@@ -1,6 +1,5 @@
 """Upload of a finished store to the Hugging Face Hub, and its dataset card."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ...schemas import LOCK_FILE, InputError, parse
-from ...schemas.files import is_local, list_files
+from ...schemas import InputError, parse
+from ...schemas.files import inside, is_local, read_file, scan
+from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
 from ..store.base import Store
 from ..store.conditioning import ConditioningStore
-from ..store.documents import AGAINST, CHECKSUMS, MANIFEST
+from ..store.documents import (
+    AGAINST,
+    CHECKSUMS,
+    MANIFEST,
+    QUARANTINE,
+    RECEIPTS,
+    shard_document,
+)
 from ..store.latents import LatentStore
 from ..store.open import open_store
 from .describe import inspect
@@ -46,7 +53,7 @@ class Push:
         private: whether a new repository is private.
         card: README.md.
         files: path -> bytes of the store's files.
-        left_out: other files in the store's folder, which are not uploaded.
+        left_out: what else is in the store's folder, links among it, and is not uploaded.
         url: of the repository; None before the upload.
     """
 
@@ -118,18 +125,21 @@ def push(
         url = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         _check_repository(api, repo, store)
         report(f"{len(files):,} files, {format_bytes(sum(files.values()))}, to {url}")
-        api.upload_folder(
-            repo_id=repo,
-            repo_type="dataset",
-            folder_path=store.path,
-            ignore_patterns=[*left_out, MANIFEST],
-            commit_message="Shards and tables",
-        )
-        manifest = store.path / MANIFEST
+        # Each file by its name: a pattern may match more, or less, than was listed.
         api.create_commit(
             repo,
             [
-                CommitOperationAdd(MANIFEST, manifest.read_bytes()),
+                CommitOperationAdd(name, str(inside(store.path, name)))
+                for name in files
+                if name != MANIFEST
+            ],
+            repo_type="dataset",
+            commit_message="Shards and tables",
+        )
+        api.create_commit(
+            repo,
+            [
+                CommitOperationAdd(MANIFEST, read_file(store.path / MANIFEST)),
                 CommitOperationAdd(CARD, plan.card.encode()),
             ],
             repo_type="dataset",
@@ -147,20 +157,24 @@ def push(
 def _choose(store: Store[Any]) -> tuple[dict[str, int], list[str]]:
     """The store's files with their bytes, and the other files of its folder."""
     store.check_complete(files=True)
-    found = list_files(store.path)
-    known = {MANIFEST, CHECKSUMS, AGAINST, *(store.checksums.files if store.checksums else ())}
-    known |= {name for receipt in store.receipts().values() for name in receipt.files}
-    known |= {name for name in found if name.startswith(("receipts/", "quarantine/"))}
-    if store.checksums is None:  # an early version, which listed nothing
-        known |= {name for name in found if name.startswith(store.group)}
-        known |= {name for name in found if name.endswith(".parquet")}
-    files = {name: entry.num_bytes for name, entry in found.items() if name in known - {LOCK_FILE}}
+    store.check()
+    found = scan(store.path)
+    receipts, quarantined = store.receipts(), store.quarantined()
+    known = {MANIFEST, CHECKSUMS, AGAINST}
+    # An early version listed nothing.
+    listed = found.files if store.checksums is None else store.checksums.files
+    known |= {name for name in listed if store.is_written_once(name)}
+    known |= {name for receipt in receipts.values() for name in receipt.files}
+    known |= {shard_document(RECEIPTS, shard) for shard in receipts}
+    known |= {shard_document(QUARANTINE, shard) for shard in quarantined}
+    files = {name: e.num_bytes for name, e in found.files.items() if name in known}
     if len(files) > MAX_FILES:
         raise InputError(
             f"{store.path} has {len(files):,} files, but the Hub takes {MAX_FILES:,} per "
             "repository. Make the store with a larger --shard-size, or rewrite it with one."
         )
-    return files, sorted(set(found) - set(files))
+    others = [f"{name} ({kind})" for name, kind in found.others.items()]
+    return files, sorted([*others, *(set(found.files) - set(files))])
 
 
 def _check_repository(api: HfApi, repo: str, store: Store[Any]) -> None:
@@ -173,7 +187,7 @@ def _check_repository(api: HfApi, repo: str, store: Store[Any]) -> None:
     while getattr(known[-1], "grown_from", None):
         known.append(known[-1].before_growth())
     try:
-        document = json.loads(Path(manifest).read_text("utf-8"))
+        document = read_json(Path(manifest), follow=True)
         found = parse(type(store.manifest), document, MANIFEST).unfinished()
     except ValueError:  # a store of another kind, or no store
         found = None

@@ -5,13 +5,13 @@ Shapes: T rows of a caption, K base layers, H width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...schemas import InputError
+from ...schemas.json_file import read_json
 from ..models.hub import PIPELINE_INDEX, download, hub_name, is_hub_id
 from ..models.text_pipelines import read_index
 from ..text.presets import PRESETS, OtherRows, Preset, preset_of
@@ -135,6 +135,6 @@ def read_pipeline(name: str, option: str = "--for") -> PipelineText:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text("utf-8")))
+        return dict(read_json(file, follow=True))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{file} is not the configuration of a model: {error}") from error

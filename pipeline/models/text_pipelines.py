@@ -9,7 +9,6 @@ Shapes: B captions, T rows, K base layers, H text width.
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from ...schemas import MASK, InputError
+from ...schemas.json_file import read_json
 from .hub import LOAD_ERRORS, PIPELINE_INDEX, ModelFiles, download, hash_file, hub_name, is_hub_id
 from .llm import Dtype, find_tower, load_tokenizer, tokenizer_digest
 from .text_recipes import NEGATIVE, Encoded, find_recipe
@@ -93,7 +93,7 @@ def read_index(folder: Path, name: str, option: str = "--pipeline") -> dict[str,
         InputError: missing or damaged.
     """
     try:
-        index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
+        index = read_json(folder / PIPELINE_INDEX, follow=True)
     except FileNotFoundError as error:
         raise InputError(
             f"{option} {name}: no {PIPELINE_INDEX} there; expected a pipeline of diffusers"
@@ -219,7 +219,7 @@ class TextPipeline:
 
     def encode_one(self, text: str) -> Encoded:
         """As :meth:`encode` of one caption, without the axis of captions and without padding."""
-        outputs, _ = self._run(self._pipe, text)
+        outputs, _ = self._run(self.pipe, text)
         return self._own_rows(outputs)
 
     def rows(self, encoded: Mapping[str, torch.Tensor], index: int) -> torch.Tensor:
@@ -250,7 +250,7 @@ class TextPipeline:
     def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
         """The LLM's final norm of rows of its last layer, ``[..., H]``."""
         name = f"{self.source.name}/{self.recipe.encoder}"
-        norm = find_tower(getattr(self._pipe, self.recipe.encoder), name).norm
+        norm = find_tower(getattr(self.pipe, self.recipe.encoder), name).norm
         return norm(rows.to(self.device, getattr(torch, self.dtype)))
 
     def _own_rows(self, outputs: Encoded) -> Encoded:
@@ -322,7 +322,7 @@ class TextPipeline:
         return _text_half(found) if self.recipe.needs_networks else found
 
     @cached_property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Arguments of ``encode_prompt``: what ``__call__`` passes on by default."""
         call = inspect.signature(self._class.__call__).parameters
         names = inspect.signature(self._class.encode_prompt).parameters
@@ -336,14 +336,14 @@ class TextPipeline:
         return {**defaults, **self.recipe.arguments}
 
     def _arguments_for(self, text: str) -> dict[str, Any]:
-        arguments = {**self._arguments, "prompt": [text], "device": self.device}
+        arguments = {**self.arguments, "prompt": [text], "device": self.device}
         if self.recipe.has_negative:  # "" stands for the negative prompt, which comes with guidance
             arguments["do_classifier_free_guidance"] = not text
             arguments["negative_prompt"] = ""
         return arguments
 
     @cached_property
-    def _pipe(self) -> Any:
+    def pipe(self) -> Any:
         """The pipeline with its text encoders."""
         pipe = self._load(encoders=True)
         for name in _text_components(self.index):

@@ -5,7 +5,6 @@ The output of a VAE is its codes; models are trained on latents, ``code * scale 
 Shapes: n images, C channels of a latent, H x W pixels, h x w latent.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from ...schemas import InputError, LatentIdentity, differences, refuse_differences
+from ...schemas.json_file import read_json
 from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def open_decoder(
 def _class_name(folder: Path, name: str) -> str:
     """The class of diffusers that a VAE's configuration names."""
     try:
-        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+        config = read_json(folder / _CONFIG, follow=True)
     except FileNotFoundError as error:
         raise InputError(f"--vae {name}: no {_CONFIG} in this folder, nor in vae/") from error
     except ValueError as error:

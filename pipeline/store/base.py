@@ -1,6 +1,7 @@
 """Base class of stores: manifest, checksums, receipts, quarantine, remaining shards."""
 
 import os
+import re
 import sys
 import time
 from abc import abstractmethod
@@ -62,6 +63,7 @@ from .documents import (
 M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
 C = TypeVar("C", FeatureManifest, ConditioningManifest)
 _FEW_SHARDS = 10_000  # to which anything may count, whatever is there
+_ONCE = re.compile(r"([^/]+/)*zarr\.json|(layer|parameters/[a-z]+)/c(/[0-9]+)+")
 _NOT_COMPARED = {"status", "provenance"}  # manifest keys that may differ when a store is resumed
 
 
@@ -77,8 +79,8 @@ class Store(Generic[M]):
     kind: ClassVar[str]
     manifest_type: ClassVar[Any]
     group: ClassVar[str]
-    entries: ClassVar[str]
-    """Name of the table of entries."""
+    tables: ClassVar[tuple[str, ...]]
+    """File names of its tables, that of the entries first."""
 
     @property
     @abstractmethod
@@ -323,6 +325,12 @@ class Store(Generic[M]):
             for name in self.names_of(shard)
         }
 
+    def is_written_once(self, name: str) -> bool:
+        """Whether a path, relative to the store, is one of a table, or of the Zarr group's files
+        that are no shards."""
+        group, _, rest = name.partition("/")
+        return name in self.tables or (group == self.group and _ONCE.fullmatch(rest) is not None)
+
     def names_of(self, shard: int) -> Collection[str]:
         """Names of the arrays that hold a shard."""
         return self.stored_arrays
@@ -339,8 +347,8 @@ class Store(Generic[M]):
             StoreError: the manifest says that there are more shards than entries can be.
         """
         num_shards = self.manifest.layout.num_shards
-        if num_shards > _FEW_SHARDS and num_shards > size_of(inside(self.path, self.entries)):
-            raise StoreError(f"{self.path / self.entries} is too small for {num_shards:,} shards")
+        if num_shards > _FEW_SHARDS and num_shards > size_of(inside(self.path, self.tables[0])):
+            raise StoreError(f"{self.path / self.tables[0]} is too small for {num_shards:,} shards")
         receipts = self.receipts()
         sizes = {name: e.num_bytes for name, e in list_files(self.path, self.group).items()}
         return [
@@ -421,16 +429,16 @@ class Store(Generic[M]):
 class CaptionStore(Store[C]):
     """Common part of stores that hold something for every unique caption."""
 
-    entries = "captions.parquet"
+    tables = ("captions.parquet", "samples.parquet")
     captions_schema: ClassVar[pa.Schema]
     """Schema of that table."""
 
     @cached_property
     def captions(self) -> pa.Table:
         """One row per unique caption, in store order; row 0 is the null caption."""
-        table = self.read_table(self.entries, self.captions_schema, len(self))
+        table = self.read_table(self.tables[0], self.captions_schema, len(self))
         faults = caption_faults(table, self.manifest.layout, self.expected_rows(table))
-        refuse_faults(self.path / self.entries, chain(token_faults(table), faults))
+        refuse_faults(self.path / self.tables[0], chain(token_faults(table), faults))
         return table
 
     @abstractmethod

@@ -49,7 +49,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
         cls, path: Path, manifest: ConditioningManifest, captions: pa.Table, samples: pa.Table
     ) -> "ConditioningStore":
         """Write tables, arrays' metadata and, last, the manifest; no shard."""
-        prepare_folder(path, cls.kind, cls.group, ("captions.parquet", "samples.parquet"))
+        prepare_folder(path, cls.kind, cls.group, cls.tables)
         table = captions.cast(CONDITIONING_CAPTIONS_SCHEMA)
         write_whole(path / "captions.parquet", render_table(table))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))

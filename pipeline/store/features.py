@@ -134,7 +134,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         parameters: Mapping[str, np.ndarray] | None = None,
     ) -> "FeatureStore":
         """Write tables, arrays' metadata, fitted parameters and, last, the manifest; no shard."""
-        prepare_folder(path, cls.kind, cls.group, ("captions.parquet", "samples.parquet"))
+        prepare_folder(path, cls.kind, cls.group, cls.tables)
         write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
         write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
         _create_arrays(path / cls.group, manifest, parameters or {})

@@ -46,14 +46,14 @@ class LatentStore(Store[LatentManifest]):
     kind = "latent"
     manifest_type = LatentManifest
     group = "latents.zarr"
-    entries = "samples.parquet"
+    tables = ("samples.parquet",)
     drop_broken = False
     """Finish without the samples whose images could not be read; set it before writing shards."""
 
     @classmethod
     def create(cls, path: Path, manifest: LatentManifest, samples: pa.Table) -> "LatentStore":
         """Write the table, the arrays' metadata and, last, the manifest; no shard."""
-        prepare_folder(path, cls.kind, cls.group, ("samples.parquet",))
+        prepare_folder(path, cls.kind, cls.group, cls.tables)
         write_whole(path / "samples.parquet", render_table(samples.cast(LATENT_SAMPLES_SCHEMA)))
         identity = manifest.identity
         with new_group(path / cls.group) as group:

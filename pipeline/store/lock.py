@@ -8,7 +8,6 @@ the file is its own before each beat, and stops if it is not; and after taking o
 one beat before it begins.
 """
 
-import json
 import os
 import socket
 import threading
@@ -23,12 +22,15 @@ from typing import Any
 
 from ...schemas import LOCK_FILE, InputError, LockOwner, render, write_document
 from ...schemas.files import StorageError, create_object, is_local, read_file, remove
+from ...schemas.json_file import load_json
 
 BEAT_SECONDS = 5.0
 """Seconds between signs of life of a driver."""
 WATCH_BEATS = 4
 """Beats to watch before a driver on another machine is taken for dead. It is watched whether the
 file changes, so clocks need not agree."""
+
+_MAX_BYTES = 100_000  # of a lock file
 
 
 class LockedError(InputError):
@@ -122,7 +124,8 @@ def is_dead(driver: LockOwner) -> bool | None:
 
 def _read(path: Path) -> LockOwner | None:
     try:
-        return LockOwner.model_validate(json.loads(read_file(path).decode("utf-8")))
+        content = read_file(path, limit=_MAX_BYTES if is_local(path) else None)
+        return LockOwner.model_validate(load_json(content, str(path)))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # as a ValidationError is
         return None
 
@@ -137,7 +140,7 @@ def _check_writable(store: Any) -> None:
 
 def _show_life(path: Path, own: LockOwner) -> None:
     if is_local(path):
-        os.utime(path)
+        os.utime(path, follow_symlinks=False)
     else:
         write_document(path, render(own))
 

@@ -245,6 +245,9 @@ def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
     if digest(store.manifest.unfinished(), early=True) != checksums.manifest:
         report.problem(MANIFEST, f"its sha256 is not the one in {CHECKSUMS}")
     for name, expected in checksums.files.items():
+        if not store.is_written_once(name):
+            report.problem(CHECKSUMS, f"lists {name!r}, which is no file of a store")
+            continue
         if name not in report.files:
             report.problem(name, "is missing")
             continue
@@ -252,7 +255,7 @@ def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
         found = report.attempt(name, partial(digest_file, inside(report.path, name)))
         if found is not None and found != expected:
             report.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
-    return {*checksums.files}
+    return {name for name in checksums.files if store.is_written_once(name)}
 
 
 def _check_tables(report: _Report, store: AnyStore) -> _Counts | None:

@@ -47,6 +47,7 @@ class Arguments:
         read_t: (its value, configuration of the transformer) -> t, [B].
         encoder: component of the pipeline that is the LLM.
         embeds: argument of the pipeline that holds its rows.
+        axis: axis of the batch in it.
         encoded: what ``encode_prompt`` returns, in order, as arguments of the pipeline; None: not
             one.
     """
@@ -58,6 +59,7 @@ class Arguments:
     read_t: Callable[[Tensor, Config], Tensor] = lambda value, _config: value
     encoder: str = "text_encoder"
     embeds: str = "prompt_embeds"
+    axis: int = 0
     encoded: tuple[str | None, ...] = _PROMPT
 
     @property
@@ -144,6 +146,7 @@ ARGUMENTS = {
         read_t=_thousandth,
         encoder="text_encoder_4",
         embeds="prompt_embeds_llama3",
+        axis=1,
         encoded=(
             "prompt_embeds_t5",
             "negative_prompt_embeds_t5",

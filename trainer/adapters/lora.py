@@ -37,14 +37,20 @@ def add_lora(transformer: Any, config: LoraConfig, family: Family) -> None:
 
 
 def remove_lora(transformer: Any) -> None:
-    """Undo :func:`add_lora`: the layers are those that were there."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """Undo :func:`add_lora`: layers without LoRA of others are those that were there."""
+    from peft.tuners.lora import LoraLayer
 
     for name, module in [*transformer.named_modules()]:
-        if isinstance(module, BaseTunerLayer):
+        if not isinstance(module, LoraLayer):
+            continue
+        module.delete_adapter(ADAPTER)
+        if not module.lora_A:
             parent, _, own = name.rpartition(".")
             setattr(transformer.get_submodule(parent), own, module.get_base_layer())
-    del transformer.peft_config
+    configs = getattr(transformer, "peft_config", {})
+    configs.pop(ADAPTER, None)
+    if not configs:
+        vars(transformer).pop("peft_config", None)
 
 
 def is_lora(name: str) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...schemas import InputError, LoraConfig, PretrainedIdentity
 from .families import find_family
 from .lora import ADAPTER
+from .pretrained import find_class
 
 Matrices: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """Name of a linear layer in the transformer -> A [r, I] and B [O, r]; B A is added to it."""
@@ -54,17 +55,11 @@ def find_loader(identity: PretrainedIdentity) -> Any:
     """The class of pipelines of diffusers that loads LoRA of a transformer; None: there is none.
 
     Raises:
-        InputError: diffusers is not installed.
+        InputError: diffusers is not installed, or lacks a class of pipelines of this family.
     """
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"LoRA needs diffusers ({error}): pip install 'semroute[adapters]'"
-        ) from error
     family = find_family(identity.transformer, identity.transformer)
-    for name in (identity.pipeline, *family.pipelines):
-        cls = getattr(diffusers, name or "", None)
+    for name in sorted(family.pipelines, key=lambda name: name != identity.pipeline):
+        cls = find_class(name)
         if hasattr(cls, "save_lora_weights"):
             return cls
     return None

@@ -55,7 +55,7 @@ class TextReader:
 
     def __init__(self, routed: Routed, captures: Captures) -> None:
         self.routed = routed
-        self.captures = captures
+        self._captures = captures
         self._recent: deque[_Laid] = deque(maxlen=MAX_TEXTS)
 
     def read(self, rows: Tensor, t: Tensor | None = None) -> Source:
@@ -85,7 +85,7 @@ class TextReader:
         """The tokens that rows came from; see :meth:`.captures.Captures.find`."""
         routed = self.routed
         if routed.deviates:
-            return self.captures.find(rows)
+            return self._captures.find(rows)
         # Nothing but the gains of taps, which are of all rows.
         hidden = rows.new_zeros(0, len(routed.router.layers_read), rows.shape[-1])
         return hidden, torch.zeros(rows.shape[:2], dtype=torch.long)
@@ -107,7 +107,7 @@ class Attachment:
 
     Args:
         routed: made of the pipeline's network, with its learned weights.
-        captures: what the pipeline's text encoder gives.
+        captures: what the pipeline's text encoder gives; None: text stays as it is.
         replaced: weights of the network that the run's took the place of.
         trained: parameters of the network that had gradients.
     """
@@ -115,18 +115,18 @@ class Attachment:
     def __init__(
         self,
         routed: Routed,
-        captures: Captures,
+        captures: Captures | None,
         replaced: Mapping[str, Tensor],
         trained: frozenset[str],
     ) -> None:
         self.routed = routed
-        self._replaced, self._trained = replaced, trained
-        self._reader = TextReader(routed, captures)
+        self._captures, self._replaced, self._trained = captures, replaced, trained
         self._arguments = ARGUMENTS[routed.family.name]
         transformer = routed.transformer
         self._signature = inspect.signature(type(transformer).forward)
         self._handles: list[Any] = []
-        if routed.deviates or routed.fusion_gain is not None:
+        if captures is not None:
+            self._reader = TextReader(routed, captures)
             self._handles = [
                 transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end, always_call=True),
@@ -141,7 +141,8 @@ class Attachment:
         """Give the network back as it was."""
         for handle in self._handles:
             handle.remove()
-        self._reader.captures.remove()
+        if self._captures is not None:
+            self._captures.remove()
         restore(self.routed, self._replaced, self._trained)
 
     def _begin(self, network: Any, args: Any, kwargs: Any) -> Any:
@@ -190,4 +191,4 @@ def restore(routed: Routed, replaced: Mapping[str, Tensor], trained: frozenset[s
         remove_lora(routed.transformer)
     replace_weights(routed.transformer, replaced)
     for name, parameter in routed.transformer.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name.replace(".base_layer.", ".") in trained)

@@ -1,7 +1,6 @@
 """Pretrained transformers found, identified and loaded: a pipeline of diffusers, in a folder or on
 the Hub."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...schemas import (
     differences,
     refuse_differences,
 )
+from ...schemas.json_file import read_json
 from .base import Family
 from .families import find_family
 
@@ -131,6 +131,26 @@ def hub_id(name: str) -> str | None:
     return name.partition("@")[0]
 
 
+def find_class(name: str) -> Any:
+    """A class of diffusers.
+
+    Raises:
+        InputError: diffusers is not installed, or has no such class.
+    """
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"pretrained transformers need diffusers ({error}): pip install 'semroute[adapters]'"
+        ) from error
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        raise InputError(
+            f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers"
+        )
+    return cls
+
+
 def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bool = True) -> Any:
     """The transformer, with its weights.
 
@@ -140,13 +160,7 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
     Raises:
         InputError: diffusers is missing or cannot load it.
     """
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"pretrained transformers need diffusers ({error}): pip install 'semroute[adapters]'"
-        ) from error
-    cls: Any = getattr(diffusers, pretrained.config["_class_name"])
+    cls = find_class(pretrained.config["_class_name"])
     try:
         if not weights:
             with torch.device("meta"):
@@ -162,30 +176,6 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
         raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
 
 
-def check_transformer(transformer: Any, identity: PretrainedIdentity, path: Path) -> None:
-    """Refuse a loaded transformer that is not of the kind that a run adapted: of another class, or
-    of another configuration. Its weights are not compared: a later version of a model takes what
-    was learned on an earlier one.
-
-    Args:
-        path: of the run or export, for the message.
-
-    Raises:
-        InputError: with every key of the configuration that differs, and both values.
-    """
-    found = {"class": type(transformer).__name__}
-    expected = {"class": identity.transformer}
-    if found == expected:
-        for values, config in ((found, transformer.config), (expected, identity.config)):
-            plain = json.loads(json.dumps(dict(config), default=str))
-            values |= {name: value for name, value in plain.items() if name[0] != "_"}
-    refuse_differences(
-        differences(found, expected),
-        f"{path} was learned on another transformer; this one, against that",
-        "Load the pipeline that it was learned on.",
-    )
-
-
 def _dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
@@ -197,7 +187,7 @@ def _dtype(config: ModelConfig) -> torch.dtype:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty if the file does not exist."""
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = read_json(file, follow=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ Shapes: P positions, N samples, M captions of all samples, S sources.
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -240,17 +240,21 @@ class BucketSampler:
         #     shape                  0 |          1 |          0
         #     turn                   0 |          0 |          1
         #     in its order  0  1  2  3 | 0  1  2  3 | 4  5  6  7
-        parts = []
-        while num:
-            batch, before = divmod(first, self.batch_size)
-            size = min(num, self.batch_size - before)
-            (shape,), (turn,) = self.interleave.turns(batch, 1)
+        #
+        # Turns of a shape follow each other: from the first, its positions are one run.
+        batch, before = divmod(first, self.batch_size)
+        num_batches = -(-(before + num) // self.batch_size)
+        shapes, turns = self.interleave.turns(batch, num_batches)
+        of_position = np.repeat(shapes, self.batch_size)[before : before + num]
+        found = SampleIndices(*np.empty((3, num), np.int64))
+        for shape, index in zip(*np.unique(shapes, return_index=True), strict=True):
             sampler, numbers = self.samplers[int(shape)]
-            part = sampler.indices(int(turn) * self.batch_size + before, size)
-            parts.append(replace(part, source=np.asarray(numbers)[part.source]))
-            first, num = first + size, num - size
-        columns = zip(*((p.source, p.sample, p.caption) for p in parts), strict=True)
-        return SampleIndices(*map(np.concatenate, columns))
+            own = of_position == shape
+            start = int(turns[index]) * self.batch_size + (0 if index else before)
+            part = sampler.indices(start, int(own.sum()))
+            found.source[own] = np.asarray(numbers)[part.source]
+            found.sample[own], found.caption[own] = part.sample, part.caption
+        return found
 
 
 class EpochShuffle:

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "attach": ["attach", "detach"],
         "diffusers_pipeline": ["SemanticRoutingPipeline", "export_pipeline"],
+        "embed": ["Embeds", "embed", "read_embeds"],
         "generate": [
             "CaptionSet",
             "captions_of_file",

@@ -30,6 +30,7 @@ from ...schemas import (
     publish,
     refuse_differences,
 )
+from ...schemas.json_file import read_json
 from ..diffusion.sampling import SamplingConfig
 from ..plots.images import CAPTIONS, sample_grid
 from .benchmarks import ImagePaths, image_paths
@@ -153,10 +154,7 @@ def _check_folder(out: Path, record: ImageSetRecord) -> None:
                 "Name a new folder with --out."
             )
         return
-    try:
-        before = parse(ImageSetRecord, json.loads(file.read_text("utf-8")), str(file))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
+    before = parse(ImageSetRecord, read_json(file, follow=True), str(file))
     refuse_differences(
         differences(record, before),
         f"{out} has images that were generated differently; requested, against the existing ones",

@@ -9,7 +9,6 @@ Shapes: B images scored at once, V vocabulary.
 
 import hashlib
 import io
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from ...schemas import (
     write_whole,
 )
 from ...schemas.display import Table
+from ...schemas.json_file import read_json
 from ..plots.images import sample_grid
 from .shapes import interval
 
@@ -490,10 +490,7 @@ def _check_judge(out: Path, record: JudgeRecord) -> None:
     file = out / RECORD
     if not file.exists():
         return
-    try:
-        before = parse(JudgeRecord, json.loads(file.read_text("utf-8")), str(file))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
+    before = parse(JudgeRecord, read_json(file, follow=True), str(file))
     free = {"judge"}  # the judge may move, its files may not change
     refuse_differences(
         differences(record.model_dump(exclude=free), before.model_dump(exclude=free)),

@@ -1,6 +1,7 @@
 """Grids of generated images."""
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from PIL import Image
 
 from ...pipeline.style import DPI, INK, Figure
 from ...schemas import InputError
+from ...schemas.json_file import load_json
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
+_IMAGE = re.compile(r"[0-9]{6}\.png")
 CAPTIONS = "captions.jsonl"
 """List of a folder of images: one line per image, with its file and its caption."""
 
@@ -92,7 +95,9 @@ def save_images(
     list_path = out / CAPTIONS
     if list_path.exists():  # remove earlier images, of which there may be more
         for line in list_path.read_text("utf-8").splitlines():
-            (out / Path(json.loads(line)["image"]).name).unlink(missing_ok=True)
+            name = load_json(line, str(list_path))["image"]
+            if isinstance(name, str) and _IMAGE.fullmatch(name):
+                (out / name).unlink(missing_ok=True)
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"

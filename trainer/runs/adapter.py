@@ -12,13 +12,12 @@ On disk::
 Shapes: T noise levels, D mixes that the router makes, R rows (tokens), L layers, H text width.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,10 +36,11 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.json_file import read_json
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
-from ..adapters.pretrained import check_transformer, find_pretrained, hub_id
+from ..adapters.pretrained import find_class, find_pretrained, hub_id
 from ..adapters.routed import PARTS, Unrouted
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
@@ -105,9 +105,7 @@ class Adapter:
     @cached_property
     def num_blocks(self) -> int:
         """Number of mixes that the router makes (D)."""
-        import diffusers
-
-        cls = getattr(diffusers, self.identity.transformer)
+        cls = find_class(self.identity.transformer)
         with torch.device("meta"):
             sockets = self.family.sockets(cls.from_config(dict(self.identity.config)))
         where = self.record.config.routing.where
@@ -144,14 +142,6 @@ class Adapter:
                 f"{self.record.config.model.train}"
             )
         return self.router
-
-    def check(self, transformer: Any) -> None:
-        """Refuse a transformer of diffusers that this does not fit.
-
-        Raises:
-            InputError: it is of another class or configuration than the pretrained one.
-        """
-        check_transformer(transformer, self.identity, self.path)
 
     def weights(self, t: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
         """The routing weights alpha, as :meth:`.run.Run.weights` gives them: float32 [T, D, L].
@@ -238,8 +228,8 @@ def is_export(path: Path) -> bool:
 def _open_export(path: Path, step: int | None, weights: Literal["ema", "model"] | None) -> Adapter:
     file = path / ADAPTER
     try:
-        document = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        document = read_json(file, follow=True)
+    except OSError as error:
         raise InputError(f"{file} is damaged: {error}") from error
     record = parse(AdapterRecord, document, str(file))
     asked = {"step": step, "weights": weights}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...schemas import sync
+from ...schemas.json_file import read_json
 
 CHECKPOINTS = "checkpoints"
 
@@ -41,7 +42,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """State of the training loop besides tensors."""
-        return json.loads((self.path / "state.json").read_text("utf-8"))
+        return read_json(self.path / "state.json", follow=True)
 
 
 def list_checkpoints(path: Path) -> list[Checkpoint]:

@@ -8,7 +8,6 @@ On disk::
 Shapes: T noise levels, D blocks, L layers.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...schemas import InputError, RouterRecord, parse, write_document
+from ...schemas.json_file import read_json
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 
@@ -90,7 +90,7 @@ def load_router(path: str | os.PathLike[str]) -> Router:
     """
     folder = Path(path)
     try:
-        document = json.loads((folder / CONFIG).read_text("utf-8"))
+        document = read_json(folder / CONFIG, follow=True)
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no exported router: {error}") from error

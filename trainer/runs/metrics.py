@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...schemas import write_document
+from ...schemas import InputError, write_document
+from ...schemas.json_file import load_json
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "routing.jsonl"
@@ -31,10 +32,21 @@ loss on held-out samples in equal parts of t from 0 to 1, and validation_loss is
 
 
 def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` or ``routing.jsonl``, without a last line that a kill cut off."""
+    """Lines of ``metrics.jsonl`` or ``routing.jsonl``, without a last line that a kill cut off.
+
+    Raises:
+        InputError: a line is damaged.
+    """
     file = path / name
     lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return [_line(file, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _line(file: Path, number: int, text: str) -> dict[str, Any]:
+    found = load_json(text, f"{file}, line {number},")
+    if not isinstance(found, dict):
+        raise InputError(f"{file}, line {number}, is no JSON object")
+    return found
 
 
 def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """``run.json``: the record of a run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.json_file import read_json
 from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
@@ -207,11 +207,9 @@ def read_record(path: Path) -> RunRecord:
     """
     file = path / RECORD
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = read_json(file, follow=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is no run: it has no {RECORD}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
     return parse(RunRecord, document, str(file))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...schemas import write_document
+from ...schemas import InputError, write_document
 from ...schemas.display import Table
+from ...schemas.json_file import read_json
 
 EVALUATION = "evaluation.json"
 EVALUATION_SCHEMA = pa.schema(
@@ -113,11 +114,14 @@ class EvaluationReport:
         path = run / EVALUATION
         if not path.exists():
             return None
-        document = json.loads(path.read_text("utf-8"))
-        scores = {
-            entry["cfg_scale"]: Evaluation(
-                pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
-            )
-            for entry in document["scores"]
-        }
-        return cls(**document | {"scores": scores})
+        document = read_json(path, follow=True)
+        try:
+            scores = {
+                entry["cfg_scale"]: Evaluation(
+                    pa.Table.from_pylist(entry["scores"], schema=EVALUATION_SCHEMA)
+                )
+                for entry in document["scores"]
+            }
+            return cls(**document | {"scores": scores})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path} is damaged: {error}; evaluate the run again") from error

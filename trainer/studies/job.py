@@ -1,6 +1,5 @@
 """One run of a study: its configuration, training and scores."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ...schemas import LatentIdentity, Scoring, StudyConfig, TrainConfig
+from ...schemas.json_file import load_json
 from ..evaluation.generate import Decode
 from ..evaluation.shapes import score_each_image
 from ..runs.checkpoint import latest_checkpoint
@@ -84,7 +84,7 @@ class Job:
         path = self.path / METRICS
         text = path.read_text("utf-8") if path.exists() else ""
         lines = text.rpartition("\n")[0].splitlines()  # the last line may be half written
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        return int(load_json(lines[-1], str(path))["step"]) if lines else 0
 
     def num_steps_saved(self) -> int:
         """Number of steps done at the newest checkpoint."""

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from ...schemas import InputError, Scoring, TrainConfig, write_whole
+from ...schemas.json_file import load_json
 
 _METADATA_KEY = b"judged"
 
@@ -107,7 +108,7 @@ def read_scores(path: Path, key: EvaluationKey) -> pa.Table | None:
     if not path.exists():
         return None
     table = pq.read_table(path)
-    stored = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    stored = load_json((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"), str(path))
     return table.replace_schema_metadata(None) if key.matches(stored) else None
 
 
@@ -133,7 +134,7 @@ class ResultsTable:
             return {}
         try:
             table = pq.read_table(self.path)
-            keys = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+            keys = load_json((table.schema.metadata or {})[_METADATA_KEY], str(self.path))
             labels = [table.column(column) for column in self.columns]
         except (OSError, KeyError, ValueError) as error:
             raise InputError(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import InputError, StudyConfig, write_document
+from ...schemas.json_file import read_json
 from .job import Job, gather_scores, make_job
 from .results import ResultsTable
 
@@ -65,7 +66,7 @@ def tune(
 def read_tuning(study: StudyConfig) -> dict[str, dict[str, float]]:
     """``tuning.json``: arm -> value -> mean score, also of arms that the study no longer has."""
     path = Path(study.output) / TUNING
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return read_json(path, follow=True) if path.exists() else {}
 
 
 def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:

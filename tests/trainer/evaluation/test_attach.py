@@ -1,5 +1,6 @@
 """semroute.attach: pipelines of diffusers read what a run learned, as the run's network does."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -341,6 +342,36 @@ class TestAttach:
         with pytest.raises(InputError, match="num_layers: 17 instead of 28"):
             semroute.attach(pipe, run)
 
+    @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+    @pytest.mark.parametrize("train", ["router", "router+lora", "full"])
+    def test_lora_of_others_is_loaded_and_unloaded_beside_it(
+        self, train: str, make_run: Any, tmp_path: Path
+    ) -> None:
+        import peft
+
+        pipe, run = make_run("sd3", size=0.1, model={"train": train})
+        styled = copy.deepcopy(pipe.transformer)
+        targets = {"r": 2, "target_modules": ["to_q"], "init_lora_weights": False}
+        styled.add_adapter(peft.LoraConfig(**targets))
+        lora = peft.get_peft_model_state_dict(styled)
+        type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=lora)
+        plain = sample(pipe, "sd3")
+        before = {name: id(each) for name, each in pipe.transformer.named_parameters()}
+        routed = sample(semroute.attach(pipe, run), "sd3")
+        pipe.load_lora_weights(tmp_path, adapter_name="style")
+        if "lora" in train:
+            pipe.set_adapters(["default", "style"])
+        assert distance(sample(pipe, "sd3"), routed) > 1e-3
+        pipe.delete_adapters("style")
+        assert distance(sample(pipe, "sd3"), routed) < 1e-6
+        pipe.load_lora_weights(tmp_path, adapter_name="style")
+        semroute.detach(pipe)
+        assert pipe.get_list_adapters() == {"transformer": ["style"]}
+        pipe.unload_lora_weights()
+        assert torch.equal(sample(pipe, "sd3"), plain)
+        parameters = dict(pipe.transformer.named_parameters())
+        assert {name: id(each) for name, each in parameters.items()} == before
+
     @pytest.mark.slow
     def test_compiled_blocks_read_it(self, make_run: Any) -> None:
         pipe, run = make_run("qwen-image", size=0.3)
@@ -362,8 +393,9 @@ def offload_sequentially(pipe: Any, device: str) -> None:
             accelerate.cpu_offload(module, torch.device("cpu"), offload_buffers=buffers)
 
 
-@pytest.mark.parametrize("preset", ["pixart", "z-image"])
-@pytest.mark.parametrize("train", ["router", "router+lora", "full"])
+@pytest.mark.parametrize(
+    ("preset", "train"), [("pixart", "router"), ("z-image", "router+lora"), ("pixart", "full")]
+)
 @pytest.mark.parametrize("kind", ["sequential", "model"])
 @pytest.mark.parametrize("first", ["attached", "offloaded"])
 def test_offloading(
