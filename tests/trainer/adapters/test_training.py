@@ -117,7 +117,7 @@ def assert_close_run(found: Path | str, expected: Path | str, tolerance: float) 
     """But for the order of sums: Adam divides a gradient near zero by its own size, so that a few
     weights may move elsewhere."""
     losses = [[line["loss"] for line in read_metrics(Path(path))] for path in (found, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 10)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 50)
     one, two = tensors(found), tensors(expected)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -217,7 +217,7 @@ class TestRanks:
         self.run(halfway, tmp_path, str(tmp_path / "sharded.py"))
         train(config, progress=False)
         one = train(configure(family, "one", **changes), progress=False)
-        assert_close_run(config.output, one, 3e-2)
+        assert_close_run(config.output, one, 0.15)
 
 
 SHARDED = """
