@@ -173,6 +173,7 @@ FAMILIES = (
         lora=_SINGLE,
         projection=("llm_cond_norm", "llm_cond_proj"),
         latents=lambda config: (config["in_channels"], 1),
+        interleaved=True,
         fusion="gains",
     ),
     Family(
