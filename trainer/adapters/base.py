@@ -129,7 +129,7 @@ class Family:
         fusion: the network's own weights of its layers: ``projector``, a module of its own, or
             ``gains``, one number per tap; None: it reads one layer.
         fusion_layer: the linear layer that these weights belong to, or that reads the taps side by
-            side; its name in the transformer, and in ComfyUI.
+            side; its name in the transformer, and in ComfyUI. Empty: there is none.
         layers_setting: what a pipeline or transformer of diffusers calls the layers that it reads,
             where they can be set.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
