@@ -15,6 +15,7 @@ import diffusers
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR
 from tiny_pipelines import run_size
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from semroute.trainer.adapters.routed import Routed
 
 FAMILIES = (
     *("pixart", "sana", "wan", "sd3", "qwen-image", "auraflow", "flux2", "flux2-klein"),
-    *("lumina2", "z-image", "krea2", "hidream"),
+    *("lumina2", "z-image", "krea2", "ideogram4", "hidream"),
 )
 CONDITIONED = ("sd3", "flux2", "flux2-klein", "hidream")
 """Families whose base rows come from a conditioning store."""
@@ -45,6 +46,8 @@ _GUIDED: dict[str, dict[str, Any]] = {
     "flux2": {"guidance_scale": 3.5},
 }
 _PACKED = ("qwen-image", "krea2")
+_ONE_PIXEL = ("flux2", "flux2-klein", "ideogram4")
+"""Families whose VAE packs."""
 _CLIP_ROWS = 77
 
 
@@ -132,7 +135,7 @@ class TinyFamily:
     def latent_shape(self) -> tuple[int, int, int]:
         if self.name == "hidream":
             return 4, 16, 16
-        return (16, 4, 4) if self.name.startswith("flux2") else (4, 8, 8)
+        return (16, 4, 4) if self.name in _ONE_PIXEL else (4, 8, 8)
 
     def text(self, network: Routed, entries: Sequence[int]) -> dict[str, Any]:
         """Arguments of ``Routed.forward`` for a batch of captions, each read once."""
@@ -213,7 +216,8 @@ class TinyFamily:
         text, entries = given[_text_argument(self.name)], []
         for number, rows in enumerate(_rows_of(self.name, given)):
             entry = next(e for e in (0, self.entry()) if self.num_rows(e) == len(rows))
-            stored = self.base_rows(entry).reshape(rows.shape)
+            stored = self.base_rows(entry)  # [T, K, H]
+            stored = (stored.mT if self.name == "ideogram4" else stored).reshape(rows.shape)
             torch.testing.assert_close(rows, stored, rtol=2**-8, atol=1e-5)
             entries.append(entry)
             if isinstance(text, list):
@@ -296,7 +300,7 @@ def pack(family: str, latents: Tensor) -> Tensor:
     """The inverse of :func:`spread`."""
     if family == "wan":
         return latents[:, :, None]
-    if family.startswith("flux2"):
+    if family in _ONE_PIXEL:
         return latents.flatten(2).mT
     if family not in _PACKED:
         return latents
@@ -323,6 +327,8 @@ def _text_argument(family: str) -> str:
 
 def _own_rows(given: dict[str, Any]) -> Tensor:
     """Rows of captions in what a transformer is given: bool [B, T]."""
+    if "indicator" in given:
+        return given["indicator"] == LLM_TOKEN_INDICATOR
     masks = [given.get(f"encoder_{name}") for name in ("attention_mask", "hidden_states_mask")]
     mask = next((mask for mask in masks if mask is not None), None)
     if mask is not None:

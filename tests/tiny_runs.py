@@ -36,6 +36,8 @@ def features_of(
     """Identity of features of the pipeline's LLM, by default of all layers."""
     source = find_model(str(pipeline / PRESETS[preset].encoder))
     tokenizer, model = load_tokenizer(source), describe_model(source)
+    raw = PRESETS[preset].final_norm == "raw"
+    every = [*range(1, model.num_layers), model.num_layers + raw]
     return FeatureIdentity(
         model=model,
         tokenizer=tokenizer_digest(tokenizer),
@@ -46,8 +48,8 @@ def features_of(
             keep_prefix=False,
             processing=PRESETS[preset].processing(preset, tokenizer, causal=model.causal),
         ),
-        layers=[*(layers or range(1, model.num_layers + 1))],
-        final_norm="normed" if layers is None else "absent",
+        layers=[*(layers or every)],
+        final_norm="absent" if layers is not None else "raw" if raw else "normed",
         dtype="float32",
         attention="sdpa",
         max_length=PRESETS[preset].max_length(tokenizer, causal=model.causal),

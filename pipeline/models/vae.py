@@ -46,6 +46,9 @@ _VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a video o
 _PATCHED = ("AutoencoderKLFlux2",)
 """Classes whose pipelines fold patches of 2 x 2 latent pixels into channels, and normalise these by
 the VAE's own batch statistics."""
+_PATCH_FIRST = ("Ideogram4Pipeline",)
+"""Pipelines that count pixels of a patch before channels of the VAE; others, channels first."""
+_INDEX = "model_index.json"
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES = [_CONFIG, f"{_WEIGHTS}.safetensors*", f"{_WEIGHTS}-*-of-*.safetensors"]
@@ -66,7 +69,7 @@ def find_vae(name: str) -> ModelFiles:
         folder = folder.resolve()
         source = str(folder)
     elif is_hub_id(name):
-        folder = download(name, [*_FILES, *(f"vae/{file}" for file in _FILES)], "--vae")
+        folder = download(name, [_INDEX, *_FILES, *(f"vae/{file}" for file in _FILES)], "--vae")
         source = hub_name(name, folder)
     else:
         raise InputError(
@@ -130,6 +133,12 @@ class Autoencoder:
                 f"--vae {self.source.name}: diffusers cannot load it: {error}"
             ) from error
         return model.float().eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _patch_first(self) -> bool:
+        """Whether its pipeline counts pixels of a patch before channels; True needs a pipeline."""
+        index = self.source.folder.parent / _INDEX
+        return index.exists() and read_json(index, follow=True).get("_class_name") in _PATCH_FIRST
 
     @cached_property
     def _probe(self) -> tuple[int, int, bool]:
@@ -217,7 +226,7 @@ class Autoencoder:
         if self.name in _VIDEO:
             mean, deviation = mean.squeeze(2), deviation.squeeze(2)
         if self.name in _PATCHED:
-            mean, deviation = _fold(mean), _fold(deviation)
+            mean, deviation = (_fold(each, self._patch_first) for each in (mean, deviation))
         return mean, deviation
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -236,7 +245,7 @@ class Autoencoder:
             for latent in latents:
                 code = (torch.from_numpy(latent).to(self.device) - shift) / scale
                 code = code[None, :, None] if self.name in _VIDEO else code[None]
-                code = _unfold(code) if self.name in _PATCHED else code
+                code = _unfold(code, self._patch_first) if self.name in _PATCHED else code
                 image = self.model.decode(code).sample.reshape(3, *self._image_size(latent.shape))
                 images.append(image.cpu().numpy())
         return latents_to_images(np.stack(images), codec.scale, codec.shift)
@@ -246,16 +255,18 @@ class Autoencoder:
         return shape[1] * factor, shape[2] * factor
 
 
-def _fold(latents: "torch.Tensor") -> "torch.Tensor":
+def _fold(latents: "torch.Tensor", patch_first: bool) -> "torch.Tensor":
     """Patches of 2 x 2 as channels: ``[n, C, h, w]`` -> ``[n, 4 C, h / 2, w / 2]``."""
     patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [n, C, h/2, 2, w/2, 2]
-    return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    order = (0, 3, 5, 1, 2, 4) if patch_first else (0, 1, 3, 5, 2, 4)
+    return patches.permute(order).flatten(1, 3)
 
 
-def _unfold(latents: "torch.Tensor") -> "torch.Tensor":
+def _unfold(latents: "torch.Tensor", patch_first: bool) -> "torch.Tensor":
     """The inverse of :func:`_fold`."""
-    patches = latents.unflatten(1, (-1, 2, 2))  # [n, C, 2, 2, h/2, w/2]
-    return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    patches = latents.unflatten(1, (2, 2, -1) if patch_first else (-1, 2, 2))
+    order = (0, 3, 4, 1, 5, 2) if patch_first else (0, 1, 4, 2, 5, 3)
+    return patches.permute(order).flatten(4, 5).flatten(2, 3)  # of [n, C, h/2, 2, w/2, 2]
 
 
 def open_decoder(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .families import CLIP_ROWS, FLUX2_TAPS
+from .networks import CLIP_ROWS, FLUX2_TAPS, IDEOGRAM4_TAPS
 
 Config = Mapping[str, Any]
 _PROMPT = ("prompt_embeds", "negative_prompt_embeds")
@@ -137,6 +137,12 @@ ARGUMENTS = {
         read=lambda value, _config: value,
         write=lambda _value, rows: rows,
         encoded=("prompt_embeds", "prompt_embeds_mask"),
+    ),
+    "ideogram4": Arguments(
+        read=lambda value, _config: value.unflatten(2, (-1, IDEOGRAM4_TAPS)).mT,
+        write=lambda _value, rows: rows.mT.flatten(2),
+        read_t=_reversed,
+        encoded=("prompt_embeds", None, None, None),
     ),
     "hidream": Arguments(
         text="encoder_hidden_states_llama3",

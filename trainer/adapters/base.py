@@ -124,10 +124,12 @@ class Family:
             masked.
         needs_conditioning: the network reads padding rows or a second encoder, which only a
             conditioning store holds.
+        interleaved: whether a row that the pipeline gives has all taps of a value side by side,
+            [H * K], and not all values of a tap.
         fusion: the network's own weights of its layers: ``projector``, a module of its own, or
             ``gains``, one number per tap; None: it reads one layer.
         fusion_layer: the linear layer that these weights belong to, or that reads the taps side by
-            side; its name in the transformer, and in ComfyUI.
+            side; its name in the transformer, and in ComfyUI. Empty: there is none.
         layers_setting: what a pipeline or transformer of diffusers calls the layers that it reads,
             where they can be set.
         image_tokens: (configuration of the transformer, C, h, w) -> length of the image for the
@@ -161,6 +163,7 @@ class Family:
     template: str = ""
     length: int | None = None
     needs_conditioning: bool = False
+    interleaved: bool = False
     fusion: Literal["projector", "gains"] | None = None
     fusion_layer: tuple[str, str] = ("", "")
     layers_setting: str | None = None

@@ -120,35 +120,50 @@ class Captures:
         signature = inspect.signature(type(encoder).forward)
         own: list[Tensor] = []  # of the call that runs: which rows are tokens, bool [B * T]
         caught: dict[int, tuple[Tensor, Tensor | None]] = {}
+        running = [False]  # whether the encoder itself, and not its parts alone
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             own.clear()
             caught.clear()
+            running[0] = True
             given = signature.bind(module, *args, **kwargs).arguments
             ids, mask = given.get("input_ids"), given.get("attention_mask")
             if ids is None or (mask is not None and mask.shape != ids.shape):
                 return  # a step of generation
             own.append((ids != pad_token if mask is None else mask.bool()).flatten())
 
+        def begin_parts(_module: nn.Module, args: Any) -> None:
+            if not running[0]:  # Ideogram 4 runs blocks one by one, and makes padding zeros
+                own[:] = [torch.ones(args[0].numel(), dtype=torch.bool)]
+                caught.clear()
+
         def take(number: int, hidden: Tensor) -> None:
             if own:
                 rows, mask = hidden.detach().flatten(0, 1), own[0].to(hidden.device)
                 caught[number] = rows[mask], rows[~mask] if number in self._base else None
+                if not running[0] and len(caught) == len(self.layers):
+                    keep()
 
-        def end(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if own:
-                hidden = torch.stack([caught[number][0] for number in range(len(self.layers))], 1)
-                padding = [caught[number][1] for number in self._base]
-                self.add(hidden, torch.stack(padding, dim=1))  # type: ignore[arg-type]
+        def keep() -> None:
+            hidden = torch.stack([caught[number][0] for number in range(len(self.layers))], 1)
+            padding = [caught[number][1] for number in self._base]
+            self.add(hidden, torch.stack(padding, dim=1))  # type: ignore[arg-type]
             own.clear()
             caught.clear()
 
+        def end(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if own:
+                keep()
+            running[0] = False
+
         self._handles.append(encoder.register_forward_pre_hook(begin, with_kwargs=True))
+        embedding = tower.module.get_input_embeddings()
+        self._handles.append(embedding.register_forward_pre_hook(begin_parts))
         self._handles += [
             _on_layer(tower, num_layers, layer, partial(take, number))
             for number, layer in enumerate(self.layers)
         ]
-        self._handles.append(encoder.register_forward_hook(end))
+        self._handles.append(encoder.register_forward_hook(end, always_call=True))
 
     def remove(self) -> None:
         """Remove the hooks and forget what they caught."""

@@ -12,6 +12,9 @@ from .families import FAMILIES
 FLUX2_STEPS = 50
 """Sampling steps for which FLUX.2's empirical shift is taken in training."""
 
+IDEOGRAM4_SIDE = 512 / 16
+"""Latent pixels at the side of the image that Ideogram 4 does not shift."""
+
 
 def make_path(config: FlowConfig, pretrained: PretrainedIdentity | None) -> Flow | Ddpm:
     """The path of a run."""
@@ -35,9 +38,10 @@ def shift_of(pretrained: PretrainedIdentity, shape: tuple[int, int, int]) -> flo
     if not scheduler:
         raise InputError(
             "the pretrained model has no scheduler/scheduler_config.json, which says how t is "
-            "shifted: "
-            "set flow.shift"
+            "shifted: set flow.shift"
         )
+    if family.name == "ideogram4":  # its pipeline sets the noise levels itself
+        return math.sqrt(shape[1] * shape[2]) / IDEOGRAM4_SIDE
     if not scheduler.get("use_dynamic_shifting"):
         # UniPC and DPM-Solver call it flow_shift.
         return float(scheduler.get("shift") or scheduler.get("flow_shift") or 1.0)

@@ -406,7 +406,10 @@ class Routed(nn.Module):
                 "conditioning: extract the features from the same captions with --template "
                 f"{self.family.template}"
             )
-        return values.reshape(len(hidden), len(self.base_layers), hidden.shape[-1])
+        sizes = (len(self.base_layers), hidden.shape[-1])
+        values = values.flatten(1)
+        interleaved = self.family.interleaved
+        return values.unflatten(1, sizes[::-1]).mT if interleaved else values.unflatten(1, sizes)
 
     def _base_rows(self, hidden: Tensor) -> Tensor:
         """[R, K, H]."""

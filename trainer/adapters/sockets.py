@@ -62,7 +62,7 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, hooks: "Sockets", source: Source) -> Tensor:
         ctx.hooks, ctx.source = hooks, source
-        return output.view_as(output)
+        return output.clone()  # FSDP2 warns of views
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

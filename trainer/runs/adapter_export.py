@@ -87,7 +87,14 @@ def export_adapter(
 
 def _is_linear(adapter: Adapter) -> bool:
     """Whether what was learned is about weights of layers in front of one linear layer."""
-    return adapter.family.fusion == "gains" and "lora" not in adapter.parts
+    return (
+        adapter.family.fusion == "gains" and "lora" not in adapter.parts and _layer(adapter) != ""
+    )
+
+
+def _layer(adapter: Adapter) -> str:
+    """The linear layer that weights of layers belong to, or that reads the layers; "": none."""
+    return adapter.family.fusion_layer[0]
 
 
 def _why_no_layers(adapter: Adapter) -> str | None:
@@ -112,6 +119,11 @@ def _why_no_layers(adapter: Adapter) -> str | None:
 def _why_no_linear(adapter: Adapter) -> str | None:
     """Why what was learned is no change of one linear layer."""
     reason = _why_no_layers(adapter)
+    if reason is None and not _layer(adapter):
+        return (
+            f"{adapter.family.name} normalises its layers together before a linear layer reads "
+            "them, so that no change of that layer is a weight of one of them"
+        )
     if reason is not None or "fusion" in adapter.parts or adapter.family.fusion == "gains":
         return reason
     return (
@@ -330,13 +342,13 @@ def _write_weights(adapter: Adapter, folder: Path, _rank: int | None) -> Content
 
 def _weights_in_diffusers(adapter: Adapter, document: dict[str, Any]) -> list[tuple[str, str, str]]:
     """How plain diffusers applies weights of layers."""
-    layer = adapter.family.fusion_layer[0]
+    layer = _layer(adapter)
     if "weights" in document:
         lines = (
             f"weight = pipe.transformer.{layer}.weight\n"
             f"weight.data.copy_(torch.tensor([{document['weights']}]))\n"
         )
-    elif adapter.family.fusion == "gains":
+    elif adapter.family.fusion == "gains" and layer:
         lines = (
             f"gains = torch.tensor({document['gains']})\n"
             f"weight = pipe.transformer.{layer}.weight  # reads the layers side by side\n"

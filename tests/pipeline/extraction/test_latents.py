@@ -14,6 +14,7 @@ from PIL import Image
 
 from semroute.pipeline.extraction.latents import encode_images
 from semroute.pipeline.inspection.describe import inspect
+from semroute.pipeline.models.vae import open_decoder
 from semroute.pipeline.sources.images import (
     choose_buckets,
     describe_images,
@@ -123,8 +124,6 @@ class TestAutoencoder:
         torch = pytest.importorskip("torch")
         import diffusers
 
-        from semroute.pipeline.models.vae import open_decoder
-
         store = encode(folder, vae=str(vae), limit=3)
         identity = store.manifest.identity
         images = open_decoder(identity, str(vae))(store.read([0, 1, 2]))
@@ -140,6 +139,28 @@ class TestAutoencoder:
         decoded = decoded.reshape(3, 3, SIZE, SIZE).permute(0, 2, 3, 1).numpy()
         expected = ((decoded + 1) * 127.5).round().clip(0, 255)
         assert np.abs(images - expected).max() <= 1
+
+    def test_ideogram_counts_the_pixels_of_a_patch_before_channels(self, tiny_pipeline, folder):
+        """In the VAE's statistics too; its pipeline decodes latents [n, tokens, C]."""
+        torch = pytest.importorskip("torch")
+        import diffusers
+
+        pipeline = tiny_pipeline("ideogram4")
+        store = encode(folder, vae=str(pipeline), limit=3)
+        vae = diffusers.AutoencoderKLFlux2.from_pretrained(pipeline / "vae").eval()
+        latents = torch.from_numpy(store.read([0, 1, 2])).flatten(2).mT
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        side = SIZE // 4
+        patches = (latents * std + vae.bn.running_mean).view(3, side, side, 2, 2, 4)
+        found = patches.permute(0, 5, 1, 3, 2, 4).reshape(3, 4, 2 * side, 2 * side)
+        images = torch.from_numpy(np.stack([pixels_of(folder, n) for n in range(3)]))
+        with torch.no_grad():
+            expected = vae.encode(images).latent_dist.mean
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        decoded = open_decoder(store.manifest.identity, str(pipeline))(store.read([0, 1, 2]))
+        with torch.no_grad():
+            again = vae.decode(expected).sample.permute(0, 2, 3, 1).numpy()
+        assert np.abs(decoded - ((again + 1) * 127.5).clip(0, 255)).max() <= 2
 
     def test_a_run_that_was_stopped_gives_the_same_bytes(self, tiny_vae, folder):
         vae = str(tiny_vae("kl"))

@@ -1,6 +1,7 @@
 """Each family against its pipeline, whose own ``__call__`` gives the transformer its inputs."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import (  # noqa: E402
+    _resolution_aware_mu,
+)
 from tiny_adapters import CONDITIONED, FAMILIES, bind, pack, spread, watch  # noqa: E402
 
 from semroute.schemas import FlowConfig, LoraConfig, ModelConfig  # noqa: E402
@@ -22,7 +26,7 @@ OTHER_LENGTH = 1e-6
 REPLACE = ("pixart", "sana", "wan")
 TOLD = {
     **dict.fromkeys(("sana", "wan", "sd3", "hidream"), lambda told: told / 1000),
-    **dict.fromkeys(("lumina2", "z-image"), lambda told: 1 - told),
+    **dict.fromkeys(("lumina2", "z-image", "ideogram4"), lambda told: 1 - told),
     **dict.fromkeys(("qwen-image", "auraflow", "flux2", "flux2-klein", "krea2"), lambda told: told),
 }
 """Noise level of what each family's network is told."""
@@ -31,7 +35,7 @@ ENDS_EARLY = (
     "qwen-image",
 )
 """Pipelines whose last step of n begins at 1/n, before the shift; others end near 0."""
-NEGATIVE = ("lumina2", "z-image", "hidream")
+NEGATIVE = ("lumina2", "z-image", "ideogram4", "hidream")
 """Families that predict x0 - noise."""
 
 
@@ -63,7 +67,7 @@ class TestPipeline:
         network = tiny.routed(strategy="depth")
         # Where padding is masked, with as much of it as we have, so that bits can be compared.
         length = {"max_sequence_length": tiny.num_rows(tiny.entry())}
-        masked = tiny.name in ("pixart", "sana", "lumina2")
+        masked = tiny.name in ("pixart", "sana", "lumina2", "ideogram4")
         for step in tiny.record(guided=guided, **(length if masked else {})):
             for call in step.calls:
                 num = len(call.entries)
@@ -81,7 +85,7 @@ class TestPipeline:
                     number = call.entries.index(tiny.entry())  # Z-Image runs "" even so
                     assert difference(prediction[number], step.model_output[0]) <= limit
 
-    @only("pixart", "sana", "lumina2")
+    @only("pixart", "sana", "lumina2", "ideogram4")
     def test_pads_more_and_gets_the_same(self, tiny: Any) -> None:
         network = tiny.routed(strategy="depth")
         step = tiny.record(guided=False)[0]
@@ -102,7 +106,7 @@ class TestPipeline:
                 text.base[text.mask], tiny.base_rows(entry), rtol=2**-8, atol=1e-5
             )
 
-    @only("pixart", "wan", "krea2")
+    @only("pixart", "wan", "krea2", "ideogram4")
     def test_base_rows_may_come_from_a_conditioning(self, tiny: Any) -> None:
         """The caption's own rows lie where its mask says; these networks count no positions."""
         network = tiny.routed(strategy="depth")
@@ -113,7 +117,9 @@ class TestPipeline:
         for number, own in enumerate(rows):
             mask[number, [*range(1, len(own)), 19]] = True
             embeds[number, mask[number]] = own
-        if tiny.name != "krea2":
+        if tiny.name == "ideogram4":
+            embeds = embeds.mT.flatten(2)
+        elif tiny.name != "krea2":
             embeds = embeds[:, :, 0]
         given = {"prompt_embeds": embeds, "mask": mask}
         inputs = tiny.inputs(network, entries)
@@ -154,8 +160,11 @@ class TestConvention:
         sigma = TOLD[name](told)[:, None, None, None]
         if name == "z-image":
             return ([*(-(torch.stack(given["x"])[:, :, 0] - x0) / sigma)[:, :, None]],)
-        velocity = (spread(name, given["hidden_states"]) - x0) / sigma  # noise - x0
+        image = given["hidden_states"]
+        rows = output[0].shape[1] - x0[0, 0].numel() if name == "ideogram4" else 0  # of text
+        velocity = (spread(name, image[:, rows:]) - x0) / sigma  # noise - x0
         truth = pack(name, -velocity if name in NEGATIVE else velocity)
+        truth = torch.cat([output[0][:, :rows], truth], dim=1) if rows else truth
         assert truth.shape == output[0].shape
         return (truth,)
 
@@ -166,6 +175,9 @@ class TestConvention:
         shift = shift_of(found.identity(config, 36), tiny.record_shape)
         if tiny.name == "pixart":
             assert shift is None
+            return
+        if tiny.name == "ideogram4":  # at 16 pixels a latent pixel, as in the real one
+            assert math.log(shift) == pytest.approx(_resolution_aware_mu(64, 64, 0.0))
             return
         # FLUX.2 shifts by the number of steps too, and Qwen-Image stretches what few steps leave.
         steps = 50 if tiny.name.startswith(("flux2", "qwen")) else 3

@@ -114,13 +114,15 @@ def assert_same_run(first: Path | str, second: Path | str) -> None:
 
 
 def assert_close_run(found: Path | str, expected: Path | str, tolerance: float) -> None:
-    """Logits and LoRA move by about a learning rate a step, in a direction that rounding decides
-    where a gradient is small; so most are compared, not all."""
+    """But for the order of sums: Adam divides a gradient near zero by its own size, so that a few
+    weights may move elsewhere."""
+    losses = [[line["loss"] for line in read_metrics(Path(path))] for path in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 50)
     one, two = tensors(found), tensors(expected)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        error = (tensor - two[name]).abs() > tolerance * two[name].abs().max() + 1e-7
-        assert error.float().mean() < 0.02, name
+        error = (tensor - two[name]).abs() / two[name].abs().max().clamp(min=1e-12)
+        assert error.flatten().sort().values[int(0.9 * (error.numel() - 1))] < tolerance, name
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -173,6 +175,107 @@ class TestResume:
         assert 5 <= latest_checkpoint(Path(config.output)).step < 60
         train(config, progress=False)
         assert_same_run(train(configure(family, "whole", **changes), progress=False), config.output)
+
+
+@pytest.mark.slow
+class TestRanks:
+    """Two processes on a CPU, started by torchrun."""
+
+    def run(self, config: TrainConfig, folder: Path, *script: str) -> None:
+        (folder / "config.json").write_text(config.model_dump_json(exclude_unset=True))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += ["--standalone", *script, str(folder / "config.json")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize(("family", "part"), [("sana", "router+lora"), ("qwen-image", "full")])
+    def test_two_do_what_one_does(
+        self, configure: Callable[..., Any], family: str, part: str, tmp_path: Path
+    ) -> None:
+        changes = {"model": {"train": part}, "gradient_checkpointing": True}
+        config = configure(family, "two", **changes)
+        self.run(config, tmp_path, "-m", "semroute.cli", "train")
+        one = train(configure(family, "one", **changes), progress=False)
+        assert_close_run(config.output, one, 1e-3)
+
+    @pytest.mark.parametrize(
+        ("family", "part"),
+        [
+            ("sana", "router+lora"),
+            ("qwen-image", "full"),
+            ("krea2", "router+projection"),
+            ("sana", "our own"),
+        ],
+    )
+    def test_fsdp2_in_bfloat16(
+        self, configure: Callable[..., Any], family: str, part: str, tmp_path: Path
+    ) -> None:
+        """Begun by one process, sharded in the middle, and finished by one. Gates read t, of which
+        bfloat16 would leave two digits."""
+        own = {"kind": "dit", "pretrained": None, "size": "nano", "depth": 2, "patch_size": 2}
+        changes = {"model": own if part == "our own" else {"train": part}}
+        changes["mixed_precision"] = "bf16"
+        changes |= {"routing": {"strategy": "joint"}, "gradient_checkpointing": family == "sana"}
+        config = configure(family, "sharded", **changes)
+        train(config.model_copy(update={"steps": 2}), progress=False)
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        halfway = config.model_copy(update={"steps": 4})
+        self.run(halfway, tmp_path, str(tmp_path / "sharded.py"))
+        train(config, progress=False)
+        one = train(configure(family, "one", **changes), progress=False)
+        assert_close_run(config.output, one, 0.15)
+
+
+SHARDED = """
+import sys
+import warnings
+from pathlib import Path
+
+import accelerate.utils.other
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+from semroute.schemas import TrainConfig
+from semroute.trainer.training import train as module
+
+warnings.simplefilter("error")
+accelerate.utils.other.is_deepspeed_available = lambda: False  # importing it takes long
+torch.set_num_threads(1)
+make, networks = module.make_accelerator, []
+
+
+def make_accelerator(config):
+    # Accelerate does all that it does on GPUs, but on a CPU it does not begin by itself.
+    accelerator = make(config)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    prepare = accelerator.prepare
+
+    def watched(network, *optimizers):
+        networks.append(network)
+        return prepare(network, *optimizers)
+
+    accelerator.prepare = watched
+    return accelerator
+
+
+module.make_accelerator = make_accelerator
+module.train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+(network,) = networks
+assert isinstance(network, FSDPModule)
+sharded = [m for m in network.modules() if type(m).__name__.startswith("FSDP")]
+assert len(sharded) >= 5, sharded  # itself and at least four of its modules
+"""
 
 
 def wait_for(path: str, step: int, process: Any) -> None:

@@ -22,10 +22,10 @@ from semroute.trainer.adapters.families import FAMILIES as KNOWN  # noqa: E402
 
 PRESETS = (
     *("pixart", "sana", "wan", "qwen-image", "lumina2", "z-image", "krea2", "flux2"),
-    *("flux2-klein", "hidream", "auraflow", "sd3"),
+    *("flux2-klein", "hidream", "auraflow", "sd3", "ideogram4"),
 )
 PROMPT, NEGATIVE = "a red cup", "blurry, far away"
-WITHOUT_NEGATIVE = ("flux2", "flux2-klein")
+WITHOUT_NEGATIVE = ("flux2", "flux2-klein", "ideogram4")
 """Pipelines that take no negative prompt; klein guides by an empty one."""
 NULL_APART = ("sana", "lumina2")
 """Their negative prompts are put to the LLM in the template of the null caption."""
@@ -103,7 +103,9 @@ class Reference:
             return x[:, :, 0]
         if self.family == "z-image":
             return torch.stack(x)[:, :, 0]
-        if self.family == "flux2":
+        if self.family == "ideogram4":
+            x = x[:, len(self.known[0]) :]
+        if self.family in ("flux2", "ideogram4"):
             return x.mT.unflatten(2, 2 * (round(x.shape[1] ** 0.5),))
         if self.family in ("qwen-image", "krea2"):
             side = round(x.shape[1] ** 0.5)
@@ -112,7 +114,7 @@ class Reference:
         return x
 
     def pack(self, out: Any) -> Any:
-        if self.family in ("lumina2", "z-image", "hidream"):
+        if self.family in ("lumina2", "z-image", "hidream", "ideogram4"):
             out = -out
         if self.family == "pixart":
             return torch.cat([out, out], dim=1)  # the second half is the variance
@@ -122,6 +124,8 @@ class Reference:
             return [*out[:, :, None]]
         if self.family == "flux2":
             return out.flatten(2).mT
+        if self.family == "ideogram4":  # behind the text
+            return torch.nn.functional.pad(out.flatten(2).mT, (0, 0, len(self.known[0]), 0))
         if self.family in ("qwen-image", "krea2"):
             batch, channels, height, width = out.shape
             patches = out.view(batch, channels, height // 2, 2, width // 2, 2)
@@ -134,6 +138,9 @@ def encode_prompt(pipe: Any, preset: str, text: str) -> dict[str, Any]:
     call = inspect.signature(type(pipe).__call__).parameters
     names = inspect.signature(type(pipe).encode_prompt).parameters
     given = {name: call[name].default for name in names if name in call and name != "self"}
+    if "grid_h" in names:  # without an image
+        size = {"grid_h": 0, "grid_w": 0, "device": pipe.device}
+        given |= size | {"max_sequence_length": run_size(preset)["max_sequence_length"]}
     outputs = pipe.encode_prompt(**given | {"prompt": [text]})
     encoded = dict(zip(ARGUMENTS[family_of(preset)].encoded, outputs, strict=True))
     negative = preset in NULL_APART and not text
@@ -244,6 +251,8 @@ def check_against_run(pipe: Any, preset: str, run: Path, least: float) -> None:
         ("wan", "full", {}),
         ("krea2", "fusion", {}),
         ("flux2-klein", "fusion", {}),
+        ("ideogram4", "fusion", {}),
+        ("ideogram4", "router", {"where": "input", "strategy": "token"}),
         ("flux2-klein", "router", {"where": "taps"}),
         ("krea2", "router", {"where": "taps", "strategy": "joint"}),
         ("sd3", "router", {"where": "input"}),
