@@ -251,7 +251,7 @@ class TestStudy:
     @pytest.mark.usefixtures("undrawn")
     @pytest.mark.slow
     def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path, kill_once):
-        content = document(world, tmp_path / "out", tuning=None)
+        content = document(world, tmp_path / "out", tuning=None, seeds=[0])
         del content["tuning"]
         content["train"] = {**content["train"], "steps": 12}
         file = write(tmp_path / "study.yaml", content)
