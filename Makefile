@@ -36,9 +36,12 @@ $(LLM): $(SETUP)
 demo: $(LLM)
 	@BIN=$(BIN) bash benchmarks/demo.sh $(DEMO)
 
-# Several at a time, each with one thread. To see one alone: make test TEST_OPTIONS='-n 0 -k name'
+# Several at a time, each with one thread, and the longest files first (tests/conftest.py). Bytecode
+# is written: every process that a test starts would compile for itself.
+# To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TEST_OPTIONS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) \
+	  --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12

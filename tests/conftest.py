@@ -27,6 +27,23 @@ COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 THINGS = ("cup", "tree", "car", "bird", "chair", "box", "clock", "small dog")
 PLACES = ("", " on a table", " in the snow", " at night, seen from very far above")
 
+LONGEST = (
+    "trainer/studies/test_runner.py",
+    "pipeline/extraction/test_features.py",
+    "trainer/training/test_trainer.py",
+    "pipeline/executor/test_connect.py",
+    "test_docs.py",
+    "test_cli.py",
+    "schemas/test_files.py",
+)
+"""Files that take longest. They come first: one that came last would run alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_teams() -> Iterator[None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from semroute.cli import cli
 from semroute.schemas import InputError, Scoring, StudyConfig, parse
@@ -122,6 +123,13 @@ def done(world):
     return file, out, invoke("study", file, "--jobs", 2)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made and not drawn, which takes most of the time of a study that has little to
+    do. Tests that look at them draw them."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **_options: Path(path).touch())
+
+
 class TestStudy:
     def test_every_run_is_trained_and_scored(self, done):
         _, out, printed = done
@@ -184,12 +192,14 @@ class TestStudy:
         (depth,) = [line for line in summary.splitlines() if line.startswith("| depth | uniform |")]
         assert len(depth.split("|")) == 2 + 2 + 2 * 2
 
+    @pytest.mark.usefixtures("undrawn")
     def test_run_again_does_nothing(self, done):
         file, out, _ = done
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
         assert "study: 4 runs, to do: 0" in invoke("study", file)
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
+    @pytest.mark.usefixtures("undrawn")
     def test_it_grows_and_says_what_is_missing(self, world, done, tmp_path):
         out = shutil.copytree(done[1], tmp_path / "out")
         file = write(tmp_path / "grown.yaml", document(world, out, seeds=[0, 1, 2]))
@@ -200,6 +210,7 @@ class TestStudy:
         assert "study: 6 runs, to do: 2" in printed
         assert "Not done yet" not in (out / "report.md").read_text()
 
+    @pytest.mark.usefixtures("undrawn")
     def test_scoring_differently_scores_again_and_trains_nothing(self, world, done, tmp_path):
         out = shutil.copytree(done[1], tmp_path / "out")
         changed = document(world, out)
@@ -237,9 +248,10 @@ class TestStudy:
         assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
 
+    @pytest.mark.usefixtures("undrawn")
     @pytest.mark.slow
     def test_killed_and_resumed_gives_the_same_scores(self, world, done, tmp_path, kill_once):
-        content = document(world, tmp_path / "out", tuning=None)
+        content = document(world, tmp_path / "out", tuning=None, seeds=[0])
         del content["tuning"]
         content["train"] = {**content["train"], "steps": 12}
         file = write(tmp_path / "study.yaml", content)
@@ -252,6 +264,7 @@ class TestStudy:
         )
         assert found.equals(expected)
 
+    @pytest.mark.usefixtures("undrawn")
     @pytest.mark.slow
     def test_scores_outlive_their_runs(self, world, tmp_path):
         out = tmp_path / "out"
@@ -281,6 +294,7 @@ class TestStudy:
         table = pq.read_table(out / "results.parquet")
         assert {*table["arm"].to_pylist()} == {"uniform", "depth", "late"}
 
+    @pytest.mark.usefixtures("undrawn")
     def test_some_arms_alone_and_what_is_known_of_others_stays(self, world, done, tmp_path):
         out = tmp_path / "out"
         out.mkdir()
@@ -320,6 +334,7 @@ class TestStudy:
         printed = invoke("study", write(tmp_path / "other.yaml", content), code=1)
         assert "in a study without scoring" in printed
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_run_that_fails_is_named_and_the_others_are_done(self, world, tmp_path):
         content = document(world, tmp_path / "out")
         del content["tuning"]
@@ -403,6 +418,7 @@ class TestAblate:
             assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 0
             assert str(tmp_path / "out" / "figures" / f"{name}.png") in printed
 
+    @pytest.mark.usefixtures("undrawn")
     @pytest.mark.slow
     def test_stored_scores_are_reused(self, world, done, tmp_path, kill_once):
         run, other = (done[1] / "runs" / "depth" / f"seed-{seed}" for seed in (0, 1))

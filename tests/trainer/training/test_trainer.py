@@ -208,7 +208,7 @@ class TestOutput:
 
     @pytest.mark.slow
     def test_one_process_trains_a_run(self, configure, tmp_path, capsys, start_command):
-        config = configure(steps=200, log_every=1, checkpoint_every=2)
+        config = configure(steps=60, log_every=1, checkpoint_every=2)
         (tmp_path / "config.json").write_text(config.model_dump_json())
         child = start_command("train", tmp_path / "config.json")
         path = Path(config.output)
@@ -216,11 +216,11 @@ class TestOutput:
         os.kill(child.pid, signal.SIGSTOP)
         with pytest.raises(LockedError, match=f"written by process {child.pid} on .* stop it"):
             train(config)
-        assert latest_checkpoint(path).step < 200
+        assert latest_checkpoint(path).step < 60
         child.kill()
         train(config)
         assert f"the lock of process {child.pid} on" in capsys.readouterr().err
-        assert latest_checkpoint(path).step == 200
+        assert latest_checkpoint(path).step == 60
         assert not (path / "driver.json").exists()
 
     def test_a_file_is_not_a_directory(self, configure):
