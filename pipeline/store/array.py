@@ -65,7 +65,7 @@ class ShardedArray:
         expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
         if shape != expected:
             raise CorruptShardError(
-                f"{path}: the array is {shape} but the manifest says {expected}"
+                f"{path / METADATA}: the array is {shape} but the manifest says {expected}"
             )
         for fault in self.faults(StoredArray(self.row_shape, self.dtype, self.order)):
             raise CorruptShardError(f"{path / METADATA}: {fault}")
