@@ -65,7 +65,7 @@ class ShardedArray:
         expected = (layout.num_shards * layout.rows_per_shard, *self.row_shape)
         if shape != expected:
             raise CorruptShardError(
-                f"{path}: the array is {shape} but the manifest says {expected}"
+                f"{path / METADATA}: the array is {shape} but the manifest says {expected}"
             )
         for fault in self.faults(StoredArray(self.row_shape, self.dtype, self.order)):
             raise CorruptShardError(f"{path / METADATA}: {fault}")
@@ -95,7 +95,7 @@ class ShardedArray:
         """The array as zarr-python sees it."""
         try:
             return zarr.open_array(store=str(self.path), mode="r")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # zarr-python has no kind of its own for damaged metadata
             raise CorruptShardError(f"{self.path / METADATA} is damaged: {error}") from error
 
     def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:

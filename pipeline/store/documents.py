@@ -236,13 +236,20 @@ def passed_against(path: Path, pipeline_class: str, files: Mapping[str, str]) ->
 
 
 def check_digest(path: Path, name: str, content: Any, checksums: Checksums | None) -> None:
-    """Refuse a file whose bytes are not those that were written, as far as checksums list it.
+    """Refuse a file whose bytes are not those that were written.
+
+    Args:
+        checksums: None in a store of an early version, of which nothing is known.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: it is damaged, or not listed.
     """
-    expected = checksums.files.get(name) if checksums else None
-    if expected and hashlib.sha256(content).hexdigest() != expected:
+    if checksums is None:
+        return
+    expected = checksums.files.get(name)
+    if expected is None:
+        raise StoreError(f"{path / name} is not listed in {CHECKSUMS}. Put both back from a copy.")
+    if hashlib.sha256(content).hexdigest() != expected:
         raise StoreError(
             f"{path / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Put it back from "
             "a copy; semroute verify lists all damage."

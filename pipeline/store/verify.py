@@ -255,6 +255,9 @@ def _check_checksums(report: _Report, store: AnyStore) -> set[str]:
         found = report.attempt(name, partial(digest_file, inside(report.path, name)))
         if found is not None and found != expected:
             report.problem(name, f"its sha256 is not the one in {CHECKSUMS}")
+    for name in report.files:
+        if store.is_written_once(name) and name not in checksums.files:
+            report.problem(name, f"is not listed in {CHECKSUMS}")
     return {name for name in checksums.files if store.is_written_once(name)}
 
 

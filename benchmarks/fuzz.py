@@ -1,0 +1,62 @@
+"""Forges stores at random, and uses each as its readers do.
+
+    python benchmarks/fuzz.py FOLDER --forgeries 2000 --seed 0
+
+A forgery flips, truncates, renumbers, relinks or exchanges fields and files of a tiny store of each
+kind; most then make its checksums and receipts agree. Each is opened, read, inspected and verified
+in a process of its own. Wrong is a signal, an error that is not one message, more than 10 s or
+1 GB, a file outside that changes, and numbers other than those that were written from a store whose
+checksums do not agree with its bytes. FOLDER keeps a line of JSON per forgery in ``log.jsonl``:
+rerun the same command to resume. Exits with 1 if something was wrong.
+"""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from attacked import Attacked
+from random_forgeries import Fuzz
+from tiny_stores import KINDS, make_store
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--forgeries", default=2000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--kind", multiple=True, type=click.Choice(KINDS), help="Default: all.")
+def main(folder: Path, forgeries: int, seed: int, kind: tuple[str, ...]) -> None:
+    """Forge stores, and log what came of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    done = {entry["number"]: entry for entry in map(json.loads, lines)}
+    kinds, attacked = kind or KINDS, Attacked()
+    with tempfile.TemporaryDirectory() as place, log.open("a") as file:
+        stores = {each: make_store(each, Path(place) / each) for each in kinds}
+        fuzz = Fuzz(stores, attacked, Path(place) / "forged")
+        for number in range(forgeries):
+            if number in done:
+                continue
+            entry = fuzz.run(number, seed)
+            done[number] = entry
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            if entry["fault"]:
+                click.echo(f"{number}: {entry['kind']}: {entry['what']}: {entry['fault']}")
+    attacked.close()
+    entries = [done[number] for number in range(forgeries)]
+    outcomes = Counter(entry["outcome"] for entry in entries)
+    counts = ", ".join(f"{num:,} {name}" for name, num in outcomes.items())
+    longest, most = (max(entry[key] for entry in entries) for key in ("seconds", "megabytes"))
+    click.echo(f"{len(entries):,} forgeries: {counts}; longest {longest:.1f} s, most {most:.0f} MB")
+    sys.exit(1 if any(entry["fault"] for entry in entries) else 0)
+
+
+if __name__ == "__main__":
+    main()
