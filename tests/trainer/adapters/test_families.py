@@ -14,6 +14,8 @@ from diffusers.pipelines.ideogram4.pipeline_ideogram4 import (  # noqa: E402
 )
 from tiny_adapters import CONDITIONED, FAMILIES, bind, pack, spread, watch  # noqa: E402
 
+from semroute.pipeline.inspection.pipelines import read_pipeline  # noqa: E402
+from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
 from semroute.schemas import FlowConfig, LoraConfig, ModelConfig  # noqa: E402
 from semroute.trainer.adapters.lora import add_lora  # noqa: E402
 from semroute.trainer.adapters.paths import make_path, shift_of  # noqa: E402
@@ -132,6 +134,23 @@ class TestPipeline:
             expected = network(**inputs)
             found = network(**{**inputs, "conditioning": given})
         assert difference(found, expected) <= 2 * OTHER_LENGTH
+
+
+class TestBaseLayers:
+    """Three tables name the layers that a network reads: of presets, of what pipelines do to text,
+    and of families."""
+
+    def test_tables_agree(self, tiny: Any) -> None:
+        found = find_pretrained(str(tiny.folder))
+        num_layers = tiny.store.manifest.identity.model.num_layers
+        family = found.family.base_layers(num_layers, found.index, found.config)
+        pipeline = open_text_pipeline(str(tiny.folder)).base_layers
+        preset = read_pipeline(str(tiny.folder)).base_layers(num_layers)
+        if tiny.name in ("hidream", "fibo"):  # the pipeline gives all layers, blocks read some
+            assert {*family} <= {*pipeline}
+        else:
+            assert family == pipeline
+        assert [*dict.fromkeys(family)] == [*preset]
 
 
 class TestConvention:
