@@ -52,7 +52,7 @@ COMPARISON_SCHEMA = pa.schema(
 accuracies of each seed; ``low`` and ``high`` are its 95 % interval over seeds, null for a single
 seed. ``difference`` is the difference to the arm ``reference`` over the seeds that both have, with
 intervals over seeds and over captions; null if an arm is compared with none. ``p`` is that of the
-paired t-test over seeds, null for fewer than ``MIN_UNITS``, and ``stands`` whether the difference
+paired t-test over seeds, null where there is none, and ``stands`` whether the difference
 stands after Holm's correction over all differences of the table."""
 
 
@@ -105,12 +105,11 @@ def over_seeds(values: NDArray[np.float64]) -> Interval:
 
 
 def paired_p(differences: NDArray[np.float64]) -> float | None:
-    """Two-sided p of the paired t-test of [S] differences; None for fewer than ``MIN_UNITS``."""
-    if len(differences) < MIN_UNITS:
+    """Two-sided p of the paired t-test of [S] differences; None for fewer than ``MIN_UNITS``, and
+    for equal ones, whose error cannot be told."""
+    if len(differences) < MIN_UNITS or np.ptp(differences) < 1e-9:
         return None
     mean, error = float(differences.mean()), float(stats.sem(differences))
-    if error == 0.0:
-        return 0.0 if mean else 1.0
     return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
 
 

@@ -133,9 +133,21 @@ class TestHolm:
         assert row(comparison, "depth", skill="all")["stands"] is False
         assert row(comparison, "uniform", skill="all")["p"] is None
 
+    def test_equal_differences_are_not_tested(self):
+        """Three seeds that differ by one caption each say nothing about a fourth."""
+        right = np.zeros((2, 3, 100), bool)
+        right[1, :, 0] = True
+        found = row(compare_arms(results(right), AGAINST), "depth")
+        assert (found["seeds_low"], found["p"], found["stands"]) == (
+            pytest.approx(0.01),
+            None,
+            None,
+        )
+
     def test_two_seeds_are_not_tested(self):
         right = np.random.default_rng(0).random((2, 2, 40)) < [[[0.1]], [[0.9]]]
         found = row(compare_arms(results(right), AGAINST), "depth")
+        assert found["seeds_low"] is not None
         assert found["p"] is found["stands"] is None
 
 
