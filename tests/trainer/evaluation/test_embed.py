@@ -17,9 +17,11 @@ from click.testing import CliRunner  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_pipelines import run_size  # noqa: E402
+from tiny_text_halves import make_text_half  # noqa: E402
 
 import semroute  # noqa: E402
 from semroute.cli import cli  # noqa: E402
+from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
 from semroute.schemas import InputError  # noqa: E402
 from semroute.trainer.evaluation.embed import embed, read_embeds  # noqa: E402
 
@@ -172,6 +174,45 @@ def test_plain_diffusers_reads_it(
     pipe = semroute.attach(load(folder), run)
     expected = sample(pipe, preset, **prompts_of(preset))
     assert distance(load_file(out)["latents"], expected) < 2e-5
+
+
+class TestPipelines:
+    """Prompts for a pipeline that nothing was learned for."""
+
+    @pytest.mark.parametrize("preset", ["sana", "flux2-klein", "krea2"])
+    def test_gives_what_the_pipeline_gives_itself(
+        self, preset: str, tiny_pipeline: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        folder, file = tiny_pipeline(preset), tmp_path / "embeds.safetensors"
+        negative = None if preset in WITHOUT_NEGATIVE else NEGATIVE
+        embeds = embed(folder, PROMPTS, file, negative=negative)
+        assert (embeds.record.step, embeds.record.learned, embeds.usage) == (None, "none", "")
+        expected = sample(load(folder), preset, **prompts_of(preset))
+        latents = sample(load(folder, text=False), preset, **read_embeds(file).given)
+        assert distance(latents, expected) < 2e-5
+
+    @pytest.mark.parametrize(("family", "width"), [("ltx2", 32 * 7), ("cosmos", 32 * 6)])
+    def test_networks_that_cannot_be_trained(self, family: str, width: int, tmp_path: Path) -> None:
+        folder, file = make_text_half(family, tmp_path), tmp_path / "embeds.safetensors"
+        given = embed(folder, PROMPTS, file, negative=NEGATIVE).given
+        text = open_text_pipeline(str(folder))
+        for number, prompt in enumerate([*PROMPTS, NEGATIVE]):
+            name = "prompt_embeds" if number < 2 else "negative_prompt_embeds"
+            rows = given[name][number % 2]
+            own = text.encode_one(prompt)[name.removeprefix("negative_")]
+            mask = given.get(name.replace("embeds", "attention_mask"))
+            rows = rows if mask is None else rows[mask[number % 2].bool()]
+            assert rows.shape[1] == own.shape[1]
+            assert torch.equal(rows[-len(own) :], own)
+
+    def test_options_of_runs_are_refused(
+        self, tiny_pipeline: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "embeds.safetensors"
+        with pytest.raises(InputError, match="is a pipeline: leave out --pipeline, --step"):
+            embed(tiny_pipeline("sana"), PROMPTS, file, step=3)
+        with pytest.raises(InputError, match="BriaFiboPipeline takes no embeddings"):
+            embed(tiny_pipeline("fibo"), PROMPTS, file)
 
 
 class TestEmbed:
