@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from ...schemas import InputError, parse
+from ...schemas.escaping import in_markdown, without_secrets
 from ...schemas.files import inside, is_local, read_file, scan
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
@@ -218,19 +219,19 @@ def make_card(store: Store[Any], repo: str, license: str | None = None) -> str:
         tags=["semroute", "zarr", tag],
         configs=[{"config_name": name, "data_files": f"{name}.parquet"} for name in tables],
     )
-    stated = license or "not stated; ask the uploader before you use it"
-    return f"""---
+    stated = in_markdown(license or "not stated; ask the uploader before you use it")
+    card = f"""---
 {data.to_yaml()}
 ---
 
-# {data.pretty_name}
+# {in_markdown(str(data.pretty_name))}
 
 {what}, written by semroute as a sharded Zarr v3 store, for
 [Semantic Routing](https://arxiv.org/abs/2602.03510).
 
 | | |
 |---|---|
-{chr(10).join(f"| {key} | {_cell(value)} |" for key, value in rows.items())}
+{chr(10).join(f"| {key} | {in_markdown(value)} |" for key, value in rows.items())}
 | licence | {stated} |
 
 ## Read it
@@ -260,6 +261,7 @@ samples = pyarrow.parquet.read_table("{data.pretty_name}/samples.parquet")
 
 `manifest.json` records how it was made and what its codes mean.
 """
+    return without_secrets(card)
 
 
 def _example(store: Store[Any], folder: str) -> str:
@@ -278,7 +280,3 @@ def _example(store: Store[Any], folder: str) -> str:
         "caption = store[1]\n"
         "print(caption.text, caption.hidden.shape)  # tokens, layers, width"
     )
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
