@@ -19,6 +19,8 @@ from typing import Any
 
 SECONDS = 10
 """Longest use of a store, in seconds of the processor."""
+RUN = "run"
+"""Kind of what is no store, but a run: it has no checksums to agree with."""
 _GRACE = 90.0  # until a process that hangs is killed, whatever else the machine does
 _IMPORT_SECONDS = 120.0
 
@@ -64,7 +66,11 @@ class Attacked:
 
 
 def _read(kind: str, path: str) -> str:
-    """sha256 of all that a store gives its readers."""
+    """sha256 of all that a store or run gives its readers."""
+    if kind == RUN:
+        from forged_runs import read_run
+
+        return read_run(path)
     import numpy as np
 
     import semroute
@@ -88,14 +94,23 @@ def _read(kind: str, path: str) -> str:
     return digest.hexdigest()
 
 
-def _inspect(_kind: str, path: str) -> None:
+def _inspect(kind: str, path: str) -> None:
+    if kind == RUN:
+        from forged_runs import inspect_run
+
+        inspect_run(path)
+        return
     from semroute.pipeline.inspection.describe import inspect
     from semroute.pipeline.inspection.status import status
 
     json.dumps([inspect(path).details, status(path).details])
 
 
-def _verify(_kind: str, path: str) -> str:
+def _verify(kind: str, path: str) -> str:
+    if kind == RUN:
+        from forged_runs import resume_run
+
+        return resume_run(path)
     from semroute.pipeline.store.verify import verify
 
     found = verify(path)

@@ -13,8 +13,6 @@ from semroute.trainer.runs.checkpoint import save_checkpoint
 from semroute.trainer.runs.metrics import add_line
 from semroute.trainer.runs.record import build_model, trained_weights, write_record
 
-STRATEGIES = ("depth", "joint")
-
 
 def make_run(path: Path) -> Path:
     """Two checkpoints, metrics and routing over time; its stores lie beside it."""
