@@ -5,11 +5,11 @@
 
 A forgery flips, truncates, renumbers, relinks or exchanges fields and files of a tiny store of each
 kind, or of a run; most then make its checksums and receipts agree. Each is opened, read, inspected
-and verified in a process of its own. Wrong is a signal, an error that is not one message, more than 10 s or
-1 GB, a file outside that changes, and numbers other than those that were written from a store whose
-checksums do not agree with its bytes. FOLDER keeps a line of JSON per forgery in ``log.jsonl``:
-rerun the same command to resume. ``--every`` tries each forgery of the tests on each kind of store
-instead. Exits with 1 if something was wrong.
+and verified in a process of its own. Wrong is a signal, an error that is not one message, more than
+10 s or 1 GB, a file outside that changes, and numbers other than those that were written from a
+store whose checksums do not agree with its bytes. FOLDER keeps a line of JSON per forgery in
+``log.jsonl``: rerun the same command to resume. ``--every`` tries each forgery of the tests on each
+kind of store instead. Exits with 1 if something was wrong.
 """
 
 import json
