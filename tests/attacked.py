@@ -31,7 +31,7 @@ class Attacked:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def use(self, kind: str, path: Path) -> dict[str, Any]:
+    def use(self, kind: str, path: Path, patience: float = SECONDS + _GRACE) -> dict[str, Any]:
         """What came of each step, by its name: ``error`` and ``message``, or ``found``; and of all
         ``died``, how the process did, or ``megabytes`` that it took and ``seconds``."""
         process = self._process or self._start()
@@ -39,7 +39,7 @@ class Attacked:
         assert process.stdout is not None
         process.stdin.write(json.dumps({"kind": kind, "path": str(path)}) + "\n")
         process.stdin.flush()
-        if select.select([process.stdout], [], [], SECONDS + _GRACE)[0]:
+        if select.select([process.stdout], [], [], patience)[0]:
             line = process.stdout.readline()
             if line:
                 return json.loads(line)

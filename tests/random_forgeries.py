@@ -179,7 +179,9 @@ class Fuzz:
 
     def __init__(self, stores: Mapping[str, Path], attacked: Attacked, folder: Path) -> None:
         self.stores, self.attacked, self.folder = stores, attacked, folder
-        self.whole = {kind: attacked.use(kind, path)["read"] for kind, path in stores.items()}
+        self.whole = {  # the first of a kind imports what it needs
+            kind: attacked.use(kind, path, 600.0)["read"] for kind, path in stores.items()
+        }
 
     def run(self, number: int, seed: int) -> dict[str, Any]:
         """One forgery: ``fault`` says what went wrong, if something did."""

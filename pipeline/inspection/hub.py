@@ -34,6 +34,7 @@ from ..store.open import open_store
 from .describe import inspect
 
 CARD = "README.md"
+_LEFT_OUT = "left out, as it is no file of the store: {}"
 MAX_FILES = 100_000
 """Limit of a repository on the Hub (https://huggingface.co/docs/hub/storage-limits)."""
 _ERRORS: tuple[type[Exception], ...] = (
@@ -83,7 +84,7 @@ class Push:
             f"{format_bytes(sum(sizes))}"
             for name, sizes in folders.items()
         ]
-        lines += [f"  left out, as it is no file of the store: {name}" for name in self.left_out]
+        lines += [f"  {_LEFT_OUT.format(name)}" for name in self.left_out]
         return "\n".join([f"{self.repo} ({who} if it is new): {size}", *lines, "", self.card])
 
 
@@ -126,6 +127,8 @@ def push(
         url = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         _check_repository(api, repo, store)
         report(f"{len(files):,} files, {format_bytes(sum(files.values()))}, to {url}")
+        for name in left_out:
+            report(_LEFT_OUT.format(name))
         # Each file by its name: a pattern may match more, or less, than was listed.
         api.create_commit(
             repo,
