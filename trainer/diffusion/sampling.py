@@ -71,6 +71,13 @@ class SamplingConfig:
     method: Literal["euler", "heun"] = "euler"
     clock: NoiseLevelMap | None = None
 
+    def __post_init__(self) -> None:
+        low, high = self.cfg_interval
+        if not low < high:
+            raise InputError(
+                f"the interval of guidance is from t {low:g} to {high:g}; expected the lower first"
+            )
+
 
 def conditioning(
     model: Model,

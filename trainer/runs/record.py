@@ -19,6 +19,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
 from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 
@@ -195,8 +196,8 @@ def refuse_other_weights(found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Write ``run.json`` atomically."""
-    write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
+    """Write ``run.json`` atomically, without the secrets of URLs."""
+    write_document(path / RECORD, without_secrets(record.model_dump_json(indent=1)) + "\n")
 
 
 def read_record(path: Path) -> RunRecord:

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...schemas import InputError
+from ...schemas.atomic import make_folder
 from .images import render
 from .scenes import Scene, sample_scene, split_of
 
@@ -111,10 +111,8 @@ def write_world(
         "dev": [(*pair, "dev") for pair in dev],
         "test": [*((*pair, "test") for pair in test), *((*pair, "held-out") for pair in held_out)],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = make_folder(out.parent, f".{out.name}.")
     try:
-        partial.chmod(0o755)  # mkdtemp makes it private
         total = sum(map(len, files.values()))
         with tqdm(total=total, unit="image", disable=not progress) as bar:
             for name, rows in files.items():

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
+from ...schemas.escaping import shown
 from ..adapters.paths import make_path
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
@@ -56,7 +57,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             trim_metrics(path, loader.start_step)
             if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
                 for pair in loader.pairs:
-                    tqdm.write(pair.summary(), file=sys.stderr)
+                    _report(pair.summary())
         trainer = Trainer(
             config,
             accelerator,
@@ -72,7 +73,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
 
 def _report(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(shown(line), file=sys.stderr)
 
 
 def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:
