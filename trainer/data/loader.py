@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...schemas import DataConfig
+from ...schemas import DataConfig, InputError
 from ...schemas.seeds import Purpose, numpy_generator
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes
@@ -133,6 +134,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         shape = store.shape(int(store.buckets[indices.sample[0]]))
         noise = self._posterior_noise(first, self.num_positions, shape)
         latents = allocate((self.num_positions, *shape), torch.float32)
+        self._request(indices)
         values = latents.numpy()
         for number, pair in enumerate(self.pairs):
             own = np.flatnonzero(indices.source == number)
@@ -140,6 +142,31 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
                 part = None if noise is None else noise[own]
                 values[own] = pair.latents.read(indices.sample[own], part)
         return first, indices, latents
+
+    def request(self, step: int, micro_step: int = 0) -> None:
+        """Ask the disk for what :meth:`read` will read, and do not wait for it.
+
+        Errors are left to :meth:`read`, which meets them again.
+        """
+        first = self.partition.first_position(self.data.batch_size, step, micro_step)
+        with suppress(InputError, OSError):
+            self._request(self.sampler.indices(first, self.num_positions))
+
+    def _request(self, indices: SampleIndices) -> None:
+        unique = self._unique_captions(indices)
+        for number, (pair, captions) in enumerate(zip(self.pairs, unique, strict=True)):
+            if len(captions):
+                samples = indices.sample[indices.source == number]
+                pair.features.request(captions, self.layers)
+                pair.latents.request(samples, deviation=self._samples_posterior)
+                if pair.conditioning is not None:
+                    pair.conditioning.request(captions)
+
+    @property
+    def _samples_posterior(self) -> bool:
+        """Whether latents are sampled from the posterior of the VAE."""
+        has_posterior = any(pair.latents.has_deviation for pair in self.pairs)
+        return self.data.posterior != "mean" and has_posterior
 
     def _row_shape(self) -> tuple[int, int]:
         """(L, H)."""
@@ -170,8 +197,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
     ) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of ``num`` positions from ``first`` on,
         where latents are sampled from a posterior."""
-        has_posterior = any(pair.latents.has_deviation for pair in self.pairs)
-        if self.data.posterior == "mean" or not has_posterior:
+        if not self._samples_posterior:
             return None
         positions = range(first, first + num)
         generators = (numpy_generator(self.seed, Purpose.POSTERIOR, p) for p in positions)
@@ -185,23 +211,33 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         """
         ahead: deque[Future[AnyBatch]] = deque()
         reader = ThreadPoolExecutor(self.data.workers, thread_name_prefix="semroute-stream")
+        # Requests wait for nobody, so the disk works on all batches ahead, and not on as many as
+        # there are threads to read them.
+        requester = ThreadPoolExecutor(1, thread_name_prefix="semroute-request")
         worker = get_worker_info()
         steps = self._steps()
         if worker is not None:
             steps = islice(steps, worker.id, None, worker.num_workers)
         depth = max(self.data.prefetch, self.data.workers)
+
+        def begin(num: int) -> None:
+            for step in islice(steps, num):
+                requester.submit(self.request, *step)
+                ahead.append(reader.submit(self.read, *step))
+
         try:
-            ahead.extend(reader.submit(self.read, *next(steps)) for _ in range(depth))
+            begin(1)  # alone, as everyone waits for it
             while True:
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
                 waited = time.perf_counter() - began
-                # Only now, so that it is read during the step and not during the wait.
-                ahead.append(reader.submit(self.read, *next(steps)))
+                # Only now, so that they are read during the step and not during the wait.
+                begin(depth - len(ahead))
                 self.stall_monitor.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
-            reader.shutdown(wait=True, cancel_futures=True)
+            for pool in (requester, reader):
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Every step with its accumulation steps, without end."""
