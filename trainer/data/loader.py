@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
+from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...schemas import DataConfig
 from ...schemas.seeds import Purpose, numpy_generator
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes
-from .dataset import StorePair, open_pairs, proportions
-from .sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
+from ...pipeline.store.order.dataset import StorePair, by_shape, open_pairs
+from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (
     FeatureIdentity,
     InputError,
@@ -22,9 +24,7 @@ from ...schemas import (
     RunRecord,
     TrainConfig,
 )
-from ..data.dataset import StorePair, by_shape, open_pairs
 from ..data.loader import PackedLoader
-from ..data.sampler import BatchPartition
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...pipeline.store.order.dataset import check_joined, open_joined
 from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, numpy_generator, torch_generator
 from ..data.batch import Batch
-from ..data.dataset import check_joined, open_joined
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 

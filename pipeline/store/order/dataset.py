@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 
-from ...schemas import (
+from ....schemas import (
     MASK,
     DataConfig,
     InputError,
@@ -27,14 +27,14 @@ from ...schemas import (
     differences,
     refuse_differences,
 )
-from ...schemas.columns import to_plain
-from ...schemas.seeds import as_uniform
+from ....schemas.columns import to_plain
+from ....schemas.seeds import as_uniform
 from .filters import parse_filter
 
 if TYPE_CHECKING:
-    from ...pipeline.store.conditioning import ConditioningStore
-    from ...pipeline.store.features import FeatureStore
-    from ...pipeline.store.latents import LatentStore
+    from ..conditioning import ConditioningStore
+    from ..features import FeatureStore
+    from ..latents import LatentStore
 
 
 _BLOCK_BYTES = 1 << 26
@@ -196,7 +196,7 @@ def open_pairs(
         InputError: a store is unfinished, or two do not belong together; a filter or column of
             weights does not fit; nothing is left to train on.
     """
-    from ...pipeline.store.open import open_features, open_latents
+    from ..open import open_features, open_latents
 
     first = select(features, latents, data.select)
     pairs = [replace(first, conditioning=open_joined(data.conditioning, features))]
@@ -235,7 +235,7 @@ def open_joined(path: str | None, features: "FeatureStore") -> "ConditioningStor
     """
     if path is None:
         return None
-    from ...pipeline.store.open import open_conditioning
+    from ..open import open_conditioning
 
     store = open_conditioning(path)
     store.check_complete()
