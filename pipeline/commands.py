@@ -243,6 +243,20 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
+@click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="With --for: bytes that FEATURES may take. Shards are written as the runs come to them, "
+    "and evicted once all runs have read them.",
+)
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="With --budget: the YAML file of a run that reads FEATURES with data.order=shards, or its "
+    "directory. May be given several times.",
+)
 @threads_option
 @limit_option
 @work_options
@@ -254,8 +268,9 @@ def extract(captions: str, features: str, **options: Any) -> None:
     x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
 
     \b
-    Example:
+    Examples:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+      semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
     from .extraction.features import extract as run
 

@@ -12,6 +12,7 @@ Shapes: B batch (of one rank and accumulation step), R rows (tokens of all capti
 U unique captions, T tokens of the longest caption, L layers, H text width, C channels.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...pipeline.store.budget.followed import FollowedFeatureStore
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...schemas import DataConfig
@@ -62,6 +64,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
+        stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
+            be replaced before the first batch.
 
     Raises:
         InputError: stores that are unfinished or of different samples, a selection that does not
@@ -93,6 +97,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.start_step = start_step
         self.held_out = held_out
         self.stall_monitor = InputStallMonitor(data.workers)
+        self.stop = threading.Event()
         self.sampler = make_sampler(self.pairs, data, seed)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
@@ -190,6 +195,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         if worker is not None:
             steps = islice(steps, worker.id, None, worker.num_workers)
         depth = max(self.data.prefetch, self.data.workers)
+        closed = threading.Event()
+        self._end_waits_by(closed)
         try:
             ahead.extend(reader.submit(self.read, *next(steps)) for _ in range(depth))
             while True:
@@ -201,7 +208,16 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
                 self.stall_monitor.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
+            closed.set()
             reader.shutdown(wait=True, cancel_futures=True)
+            self._end_waits_by()
+
+    def _end_waits_by(self, *events: threading.Event) -> None:
+        """End waits for shards of stores with a disk budget once :attr:`stop` or one of the events
+        is set."""
+        for pair in self.pairs:
+            if isinstance(pair.features, FollowedFeatureStore):
+                pair.features.stops = [self.stop, *events]
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Every step with its accumulation steps, without end."""

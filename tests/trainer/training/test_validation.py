@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semroute.pipeline.store.order.dataset import held_out
 from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import ContractError, InputError, ValidationConfig, parse
 from semroute.trainer.data.loader import PackedLoader
@@ -16,7 +17,6 @@ from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.accelerator import make_accelerator
 from semroute.trainer.training.setup import prepare
 from semroute.trainer.training.train import train
-from semroute.trainer.training.validation import held_out
 
 
 @pytest.fixture(autouse=True, scope="module")
