@@ -306,6 +306,12 @@ def extract(captions: str, features: str, **options: Any) -> None:
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="Bytes that the store may take, see extract --budget: what extraction must deliver then, "
+    "and costs.",
+)
+@click.option(
     "--probe",
     is_flag=True,
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
@@ -330,7 +336,7 @@ def estimate(
     from .inspection.benchmark import run_benchmark
     from .inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes")
+    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget")
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
@@ -485,9 +491,13 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
+    With a disk budget, also which runs it follows and who waits for whom. STORE may be the
+    directory of such a run.
+
     \b
-    Example:
+    Examples:
       semroute status features
+      semroute status runs/depth
     """
     from .inspection.status import status as run
 
