@@ -1,8 +1,9 @@
 """Which shards of a store a run needs at which of its positions: a function of its configuration
 and of the tables alone, so that extraction and training agree without talking.
 
-Positions are cut into granules, of a batch or more: a run that is in a granule needs all of its
-shards. Shapes: P positions, N pairs of a granule and a shard.
+Positions are cut into granules, of a batch or more. A run that is in a granule needs all of its
+shards, and those of the batch after it: a step is not taken before the next batch is read, which is
+copied to a device meanwhile. Shapes: N pairs of a granule and a shard.
 """
 
 import hashlib
@@ -160,14 +161,23 @@ class ShardNeeds:
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Pairs of a granule, by where it begins, and a shard that it needs; int64 ``[N]`` each."""
+        # With batches of 2 positions and granules of 4, of which two are a block:
+        #
+        #     position    0  1  2  3 | 4  5  6  7 | 8  9
+        #     granule     0  0  0  0 | 4  4  4  4 |
+        #     and before             | 0  0       | 4  4     as the batch after it
         if block not in self._blocks:
             first = block * self._block_size
-            indices = self.sampler.indices(first, min(self._block_size, self.stop - first))
+            stop = min(first + self._block_size, self.stop)
+            indices = self.sampler.indices(first, stop + self.batch_size - first)
             own = np.flatnonzero(np.isin(indices.source, self.sources))
             shard = self.shard_of[indices.caption[own]].astype(np.int64)
-            start = first + own // self.granule * self.granule
-            pairs = np.unique(np.stack([start, shard]), axis=1)
-            pairs = pairs[:, ~np.isin(pairs[1], [*self.kept])]
+            granule = own // self.granule * self.granule
+            after = own - granule < self.batch_size
+            start = first + np.concatenate([granule, granule[after] - self.granule])
+            pairs = np.stack([start, np.concatenate([shard, shard[after]])])
+            pairs = pairs[:, (start >= first) & (start < stop)]
+            pairs = np.unique(pairs[:, ~np.isin(pairs[1], [*self.kept])], axis=1)
             self._blocks[block] = pairs[0], pairs[1]
         return self._blocks[block]
 

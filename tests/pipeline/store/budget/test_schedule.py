@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from semroute.pipeline.store.budget import needs
+from semroute.pipeline.store.budget.needs import ShardNeeds
 from semroute.pipeline.store.budget.schedule import Residents, merge
+from semroute.pipeline.store.order.sampler import SampleIndices
 
 
 @dataclass
@@ -61,23 +64,21 @@ def test_runs_end_within_the_room_however_they_go(seed):
         if rng.random() < 0.02:  # killed, and resumed from a checkpoint
             fallen = int(rng.integers(len(runs)))
             positions[fallen] = max(0, positions[fallen] - int(rng.integers(1, 8)))
-        for number, needs in enumerate(runs):
-            there = positions[number] < len(needs.shards) and residents.on_disk.keys() >= {
-                0,
-                *needs.shards[positions[number]],
-            }
-            positions[number] += bool(there and rng.random() < 0.7)
-    assert positions == [len(needs.shards) for needs in runs]
+        for number, run in enumerate(runs):
+            if positions[number] < len(run.shards) and rng.random() < 0.7:
+                needed = {0, *run.shards[positions[number]]}
+                positions[number] += needed <= residents.on_disk.keys()
+    assert positions == [len(run.shards) for run in runs]
     assert num_written > num_shards - 1
     assert num_written - num_evicted == len(residents.on_disk)
 
 
 def test_runs_in_the_same_order_share_what_is_written():
     """A shard is written once per epoch for all of them: the fast ones wait."""
-    needs = draw_needs(np.random.default_rng(0), 12, 2, 2)
-    wanted = merge([0], [(needs, 9), (needs, 2), (needs, 5)], 6)
-    assert wanted[: 1 + 2] == [0, *sorted(needs.shards[2])]
-    assert wanted == merge([0], [(needs, 2)], 6)
+    run = draw_needs(np.random.default_rng(0), 12, 2, 2)
+    wanted = merge([0], [(run, 9), (run, 2), (run, 5)], 6)
+    assert {*wanted[:3]} == {0, *run.shards[2]}
+    assert wanted == merge([0], [(run, 2)], 6)
 
 
 def test_the_last_wanted_goes_first_and_only_as_far_as_there_is_need():
@@ -88,3 +89,32 @@ def test_the_last_wanted_goes_first_and_only_as_far_as_there_is_need():
     residents.in_flight[5] = 10
     del residents.on_disk[3]
     assert residents.turn([0, 4, 1, 2]) == ([], None)  # 5 is on its way, and in the way
+
+
+class Counting:
+    """A sampler that shows caption p at position p."""
+
+    def indices(self, first, num):
+        captions = np.arange(first, first + num)
+        return SampleIndices(np.zeros(num, np.int64), captions, captions)
+
+
+@pytest.mark.parametrize("block", [8, 1_000])
+def test_a_granule_needs_its_shards_and_those_of_the_batch_after_it(monkeypatch, block):
+    monkeypatch.setattr(needs, "BLOCK_POSITIONS", block)
+    shard_of = np.arange(100) // 3
+    found = ShardNeeds(
+        shard_of, Counting(), [0], batch_size=2, stop=26, granule=4, kept=frozenset([0]), epoch=26
+    )
+    for position in range(28):
+        starts, shards = found.ahead(position, 99)
+        assert (np.diff(starts) >= 0).all()
+        expected = set()
+        for start in range(position // 4 * 4, 26 if position < 26 else 0, 4):
+            stop = min(start + 4, 26) + 2 if start + 4 >= 26 else start + 6
+            expected |= {(start, s) for s in shard_of[start:stop].tolist() if s}
+        assert {*zip(starts.tolist(), shards.tolist(), strict=True)} == expected
+    absent = np.zeros(34, bool)
+    absent[5] = True  # captions 15 to 17, of which granule 12 reads 15, and the batch after it 16
+    assert found.steps_before(4, absent, 99) == 4
+    assert found.largest(np.full(34, 10)) == 30
