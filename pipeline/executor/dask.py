@@ -5,7 +5,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -174,7 +174,8 @@ class DaskExecutor(Executor):
             with _Tasks(self, function, arguments) as tasks:
                 deadly: list[int] = []
                 for shard, outcome in tasks.run(shards):
-                    if _kills_workers(outcome):
+                    # Of shards without end there is no last one, after which to try it alone.
+                    if _kills_workers(outcome) and isinstance(shards, Sequence):
                         deadly.append(shard)
                     else:
                         yield shard, outcome

@@ -40,6 +40,7 @@ from ..store.budget.schedule import Residents, merge
 from ..store.budget.shards import enter_budget, evict, on_disk, other_bytes, remove_leftovers
 from ..store.documents import ShardTooLargeError, write_contract
 from ..store.features import FeatureStore
+from ..store.shard_file import CRC_BYTES
 from .driver import ExtractionError, explaining, quarantine, reason, report_dashboard, sweep
 from .requests import ExtractRequest
 
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.1
 """Pause between two looks at the positions of runs."""
+BUDGET_BYTES = 8_000
+"""Bytes that ``budget.json`` and the lock may take."""
+CHUNK_BYTES = 16 + CRC_BYTES
+"""Bytes of a chunk besides its rows: in the index, and of its checksum."""
 MARGIN = 1.25
 """The size of a shard that was never written is at most this many times that of the others, per
 row; one that turns out larger is written once there is room for it."""
@@ -367,15 +372,18 @@ class Schedule:
 
     def _sizes(self) -> np.ndarray:
         """Bytes of each shard, by its receipt, or the most that it may take: int64 ``[shards]``."""
-        rows = self._rows
+        rows, layout = self._rows, self.store.manifest.layout
         known = np.array([*self._known], np.int64)
         sizes = np.array([*self._known.values()], np.int64)
         if len(known):
             per_row = MARGIN * float((sizes / rows[known]).max())
         else:
             bytes_per_row = self.store.bytes_per_row()
-            per_row = MARGIN * bytes_per_row * self.plan.bits_per_value / 16
-        found = np.ceil(rows * per_row).astype(np.int64) + INDEX_BYTES
+            margin = 1.0 if self.store.manifest.codec.name == "bf16" else MARGIN
+            per_row = margin * bytes_per_row * self.plan.bits_per_value / 16
+        num_chunks = layout.rows_per_shard // layout.rows_per_chunk
+        index = len(self.store.stored_arrays) * (num_chunks * CHUNK_BYTES + CRC_BYTES)
+        found = np.ceil(rows * per_row).astype(np.int64) + index
         found[known] = sizes
         return found
 
@@ -389,12 +397,6 @@ class Schedule:
         sizes = self.residents.sizes
         largest = max(follower.needs.largest(sizes) for follower in self.followers)
         return int(sizes[sorted(self.kept)].sum()) + largest
-
-
-BUDGET_BYTES = 8_000
-"""Bytes that ``budget.json`` and the lock may take."""
-INDEX_BYTES = 8_192
-"""Bytes of a shard besides its rows, such as its index."""
 
 
 @dataclass

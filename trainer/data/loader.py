@@ -168,7 +168,11 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     def warning(self) -> str | None:
         """A one-time warning when training waits for data, with the numbers and what to do."""
-        return self.stall_monitor.warning(self.stored_bytes)
+        text = self.stall_monitor.warning(self.stored_bytes)
+        budgets = [p.features for p in self.pairs if isinstance(p.features, FollowedFeatureStore)]
+        if text is not None and budgets:
+            text += f" If it waits for extraction, semroute status {budgets[0].path} says so."
+        return text
 
     def _posterior_noise(
         self, first: int, num: int, shape: tuple[int, int, int]
