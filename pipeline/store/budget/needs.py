@@ -174,11 +174,12 @@ class ShardNeeds:
             shard = self.shard_of[indices.caption[own]].astype(np.int64)
             granule = own // self.granule * self.granule
             after = own - granule < self.batch_size
-            start = first + np.concatenate([granule, granule[after] - self.granule])
-            pairs = np.stack([start, np.concatenate([shard, shard[after]])])
-            pairs = pairs[:, (start >= first) & (start < stop)]
-            pairs = np.unique(pairs[:, ~np.isin(pairs[1], [*self.kept])], axis=1)
-            self._blocks[block] = pairs[0], pairs[1]
+            start = np.concatenate([granule, granule[after] - self.granule])
+            shard = np.concatenate([shard, shard[after]])
+            inside = (start >= 0) & (start < stop - first) & ~np.isin(shard, [*self.kept])
+            num_shards = int(self.shard_of.max()) + 1
+            pairs = np.unique(start[inside] * num_shards + shard[inside])
+            self._blocks[block] = first + pairs // num_shards, pairs % num_shards
         return self._blocks[block]
 
     def _drop_blocks(self, position: int) -> None:

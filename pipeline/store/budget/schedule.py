@@ -39,7 +39,8 @@ class Residents:
 
     def most(self) -> int:
         """Shards that may be on disk together, at most."""
-        return min(len(self.sizes), self.room // max(1, int(self.sizes.min())) + 1)
+        fitting = np.searchsorted(np.cumsum(np.sort(self.sizes)), self.room, side="right")
+        return min(len(self.sizes), int(fitting) + 1)
 
     def turn(self, wanted: Sequence[int]) -> Turn:
         """What to do next.
