@@ -80,7 +80,6 @@ ARROWS = {
         "trainer.model",
         "trainer.shapes",
         "trainer.plots",
-        "trainer.data",
         "trainer.runs",
         "trainer.training",
         "trainer.evaluation",

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ from .shard_file import (
     read_bytes,
     tells_residency,
 )
+
+
+@dataclass(frozen=True)
+class CodedShard:
+    """The file of a shard in memory.
+
+    Attributes:
+        name: path relative to the array.
+        parts: its bytes, in order.
+        file: size and sha256.
+    """
+
+    name: str
+    parts: list[bytes]
+    file: WrittenFile
 
 
 class ShardedArray:
@@ -100,14 +116,11 @@ class ShardedArray:
         except Exception as error:  # zarr-python has no kind of its own for damaged metadata
             raise CorruptShardError(f"{self.path / METADATA} is damaged: {error}") from error
 
-    def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard, durably on disk or in the object store.
+    def code_shard(self, shard: int, rows: np.ndarray) -> "CodedShard":
+        """The file of one whole shard, still to be written.
 
         Args:
             rows: ``[rows_per_shard, *row_shape]``; unused rows are zero and cost nothing.
-
-        Returns:
-            Path relative to the array -> the file written.
         """
         expected = (self.layout.rows_per_shard, *self.row_shape)
         if rows.shape != expected or rows.dtype != self.dtype:
@@ -122,12 +135,37 @@ class ShardedArray:
             )
         name = shard_name(shard, len(self.row_shape))
         parts = self._code(rows)
-        # A worker that was taken for dead may still be writing the same bytes.
-        write_whole(inside(self.path, name), *parts, alone=False)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        return {name: WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())}
+        file = WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())
+        return CodedShard(name, parts, file)
+
+    def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
+        """Write one whole shard, durably on disk or in the object store.
+
+        Args:
+            rows: as for :meth:`code_shard`.
+
+        Returns:
+            Path relative to the array -> the file written.
+        """
+        coded = self.code_shard(shard, rows)
+        self.write_coded(coded)
+        return {coded.name: coded.file}
+
+    def write_coded(self, coded: "CodedShard") -> None:
+        """Write the file of a shard."""
+        # A worker that was taken for dead may still be writing the same bytes.
+        write_whole(inside(self.path, coded.name), *coded.parts, alone=False)
+
+    def open_shards(self) -> list[int]:
+        """Shards whose files are kept open."""
+        return [*self._shards]
+
+    def forget(self, shard: int) -> None:
+        """Close the file of a shard, so that the disk gets its space back if it is removed."""
+        self._shards.pop(shard, None)
 
     def _code(self, rows: np.ndarray) -> list[bytes]:
         """The file of a shard in parts: its chunks, without those of zeros, and the index.

@@ -12,6 +12,7 @@ Shapes: B batch (of one rank and accumulation step), R rows (tokens of all capti
 U unique captions, T tokens of the longest caption, L layers, H text width, C channels.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...pipeline.store.budget.followed import FollowedFeatureStore
+from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
+from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...schemas import DataConfig, InputError
 from ...schemas.seeds import Purpose, numpy_generator
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes
-from .dataset import StorePair, open_pairs, proportions
-from .sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
+        stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
+            be replaced before the first batch.
 
     Raises:
         InputError: stores that are unfinished or of different samples, a selection that does not
@@ -94,6 +98,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.start_step = start_step
         self.held_out = held_out
         self.stall_monitor = InputStallMonitor(data.workers)
+        self.stop = threading.Event()
         self.sampler = make_sampler(self.pairs, data, seed)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
@@ -190,7 +195,11 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     def warning(self) -> str | None:
         """A one-time warning when training waits for data, with the numbers and what to do."""
-        return self.stall_monitor.warning(self.stored_bytes)
+        text = self.stall_monitor.warning(self.stored_bytes)
+        budgets = [p.features for p in self.pairs if isinstance(p.features, FollowedFeatureStore)]
+        if text is not None and budgets:
+            text += f" If it waits for extraction, semroute status {budgets[0].path} says so."
+        return text
 
     def _posterior_noise(
         self, first: int, num: int, shape: tuple[int, int, int]
@@ -225,6 +234,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
                 requester.submit(self.request, *step)
                 ahead.append(reader.submit(self.read, *step))
 
+        closed = threading.Event()
+        self._end_waits_by(closed)
         try:
             begin(1)  # alone, as everyone waits for it
             while True:
@@ -236,8 +247,17 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
                 self.stall_monitor.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
+            closed.set()
             for pool in (requester, reader):
                 pool.shutdown(wait=True, cancel_futures=True)
+            self._end_waits_by()
+
+    def _end_waits_by(self, *events: threading.Event) -> None:
+        """End waits for shards of stores with a disk budget once :attr:`stop` or one of the events
+        is set."""
+        for pair in self.pairs:
+            if isinstance(pair.features, FollowedFeatureStore):
+                pair.features.stops = [self.stop, *events]
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Every step with its accumulation steps, without end."""

@@ -15,6 +15,7 @@ from ..runs.metrics import trim_metrics
 from ..runs.record import write_record
 from ..runs.start import start_from
 from .accelerator import make_accelerator
+from .position import followed_stores, publishing
 from .setup import make_loader, prepare
 from .trainer import Trainer
 
@@ -66,8 +67,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             setup.validation,
             make_path(record.config.flow, record.pretrained),
         )
-        if trainer.step < config.steps:
-            trainer.fit(loader, progress, lock)
+        followed = followed_stores(setup.pairs)
+        with publishing(
+            config, followed if main else [], lambda: trainer.step, lambda: loader.wait_seconds
+        ):
+            if trainer.step < config.steps:
+                trainer.fit(loader, progress, lock)
         accelerator.end_training()
     return path
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data.batch import on_device
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import draw_noise, jitter
 

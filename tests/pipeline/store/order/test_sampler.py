@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semroute.pipeline.store.features import NULL_CAPTION
+from semroute.pipeline.store.order.dataset import SampleIndex
+from semroute.pipeline.store.order.sampler import BatchPartition, MixtureSampler
 from semroute.schemas import InputError
-from semroute.trainer.data.dataset import SampleIndex
-from semroute.trainer.data.sampler import BatchPartition, MixtureSampler
 
 
 def source(counts, weights=None, shard_size=None, first=1):
