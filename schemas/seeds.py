@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 
+RANDOM_VERSION = 2
+"""Version of the arithmetic of noise, t, and turns in mixtures that new runs take, see
+``TrainConfig.random_version``."""
+
+
 class Purpose(IntEnum):
     """Purpose of a generator: the second word of its key."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...schemas import DataConfig
-from ...schemas.seeds import Purpose, numpy_generator
+from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes
 from .dataset import StorePair, open_pairs, proportions
@@ -59,6 +59,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: samples of these stores that are never delivered, int64.
         start_step: the first step to deliver.
         pairs: result of :func:`open_pairs` for ``data``, where it is known already.
+        version: of the order, ``TrainConfig.random_version``.
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
@@ -80,6 +81,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
         pairs: Sequence[StorePair] | None = None,
+        version: int = RANDOM_VERSION,
     ) -> None:
         self.num_positions = partition.size(data.batch_size)
         first, *others = open_pairs(features, latents, data) if pairs is None else pairs
@@ -93,12 +95,13 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.start_step = start_step
         self.held_out = held_out
         self.stall_monitor = InputStallMonitor(data.workers)
-        self.sampler = make_sampler(self.pairs, data, seed)
+        self.version = version
+        self.sampler = make_sampler(self.pairs, data, seed, version)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
 
-    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step")
+    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step", "version")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what was opened, chosen and read in this process."""

@@ -33,7 +33,7 @@ def draw_noise(
     Each position has a generator of its own, so neither ranks nor accumulation steps nor devices
     nor restarts change what a sample is trained with.
     """
-    t, noise = [], []
+    flow, t, noise = flow.at(shape), [], []
     for position in range(first, first + num):
         generator = torch_generator(seed, Purpose.NOISE, position)
         t.append(flow.sample_t(draws, generator))

@@ -131,7 +131,7 @@ def solve(
 
     if config.method == "heun" and isinstance(flow, Ddpm):
         raise InputError("method heun is for rectified flow, and this network is a DDPM: use euler")
-    schedule = flow.schedule(config.num_steps).tolist()
+    schedule = flow.at(noise.shape).schedule(config.num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
         v = velocity(x, now)

@@ -22,6 +22,7 @@ from ...schemas import (
     RunRecord,
     TrainConfig,
 )
+from ...schemas.seeds import RANDOM_VERSION
 from ..data.dataset import StorePair, by_shape, open_pairs
 from ..data.loader import PackedLoader
 from ..data.sampler import BatchPartition
@@ -107,6 +108,7 @@ def make_loader(
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
+        version=config.random_version or RANDOM_VERSION,
     )
 
 

@@ -206,7 +206,8 @@ class Trainer:
         inputs = (x_t, t, batch.hidden, batch.offsets, caption, t_routing)
         extra = {} if batch.conditioning is None else {"conditioning": batch.conditioning}
         prediction = self.model(*inputs, **extra)
-        return self.flow.loss(prediction, x0, noise, t).mean(), t_routing
+        losses, weight = self.flow.loss(prediction, x0, noise, t), self.flow.weight(t)  # [B*K]
+        return (losses if weight is None else losses * weight).mean(), t_routing
 
     def validate(self) -> dict[str, Any]:
         """The loss on held-out samples, as metrics; its time does not count for the speed."""

@@ -1,6 +1,8 @@
 import importlib.util
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +90,10 @@ VARIANTS = {
     },
     "bf16": {"mixed_precision": "bf16"},
     "penultimate": {"strategy": "penultimate"},
+    "recipe": {
+        "flow": {"t_density": "mode", "loss_weight": "min-snr", "shift_area": 36},
+        "optimizer": {"decayed": "matrices"},
+    },
 }
 
 
@@ -190,6 +196,20 @@ class TestOutput:
         train(configure(steps=2, optimizer={"schedule": "cosine"}))
         with pytest.raises(InputError, match="steps: 3 instead of 2"):
             train(configure(steps=3, optimizer={"schedule": "cosine"}))
+
+    def test_steps_may_grow_before_a_decay_but_not_after(self, configure):
+        def config(output, **changes):
+            return configure(output, optimizer={"schedule": "wsd", "decay_steps": 2}, **changes)
+
+        whole = train(config("whole", steps=8, checkpoint_every=4))
+        parts = train(config("parts", steps=6, checkpoint_every=4))
+        with pytest.raises(InputError, match="steps: 8 instead of 6"):
+            train(config("parts", steps=8))
+        shutil.rmtree(parts / "checkpoints" / "step-00000006")
+        train(config("parts", steps=8))
+        assert_same_bits(whole, parts)
+        with pytest.raises(ValueError, match=r"decay_steps is 2, but .* there are 1 steps"):
+            configure(steps=4, optimizer={"schedule": "wsd", "decay_steps": 2})  # 3 of warm-up
 
     def test_another_store_is_refused(self, configure):
         path = train(configure(steps=1))
@@ -563,6 +583,20 @@ class TestOptimizers:
         assert (router["lr"], router["weight_decay"]) == (0.03, 0.0)
         assert [id(p) for p in router["params"]] == [id(p) for p in dit.router_parameters()]
 
+    def test_norms_and_biases_need_not_decay(self, configure):
+        dit = self.dit(configure, "joint")
+        config = configure(optimizer={"decayed": "matrices", "name": "muon"}).optimizer
+        decayed = {
+            id(parameter)
+            for optimizer in make_optimizers(dit, config)
+            for group in optimizer.param_groups
+            if group["weight_decay"]
+            for parameter in group["params"]
+        }
+        router = {id(parameter) for parameter in dit.router_parameters()}
+        expected = {id(p) for p in dit.parameters() if p.ndim > 1} - router
+        assert decayed == expected
+
     @pytest.mark.parametrize("strategy", ["static", "depth", "time", "joint"])
     def test_a_logit_moves_by_about_the_routers_rate_whatever_the_strategy(
         self, configure, strategy
@@ -588,11 +622,15 @@ class TestOptimizers:
             ("constant", [0.5, 1, 1, 1, 1]),
             ("linear", [0.5, 1, 0.75, 0.5, 0.25]),
             ("cosine", [0.5, 1, 0.8536, 0.5, 0.1464]),
+            ("cosine-restarts", [0.5, 1, 0.5, 1, 0.5]),
+            ("wsd", [0.5, 1, 1, 1, 1 - math.sqrt(0.5)]),
         ],
     )
     @pytest.mark.parametrize("start", [0, 1, 3])
     def test_schedules_are_functions_of_the_step(self, configure, schedule, expected, start):
-        config = configure(steps=5, optimizer={"warmup_steps": 1, "schedule": schedule, "lr": 1.0})
+        own = {"cosine-restarts": {"num_cycles": 2}, "wsd": {"decay_steps": 2}}.get(schedule, {})
+        optimizer = {"warmup_steps": 1, "schedule": schedule, "lr": 1.0, **own}
+        config = configure(steps=5, optimizer=optimizer)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = make_schedule(optimizer, config, start)
         found = []
