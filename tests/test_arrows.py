@@ -35,7 +35,7 @@ ARROWS = {
         "pipeline.executor",
         "pipeline.store",
     },
-    "trainer.data": {"pipeline.store"},
+    "trainer.data": {"pipeline.store", "trainer.diffusion"},
     "trainer.runs": {
         "pipeline.store",
         "pipeline.style",

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...schemas import DataConfig
+from ...schemas import MASK, DataConfig
 from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
+from ..diffusion.noise import NoiseSource
 from .batch import Batch, PaddedBatch
-from .buffers import allocate, allocate_codes
+from .buffers import allocate, allocate_codes, allocated
 from .dataset import StorePair, open_pairs, proportions
 from .sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from .throughput import InputStallMonitor
@@ -223,11 +224,12 @@ class PackedLoader(StreamingDataset[Batch]):
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
             decodes. Decompressed codes are larger than what they stand for, so it is for codecs
             that a CPU decodes slowly (``Codec.matrices``).
+        noise: draws t and noise for each batch; None: batches have none.
 
     Other arguments and errors: as for :class:`StreamingDataset`.
     """
 
-    _options = (*StreamingDataset._options, "codes")
+    _options = (*StreamingDataset._options, "codes", "noise")
 
     def __init__(
         self,
@@ -236,10 +238,12 @@ class PackedLoader(StreamingDataset[Batch]):
         data: DataConfig,
         *,
         codes: bool = False,
+        noise: NoiseSource | None = None,
         **options: Any,
     ) -> None:
         super().__init__(features, latents, data, **options)
         self.codes = codes
+        self.noise = noise
 
     def read(self, step: int, micro_step: int = 0) -> Batch:
         """One batch, read now."""
@@ -272,6 +276,9 @@ class PackedLoader(StreamingDataset[Batch]):
             if pair.conditioning is not None:
                 given.append(pair.conditioning.tensors(ids))
             before += len(ids)
+        draws = None
+        if self.noise is not None:
+            draws = self.noise.draw(first, len(latents), tuple(latents.shape[1:]), allocate)
         return Batch(
             step=step,
             micro_step=micro_step,
@@ -283,14 +290,20 @@ class PackedLoader(StreamingDataset[Batch]):
             latents=latents,
             sources=indices.source if len(self.pairs) > 1 else None,
             conditioning=join(given),
+            draws=draws,
         )
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Tensors of several stores, one after the other, by name; None of none."""
+    """Tensors of several stores, one after the other, by name, in memory of :func:`.allocate`; None
+    of none."""
     if not parts:
         return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {
+        name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
+        for name in parts[0]
+    }
+    return {name: value if name == MASK else allocated(value) for name, value in joined.items()}
 
 
 class PaddedLoader(StreamingDataset[PaddedBatch]):

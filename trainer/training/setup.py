@@ -23,9 +23,11 @@ from ...schemas import (
     TrainConfig,
 )
 from ...schemas.seeds import RANDOM_VERSION
+from ..adapters.paths import make_path
 from ..data.dataset import StorePair, by_shape, open_pairs
 from ..data.loader import PackedLoader
 from ..data.sampler import BatchPartition
+from ..diffusion.noise import NoiseSource
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
@@ -97,6 +99,7 @@ def make_loader(
         InputError: ranks and accumulation steps do not divide the batch.
     """
     config = setup.record.config
+    version = config.random_version or RANDOM_VERSION
     return PackedLoader(
         setup.features,
         setup.latents,
@@ -108,7 +111,14 @@ def make_loader(
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
-        version=config.random_version or RANDOM_VERSION,
+        version=version,
+        noise=NoiseSource(
+            make_path(config.flow, setup.record.pretrained),
+            config.seed,
+            config.data.noise_draws,
+            config.routing.t_jitter,
+            version,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
@@ -25,7 +26,6 @@ from ...schemas import TrainConfig
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
-from ..diffusion.noise import draw_noise, jitter
 from ..model.router import entropy
 from ..runs.checkpoint import (
     Checkpoint,
@@ -165,9 +165,11 @@ class Trainer:
                 accelerator.backward(loss + self.network.router.penalty(t))
             own_loss += loss.detach() / config.grad_accum_steps
         parameters = self.network.parameters()
-        norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
+        norms = accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
         report = torch.stack([own_loss, torch.full_like(own_loss, stop)])
-        total_loss, stopping = accelerator.reduce(report, "mean").tolist()
+        report = torch.cat([accelerator.reduce(report, "mean"), norms[None]])
+        total_loss, stopping, norm = report.tolist()
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 self._not_finite(own_loss.item(), total_loss, norm, sample_ids)
@@ -185,21 +187,8 @@ class Trainer:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch, each sample under K draws of t and noise; and the t that routing
         saw."""
-        draws = self.config.data.noise_draws
-        t, noise = draw_noise(
-            self.flow,
-            tuple(batch.latents.shape[1:]),
-            seed=self.config.seed,
-            first=batch.position,
-            num=len(batch.sample_ids),
-            draws=draws,
-        )
-        t_routing = t
-        if deviation := self.config.routing.t_jitter:
-            t_routing = jitter(
-                t, deviation, seed=self.config.seed, first=batch.position, draws=draws
-            )
-        t, t_routing, noise = (each.to(batch.latents.device) for each in (t, t_routing, noise))
+        assert batch.draws is not None
+        draws, (t, noise, t_routing) = self.config.data.noise_draws, batch.draws.tensors()
         x0 = batch.latents.repeat_interleave(draws, dim=0)  # [B*K, C, h, w]
         caption = batch.caption.repeat_interleave(draws)  # [B*K]
         x_t = self.flow.interpolate(x0, noise, t)  # [B*K, C, h, w]
