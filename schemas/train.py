@@ -408,6 +408,36 @@ class ValidationConfig(Settings):
         return self
 
 
+class PreviewConfig(Settings):
+    """Images while the run trains, from the moving average, with the same noise each time."""
+
+    every: Positive | None = None
+    """Steps between sets of images; there is one at the end too. By default none."""
+    captions: Positive = 12
+    """Number of captions, the first of the store; or the first of ``prompts``."""
+    features: str | None = None
+    """Feature store of the captions; by default the run's own."""
+    samples: str | None = None
+    """The dev.parquet or test.parquet of the shapes that ``features`` were extracted from: images
+    are scored too."""
+    prompts: list[str] | None = None
+    """Texts instead of stored captions; the run's LLM encodes them before training."""
+    cfg_scale: float = 3.0
+    """Guidance scale; 1 means none."""
+    num_steps: Positive = 20
+    """Steps of the solver."""
+    seed: Seed = 0
+    """Seed of the noise."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PreviewConfig":
+        if self.prompts is not None and (self.features or self.samples):
+            raise ValueError("give either prompts or features")
+        if self.samples is not None and self.features is None:
+            raise ValueError("samples is given without features, which were extracted from it")
+        return self
+
+
 class TrainConfig(Settings):
     """Configuration of ``semroute train``."""
 
@@ -453,6 +483,7 @@ class TrainConfig(Settings):
     data: DataConfig = DataConfig()
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
+    sampling: PreviewConfig = PreviewConfig()
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

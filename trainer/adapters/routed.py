@@ -259,6 +259,11 @@ class Routed(nn.Module):
         sockets = "1 socket" if self.num_blocks == 1 else f"{self.num_blocks} sockets"
         return f"{type(self.transformer).__name__} ({self.family.name}), {sockets}"
 
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a latent (..., h, w)."""
+        _, side = self.family.latents(self.transformer.config)
+        return (shape[-2] // side) * (shape[-1] // side)
+
     def router_parameters(self) -> list[nn.Parameter]:
         """Parameters that weigh layers: of the strategy, of gains, or of the network's own
         fusion."""

@@ -387,6 +387,10 @@ class DiT(nn.Module):
         """Number of blocks that read a mix of their own: D."""
         return self.size.depth
 
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a latent (..., h, w)."""
+        return (shape[-2] // self.patch_size) * (shape[-1] // self.patch_size)
+
     def describe(self) -> str:
         """Its size, in a few words."""
         return f"{self.name}: {self.size.depth} blocks of width {self.size.width}"

@@ -1,5 +1,6 @@
 """``run.json``: the record of a run."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -45,6 +46,7 @@ FREE: Any = {
     "keep_checkpoints": True,
     "gradient_checkpointing": True,
     "tracker": True,
+    "sampling": True,
     "model": {"pretrained"},
     "data": {
         "conditioning": True,
@@ -273,6 +275,13 @@ def _may_grow(config: TrainConfig, newest: Checkpoint | None) -> bool:
         case "wsd":
             return done <= config.steps - config.optimizer.decay_steps
     return False
+
+
+def tracker_id(record: RunRecord) -> str:
+    """What trackers know the run by: 32 hexadecimal digits."""
+    if record.id is not None:
+        return record.id
+    return hashlib.sha256(f"{record.created} {record.config.output}".encode()).hexdigest()[:32]
 
 
 def choose_checkpoint(path: Path, record: RunRecord, step: int | None) -> Checkpoint:

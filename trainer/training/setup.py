@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         pretrained=pretrained,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
+        id=uuid.uuid4().hex,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},

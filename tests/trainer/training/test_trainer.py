@@ -15,6 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from click.testing import CliRunner
 
 from semroute.cli import cli
@@ -25,6 +26,7 @@ from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.dry_run import plan
+from semroute.trainer.training.metrics import tracker_options
 from semroute.trainer.training.optimizers import make_optimizers, make_schedule
 from semroute.trainer.training.train import train
 from semroute.trainer.training.trainer import TrainingInterrupted
@@ -280,6 +282,49 @@ class TestOutput:
                         found[event.step] = value.tensor.float_val[0]
         expected = {line["step"]: line["loss"] for line in read_metrics(path)}
         assert found == pytest.approx(expected, rel=1e-6)
+
+    def test_metrics_are_of_the_step_itself(self, configure):
+        optimizer = {"schedule": "linear", "warmup_steps": 0, "lr": 1e-3}
+        changes = {"steps": 4, "log_every": 1, "optimizer": optimizer, "strategy": "joint"}
+        path = train(configure(**changes))
+        lines = read_metrics(path)
+        assert [line["lr"] for line in lines] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        for line in lines:
+            groups = [line[f"grad_norm_{name}"] for name in ("router", "matrices", "others")]
+            assert min(groups) > 0 or line["step"] == 1  # the last layer starts at zero
+            assert math.hypot(*groups) == pytest.approx(line["grad_norm"], rel=1e-5)
+            # 9 patches of each image and draw
+            assert line["tokens_per_second"] == pytest.approx(18 * line["samples_per_second"])
+            assert line["peak_memory_bytes"] > 2**20
+        run, own = load_run(path), load_run(path, weights="model")
+        pairs = zip(own.model.parameters(), run.model.parameters(), strict=True)
+        apart, size = np.sum([[(w - e).square().sum(), w.square().sum()] for w, e in pairs], 0)
+        assert lines[-1]["ema_distance"] == pytest.approx((apart / size) ** 0.5, rel=1e-4)
+        assert load_run(path).metrics()["peak_flops_share"].null_count == 4
+
+    def test_a_resumed_run_is_the_same_to_a_tracker(self, configure, monkeypatch):
+        """By the arguments that reach it: trackers that need an account are not run here."""
+        seen = []
+
+        def init(self, name, config=None, init_kwargs=None):
+            seen.append(init_kwargs["wandb"])
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json"))
+        monkeypatch.setattr(Accelerator, "init_trackers", init)
+        monkeypatch.setattr(
+            "semroute.trainer.training.accelerator.Accelerator",
+            lambda log_with=None, **options: Accelerator(**options),
+        )
+        config = configure("one", tracker="wandb", steps=2)
+        train(config)
+        train(config.model_copy(update={"steps": 4}))
+        train(configure("two", tracker="wandb", steps=2))
+        first, again, other = (each["id"] for each in seen)
+        assert first == again != other
+        assert {each["resume"] for each in seen} == {"allow"}
+        options = tracker_options("runs/depth", first)
+        assert options["swanlab"]["id"] == first[:21]
+        assert options["comet_ml"]["experiment_key"] == first
 
     def test_a_tracker_that_is_not_installed_is_named(self, configure, monkeypatch):
         def find(name):
