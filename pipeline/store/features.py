@@ -287,9 +287,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
 
-    def request(
-        self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None
-    ) -> None:
+    def request(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> None:
         """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
 
         Args, errors: as for :meth:`read`.

@@ -31,10 +31,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...pipeline.store.budget.followed import FollowedFeatureStore
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
-from ...schemas import DataConfig, InputError
-from ...schemas.seeds import Purpose, numpy_generator
+from ...schemas import MASK, DataConfig, InputError
+from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
+from ..diffusion.noise import NoiseSource
 from .batch import Batch, PaddedBatch
-from .buffers import allocate, allocate_codes
+from .buffers import allocate, allocate_codes, allocated
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: samples of these stores that are never delivered, int64.
         start_step: the first step to deliver.
         pairs: result of :func:`open_pairs` for ``data``, where it is known already.
+        version: of the order, ``TrainConfig.random_version``.
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
@@ -85,6 +87,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
         pairs: Sequence[StorePair] | None = None,
+        version: int = RANDOM_VERSION,
     ) -> None:
         self.num_positions = partition.size(data.batch_size)
         first, *others = open_pairs(features, latents, data) if pairs is None else pairs
@@ -99,12 +102,13 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.held_out = held_out
         self.stall_monitor = InputStallMonitor(data.workers)
         self.stop = threading.Event()
-        self.sampler = make_sampler(self.pairs, data, seed)
+        self.version = version
+        self.sampler = make_sampler(self.pairs, data, seed, version)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
 
-    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step")
+    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step", "version")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what was opened, chosen and read in this process."""
@@ -276,11 +280,12 @@ class PackedLoader(StreamingDataset[Batch]):
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
             decodes. Decompressed codes are larger than what they stand for, so it is for codecs
             that a CPU decodes slowly (``Codec.matrices``).
+        noise: draws t and noise for each batch; None: batches have none.
 
     Other arguments and errors: as for :class:`StreamingDataset`.
     """
 
-    _options = (*StreamingDataset._options, "codes")
+    _options = (*StreamingDataset._options, "codes", "noise")
 
     def __init__(
         self,
@@ -289,10 +294,12 @@ class PackedLoader(StreamingDataset[Batch]):
         data: DataConfig,
         *,
         codes: bool = False,
+        noise: NoiseSource | None = None,
         **options: Any,
     ) -> None:
         super().__init__(features, latents, data, **options)
         self.codes = codes
+        self.noise = noise
 
     def read(self, step: int, micro_step: int = 0) -> Batch:
         """One batch, read now."""
@@ -325,6 +332,9 @@ class PackedLoader(StreamingDataset[Batch]):
             if pair.conditioning is not None:
                 given.append(pair.conditioning.tensors(ids))
             before += len(ids)
+        draws = None
+        if self.noise is not None:
+            draws = self.noise.draw(first, len(latents), tuple(latents.shape[1:]), allocate)
         return Batch(
             step=step,
             micro_step=micro_step,
@@ -336,14 +346,20 @@ class PackedLoader(StreamingDataset[Batch]):
             latents=latents,
             sources=indices.source if len(self.pairs) > 1 else None,
             conditioning=join(given),
+            draws=draws,
         )
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Tensors of several stores, one after the other, by name; None of none."""
+    """Tensors of several stores, one after the other, by name, in memory of :func:`.allocate`; None
+    of none."""
     if not parts:
         return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {
+        name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
+        for name in parts[0]
+    }
+    return {name: value if name == MASK else allocated(value) for name, value in joined.items()}
 
 
 class PaddedLoader(StreamingDataset[PaddedBatch]):

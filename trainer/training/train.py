@@ -12,10 +12,11 @@ from ...schemas.escaping import shown
 from ..adapters.paths import make_path
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
-from ..runs.record import write_record
+from ..runs.record import tracker_id, write_record
 from ..runs.start import start_from
 from .accelerator import make_accelerator
 from .position import followed_stores, publishing
+from .previews import open_previews
 from .setup import make_loader, prepare
 from .trainer import Trainer
 
@@ -41,6 +42,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if setup.start is not None:
         start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
+    previews = None
+    if config.sampling.every is not None:
+        previews = open_previews(setup, accelerator.device)
     loader = make_loader(
         setup,
         rank=accelerator.process_index,
@@ -66,6 +70,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             setup.checkpoint,
             setup.validation,
             make_path(record.config.flow, record.pretrained),
+            previews,
+            tracker_id(record),
         )
         followed = followed_stores(setup.pairs)
         with publishing(
