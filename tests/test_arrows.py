@@ -86,7 +86,6 @@ ARROWS = {
         "trainer.model",
         "trainer.shapes",
         "trainer.plots",
-        "trainer.data",
         "trainer.runs",
         "trainer.training",
         "trainer.evaluation",

@@ -359,6 +359,7 @@ class Routed(nn.Module):
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
+        text = replace(text, layers=self.base_layers)
         return self.read(text, hidden, rows, t, own)
 
     def read(
@@ -404,6 +405,8 @@ class Routed(nn.Module):
     def _own_rows(self, conditioning: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Base layers of the rows of ``hidden`` as the pipeline gave them: [R, K, H]."""
         values = conditioning["prompt_embeds"]
+        if "prompt_layers" in conditioning:  # FIBO: all layers of the LLM, from 0
+            values = conditioning["prompt_layers"][..., [*self.base_layers], :]
         if conditioning[MASK].ndim == 2:  # padded
             own = conditioning[MASK].bool().flatten().nonzero()[:, 0]
             values = values.flatten(0, 1).index_select(0, send(own, values.device))

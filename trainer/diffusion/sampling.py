@@ -78,6 +78,13 @@ class SamplingConfig:
     clock: NoiseLevelMap | None = None
     dtype: SamplingDtype = "float32"
 
+    def __post_init__(self) -> None:
+        low, high = self.cfg_interval
+        if not low < high:
+            raise InputError(
+                f"the interval of guidance is from t {low:g} to {high:g}; expected the lower first"
+            )
+
 
 def conditioning(
     model: Model,

@@ -20,6 +20,7 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
 from ...schemas.seeds import RANDOM_VERSION
 from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
@@ -198,8 +199,8 @@ def refuse_other_weights(found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Write ``run.json`` atomically."""
-    write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
+    """Write ``run.json`` atomically, without the secrets of URLs."""
+    write_document(path / RECORD, without_secrets(record.model_dump_json(indent=1)) + "\n")
 
 
 def read_record(path: Path) -> RunRecord:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ...pipeline.store.budget.followed import WaitEndedError
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig
 from ..data.batch import Batch, on_device
@@ -142,13 +143,17 @@ class Trainer:
         )
         self.window.start(loader)
         with progress, closing(iter(loader)) as read, stop_signals() as stop:
+            loader.stop = stop
             batches = on_device(read, self.accelerator.device)
             while self.step < config.steps:
                 if lock is not None and lock.lost:
                     raise LockedError(
                         f"another process took over {self.path} because this one seemed dead"
                     )
-                routing_inputs, stopping = self.take_step(batches, stop.is_set())
+                try:
+                    routing_inputs, stopping = self.take_step(batches, stop.is_set())
+                except WaitEndedError:
+                    self._stop_waiting(progress)
                 progress.update()
                 if self._logs(self.step):
                     measured = self.validate() if self._validates(self.step) else {}
@@ -369,7 +374,14 @@ class Trainer:
         for name, parameter in learning(self.network):
             self.ema[name].lerp_(parameter.float(), 1 - decay)
 
-    def _stop(self, progress: tqdm) -> None:
+    def _stop_waiting(self, progress: tqdm) -> NoReturn:
+        """Stop while the next step waits for a shard. Other ranks wait for this one, so only a
+        single process can save."""
+        if self.accelerator.num_processes == 1:
+            self.save()
+        self._stop(progress)
+
+    def _stop(self, progress: tqdm) -> NoReturn:
         message = (
             f"Stopped after step {self.step} of {self.config.steps}; a checkpoint is in "
             f"{self.path}. Rerun the same command to resume."

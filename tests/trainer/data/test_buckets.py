@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from semroute.cli import cli
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.dataset import by_shape, open_pairs
+from semroute.pipeline.store.order.sampler import BatchPartition, make_sampler
 from semroute.schemas import DataConfig, InputError, parse
-from semroute.trainer.data.dataset import by_shape, open_pairs
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import BatchPartition, make_sampler
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run

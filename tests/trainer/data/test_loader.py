@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data.batch import on_device
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import NoiseSource, jitter
 
@@ -422,9 +422,8 @@ class TestLatents:
         batch = stream.read(0)
         mean = self.stream(feature_store, posterior, "mean").read(0).latents
         assert torch.equal(mean, torch.tensor(stream.latents.read(batch.sample_ids)))
-        deviation = (
-            stream.latents._codes("deviation", batch.sample_ids, mean.shape[1:]) * 0.36
-        )  # scaling_factor
+        above = stream.latents.read(batch.sample_ids, np.ones(mean.shape, np.float32))
+        deviation = above - mean.numpy()
         drawn = (batch.latents - mean).numpy() / deviation
         np.testing.assert_allclose(drawn, noise[:40].numpy(), atol=1e-2)
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semroute.pipeline.store.features import NULL_CAPTION
+from semroute.pipeline.store.order.dataset import SampleIndex
+from semroute.pipeline.store.order.sampler import BatchPartition, Interleave, MixtureSampler
 from semroute.schemas import InputError
 from semroute.schemas.seeds import Purpose
-from semroute.trainer.data.dataset import SampleIndex
-from semroute.trainer.data.sampler import BatchPartition, Interleave, MixtureSampler
 
 
 def source(counts, weights=None, shard_size=None, first=1):

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ...schemas import DataConfig, InputError
-from ...schemas.seeds import RANDOM_VERSION, Purpose, as_uniform, numpy_generator, philox
+from ....schemas import DataConfig, InputError
+from ....schemas.seeds import RANDOM_VERSION, Purpose, as_uniform, numpy_generator, philox
 from .dataset import SampleIndex, StorePair, by_shape, proportions, shares_of
 
 BLOCK = 1024
@@ -250,7 +250,7 @@ class MixtureSampler:
         Philox counts in blocks of four words, one block per position: the first word decides
         dropout, the second the caption.
         """
-        from ...pipeline.store.features import NULL_CAPTION
+        from ..features import NULL_CAPTION
 
         bits = philox(self._seed, Purpose.CHOICE, *self._parts).advance(first)
         words = bits.random_raw(4 * num).reshape(-1, 4)
