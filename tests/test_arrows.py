@@ -63,6 +63,7 @@ ARROWS = {
         "trainer.runs",
     },
     "trainer.evaluation": {
+        "pipeline.sources",
         "pipeline.executor",
         "pipeline.models",
         "pipeline.store",
