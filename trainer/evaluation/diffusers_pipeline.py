@@ -19,6 +19,7 @@ from PIL import Image
 from ...pipeline.extraction.prompts import PromptEncoder
 from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
+from ...schemas.atomic import whole_folder
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig
 from ..runs.record import build_model
@@ -183,24 +184,23 @@ def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
         InputError: the folder exists and is not empty.
     """
     folder, record = Path(out), run.record
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: name a new folder")
     transformer = SemanticRoutingTransformer(
         record=record.model_dump(mode="json"), step=run.step, weights=run.source
     )
     transformer.dit.load_state_dict(run.model.state_dict())
     pipeline = SemanticRoutingPipeline(transformer)
-    pipeline.save_pretrained(folder)
     vae = ""
     if record.latents.vae != "pixels":
         vae = f" Its VAE, {record.vae_source}, is not in it either; pass `vae=` likewise."
     card = CARD.format(
-        title=folder.name,
+        title=folder.resolve().name,
         strategy=record.config.routing.strategy,
         step=run.step,
         layers=len(run.model.router.layers_read),
         llm=record.model_source,
         vae=vae,
     )
-    write_document(folder / "README.md", card)
+    with whole_folder(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        write_document(unfinished / "README.md", card)
     return folder
