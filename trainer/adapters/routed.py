@@ -353,6 +353,7 @@ class Routed(nn.Module):
         if getattr(self.transformer.config, "guidance_embeds", False):
             scale = torch.full((len(caption),), self.guidance, device=device)
             text = replace(text, extras={**text.extras, "guidance": scale})
+        text = replace(text, layers=self.base_layers)
         return self.read(text, hidden, rows, t, own)
 
     def read(
@@ -398,6 +399,8 @@ class Routed(nn.Module):
     def _own_rows(self, conditioning: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Base layers of the rows of ``hidden`` as the pipeline gave them: [R, K, H]."""
         values = conditioning["prompt_embeds"]
+        if "prompt_layers" in conditioning:  # FIBO: all layers of the LLM, from 0
+            values = conditioning["prompt_layers"][..., [*self.base_layers], :]
         if conditioning[MASK].ndim == 2:  # padded
             values = values[conditioning[MASK].to(values.device, torch.bool)]
         if len(values) != len(hidden):

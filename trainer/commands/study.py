@@ -178,8 +178,8 @@ def lag(
 ) -> None:
     """Measure how noisy latents really are while a RUN samples, against the nominal noise level.
 
-    Compares an oracle, which knows where each trajectory ended, with an estimate from x_t alone
-    that is calibrated on forward-noised latents. Writes RUN/lag.parquet and RUN/figures/lag.png.
+    The level is estimated from x_t alone, by an estimator that is calibrated on forward-noised
+    latents. Writes RUN/lag.parquet and RUN/figures/lag.png.
 
     \b
     Example:

@@ -32,12 +32,21 @@ from ...schemas import InputError, read_config
     help="Images per training caption, each rendered anew.",
 )
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the whole world.")
+@click.option(
+    "--split-by",
+    "by",
+    default="scene",
+    show_default=True,
+    type=click.Choice(["scene", "caption"]),
+    help="What no two files share. caption: scenes of training come back in other words, as in "
+    "the first release.",
+)
 def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """Render a world of captioned coloured shapes into OUT.
 
-    OUT/train.parquet is for training. OUT/test.parquet holds captions that do not occur there, half
+    OUT/train.parquet is for training. OUT/test.parquet holds scenes that do not occur there, half
     of them with combinations of colour and shape that do not either. OUT/dev.parquet holds further
-    captions, to choose settings by.
+    scenes, to choose settings by.
 
     \b
     Example:
