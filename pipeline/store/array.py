@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .shard_file import (
     chunk_crc,
     read_bytes,
 )
+from .watch import FileWatch
 
 
 class ShardedArray:
@@ -73,6 +74,7 @@ class ShardedArray:
             (layout.rows_per_chunk, *self.row_shape), self.dtype, self.order
         )
         self._shards: dict[int, ShardFile] = {}
+        self._watch = FileWatch(partial(_shard_path, path, len(self.row_shape)))
 
     def faults(self, expected: StoredArray, *, any_form: bool = True) -> Iterator[str]:
         """What of the array is not as the manifest says.
@@ -172,6 +174,7 @@ class ShardedArray:
         Raises:
             CorruptShardError: a chunk's checksum does not fit its bytes; checked when a chunk is
                 first read.
+            ChangedError: the shard's file is not the one that was opened.
             InputError: the shard is not written.
         """
         slices = ChunkSlices.from_runs(starts, stops, self.layout.rows_per_chunk)
@@ -184,6 +187,32 @@ class ShardedArray:
 
         Args, errors: as for :meth:`read`.
         """
+        shards = self._watched(slices)
+        self._check_unchanged(shards)
+        self._copy_slices(slices, out, select)
+        self._check_unchanged(shards)  # what was written meanwhile would be among the rows
+
+    def watch(self) -> None:
+        """From now on, no file of a shard may change, whether it was read already or not."""
+        if self.direct and self.is_local:
+            self._watch.start(range(self.layout.num_shards))
+
+    def _watched(self, slices: ChunkSlices) -> list[int]:
+        """Shards of slices, if their files can be watched."""
+        if not (self.direct and self.is_local):
+            return []
+        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()
+        return shards
+
+    def _check_unchanged(self, shards: Sequence[int]) -> None:
+        for shard in self._watch.check(shards):
+            if shard in self._shards:
+                self._shards[shard].checked[:] = False
+
+    def _copy_slices(
+        self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice
+    ) -> None:
         num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
         whole = select == slice(None) and out.shape[1:] == self.row_shape
         mapped = self.direct and self.is_local
@@ -249,7 +278,7 @@ class ShardedArray:
         return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
 
     def _shard_path(self, shard: int) -> Path:
-        return self.path / shard_name(shard, len(self.row_shape))
+        return _shard_path(self.path, len(self.row_shape), shard)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -310,6 +339,10 @@ def create_array(
         dimension_names=list(dimension_names),
         attributes=dict(attributes),
     )
+
+
+def _shard_path(array: Path, row_dimensions: int, shard: int) -> Path:
+    return array / shard_name(shard, row_dimensions)
 
 
 def shard_name(shard: int, row_dimensions: int) -> str:
