@@ -1,4 +1,4 @@
-"""Stores and directories that change or go while they are used: one message with the file's name."""
+"""Stores and directories that change or go while they are used end in one message."""
 
 import os
 import shutil
