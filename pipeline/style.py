@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
 from ..schemas import write_whole
+from ..schemas.escaping import one_line
 
 COLOUR_MAP = "viridis"
 SIGNED_COLOUR_MAP = "RdBu_r"
@@ -41,6 +42,11 @@ class Figure(matplotlib.figure.Figure):
         self.savefig(file, format="png", dpi=DPI)
         width, height = (round(100 * inches) for inches in self.get_size_inches())
         return file.getvalue(), {"width": width, "height": height}
+
+
+def plain(text: object) -> str:
+    """A text of somebody else's as a figure shows it: in one line, and a dollar sign is one."""
+    return one_line(str(text)).replace("$", r"\$")
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:

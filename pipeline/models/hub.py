@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...schemas import InputError
+from ...schemas.atomic import make_folder
+from ...schemas.tensor_files import make_readable
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
@@ -190,12 +191,12 @@ def _convert_gguf(file: Path, digest: str) -> Path:
     try:
         if folder.is_dir():
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        unfinished = make_folder(folder.parent, f"{folder.name}.")
     except OSError as error:
         raise _no_cache(file, folder.parent, error) from error
     try:
         _write_safetensors(file, unfinished)
+        make_readable(unfinished)
         try:
             unfinished.rename(folder)
         except OSError as error:

@@ -48,6 +48,10 @@ class FileWatch:
             if state is not None:
                 self._files[number] = path, state
 
+    def forget(self, number: int) -> None:
+        """Watch a file no longer; it may be removed, and be another one when it is read again."""
+        self._files.pop(number, None)
+
     def check(self, numbers: Iterable[int]) -> list[int]:
         """Refuse files that have changed; those that are new are taken as they are.
 

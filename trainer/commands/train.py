@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import SEED, FiniteRange, interruptible
+from ...pipeline.commands import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
 from ...schemas import InputError, read_config
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Training images."
 )
@@ -54,11 +54,11 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """
     from ..shapes.dataset import write_world
 
-    click.echo(write_world(out, num, seed, **sizes))
+    echo(write_world(out, num, seed, **sizes))
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=LOCAL_PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Report what the run would take, and train nothing.")
 @click.option(
@@ -106,7 +106,7 @@ def train(
             raise InputError("give either --step-seconds or --measure")
         from ..training.dry_run import plan
 
-        click.echo(
+        echo(
             plan(
                 parsed, num_ranks=ranks or 1, step_seconds=step_seconds, measure_steps=measure or 0
             )
@@ -122,4 +122,4 @@ def train(
             path = run(parsed)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{path} is trained: semroute plot {path}")
+    echo(f"{path} is trained: semroute plot {path}")

@@ -20,6 +20,8 @@ from ...pipeline.extraction.prompts import PromptEncoder
 from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
 from ...schemas.atomic import whole_folder
+from ...schemas.escaping import code, in_markdown
+from ...schemas.tensor_files import make_readable
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig
 from ..runs.record import build_model
@@ -191,16 +193,17 @@ def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
     pipeline = SemanticRoutingPipeline(transformer)
     vae = ""
     if record.latents.vae != "pixels":
-        vae = f" Its VAE, {record.vae_source}, is not in it either; pass `vae=` likewise."
+        vae = f" Its VAE, {code(record.vae_source)}, is not in it either; pass `vae=` likewise."
     card = CARD.format(
-        title=folder.resolve().name,
+        title=in_markdown(folder.resolve().name),
         strategy=record.config.routing.strategy,
         step=run.step,
         layers=len(run.model.router.layers_read),
-        llm=record.model_source,
+        llm=code(record.model_source),
         vae=vae,
     )
     with whole_folder(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
+        make_readable(unfinished)
         write_document(unfinished / "README.md", card)
     return folder

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...pipeline.style import DPI, INK, Figure
+from ...pipeline.style import DPI, INK, Figure, plain
 from ...schemas import InputError, write_document, write_whole
 from ...schemas.json_file import load_json
 
@@ -47,7 +47,7 @@ def sample_grid(
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    wrapped = [textwrap.wrap(caption, 24) or [""] for caption in captions]
+    wrapped = [[plain(line) for line in textwrap.wrap(caption, 24)] or [""] for caption in captions]
     lines = max(map(len, wrapped))
     figure = Figure(
         figsize=(1.75 * columns + 0.1, (1.75 + 0.15 * lines) * rows + 0.1),
