@@ -264,6 +264,20 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
+@click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="With --for: bytes that FEATURES may take. Shards are written as the runs come to them, "
+    "and evicted once all runs have read them.",
+)
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="With --budget: the YAML file of a run that reads FEATURES with data.order=shards, or its "
+    "directory. May be given several times.",
+)
 @threads_option
 @limit_option
 @work_options
@@ -275,8 +289,9 @@ def extract(captions: str, features: str, **options: Any) -> None:
     x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
 
     \b
-    Example:
+    Examples:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+      semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
     from .extraction.features import extract as run
 
@@ -312,6 +327,12 @@ def extract(captions: str, features: str, **options: Any) -> None:
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="Bytes that the store may take, see extract --budget: what extraction must deliver then, "
+    "and costs.",
+)
+@click.option(
     "--probe",
     is_flag=True,
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
@@ -336,7 +357,7 @@ def estimate(
     from .inspection.benchmark import run_benchmark
     from .inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes")
+    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget")
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
@@ -491,9 +512,13 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
+    With a disk budget, also which runs it follows and who waits for whom. STORE may be the
+    directory of such a run.
+
     \b
-    Example:
+    Examples:
       semroute status features
+      semroute status runs/depth
     """
     from .inspection.status import status as run
 

@@ -5,7 +5,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
@@ -14,6 +14,7 @@ from ...schemas import InputError
 from ...schemas.interrupts import ignoring_interrupts
 from .base import (
     ATTEMPTS,
+    PAUSE_SECONDS,
     PROGRESS_TOPIC,
     ClusterLostError,
     Deferred,
@@ -175,12 +176,12 @@ class DaskExecutor(Executor):
 
     def _execute(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int | None],
         function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
     ) -> Iterator[Outcome[R]]:
-        if not shards and self._client is None:
+        if shards == [] and self._client is None:
             return  # starts no worker
         client = self.client
         client.subscribe_topic(PROGRESS_TOPIC, lambda event: on_progress(*event[1]))
@@ -188,7 +189,8 @@ class DaskExecutor(Executor):
             with _Tasks(self, function, arguments) as tasks:
                 deadly: list[int] = []
                 for shard, outcome in tasks.run(shards):
-                    if _kills_workers(outcome):
+                    # Of shards without end there is no last one, after which to try it alone.
+                    if _kills_workers(outcome) and isinstance(shards, Sequence):
                         deadly.append(shard)
                     else:
                         yield shard, outcome
@@ -225,19 +227,25 @@ class _Tasks:
             future.cancel()
         self.in_flight.clear()
 
-    def run(self, shards: Sequence[int]) -> Iterator[Outcome[Any]]:
+    def run(self, shards: Iterable[int | None]) -> Iterator[Outcome[Any]]:
         """Every shard with its outcome, until the executor is to stop."""
-        waiting, stop = iter(shards), self.executor.stop
+        waiting, stop, ended = iter(shards), self.executor.stop, False
         while True:
-            while not stop.is_set() and len(self.in_flight) < self._count_room():
-                shard = next(waiting, None)
+            seconds = COUNT_SECONDS
+            while not ended and not stop.is_set() and len(self.in_flight) < self._count_room():
+                try:
+                    shard = next(waiting)
+                except StopIteration:
+                    ended = True
+                    break
                 if shard is None:
+                    seconds = PAUSE_SECONDS
                     break
                 self._submit(shard, attempt=1)
-            if not self.in_flight:
+            if not self.in_flight and (ended or stop.is_set()):
                 return
             try:
-                future = self.done.get(timeout=COUNT_SECONDS)
+                future = self.done.get(timeout=seconds)
             except queue.Empty:
                 self._check_scheduler()
                 continue

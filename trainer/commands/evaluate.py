@@ -1,7 +1,7 @@
 """``semroute evaluate``: scores on the world of shapes, or by a vision-language model."""
 
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -49,7 +49,7 @@ judge_options = options(
 )
 JUDGE_ONLY = ("question", "chance", "out", "trust_remote_code")
 """Parameters that need ``--judge``."""
-WITH_JUDGE = ("run", "judge", "batch_size", *JUDGE_ONLY)
+WITH_JUDGE = ("run", "judge", "batch_size", "dtype", *JUDGE_ONLY)
 """Parameters that may be given together with ``--judge``."""
 
 
@@ -104,6 +104,7 @@ def evaluate(
             out=out,
             trust_remote_code=trust_remote_code,
             batch_size=size,
+            dtype=sampling["dtype"],
         )
         return
     refuse_options(JUDGE_ONLY, "needs --judge")
@@ -132,6 +133,7 @@ def score_with_judge(
     out: Path | None,
     trust_remote_code: bool,
     batch_size: int,
+    dtype: Literal["auto", "float32", "bfloat16"],
 ) -> None:
     """``semroute evaluate --judge``: ask a model what the images of a folder, run or table show.
 
@@ -163,7 +165,10 @@ def score_with_judge(
     images, captions = read_images(table)
     model = find_model(judge, "--judge", with_code=trust_remote_code)
     record = JudgeRecord(
-        judge=model.name, files=model.files, dtype=default_dtype(), question=question
+        judge=model.name,
+        files=model.files,
+        dtype=default_dtype() if dtype == "auto" else dtype,
+        question=question,
     )
     out = out or Path(table).parent / "judged" / PurePosixPath(judge.partition("@")[0]).name
     with interruptible(KeyboardInterrupt, STOPPED):

@@ -48,6 +48,15 @@ clock_option = click.option(
 )
 
 
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of matrix products. auto: bfloat16 on a GPU, for runs that were trained so.",
+)
+
+
 def num_steps_option(least: int = 1, help: str = "Steps of the solver.") -> Callable[[F], F]:
     return click.option(
         "--num-steps", default=50, show_default=True, type=click.IntRange(least), help=help
@@ -89,6 +98,7 @@ sampling_options = options(
     weights_option,
     step_option,
     clock_option,
+    dtype_option,
 )
 """Options of every command that samples from a checkpoint of a run."""
 
@@ -121,7 +131,7 @@ def pop_sampling_config(run: Run, options: dict[str, Any]) -> SamplingConfig:
     clock = run.clock(options.pop("clock"))
     names = ("num_steps", "cfg_scale", "cfg_interval", "method")
     config = {name: options.pop(name) for name in names if name in options}
-    return SamplingConfig(**config, clock=clock)
+    return SamplingConfig(**config, clock=clock, dtype=run.sampling_dtype(options.pop("dtype")))
 
 
 def was_given(name: str) -> bool:

@@ -166,9 +166,12 @@ def open_generator(
     from ..runs.run import open_run
 
     run = open_run(path, step, weights)
-    settings = {name: value for name, value in options.items() if name != "batch_size"}
+    left_out = ("batch_size", "dtype")
+    settings = {name: value for name, value in options.items() if name not in left_out}
     sampling = {**options}
     config = pop_sampling_config(run, sampling)
+    if config.dtype != "float32":  # as image sets record it since there is a choice
+        settings["dtype"] = config.dtype
     if size is not None:
         sampling["shape"], settings["size"] = run.latent_shape(size), size
     return Generator(run, config, settings, sampling)

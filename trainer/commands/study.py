@@ -12,6 +12,7 @@ from .options import (
     batch_size_option,
     cfg_scales_option,
     clock_option,
+    dtype_option,
     num_steps_option,
     refuse_options,
     scoring_options,
@@ -177,8 +178,16 @@ def ablate(
 @seed_option
 @batch_size_option
 @clock_option
+@dtype_option
 def lag(
-    run: Path, features: str, num: int, num_steps: int, clock: str, seed: int, **how: Any
+    run: Path,
+    features: str,
+    num: int,
+    num_steps: int,
+    clock: str,
+    dtype: Any,
+    seed: int,
+    **how: Any,
 ) -> None:
     """Measure how noisy latents really are while a RUN samples, against the nominal noise level.
 
@@ -194,6 +203,7 @@ def lag(
     from ..runs.run import open_run
 
     trained = open_run(run, None, "ema")
-    solver = SamplingConfig(num_steps, clock=trained.clock(clock))
+    precision = trained.sampling_dtype(dtype)
+    solver = SamplingConfig(num_steps, clock=trained.clock(clock), dtype=precision)
     for line in report_lag(trained, features, num, solver, seed=seed, **how):
         echo(line)

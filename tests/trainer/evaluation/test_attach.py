@@ -209,23 +209,24 @@ class TestEveryFamily:
         assert semroute.attach(pipe, run) is pipe
         assert torch.equal(sample(pipe, preset), latents)
 
-    @pytest.mark.parametrize("strategy", ["depth", "joint"])
-    def test_samples_what_the_network_of_the_run_does(
-        self, preset: str, strategy: str, make_run: Any
-    ) -> None:
-        pipe, run = make_run(preset, size=0.3, strategy=strategy)
+    def test_samples_what_the_network_of_the_run_does(self, preset: str, make_run: Any) -> None:
+        """With weights that depend on t, as the harder case; others are tried below."""
+        pipe, run = make_run(preset, size=0.3, strategy="joint")
         check_against_run(pipe, preset, run, least=5e-3)
 
-    def test_runs_in_bfloat16(self, preset: str, make_run: Any) -> None:
-        _, run = make_run(preset, size=0.3)
-        folder = semroute.load_run(run).record.config.model.pretrained
-        exact = load(folder)
-        pipe = load(folder, dtype=torch.bfloat16)
-        error = distance(sample(pipe, preset), sample(exact, preset))
-        for each in (pipe, exact):
-            semroute.attach(each, run)
-        assert pipe.transformer.dtype == torch.bfloat16
-        assert distance(sample(pipe, preset), sample(exact, preset)) < 3 * error
+
+@pytest.mark.parametrize("preset", ["sana", "qwen-image", "lumina2", "flux2", "fibo"])
+def test_runs_in_bfloat16(preset: str, make_run: Any) -> None:
+    """A network of each kind of sockets."""
+    _, run = make_run(preset, size=0.3)
+    folder = semroute.load_run(run).record.config.model.pretrained
+    exact = load(folder)
+    pipe = load(folder, dtype=torch.bfloat16)
+    error = distance(sample(pipe, preset), sample(exact, preset))
+    for each in (pipe, exact):
+        semroute.attach(each, run)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert distance(sample(pipe, preset), sample(exact, preset)) < 3 * error
 
 
 def check_against_run(pipe: Any, preset: str, run: Path, least: float) -> None:

@@ -126,54 +126,49 @@ sys.modules["semroute"] = None  # an import would fail
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-folder, embeds, out, options = sys.argv[1:]
-options = json.loads(options)
-absent = {name: None for name in options.pop("absent")}
-pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-latents = pipe(
-    **load_file(embeds),
-    num_inference_steps=2,
-    output_type="latent",
-    generator=torch.Generator().manual_seed(0),
-    return_dict=False,
-    **options,
-)[0]
-save_file({"latents": latents}, out)
+for folder, embeds, out, options in json.loads(sys.argv[1]):
+    absent = {name: None for name in options.pop("absent")}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
+    latents = pipe(
+        **load_file(embeds),
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        return_dict=False,
+        **options,
+    )[0]
+    save_file({"latents": latents}, out)
 """
 
 
-@pytest.mark.parametrize(
-    ("preset", "model", "routing"),
-    [
+def test_plain_diffusers_reads_it(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a process without semroute."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    jobs, expected = [], {}
+    for preset, model, routing in (
         ("pixart", {}, {"where": "input"}),
         ("krea2", {}, {"where": "taps"}),
         ("flux2-klein", {"train": "fusion"}, {}),
-    ],
-)
-def test_plain_diffusers_reads_it(
-    preset: str, model: Any, routing: Any, make_run: Any, tmp_path: Path
-) -> None:
-    folder, run = make_run(preset, size=0.3, model=model, **routing)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    file, out = tmp_path / "embeds.safetensors", tmp_path / "latents.safetensors"
-    negative = [] if preset in WITHOUT_NEGATIVE else ["--negative", NEGATIVE]
-    arguments = ["embed", str(run), str(tmp_path / "prompts.txt"), str(file), *negative]
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"{file}\n"
-    options = run_size(preset) | {"absent": ["tokenizer", "text_encoder"]}
-    if preset in DEFAULT_NEGATIVE:
-        options["negative_prompt"] = None
+    ):
+        folder, place = tiny_pipeline(preset), tmp_path / preset
+        run = tiny_runs.make_run(folder, preset, place / "run", size=0.3, model=model, **routing)
+        file, out = place / "embeds.safetensors", place / "latents.safetensors"
+        negative = [] if preset in WITHOUT_NEGATIVE else ["--negative", NEGATIVE]
+        arguments = ["embed", str(run), str(tmp_path / "prompts.txt"), str(file), *negative]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{file}\n"
+        options = run_size(preset) | {"absent": ["tokenizer", "text_encoder"]}
+        if preset in DEFAULT_NEGATIVE:
+            options["negative_prompt"] = None
+        jobs.append((str(folder), str(file), str(out), options))
+        pipe = semroute.attach(load(folder), run)
+        expected[out] = sample(pipe, preset, **prompts_of(preset))
     elsewhere = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", SAMPLE, str(folder), str(file), str(out), json.dumps(options)],
-        check=True,
-        cwd=tmp_path,
-        env=elsewhere,
-    )
-    pipe = semroute.attach(load(folder), run)
-    expected = sample(pipe, preset, **prompts_of(preset))
-    assert distance(load_file(out)["latents"], expected) < 2e-5
+    command = [sys.executable, "-c", SAMPLE, json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=elsewhere)
+    for out, latents in expected.items():
+        assert distance(load_file(out)["latents"], latents) < 2e-5
 
 
 class TestPipelines:
