@@ -25,6 +25,7 @@ from ...schemas.files import inside, is_local, read_ranges, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
 from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
+from .checks.watch import FileWatch
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -35,7 +36,6 @@ from .shard_file import (
     read_bytes,
     tells_residency,
 )
-from .watch import FileWatch
 
 
 @dataclass(frozen=True)
