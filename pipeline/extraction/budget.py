@@ -72,7 +72,7 @@ def read_runs(request: ExtractRequest) -> tuple[TrainConfig, ...]:
             "a limit"
         )
     configs = []
-    for path in request.runs:
+    for path in map(Path, request.runs):
         if (path / "run.json").exists():
             file = path / "run.json"
             config = parse(RunRecord, read_json(file), str(file)).config

@@ -365,7 +365,9 @@ def _report_no_checksums(report: _Report, *, lost: bool) -> None:
 
 def _find_evicted(report: _Report, receipts: Mapping[int, Receipt]) -> list[int]:
     """Shards of which a file is not there, in a store with a disk budget."""
-    return sorted(s for s, receipt in receipts.items() if not receipt.files.keys() <= report.files)
+    return sorted(
+        s for s, receipt in receipts.items() if not receipt.files.keys() <= report.files.keys()
+    )
 
 
 def _check_shards(

@@ -19,6 +19,7 @@ from PIL import Image
 from ...pipeline.extraction.prompts import PromptEncoder
 from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
+from ...schemas.atomic import whole_folder
 from ...schemas.escaping import code, in_markdown
 from ...schemas.tensor_files import make_readable
 from ..diffusion.flow import Flow
@@ -325,25 +326,24 @@ def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
         InputError: the folder exists and is not empty.
     """
     folder, record = Path(out), run.record
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: name a new folder")
     transformer = SemanticRoutingTransformer(
         record=record.model_dump(mode="json"), step=run.step, weights=run.source
     )
     transformer.dit.load_state_dict(run.model.state_dict())
     pipeline = SemanticRoutingPipeline(transformer)
-    pipeline.save_pretrained(folder)
-    make_readable(folder)
     vae = ""
     if record.latents.vae != "pixels":
         vae = f" Its VAE, {code(record.vae_source)}, is not in it either; pass `vae=` likewise."
     card = CARD.format(
-        title=in_markdown(folder.name),
+        title=in_markdown(folder.resolve().name),
         strategy=record.config.routing.strategy,
         step=run.step,
         layers=len(run.model.router.layers_read),
         llm=code(record.model_source),
         vae=vae,
     )
-    write_document(folder / "README.md", card)
+    with whole_folder(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        make_readable(unfinished)
+        write_document(unfinished / "README.md", card)
     return folder

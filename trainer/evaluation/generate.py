@@ -324,7 +324,6 @@ def generate_samples(
         shape=shape,
     )
     if decode is None:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "latents.safetensors"
         write_whole(path, save({"latents": latents}, {"captions": json.dumps(captions.texts)}))
         return [path]

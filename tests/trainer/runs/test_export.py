@@ -79,8 +79,13 @@ class TestRouter:
         run = semroute.load_run(make_run("depth"))
         export_router(run, tmp_path / "router")
         export_router(run, tmp_path / "router")  # once more is the same
+        left = tmp_path / ".router.unfinished"  # by one that was killed
+        left.mkdir()
+        (left / "router.safetensors").write_bytes(b"half")
+        export_router(run, tmp_path / "router")
+        assert [path.name for path in tmp_path.iterdir()] == ["router"]
         (tmp_path / "thesis.tex").touch()
-        with pytest.raises(InputError, match="holds other files: name a new folder"):
+        with pytest.raises(InputError, match="is not empty: name a new folder"):
             export_router(run, tmp_path)
         with pytest.raises(InputError, match="holds no exported router"):
             semroute.load_router(tmp_path)
