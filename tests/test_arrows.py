@@ -1,4 +1,4 @@
-"""Imports between packages: the table of docs/architecture.md, in five floors without a circle."""
+"""Imports between packages: the table of docs/architecture.md, in six floors without a circle."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,8 @@ FLOORS = [
     },
     {"pipeline.store", "trainer.adapters", "trainer.plots"},
     {"pipeline.extraction", "trainer.data", "trainer.runs"},
-    {"pipeline.inspection", "trainer.training", "trainer.evaluation"},
+    {"pipeline.inspection", "trainer.evaluation"},
+    {"trainer.training"},
     {"trainer.studies", "pipeline.commands", "trainer.commands", "cli"},
 ]
 ARROWS = {

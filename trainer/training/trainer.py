@@ -219,7 +219,7 @@ class Trainer:
                 self._not_finite(own_loss.item(), total_loss, norm, sample_ids)
             )
         self.step_numbers = {
-            "lr": self.schedules[0].get_last_lr()[0],
+            "lr": float(self.schedules[0].get_last_lr()[0]),
             **dict(zip(by_group, norms, strict=True)),
         }
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
