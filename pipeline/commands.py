@@ -135,8 +135,27 @@ threads_option = click.option(
     type=click.IntRange(1),
     help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
 )
+text_options = options(
+    click.option(
+        "--text-column",
+        multiple=True,
+        callback=lambda _ctx, _param, value: value or None,
+        help="Column of captions, with dots into structs: i18n.en. May be given several times, "
+        "with weights: caption=1. Default: text, prompt, caption or TEXT.",
+    ),
+    click.option("--fallback-column", help="Column whose captions stand in where rows have none."),
+    click.option(
+        "--blank",
+        default="error",
+        show_default=True,
+        type=click.Choice(["error", "skip", "null"]),
+        help="Rows without a caption. error: refuse them; skip: leave them out; null: give them "
+        "the null caption.",
+    ),
+)
+"""Options of every command that reads captions for a store."""
 plan_options = options(
-    click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
+    text_options,
     click.option(
         "--template",
         default="bos",
@@ -250,8 +269,10 @@ work_options = options(
 def extract(captions: str, features: str, **options: Any) -> None:
     """Run an LLM over CAPTIONS once and store the hidden states of its layers in FEATURES.
 
-    CAPTIONS is a parquet, jsonl, csv, tsv or txt file or URL, or webdataset tars, such as
-    x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
+    CAPTIONS is a table (parquet, jsonl, json, csv, tsv, txt or arrow), webdataset tars, or a folder
+    of tables or of images with captions beside them; by path or URL, several by a pattern such as
+    x-{000..031}.tar or with :: between. Rerun the same command to resume; a store made with other
+    settings is refused.
 
     \b
     Example:
@@ -358,8 +379,16 @@ def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "Pipeli
     show_default=True,
     help="pixels: the image itself, in [-1, 1]. Or a diffusers VAE: a Hub id or a folder.",
 )
-@click.option("--image-column", help="Column of images. Default: image.")
-@click.option("--text-column", help="Column of captions, by which latents and features are joined.")
+@click.option(
+    "--image-column",
+    help="Column of images. Default: image, or the only one of jpg, png, file_name, image_path "
+    "and image_binary.",
+)
+@click.option(
+    "--image-folder",
+    help="Folder that paths of images are relative to. Default: that of the table.",
+)
+@text_options
 @click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
 @click.option(
     "--buckets",
@@ -369,19 +398,23 @@ def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "Pipeli
     "sides are multiples of STEP.",
 )
 @click.option(
-    "--drop-broken",
-    is_flag=True,
-    help="Complete LATENTS without the images that cannot be read; training skips them.",
+    "--broken",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "skip"]),
+    help="Images that are missing or cannot be read. skip: complete LATENTS without them; training "
+    "skips their samples.",
 )
+@click.option("--drop-broken", "broken", flag_value="skip", hidden=True)
 @limit_option
 @work_options
 @interruptible()
 def latents(samples: str, latents: str, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
 
-    SAMPLES is the file that the features were made from, with a column of images: paths, bytes, or
-    both as HF datasets writes them. Images that cannot be read are listed; the command encodes all
-    others, then fails. Rerun the same command to resume.
+    SAMPLES is what the features were made from, with a column of images (paths, bytes, or both as
+    HF datasets writes them) or a folder of them. Images that cannot be read are listed; the command
+    encodes all others, then fails. Rerun the same command to resume.
 
     \b
     Examples:
@@ -402,7 +435,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     help="A diffusers pipeline: a folder or a Hub id (org/name[@revision]). Only its tokenizers "
     "and text encoders are loaded.",
 )
-@click.option("--text-column", help="Column of captions. Default: text, prompt or caption.")
+@text_options
 @click.option(
     "--dtype",
     default="auto",

@@ -61,6 +61,7 @@ from .tables import (
     CAPTIONS_SCHEMA,
     CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
 )
 from .train import (
@@ -90,6 +91,7 @@ __all__ = [
     "MIN_QUALITY",
     "PARTIAL",
     "SAME_WEIGHTS",
+    "SAMPLES_EXTRA",
     "SAMPLES_SCHEMA",
     "AdapterRecord",
     "Against",

@@ -152,7 +152,7 @@ class TestVAE:
         output = invoke(*arguments, code=1)
         assert "1 of 80 images cannot be read" in output
         assert "sample 3: OSError" in output
-        assert "80, 1 of them dropped" in invoke(*arguments, "--drop-broken")
+        assert "80, 1 of them dropped" in invoke(*arguments, "--broken", "skip")
 
 
 class TestPath:

@@ -86,7 +86,7 @@ def encode_captions(
     )
 
     def plan(existing: ConditioningStore | None, workers: Workers) -> ConditioningPlan:
-        return plan_conditioning(request, existing, workers)
+        return plan_conditioning(request, existing, workers, report)
 
     return write_store(ConditioningStore, plan, request, report, progress)
 
@@ -199,7 +199,10 @@ class ConditioningPlan(StorePlan[ConditioningStore]):
 
 
 def plan_conditioning(
-    request: ConditioningRequest, existing: ConditioningStore | None, workers: Workers
+    request: ConditioningRequest,
+    existing: ConditioningStore | None,
+    workers: Workers,
+    report: Callable[[str], None],
 ) -> ConditioningPlan:
     """Plan a conditioning store: all but the shapes of its tensors.
 
@@ -217,9 +220,8 @@ def plan_conditioning(
         dtype = "bfloat16" if workers.have_gpus else "float32"
         dtype = before.identity.dtype if before is not None else dtype
     text = TextPipeline(find_text_pipeline(request.pipeline), dtype=dtype)
-    samples = read_samples(
-        request.source, text_column=request.text_column, limit=request.limit, need="text"
-    )
+    samples = read_samples(request.source, **request.text_options, limit=request.limit, need="text")
+    report(samples.describe())
     counts = [] if before is None else [g.samples.num_samples for g in before.generations]
     earlier = [count for count in counts if count < len(samples)]
     identities = [samples.slice(0, count).identity() for count in earlier]

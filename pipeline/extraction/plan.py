@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ...schemas import (
     CAPTIONS_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
     FeatureIdentity,
     FeatureManifest,
@@ -99,7 +100,8 @@ class Plan:
         return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
 
     def report_warnings(self, report: Callable[[str], None]) -> None:
-        """Warn about foreign chat markers and truncated captions."""
+        """Say what was found, and warn about foreign chat markers and truncated captions."""
+        report(self.samples.describe())
         if self.foreign_markers:
             report(
                 f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
@@ -153,9 +155,7 @@ def make_plan(
     )
 
     preset = _preset(request.template, existing)
-    samples = read_samples(
-        request.source, text_column=request.text_column, limit=request.limit, need="text"
-    )
+    samples = read_samples(request.source, **request.text_options, limit=request.limit, need="text")
     texts = samples.texts()
     counts = [] if existing is None else [g.samples.num_samples for g in existing.generations]
     earlier = [count for count in counts if count < len(samples)]
@@ -227,7 +227,16 @@ def _preset(name: str, existing: FeatureManifest | None) -> Preset:
 def samples_table(samples: SampleTable, caption_ids: pa.ListArray) -> pa.Table:
     """samples.parquet of a store of captions: one row per input row."""
     columns = [pa.array(np.arange(len(samples))), caption_ids, samples.image_names()]
-    return pa.table(columns, schema=SAMPLES_SCHEMA)
+    return with_extra(pa.table(columns, schema=SAMPLES_SCHEMA), samples)
+
+
+def with_extra(table: pa.Table, samples: SampleTable) -> pa.Table:
+    """A table of samples with ``source_row`` and ``caption_weights``, where the samples have
+    them."""
+    for name, column in samples.extra_columns().items():
+        field = SAMPLES_EXTRA.field({"row": "source_row", "weights": "caption_weights"}[name])
+        table = table.append_column(field, column)
+    return table
 
 
 def default_batch_tokens(have_gpus: bool | None = None) -> int:
