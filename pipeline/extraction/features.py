@@ -104,6 +104,9 @@ class FeaturePlan(FeatureStorePlan):
             "captions": self.source.captions_table(self.packing),
         }
 
+    def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
+        return self.source.captions_reader(self.packing), self.source.samples_table()
+
     def describe(self) -> str:
         identity = self.manifest.identity
         return (

@@ -78,6 +78,12 @@ class SampleTable:
         """The given rows, in their order."""
         return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
+    def without_texts(self) -> "SampleTable":
+        """The same rows, whose captions are no longer needed."""
+        missing = pa.nulls(len(self), pa.null())
+        rest = {name: self.table[name] for name in self.table.column_names if name != TEXT}
+        return replace(self, table=pa.table({TEXT: missing, **rest}))
+
     def describe(self) -> str:
         """What was found and chosen, in words."""
         parts = [f"{self.source}: {self.found}, {len(self):,} samples; {self.chosen.describe()}"]

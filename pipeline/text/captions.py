@@ -133,7 +133,30 @@ def build_captions(
             the caption), the tokenizer lacks a token that it asks for, max_length leaves no room,
             or a caption has no tokens.
     """
-    unique = deduplicate(texts, seed, earlier)
+    return tokenize_captions(
+        deduplicate(texts, seed, earlier),
+        tokenizer,
+        template=template,
+        max_length=max_length,
+        keep_prefix=keep_prefix,
+        processing=processing,
+        causal=causal,
+        seed=seed,
+    )
+
+
+def tokenize_captions(
+    unique: "UniqueCaptions",
+    tokenizer: Any,
+    *,
+    template: str,
+    max_length: int,
+    keep_prefix: bool,
+    processing: TextProcessing | None,
+    causal: bool,
+    seed: int,
+) -> Captions:
+    """The second half of :func:`build_captions`, from captions in store order."""
     around, prefix, suffix = _around(template, tokenizer, causal, max_length, processing)
     _check_template(template, prefix, suffix, max_length, causal, processing)
     if processing is None:
@@ -296,14 +319,18 @@ def deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> Uniqu
         order = generator.permutation(seen - done)
         orders.append(unique[done:seen][order])
         done = seen
+    ends = (np.cumsum([len(order) for order in orders]) + 1).tolist()
     stored = np.concatenate(orders)
     ids = np.zeros(len(known), np.int64)  # of each code
     ids[stored] = np.arange(1, len(stored) + 1)
-    first = pa.array([NULL_TEXT], pa.large_string())
+    caption_ids = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[codes]))
+    dictionary, first = encoded.dictionary, pa.array([NULL_TEXT], pa.large_string())
+    del encoded, codes, ids, known, unique, orders  # what follows copies all texts twice
+    dictionary = dictionary.take(pa.array(stored))
     return UniqueCaptions(
-        pa.concat_arrays([first, encoded.dictionary.take(pa.array(stored))]),
-        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[codes])),
-        (np.cumsum([len(order) for order in orders]) + 1).tolist(),
+        pa.concat_arrays([first, dictionary]),
+        caption_ids,
+        ends,
     )
 
 
