@@ -1,5 +1,6 @@
 """The command line: the list of commands, and how their errors are shown."""
 
+import traceback
 from typing import Any
 
 import click
@@ -18,6 +19,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except InputError as error:
+            if ctx.meta.get(pipeline.VERBOSITY) == "verbose":
+                traceback.print_exception(error)
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if error.errno not in DISK_FULL:
@@ -62,7 +65,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(command)
+    cli.add_command(pipeline.add_verbosity(command))
 
 if __name__ == "__main__":
     cli()

@@ -5,9 +5,11 @@ The first half holds what all commands share, those of the trainer too.
 
 import functools
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -15,11 +17,14 @@ import click
 
 from ..schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
 from ..schemas.units import parse_bytes
+from ..schemas.verbosity import Level, speaking, speaks
 from .executor.base import Interrupted
 
 if TYPE_CHECKING:
     from .inspection.pipelines import PipelineText
 
+VERBOSITY = "semroute.verbosity"
+"""Key of a context under which the level is that the user asked for."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -47,8 +52,48 @@ def interruptible(
 
 
 def report_line(line: str) -> None:
-    """Print to standard error: standard output is for results."""
-    click.echo(line, err=True)
+    """Print to standard error: standard output is for results.
+
+    With ``--quiet`` only warnings, with ``--verbose`` the time too.
+    """
+    level = speaks()
+    if level == "quiet" and not line.startswith("warning"):
+        return
+    click.echo(f"{datetime.now():%H:%M:%S} {line}" if level == "verbose" else line, err=True)
+
+
+def suggest(*command: str) -> None:
+    """Name the command that one would type next."""
+    report_line(f"next: semroute {shlex.join(map(str, command))}")
+
+
+def add_verbosity(command: click.Command) -> click.Command:
+    """The command with ``--quiet`` and ``--verbose``."""
+    command.params += [
+        click.Option(
+            ["-q", "--quiet", "verbosity"],
+            flag_value="quiet",
+            default="normal",
+            expose_value=False,
+            callback=_speak,
+            help="Print only results, warnings and errors.",
+        ),
+        click.Option(
+            ["-v", "--verbose", "verbosity"],
+            flag_value="verbose",
+            expose_value=False,
+            callback=_speak,
+            help="Also print the time of each line, progress every 5 seconds, and the traceback of "
+            "an error.",
+        ),
+    ]
+    return command
+
+
+def _speak(context: click.Context, _parameter: click.Parameter, value: Level | None) -> None:
+    if value in ("quiet", "verbose"):
+        context.meta[VERBOSITY] = value
+        context.with_resource(speaking(value))
 
 
 def print_result(result: Any, as_json: bool) -> None:
@@ -281,6 +326,7 @@ def extract(captions: str, features: str, **options: Any) -> None:
     from .extraction.features import extract as run
 
     click.echo(run(captions, features, report=report_line, **options), err=is_json(options))
+    suggest("inspect", features)
 
 
 @click.command()
@@ -424,6 +470,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     from .extraction.latents import encode_images
 
     click.echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
+    suggest("inspect", latents)
 
 
 @click.command()
@@ -469,6 +516,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
 
     store = encode_captions(captions, conditioning, report=report_line, **options)
     click.echo(store, err=is_json(options))
+    suggest("inspect", conditioning)
 
 
 @click.command()

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
@@ -29,6 +28,7 @@ from ...schemas import (
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.chunks import choose_rows_per_chunk
 from ..executor.base import Deferred, Executor, report_progress, worker_name
 from ..executor.progress import Style
@@ -275,7 +275,7 @@ _UNKNOWN = [ConditioningTensor(name="unknown", shape=[1], dtype="uint8")]
 
 def _count(text: "TextPipeline", texts: pa.Array) -> list[np.ndarray]:
     """Token ids of each caption's own rows, int32."""
-    bar = tqdm(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
+    bar = progress_bar(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
     return [text.tokens(each).astype(np.int32) for each in bar]
 
 

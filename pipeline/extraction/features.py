@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import FeatureManifest, InputError, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, fitted_before, request_codec, with_exact_layers
 from ..executor.base import Executor
@@ -235,7 +235,7 @@ def _fit(
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
     task = _some(captions, slice(0, num))
     name = manifest.codec.name
-    with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
+    with progress_bar(total=num, unit=" captions", desc=f"fit {name}") as bar:
 
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)

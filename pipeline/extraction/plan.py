@@ -193,6 +193,7 @@ def make_plan(
     unique = deduplicate(samples.texts(), request.seed, earlier)
     if existing is None:  # a store that grows is compared with them
         samples = samples.without_texts()
+        pa.default_memory_pool().release_unused()
     captions = tokenize_captions(
         unique,
         tokenizer,

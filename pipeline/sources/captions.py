@@ -13,6 +13,7 @@ from .columns import Chosen
 
 Blank = Literal["error", "skip", "null"]
 """What to do with rows without a caption."""
+_BLOCK = 65_536  # texts that are looked at at a time
 _NUM_SHOWN = 5  # offending rows listed in a message
 
 
@@ -99,8 +100,12 @@ def list_rows(rows: Sequence[int] | np.ndarray) -> str:
 
 
 def _is_blank(texts: pa.Array) -> pa.Array:
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
-    return pc.fill_null(blank, True)
+    """A mask, made a block at a time: the trimmed texts are a copy of all of them."""
+    blocks = [pa.array([], pa.bool_())]
+    for first in range(0, len(texts), _BLOCK):
+        trimmed = pc.utf8_trim_whitespace(texts.slice(first, _BLOCK))
+        blocks.append(pc.fill_null(pc.equal(pc.utf8_length(trimmed), 0), True))
+    return pa.concat_arrays(blocks)
 
 
 def _blank_rows(lists: pa.ListArray) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
+
+from ...schemas.verbosity import progress_bar
 
 BLOCK = 8_192
 """Texts tokenised at a time: only a block's token ids ever exist as Python objects."""
@@ -174,7 +175,9 @@ def apply_template(
         Whole sequences, and how many tokens ``max_length`` cut off each, int64 ``[n]``.
     """
     parts, cuts = [], []
-    with tqdm(total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS) as bar:
+    with progress_bar(
+        total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS
+    ) as bar:
         for first in range(0, len(texts), BLOCK):
             block = texts.slice(first, BLOCK).to_pylist()
             whole = [template.prefix + clean(text) + template.suffix for text in block]

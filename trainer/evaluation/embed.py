@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from ...pipeline.executor.workers import own_device
 from ...pipeline.models.llm import find_tower
 from ...pipeline.models.text_pipelines import open_text_pipeline
 from ...schemas import EmbedsRecord, InputError, parse, write_whole
+from ...schemas.verbosity import progress_bar
 from ..adapters.arguments import ARGUMENTS, Arguments
 from ..adapters.captures import Captures
 from ..adapters.pipeline import TextReader
@@ -129,7 +129,7 @@ def embed(
     encoder = _Encoder(adapter, _open_pipeline(adapter, pipeline))
     if negative is not None and not encoder.takes_negative:
         raise InputError(f"{encoder.pipeline} takes no negative prompt: leave it out")
-    items = [encoder.encode(prompt) for prompt in tqdm(prompts, unit="prompt")]
+    items = [encoder.encode(prompt) for prompt in progress_bar(prompts, unit="prompt")]
     given = _join(items, encoder.names)
     if encoder.takes_negative:
         item = encoder.encode(negative or "", negative=True)

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...schemas import InputError
+from ...schemas.verbosity import progress_bar
 from .images import render
 from .scenes import Scene, sample_scene
 
@@ -108,7 +108,7 @@ def write_world(
     try:
         partial.chmod(0o755)  # mkdtemp makes it private
         total = sum(map(len, files.values()))
-        with tqdm(total=total, unit="image", disable=not progress) as bar:
+        with progress_bar(total=total, unit="image", disable=not progress) as bar:
             for name, rows in files.items():
                 pq.write_table(_table(name, rows, rng, bar), partial / f"{name}.parquet")
         partial.rename(out)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig
+from ...schemas.verbosity import progress_bar
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
@@ -115,7 +116,7 @@ class Trainer:
         """
         config, every = self.config, self.config.validation.every
         start_tracker(self.accelerator, config, self.step)
-        progress = tqdm(
+        progress = progress_bar(
             total=config.steps,
             initial=self.step,
             unit="step",
