@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from ..schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
+from ..schemas.escaping import shown
 from ..schemas.units import parse_bytes
 from ..schemas.verbosity import Level, speaking, speaks
 from .executor.base import Interrupted
@@ -51,6 +52,15 @@ def interruptible(
         sys.exit(130)
 
 
+def echo(text: object, err: bool = False) -> None:
+    """Print a line, which may hold texts of a stranger's store, and URLs.
+
+    Args:
+        err: to standard error.
+    """
+    click.echo(shown(text), err=err)
+
+
 def report_line(line: str) -> None:
     """Print to standard error: standard output is for results.
 
@@ -59,7 +69,7 @@ def report_line(line: str) -> None:
     level = speaks()
     if level == "quiet" and not line.startswith("warning"):
         return
-    click.echo(f"{datetime.now():%H:%M:%S} {line}" if level == "verbose" else line, err=True)
+    echo(f"{datetime.now():%H:%M:%S} {line}" if level == "verbose" else line, err=True)
 
 
 def suggest(*command: str) -> None:
@@ -98,7 +108,7 @@ def _speak(context: click.Context, _parameter: click.Parameter, value: Level | N
 
 def print_result(result: Any, as_json: bool) -> None:
     """Print what a command found, as text or as JSON."""
-    click.echo(result.to_json() if as_json else result)
+    echo(result.to_json() if as_json else result)
 
 
 def json_option(help: str = "Print JSON.") -> Callable[[F], F]:
@@ -120,6 +130,15 @@ class _ByteSize(click.ParamType):
             return value if isinstance(value, int) else parse_bytes(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
+
+
+class _LocalPath(click.Path):
+    """A path on this machine; a URL would become a folder of its scheme's name."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if "://" in str(value):
+            self.fail(f"{str(value)!r} is a URL; expected a path on this machine.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _FiniteFloat(click.types.FloatParamType):
@@ -149,6 +168,8 @@ class _Seed(click.types.IntParamType):
 FINITE_FLOAT = _FiniteFloat()
 SEED = _Seed()
 BYTE_SIZE = _ByteSize()
+LOCAL_PATH = _LocalPath(path_type=Path)
+LOCAL_FILE = _LocalPath(path_type=Path, dir_okay=False)
 CODECS = click.Choice(get_args(CodecName))
 quality_option = click.option(
     "--quality",
@@ -307,6 +328,20 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
+@click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="With --for: bytes that FEATURES may take. Shards are written as the runs come to them, "
+    "and evicted once all runs have read them.",
+)
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="With --budget: the YAML file of a run that reads FEATURES with data.order=shards, or its "
+    "directory. May be given several times.",
+)
 @threads_option
 @limit_option
 @work_options
@@ -320,12 +355,13 @@ def extract(captions: str, features: str, **options: Any) -> None:
     settings is refused.
 
     \b
-    Example:
+    Examples:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+      semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
     from .extraction.features import extract as run
 
-    click.echo(run(captions, features, report=report_line, **options), err=is_json(options))
+    echo(run(captions, features, report=report_line, **options), err=is_json(options))
     suggest("inspect", features)
 
 
@@ -358,6 +394,12 @@ def extract(captions: str, features: str, **options: Any) -> None:
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="Bytes that the store may take, see extract --budget: what extraction must deliver then, "
+    "and costs.",
+)
+@click.option(
     "--probe",
     is_flag=True,
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
@@ -382,7 +424,7 @@ def estimate(
     from .inspection.benchmark import run_benchmark
     from .inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes")
+    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget")
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
@@ -469,7 +511,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     """
     from .extraction.latents import encode_images
 
-    click.echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
+    echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
     suggest("inspect", latents)
 
 
@@ -515,7 +557,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
     from .extraction.conditioning import encode_captions
 
     store = encode_captions(captions, conditioning, report=report_line, **options)
-    click.echo(store, err=is_json(options))
+    echo(store, err=is_json(options))
     suggest("inspect", conditioning)
 
 
@@ -524,7 +566,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
 @json_option("Print JSON, including the manifest.")
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LOCAL_FILE,
     help="Also write a page with figures (norms, massive activations, similarity and error by "
     "layer, lengths) and a search over captions.",
 )
@@ -542,7 +584,7 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
     if html is not None:
         from .inspection.report import write_report
 
-        click.echo(write_report(store, html), err=as_json)
+        echo(write_report(store, html), err=as_json)
 
 
 @click.command()
@@ -551,9 +593,13 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
+    With a disk budget, also which runs it follows and who waits for whom. STORE may be the
+    directory of such a run.
+
     \b
-    Example:
+    Examples:
       semroute status features
+      semroute status runs/depth
     """
     from .inspection.status import status as run
 
@@ -581,7 +627,7 @@ def push(store: str, repo: str, **options: Any) -> None:
     """
     from .inspection.hub import push as run
 
-    click.echo(run(store, repo, report=report_line, **options))
+    echo(run(store, repo, report=report_line, **options))
 
 
 @click.command()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ...schemas.escaping import shown
 from ...schemas.units import format_bytes
 from ...schemas.verbosity import speaks
 
@@ -270,7 +271,7 @@ def progress_line(facts: Mapping[str, Any], unit: str) -> str:
         unit: name of entries.
     """
     parts = [
-        f"{facts['store']}: {facts[unit]:,}/{facts[f'{unit}_total']:,} {unit}",
+        f"{shown(facts['store'])}: {facts[unit]:,}/{facts[f'{unit}_total']:,} {unit}",
         f"{facts[f'{unit}_per_second']:,.1f} {unit}/s",
         f"{facts['shards']:,}/{facts['shards_total']:,} shards",
         f"{facts['rows_per_second']:,.0f} rows/s",

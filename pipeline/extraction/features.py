@@ -4,6 +4,7 @@ Everything about a store is known before its first shard: the plan reads, dedupl
 and packs. A shard without a receipt remains to be done.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ...schemas import FeatureManifest, InputError, parse
+from ...schemas import FeatureManifest, InputError, TrainConfig, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ...schemas.verbosity import progress_bar
@@ -22,10 +23,12 @@ from ..executor.base import Executor
 from ..executor.progress import Style
 from ..executor.workers import Workers
 from ..models.packing import NUM_CAPTIONS
+from ..store.budget.shards import leave_budget
 from ..store.features import FeatureStore
 from ..store.layout import pack
 from ..text.captions import Captions
 from .append import check_rows, generations
+from .budget import follow_runs, read_runs
 from .driver import FeatureStorePlan, provenance, write_store
 from .exact import choose_exact_layers
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
@@ -74,12 +77,14 @@ class FeaturePlan(FeatureStorePlan):
     """A feature store to be extracted.
 
     Attributes:
+        followed: configurations of the runs that are followed, with a disk budget.
         request: what was asked for.
         source: samples, captions and LLM.
     """
 
     function = staticmethod(encode_shard)
 
+    followed: tuple[TrainConfig, ...] = ()
     request: ExtractRequest
     source: Plan
 
@@ -106,6 +111,27 @@ class FeaturePlan(FeatureStorePlan):
 
     def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
         return self.source.captions_reader(self.packing), self.source.samples_table()
+
+    def new_bytes(self) -> int:
+        return min(super().new_bytes(), self.request.budget or sys.maxsize)
+
+    def prepare(self, store: FeatureStore) -> FeatureStore:
+        if self.request.budget is None and store.has_budget:
+            leave_budget(store)
+        return store
+
+    def fill(
+        self,
+        store: FeatureStore,
+        executor: Executor,
+        report: Callable[[str], None],
+        progress: Style,
+    ) -> None:
+        if self.request.budget is None:
+            super().fill(store, executor, report, progress)
+            return
+        report(f"{self.describe()}; shards: {self.packing.layout.num_shards}, {executor}")
+        follow_runs(self, store, self.followed, self.request.budget, executor, report, progress)
 
     def describe(self) -> str:
         identity = self.manifest.identity
@@ -153,6 +179,7 @@ def plan_features(
     Raises:
         InputError: bad input; or ``existing`` was not made from the first rows of the source.
     """
+    followed = read_runs(request)
     before = existing.manifest if existing is not None else None
     dtype, threads, batch_tokens = request.dtype, request.threads, request.batch_tokens
     spec = request_codec(request.codec, request.quality)
@@ -180,6 +207,7 @@ def plan_features(
         bytes_per_row=2 * len(source.identity.layers) * source.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=batch_tokens or default_batch_tokens(workers.have_gpus),
+        rows_per_chunk=None if before is None else before.layout.rows_per_chunk,
         aligned=CODECS[request.codec].aligned,
         num_threads=threads or workers.threads,
         earlier=[earlier.num_captions for earlier in captions.earlier],
@@ -197,6 +225,7 @@ def plan_features(
         existing=existing,
         manifest=manifest,
         packing=packing,
+        followed=followed,
         request=request,
         source=source,
     )

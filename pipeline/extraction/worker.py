@@ -69,6 +69,8 @@ class ShardTask:
     stored: StoredRows
     row_start: np.ndarray
     has_null: bool
+    max_bytes: int | None = None
+    """Bytes that its files may take."""
 
     @cached_property
     def num_rows(self) -> np.ndarray:
@@ -108,7 +110,7 @@ def encode_shard(job: Job, task: ShardTask) -> Deferred[Receipt]:
     def write() -> Receipt:
         with _naming_culprit(store, job.source, task):
             shard.keep(last)
-        return store.complete_shard(shard.arrays, shard.receipt())
+        return store.complete_shard(shard.arrays, shard.receipt(), task.max_bytes)
 
     return Deferred(write)
 

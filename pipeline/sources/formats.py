@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from ...schemas import InputError
 from ...schemas.columns import to_plain
+from ...schemas.urls import check_protocol
 from .documents import read_document
 from .nesting import descend, field_of, string_leaves, string_names
 from .places import compression_of, kind_of
@@ -80,6 +81,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
     Raises:
         InputError: no such kind of URL; or damaged or truncated.
     """
+    check_protocol(path)
     try:
         opened = fsspec.open(path, "rb")
     except (ValueError, ImportError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 
 from ...schemas import InputError
+from ...schemas.urls import check_protocol, without_query
 
 TAR = ".tar"
 FOLDER = "folder"
@@ -66,9 +67,16 @@ class Files:
         return f"{len(self.paths):,} {self.kind[1:]} {files}"
 
 
+def _named(path: str) -> str:
+    """The part of a path or URL that has the suffix: before the query, unless the query has it."""
+    before = without_query(path)
+    known = {*SUFFIXES, *ALIASES, *COMPRESSIONS}
+    return before if PurePosixPath(before).suffix.lower() in known else path
+
+
 def kind_of(path: str) -> str:
     """The kind of a file by its name, or its suffix where that is none."""
-    suffixes = PurePosixPath(_without_query(path)).suffixes
+    suffixes = PurePosixPath(_named(path)).suffixes
     last = suffixes[-1].lower() if suffixes else ""
     if last in COMPRESSIONS and len(suffixes) > 1:
         inner = ALIASES.get(suffixes[-2].lower(), suffixes[-2].lower())
@@ -78,7 +86,7 @@ def kind_of(path: str) -> str:
 
 def compression_of(path: str) -> str | None:
     """How a file is compressed, by its name."""
-    return COMPRESSIONS.get(PurePosixPath(_without_query(path)).suffix.lower())
+    return COMPRESSIONS.get(PurePosixPath(_named(path)).suffix.lower())
 
 
 def find_files(source: str) -> Files:
@@ -116,7 +124,8 @@ def expand(pattern: str) -> list[str]:
     paths: list[str] = []
     parts = split(pattern)
     for plain in (plain for part in parts for plain in _expand_braces(part)):
-        if not re.search(r"[*?]", plain) or re.match(r"https?://[^*]*$", plain):
+        check_protocol(plain)
+        if not re.search(r"[*?]", _before_query(plain)):
             paths.append(plain)
             continue
         filesystem, path = filesystem_of(plain)
@@ -150,6 +159,7 @@ def filesystem_of(path: str) -> tuple[Any, str]:
     Raises:
         InputError: no such kind of URL, or its package is missing.
     """
+    check_protocol(path)
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -162,16 +172,14 @@ def _protocols() -> frozenset[str]:
     return frozenset(fsspec.available_protocols())
 
 
-def _without_query(path: str) -> str:
-    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
-
-
 def _expand_braces(pattern: str) -> list[str]:
     """``a{0..2}{x,y}`` -> a0x, a0y, a1x ...; a range is padded to the width of its start. A local
     file that has the name itself is taken as it is."""
     if Path(pattern).exists():
         return [pattern]
-    parts = re.split(r"\{([^{}]*)\}", pattern)
+    before = _before_query(pattern)
+    query = pattern[len(before) :]
+    parts = re.split(r"\{([^{}]*)\}", before)
     choices: list[list[str]] = []
     for number, part in enumerate(parts):
         bounds = re.fullmatch(r"(\d+)\.\.(\d+)", part)
@@ -183,7 +191,13 @@ def _expand_braces(pattern: str) -> list[str]:
             choices.append([str(each).zfill(len(first)) for each in numbers])
         else:
             choices.append(part.split(","))
-    return ["".join(chosen) for chosen in product(*choices)]
+    return ["".join(chosen) + query for chosen in product(*choices)]
+
+
+def _before_query(plain: str) -> str:
+    """A URL of a file without its query; others as they are, as ``?`` stands for any character."""
+    before = without_query(plain)
+    return before if kind_of(before) in SUFFIXES else plain
 
 
 def _is_folder(path: str) -> bool:

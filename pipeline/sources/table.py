@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urljoin
 
 import fsspec
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
+from ...schemas.escaping import shown, without_secrets
+from ...schemas.urls import check_protocol
 from .captions import Blank, list_rows, read_texts
 from .columns import Chosen, check_unique
 from .embedded import EMBEDDED, EmbeddedReader
@@ -100,16 +103,21 @@ class SampleTable:
         return _array(self.table[TEXT])
 
     def image_names(self) -> pa.Array:
-        """Path of each image (string, null where it has none); bytes are not copied."""
+        """Path of each image, to be shown (string, null where it has none); bytes are not copied.
+        Secrets in URLs are left out."""
         if IMAGE not in self.table.column_names:
             return pa.nulls(len(self), pa.string())
         column = self.table[IMAGE]
         if pa.types.is_struct(column.type):
-            chunks = [pc.struct_field(chunk, "path") for chunk in column.chunks]
-            return _array(pa.chunked_array(chunks, pa.string()))
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return _array(column.cast(pa.string()))
-        return pa.nulls(len(self), pa.string())
+            chunks = [pc.struct_field(chunk, "path").cast(pa.string()) for chunk in column.chunks]
+            names = _array(pa.chunked_array(chunks, pa.string()))
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            names = _array(column.cast(pa.string()))
+        else:
+            return pa.nulls(len(self), pa.string())
+        if not pc.any(pc.match_substring(names, "://")).as_py():
+            return names
+        return pa.array([n and without_secrets(n) for n in names.to_pylist()], pa.string())
 
     def extra_columns(self) -> dict[str, pa.Array]:
         """``row`` and ``weights``, where there are any."""
@@ -131,9 +139,9 @@ class SampleTable:
                 try:
                     yield self._image_file(row, value, tars, embedded)
                 except FileNotFoundError:
-                    yield Unreadable(f"no such file: {_image_name(value)}")
+                    yield Unreadable(shown(f"no such file: {_image_name(value)}"))
                 except OSError as error:
-                    yield Unreadable(f"{_image_name(value)}: {error}")
+                    yield Unreadable(shown(f"{_image_name(value)}: {error}"))
 
     def _image_file(
         self, row: int, value: Any, tars: Reader, embedded: EmbeddedReader
@@ -153,6 +161,7 @@ class SampleTable:
                 f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
             )
         if "://" in value:
+            check_protocol(value)
             with fsspec.open(value, "rb") as file:
                 return file.read()
         return self._read_path(value)
@@ -165,6 +174,8 @@ class SampleTable:
     def _read_path(self, value: str) -> bytes:
         """A file by its path; by kohya's habits it may have backslashes, and no suffix."""
         filesystem, folder = self._place
+        if "://" in str(self.folder) and self.folder.startswith(("http://", "https://")):
+            return filesystem.cat_file(urljoin(f"{self.folder}/", value))
         names = [value, *([value.replace("\\", "/")] if "\\" in value else [])]
         suffixes = (
             () if PurePosixPath(names[-1]).suffix.lower() in IMAGE_SUFFIXES else IMAGE_SUFFIXES
