@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .pipeline import commands as pipeline
+from .pipeline.commands import stores as pipeline
+from .pipeline.commands.options import VERBOSITY, add_verbosity
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
 from .schemas.escaping import shown
@@ -37,7 +38,7 @@ class _Commands(click.Group):
             error.message = shown(error.message)
             raise
         except InputError as error:
-            if ctx.meta.get(pipeline.VERBOSITY) == "verbose":
+            if ctx.meta.get(VERBOSITY) == "verbose":
                 traceback.print_exception(error)
             raise click.ClickException(str(error)) from error
         except OSError as error:
@@ -96,7 +97,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(pipeline.add_verbosity(command))
+    cli.add_command(add_verbosity(command))
 
 if __name__ == "__main__":
     cli()

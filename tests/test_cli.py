@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from semroute.cli import cli
-from semroute.pipeline.commands import FINITE_FLOAT, SEED
+from semroute.pipeline.commands.options import FINITE_FLOAT, SEED
 from semroute.schemas import InputError, read_config
 
 

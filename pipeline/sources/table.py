@@ -174,7 +174,7 @@ class SampleTable:
     def _read_path(self, value: str) -> bytes:
         """A file by its path; by kohya's habits it may have backslashes, and no suffix."""
         filesystem, folder = self._place
-        if "://" in str(self.folder) and self.folder.startswith(("http://", "https://")):
+        if str(self.folder).startswith(("http://", "https://")):
             return filesystem.cat_file(urljoin(f"{self.folder}/", value))
         names = [value, *([value.replace("\\", "/")] if "\\" in value else [])]
         suffixes = (

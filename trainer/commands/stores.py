@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...pipeline.commands import (
+from ...pipeline.commands.options import (
     CODECS,
     LOCAL_FILE,
     LOCAL_PATH,
