@@ -1,11 +1,13 @@
-"""One file of each format as columns: parquet, jsonl, json, csv, tsv, txt, Arrow."""
+"""Files of each format as columns, one or several read as one table."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -18,13 +20,18 @@ import pyarrow.parquet
 from ...schemas import InputError
 from ...schemas.columns import to_plain
 from ...schemas.urls import check_protocol
-from .documents import read_document
-from .nesting import descend, field_of, string_leaves, string_names
-from .places import compression_of, kind_of
-from .values import check_not_repeated, decode, not_utf8, read_objects, to_array
+from .columns import Columns
+from .embedded import holds_bytes, references
+from .nesting import descend, field_of, find_field, string_leaves, string_names
+from .places import Files, compression_of, kind_of
+from .values import check_not_repeated, decode, not_utf8, read_document, read_objects, to_array
 
 T = TypeVar("T")
 _CSV_BLOCKS = (1 << 20, 1 << 25, 1 << 28, (1 << 31) - 1)  # a row must fit in a block
+_JSON = (".jsonl", ".json")
+_BINARY = (".parquet", ".arrow")
+_OLD = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
+"""Suffixes of files that the first version read."""
 _NUM_SEEN = 100  # rows in which candidates for a column are looked for
 
 
@@ -314,3 +321,130 @@ def _csv_options(kind: str) -> pyarrow.csv.ParseOptions:
     if kind == ".tsv":  # tab-separated values know no quotes
         return pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
     return pyarrow.csv.ParseOptions(newlines_in_values=True)
+
+
+@dataclass(frozen=True)
+class JoinedTables:
+    """Files of one kind as one table.
+
+    Attributes:
+        files: in their order.
+    """
+
+    files: Files
+
+    @property
+    def folder(self) -> str | None:
+        """What paths of images are relative to; None if they were made whole, since the files are
+        in several folders."""
+        parents = {*map(parent, self.files.paths)}
+        return next(iter(parents)) if len(parents) == 1 else None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Columns: of JSON all keys of all files, else those of the first file."""
+        first, *rest = self.files.paths
+        if self.files.kind not in _JSON:
+            return column_names_of(first)
+        return [*{name: None for path in (first, *rest) for name in column_names_of(path)}]
+
+    def columns(self) -> Columns:
+        """What there is to choose from."""
+        first = self.files.paths[0]
+        is_old = self.files.is_one_file and PurePosixPath(first).suffix.lower() in _OLD
+        return Columns(
+            self.files.source, self.names, self.has, lambda: string_columns(first), is_old=is_old
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether there is a column of a name, which may have dots."""
+        if name in self.names:
+            return True
+        parts = name.split(".")
+        if not any(".".join(parts[:length]) in self.names for length in range(1, len(parts))):
+            return False
+        if self.files.kind in _BINARY:
+            return find_field(parsed(self.files.paths[0], schema_of), name) is not None
+        return name in string_columns(self.files.paths[0])
+
+    def is_embedded(self, image: str | None) -> bool:
+        """Whether a column holds images themselves, which are then read on request."""
+        if image is None or self.files.kind != ".parquet":
+            return False
+        path = self.files.paths[0]
+        return holds_bytes(field_of(parsed(path, schema_of), image, path).type)
+
+    def read(
+        self, columns: Sequence[str], image: str | None, limit: int | None, *, names_only: bool
+    ) -> pa.Table:
+        """Columns of the first rows.
+
+        Args:
+            columns: to read besides images.
+            image: column of images: strings, structs, or references if it :meth:`is_embedded`.
+            names_only: of images only names are needed; the column is left out if they have none.
+
+        Raises:
+            InputError: a file cannot be read, or columns differ between files.
+        """
+        embedded = not names_only and self.is_embedded(image)
+        tables: list[pa.Table] = []
+        for number, path in enumerate(self.files.paths):
+            wanted = [*columns] if image is None else [*dict.fromkeys((*columns, image))]
+            table = read_columns(path, wanted, image if names_only or embedded else None)
+            if embedded:
+                table = _with_references(table, str(image), path, number)
+            if image in table.column_names and self.folder is None:
+                table = _with_whole_paths(table, str(image), path)
+            tables.append(table)
+            if limit is not None and sum(map(len, tables)) >= limit:
+                break
+        return tables[0] if len(tables) == 1 else self._concatenated(tables)
+
+    def _concatenated(self, tables: list[pa.Table]) -> pa.Table:
+        try:
+            return pa.concat_tables([*map(_large, tables)], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{self.files.source}: columns differ between its files: {error}. Name files of "
+                "one kind only."
+            ) from error
+
+
+def parent(path: str) -> str:
+    """The folder of a file, by path or URL."""
+    folder, mark, _ = path.rpartition("/")
+    return folder if mark else "."
+
+
+def whole_path(folder: str, path: str) -> str:
+    """A path that may be relative to a folder."""
+    is_whole = path.startswith("/") or "://" in path or folder == "."
+    return path if is_whole else f"{folder}/{path}"
+
+
+def _with_whole_paths(table: pa.Table, image: str, path: str) -> pa.Table:
+    place = table.column_names.index(image)
+    column = table[image]
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return table
+    paths = [value and whole_path(parent(path), value) for value in column.to_pylist()]
+    return table.set_column(place, image, pa.array(paths, pa.string()))
+
+
+def _with_references(table: pa.Table, image: str, path: str, number: int) -> pa.Table:
+    num_rows = parsed(path, num_rows_of)
+    names = pa.nulls(num_rows, pa.string())
+    if image in table.column_names:
+        names = table[image].cast(pa.string()).combine_chunks()
+    columns = {name: table[name] for name in table.column_names if name != image}
+    return pa.table({**columns, image: references(number, names)})
+
+
+def _large(table: pa.Table) -> pa.Table:
+    """Strings with large offsets, so that files of other versions of a table join."""
+    fields = [
+        field.with_type(pa.large_string()) if pa.types.is_string(field.type) else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(fields))

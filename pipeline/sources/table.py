@@ -19,7 +19,7 @@ from .captions import Blank, list_rows, read_texts
 from .columns import Chosen, check_unique
 from .embedded import EMBEDDED, EmbeddedReader
 from .folders import ImageFolder
-from .joined import JoinedTables
+from .formats import JoinedTables
 from .places import FOLDER, IMAGE_SUFFIXES, TAR, Files, filesystem_of, find_files
 from .webdataset import BYTE_RANGE, Reader, WebDataset
 
