@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import (
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
     AnyManifest,
     Checksums,
@@ -514,9 +515,11 @@ class CaptionStore(Store[C]):
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
+        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`), some with
+        :data:`semroute.schemas.SAMPLES_EXTRA`."""
         num = self.manifest.identity.samples.num_samples
-        table = self.read_table("samples.parquet", SAMPLES_SCHEMA, num)
+        schema = pa.schema([*SAMPLES_SCHEMA, *SAMPLES_EXTRA])
+        table = self.read_table("samples.parquet", schema, num, SAMPLES_EXTRA.names)
         refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
         return table
 

@@ -188,7 +188,7 @@ class LatentStore(Store[LatentManifest]):
                 f"{len(broken):,} of {len(self):,} images cannot be read; they are listed in "
                 f"{self.path / QUARANTINE}:\n  {shown}{more}\nAll others are written. Repair these "
                 "and rerun the same command, or leave their samples out of training with "
-                "--drop-broken."
+                "--broken skip."
             )
         if broken:
             identity = self.manifest.identity.model_copy(update={"dropped": sorted(broken)})
