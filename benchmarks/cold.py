@@ -21,6 +21,7 @@ Amplification is what the kernel read for the process and its workers (``read_by
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def build(scratch: Path, num: int, tokens: tuple[int, int]) -> None:
     write_latents(scratch / "latents", num)
     command = ["rewrite", str(scratch / "bf16"), str(scratch / "delta"), "--codec", "delta"]
     options = ["--shard-size", "64MB", "--workers", "2"]
-    subprocess.run([sys.executable, "-m", "semroute.cli", *command, *options], check=True)
+    manifest = scratch / "delta" / "manifest.json"
+    if not manifest.exists() or json.loads(manifest.read_text())["status"] != "complete":
+        subprocess.run([sys.executable, "-m", "semroute.cli", *command, *options], check=True)
 
 
 def write_features(path: Path, counts: np.ndarray) -> None:
@@ -374,7 +377,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 @click.option("--tokens", nargs=2, default=(8, 16), show_default=True, help="Fewest and most.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=4.0, show_default=True, help="At most, for each reader.")
-@click.option("--only", default="", help="Only readers whose name contains this.")
+@click.option("--only", default="", help="Only readers whose name matches.")
 @click.option("--alone", hidden=True, help="One reader by name, timed by the process above.")
 def main(
     scratch: Path,
@@ -394,7 +397,7 @@ def main(
         write_once(reader)
     flat = scratch / "peers" / "flat.u2"
     flat.unlink(missing_ok=True)  # every peer has its own files by now
-    readers = [reader for reader in readers if only in reader.name]
+    readers = [reader for reader in readers if re.search(only, reader.name)]
     mean = source.offsets[-1] / len(source)
     size = int(mean * 2 * np.prod(source.row))
     disk: list[float] = []
