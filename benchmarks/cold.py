@@ -393,11 +393,9 @@ def main(
     source, readers = Source(scratch / "bf16", scratch / "peers"), all_readers(scratch, alone)
     if alone is not None:
         run_alone(next(r for r in readers if r.name == alone), source, seconds)
+    readers = [reader for reader in readers if re.search(only, reader.name)]
     for reader in readers:
         write_once(reader)
-    flat = scratch / "peers" / "flat.u2"
-    flat.unlink(missing_ok=True)  # every peer has its own files by now
-    readers = [reader for reader in readers if re.search(only, reader.name)]
     mean = source.offsets[-1] / len(source)
     size = int(mean * 2 * np.prod(source.row))
     disk: list[float] = []
