@@ -9,10 +9,10 @@ In the scratch folder it writes a store of random hidden states in the shape of 
 layers of width 576), latents, the same as ``delta``, and the files of every peer; a second run
 resumes, or uses what is there. Delete the folder afterwards.
 
-Each reader runs in its own process, one after the other in every round. Before it starts, all files
-are evicted (``fdatasync``, ``POSIX_FADV_DONTNEED``), which needs no rights; what a hypervisor caches
-remains. The first batches are not timed; then one epoch is, or so many seconds of it. *Disk* is a
-reader of our own beside them: random requests of a caption's size with O_DIRECT, by 16 threads.
+Each reader runs in its own process, one after the other in every round. Before it starts, its files
+are evicted (``fdatasync``, ``POSIX_FADV_DONTNEED``), which needs no rights; what a hypervisor
+caches remains. The first batches are not timed; then one epoch is, or so many seconds of it. *Disk*
+is a reader of our own beside them: random requests of a caption's size with O_DIRECT, by 16 threads.
 
 Amplification is what the kernel read for the process and its workers (``read_bytes`` of
 ``/proc/PID/io``), over the stored size of what was delivered, from the start of reading.
@@ -81,7 +81,7 @@ class Files:
         return load_file(self.folder / str(number))["h"]
 
 
-# -------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def build(scratch: Path, num: int, tokens: tuple[int, int]) -> None:
@@ -210,7 +210,7 @@ def fill(store: Any, packing: Any, rows: Callable[[int, int], dict[str, np.ndarr
         store.finish()
 
 
-# ------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------ readers
 
 
 def open_own(features: Path, latents: Path, order: str, workers: int) -> Batches:
@@ -275,7 +275,7 @@ def write_once(reader: Reader) -> None:
         unfinished.rename(path)
 
 
-# -------------------------------------------------------------------------------------------- timing
+# ------------------------------------------------------------------------------------------- timing
 
 
 def evict(folder: Path) -> None:
@@ -401,7 +401,9 @@ def main(
     disk: list[float] = []
     for _ in range(rounds):
         run_round(readers, scratch, [str(scratch), f"--seconds={seconds}"], disk, size)
-    print(f"{len(source):,} captions of {mean:.1f} tokens, {size / 1e3:,.0f} KB each; {rounds} rounds")
+    print(
+        f"{len(source):,} captions of {mean:.1f} tokens, {size / 1e3:,.0f} KB each; {rounds} rounds"
+    )
     print(f"disk, O_DIRECT at this size: {spread(disk)} GB/s\n")
     print("| reader | GB/s | x disk | amplification | first batch, s | peak, MB |")
     print("| --- | --: | --: | --: | --: | --: |")

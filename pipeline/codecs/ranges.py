@@ -73,6 +73,6 @@ def touch_ranges(source, starts, stops):  # type: ignore[no-untyped-def]
         stop = min(stops[part], len(source))
         for place in range(max(0, starts[part]), stop, _PAGE):
             total += source[place]
-        if 0 < stop and starts[part] < stop:
+        if stop > 0 and starts[part] < stop:
             total += source[stop - 1]
     return total

@@ -122,6 +122,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     manifest_type = FeatureManifest
     group = "hidden.zarr"
     captions_schema = CAPTIONS_SCHEMA
+    length_columns = ("num_tokens",)
     direct = True
     """Read shard files without zarr-python, and refuse arrays of another form than the documented
     one; set it before the first read. Bytes that zarr-python reads are not checked by semroute."""
@@ -287,9 +288,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
 
-    def request(
-        self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None
-    ) -> None:
+    def request(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> None:
         """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
 
         Args, errors: as for :meth:`read`.
