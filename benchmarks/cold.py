@@ -12,7 +12,7 @@ resumes, or uses what is there. Delete the folder afterwards.
 Each reader runs in its own process, one after the other in every round. Before it starts, its files
 are evicted (``fdatasync``, ``POSIX_FADV_DONTNEED``), which needs no rights; what a hypervisor
 caches remains. The first batches are not timed; then one epoch is, or so many seconds of it. *Disk*
-is a reader of our own beside them: random requests of a caption's size with O_DIRECT, by 16 threads.
+is a reader of our own beside them: random requests of a caption's size, O_DIRECT, by 16 threads.
 
 Amplification is what the kernel read for the process and its workers (``read_bytes`` of
 ``/proc/PID/io``), over the stored size of what was delivered, from the start of reading.
