@@ -352,6 +352,7 @@ def run_round(
 ) -> None:
     evict(scratch / "bf16")
     disk.append(disk_speed(scratch / "bf16", size, 1.5))
+    click.echo(f"disk: {disk[-1]:.3f} GB/s", err=True)
     for reader in readers:
         evict(reader.folder)
         evict(scratch / "latents")
@@ -363,6 +364,7 @@ def run_round(
         reader.speeds.append(speed)
         reader.amplifications.append(amplification)
         reader.peaks.append(memory)
+        click.echo(f"{reader.name}: {speed:.3f} GB/s, amplification {amplification:.2f}", err=True)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
