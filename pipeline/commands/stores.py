@@ -139,6 +139,12 @@ def extract(captions: str, features: str, **options: Any) -> None:
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
     "caching pays.",
 )
+@click.option(
+    "--storage",
+    metavar="FOLDER",
+    help="A folder with large files on the disk that the store will be on: measure for two seconds "
+    "per codec what it delivers, and whether it feeds training.",
+)
 @json_option()
 def estimate(
     captions: str, pipeline: str | None, probe: bool, as_json: bool, **options: Any
@@ -158,7 +164,10 @@ def estimate(
     from ..inspection.benchmark import run_benchmark
     from ..inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget")
+    names = (
+        *("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget"),
+        "storage",
+    )
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)

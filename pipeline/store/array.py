@@ -349,9 +349,8 @@ class ShardedArray:
         sizes = np.minimum([*map(len, contents.values())], 16 * self._num_chunks + CRC_BYTES)
         request_ranges(stops - sizes, stops, np.zeros(len(stops), bool))
         for shard, content in contents.items():
-            self._shards[shard] = self._open(
-                shard, content, tells=tells_residency(self._shard_path(shard))
-            )
+            tells = tells_residency(self._shard_path(shard))
+            self._shards[shard] = self._open(shard, content, tells=tells)
 
     def _open(self, shard: int, content: np.ndarray, *, tells: bool = False) -> ShardFile:
         """Args: content: the file, or its end with the index if chunks are fetched apart."""

@@ -43,6 +43,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
     manifest_type = ConditioningManifest
     group = "conditioning.zarr"
     captions_schema = CONDITIONING_CAPTIONS_SCHEMA
+    length_columns = ("token_ids",)
 
     @classmethod
     def create(

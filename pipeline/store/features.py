@@ -122,6 +122,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     manifest_type = FeatureManifest
     group = "hidden.zarr"
     captions_schema = CAPTIONS_SCHEMA
+    length_columns = ("num_tokens",)
     direct = True
     """Read shard files without zarr-python, and refuse arrays of another form than the documented
     one; set it before the first read. Bytes that zarr-python reads are not checked by semroute."""

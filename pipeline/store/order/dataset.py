@@ -359,8 +359,8 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
 
 def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
     """All samples that have a latent, with all their captions."""
-    lists = features.samples["caption_ids"].combine_chunks().take(pa.array(latents.ids))
-    shards = features.captions["shard"].to_numpy().astype(np.int64)
+    lists = features.sample_captions().combine_chunks().take(pa.array(latents.ids))
+    shards = features.shards()
     captions = lists.values.to_numpy()
     starts = lists.offsets.to_numpy().astype(np.int64)
     return SampleIndex(latents.ids, starts, captions, shards=shards[captions])
