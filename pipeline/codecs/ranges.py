@@ -6,6 +6,7 @@ touched. Addresses are only ever given to the kernel, which refuses those that a
 """
 
 import mmap
+from typing import Any
 
 import numpy as np
 from numba.core import types
@@ -17,8 +18,12 @@ _PAGES = 4096
 _WILLNEED = np.int32(mmap.MADV_WILLNEED)
 _PAGE = mmap.PAGESIZE
 
-_mincore = types.ExternalFunction("mincore", types.int32(types.uintp, types.uintp, types.uintp))
-_madvise = types.ExternalFunction("madvise", types.int32(types.uintp, types.uintp, types.int32))
+_mincore: Any = types.ExternalFunction(
+    "mincore", types.int32(types.uintp, types.uintp, types.uintp)
+)
+_madvise: Any = types.ExternalFunction(
+    "madvise", types.int32(types.uintp, types.uintp, types.int32)
+)
 
 
 def request_ranges(starts: np.ndarray, stops: np.ndarray, known: np.ndarray) -> None:

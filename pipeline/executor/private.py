@@ -66,7 +66,7 @@ class PrivateScheduler(Scheduler):
                 return find_handler(request, **options)
             return application.get_handler_delegate(request, ErrorHandler, {"status_code": 404})
 
-        application.find_handler = find_private
+        application.find_handler = find_private  # type: ignore[method-assign]
 
     def __init__(self, *arguments: Any, http_prefix: str, **options: Any) -> None:
         self.http_prefix = http_prefix
