@@ -33,12 +33,8 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 def interruptible(
     interrupt: type[BaseException] = Interrupted, message: str | None = None
 ) -> Iterator[None]:
-    """Exit with code 130 when a command that can be resumed is stopped. Also a decorator.
-
-    Args:
-        interrupt: what stops it.
-        message: printed to standard error.
-    """
+    """Exit with code 130 when a command that can be resumed is stopped by ``interrupt``, with a
+    message on standard error. Also a decorator."""
     try:
         yield
     except interrupt:
@@ -48,11 +44,7 @@ def interruptible(
 
 
 def echo(text: object, err: bool = False) -> None:
-    """Print a line, which may hold texts of a stranger's store, and URLs.
-
-    Args:
-        err: to standard error.
-    """
+    """Print a line, which may hold texts of strangers, and URLs; ``err``: to standard error."""
     click.echo(shown(text), err=err)
 
 
