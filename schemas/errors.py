@@ -1,7 +1,5 @@
 """The exception for problems that the user can solve."""
 
-from .escaping import shown
-
 
 class InputError(ValueError):
     """Input that cannot be used. The message says what was found, what was expected and what to do;
@@ -11,4 +9,6 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
+        from .escaping import shown
+
         super().__init__(shown(message))
