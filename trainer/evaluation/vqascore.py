@@ -121,13 +121,14 @@ class VQAScorer:
             self.processor = AutoProcessor.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-            self.model, loaded = AutoModelForImageTextToText.from_pretrained(
+            made: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 **LOADING_REPORT,
             )
+            self.model, loaded = made
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
                 f"--judge {name}: transformers cannot load it as a model of images and text: "
