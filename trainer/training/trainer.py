@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.budget.followed import WaitEndedError
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig
+from ...schemas.verbosity import progress_bar
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
@@ -137,7 +138,7 @@ class Trainer:
         """
         config = self.config
         start_tracker(self.accelerator, config, self.step, self.run_id)
-        progress = tqdm(
+        progress = progress_bar(
             total=config.steps,
             initial=self.step,
             unit="step",
