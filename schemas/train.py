@@ -422,6 +422,10 @@ class PreviewConfig(Settings):
     are scored too."""
     prompts: list[str] | None = None
     """Texts instead of stored captions; the run's LLM encodes them before training."""
+    llm: str | None = None
+    """Where the LLM is, for ``prompts``; by default where it was when features were extracted."""
+    vae: str | None = None
+    """Where the VAE is; by default where it was when latents were made."""
     cfg_scale: float = 3.0
     """Guidance scale; 1 means none."""
     num_steps: Positive = 20
@@ -433,6 +437,8 @@ class PreviewConfig(Settings):
     def _one_source(self) -> "PreviewConfig":
         if self.prompts is not None and (self.features or self.samples):
             raise ValueError("give either prompts or features")
+        if self.llm is not None and self.prompts is None:
+            raise ValueError("llm is given without prompts, which it is for: leave it out")
         if self.samples is not None and self.features is None:
             raise ValueError("samples is given without features, which were extracted from it")
         return self

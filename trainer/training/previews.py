@@ -198,7 +198,7 @@ def open_previews(setup: "Setup", device: torch.device) -> Previews:
     if config.prompts is not None:
         from ...pipeline.extraction.prompts import PromptEncoder
 
-        encoder = PromptEncoder(record.features, record.model_source, str(device))
+        encoder = PromptEncoder(record.features, config.llm or record.model_source, str(device))
         captions = encoded_captions(encoder, config.prompts[: config.captions], run)
     elif config.samples is not None:
         assert config.features is not None
@@ -215,7 +215,7 @@ def open_previews(setup: "Setup", device: torch.device) -> Previews:
         held(captions.features, ids, layers),
         ids,
         captions.texts[: config.captions],
-        open_decoder(record.latents, record.vae_source, str(device)),
+        open_decoder(record.latents, config.vae or record.vae_source, str(device)),
         scenes,
         SamplingConfig(config.num_steps, config.cfg_scale),
         config.seed,

@@ -128,6 +128,7 @@ def test_images_are_scored_where_that_is_known(config):
     [
         ({"prompts": ["a"], "features": "f"}, "give either prompts or features"),
         ({"samples": "s"}, "samples is given without features"),
+        ({"llm": "l"}, "llm is given without prompts"),
     ],
 )
 def test_two_sources_are_refused(config, sampling, message):
