@@ -7,6 +7,8 @@ import matplotlib.figure
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
+from ..schemas.escaping import one_line
+
 COLOUR_MAP = "viridis"
 SIGNED_COLOUR_MAP = "RdBu_r"
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -22,6 +24,11 @@ class Figure(matplotlib.figure.Figure):
         self.savefig(file, format="png", dpi=DPI)
         width, height = (round(100 * inches) for inches in self.get_size_inches())
         return file.getvalue(), {"width": width, "height": height}
+
+
+def plain(text: object) -> str:
+    """A text of somebody else's as a figure shows it: in one line, and a dollar sign is one."""
+    return one_line(str(text)).replace("$", r"\$")
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:

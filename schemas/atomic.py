@@ -38,6 +38,13 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
         raise
 
 
+def make_folder(parent: Path, prefix: str) -> Path:
+    """A new folder of a name that nobody has, with the permissions that the umask allows."""
+    folder = parent / f"{prefix}{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    return folder
+
+
 def _create(path: Path) -> BinaryIO:
     """A new file; one that a killed writer left there goes first, as does a link."""
     path.unlink(missing_ok=True)

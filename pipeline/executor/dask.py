@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from typing import Any, Self
 
 from ...schemas import InputError
@@ -93,8 +92,11 @@ class DaskExecutor(Executor):
 
     def _start_workers(self, resources: ExitStack) -> Any:
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client, Nanny, SpecCluster
 
+        from .private import PrivateScheduler, PrivateWorker, has_dashboard, make_keys, make_prefix
+
+        prefix = make_prefix()
         settings = {
             # A task may occupy its worker for long, above all while it loads a model.
             "distributed.scheduler.worker-ttl": "30 minutes",
@@ -103,15 +105,26 @@ class DaskExecutor(Executor):
             # cleared and unmapped layer by layer: that took a quarter of the time.
             "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**33),
             "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**30),
+            **dashboard_link(f"127.0.0.1:{{port}}{prefix}"),
         }
         resources.enter_context(dask.config.set(settings))
-        cluster = LocalCluster(
-            n_workers=self.workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,  # the weights of a model would count towards it
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
+        # As distributed's LocalCluster, which takes no classes of its scheduler and workers.
+        own = {"host": "127.0.0.1", "protocol": "tls://", "security": make_keys()}
+        scheduler = {
+            **{"port": 0, "http_prefix": prefix, "dashboard": has_dashboard(), **own},
+            "dashboard_address": "127.0.0.1:0",
+        }
+        worker = {
+            **{"worker_class": PrivateWorker, "nthreads": 1, "dashboard": False, **own},
+            "memory_limit": 0,  # the weights of a model would count towards it
+            "silence_logs": logging.CRITICAL,
+        }
+        cluster = SpecCluster(
+            scheduler={"cls": PrivateScheduler, "options": scheduler},
+            workers={
+                number: {"cls": Nanny, "options": worker} for number in range(self.workers or 1)
+            },
+            security=own["security"],
             silence_logs=logging.CRITICAL,
         )
         resources.enter_context(cluster)
@@ -122,7 +135,9 @@ class DaskExecutor(Executor):
             self.workers = min(self.workers, num)
 
     def dashboard(self) -> str:
-        if find_spec("bokeh") is None:  # Dask needs it to serve the pages
+        from .private import has_dashboard
+
+        if not has_dashboard():
             return ""
         with self._reaching_workers():
             return str(self.client.dashboard_link)
@@ -328,6 +343,15 @@ def connect_client(resources: ExitStack, name: str, **options: Any) -> Any:
             f"no Dask scheduler answers at {name}: {error}. Is it running, is the port open, and "
             "are TLS keys in Dask's configuration?"
         ) from error
+
+
+def dashboard_link(place: str) -> dict[str, str]:
+    """Dask setting: what is printed as the dashboard's address.
+
+    Args:
+        place: host, port and path in Dask's template.
+    """
+    return {"distributed.dashboard.link": f"http://{place}/status"}
 
 
 def no_profile_variable() -> str:

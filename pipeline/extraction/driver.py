@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...schemas import FeatureManifest, InputError, Provenance, Quarantine, Receipt
+from ...schemas.escaping import shown, without_secrets
 from ...schemas.files import is_local
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, DiskFullError, Executor, Interrupted
@@ -383,7 +384,7 @@ def sweep(store: Store[Any], report: Callable[[str], None]) -> None:
 
 def quarantine(shard: int, packing: Packing, error: BaseException) -> Quarantine:
     """The record of a shard that failed."""
-    trace = "".join(traceback.format_exception(error))
+    trace = without_secrets("".join(traceback.format_exception(error)))
     entries = list(packing.entries(shard))
     return Quarantine(shard=shard, entries=entries, reason=reason(error), traceback=trace)
 
@@ -395,7 +396,7 @@ def reason(error: BaseException) -> str:
             "every worker that took it died: out of memory, or killed by the batch system? Its "
             "captions are listed too; a smaller --batch-tokens takes less memory"
         )
-    return f"{type(error).__name__}: {error}"
+    return shown(f"{type(error).__name__}: {error}")
 
 
 @dataclass
@@ -428,8 +429,13 @@ def check_space(target: Path, needed: int, force: bool) -> None:
     Args:
         needed: bytes.
         force: begin anyway.
+
+    Raises:
+        InputError: too little space; or ``force`` where there is no check.
     """
     if not is_local(target):  # object stores have no known limit
+        if force:
+            raise InputError(f"--force is not used: free space is not checked at {target}")
         return
     existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -443,8 +449,8 @@ def check_space(target: Path, needed: int, force: bool) -> None:
 def provenance(source: str, model: str) -> Provenance:
     """Provenance of a store: source, model, time and library versions."""
     return Provenance(
-        source=source,
-        model=model,
+        source=without_secrets(source),
+        model=without_secrets(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )

@@ -204,6 +204,7 @@ def plan_features(
         bytes_per_row=2 * len(source.identity.layers) * source.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=batch_tokens or default_batch_tokens(workers.have_gpus),
+        rows_per_chunk=None if before is None else before.layout.rows_per_chunk,
         aligned=CODECS[request.codec].aligned,
         num_threads=threads or workers.threads,
         earlier=[earlier.num_captions for earlier in captions.earlier],

@@ -4,12 +4,13 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...schemas import InputError
+from ...schemas.atomic import make_folder
+from ...schemas.tensor_files import make_readable
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
@@ -173,8 +174,13 @@ def _convert_gguf(file: Path, digest: str) -> Path:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        unfinished = make_folder(folder.parent, f"{folder.name}.")
+    except OSError as error:
+        raise InputError(
+            f"--model {file} would be converted into {folder.parent}, which cannot be written to: "
+            f"{error.strerror}. Name another folder with the environment variable SEMROUTE_CACHE."
+        ) from error
     try:
         try:
             arguments = {"gguf_file": file.name}
@@ -193,6 +199,7 @@ def _convert_gguf(file: Path, digest: str) -> Path:
             del model.config.quantization_config
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        make_readable(unfinished)
         try:
             unfinished.rename(folder)
         except OSError:

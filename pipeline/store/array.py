@@ -23,6 +23,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from ...schemas import InputError, Layout, WrittenFile, write_whole
 from ...schemas.files import inside, is_local, read_ranges, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
+from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
 from .shard_file import (
     ABSENT,
@@ -32,6 +33,7 @@ from .shard_file import (
     ShardFile,
     chunk_crc,
     read_bytes,
+    tells_residency,
 )
 
 
@@ -213,16 +215,38 @@ class ShardedArray:
             InputError: the shard is not written.
         """
         slices = ChunkSlices.from_runs(starts, stops, self.layout.rows_per_chunk)
+        self.request(slices)
         self.read_slices(slices, out, select)
+
+    def request(self, slices: ChunkSlices) -> None:
+        """Ask the disk for the chunks of slices, and do not wait for them.
+
+        Errors are those of :meth:`read_slices`, but for damage of chunks. Objects behind a URL are
+        not requested.
+        """
+        if not (self.direct and self.is_local):
+            return
+        parts = [*slices.by_shard(self._num_chunks)]
+        self._open_shards([shard for shard, _ in parts])
+        starts, stops, known = [], [], []
+        for shard, part in parts:
+            file = self._shards[shard]
+            first, last = file.addresses(part.chunk)
+            starts.append(first)
+            stops.append(last)
+            known.append(np.full(len(first), file.tells))
+        if parts:
+            request_ranges(*map(np.concatenate, (starts, stops, known)))
 
     def read_slices(
         self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice = slice(None)
     ) -> None:
-        """Copy slices of chunks to their targets in ``out``; each chunk is read once.
+        """Copy slices of chunks, which were requested, to their targets in ``out``; each chunk is
+        read once.
 
         Args, errors: as for :meth:`read`.
         """
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        num_chunks = self._num_chunks
         whole = select == slice(None) and out.shape[1:] == self.row_shape
         mapped = self.direct and self.is_local
         fetched = self._fetch(slices.chunk, num_chunks) if self.direct and not mapped else {}
@@ -232,6 +256,9 @@ class ShardedArray:
             for shard, part in slices.by_shard(num_chunks):
                 self._shard(shard).copy(part, out)
             return
+        if mapped:
+            for shard, part in slices.by_shard(num_chunks):
+                self._shard(shard).check(part.chunk)
         last, rows = -1, np.empty(0)
         for chunk, first, num, target in slices:
             if chunk != last:
@@ -275,16 +302,35 @@ class ShardedArray:
         return self._shard(shard).chunk(number, coded)
 
     def _shard(self, shard: int) -> ShardFile:
-        file = self._shards.get(shard)
-        if file is None:
-            content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
-            file = self._shards[shard] = self._open(shard, content)
-        return file
+        self._open_shards([shard])
+        return self._shards[shard]
 
-    def _open(self, shard: int, content: np.ndarray) -> ShardFile:
+    def _open_shards(self, shards: Sequence[int]) -> None:
+        """Map files of shards that are not mapped yet; all of their indexes are requested first."""
+        contents = {
+            shard: read_bytes(self.path, shard_name(shard, len(self.row_shape)), in_order=False)
+            for shard in shards
+            if shard not in self._shards
+        }
+        if not contents:
+            return
+        stops = np.array([each.ctypes.data + len(each) for each in contents.values()], np.int64)
+        sizes = np.minimum([*map(len, contents.values())], 16 * self._num_chunks + CRC_BYTES)
+        request_ranges(stops - sizes, stops, np.zeros(len(stops), bool))
+        for shard, content in contents.items():
+            self._shards[shard] = self._open(
+                shard, content, tells=tells_residency(self._shard_path(shard))
+            )
+
+    def _open(self, shard: int, content: np.ndarray, *, tells: bool = False) -> ShardFile:
         """Args: content: the file, or its end with the index if chunks are fetched apart."""
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-        return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
+        path = self._shard_path(shard)
+        return ShardFile(path, content, self._num_chunks, self.chunk_codec, tells=tells)
+
+    @property
+    def _num_chunks(self) -> int:
+        """Chunks of a shard."""
+        return self.layout.rows_per_shard // self.layout.rows_per_chunk
 
     def _shard_path(self, shard: int) -> Path:
         return self.path / shard_name(shard, len(self.row_shape))
@@ -292,8 +338,7 @@ class ShardedArray:
     @property
     def max_shard_bytes(self) -> int:
         """Largest file of a shard."""
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-        return num_chunks * (self.chunk_codec.max_bytes + CRC_BYTES + 16) + CRC_BYTES
+        return self._num_chunks * (self.chunk_codec.max_bytes + CRC_BYTES + 16) + CRC_BYTES
 
     def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
         """Read a whole shard of an array of the known form, and check every checksum.
@@ -308,7 +353,7 @@ class ShardedArray:
         if content is None:
             content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
         file = self._open(shard, content)
-        for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
+        for number in range(self._num_chunks):
             file.chunk(number)
 
 

@@ -36,6 +36,7 @@ from ...schemas import (
     render,
     write_document,
 )
+from ...schemas.escaping import one_line
 from ...schemas.files import (
     StorageError,
     inside,
@@ -325,7 +326,7 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
     Raises:
         StoreError: there are some.
     """
-    found = [*islice(faults, _SHOWN)]
+    found = [one_line(fault) for fault in islice(faults, _SHOWN)]
     if found:
         raise StoreError(
             f"{place} cannot be used: {'; '.join(found)}. Put it back from a copy, or get the "

@@ -19,6 +19,8 @@ from PIL import Image
 from ...pipeline.extraction.prompts import PromptEncoder
 from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
+from ...schemas.escaping import code, in_markdown
+from ...schemas.tensor_files import make_readable
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig
 from ..runs.record import build_model
@@ -191,15 +193,16 @@ def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
     transformer.dit.load_state_dict(run.model.state_dict())
     pipeline = SemanticRoutingPipeline(transformer)
     pipeline.save_pretrained(folder)
+    make_readable(folder)
     vae = ""
     if record.latents.vae != "pixels":
-        vae = f" Its VAE, {record.vae_source}, is not in it either; pass `vae=` likewise."
+        vae = f" Its VAE, {code(record.vae_source)}, is not in it either; pass `vae=` likewise."
     card = CARD.format(
-        title=folder.name,
+        title=in_markdown(folder.name),
         strategy=record.config.routing.strategy,
         step=run.step,
         layers=len(run.model.router.layers_read),
-        llm=record.model_source,
+        llm=code(record.model_source),
         vae=vae,
     )
     write_document(folder / "README.md", card)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm.auto import tqdm
 
-from ...schemas import CaptionsIdentity, InputError, Mixes
+from ...schemas import CaptionsIdentity, InputError, Mixes, write_whole
 from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..plots.images import sample_grid, save_images
 
@@ -312,7 +312,7 @@ def generate_samples(
     if decode is None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / "latents.safetensors"
-        save_file({"latents": latents}, path, {"captions": json.dumps(captions.texts)})
+        write_whole(path, save({"latents": latents}, {"captions": json.dumps(captions.texts)}))
         return [path]
     images = decode(latents)
     return save_images(out, images, captions.texts, sample_grid(images, captions.texts))

@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...pipeline.style import DPI, INK, Figure
+from ...pipeline.style import DPI, INK, Figure, plain
 from ...schemas import InputError
 from ...schemas.json_file import load_json
 
@@ -46,7 +46,7 @@ def sample_grid(
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    wrapped = [textwrap.wrap(caption, 24) or [""] for caption in captions]
+    wrapped = [[plain(line) for line in textwrap.wrap(caption, 24)] or [""] for caption in captions]
     lines = max(map(len, wrapped))
     figure = Figure(
         figsize=(1.75 * columns + 0.1, (1.75 + 0.15 * lines) * rows + 0.1),

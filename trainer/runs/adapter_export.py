@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...schemas import InputError, LoraConfig, write_document
+from ...schemas.tensor_files import save_tensors
 from ..adapters.approximation import Fit, exact_gains, fit_layers, linear_change, low_rank
 from ..adapters.lora_files import find_loader, matrices_of, write_lora
 from .adapter import Adapter, write_adapter
@@ -245,7 +245,7 @@ def _write_comfyui(adapter: Adapter, folder: Path, _rank: int | None) -> Content
     folder.mkdir(parents=True, exist_ok=True)
     file = COMFYUI_FILE.format(family=adapter.family.name)
     key = f"diffusion_model.{adapter.family.fusion_layer[1]}.diff"
-    save_file({key: change.contiguous()}, folder / file, {"format": "pt"})
+    save_tensors({key: change.contiguous()}, folder / file, {"format": "pt"})
     how = (
         f"Copy `{file}` into `ComfyUI/models/loras` and load it with the node "
         "*LoraLoaderModelOnly*. Strength 1 is what was learned, 0 the base model. The file holds "

@@ -1,8 +1,6 @@
 """Checkpoints: weights, optimizer states and step, complete or absent."""
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...schemas import sync
 from ...schemas.json_file import read_json
+from ...schemas.tensor_files import save_tensors
 
 CHECKPOINTS = "checkpoints"
 
@@ -83,7 +81,7 @@ def save_checkpoint(
     unfinished.mkdir()
     for name, tensors in (("model", model), ("ema", ema), ("optimizer", optimizer)):
         whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        _save_tensors(whole, unfinished / f"{name}.safetensors")
+        save_tensors(whole, unfinished / f"{name}.safetensors")
     (unfinished / "state.json").write_text(json.dumps({**state, "step": step}) + "\n", "utf-8")
     for file in (*unfinished.iterdir(), unfinished):
         sync(file)
@@ -153,15 +151,3 @@ def load_optimizer_tensors(
             if names[parameter] in by_name
         }
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # Only the text has the error number of the operating system, such as that of a full disk.
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None:
-            raise
-        number = int(match[1])
-        raise OSError(number, os.strerror(number), str(path)) from error

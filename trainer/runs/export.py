@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import InputError, RouterRecord, parse, write_document
 from ...schemas.json_file import read_json
+from ...schemas.tensor_files import save_tensors
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 
@@ -75,7 +76,7 @@ def export_router(run: "Run | Adapter", out: str | os.PathLike[str]) -> Path:
         weights=run.source,
     )
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / TENSORS, {"format": "pt", "strategy": exported.routing.strategy})
+    save_tensors(whole, folder / TENSORS, {"format": "pt", "strategy": exported.routing.strategy})
     write_document(folder / CONFIG, exported.model_dump_json(indent=1) + "\n")
     return folder
 

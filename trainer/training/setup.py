@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from ...schemas import (
     RunRecord,
     TrainConfig,
 )
+from ...schemas.seeds import RANDOM_VERSION
+from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
+from ..diffusion.noise import NoiseSource
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
@@ -99,6 +103,7 @@ def make_loader(
         InputError: ranks and accumulation steps do not divide the batch.
     """
     config = setup.record.config
+    version = config.random_version or RANDOM_VERSION
     return PackedLoader(
         setup.features,
         setup.latents,
@@ -110,6 +115,14 @@ def make_loader(
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
+        version=version,
+        noise=NoiseSource(
+            make_path(config.flow, setup.record.pretrained),
+            config.seed,
+            config.data.noise_draws,
+            config.routing.t_jitter,
+            version,
+        ),
     )
 
 
@@ -138,6 +151,7 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         pretrained=pretrained,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
+        id=uuid.uuid4().hex,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},

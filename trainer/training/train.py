@@ -8,13 +8,15 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
+from ...schemas.escaping import shown
 from ..adapters.paths import make_path
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
-from ..runs.record import write_record
+from ..runs.record import tracker_id, write_record
 from ..runs.start import start_from
 from .accelerator import make_accelerator
 from .position import followed_stores, publishing
+from .previews import open_previews
 from .setup import make_loader, prepare
 from .trainer import Trainer
 
@@ -40,6 +42,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     if setup.start is not None:
         start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
+    previews = None
+    if config.sampling.every is not None:
+        previews = open_previews(setup, accelerator.device)
     loader = make_loader(
         setup,
         rank=accelerator.process_index,
@@ -57,7 +62,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             trim_metrics(path, loader.start_step)
             if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
                 for pair in loader.pairs:
-                    tqdm.write(pair.summary(), file=sys.stderr)
+                    _report(pair.summary())
         trainer = Trainer(
             config,
             accelerator,
@@ -65,6 +70,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             setup.checkpoint,
             setup.validation,
             make_path(record.config.flow, record.pretrained),
+            previews,
+            tracker_id(record),
         )
         followed = followed_stores(setup.pairs)
         with publishing(
@@ -77,7 +84,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
 
 def _report(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(shown(line), file=sys.stderr)
 
 
 def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ....schemas import InputError, TrainConfig
 from ....schemas.files import locate
+from ....schemas.seeds import RANDOM_VERSION
 from ..features import NULL_CAPTION, FeatureStore
 from ..open import open_latents
 from ..order.dataset import StorePair, held_out, open_pairs, validation_samples
@@ -45,6 +46,7 @@ _DECISIVE = {
 def order_fingerprint(config: TrainConfig) -> str:
     """sha256 over what decides which samples a run reads, and in which order."""
     decisive = config.model_dump(mode="json", include=_DECISIVE)
+    decisive["random_version"] = config.random_version or RANDOM_VERSION
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +101,7 @@ class ShardNeeds:
         steps = max(1, min(per_shard // GRANULES_PER_SHARD, BLOCK_POSITIONS) // batch_size)
         return cls(
             shard_of,
-            make_sampler(pairs, config.data, config.seed),
+            make_sampler(pairs, config.data, config.seed, config.random_version or RANDOM_VERSION),
             sources,
             batch_size,
             stop=config.steps * batch_size,

@@ -30,6 +30,7 @@ from ....schemas import (
 )
 from ....schemas.columns import to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
+from ....schemas.urls import check_protocol, suffix_of
 from .filters import parse_filter
 
 if TYPE_CHECKING:
@@ -524,7 +525,8 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _open_table(name: str) -> pyarrow.dataset.Dataset:
-    ending = name.rpartition(".")[2]
+    check_protocol(name)
+    ending = suffix_of(name, [".parquet", ".csv", ".tsv", ".jsonl"]).removeprefix(".")
     form: str | pyarrow.dataset.FileFormat = ending
     if ending in ("csv", "tsv"):
         form = pyarrow.dataset.CsvFileFormat(

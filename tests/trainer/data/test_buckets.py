@@ -42,6 +42,20 @@ def same(first, second):
 
 
 class TestOrder:
+    def test_a_shape_may_have_hardly_any_of_a_source(
+        self, feature_store, bucket_store, latent_store
+    ):
+        """A store of one shape that is nearly all of what is shown of it, and one of several."""
+        columns = [{"filter": "sample_id < 1"}, {"filter": "sample_id > 0"}]
+        source = {"features": str(feature_store), "latents": str(bucket_store)}
+        source |= {"proportion": 0.998, "select": columns[1]}
+        data = parse(
+            DataConfig, {"batch_size": 2, "select": columns[0], "mixture": [source]}, "test"
+        )
+        pairs = open_pairs(open_features(feature_store), open_latents(bucket_store), data)
+        source = make_sampler(pairs, data, 0).indices(0, 200_000).source
+        assert np.mean(source == 0) == pytest.approx(0.002, abs=2e-4)
+
     @settings(deadline=None, max_examples=25)
     @given(
         batch_size=st.integers(1, 24),

@@ -45,6 +45,24 @@ class TestWriteWorld:
         assert len(test) == 60
         assert len(train | dev | test) == len(train) + len(dev) + len(test)
 
+    def test_no_scene_is_in_two_files(self, world):
+        out, _ = world
+        train, dev, test = (
+            {scene.content for scene in read_scenes(pq.read_table(out / f"{name}.parquet"))}
+            for name in ("train", "dev", "test")
+        )
+        assert len(train | dev | test) == len(train) + len(dev) + len(test)
+
+    def test_captions_alone_may_differ(self, tmp_path):
+        """As in the first release: about half of the scenes come back in other words."""
+        out = tmp_path / "world"
+        write_world(out, 8000, seed=3, num_test=60, num_dev=20, by="caption", progress=False)
+        train, test = (pq.read_table(out / f"{name}.parquet") for name in ("train", "test"))
+        seen = {scene.content for scene in read_scenes(train)}
+        again = sum(scene.content in seen for scene in read_scenes(test) if not scene.held_out)
+        assert 5 < again < 25
+        assert not {*train["text"].to_pylist()} & {*test["text"].to_pylist()}
+
     def test_images_captions_and_scenes_belong_together(self, world):
         out, _ = world
         for name in ("train", "dev", "test"):
