@@ -75,9 +75,9 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     """
     features, latents = open_followed(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
-    check_followed(config, pairs)
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
+    check_followed(record.config, pairs)
     model = build_model(record, building)
     for shape in by_shape(pairs):
         model.check_shape(shape)
