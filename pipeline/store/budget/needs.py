@@ -22,7 +22,6 @@ from ..features import NULL_CAPTION, FeatureStore
 from ..open import open_latents
 from ..order.dataset import StorePair, held_out, open_pairs, validation_samples
 from ..order.sampler import BucketSampler, MixtureSampler, make_sampler
-from .followed import open_followed
 
 if TYPE_CHECKING:
     from ..latents import LatentStore
@@ -83,6 +82,8 @@ class ShardNeeds:
             InputError: it does not read this store, or not in the order of its shards; its stores
                 do not belong together.
         """
+        from .followed import open_followed
+
         where = store.path.resolve()
         own = locate(config.features)
         features = store if own.resolve() == where else open_followed(own)
