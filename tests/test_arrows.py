@@ -69,6 +69,7 @@ ARROWS = {
         "trainer.runs",
     },
     "trainer.evaluation": {
+        "pipeline.sources",
         "pipeline.executor",
         "pipeline.models",
         "pipeline.store",

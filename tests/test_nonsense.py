@@ -67,17 +67,13 @@ UNWRITABLE = {
 """What stands in the place of an output."""
 
 
-def mistakes():
-    """Commands with one argument that makes no sense."""
-    for command, sound in SOUND.items():
-        for place, others in [*((name, MISTAKEN) for name in INPUTS), ("out", UNWRITABLE)]:
-            if f"{{{place}}}" not in sound:
-                continue
-            for name, other in others.items():
-                if name == "latents" and command in ANY_STORE:
-                    continue
-                words = sound.replace(f"{{{place}}}", other)
-                yield pytest.param(f"{command} {words}", id=f"{command}-{place}-{name}")
+def mistakes(command):
+    """The command with one argument that makes no sense."""
+    sound = SOUND[command]
+    for place, others in [*((name, MISTAKEN) for name in INPUTS), ("out", UNWRITABLE)]:
+        for name, other in others.items():
+            if f"{{{place}}}" in sound and not (name == "latents" and command in ANY_STORE):
+                yield f"{command} {sound.replace(f'{{{place}}}', other)}"
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +105,8 @@ def places(tmp_path_factory, samples_file, tiny_llm, configure):
 def refused(arguments):
     """The message of a command that refuses its arguments."""
     result = CliRunner().invoke(cli, arguments)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit), (arguments, result.exception)
+    assert result.exit_code in (1, 2), (arguments, result.output)
     assert "Traceback" not in result.output
     *_, message = result.stderr.partition("Error: ")
     assert message.strip(), result.output
@@ -118,39 +114,46 @@ def refused(arguments):
     return message
 
 
-@pytest.mark.parametrize("words", [*mistakes()])
-def test_places(words, places, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", SOUND)
+def test_places(command, places, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    refused([word.format(**places) for word in words.split()])
+    for words in mistakes(command):
+        refused([word.format(**places) for word in words.split()])
 
 
-def wrong_values():
-    """Options of every command with a value that is none of theirs; and words too many or few."""
+def test_there_is_enough_nonsense():
+    assert {*SOUND} == {*cli.commands}
+    assert sum(1 for command in SOUND for _ in mistakes(command)) > 300
+    assert sum(1 for command in SOUND for _ in wrong_values(command)) > 300
+
+
+def wrong_values(name):
+    """Options of a command with a value that is none of theirs; and words too many."""
     bad = {
         click.IntRange: ("0.5", "many", "-1"),
         click.types.FloatParamType: ("much", "nan"),
         click.Choice: ("it", "''"),
     }
-    for name, command in sorted(cli.commands.items()):
-        sound = SOUND[name]
-        yield f"{name} {sound} --nonsense"
-        if all(parameter.nargs == 1 for parameter in command.params):
-            yield f"{name} {sound} too many words"
-        for option in command.params:
-            values = next((v for kind, v in bad.items() if isinstance(option.type, kind)), ())
-            if isinstance(option, click.Option) and not option.is_flag and option.opts[0] != "-h":
-                for value in values:
-                    yield f"{name} {sound} {option.opts[0]} {' '.join([value] * option.nargs)}"
-                if not values:
-                    yield f"{name} {sound} {option.opts[0]}"
+    command, sound = cli.commands[name], f"{name} {SOUND[name]}"
+    yield f"{sound} --nonsense"
+    if all(parameter.nargs == 1 for parameter in command.params):
+        yield f"{sound} too many words"
+    for option in command.params:
+        values = next((v for kind, v in bad.items() if isinstance(option.type, kind)), ())
+        if isinstance(option, click.Option) and not option.is_flag:
+            for value in values:
+                yield f"{sound} {option.opts[0]} {' '.join([value] * option.nargs)}"
+            if not values:
+                yield f"{sound} {option.opts[0]}"
 
 
-@pytest.mark.parametrize("words", [*wrong_values()])
-def test_values(words):
-    result = CliRunner().invoke(cli, [word.strip("'") for word in words.split()])
-    assert result.exit_code == 2
-    assert "Error: " in result.stderr
-    assert isinstance(result.exception, SystemExit)
+@pytest.mark.parametrize("command", SOUND)
+def test_values(command):
+    for words in wrong_values(command):
+        result = CliRunner().invoke(cli, [word.strip("'") for word in words.split()])
+        assert result.exit_code == 2, words
+        assert "Error: " in result.stderr
+        assert isinstance(result.exception, SystemExit)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from ..executor.progress import (
 from ..executor.workers import Workers, inspect_workers
 from ..store.base import Store
 from ..store.conditioning import ConditioningStore
-from ..store.documents import StoreError, remove_partial_files
+from ..store.documents import MANIFEST, StoreError, remove_partial_files
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
@@ -90,6 +90,8 @@ def exclusive_writer(
         except Interrupted as error:
             if not lock.lost:
                 raise
+            if is_local(store) and not store.exists():
+                raise _gone(store) from error
             raise LockedError(
                 f"another driver took this one for dead and has taken over {store}; semroute "
                 f"status {store} shows it"
@@ -297,6 +299,8 @@ def run_shards(
                 tally.add(outcome)
                 num_bytes = sum(file.num_bytes for file in outcome.files.values())
                 emit(ShardWritten, shard, num_bytes)
+            elif store.is_gone():
+                raise _gone(store.path) from outcome
             else:
                 failed[shard] = outcome
                 store.write_quarantine(quarantine(shard, packing, outcome))
@@ -370,6 +374,13 @@ def _announced(
         yield emit
     finally:
         emit(ShardsEnded)
+
+
+def _gone(store: Path) -> ExtractionError:
+    return ExtractionError(
+        f"{store} is no store any more: its {MANIFEST} was moved or removed while shards were "
+        "written. Put it back and rerun the same command to resume, or begin anew in a new folder"
+    )
 
 
 def sweep(store: Store[Any], report: Callable[[str], None]) -> None:

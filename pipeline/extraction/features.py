@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from ...schemas import FeatureManifest, InputError, TrainConfig, parse
+from ...schemas import FeatureIdentity, FeatureManifest, InputError, TrainConfig, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ..codecs.fit import fit_rows
@@ -32,7 +32,7 @@ from .driver import FeatureStorePlan, provenance, write_store
 from .exact import choose_exact_layers
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
 from .requests import ExtractRequest
-from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_packing
+from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_llm, try_packing
 
 
 def extract(
@@ -97,6 +97,8 @@ class FeaturePlan(FeatureStorePlan):
         plan = self
         if self.existing is None and self.request.batching != "padded":
             plan = plan._settle_batching(executor, report)
+        elif self.existing is None:
+            _ask(try_llm, self.job, self.source, executor)
         self.source.report_warnings(report)
         if self.existing is None and CODECS[self.request.codec].fits:
             plan = plan._settle_codec(executor, report)
@@ -147,7 +149,7 @@ class FeaturePlan(FeatureStorePlan):
 
     def _settle_batching(self, executor: Executor, report: Callable[[str], None]) -> "FeaturePlan":
         executor.limit(self.packing.layout.num_shards)
-        reason = _try_packing(self.job, self.source, executor)
+        reason = _ask(try_packing, self.job, self.source, executor)
         if reason and self.request.batching == "packed":
             raise InputError(f"--batching packed: {reason}; take auto or padded")
         if reason:
@@ -237,13 +239,22 @@ def _some(captions: Captions, chosen: slice) -> ShardTask:
     return ShardTask.of(captions, chosen, 0, np.cumsum(counts) - counts)
 
 
-def _try_packing(job: Job, source: Plan, executor: Executor) -> str:
-    """Try in a worker whether captions can be packed: the reason why not, or ""."""
+def _ask(
+    question: Callable[[Job, ShardTask, FeatureIdentity], str],
+    job: Job,
+    source: Plan,
+    executor: Executor,
+) -> str:
+    """Ask a worker about some captions: whether they can be packed, or only whether the LLM runs.
+
+    Raises:
+        InputError: it does not.
+    """
     captions = source.captions
     chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
     task = _some(captions, chosen)
     outcomes = executor.run(
-        [0], try_packing, lambda _: (job, task, source.identity), on_progress=lambda *_: None
+        [0], question, lambda _: (job, task, source.identity), on_progress=lambda *_: None
     )
     ((_, found),) = outcomes
     if isinstance(found, BaseException):

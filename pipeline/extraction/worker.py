@@ -408,6 +408,14 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def try_llm(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
+    """Load the LLM and run a caption, so that what is wrong with it is known at once; ""."""
+    with _model_in_use:
+        encoder = encoder_of(job.source, identity)
+        encoder.encode([task.sequences[0]], task.stored.of([0]), lambda *_: None)
+        return ""
+
+
 def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
     """The reason why captions cannot be packed into one row of a batch, or "". Runs in a worker."""
     with _model_in_use:

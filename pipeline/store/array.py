@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .shard_file import (
     read_bytes,
     tells_residency,
 )
+from .watch import FileWatch
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ShardedArray:
             (layout.rows_per_chunk, *self.row_shape), self.dtype, self.order
         )
         self._shards: dict[int, ShardFile] = {}
+        self._watch = FileWatch(partial(_shard_path, path, len(self.row_shape)))
 
     def faults(self, expected: StoredArray, *, any_form: bool = True) -> Iterator[str]:
         """What of the array is not as the manifest says.
@@ -166,6 +168,7 @@ class ShardedArray:
     def forget(self, shard: int) -> None:
         """Close the file of a shard, so that the disk gets its space back if it is removed."""
         self._shards.pop(shard, None)
+        self._watch.forget(shard)
 
     def _code(self, rows: np.ndarray) -> list[bytes]:
         """The file of a shard in parts: its chunks, without those of zeros, and the index.
@@ -212,6 +215,7 @@ class ShardedArray:
         Raises:
             CorruptShardError: a chunk's checksum does not fit its bytes; checked when a chunk is
                 first read.
+            ChangedError: the shard's file is not the one that was opened.
             InputError: the shard is not written.
         """
         slices = ChunkSlices.from_runs(starts, stops, self.layout.rows_per_chunk)
@@ -246,6 +250,32 @@ class ShardedArray:
 
         Args, errors: as for :meth:`read`.
         """
+        shards = self._watched(slices)
+        self._check_unchanged(shards)
+        self._copy_slices(slices, out, select)
+        self._check_unchanged(shards)  # what was written meanwhile would be among the rows
+
+    def watch(self) -> None:
+        """From now on, no file of a shard may change, whether it was read already or not."""
+        if self.direct and self.is_local:
+            self._watch.start(range(self.layout.num_shards))
+
+    def _watched(self, slices: ChunkSlices) -> list[int]:
+        """Shards of slices, if their files can be watched."""
+        if not (self.direct and self.is_local):
+            return []
+        num_chunks = self._num_chunks
+        shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()
+        return shards
+
+    def _check_unchanged(self, shards: Sequence[int]) -> None:
+        for shard in self._watch.check(shards):
+            if shard in self._shards:
+                self._shards[shard].checked[:] = False
+
+    def _copy_slices(
+        self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice
+    ) -> None:
         num_chunks = self._num_chunks
         whole = select == slice(None) and out.shape[1:] == self.row_shape
         mapped = self.direct and self.is_local
@@ -307,13 +337,14 @@ class ShardedArray:
 
     def _open_shards(self, shards: Sequence[int]) -> None:
         """Map files of shards that are not mapped yet; all of their indexes are requested first."""
+        new = [shard for shard in shards if shard not in self._shards]
+        if not new:
+            return
+        self._check_unchanged(new)
         contents = {
             shard: read_bytes(self.path, shard_name(shard, len(self.row_shape)), in_order=False)
-            for shard in shards
-            if shard not in self._shards
+            for shard in new
         }
-        if not contents:
-            return
         stops = np.array([each.ctypes.data + len(each) for each in contents.values()], np.int64)
         sizes = np.minimum([*map(len, contents.values())], 16 * self._num_chunks + CRC_BYTES)
         request_ranges(stops - sizes, stops, np.zeros(len(stops), bool))
@@ -333,7 +364,7 @@ class ShardedArray:
         return self.layout.rows_per_shard // self.layout.rows_per_chunk
 
     def _shard_path(self, shard: int) -> Path:
-        return self.path / shard_name(shard, len(self.row_shape))
+        return _shard_path(self.path, len(self.row_shape), shard)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -393,6 +424,10 @@ def create_array(
         dimension_names=list(dimension_names),
         attributes=dict(attributes),
     )
+
+
+def _shard_path(array: Path, row_dimensions: int, shard: int) -> Path:
+    return array / shard_name(shard, row_dimensions)
 
 
 def shard_name(shard: int, row_dimensions: int) -> str:

@@ -271,6 +271,17 @@ class Store(Generic[M]):
         """Whether the manifest says that every shard is written."""
         return self.manifest.status == "complete"
 
+    def watch(self) -> None:
+        """From now on, a file of a shard that changes is an error when it is read.
+
+        Without, those are watched that were read already. Objects behind a URL are not watched, nor
+        shards that come and go within a disk budget.
+        """
+        if self.has_budget:
+            return
+        for array in self.arrays.values():
+            array.watch()
+
     @property
     def has_budget(self) -> bool:
         """Whether shards come and go within a disk budget."""
@@ -419,6 +430,10 @@ class Store(Generic[M]):
     def write_receipt(self, receipt: Receipt) -> None:
         """Record a shard as written, and lift its quarantine."""
         write_receipt(self.path, receipt)
+
+    def is_gone(self) -> bool:
+        """Whether somebody has moved or removed the store since it was opened."""
+        return not (self.path / MANIFEST).exists()
 
     def write_quarantine(self, quarantine: Quarantine) -> None:
         """Record a shard as failed, with its entries and the reason."""

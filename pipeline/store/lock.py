@@ -107,7 +107,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
             owner = read_driver(store)
             if owner is not None and owner.token == own.token:
                 remove(path)
-        if is_new and not any(store.iterdir()):
+        if is_new and store.exists() and not any(store.iterdir()):
             store.rmdir()
 
 

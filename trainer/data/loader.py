@@ -92,6 +92,10 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.num_positions = partition.size(data.batch_size)
         first, *others = open_pairs(features, latents, data) if pairs is None else pairs
         self.pairs = [first.without(held_out), *others]
+        for pair in self.pairs:
+            for store in (pair.features, pair.latents, pair.conditioning):
+                if store is not None:
+                    store.watch()
         self.features = features
         self.latents = latents
         self.data = data

@@ -48,8 +48,9 @@ NoiseLevelMap = Callable[[Tensor, Tensor], Tensor]
 SamplingDtype = Literal["float32", "bfloat16"]
 """Precisions of matrix products in sampling."""
 
-Callback = Callable[[int, float, Tensor], None]
-"""Called after each step with the number of steps done, t and x_t [B, C, h, w]."""
+Callback = Callable[[int, float, Tensor], Tensor | None]
+"""Called after each step with the number of steps done, t and x_t [B, C, h, w]; returns None, or
+the latents to go on with."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def solve(
             v = (v + velocity(flow.advance(x, v, now, after), after)) / 2
         x = flow.advance(x, v, now, after)
         if callback is not None:
-            callback(step, after, x)
+            changed = callback(step, after, x)
+            x = x if changed is None else changed
     return x
 
 
@@ -171,6 +173,8 @@ def sample(
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int, int] | None = None,
     callback: Callback | None = None,
+    null_offsets: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """One latent per caption.
 
@@ -185,6 +189,9 @@ def sample(
         seed, numbers: the noise of latent i is a function of (seed, numbers[i]), by default of
             (seed, i). To sample a list in batches, pass the numbers of each batch.
         shape: (C, h, w) of the latents, by default ``model.latent_shape``.
+        null_offsets: int64 [U + 1], if each latent is guided away from a text of its own, whose
+            rows ``null_hidden`` then holds.
+        noise: [U, C, h, w], to start from instead of that noise.
 
     Returns:
         fp32 [U, C, h, w] on the device of ``hidden``, in the units that the model was trained on.
@@ -192,12 +199,15 @@ def sample(
     num, device = len(offsets) - 1, hidden.device
     numbers = range(num) if numbers is None else numbers
     shape = model.latent_shape if shape is None else shape
-    noise = starting_noise(shape, seed=seed, numbers=numbers).to(device)
+    if noise is None:
+        noise = starting_noise(shape, seed=seed, numbers=numbers)
+    noise = noise.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device), given)
         null = None
         if null_hidden is not None and config.cfg_scale != 1.0:
-            ends = torch.tensor([0, len(null_hidden)])
-            none = torch.zeros(num, dtype=torch.int64)
+            ends, none = torch.tensor([0, len(null_hidden)]), torch.zeros(num, dtype=torch.int64)
+            if null_offsets is not None:
+                ends, none = null_offsets, torch.arange(num)
             null = conditioning(model, null_hidden, ends, none, null_given)
         return solve(model, flow, text, null, noise, config, callback)

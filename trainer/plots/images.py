@@ -1,5 +1,6 @@
 """Grids of generated images."""
 
+import io
 import json
 import re
 import textwrap
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...pipeline.style import DPI, INK, Figure, plain
-from ...schemas import InputError
+from ...schemas import InputError, write_document, write_whole
 from ...schemas.json_file import load_json
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
@@ -101,8 +102,10 @@ def save_images(
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"
-        Image.fromarray(image).save(out / name)
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, "PNG")
+        write_whole(out / name, content.getvalue())
         lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
-    list_path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    write_document(list_path, "".join(f"{line}\n" for line in lines))
     grid.savefig(out / "grid.png", dpi=DPI)
     return [out / "grid.png", list_path]

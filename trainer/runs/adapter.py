@@ -46,7 +46,7 @@ from ..adapters.routed import PARTS, Unrouted
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 from .compatibility import check_identity
-from .export import TENSORS, export_router, router_parameters
+from .export import TENSORS, router_parameters, write_router
 from .record import RECORD, choose_checkpoint, read_record
 
 ADAPTER = "adapter.json"
@@ -266,7 +266,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     config = adapter.record.config.model
     rest = dict(adapter.trained)
     if "router" in adapter.parts:
-        export_router(adapter, folder)
+        write_router(adapter, folder)
     if "lora" in adapter.parts:
         matrices = matrices_of(rest, config.lora or LoraConfig())
         write_lora(folder, matrices, find_loader(adapter.identity), adapter.hub_base)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...schemas import InputError, LoraConfig, write_document
+from ...schemas.atomic import whole_folder
 from ...schemas.tensor_files import save_tensors
 from ..adapters.approximation import Fit, exact_gains, fit_layers, linear_change, low_rank
 from ..adapters.lora_files import find_loader, matrices_of, write_lora
@@ -74,11 +75,10 @@ def export_adapter(
             "--rank is for --as lora of gains of layers (FLUX.2): any other has the rank that it "
             "was trained with"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: name a new folder")
-    content = _WRITERS[kind].write(adapter, folder, rank)
-    files = sorted(p.name for p in folder.iterdir())
-    write_card(adapter, folder, content, [*files, FIGURE])
+    with whole_folder(folder) as unfinished:
+        content = _WRITERS[kind].write(adapter, unfinished, rank)
+        files = sorted(p.name for p in unfinished.iterdir())
+        write_card(adapter, unfinished, folder.resolve().name, content, [*files, FIGURE])
     return Export(folder, content.note)
 
 

@@ -41,17 +41,20 @@ class Content:
     tags: Sequence[str] = field(default_factory=tuple)
 
 
-def write_card(adapter: "Adapter", folder: Path, content: Content, files: Sequence[str]) -> None:
+def write_card(
+    adapter: "Adapter", folder: Path, title: str, content: Content, files: Sequence[str]
+) -> None:
     """Write ``README.md`` and the figure of the weights into a folder.
 
     Args:
+        title: of the document.
         files: that the export wrote.
     """
     _figure(adapter).savefig(folder / FIGURE, dpi=DPI)
     document = "\n".join(
         [
             *_front_matter(adapter, content),
-            f"# {in_markdown(folder.resolve().name)}",
+            f"# {in_markdown(title)}",
             "",
             content.about,
             "",

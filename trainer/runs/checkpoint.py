@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ...schemas import sync
 from ...schemas.json_file import read_json
 from ...schemas.tensor_files import save_tensors
+from .metrics import refuse_gone
 
 CHECKPOINTS = "checkpoints"
 
@@ -69,9 +70,13 @@ def save_checkpoint(
 
     Older ones are removed only after the new one has its final name, and leftovers of a killed save
     before it is written. An existing checkpoint of this step is kept: its state is the same.
+
+    Raises:
+        InputError: the run's directory is gone.
     """
+    refuse_gone(path)
     folder = path / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
     final = folder / f"step-{step:08d}"

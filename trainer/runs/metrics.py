@@ -65,8 +65,26 @@ def _line(file: Path, number: int, text: str) -> dict[str, Any]:
     return found
 
 
+def refuse_gone(path: Path) -> None:
+    """Refuse to write into a run's directory that is not there any more.
+
+    Raises:
+        InputError: it was moved or removed.
+    """
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is gone: the run's directory was moved or removed while it was trained. Put "
+            "it back and rerun the same command to resume from its newest checkpoint"
+        )
+
+
 def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:
-    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``."""
+    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``.
+
+    Raises:
+        InputError: the run's directory is gone.
+    """
+    refuse_gone(path)
     with (path / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -37,6 +37,7 @@ from ..runs.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from ..runs.metrics import refuse_gone
 from ..runs.record import learning, load_trained, trained_weights
 from .accelerator import prepare_model, stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
@@ -130,6 +131,7 @@ class Trainer:
 
         Raises:
             LockedError: another process has taken over the run directory.
+            InputError: that is gone, or a store has changed.
             FloatingPointError: the loss or gradient is not finite.
             TrainingInterrupted: a signal stopped the run.
         """
@@ -147,6 +149,7 @@ class Trainer:
             batches = on_device(read, self.accelerator.device)
             while self.step < config.steps:
                 if lock is not None and lock.lost:
+                    refuse_gone(self.path)
                     raise LockedError(
                         f"another process took over {self.path} because this one seemed dead"
                     )
