@@ -11,11 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.store.budget.followed import open_followed
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_latents
+from ...pipeline.store.open import open_features, open_followed, open_latents
 from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_pairs
 from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (

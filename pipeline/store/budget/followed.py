@@ -13,18 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ....schemas import FeatureManifest, InputError
+from ....schemas.interrupts import WaitEndedError
 from ..features import Codes, FeatureStore, Rows
-from ..open import open_features
 
 T = TypeVar("T")
 POLL_SECONDS = (0.01, 0.2)
 """First and longest pause between two looks for a shard."""
 IDLE_READS = 256
 """A shard that so many reads did not need is closed."""
-
-
-class WaitEndedError(Exception):
-    """Somebody asked for the end of a wait, such as Ctrl-C."""
 
 
 class FollowedFeatureStore(FeatureStore):
@@ -159,19 +155,3 @@ class FollowedFeatureStore(FeatureStore):
     def _shard_of(self) -> np.ndarray:
         """Shard of each caption, int32 ``[captions]``."""
         return np.asarray(self.captions["shard"].to_numpy())
-
-
-def open_followed(path: str | os.PathLike[str]) -> FeatureStore:
-    """Open a feature store to train on: a complete one, or one with a disk budget.
-
-    Raises:
-        StoreError: as :meth:`.Store.open`.
-    """
-    store = open_features(path, complete=False)
-    if not store.has_budget:
-        store.check_complete()
-        store.check()
-        return store
-    followed = FollowedFeatureStore(store.path, store.manifest)
-    followed.check()
-    return followed
