@@ -269,7 +269,7 @@ work_options = options(
     "--for",
     "runs",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path),
     help="YAML file or directory of a run: with --budget, shards are written as it comes to them, "
     "and evicted once all such runs have read them. May be given several times.",
 )
