@@ -102,8 +102,8 @@ def removed_bytes(pid: int, folder: Path) -> int:
 
 def write_samples(
     captions: str, text_column: str | None, limit: int, max_words: int, path: Path
-) -> int:
-    """A table of the first short captions, each with an image of noise; returns their number."""
+) -> None:
+    """A table of the first short captions, each with an image of noise."""
     found = read_samples(captions, text_column=text_column, need="text").texts().to_pylist()
     texts = [row[0] for row in found if len(row[0].split()) <= max_words][:limit]
     rng, folder = np.random.default_rng(0), path.with_suffix("")
@@ -114,7 +114,6 @@ def write_samples(
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(names[-1])
     table = pa.table({"text": texts, "image": names})
     pyarrow.parquet.write_table(table, path)
-    return len(texts)
 
 
 def write_run(folder: Path, name: str, features: Path, steps: int, batch: int) -> Path:
@@ -175,28 +174,47 @@ class Sides:
                 self.start(side)
         return all(code == 0 for code in codes.values())
 
-    def wait_for_work(self, side: str) -> bool:
-        """Wait until a side that was just started shows that it is at work; False if all is
-        done."""
-        sign = self.signs[side]
-        before = sign.stat().st_mtime_ns if sign.exists() else 0
-        while not self.is_done():
-            self.note_waits()
-            if sign.exists() and sign.stat().st_mtime_ns != before:
-                return True
-            if self.watch.processes[side].poll() == 0:
-                return False
-            time.sleep(0.05)
-        return False
+    def progress(self, side: str) -> int:
+        """A number that grows as a side does its work."""
+        if side == "train":
+            return int(read_numbers(self.signs[side]).get("step", 0))
+        with suppress(FileNotFoundError):  # the folder in which shards come and go
+            return (self.watch.folder / "hidden.zarr" / "code" / "c").stat().st_mtime_ns
+        return 0
 
     def kill(self, side: str) -> bool:
-        """Kill a side; False if it has ended already."""
+        """Kill a side and restart it; False if it has ended already."""
         process = self.watch.processes[side]
         if process.poll() is not None:
             return False
         process.kill()
         process.wait()
+        self.start(side)
         return True
+
+
+class Killer:
+    """Kills each side at a random moment after it has worked since its start."""
+
+    def __init__(self, sides: Sides, rng: random.Random, every: float) -> None:
+        self.sides, self.rng, self.every = sides, rng, every
+        self.killed = {"extract": 0, "train": 0}
+        self._before: dict[str, int] = {}
+        self._due: dict[str, float] = {}
+
+    def look(self) -> str | None:
+        """The side that was killed, if one was."""
+        for side in self.rng.sample([*self.killed], 2):
+            progress = self.sides.progress(side)
+            if progress < self._before.setdefault(side, progress):
+                self._before[side] = progress  # back at a checkpoint
+            if progress > self._before[side] and side not in self._due:
+                self._due[side] = time.monotonic() + self.rng.uniform(0, 2 * self.every)
+            if time.monotonic() > self._due.get(side, float("inf")) and self.sides.kill(side):
+                self.killed[side] += 1
+                del self._due[side], self._before[side]
+                return side
+        return None
 
 
 @click.command()
@@ -228,23 +246,21 @@ def main(
 ) -> None:
     """Train from a store with a budget under kills, and compare."""
     folder = folder.resolve()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     samples, whole, features = folder / "samples.parquet", folder / "whole", folder / "features"
-    num = write_samples(captions, text_column, limit, max_words, samples)
+    if not samples.exists():  # of an earlier call
+        write_samples(captions, text_column, limit, max_words, samples)
+    num = pyarrow.parquet.read_metadata(samples).num_rows
     encode_images(str(samples), folder / "latents", workers=0, report=lambda _line: None)
     steps = 2 * num // batch
     extract = [*SEMROUTE, "extract", str(samples)]
     options = ["--model", model, "--shard-size", shard_size, "--workers", "0", "--threads", "1"]
 
-    def timed(*command: object) -> float:
-        started = time.monotonic()
-        subprocess.run([str(part) for part in command], check=True)
-        return time.monotonic() - started
-
-    extracted = timed(*extract, whole, *options)
-    trained = timed(*SEMROUTE, "train", write_run(folder, "full", whole, steps, batch))
+    subprocess.run([*extract, str(whole), *options], check=True)
+    full = write_run(folder, "full", whole, steps, batch)
+    subprocess.run([*SEMROUTE, "train", str(full)], check=True)
     size = folder_bytes(whole)
-    budget, rng = int(size / share), random.Random(seed)
+    budget = int(size / share)
     click.echo(f"{num} captions, {steps} steps: {size:,} bytes without a budget, {budget:,} with")
     run = write_run(folder, "budget", features, steps, batch)
     watch = Watch(features)
@@ -259,7 +275,7 @@ def main(
         folder,
         watch,
     )  # fmt: skip
-    started, killed = time.monotonic(), {"extract": 0, "train": 0}
+    started = time.monotonic()
     with watch.watching():
         sides.start("extract")
         while not read_numbers(sides.signs["extract"]).get("runs"):
@@ -267,22 +283,13 @@ def main(
                 raise click.ClickException(f"see {folder / 'extract.log'}")
             time.sleep(0.05)
         sides.start("train")
-        fresh = "train"
-        while sum(killed.values()) < kills and sides.wait_for_work(fresh):
-            until = time.monotonic() + rng.uniform(0, 2 * every)
-            while time.monotonic() < until and not sides.is_done():
-                sides.note_waits()
-                time.sleep(0.02)
-            side = rng.choice(["extract", "train"])
-            step = read_numbers(sides.signs["train"]).get("step")
-            if sides.kill(side):
-                killed[side] += 1
-                click.echo(f"{time.monotonic() - started:6.1f} s: {side} killed at step {step}")
-                sides.start(side)
-                fresh = side
+        killer = Killer(sides, random.Random(seed), every)
         while not sides.is_done():
             sides.note_waits()
-            time.sleep(0.05)
+            step = sides.progress("train")
+            if sum(killer.killed.values()) < kills and (side := killer.look()) is not None:
+                click.echo(f"{time.monotonic() - started:6.1f} s: {side} killed at step {step}")
+            time.sleep(0.02)
     seconds = time.monotonic() - started
     equal = same_weights(folder / "full", folder / "budget", steps)
     problems = verify(features).problems
@@ -295,11 +302,10 @@ def main(
         "most_bytes": watch.most,
         "most_bytes_with_removed_files_that_are_open": watch.most_held,
         "looks": watch.num_looks,
-        "kills": killed,
+        "kills": killer.killed,
         "weights_equal": equal,
         "problems": len(problems),
         "seconds": round(seconds, 1),
-        "seconds_from_a_full_store": {"extract": round(extracted, 1), "train": round(trained, 1)},
         "training_waited_seconds": round(waits["train"], 1),
         "extraction_waited_seconds": round(waits["extract"], 1),
     }

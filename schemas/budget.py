@@ -1,13 +1,29 @@
 """``budget.json`` of a store and ``position.json`` of a run: what each tells the other."""
 
+import hashlib
+import json
+
 from pydantic import Field
 
 from .contract import Contract
+from .errors import InputError
+from .seeds import RANDOM_VERSION
+from .train import TrainConfig
 
 BUDGET = "budget.json"
 """Name of the document in a store."""
 POSITION = "position.json"
 """Name of the document in a run directory."""
+_DECISIVE = {
+    "seed": True,
+    "data": {
+        **dict.fromkeys(("batch_size", "caption_dropout", "order", "window"), True),
+        "select": {"filter", "caption_weights"},
+        "mixture": {"__all__": {"proportion": True, "select": {"filter", "caption_weights"}}},
+    },
+    "validation": {"share", "num_samples", "seed"},
+}
+"""Keys of a configuration that decide which samples come when."""
 
 
 class FollowedRun(Contract):
@@ -58,3 +74,27 @@ class RunPosition(Contract):
     """Time at which it began to wait, UTC."""
     waited_seconds: float = Field(0.0, ge=0)
     """Time that steps have waited for data since the run was started or resumed."""
+
+
+def order_fingerprint(config: TrainConfig) -> str:
+    """sha256 over what decides which samples a run reads, and in which order."""
+    decisive = config.model_dump(mode="json", include=_DECISIVE)
+    decisive["random_version"] = config.random_version or RANDOM_VERSION
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def check_order(config: TrainConfig, path: str) -> None:
+    """Refuse a run that reads any caption at any time.
+
+    Args:
+        path: of the store, for the message.
+
+    Raises:
+        InputError: it does.
+    """
+    if config.data.order != "shards":
+        raise InputError(
+            f"{config.output} has data.order={config.data.order}, which reads any caption at any "
+            f"time; {path} has a disk budget, for which shards must be read one after the other: "
+            "set data.order=shards"
+        )

@@ -62,19 +62,14 @@ from .options import (
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
-@click.option(
-    "--budget",
-    type=BYTE_SIZE,
-    help="With --for: bytes that FEATURES may take. Shards are written as the runs come to them, "
-    "and evicted once all runs have read them.",
-)
+@click.option("--budget", type=BYTE_SIZE, help="Bytes that FEATURES may take, with --for.")
 @click.option(
     "--for",
     "runs",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True),
-    help="With --budget: the YAML file of a run that reads FEATURES with data.order=shards, or its "
-    "directory. May be given several times.",
+    type=click.Path(path_type=Path),
+    help="YAML file or directory of a run: with --budget, shards are written as it comes to them, "
+    "and evicted once all such runs have read them. May be given several times.",
 )
 @threads_option
 @limit_option
@@ -127,12 +122,7 @@ def extract(captions: str, features: str, **options: Any) -> None:
     type=FiniteRange(0, min_open=True),
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
-@click.option(
-    "--budget",
-    type=BYTE_SIZE,
-    help="Bytes that the store may take, see extract --budget: what extraction must deliver then, "
-    "and costs.",
-)
+@click.option("--budget", type=BYTE_SIZE, help="Also what extract --budget would take and cost.")
 @click.option(
     "--probe",
     is_flag=True,

@@ -30,12 +30,13 @@ from ...schemas import (
     parse,
     read_config,
 )
+from ...schemas.budget import check_order, order_fingerprint
 from ...schemas.files import is_local, locate
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
 from ..executor.base import Executor
 from ..executor.progress import JSON_SECONDS, LOG_SECONDS, Style
-from ..store.budget.needs import ShardNeeds, check_order, order_fingerprint
+from ..store.budget.needs import ShardNeeds
 from ..store.budget.schedule import Residents, merge
 from ..store.budget.shards import enter_budget, evict, on_disk, other_bytes, remove_leftovers
 from ..store.documents import ShardTooLargeError, write_contract

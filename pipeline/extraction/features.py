@@ -28,7 +28,6 @@ from ..store.features import FeatureStore
 from ..store.layout import pack
 from ..text.captions import Captions
 from .append import check_rows, generations
-from .budget import follow_runs, read_runs
 from .driver import FeatureStorePlan, provenance, write_store
 from .exact import choose_exact_layers
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
@@ -132,6 +131,8 @@ class FeaturePlan(FeatureStorePlan):
         if self.request.budget is None:
             super().fill(store, executor, report, progress)
             return
+        from .budget import follow_runs
+
         report(f"{self.describe()}; shards: {self.packing.layout.num_shards}, {executor}")
         follow_runs(self, store, self.followed, self.request.budget, executor, report, progress)
 
@@ -181,6 +182,8 @@ def plan_features(
     Raises:
         InputError: bad input; or ``existing`` was not made from the first rows of the source.
     """
+    from .budget import read_runs
+
     followed = read_runs(request)
     before = existing.manifest if existing is not None else None
     dtype, threads, batch_tokens = request.dtype, request.threads, request.batch_tokens

@@ -8,7 +8,7 @@ from typing import Any
 from ...schemas import BUDGET, POSITION, Report, RunPosition, StoreBudget, Summary, parse
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
-from ..store.budget.shards import read_budget
+from ..store.documents import read_budget
 from ..store.features import FeatureStore
 from ..store.lock import is_dead, read_driver
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...schemas import (
+    BUDGET,
     LOCK_FILE,
     PARTIAL,
     SAMPLES_EXTRA,
@@ -31,6 +32,7 @@ from ...schemas import (
     InputError,
     LatentManifest,
     Receipt,
+    StoreBudget,
     WrittenFile,
     digest,
     parse,
@@ -376,6 +378,18 @@ def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
         return parse(kind, load_json(content, str(path)), str(path))
     except ValueError as error:
         raise StoreError(f"{error}. semroute verify shows what can be done.") from error
+
+
+def read_budget(path: Path) -> StoreBudget | None:
+    """The document of a store's budget; None if there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return read_contract(path / BUDGET, StoreBudget)
+    except FileNotFoundError:
+        return None
 
 
 def write_contract(path: Path, contract: Contract, *, early: bool = False) -> None:

@@ -21,14 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...pipeline.store.budget.followed import FollowedFeatureStore
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...schemas import MASK, DataConfig, InputError
@@ -39,6 +38,7 @@ from .buffers import allocate, allocate_codes, allocated
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
+    from ...pipeline.store.budget.followed import FollowedFeatureStore
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
 
@@ -204,7 +204,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
     def warning(self) -> str | None:
         """A one-time warning when training waits for data, with the numbers and what to do."""
         text = self.stall_monitor.warning(self.stored_bytes)
-        budgets = [p.features for p in self.pairs if isinstance(p.features, FollowedFeatureStore)]
+        budgets = [pair.features for pair in self.pairs if pair.features.has_budget]
         if text is not None and budgets:
             text += f" If it waits for extraction, semroute status {budgets[0].path} says so."
         return text
@@ -264,8 +264,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         """End waits for shards of stores with a disk budget once :attr:`stop` or one of the events
         is set."""
         for pair in self.pairs:
-            if isinstance(pair.features, FollowedFeatureStore):
-                pair.features.stops = [self.stop, *events]
+            if pair.features.has_budget:
+                cast("FollowedFeatureStore", pair.features).stops = [self.stop, *events]
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Every step with its accumulation steps, without end."""

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from tqdm.auto import tqdm
 
-from ...pipeline.store.budget.followed import FollowedFeatureStore
-from ...pipeline.store.budget.needs import check_order, order_fingerprint
-from ...pipeline.store.budget.shards import read_budget
-from ...pipeline.store.documents import write_contract
+from ...pipeline.store.documents import read_budget, write_contract
 from ...pipeline.store.lock import is_dead, read_driver
 from ...pipeline.store.order.dataset import StorePair
 from ...schemas import POSITION, InputError, RunPosition, TrainConfig
+from ...schemas.budget import check_order, order_fingerprint
+
+if TYPE_CHECKING:
+    from ...pipeline.store.budget.followed import FollowedFeatureStore
 
 PUBLISH_SECONDS = 0.1
 """Pause between two looks whether the position has changed."""
@@ -24,9 +26,10 @@ TELL_SECONDS = 30.0
 """A wait is reported after so long, and again and again."""
 
 
-def followed_stores(pairs: Sequence[StorePair]) -> list[FollowedFeatureStore]:
+def followed_stores(pairs: Sequence[StorePair]) -> "list[FollowedFeatureStore]":
     """Stores of a run that have a disk budget."""
-    return [p.features for p in pairs if isinstance(p.features, FollowedFeatureStore)]
+    found = [pair.features for pair in pairs if pair.features.has_budget]
+    return cast("list[FollowedFeatureStore]", found)
 
 
 def check_followed(config: TrainConfig, pairs: Sequence[StorePair]) -> None:
@@ -56,7 +59,7 @@ def check_followed(config: TrainConfig, pairs: Sequence[StorePair]) -> None:
 @contextmanager
 def publishing(
     config: TrainConfig,
-    stores: Sequence[FollowedFeatureStore],
+    stores: "Sequence[FollowedFeatureStore]",
     step: Callable[[], int],
     waited_seconds: Callable[[], float],
 ) -> Iterator[None]:
@@ -116,7 +119,7 @@ class _Waits:
         since: time at which the wait began, UTC.
     """
 
-    def __init__(self, stores: Sequence[FollowedFeatureStore]) -> None:
+    def __init__(self, stores: "Sequence[FollowedFeatureStore]") -> None:
         self.stores = stores
         self.clear()
 

@@ -11,11 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.store.budget.followed import open_followed
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_latents
+from ...pipeline.store.open import open_features, open_followed, open_latents
 from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_pairs
 from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (
@@ -75,9 +74,9 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     """
     features, latents = open_followed(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
-    check_followed(config, pairs)
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
+    check_followed(record.config, pairs)
     model = build_model(record, building)
     for shape in by_shape(pairs):
         model.check_shape(shape)

@@ -75,7 +75,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         )
         followed = followed_stores(setup.pairs)
         with publishing(
-            config, followed if main else [], lambda: trainer.step, lambda: loader.wait_seconds
+            record.config,
+            followed if main else [],
+            lambda: trainer.step,
+            lambda: loader.wait_seconds,
         ):
             if trainer.step < config.steps:
                 trainer.fit(loader, progress, lock)

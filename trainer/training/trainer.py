@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ...pipeline.store.budget.followed import WaitEndedError
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import TrainConfig
+from ...schemas.interrupts import WaitEndedError
 from ...schemas.verbosity import progress_bar
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm

@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "followed": ["FollowedFeatureStore", "WaitEndedError", "open_followed"],
-        "needs": ["ShardNeeds", "order_fingerprint"],
+        "followed": ["FollowedFeatureStore"],
+        "needs": ["ShardNeeds"],
         "schedule": ["Residents"],
-        "shards": ["enter_budget", "evict", "leave_budget", "read_budget"],
+        "shards": ["enter_budget", "evict", "leave_budget"],
     },
 )

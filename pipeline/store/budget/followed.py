@@ -3,8 +3,9 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ....schemas import FeatureManifest, InputError
+from ....schemas.interrupts import WaitEndedError
 from ..features import Codes, FeatureStore, Rows
-from ..open import open_features
 
 T = TypeVar("T")
 POLL_SECONDS = (0.01, 0.2)
@@ -22,26 +23,21 @@ IDLE_READS = 256
 """A shard that so many reads did not need is closed."""
 
 
-class WaitEndedError(Exception):
-    """Somebody asked for the end of a wait, such as Ctrl-C."""
-
-
 class FollowedFeatureStore(FeatureStore):
     """A feature store with a disk budget, to be read in the order that extraction follows.
 
     Attributes:
         stops: events, any of which ends all waits.
-        waited_seconds: time that reading has waited for shards so far, over all threads.
     """
 
     def __init__(self, path: Path, manifest: FeatureManifest) -> None:
         super().__init__(path, manifest)
         self.stops: list[threading.Event] = []
-        self.waited_seconds = 0.0
         self._waits: dict[int, list[int]] = {}  # thread -> shards
         self._lock = threading.Lock()
         self._num_reads = 0
         self._last_read: dict[int, int] = {}  # shard -> number of the read
+        self._users: Counter[int] = Counter()  # shard -> reads that are at work on it
 
     @property
     def waits_for(self) -> list[int]:
@@ -78,16 +74,41 @@ class FollowedFeatureStore(FeatureStore):
         Raises:
             WaitEndedError: one of :attr:`stops` is set.
         """
-        self.row_spans(ids)  # refuses numbers that are none
-        shards = np.unique(self._shard_of[np.asarray(ids, np.int64)]).tolist()
-        self._note(shards)
+        shards = self._shards_of(ids).tolist()
         while True:
             self._wait(shards)
             try:
-                return read()
+                with self._using(shards):
+                    return read()
             except InputError as error:
                 if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
                     raise
+
+    def request(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> None:
+        """As of any store, of captions whose shards are on disk."""
+        there = [shard for shard in self._shards_of(ids).tolist() if self.is_on_disk(shard)]
+        wanted = np.asarray(ids, np.int64)
+        wanted = wanted[np.isin(self._shard_of[wanted], there)]
+        with suppress(InputError), self._using(there):  # one may be evicted just now
+            super().request(wanted, layers)
+
+    def _shards_of(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Shards of captions, ascending, each once."""
+        self.row_spans(ids)  # refuses numbers that are none
+        return np.unique(self._shard_of[np.asarray(ids, np.int64)])
+
+    @contextmanager
+    def _using(self, shards: list[int]) -> Iterator[None]:
+        """Keep files of shards open: other threads do not forget them meanwhile."""
+        with self._lock:
+            self._num_reads += 1
+            self._last_read |= dict.fromkeys(shards, self._num_reads)
+            self._users.update(shards)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users.subtract(shards)
 
     def _wait(self, shards: Sequence[int]) -> None:
         self.forget_evicted()
@@ -106,7 +127,7 @@ class FollowedFeatureStore(FeatureStore):
 
     @contextmanager
     def _waiting(self, shards: list[int]) -> Iterator[None]:
-        thread, began = threading.get_ident(), time.perf_counter()
+        thread = threading.get_ident()
         with self._lock:
             self._waits[thread] = shards
         try:
@@ -114,7 +135,6 @@ class FollowedFeatureStore(FeatureStore):
         finally:
             with self._lock:
                 del self._waits[thread]
-                self.waited_seconds += time.perf_counter() - began
 
     def is_on_disk(self, shard: int) -> bool:
         """Whether a shard can be read. A file is there whole or not at all."""
@@ -122,35 +142,16 @@ class FollowedFeatureStore(FeatureStore):
 
     def forget_evicted(self) -> None:
         """Close files that were evicted, so that the disk gets their space back."""
-        opened = {shard for array in self.arrays.values() for shard in array.open_shards()}
-        for shard in opened:
+        arrays = [*self.arrays.values()]
+        for shard in {shard for array in arrays for shard in array.open_shards()}:
             idle = self._num_reads - self._last_read.get(shard, 0) > IDLE_READS
             if idle or not self.is_on_disk(shard):
-                for array in self.arrays.values():
-                    array.forget(shard)
-
-    def _note(self, shards: Sequence[int]) -> None:
-        with self._lock:
-            self._num_reads += 1
-            self._last_read |= dict.fromkeys(shards, self._num_reads)
+                with self._lock:
+                    if not self._users[shard]:
+                        for array in arrays:
+                            array.forget(shard)
 
     @cached_property
     def _shard_of(self) -> np.ndarray:
         """Shard of each caption, int32 ``[captions]``."""
         return np.asarray(self.captions["shard"].to_numpy())
-
-
-def open_followed(path: str | os.PathLike[str]) -> FeatureStore:
-    """Open a feature store to train on: a complete one, or one with a disk budget.
-
-    Raises:
-        StoreError: as :meth:`.Store.open`.
-    """
-    store = open_features(path, complete=False)
-    if not store.has_budget:
-        store.check_complete()
-        store.check()
-        return store
-    followed = FollowedFeatureStore(store.path, store.manifest)
-    followed.check()
-    return followed

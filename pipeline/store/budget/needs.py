@@ -6,8 +6,6 @@ shards, and those of the batch after it: a step is not taken before the next bat
 copied to a device meanwhile. Shapes: N pairs of a granule and a shard.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -16,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....schemas import InputError, TrainConfig
+from ....schemas.budget import check_order
 from ....schemas.files import locate
 from ....schemas.seeds import RANDOM_VERSION
 from ..features import NULL_CAPTION, FeatureStore
-from ..open import open_latents
+from ..open import open_followed, open_latents
 from ..order.dataset import StorePair, held_out, open_pairs, validation_samples
 from ..order.sampler import BucketSampler, MixtureSampler, make_sampler
-from .followed import open_followed
 
 if TYPE_CHECKING:
     from ..latents import LatentStore
@@ -31,23 +29,6 @@ BLOCK_POSITIONS = 65_536
 """Positions whose samples are drawn at a time, about."""
 GRANULES_PER_SHARD = 8
 """Granules in which a shard of samples would be read, about, if it were read alone."""
-_DECISIVE = {
-    "seed": True,
-    "data": {
-        **dict.fromkeys(("batch_size", "caption_dropout", "order", "window"), True),
-        "select": {"filter", "caption_weights"},
-        "mixture": {"__all__": {"proportion": True, "select": {"filter", "caption_weights"}}},
-    },
-    "validation": {"share", "num_samples", "seed"},
-}
-"""Keys of a configuration that decide which samples come when."""
-
-
-def order_fingerprint(config: TrainConfig) -> str:
-    """sha256 over what decides which samples a run reads, and in which order."""
-    decisive = config.model_dump(mode="json", include=_DECISIVE)
-    decisive["random_version"] = config.random_version or RANDOM_VERSION
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,23 +168,6 @@ class ShardNeeds:
     def _drop_blocks(self, position: int) -> None:
         for block in [b for b in self._blocks if (b + 1) * self._block_size <= position]:
             del self._blocks[block]
-
-
-def check_order(config: TrainConfig, path: str) -> None:
-    """Refuse a run that reads any caption at any time.
-
-    Args:
-        path: of the store, for the message.
-
-    Raises:
-        InputError: it does.
-    """
-    if config.data.order != "shards":
-        raise InputError(
-            f"{config.output} has data.order={config.data.order}, which reads any caption at any "
-            f"time; {path} has a disk budget, for which shards must be read one after the other: "
-            "set data.order=shards"
-        )
 
 
 def _always(

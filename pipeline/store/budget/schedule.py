@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .needs import ShardNeeds
+if TYPE_CHECKING:
+    from .needs import ShardNeeds
 
 
 class Turn(NamedTuple):
@@ -77,7 +78,7 @@ class Residents:
 
 
 def merge(
-    kept: Iterable[int], runs: Iterable[tuple[ShardNeeds, int]], num_shards: int
+    kept: Iterable[int], runs: "Iterable[tuple[ShardNeeds, int]]", num_shards: int
 ) -> list[int]:
     """Shards in the order in which runs need them: first those to keep, then by the position at
     which a run comes to them, so that the slowest run comes first.

@@ -6,25 +6,12 @@ all of them. Files appear by a rename and go by removing them whole; receipts st
 
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ....schemas import BUDGET, StoreBudget
 from ....schemas.files import inside, list_files, remove
 from ..base import Store
-from ..documents import MANIFEST, read_contract, write_contract
-
-
-def read_budget(path: Path) -> StoreBudget | None:
-    """The document of a store's budget; None if there is none.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    try:
-        return read_contract(path / BUDGET, StoreBudget)
-    except FileNotFoundError:
-        return None
+from ..documents import MANIFEST, write_contract
 
 
 def enter_budget(store: Store[Any], budget: StoreBudget) -> None:

@@ -204,8 +204,7 @@ def open_pairs(
         InputError: a store is unfinished, or two do not belong together; a filter or column of
             weights does not fit; nothing is left to train on.
     """
-    from ..budget.followed import open_followed
-    from ..open import open_latents
+    from ..open import open_followed, open_latents
 
     first = select(features, latents, data.select)
     pairs = [replace(first, conditioning=open_joined(data.conditioning, features))]

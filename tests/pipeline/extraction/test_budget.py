@@ -275,7 +275,7 @@ def test_what_cannot_be_followed_is_refused(
 
     refused("--budget needs --for")
     refused("--for needs --budget", write_run(), budget=None)
-    refused("data.order=shards", write_run("random", data={"order": "random"}))
+    refused("data.order=shards", write_run("random", data={"order": "random", "window": 16}))
     refused("not .*features", write_run("other", features=str(tmp_path / "others")))
     refused("the same output", write_run(), write_run())
     assert not features.exists()
