@@ -183,8 +183,9 @@ def follow_runs(
     executor.limit(store.manifest.layout.num_shards)
     report_dashboard(executor, report)
     with explaining(store, report):
+        function: Callable[..., Any] = plan.function
         outcomes: Iterator[Outcome[Receipt]] = executor.run(
-            schedule, plan.function, schedule.task, on_progress=lambda *_: None
+            schedule, function, schedule.task, on_progress=lambda *_: None
         )
         for shard, outcome in outcomes:
             schedule.end(shard, outcome)
