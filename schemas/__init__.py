@@ -3,6 +3,7 @@
 from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
+from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
 from .config import read_config, read_yaml
 from .contract import (
@@ -97,6 +98,8 @@ __all__ = [
     "BenchmarkName",
     "Bucket",
     "CaptionsIdentity",
+    "CheckpointFiles",
+    "CheckpointState",
     "Checksums",
     "Cleaning",
     "Codec",
@@ -106,6 +109,8 @@ __all__ = [
     "ConditioningTensor",
     "Contract",
     "ContractError",
+    "Cut",
+    "Cuts",
     "DataConfig",
     "Derived",
     "Difference",
@@ -154,6 +159,7 @@ __all__ = [
     "TrainConfig",
     "Tuning",
     "ValidationConfig",
+    "WindowState",
     "WrittenFile",
     "differences",
     "digest",

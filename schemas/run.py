@@ -76,3 +76,5 @@ class RunRecord(Contract):
     """The VAE, as named in the latent store; needed only to decode samples."""
     versions: dict[str, str]
     created: str
+    run_id: str | None = None
+    """Tells this run from all others, wherever it lies. Null in runs of early versions."""

@@ -9,8 +9,9 @@ Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 
 import math
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
-from ...schemas import TrainConfig
+from ...schemas import CheckpointState, TrainConfig, WindowState
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
@@ -29,17 +30,17 @@ from ..diffusion.noise import draw_noise, jitter
 from ..model.router import entropy
 from ..runs.checkpoint import (
     Checkpoint,
-    cut_like,
-    gather,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
-    save_checkpoint,
+    read_like,
 )
-from ..runs.record import learning, load_trained, trained_weights
-from .accelerator import prepare_model, stop_signals
+from ..runs.record import is_empty, learning, load_trained, trained_weights
+from .accelerator import place_network, prepare_model, stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
+from .ranks import Ranks
+from .saver import Saver
 
 if TYPE_CHECKING:
     from ..data.loader import PackedLoader
@@ -58,7 +59,8 @@ class Trainer:
         checkpoint: where to resume. None: start from the weights of ``model``.
         validation: measures the run on held-out samples.
         flow: the path that a pretrained network was trained on; by default that of the
-        configuration.
+            configuration.
+        ranks: those that train this run; by default this process alone.
     """
 
     def __init__(
@@ -69,16 +71,19 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         validation: "Validation | None" = None,
         flow: "Flow | Ddpm | None" = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.validation = validation
         self.accelerator = accelerator
         self.path = Path(config.output)
         self.flow = Flow.from_config(config.flow) if flow is None else flow
         self.step = 0 if checkpoint is None else checkpoint.step
-        if checkpoint is not None:
+        if checkpoint is not None and not is_empty(model):
             load_trained(model, checkpoint.model())
-        self.network = model.train().to(accelerator.device)
+        self.network = model.train()
+        place_network(accelerator, self.ranks, self.network)
         self.network.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
             self.network.compile_blocks()
@@ -89,17 +94,25 @@ class Trainer:
             accelerator, self.network, *self.plain_optimizers
         )
         if checkpoint is not None:
-            load_optimizer_tensors(self.network, self.plain_optimizers, checkpoint.optimizer())
+            reader = checkpoint.open("optimizer")
+            load_optimizer_tensors(self.network, self.plain_optimizers, reader)
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
-        parameters = dict(learning(self.network))
-        average = parameters if checkpoint is None else checkpoint.ema()
-        self.ema = {
-            name: cut_like(average[name].detach(), parameter.detach()).to(
-                accelerator.device, torch.float32, copy=True
-            )
-            for name, parameter in parameters.items()
-        }
-        self.window = Window() if checkpoint is None else Window(**checkpoint.state()["window"])
+        self.ema = self._open_average(checkpoint)
+        self.window = Window()
+        if checkpoint is not None:
+            window = checkpoint.state().window
+            self.window = Window(window.losses, window.norms)
+        self.saver = Saver(self.path, self.ranks, config.keep_checkpoints, self.step)
+
+    def _open_average(self, checkpoint: Checkpoint | None) -> dict[str, Tensor]:
+        """The moving average: that of a checkpoint, or the weights themselves."""
+        parameters = {name: each.detach() for name, each in learning(self.network)}
+        average = parameters
+        if checkpoint is not None:
+            reader = checkpoint.open("ema")
+            average = {name: read_like(reader, name, each) for name, each in parameters.items()}
+        device = self.accelerator.device
+        return {name: each.to(device, torch.float32, copy=True) for name, each in average.items()}
 
     def fit(self, loader: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
         """Take all remaining steps; log, validate and save as often as configured.
@@ -113,7 +126,7 @@ class Trainer:
             FloatingPointError: the loss or gradient is not finite.
             TrainingInterrupted: a signal stopped the run.
         """
-        config, every = self.config, self.config.validation.every
+        config = self.config
         start_tracker(self.accelerator, config, self.step)
         progress = tqdm(
             total=config.steps,
@@ -123,24 +136,50 @@ class Trainer:
         )
         self.window.start(loader)
         with progress, closing(iter(loader)) as read, stop_signals() as stop:
-            batches = on_device(read, self.accelerator.device)
-            while self.step < config.steps:
-                if lock is not None and lock.lost:
-                    raise LockedError(
-                        f"another process took over {self.path} because this one seemed dead"
-                    )
-                routing_inputs, stopping = self.take_step(batches, stop.is_set())
-                progress.update()
-                last = self.step == config.steps
-                validating = self.validation is not None and (self.step % every == 0 or last)
-                if self.step % config.log_every == 0 or validating or last:
-                    measured = self.validate() if validating else {}
-                    self.log(routing_inputs, loader, progress, measured)
-                if stopping or self.step % config.checkpoint_every == 0:
-                    self.save()
-                if stopping and self.step < config.steps:
-                    self._stop(progress)
-            self.save()
+            batches = self._all_ready(on_device(read, self.accelerator.device))
+            try:
+                self._take_steps(batches, loader, lock, stop, progress)
+            except Exception:
+                if self.ranks.num == 1:  # others would have to wait for this one
+                    with suppress(OSError):
+                        self.saver.wait()
+                raise
+
+    def _take_steps(
+        self,
+        batches: Iterator[Batch],
+        loader: "PackedLoader",
+        lock: Lock | None,
+        stop: threading.Event,
+        progress: tqdm,
+    ) -> None:
+        config, every = self.config, self.config.validation.every
+        while self.step < config.steps:
+            if lock is not None and lock.lost:
+                raise LockedError(
+                    f"another process took over {self.path} because this one seemed dead"
+                )
+            self.saver.check()
+            routing_inputs, stopping = self.take_step(batches, stop.is_set())
+            progress.update()
+            last = self.step == config.steps
+            validating = self.validation is not None and (self.step % every == 0 or last)
+            if self.step % config.log_every == 0 or validating or last:
+                measured = self.validate() if validating else {}
+                self.log(routing_inputs, loader, progress, measured)
+            if stopping or last or self.step % config.checkpoint_every == 0:
+                self.save()
+            if stopping and not last:
+                self.saver.wait()
+                self._stop(progress)
+        self.saver.wait()
+
+    def _all_ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, from when all ranks have their first: the order of an epoch takes long."""
+        first = next(batches)
+        self.ranks.wait()
+        yield first
+        yield from batches
 
     def take_step(self, batches: Iterator[Batch], stop: bool) -> tuple[tuple[Tensor, Any], bool]:
         """Take one step of the optimizers, over all accumulation steps.
@@ -212,7 +251,9 @@ class Trainer:
         """The loss on held-out samples, as metrics; its time does not count for the speed."""
         assert self.validation is not None
         with self.window.paused():
-            losses = self.validation.measure(self.model, self.flow, self.accelerator)
+            losses = self.validation.measure(
+                self.model, self.flow, self.accelerator, self.ranks.wait
+            )
         return {"validation_loss": math.fsum(losses) / len(losses), "validation_by_t": losses}
 
     @torch.no_grad()
@@ -250,21 +291,16 @@ class Trainer:
         log_metrics(self.accelerator, self.config, line, weights, progress)
 
     def save(self) -> None:
-        """Write a checkpoint: the main process writes, the others wait."""
-        main = self.accelerator.is_main_process
-        model, ema = gather(trained_weights(self.network), main), gather(self.ema, main)
-        optimizer = gather(optimizer_tensors(self.network, self.plain_optimizers), main)
-        if main:
-            save_checkpoint(
-                self.path,
-                self.step,
-                model=model,
-                ema=ema,
-                optimizer=optimizer,
-                state={"window": {"losses": self.window.losses, "norms": self.window.norms}},
-                keep=self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        """Copy the state, and begin to write it as a checkpoint; see :class:`.Saver`."""
+        window = WindowState(losses=[*self.window.losses], norms=[*self.window.norms])
+        self.saver.save(
+            CheckpointState(step=self.step, window=window, num_ranks=self.ranks.num),
+            {
+                "model": trained_weights(self.network),
+                "ema": self.ema,
+                "optimizer": optimizer_tensors(self.network, self.plain_optimizers),
+            },
+        )
 
     def _unshard(self) -> None:
         """Make the router whole outside ``forward``, where FSDP2 has its parameters sharded.
@@ -294,6 +330,7 @@ class Trainer:
         raise TrainingInterrupted(message)
 
     def _not_finite(self, own: float, total: float, norm: float, sample_ids: list[str]) -> str:
+        self.saver.wait()
         last = latest_checkpoint(self.path)
         where = f"samples of this rank: {', '.join(sample_ids)}"
         if math.isfinite(own) and not math.isfinite(total):

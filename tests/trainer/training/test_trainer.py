@@ -16,8 +16,9 @@ import torch
 from click.testing import CliRunner
 
 from semroute.cli import cli
+from semroute.pipeline.extraction.rewrite import rewrite
 from semroute.pipeline.store.lock import LockedError
-from semroute.schemas import InputError, TrainConfig
+from semroute.schemas import InputError, Routing, RoutingConfig, TrainConfig
 from semroute.trainer.model.dit import DiT
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
@@ -75,6 +76,14 @@ def assert_same_bits(first, second):
 
 def numbers(path):
     return [[line["step"], *(line[name] for name in NUMBERS)] for line in read_metrics(Path(path))]
+
+
+def routing_of(strategy):
+    layers = {"one-per-block": [2, 4], "concat": [1, 3], "attention": [1, 3, 4]}
+    extra = {"layers": layers[strategy]} if strategy in layers else {}
+    if strategy in ("static", "time", "depth", "joint"):
+        extra["uniform_penalty"] = 0.1
+    return {"strategy": strategy, **extra}
 
 
 VARIANTS = {
@@ -165,6 +174,17 @@ class TestResume:
         train(config)
         assert_same_bits(whole, config.output)
         assert numbers(whole) == numbers(config.output)
+
+
+@pytest.fixture(scope="module")
+def store_of_mixes(feature_store, tmp_path_factory):
+    """What two blocks read of the layers of ``feature_store``."""
+    path = tmp_path_factory.mktemp("mixes") / "features"
+    routing = Routing(
+        strategy="depth", step=1, source="ema", layers=[1, 2, 3, 4], weights=[[0.25] * 4] * 2
+    )
+    rewrite(feature_store, path, routing=routing, workers=0, report=lambda _line: None)
+    return path
 
 
 class TestOutput:
@@ -363,23 +383,26 @@ class TestRanks:
 
     @pytest.fixture
     def launch(self, start_command, tmp_path):
-        """Start two ranks, as torchrun does from its one process."""
+        """Start ranks, as torchrun does from its one process."""
         stores = []
 
-        def launch(config, *words, module="semroute.cli", **environment):
-            (tmp_path / "config.json").write_text(config.model_dump_json())
+        def launch(*configs, words=(), module="semroute.cli", num_ranks=2, **environment):
+            files = [tmp_path / f"config-{number}.json" for number in range(len(configs))]
+            for file, config in zip(files, configs, strict=True):
+                file.write_text(config.model_dump_json(exclude_unset=True))
             stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))
             environment |= {
                 "ACCELERATE_USE_CPU": "1",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(stores[-1].port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "WORLD_SIZE": "2",
+                "WORLD_SIZE": str(num_ranks),
             }
-            words = [*words, tmp_path / "config.json"]
             return [
-                start_command(*words, module=module, RANK=rank, LOCAL_RANK=rank, **environment)
-                for rank in "01"
+                start_command(
+                    *words, *files, module=module, RANK=rank, LOCAL_RANK=rank, **environment
+                )
+                for rank in map(str, range(num_ranks))
             ]
 
         return launch
@@ -395,7 +418,7 @@ class TestRanks:
         changes = {"log_every": 1, "steps": 40, "checkpoint_every": 4}
         changes["validation"] = {"share": 0.1, "every": 4, "num_samples": 12, "num_bins": 4}
         whole, config = train(configure("whole", **changes)), configure("two", **changes)
-        ranks = launch(config, "train")
+        ranks = launch(config, words=["train"])
         self.wait_for(config.output, 11, ranks[0])
         for rank in ranks:
             rank.kill()
@@ -439,20 +462,33 @@ class TestRanks:
         assert read_metrics(Path(config.output))[-1]["step"] == stopped
 
     @pytest.mark.slow
-    def test_fsdp2_trains_saves_and_continues_as_one_process(self, configure, launch, tmp_path):
-        """Accelerate does not do it on a CPU, so the script does what it does on GPUs."""
-        changes = {"strategy": "time", "routing": {"strategy": "time", "uniform_penalty": 0.1}}
-        changes |= {"checkpoint_every": 2, "validation": {"share": 0.1, "num_samples": 8}}
-        train(configure("sharded", **{**changes, "steps": 2}))  # so that it continues, cut up
-        config = configure("sharded", **{**changes, "steps": 4})
-        (tmp_path / "sharded.py").write_text(SHARDED)
-        for rank in launch(config, module="sharded", PYTHONPATH=str(tmp_path)):
-            assert rank.wait() == 0, rank.output.read_text()
-        train(configure("sharded", **changes))  # to step 6, whole again
-        first, second = tensors(train(configure("whole", **changes))), tensors(config.output)
-        assert first.keys() == second.keys()
-        for name in first:
-            torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+    def test_fsdp2_in_bfloat16_is_one_process_for_every_strategy(
+        self, configure, launch, store_of_mixes
+    ):
+        """In bfloat16 t would keep two digits, of an angle of up to 1000; and weights of layers,
+        norms and sums would be rounded."""
+        strategies = [*get_args(RoutingConfig.model_fields["strategy"].annotation)]
+        changes = {"mixed_precision": "bf16", "log_every": 1, "steps": 4}
+        configs = {
+            strategy: configure(strategy, routing=routing_of(strategy), **changes)
+            for strategy in strategies
+        }
+        configs["mixes"] = configs["mixes"].model_copy(update={"features": str(store_of_mixes)})
+        path = str(Path(__file__).parents[2])
+        for rank in launch(*configs.values(), module="run_sharded", PYTHONPATH=path):
+            assert rank.wait(400) == 0, rank.output.read_text()
+        for strategy, config in configs.items():
+            output = str(Path(config.output).with_name(f"whole-{strategy}"))
+            whole = train(config.model_copy(update={"output": output}), progress=False)
+            found, expected = (
+                np.array([[line["loss"], line["grad_norm"]] for line in read_metrics(Path(path))])
+                for path in (config.output, whole)
+            )
+            assert found == pytest.approx(expected, rel=1e-3), strategy
+            first, second = tensors(whole), tensors(config.output)
+            assert first.keys() == second.keys()
+            for name in first:
+                torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-3)
 
     def test_deepspeed_is_refused_before_anything_is_written(
         self, configure, tmp_path, monkeypatch
@@ -476,35 +512,6 @@ class TestRanks:
         with pytest.raises(InputError, match="2 processes were started, and"):
             train(configure())
         assert not (tmp_path / "run").exists()
-
-
-SHARDED = """
-import sys, torch
-from torch.distributed.fsdp import fully_shard
-from semroute.schemas import TrainConfig
-from semroute.trainer.training import train as module
-
-def shard(model, *optimizers):
-    names = {id(p): name for name, p in model.named_parameters()}
-    for module in model.modules():
-        if type(module).__name__ in ("SelfAttention", "SwiGLU"):
-            fully_shard(module)
-    fully_shard(model, reshard_after_forward=True)
-    parameters = dict(model.named_parameters())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [parameters[names[id(p)]] for p in group["params"]]
-    return model, *optimizers
-
-torch.set_num_threads(1)
-make = module.make_accelerator
-def make_accelerator(config):
-    accelerator = make(config)
-    accelerator.prepare = shard
-    return accelerator
-module.make_accelerator = make_accelerator
-module.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
-"""
 
 
 class TestIsolation:
