@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,6 @@ KINDS = ("model", "ema", "optimizer")
 ASIDE = ".damaged"
 """Suffix of a damaged checkpoint that was set aside."""
 _CUTS = "cuts"
-
-Copy = Callable[[str, Tensor], Tensor]
-"""Name and a tensor on any device -> a copy of it in host memory."""
 
 
 class DamagedError(InputError):
@@ -198,7 +195,7 @@ class TensorReader:
         dim, (start, stop) = cut.dim, (0, cut.shape[cut.dim])
         if rows is not None and rows[0] == dim:
             start, stop = rows[1:]
-        parts = []
+        parts: list[Tensor] = []
         for file, place in pieces:
             first = 0 if place is None else place.start
             length = self._shape(file, name)[dim]
@@ -269,10 +266,6 @@ class Part:
     tensors: dict[str, Tensor]
     cuts: dict[str, Cut]
 
-    def copy(self, copy: Copy) -> "Part":
-        """The same in host memory."""
-        return Part({name: copy(name, each) for name, each in self.tensors.items()}, self.cuts)
-
 
 def own_part(tensors: Mapping[str, Tensor], rank: int = 0, num_ranks: int = 1) -> Part:
     """What a rank writes of tensors that all ranks have, or have shards of.
@@ -289,7 +282,7 @@ def own_part(tensors: Mapping[str, Tensor], rank: int = 0, num_ranks: int = 1) -
         if owner == rank:
             part.tensors[name] = whole[name].detach()
     for name, each in tensors.items():
-        if isinstance(each, DTensor) and (piece := _own_piece(each.detach())) is not None:
+        if isinstance(each, DTensor) and (piece := _own_piece(each)) is not None:
             part.tensors[name], cut = piece
             if cut is not None:
                 part.cuts[name] = cut
@@ -305,11 +298,11 @@ def _own_piece(tensor: DTensor) -> tuple[Tensor, Cut | None] | None:
     ):
         return None
     if place is None:
-        return tensor.to_local(), None
+        return tensor.to_local().detach(), None
     dim, start, stop = place
     if start == stop:
         return None
-    return tensor.to_local(), Cut(shape=list(tensor.shape), dim=dim, start=start)
+    return tensor.to_local().detach(), Cut(shape=list(tensor.shape), dim=dim, start=start)
 
 
 def _place(tensor: DTensor) -> tuple[int, int, int] | None:

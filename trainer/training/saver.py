@@ -68,12 +68,7 @@ class Saver:
         if state.step == self.step:
             return
         self.step = state.step
-        parts = {
-            kind: own_part(tensors, self.ranks.rank, self.ranks.num).copy(
-                lambda name, tensor, kind=kind: self._copy(f"{kind}/{name}", tensor)
-            )
-            for kind, tensors in kinds.items()
-        }
+        parts = {kind: self._copy_part(kind, tensors) for kind, tensors in kinds.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._thread = threading.Thread(
@@ -99,6 +94,11 @@ class Saver:
             self._thread.join()
             self._thread = None
         self.check()
+
+    def _copy_part(self, kind: str, tensors: Mapping[str, Tensor]) -> Part:
+        part = own_part(tensors, self.ranks.rank, self.ranks.num)
+        copies = {name: self._copy(f"{kind}/{name}", each) for name, each in part.tensors.items()}
+        return Part(copies, part.cuts)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """In memory that all checkpoints reuse; pinned, where it comes from a GPU."""
