@@ -17,7 +17,7 @@ run() {
 
 started=$SECONDS
 mkdir -p "$out"
-[ -d "$out/shapes" ] || run shapes "$out/shapes" --num 16000 --num-test 400
+[ -d "$out/shapes" ] || run shapes "$out/shapes" --num 16000 --num-test 400 --split-by caption
 run estimate "$out/shapes/train.parquet" --model "$llm"
 run extract "$out/shapes/train.parquet" "$out/features" --model "$llm" --shard-size 64MB
 run extract "$out/shapes/test.parquet" "$out/features-test" --model "$llm" --shard-size 64MB

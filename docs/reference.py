@@ -30,6 +30,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "latent-manifest": schemas.LatentManifest,
     "conditioning-manifest": schemas.ConditioningManifest,
     "against": schemas.Against,
+    "budget": schemas.StoreBudget,
+    "position": schemas.RunPosition,
     "checksums": schemas.Checksums,
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from ..schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
+from ..schemas.escaping import shown
 from ..schemas.units import parse_bytes
 from .executor.base import Interrupted
 
@@ -46,14 +47,23 @@ def interruptible(
         sys.exit(130)
 
 
+def echo(text: object, err: bool = False) -> None:
+    """Print a line, which may hold texts of a stranger's store, and URLs.
+
+    Args:
+        err: to standard error.
+    """
+    click.echo(shown(text), err=err)
+
+
 def report_line(line: str) -> None:
     """Print to standard error: standard output is for results."""
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 def print_result(result: Any, as_json: bool) -> None:
     """Print what a command found, as text or as JSON."""
-    click.echo(result.to_json() if as_json else result)
+    echo(result.to_json() if as_json else result)
 
 
 def json_option(help: str = "Print JSON.") -> Callable[[F], F]:
@@ -75,6 +85,15 @@ class _ByteSize(click.ParamType):
             return value if isinstance(value, int) else parse_bytes(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
+
+
+class _LocalPath(click.Path):
+    """A path on this machine; a URL would become a folder of its scheme's name."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if "://" in str(value):
+            self.fail(f"{str(value)!r} is a URL; expected a path on this machine.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _FiniteFloat(click.types.FloatParamType):
@@ -104,6 +123,8 @@ class _Seed(click.types.IntParamType):
 FINITE_FLOAT = _FiniteFloat()
 SEED = _Seed()
 BYTE_SIZE = _ByteSize()
+LOCAL_PATH = _LocalPath(path_type=Path)
+LOCAL_FILE = _LocalPath(path_type=Path, dir_okay=False)
 CODECS = click.Choice(get_args(CodecName))
 quality_option = click.option(
     "--quality",
@@ -243,6 +264,20 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
+@click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="With --for: bytes that FEATURES may take. Shards are written as the runs come to them, "
+    "and evicted once all runs have read them.",
+)
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="With --budget: the YAML file of a run that reads FEATURES with data.order=shards, or its "
+    "directory. May be given several times.",
+)
 @threads_option
 @limit_option
 @work_options
@@ -254,12 +289,13 @@ def extract(captions: str, features: str, **options: Any) -> None:
     x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
 
     \b
-    Example:
+    Examples:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+      semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
     from .extraction.features import extract as run
 
-    click.echo(run(captions, features, report=report_line, **options), err=is_json(options))
+    echo(run(captions, features, report=report_line, **options), err=is_json(options))
 
 
 @click.command()
@@ -291,6 +327,12 @@ def extract(captions: str, features: str, **options: Any) -> None:
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
 @click.option(
+    "--budget",
+    type=BYTE_SIZE,
+    help="Bytes that the store may take, see extract --budget: what extraction must deliver then, "
+    "and costs.",
+)
+@click.option(
     "--probe",
     is_flag=True,
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
@@ -315,7 +357,7 @@ def estimate(
     from .inspection.benchmark import run_benchmark
     from .inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes")
+    names = ("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget")
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
@@ -390,7 +432,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     """
     from .extraction.latents import encode_images
 
-    click.echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
+    echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
 
 
 @click.command()
@@ -435,7 +477,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
     from .extraction.conditioning import encode_captions
 
     store = encode_captions(captions, conditioning, report=report_line, **options)
-    click.echo(store, err=is_json(options))
+    echo(store, err=is_json(options))
 
 
 @click.command()
@@ -443,7 +485,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
 @json_option("Print JSON, including the manifest.")
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LOCAL_FILE,
     help="Also write a page with figures (norms, massive activations, similarity and error by "
     "layer, lengths) and a search over captions.",
 )
@@ -461,7 +503,7 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
     if html is not None:
         from .inspection.report import write_report
 
-        click.echo(write_report(store, html), err=as_json)
+        echo(write_report(store, html), err=as_json)
 
 
 @click.command()
@@ -470,9 +512,13 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
+    With a disk budget, also which runs it follows and who waits for whom. STORE may be the
+    directory of such a run.
+
     \b
-    Example:
+    Examples:
       semroute status features
+      semroute status runs/depth
     """
     from .inspection.status import status as run
 
@@ -500,7 +546,7 @@ def push(store: str, repo: str, **options: Any) -> None:
     """
     from .inspection.hub import push as run
 
-    click.echo(run(store, repo, report=report_line, **options))
+    echo(run(store, repo, report=report_line, **options))
 
 
 @click.command()

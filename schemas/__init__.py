@@ -3,6 +3,7 @@
 from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
+from .budget import BUDGET, POSITION, FollowedRun, RunPosition, StoreBudget
 from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
 from .config import read_config, read_yaml
@@ -80,6 +81,7 @@ from .train import (
 )
 
 __all__ = [
+    "BUDGET",
     "CAPTIONS_SCHEMA",
     "CONDITIONING_CAPTIONS_SCHEMA",
     "LATENT_SAMPLES_SCHEMA",
@@ -90,6 +92,7 @@ __all__ = [
     "MAX_SEED",
     "MIN_QUALITY",
     "PARTIAL",
+    "POSITION",
     "SAME_WEIGHTS",
     "SAMPLES_SCHEMA",
     "AdapterRecord",
@@ -121,6 +124,7 @@ __all__ = [
     "FinalNorm",
     "Fit",
     "FlowConfig",
+    "FollowedRun",
     "Generation",
     "ImageSetRecord",
     "InputError",
@@ -146,12 +150,14 @@ __all__ = [
     "RouterRecord",
     "Routing",
     "RoutingConfig",
+    "RunPosition",
     "RunRecord",
     "SamplesIdentity",
     "Scoring",
     "SelectionConfig",
     "SelectionRecord",
     "SourceConfig",
+    "StoreBudget",
     "StudyConfig",
     "Summary",
     "Template",

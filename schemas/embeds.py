@@ -7,7 +7,8 @@ from .manifest import ModelIdentity
 
 
 class EmbedsRecord(Contract):
-    """How prompts were encoded, and what the run that they were encoded for makes of them."""
+    """How prompts were encoded, and what the run that they were encoded for makes of them, if there
+    is one."""
 
     format: Literal["semroute.embeds"] = "semroute.embeds"
     format_version: Literal[1] = 1
@@ -28,6 +29,6 @@ class EmbedsRecord(Contract):
     """LLM layers that the file holds; empty unless ``learned`` is ``layers``."""
     network: bool
     """Whether the run changed weights of the transformer besides."""
-    step: int
-    """Training step of the run."""
-    weights: Literal["ema", "model"]
+    step: int | None
+    """Training step of the run; null without one."""
+    weights: Literal["ema", "model"] | None

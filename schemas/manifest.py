@@ -9,7 +9,8 @@ from .contract import Contract
 from .mixes import Mixes
 
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
-Status = Literal["extracting", "complete"]
+Status = Literal["extracting", "complete", "budget"]
+"""``budget``: shards come and go within a disk budget, see ``budget.json``."""
 FinalNorm = Literal["normed", "raw", "both", "absent"]
 CodecName = Literal["bf16", "lossless", "delta", "linear"]
 Cleaning = Literal["none", "strip", "lower_strip", "clean_caption", "fix_text", "no_images"]

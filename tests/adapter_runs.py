@@ -59,6 +59,8 @@ def write_run(
         }
     )
     identity = make_identity(architecture, num_llm_layers, found.family.text_width(found.config))
+    if found.family.name == "fibo":
+        identity.layers.insert(0, 0)
     if features is not None:
         identity = features.manifest.identity
     record = RunRecord(

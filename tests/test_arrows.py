@@ -35,7 +35,7 @@ ARROWS = {
         "pipeline.executor",
         "pipeline.store",
     },
-    "trainer.data": {"pipeline.store"},
+    "trainer.data": {"pipeline.store", "trainer.diffusion"},
     "trainer.runs": {
         "pipeline.store",
         "pipeline.style",
@@ -55,7 +55,13 @@ ARROWS = {
         "pipeline.extraction",
     },
     "trainer.training": {
+        "pipeline.extraction",
+        "pipeline.models",
         "pipeline.store",
+        "pipeline.style",
+        "trainer.evaluation",
+        "trainer.plots",
+        "trainer.shapes",
         "trainer.adapters",
         "trainer.data",
         "trainer.model",
@@ -63,6 +69,7 @@ ARROWS = {
         "trainer.runs",
     },
     "trainer.evaluation": {
+        "pipeline.sources",
         "pipeline.executor",
         "pipeline.models",
         "pipeline.store",
@@ -80,7 +87,6 @@ ARROWS = {
         "trainer.model",
         "trainer.shapes",
         "trainer.plots",
-        "trainer.data",
         "trainer.runs",
         "trainer.training",
         "trainer.evaluation",

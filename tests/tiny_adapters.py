@@ -28,7 +28,7 @@ from semroute.trainer.adapters.routed import Routed
 
 FAMILIES = (
     *("pixart", "sana", "wan", "sd3", "qwen-image", "auraflow", "flux2", "flux2-klein"),
-    *("lumina2", "z-image", "krea2", "ideogram4", "hidream"),
+    *("lumina2", "z-image", "krea2", "ideogram4", "hidream", "fibo"),
 )
 CONDITIONED = ("sd3", "flux2", "flux2-klein", "hidream")
 """Families whose base rows come from a conditioning store."""
@@ -48,6 +48,8 @@ _GUIDED: dict[str, dict[str, Any]] = {
 _PACKED = ("qwen-image", "krea2")
 _ONE_PIXEL = ("flux2", "flux2-klein", "ideogram4")
 """Families whose VAE packs."""
+_BY_TOKEN = (*_ONE_PIXEL, "fibo")
+"""Families with a token per latent pixel."""
 _CLIP_ROWS = 77
 
 
@@ -217,6 +219,10 @@ class TinyFamily:
         for number, rows in enumerate(_rows_of(self.name, given)):
             entry = next(e for e in (0, self.entry()) if self.num_rows(e) == len(rows))
             stored = self.base_rows(entry)  # [T, K, H]
+            if self.name == "fibo":
+                self._snap_fibo(given, number, entry)
+                entries.append(entry)
+                continue
             stored = (stored.mT if self.name == "ideogram4" else stored).reshape(rows.shape)
             torch.testing.assert_close(rows, stored, rtol=2**-8, atol=1e-5)
             entries.append(entry)
@@ -225,6 +231,18 @@ class TinyFamily:
             else:
                 text[number][_own_rows(given)[number]] = stored
         return entries
+
+    def _snap_fibo(self, given: dict[str, Any], number: int, entry: int) -> None:
+        """A list of layers, and the last two of them side by side."""
+        own = _own_rows(given)[number]
+        stored = self.base_rows(entry).unbind(1)
+        for layer, rows in zip(given["text_encoder_layers"], stored, strict=True):
+            torch.testing.assert_close(layer[number][own], rows, rtol=2**-8, atol=1e-5)
+            layer[number][own] = rows
+        num_layers = self.store.manifest.identity.model.num_layers
+        last = self.store.read([entry], [num_layers - 1, num_layers]).tensor().float()
+        rows = torch.cat([last[:, 1], last[:, 0]], dim=1)
+        given["encoder_hidden_states"][number][own] = rows
 
     def base_rows(self, entry: int) -> Tensor:
         """fp32 [T, K, H] of the layers that the network reads."""
@@ -300,7 +318,7 @@ def pack(family: str, latents: Tensor) -> Tensor:
     """The inverse of :func:`spread`."""
     if family == "wan":
         return latents[:, :, None]
-    if family in _ONE_PIXEL:
+    if family in _BY_TOKEN:
         return latents.flatten(2).mT
     if family not in _PACKED:
         return latents

@@ -307,8 +307,8 @@ def _fibo() -> Any:
     tokenizer = tokenizers.smollm3_tokenizer()
     transformer = diffusers.BriaFiboTransformer2DModel(
         in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=3,
+        num_single_layers=5,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=2 * WIDTH,

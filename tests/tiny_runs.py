@@ -37,7 +37,8 @@ def features_of(
     source = find_model(str(pipeline / PRESETS[preset].encoder))
     tokenizer, model = load_tokenizer(source), describe_model(source)
     raw = PRESETS[preset].final_norm == "raw"
-    every = [*range(1, model.num_layers), model.num_layers + raw]
+    first = 0 if PRESETS[preset].reads_all == "from 0" else 1
+    every = [*range(first, model.num_layers), model.num_layers + raw]
     return FeatureIdentity(
         model=model,
         tokenizer=tokenizer_digest(tokenizer),

@@ -29,7 +29,7 @@ ROUND = np.float32(12_582_912.0)
 """1.5 * 2**23: adding and subtracting it rounds numbers below 2**22 to nearest even."""
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile a function, and cache the code for the next process where a folder can be written.
 
     Nothing is checked before a division (``error_model``): a check would keep a loop from being
@@ -43,7 +43,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 def _summing(function: Callable[..., Any]) -> Any:
     """Compile a sum in any order, and so vectorised; of NaN the result is undefined."""
-    return _compiled(function, fastmath={"reassoc", "nsz", "nnan"})
+    return compiled(function, fastmath={"reassoc", "nsz", "nnan"})
 
 
 # ----------------------------------------------------------------------------- reading and decoding
@@ -94,7 +94,7 @@ def copy_runs(
         )
 
 
-@_compiled
+@compiled
 def _copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
     """The first run that is not inside its array; if there is none, -1, and all are copied."""
     for run in range(len(starts)):
@@ -112,7 +112,7 @@ def _copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-
     return -1
 
 
-@_compiled
+@compiled
 def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
     """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
     width = len(out)
@@ -158,7 +158,7 @@ def decode_lossless(
     _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out)
 
 
-@_compiled
+@compiled
 def _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
@@ -182,7 +182,7 @@ def _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):
                     bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
 
 
-@_compiled
+@compiled
 def _scalars(scalar):  # type: ignore[no-untyped-def]
     """Mean and deviation: uint8 [5] -> two float32."""
     both = np.empty(2, np.uint32)
@@ -192,7 +192,7 @@ def _scalars(scalar):  # type: ignore[no-untyped-def]
     return values[0], values[1]
 
 
-@_compiled
+@compiled
 def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
     """values * deviation + mean -> bits of bfloat16, to nearest even; ``bits`` is scratch."""
     width = len(values)
@@ -229,7 +229,7 @@ def decode_delta(
     _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out)
 
 
-@_compiled
+@compiled
 def _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = escape.shape
     state = np.zeros(width, np.float32)
@@ -269,7 +269,7 @@ def decode_codes(
     _decode_codes(code, escape, scalar, layer, scales, out)
 
 
-@_compiled
+@compiled
 def _decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
     zigzag = np.empty(out.shape[1], np.int32)
     for row in range(len(out)):
@@ -301,7 +301,7 @@ def denormalise(
     _denormalise(state, scalar, layer, slot, targets, out)
 
 
-@_compiled
+@compiled
 def _denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-untyped-def]
     bits = np.empty(state.shape[1], np.uint32)
     for row in range(len(state)):
@@ -340,7 +340,7 @@ def _squares(values):  # type: ignore[no-untyped-def]
     return total
 
 
-@_compiled
+@compiled
 def _widest(values):  # type: ignore[no-untyped-def]
     """Bits of the largest magnitude; as integers they have the same order, and vectorise."""
     bits, widest = values.view(np.int32), np.int32(0)
@@ -350,7 +350,7 @@ def _widest(values):  # type: ignore[no-untyped-def]
     return widest
 
 
-@_compiled
+@compiled
 def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
     """Indices of the values of largest magnitude, the first of equal ones.
 
@@ -395,7 +395,7 @@ def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
         tops[first % lanes] = top
 
 
-@_compiled
+@compiled
 def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
     """Bits of bfloat16, to nearest even; ``bits`` is scratch, uint32 [1]."""
     bits.view(np.float32)[0] = value
@@ -404,13 +404,13 @@ def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
     )
 
 
-@_compiled
+@compiled
 def _from_bf16(value, bits):  # type: ignore[no-untyped-def]
     bits[0] = np.uint32(value) << np.uint32(16)
     return bits.view(np.float32)[0]
 
 
-@_compiled
+@compiled
 def encode_delta(  # type: ignore[no-untyped-def]
     hidden, below, slope, bias, scales, step, massive, eps, code, escape, scalar, state, decoded
 ):
@@ -492,7 +492,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
         _to_bits(into, mean, deviation, scratch, coded)
 
 
-@_compiled
+@compiled
 def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore[no-untyped-def]
     """Errors of LN(h), as :func:`semroute.pipeline.codecs.error.relative_errors`.
 

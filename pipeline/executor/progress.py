@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ...schemas.escaping import shown
 from ...schemas.units import format_bytes
 
 Style = Literal["auto", "json"]
@@ -230,7 +231,8 @@ class LogReporter(_LineReporter):
     def _print(self, facts: dict[str, Any]) -> None:
         eta = facts["eta_seconds"]
         print(
-            f"{facts['store']}: {facts[self.unit]:,}/{facts[f'{self.unit}_total']:,} {self.unit}, "
+            f"{shown(facts['store'])}: "
+            f"{facts[self.unit]:,}/{facts[f'{self.unit}_total']:,} {self.unit}, "
             f"{facts[f'{self.unit}_per_second']:,.1f} {self.unit}/s, {_describe(facts)}"
             + ("" if eta is None else f", {timedelta(seconds=round(eta))} left"),
             file=sys.stderr,

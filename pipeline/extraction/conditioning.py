@@ -33,11 +33,12 @@ from ..codecs.chunks import choose_rows_per_chunk
 from ..executor.base import Deferred, Executor, report_progress, worker_name
 from ..executor.progress import Style
 from ..executor.workers import Workers, own_device
+from ..models.limits import Limits, refuse_beyond
 from ..sources.table import SampleTable, read_samples
 from ..store.conditioning import ConditioningStore, row_bytes, stored_dtype
 from ..store.layout import Packing, pack
 from ..text.captions import deduplicate, identify
-from ..text.tokenization import BAR_SECONDS
+from ..text.tokenization import BAR_SECONDS, RaggedTokens
 from .append import check_rows, generations
 from .driver import StorePlan, provenance, write_store
 from .plan import samples_table
@@ -227,6 +228,13 @@ def plan_conditioning(
         check_rows(existing, samples, identities)
     unique = deduplicate(samples.texts(), request.seed, earlier)
     tokens = _count(text, unique.texts)
+    refuse_beyond(
+        f"{text.source.name}/{text.recipe.encoder}",
+        Limits("the LLM", text.num_known_tokens),
+        RaggedTokens(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)])),
+        unique.texts,
+        text.tokenizer,
+    )
     recipe = text.recipe
     identity = ConditioningIdentity(
         pipeline=recipe.pipeline,

@@ -18,6 +18,7 @@ from ...schemas import (
     SamplesIdentity,
     final_norm_of,
 )
+from ..models.limits import Limits, beyond_training, refuse_beyond
 from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
 from ..text.captions import Captions, build_captions
@@ -57,6 +58,7 @@ class Plan:
         identity: what resume and training compare.
         earlier: identities of the samples each time before the store grew.
         foreign_markers: of the template, which the LLM has no token for.
+        limits: what the LLM can read.
     """
 
     model: ModelFiles
@@ -65,6 +67,7 @@ class Plan:
     identity: FeatureIdentity
     earlier: list[SamplesIdentity]
     foreign_markers: list[str]
+    limits: Limits
 
     def samples_table(self) -> pa.Table:
         """samples.parquet: one row per input row."""
@@ -99,7 +102,7 @@ class Plan:
         return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
 
     def report_warnings(self, report: Callable[[str], None]) -> None:
-        """Warn about foreign chat markers and truncated captions."""
+        """Warn about foreign chat markers, and captions that are too long or truncated."""
         if self.foreign_markers:
             report(
                 f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
@@ -113,6 +116,9 @@ class Plan:
             if missing:
                 report(f"warning: {missing}")
         captions = self.captions
+        beyond = beyond_training(self.limits, captions.sequences, captions.texts)
+        if beyond:
+            report(f"warning: {beyond}")
         cut = np.flatnonzero(captions.num_cut)
         if not len(cut):
             return
@@ -146,8 +152,10 @@ def make_plan(
     from ..models.hub import find_model
     from ..models.llm import (
         attention_of,
+        check_streams,
         describe_model,
         load_tokenizer,
+        model_limits,
         parse_layers,
         tokenizer_digest,
     )
@@ -167,6 +175,7 @@ def make_plan(
         request.final_norm or preset.final_norm,
         embedding=preset.reads_all == "from 0",
     )
+    check_streams(located, chosen)
     final_norm = final_norm_of(chosen, described.num_layers)
     if request.final_norm not in (None, final_norm):
         raise InputError(
@@ -194,6 +203,8 @@ def make_plan(
         seed=request.seed,
         earlier=earlier,
     )
+    limits = model_limits(located)
+    refuse_beyond(located.name, limits, captions.sequences, captions.texts, tokenizer)
     dtype = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -211,7 +222,7 @@ def make_plan(
     )
     identities = [samples.slice(0, count).identity() for count in earlier]
     markers = foreign_markers(preset.text, tokenizer)
-    return Plan(located, samples, captions, identity, identities, markers)
+    return Plan(located, samples, captions, identity, identities, markers, limits)
 
 
 def _preset(name: str, existing: FeatureManifest | None) -> Preset:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SkipValidation
+from pydantic import Field, SkipValidation, model_validator
 
 from ...schemas import CodecName, Contract, Routing
 
@@ -77,10 +77,23 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     """``padded``: each row of a batch is one caption, padded to the longest. ``packed``: several,
     one after the other, which the LLM must keep apart. auto: as the existing store has it; for a
     new one packed where a trial of the LLM shows that it keeps them apart."""
+    budget: Positive | None = None
+    """Bytes that the store may take; shards come and go, as ``runs`` read them. Default: the store
+    is completed."""
+    runs: SkipValidation[tuple[Path, ...]] = ()
+    """Runs whose reading is followed: their YAML files or run directories."""
     threads: Positive | None = None
     """CPU threads per worker; default: all cores over all workers; on a cluster, as many as the
     worker with the fewest has. A store that is resumed keeps its number, so that its bytes do not
     depend on the workers."""
+
+    @model_validator(mode="after")
+    def _budget_with_runs(self) -> "ExtractRequest":
+        if self.budget is not None and not self.runs:
+            raise ValueError("--budget needs --for: the runs whose reading extraction follows")
+        if self.runs and self.budget is None:
+            raise ValueError("--for needs --budget: the bytes that the store may take")
+        return self
 
 
 class LatentsRequest(WriteRequest):

@@ -227,6 +227,7 @@ def plan_rewrite(
         bytes_per_row=2 * len(layers) * before.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=before.layout.batch_tokens,
+        rows_per_chunk=None if existing is None else existing.manifest.layout.rows_per_chunk,
         aligned=CODECS[codec].aligned,
     )
     shuffled = before.identity.shuffled

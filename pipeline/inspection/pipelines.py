@@ -84,7 +84,7 @@ class PipelineText:
         values = own * len(self.base_layers(model.num_layers)) * model.width
         for other in self.preset.others:
             width = self._width(other, model.width)
-            values += (rows if other.rows is None else other.rows) * other.times * width
+            values += other.rows * width
         return values * BYTES_PER_VALUE
 
     def _width(self, other: OtherRows, width: int) -> int:

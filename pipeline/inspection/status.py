@@ -7,13 +7,15 @@ from datetime import timedelta
 from typing import Any
 
 from ...schemas import LockOwner, Report, Summary
-from ...schemas.files import list_names, locate
+from ...schemas.files import is_local, list_names, locate
 from ...schemas.units import format_bytes
 from ..store.documents import MANIFEST, StoreError
+from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.lock import is_dead, read_driver
 from ..store.open import open_store
 from .describe import list_quarantined
+from .following import budget_details, budget_facts, is_run, run_status
 
 RECENT_SECONDS = 600.0
 """Rates and workers are taken from this long before the newest receipt."""
@@ -21,11 +23,14 @@ _PRIVATE = {"token", "begun", "beats"}  # keys of a driver's file that are for d
 
 
 def status(path: str | os.PathLike[str]) -> Report:
-    """Report the progress of a store that is being planned or filled, or is complete.
+    """Report the progress of a store that is being planned or filled, or is complete; or of a run
+    that reads a store with a disk budget.
 
     Raises:
         StoreError: no store there, and no process at work on one.
     """
+    if is_local(locate(path)) and is_run(locate(path)):
+        return run_status(locate(path))
     try:
         store = open_store(path)
     except StoreError:
@@ -73,6 +78,8 @@ def status(path: str | os.PathLike[str]) -> Report:
         "driver": None if driver is None else driver.model_dump(exclude=_PRIVATE),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
+    if isinstance(store, FeatureStore) and store.has_budget:
+        details |= budget_details(store) | {"eta_seconds": None}
     return Report(_facts(store.path, unit, details), details)
 
 
@@ -114,6 +121,8 @@ def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
             )
         if details["eta_seconds"]:
             items["left"] = f"{timedelta(seconds=round(details['eta_seconds']))} at that speed"
+    if details["state"] == "budget":
+        items |= budget_facts(details)
     if details["quarantined"]:
         items["quarantined"] = list_quarantined(details["quarantined"])
     return Summary(f"{path}", items)

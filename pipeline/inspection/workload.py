@@ -151,6 +151,49 @@ class Workload:
         return None if seconds is None else seconds / self.online_seconds()
 
 
+@dataclass(frozen=True)
+class BudgetCost:
+    """Cost of training from a store that takes no more than a disk budget.
+
+    Attributes:
+        share: of the whole store that the budget holds, at most 1.
+        again: share of the captions that each pass but the first encodes again. With f as the
+            share, a shard is still there in the next pass if that comes to it soon enough, which
+            happens to f**2 / 2 of all shards in two random orders.
+        tokens_per_second: that extraction must deliver so that training does not wait.
+        machines: like this one, for the LLM and the codec; None if its speed is unknown.
+        seconds: of this machine for all passes; None if unknown.
+        of_full_cache: the same as a multiple of extraction of the whole store.
+        of_online: the same as a multiple of running the LLM in training.
+    """
+
+    share: float
+    again: float
+    tokens_per_second: float
+    machines: float | None
+    seconds: float | None
+    of_full_cache: float | None
+    of_online: float | None
+
+    @classmethod
+    def of(cls, size: StoreSize, work: Workload, budget: int) -> BudgetCost:
+        """The cost of a budget in bytes."""
+        share = min(1.0, budget / size.num_bytes)
+        again = 1 - share**2 / 2 if share < 1 else 0.0
+        passes_per_second = work.samples_per_second / work.num_samples
+        once = work.extraction_seconds(size)
+        machines = seconds = of_full_cache = of_online = None
+        if once is not None:
+            each = once - work.load_seconds
+            seconds = once + max(0.0, work.passes - 1) * again * each
+            machines = each * passes_per_second
+            of_full_cache = seconds / once
+            of_online = seconds / (work.passes * work.online_seconds())
+        # The first pass encodes everything, so this is what it takes not to wait in any.
+        tokens = work.tokens * passes_per_second
+        return cls(share, again, tokens, machines, seconds, of_full_cache, of_online)
+
+
 def store_size(
     plan: Plan, layers: list[int], codec: Codec, benchmark: LLMBenchmark | None
 ) -> StoreSize:

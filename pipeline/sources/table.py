@@ -8,6 +8,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urljoin
 
 import fsspec
 import numpy as np
@@ -19,6 +20,8 @@ import pyarrow.parquet
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
 from ...schemas.columns import to_plain
+from ...schemas.escaping import shown, without_secrets
+from ...schemas.urls import check_protocol, suffix_of, without_query
 from .values import check_not_repeated, decode, not_utf8, read_objects, to_array
 from .webdataset import BYTE_RANGE, TEXT, Reader, WebDataset
 
@@ -94,15 +97,20 @@ class SampleTable:
         return column
 
     def image_names(self) -> pa.Array:
-        """Path of each image (string, null where it has none); bytes are not copied."""
+        """Path of each image, to be shown (string, null where it has none); bytes are not copied.
+        Secrets in URLs are left out."""
         if self.image_column is None:
             return pa.nulls(len(self), pa.string())
         column = self.table[self.image_column].combine_chunks()
         if pa.types.is_struct(column.type):
-            return pc.struct_field(column, "path").cast(pa.string())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return column.cast(pa.string())
-        return pa.nulls(len(self), pa.string())
+            names = pc.struct_field(column, "path").cast(pa.string())
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            names = column.cast(pa.string())
+        else:
+            return pa.nulls(len(self), pa.string())
+        if not pc.any(pc.match_substring(names, "://")).as_py():
+            return names
+        return pa.array([n and without_secrets(n) for n in names.to_pylist()], pa.string())
 
     def image_files(self) -> Iterator[bytes | Unreadable]:
         """The encoded bytes of each image in order, or the reason why it cannot be read.
@@ -119,9 +127,9 @@ class SampleTable:
                 try:
                     yield self._image_file(row, value, tars)
                 except FileNotFoundError:
-                    yield Unreadable(f"no such file: {_image_name(value)}")
+                    yield Unreadable(shown(f"no such file: {_image_name(value)}"))
                 except OSError as error:
-                    yield Unreadable(f"{_image_name(value)}: {error}")
+                    yield Unreadable(shown(f"{_image_name(value)}: {error}"))
 
     def _image_file(self, row: int, value: Any, tars: Reader) -> bytes | Unreadable:
         if isinstance(value, dict) and [*value] == BYTE_RANGE.names:
@@ -137,9 +145,12 @@ class SampleTable:
                 f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
             )
         if "://" in value:
+            check_protocol(value)
             with fsspec.open(value, "rb") as file:
                 return file.read()
-        filesystem, path = fsspec.core.url_to_fs(self.source)
+        filesystem, path = fsspec.core.url_to_fs(without_query(self.source))
+        if "://" in path:  # HTTP, whose paths are URLs
+            return filesystem.cat_file(urljoin(path, value))
         return filesystem.cat_file(str(PurePosixPath(path).parent / value))
 
     def identity(self) -> SamplesIdentity:
@@ -247,7 +258,7 @@ def column_names(source: str) -> list[str]:
 
 
 def _suffix(source: str) -> str:
-    return PurePosixPath(source).suffix.lower()
+    return suffix_of(source, SUFFIXES)
 
 
 def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
@@ -263,6 +274,7 @@ def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
             f"{source} names several tables, expected one; only tars may be several. Join the "
             "tables into one file."
         )
+    check_protocol(source)
     try:
         with fsspec.open(source, "rb") as file:
             if not file.read(1):

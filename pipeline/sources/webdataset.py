@@ -16,6 +16,7 @@ import fsspec
 import pyarrow as pa
 
 from ...schemas import InputError
+from ...schemas.urls import check_protocol, without_query
 from .values import check_not_repeated, decode, parse_json, to_array
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -187,7 +188,8 @@ def expand(pattern: str) -> list[str]:
     """
     paths: list[str] = []
     for plain in (plain for part in _split(pattern) for plain in _expand_braces(part)):
-        if not re.search(r"[*?]", plain):
+        check_protocol(plain)
+        if not re.search(r"[*?]", _before_query(plain)):
             paths.append(plain)
             continue
         filesystem, path = fsspec.core.url_to_fs(plain)
@@ -211,7 +213,7 @@ def _split(pattern: str) -> list[str]:
         else:
             parts.append(piece)
         inside = re.match(r"(tar|zip|libarchive)://", piece) is not None
-        chained = inside or not piece.lower().endswith((".tar", "}"))
+        chained = inside or not _before_query(piece).lower().endswith((".tar", "}"))
     return parts
 
 
@@ -222,7 +224,9 @@ def _place(tar: str, files: dict[str, _Member], extension: str, row: int) -> str
 
 def _expand_braces(pattern: str) -> list[str]:
     """``a{0..2}{x,y}`` -> a0x, a0y, a1x ...; a range is padded to the width of its start."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
+    before = _before_query(pattern)
+    query = pattern[len(before) :]
+    parts = re.split(r"\{([^{}]*)\}", before)
     choices: list[list[str]] = []
     for number, part in enumerate(parts):
         bounds = re.fullmatch(r"(\d+)\.\.(\d+)", part)
@@ -234,7 +238,13 @@ def _expand_braces(pattern: str) -> list[str]:
             choices.append([str(each).zfill(len(first)) for each in numbers])
         else:
             choices.append(part.split(","))
-    return ["".join(chosen) for chosen in product(*choices)]
+    return ["".join(chosen) + query for chosen in product(*choices)]
+
+
+def _before_query(plain: str) -> str:
+    """A URL of a tar without its query; others as they are, as ``?`` stands for any character."""
+    before = without_query(plain)
+    return before if before.lower().endswith(".tar") else plain
 
 
 def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:

@@ -29,12 +29,14 @@ from ...schemas import (
     InputError,
     LatentManifest,
     Receipt,
+    WrittenFile,
     digest,
     parse,
     publish,
     render,
     write_document,
 )
+from ...schemas.escaping import one_line
 from ...schemas.files import (
     StorageError,
     inside,
@@ -60,6 +62,18 @@ GROWING = "growing"
 """Folder in which the files of a larger store are staged before they replace those of the store."""
 _SHOWN = 3  # faults of a file that are named
 _SHARD_DOCUMENT = re.compile(r"/shard-(\d{6,})\.json$")
+
+
+class ShardTooLargeError(InputError):
+    """A shard takes more bytes than there is room for; none of them was written.
+
+    Attributes:
+        num_bytes: that it takes.
+    """
+
+    def __init__(self, message: str, num_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.num_bytes = num_bytes
 
 
 class StoreError(InputError):
@@ -212,6 +226,25 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     inside(path, shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
 
 
+def check_same_bytes(path: Path, shard: int, files: Mapping[str, WrittenFile]) -> None:
+    """Refuse other bytes for a shard that was evicted than those that its receipt proves.
+
+    Raises:
+        StoreError: they differ.
+    """
+    try:
+        known = read_contract(path / shard_document(RECEIPTS, shard), Receipt).files
+    except FileNotFoundError:
+        return
+    different = sorted(name for name in known if known[name] != files.get(name))
+    if different:
+        raise StoreError(
+            f"shard {shard} was evicted and is encoded to other bytes now ({different[0]}), so "
+            "runs would not be trained as from a full store. Its receipt is of another device, or "
+            "of other versions of libraries: extract with those, or make a new store"
+        )
+
+
 def write_against(path: Path, against: Against) -> None:
     """Record that a store holds what a pipeline reads."""
     write_contract(path / AGAINST, against)
@@ -293,7 +326,7 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
     Raises:
         StoreError: there are some.
     """
-    found = [*islice(faults, _SHOWN)]
+    found = [one_line(fault) for fault in islice(faults, _SHOWN)]
     if found:
         raise StoreError(
             f"{place} cannot be used: {'; '.join(found)}. Put it back from a copy, or get the "

@@ -31,7 +31,14 @@ from .base import CaptionStore
 from .checks.metadata import StoredArray
 from .checks.plain import read_plain
 from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .reader import Allocator, read_codec, read_codes, read_rows, write_parameters
+from .reader import (
+    Allocator,
+    read_codec,
+    read_codes,
+    read_rows,
+    request_rows,
+    write_parameters,
+)
 from .shard_file import ChunkSlices
 from .summary import summarise_features
 
@@ -276,8 +283,18 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         positions = self.layer_positions(layers)
         slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
         depths = self.codec.depths(positions)
+        request_rows(self.arrays, self.codec, slices, positions)
         codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
+
+    def request(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> None:
+        """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
+
+        Args, errors: as for :meth:`read`.
+        """
+        starts, stops = self.row_spans(ids)
+        slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
+        request_rows(self.arrays, self.codec, slices, self.layer_positions(layers))
 
     def layer_positions(self, layers: Sequence[int] | None = None) -> list[int]:
         """Positions of layers, default all, along the layer axis of the arrays.

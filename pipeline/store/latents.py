@@ -35,6 +35,7 @@ from .documents import (
     render_table,
     write_manifest,
 )
+from .shard_file import ChunkSlices
 from .summary import summarise_latents
 
 _SHOWN = 5  # unreadable images named in a message
@@ -209,6 +210,34 @@ class LatentStore(Store[LatentManifest]):
             InputError: no such sample, one without a latent, or one whose shard is not written; or
                 samples of several buckets.
         """
+        slices, names, shape = self._slices(ids)
+        identity = self.manifest.identity
+        scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
+        if noise is None or not self.has_deviation:
+            names = names[:1]
+        for name in names:
+            self.arrays[name].request(slices)
+        codes, *deviation = [self._codes(name, slices, (len(ids), *shape)) for name in names]
+        if deviation:
+            codes += deviation[0] * noise
+        return codes * scale + shift
+
+    def request(self, ids: Sequence[int] | np.ndarray, *, deviation: bool = False) -> None:
+        """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
+
+        Args:
+            deviation: of the posterior, too.
+
+        Other args, errors: as for :meth:`read`.
+        """
+        slices, names, _ = self._slices(ids)
+        for name in names if deviation else names[:1]:
+            self.arrays[name].request(slices)
+
+    def _slices(
+        self, ids: Sequence[int] | np.ndarray
+    ) -> tuple[ChunkSlices, list[str], tuple[int, int, int]]:
+        """Slices of the latents of samples of one bucket, and the names and shape of its arrays."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise StoreError(
@@ -220,24 +249,19 @@ class LatentStore(Store[LatentManifest]):
                 f"sample {dropped[0]} has no latent in {self.path}: its image could not be read. "
                 "LatentStore.ids lists the samples that have one."
             )
-        identity = self.manifest.identity
-        scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
         buckets = np.unique(self.buckets[ids]).tolist() or [0]
         if len(buckets) > 1:
             raise StoreError(
                 f"latents of {len(buckets)} shapes asked for at once; read those of one bucket at "
                 "a time. LatentStore.buckets has the bucket of each sample."
             )
-        names, shape = self.names(buckets[0]), self.shape(buckets[0])
-        codes = self._codes(names[0], ids, shape)
-        if noise is not None and self.has_deviation:
-            codes += self._codes(names[1], ids, shape) * noise
-        return codes * scale + shift
-
-    def _codes(self, name: str, ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        codes = np.empty((len(ids), *shape), self.manifest.identity.dtype)
         rows = self.rows[ids]
-        self.arrays[name].read(rows, rows + 1, codes)
+        slices = ChunkSlices.from_runs(rows, rows + 1, self.manifest.layout.rows_per_chunk)
+        return slices, self.names(buckets[0]), self.shape(buckets[0])
+
+    def _codes(self, name: str, slices: ChunkSlices, shape: tuple[int, ...]) -> np.ndarray:
+        codes = np.empty(shape, self.manifest.identity.dtype)
+        self.arrays[name].read_slices(slices, codes)
         return codes.astype(np.float32)
 
     def summary(self) -> Summary:

@@ -20,15 +20,13 @@ class OtherRows:
 
     Attributes:
         encoder: the component of the pipeline as wide as whose hidden states they are.
-        rows: how many; None: as many as the caption has.
+        rows: how many.
         pooled: one vector per caption, as wide as the encoder's projection.
-        times: how many hidden states lie side by side.
     """
 
     encoder: str
-    rows: int | None = 1
+    rows: int = 1
     pooled: bool = False
-    times: int = 1
 
 
 _CLIP = (OtherRows("text_encoder", pooled=True), OtherRows("text_encoder_2", pooled=True))
@@ -362,7 +360,6 @@ PRESETS = {
         null_tokens=(128_000,),
         length=3_000,
         reads_all="from 0",
-        others=(OtherRows("text_encoder", rows=None, times=2),),
     ),
     "qwen-image-2.1": Preset(
         f"{_QWEN_IMAGE_2}{_USER}{_ASSISTANT}",

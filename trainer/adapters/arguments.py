@@ -46,7 +46,7 @@ class Arguments:
         timestep: of the network's ``forward``: the noise level.
         read_t: (its value, configuration of the transformer) -> t, [B].
         encoder: component of the pipeline that is the LLM.
-        embeds: argument of the pipeline that holds its rows.
+        embeds: argument of the pipeline that holds its rows; "": it takes none.
         axis: axis of the batch in it.
         encoded: what ``encode_prompt`` returns, in order, as arguments of the pipeline; None: not
             one.
@@ -102,7 +102,7 @@ def _llama_layers(value: Any, config: Config) -> Tensor:
 
 
 def _keep(value: Any, _rows: Tensor) -> Any:
-    return value  # HiDream's sockets are the projections behind this argument
+    return value  # the sockets of HiDream and FIBO are projections behind this argument
 
 
 ARGUMENTS = {
@@ -162,5 +162,16 @@ ARGUMENTS = {
             "negative_pooled_prompt_embeds",
         ),
     ),
+    "fibo": Arguments(
+        text="text_encoder_layers",
+        read=lambda value, _config: torch.stack([*value], dim=2),
+        write=_keep,
+        read_t=_thousandth,
+        embeds="",
+        encoded=(None, None, None, None, None, "prompt_layers", "negative_prompt_layers"),
+    ),
 }
 """By name of the family."""
+
+TEXT_ONLY = {"ltx2": Arguments(encoded=_MASKED), "cosmos": Arguments()}
+"""The same of pipelines whose networks are not routed; ``embed`` encodes prompts for them."""

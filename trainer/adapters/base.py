@@ -21,6 +21,7 @@ class Text:
             network's dtype: [B, T, K, H].
         mask: the caption's own rows, bool [B, T].
         lengths: number of these rows of each caption, on the CPU, where no device is waited for.
+        layers: the LLM layer of each of the K.
         extras: what the pipeline gives the network besides, by name: pooled vectors, rows of a
             second encoder; ``guidance`` [B], for networks that are told the scale.
     """
@@ -28,6 +29,7 @@ class Text:
     base: Tensor
     mask: Tensor = field(default_factory=lambda: torch.empty(0))
     lengths: Sequence[int] = ()
+    layers: Sequence[int] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -2,9 +2,7 @@
 
 Left out: Chroma, whose pipeline passes a mask that hides nothing and whose single blocks get none
 under gradient checkpointing (diffusers issue 13619), so that there is no one network to anchor to;
-CogView4, whose text depends on the other captions of a batch; and Bria FIBO, whose text stream
-reads two layers side by side and, in its other half, one layer per block, so that no one socket
-holds what a block reads.
+and CogView4, whose text depends on the other captions of a batch.
 """
 
 from dataclasses import replace
@@ -193,14 +191,26 @@ FAMILIES = (
         needs_conditioning=True,
         layers_setting="llama_layers",
     ),
+    Family(
+        name="fibo",
+        transformer="BriaFiboTransformer2DModel",
+        pipelines=("BriaFiboPipeline",),
+        sockets=networks.sockets_fibo,
+        project=networks.no_projection,
+        call=networks.call_fibo,
+        base_layers=networks.fibo_layers,
+        text_width=itemgetter("text_encoder_dim"),
+        lora=_JOINT,
+        projection=("context_embedder", "caption_projection"),
+        latents=lambda config: (config["in_channels"], 1),
+        image_tokens=lambda _config, _channels, height, width: height * width,
+    ),
 )
 """One entry per family; the class of its transformer identifies it."""
 
 LEFT_OUT = {
     "ChromaTransformer2DModel": "its mask of padding rows has no effect in the pipeline, and its "
     "single blocks get none under gradient checkpointing (diffusers issue 13619)",
-    "BriaFiboTransformer2DModel": "its text stream reads two layers side by side and, in its other "
-    "half, one layer per block, so that no one socket holds what a block reads",
     "CogView4Transformer2DModel": "its text depends on the other captions of a batch",
 }
 """Classes of diffusers that are refused, and why."""

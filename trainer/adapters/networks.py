@@ -389,6 +389,41 @@ def hidream_tokens(config: Config, _channels: int, _height: int, _width: int) ->
     return height * width // config["patch_size"] ** 2
 
 
+def sockets_fibo(transformer: Any) -> list[Socket]:
+    """A tap per block: blocks beyond the LLM's layers read its last one again."""
+    projections = transformer.caption_projection
+    return [Socket(each, "caption", "raw", tap=number) for number, each in enumerate(projections)]
+
+
+def call_fibo(transformer: Any, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    from diffusers import BriaFiboPipeline
+
+    batch, _, height, width = x.shape
+    last = max(text.layers)
+    both = [text.base[:, :, text.layers.index(layer)] for layer in (last, last - 1)]
+    image = x.flatten(2).mT
+    mask = torch.cat([text.mask, text.mask.new_ones(image.shape[:2])], dim=1)
+    places = BriaFiboPipeline._prepare_latent_image_ids(batch, height, width, x.device, x.dtype)
+    out = transformer(
+        image,
+        encoder_hidden_states=torch.cat(both, dim=-1),
+        text_encoder_layers=[*text.base.unbind(2)],
+        timestep=1000 * t,
+        img_ids=places,
+        txt_ids=x.new_zeros(text.mask.shape[1], 3),
+        joint_attention_kwargs={} if text.whole else {"attention_mask": mask[:, None, None]},
+        return_dict=False,
+    )[0]
+    return out.mT.unflatten(2, (height, width))
+
+
+def fibo_layers(num_layers: int, _index: Config, config: Config) -> list[int]:
+    """As its pipeline gives blocks their layers, the first of which is the embedding."""
+    num_blocks = config["num_layers"] + config["num_single_layers"]
+    skipped = max(num_layers + 1 - num_blocks, 0)
+    return [min(skipped + number, num_layers) for number in range(num_blocks)]
+
+
 def no_projection(_transformer: Any, rows: Tensor, _mask: Tensor) -> Tensor:
     return rows
 

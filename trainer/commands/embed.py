@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import report_line
+from ...pipeline.commands import LOCAL_PATH, echo, report_line
 from .options import step_option, weights_option
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=LOCAL_PATH)
 @click.argument("prompts")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--negative", metavar="TEXT", help="Negative prompt. Default: the empty one, if it takes one."
 )
@@ -38,6 +38,8 @@ def embed(
 ) -> None:
     """Encode PROMPTS for the diffusers pipeline of a RUN, into the file OUT.
 
+    RUN may also be a pipeline, a folder or a hub id, whose prompts are encoded as they are.
+
     The text encoders of the pipeline are loaded, but not its transformer. Tensors in OUT, a
     .safetensors file, are named as the pipeline's arguments, so it samples where no LLM fits.
     Where the run adds to the pipeline's input, they hold what it learned; where it adds in each
@@ -46,6 +48,7 @@ def embed(
     \b
     Example:
       semroute embed runs/krea2 prompts.txt embeds.safetensors --negative "blurry"
+      semroute embed Lightricks/LTX-2 prompts.txt embeds.safetensors
     """
     from ...pipeline.sources.prompts import read_prompts
     from ..evaluation.embed import embed as run_embed
@@ -60,6 +63,6 @@ def embed(
         step=step,
         weights=weights,
     )
-    click.echo(out)
+    echo(out)
     if embeds.usage:
         report_line(embeds.usage)

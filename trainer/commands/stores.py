@@ -9,7 +9,10 @@ import click
 
 from ...pipeline.commands import (
     CODECS,
+    LOCAL_FILE,
+    LOCAL_PATH,
     SEED,
+    echo,
     exact_option,
     interruptible,
     is_json,
@@ -56,12 +59,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--routing",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="With --figure: a run; the figure then also shows the layers that it reads.",
 )
 @click.option(
     "--figure",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LOCAL_FILE,
     help="Image file to plot accuracy by layer into.",
 )
 @json_option()
@@ -96,7 +99,7 @@ def probe(
         from ...pipeline.style import DPI
 
         probe_accuracy(results, weights).savefig(figure, dpi=DPI)
-        click.echo(figure, err=as_json)
+        echo(figure, err=as_json)
 
 
 @click.command()
@@ -108,7 +111,7 @@ def probe(
 @layers_option
 @click.option(
     "--routing",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="A run: store only the mixes of layers that its blocks read.",
 )
 @click.option(
@@ -151,7 +154,7 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
 
     if routing is not None:
         options["routing"] = read_routing(routing, features)
-    click.echo(run(features, out, report=report_line, **options), err=is_json(options))
+    echo(run(features, out, report=report_line, **options), err=is_json(options))
 
 
 def read_routing(run: Path, features: str) -> Routing:

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import SEED, FiniteRange, interruptible
+from ...pipeline.commands import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
 from ...schemas import InputError, read_config
 from .options import refuse_options
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Training images."
 )
@@ -33,12 +33,21 @@ from .options import refuse_options
     help="Images per training caption, each rendered anew.",
 )
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the whole world.")
+@click.option(
+    "--split-by",
+    "by",
+    default="scene",
+    show_default=True,
+    type=click.Choice(["scene", "caption"]),
+    help="What no two files share. caption: scenes of training come back in other words, as in "
+    "the first release.",
+)
 def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """Render a world of captioned coloured shapes into OUT.
 
-    OUT/train.parquet is for training. OUT/test.parquet holds captions that do not occur there, half
+    OUT/train.parquet is for training. OUT/test.parquet holds scenes that do not occur there, half
     of them with combinations of colour and shape that do not either. OUT/dev.parquet holds further
-    captions, to choose settings by.
+    scenes, to choose settings by.
 
     \b
     Example:
@@ -46,11 +55,11 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """
     from ..shapes.dataset import write_world
 
-    click.echo(write_world(out, num, seed, **sizes))
+    echo(write_world(out, num, seed, **sizes))
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=LOCAL_PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Report what the run would take, and train nothing.")
 @click.option(
@@ -109,7 +118,7 @@ def train(
             raise InputError("give either --step-seconds or --measure")
         from ..training.dry_run import plan
 
-        click.echo(
+        echo(
             plan(
                 parsed, num_ranks=ranks or 1, step_seconds=step_seconds, measure_steps=measure or 0
             )
@@ -125,4 +134,4 @@ def train(
             path = run(parsed, resume_from=resume_from)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{path} is trained: semroute plot {path}")
+    echo(f"{path} is trained: semroute plot {path}")

@@ -44,27 +44,6 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def effective_t(x: Tensor, final: Tensor) -> Tensor:
-    """The noise level of latents, given the end of their trajectory: the oracle.
-
-    The part of x along the final latent x_0 is signal, the rest is noise: a = <x, x_0> / <x_0,
-    x_0>, s = rms(x - a x_0), t = s / (a + s). For x = (1 - t) x_0 + t n this is t except for chance
-    correlations of x_0 and n, which fall with the root of the number of elements. The paper
-    measures "from the model's own final latent"; this formula is our reconstruction.
-
-    Args:
-        x, final: [B, C, h, w].
-
-    Returns:
-        fp32 [B] in [0, 1].
-    """
-    x, final = x.float().flatten(1), final.float().flatten(1)
-    power = final.square().sum(1).clamp(min=1e-12)
-    signal = ((x * final).sum(1) / power).clamp(min=0.0)
-    noise = (x - signal[:, None] * final).square().mean(1).sqrt()
-    return noise / (signal + noise).clamp(min=1e-12)
-
-
 def noise_features(x: Tensor) -> Tensor:
     """Features that distinguish noise from image: fp32 [B, F] of latents [B, C, h, w].
 

@@ -29,13 +29,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ...pipeline.executor.workers import own_device
-from ...pipeline.models.llm import find_tower
+from ...pipeline.models.hub import PIPELINE_INDEX, find_model, is_hub_id
+from ...pipeline.models.llm import describe_model, find_tower
 from ...pipeline.models.text_pipelines import open_text_pipeline
 from ...schemas import EmbedsRecord, InputError, parse, write_whole
-from ..adapters.arguments import ARGUMENTS, Arguments
+from ..adapters.arguments import ARGUMENTS, TEXT_ONLY, Arguments
 from ..adapters.captures import Captures
+from ..adapters.families import FAMILIES
 from ..adapters.pipeline import TextReader
-from ..runs.adapter import Adapter, load_adapter
+from ..runs.adapter import Adapter, is_export, load_adapter
 from ..runs.record import adapt
 from .fit import check_encoder
 
@@ -103,13 +105,14 @@ def embed(
     step: int | None = None,
     weights: Literal["ema", "model"] | None = None,
 ) -> Embeds:
-    """Encode prompts as the pipeline of a run's network does, and add what the run learned.
+    """Encode prompts as a pipeline does, and add what a run on its network learned.
 
     Where blocks read text of their own, or by noise level, that cannot be added to embeddings: the
     file then holds the layers of the LLM besides.
 
     Args:
-        run: the run directory, or a folder that semroute export --as pipeline wrote.
+        run: the run directory, a folder that semroute export --as pipeline wrote, or a pipeline of
+            diffusers, its folder or hub id: then prompts are encoded, and nothing is added.
         out: a .safetensors file; it is replaced if it exists.
         negative: negative prompt. Default: the empty one, if the pipeline takes one.
         pipeline: where the pipeline is. Default: where it was when the run was trained.
@@ -117,16 +120,23 @@ def embed(
         weights: the exponential moving average, which is the default, or the weights themselves.
 
     Raises:
-        InputError: no prompts; no such run; a pipeline that does not fit it; or one that takes no
-            negative prompt.
+        InputError: no prompts; no such run; a pipeline that does not fit it; one that takes no
+            negative prompt, or no embeddings.
     """
     path = Path(out)
     if path.suffix != SUFFIX:
         raise InputError(f"{path} is no name of a safetensors file: let it end in {SUFFIX}")
     if not prompts:
         raise InputError("there are no prompts to encode")
-    adapter = load_adapter(run, step, weights)
-    encoder = _Encoder(adapter, _open_pipeline(adapter, pipeline))
+    adapter = None
+    if _is_pipeline(run):
+        if pipeline is not None or step is not None or weights is not None:
+            raise InputError(f"{run} is a pipeline: leave out --pipeline, --step and --weights")
+        text = open_text_pipeline(str(run), own_device(), option="RUN")
+    else:
+        adapter = load_adapter(run, step, weights)
+        text = _open_pipeline(adapter, pipeline)
+    encoder = _Encoder(adapter, text)
     if negative is not None and not encoder.takes_negative:
         raise InputError(f"{encoder.pipeline} takes no negative prompt: leave it out")
     items = [encoder.encode(prompt) for prompt in tqdm(prompts, unit="prompt")]
@@ -138,15 +148,17 @@ def embed(
         given |= {NEGATIVE + name: value for name, value in repeated.items()}
     record = EmbedsRecord(
         pipeline=encoder.pipeline,
-        model=adapter.record.features.model,
-        base_layers=adapter.identity.base_layers,
+        model=describe_model(find_model(str(text.source.folder / text.recipe.encoder)))
+        if adapter is None
+        else adapter.record.features.model,
+        base_layers=text.base_layers if adapter is None else adapter.identity.base_layers,
         prompts=[*prompts],
         negative=(negative or "") if encoder.takes_negative else None,
         learned=encoder.learned,
         layers=encoder.layers,
-        network=any(name.startswith(_NETWORK) for name in adapter.trained),
-        step=adapter.step,
-        weights=adapter.source,
+        network=adapter is not None and any(n.startswith(_NETWORK) for n in adapter.trained),
+        step=adapter and adapter.step,
+        weights=adapter and adapter.source,
     )
     hidden = [item.hidden for item in items if item.hidden is not None]
     embeds = Embeds(record, given, hidden)
@@ -165,26 +177,37 @@ class _Item:
 class _Encoder:
     """The text half of a pipeline, and what a run makes of it."""
 
-    def __init__(self, adapter: Adapter, text: "TextPipeline") -> None:
-        self.names = ARGUMENTS[adapter.identity.family]
+    def __init__(self, adapter: Adapter | None, text: "TextPipeline") -> None:
         self.pipeline = text.recipe.pipeline
+        family = next((f.name for f in FAMILIES if self.pipeline in f.pipelines), None)
+        self.names = TEXT_ONLY[text.recipe.family] if family is None else ARGUMENTS[family]
+        if not self.names.embeds:
+            raise InputError(
+                f"{self.pipeline} takes no embeddings: give it prompts, where a run is attached"
+            )
         call = inspect.signature(type(text.pipe).__call__).parameters
         self.takes_negative = NEGATIVE + self.names.embeds in call
         self._text = text
+        self.learned: Literal["added", "layers", "none"] = "none"
+        self.layers: list[int] = []
+        if adapter is not None:
+            self._add(adapter, text)
+
+    def _add(self, adapter: Adapter, text: "TextPipeline") -> None:
+        """Let the text be read as a run does."""
         self._config = adapter.identity.config
         routed = _without_network(adapter)
         captures = Captures(routed.router.layers_read, routed.base_layers)
         self._reader = TextReader(routed, captures)
-        self.learned: Literal["added", "layers", "none"] = "none"
         if routed.deviates:
             encoder = getattr(text.pipe, self.names.encoder)
             tower = find_tower(encoder, self.names.encoder)
             captures.watch(encoder, tower, text.num_layers, text.tokenizer.pad_token_id)
             in_blocks = routed.hooked or routed.router.depends_on_t
             self.learned = "layers" if in_blocks else "added"
+            self.layers = captures.layers if in_blocks else []
         elif routed.fusion_gain is not None:
             self.learned = "added"
-        self.layers = captures.layers if self.learned == "layers" else []
 
     @torch.no_grad()
     def encode(self, prompt: str, negative: bool = False) -> _Item:
@@ -206,6 +229,14 @@ class _Encoder:
             for name, value in given.items()
         }
         return _Item(on_cpu, hidden)
+
+
+def _is_pipeline(run: str | os.PathLike[str]) -> bool:
+    """Whether this names a pipeline, in a folder or on the hub, and nothing that was learned."""
+    path = Path(run)
+    if path.exists():
+        return (path / PIPELINE_INDEX).exists() and not is_export(path)
+    return is_hub_id(str(run))
 
 
 def _open_pipeline(adapter: Adapter, pipeline: str | None) -> "TextPipeline":

@@ -1,9 +1,13 @@
 """Lag: effective minus nominal noise level along the sampling trajectories of a run.
 
-At every step the noise level is measured twice: by the oracle, which knows where the trajectory
-ended, and by an estimate from x_t alone. Both also measure a control, the same final latents with
-fresh noise of the nominal t, for which both should give that t. Their deviation on the control is
-their own error on these images; lag is the deviation on the trajectory beyond it.
+After every step the noise level is estimated from x_t alone, and once more on a control, the
+trajectory's final latents with fresh noise of the nominal t. The deviation on the control is the
+estimator's own error on these images; lag is the deviation on the trajectory beyond it. For
+Gaussian data and the exact probability-flow ODE, whose latents have the nominal level at every t,
+lag is zero.
+
+The end of a trajectory is no measure of its noise: it is a function of the noise that the
+trajectory began with, so part of that noise lies along it and would count as signal.
 
 Shapes: B batch, S steps, N captions.
 """
@@ -23,7 +27,7 @@ from torch import Tensor
 from ...pipeline.style import DPI, FAINT, INK, LINES, Figure, clean
 from ...schemas import write_whole
 from ...schemas.display import Table
-from ..diffusion.noise_level import NoiseLevelEstimator, effective_t, shifted
+from ..diffusion.noise_level import NoiseLevelEstimator, shifted
 from ..diffusion.sampling import SamplingConfig
 from .generate import Features, generate, stored_captions
 
@@ -38,18 +42,14 @@ LAG_SCHEMA = pa.schema(
         pa.field("step", pa.int32(), nullable=False),
         pa.field("t", pa.float64(), nullable=False),
         *(
-            pa.field(f"{clock}_{name}", pa.float64(), nullable=False)
-            for clock in ("oracle", "estimate")
-            for name in ("mean", "sd", "control")
+            pa.field(name, pa.float64(), nullable=False)
+            for name in ("estimate_mean", "estimate_sd", "estimate_control", "outside")
         ),
-        pa.field("apart", pa.float64(), nullable=False),
-        pa.field("outside", pa.float64(), nullable=False),
         pa.field("num_captions", pa.int64(), nullable=False),
     ]
 )
-"""One row per guidance scale, method and step, after which x has nominal level ``t``. For oracle
-and estimate: mean and standard deviation over captions, and the mean on the control. ``apart``:
-mean absolute difference between oracle and estimate, each minus its control. ``outside``: share of
+"""One row per guidance scale, method and step, after which x has nominal level ``t``: mean and
+standard deviation of the estimate over captions, and its mean on the control. ``outside``: share of
 latents farther from the calibration latents than 99 % of those are."""
 
 
@@ -69,9 +69,7 @@ class TrajectoryMismatch:
     def summary(self) -> list[dict[str, Any]]:
         """One row per guidance scale and method, over the steps from t = 0.9 down to 0.1.
 
-        Mean lag by the oracle and by the estimate, the oracle's largest lag, the fixed shift that
-        fits the oracle best, the mean distance between oracle and estimate, and the share of
-        latents outside.
+        Mean and largest lag, the fixed shift that fits it best, and the share of latents outside.
         """
         rows = []
         for cfg_scale, method in dict.fromkeys(
@@ -79,17 +77,14 @@ class TrajectoryMismatch:
         ):
             part = self.of(cfg_scale, method)
             inside = (part["t"] >= 0.1) & (part["t"] <= 0.9)
-            oracle = (part["oracle_mean"] - part["oracle_control"])[inside]
-            estimate = (part["estimate_mean"] - part["estimate_control"])[inside]
+            lag = (part["estimate_mean"] - part["estimate_control"])[inside]
             rows.append(
                 {
                     "cfg_scale": cfg_scale,
                     "method": method,
-                    "oracle": float(oracle.mean()),
-                    "estimate": float(estimate.mean()),
-                    "largest": float(oracle[np.abs(oracle).argmax()]),
-                    "shift": best_shift(part["t"][inside], oracle),
-                    "apart": float(part["apart"][inside].mean()),
+                    "lag": float(lag.mean()),
+                    "largest": float(lag[np.abs(lag).argmax()]),
+                    "shift": best_shift(part["t"][inside], lag),
                     "outside": float(part["outside"][inside].mean()),
                 }
             )
@@ -106,16 +101,14 @@ class TrajectoryMismatch:
 
     def to_text(self) -> str:
         """The summary as an aligned table."""
-        head = ["guidance", "solver", "lag", "largest", "estimated", "as shift", "apart", "outside"]
+        head = ["guidance", "solver", "lag", "largest", "as shift", "outside"]
         rows = [
             [
                 f"{row['cfg_scale']:g}",
                 row["method"],
-                f"{row['oracle']:+.4f}",
+                f"{row['lag']:+.4f}",
                 f"{row['largest']:+.4f}",
-                f"{row['estimate']:+.4f}",
                 f"{row['shift']:.3f}",
-                f"{row['apart']:.4f}",
                 f"{row['outside']:.1%}",
             ]
             for row in self.summary()
@@ -172,8 +165,8 @@ def measure_lag(
 class TrajectoryProbe:
     """A callback of sampling that measures noise levels.
 
-    It keeps the latents of a batch until its trajectories end, because the oracle needs to know
-    where.
+    It keeps the latents of a batch until its trajectories end, whose final latents make the
+    control.
 
     Args:
         estimator: the estimate from x_t alone.
@@ -203,8 +196,6 @@ class TrajectoryProbe:
             self._measured.setdefault(number, []).append(
                 torch.stack(
                     [
-                        effective_t(latents, final),
-                        effective_t(control, final),
                         estimator(latents),
                         estimator(control),
                         estimator.outside(latents).float(),
@@ -217,22 +208,16 @@ class TrajectoryProbe:
         """One row per step but the last: ``LAG_SCHEMA`` without guidance scale and method."""
         rows = []
         for step, batches in self._measured.items():
-            values = torch.cat(batches, 1).double().numpy()  # [5, N]
-            oracle, oracle_control, estimate, estimate_control, outside = values
-            lags = (oracle - oracle_control.mean(), estimate - estimate_control.mean())
+            estimate, control, outside = torch.cat(batches, 1).double().numpy()  # [N] each
             rows.append(
                 {
                     "step": step,
                     "t": self._levels[step],
-                    "oracle_mean": oracle.mean(),
-                    "oracle_sd": oracle.std(),
-                    "oracle_control": oracle_control.mean(),
                     "estimate_mean": estimate.mean(),
                     "estimate_sd": estimate.std(),
-                    "estimate_control": estimate_control.mean(),
-                    "apart": np.abs(lags[0] - lags[1]).mean(),
+                    "estimate_control": control.mean(),
                     "outside": outside.mean(),
-                    "num_captions": len(oracle),
+                    "num_captions": len(estimate),
                 }
             )
         return rows
@@ -283,17 +268,16 @@ def report_lag(
     lag_figure(lag, title).savefig(path, dpi=DPI)
     return [
         lag.to_text(),
-        "lag: effective minus nominal t by the oracle, mean over t from 0.1 to 0.9 and "
+        "lag: effective minus nominal t, estimated from x_t alone, mean over t from 0.1 to 0.9 and "
         f"{len(captions)} captions; above 0, latents are noisier than their label.",
-        f"estimated: the same from x_t alone; its mean error on noised latents is {lag.error:.4f}.",
+        f"The estimate's mean error for one latent is {lag.error:.4f}, on noised latents.",
         str(run.path / LAG),
         str(path),
     ]
 
 
 def lag_figure(lag: TrajectoryMismatch, title: str) -> Figure:
-    """Lag against nominal t: one panel per method, one colour per guidance scale; solid lines are
-    the oracle, dashed lines the estimate from x_t alone."""
+    """Lag against nominal t: one panel per method, one line per guidance scale."""
     methods = list(dict.fromkeys(lag.table["method"].to_pylist()))
     scales = list(dict.fromkeys(lag.table["cfg_scale"].to_pylist()))
     figure = Figure(figsize=(1.8 + 4.0 * len(methods), 3.6), layout="constrained")
@@ -305,15 +289,13 @@ def lag_figure(lag: TrajectoryMismatch, title: str) -> Figure:
         axes.set_xlabel("nominal t: noise on the right, images on the left", color=INK)
         axes.axhline(0.0, color=FAINT, linewidth=1)
         for number, scale in enumerate(scales):
-            columns, colour = lag.of(scale, method), LINES[number % len(LINES)]
-            for measure, style in (("oracle", "-"), ("estimate", "--")):
-                axes.plot(
-                    columns["t"],
-                    columns[f"{measure}_mean"] - columns[f"{measure}_control"],
-                    style,
-                    color=colour,
-                    label=f"guidance {scale:g}, {measure}",
-                )
+            columns = lag.of(scale, method)
+            axes.plot(
+                columns["t"],
+                columns["estimate_mean"] - columns["estimate_control"],
+                color=LINES[number % len(LINES)],
+                label=f"guidance {scale:g}",
+            )
     panels[0].set_ylabel("effective minus nominal t", color=INK)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

@@ -16,7 +16,6 @@ others. Any number of ranks reads them.
 import hashlib
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -44,6 +42,8 @@ from ...schemas import (
 )
 from ...schemas.files import open_file
 from ...schemas.json_file import load_json, read_json
+from ...schemas.tensor_files import save_tensors
+from .metrics import refuse_gone
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -333,7 +333,11 @@ def write_part(
 
     Args:
         parts: kind -> tensors in host memory.
+
+    Raises:
+        InputError: the run's directory is gone.
     """
+    refuse_gone(folder.parent.parent)
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for kind, part in parts.items():
@@ -342,7 +346,7 @@ def write_part(
         if part.cuts:
             metadata[_CUTS] = Cuts(tensors=part.cuts).model_dump_json()
         whole = {key: tensor.contiguous() for key, tensor in part.tensors.items()}
-        _save_tensors(whole, folder / name, metadata)
+        save_tensors(whole, folder / name, metadata)
         sync(folder / name)
         files[name] = describe_file(folder / name)
     return CheckpointFiles(files=files)
@@ -410,18 +414,6 @@ def describe_file(path: Path) -> WrittenFile:
     with open_file(path, follow=True) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return WrittenFile(num_bytes=os.fstat(file.fileno()).st_size, sha256=sha256)
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        # Only the text has the error number of the operating system, such as that of a full disk.
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None:
-            raise
-        number = int(match[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 # ------------------------------------------------------------------------------ tensors in memory

@@ -1,5 +1,6 @@
 """``run.json``: the record of a run."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +20,9 @@ from ...schemas import (
     refuse_differences,
     write_document,
 )
+from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
+from ...schemas.seeds import RANDOM_VERSION
 from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ FREE: Any = {
     "checkpoint_every": True,
     "keep_checkpoints": True,
     "gradient_checkpointing": True,
+    "sampling": True,
     "timeout_minutes": True,
     "tracker": True,
     "data": {**PATHS["data"], "unverified": True, "prefetch": True, "workers": True},
@@ -220,8 +224,8 @@ def refuse_other_weights(found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Write ``run.json`` atomically."""
-    write_document(path / RECORD, record.model_dump_json(indent=1) + "\n")
+    """Write ``run.json`` atomically, without the secrets of URLs."""
+    write_document(path / RECORD, without_secrets(record.model_dump_json(indent=1)) + "\n")
 
 
 def read_record(path: Path) -> RunRecord:
@@ -258,25 +262,53 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
                 f"{path} is not empty and no run: it holds {', '.join(foreign[:5])} but no "
                 f"{RECORD}. Name a new folder."
             )
-        return record, None
+        return _with_version(record, RANDOM_VERSION), None
     before = read_record(path)
+    before = _with_version(before, 1)
+    record = _with_version(record, before.config.random_version)
     stores = differences(
         record.model_dump(mode="json", include=STORES),
         before.model_dump(mode="json", include=STORES),
     )
     changed = differences(_fixed(record.config), _fixed(before.config))
-    if record.config.steps < before.config.steps or (
-        record.config.steps > before.config.steps and record.config.optimizer.schedule != "constant"
-    ):
+    newest = latest_checkpoint(path)
+    more = record.config.steps - before.config.steps
+    if more < 0 or (more > 0 and not _may_grow(before.config, newest)):
         changed += differences({"steps": record.config.steps}, {"steps": before.config.steps})
     refuse_differences(
         (*stores, *changed),
         f"{path} is another run; what was requested, against what it has",
         "Run the command as it was, or name a new folder. (steps may grow if "
-        "optimizer.schedule is constant.)",
+        "optimizer.schedule is constant, or wsd and has not begun to decay.)",
     )
     resumed = before.model_copy(update={"config": record.config, "versions": record.versions})
-    return resumed, latest_checkpoint(path)
+    return resumed, newest
+
+
+def _with_version(record: RunRecord, version: int | None) -> RunRecord:
+    """A record whose ``config.random_version`` is this one if it names none."""
+    if record.config.random_version is not None:
+        return record
+    config = record.config.model_copy(update={"random_version": version})
+    return record.model_copy(update={"config": config})
+
+
+def _may_grow(config: TrainConfig, newest: Checkpoint | None) -> bool:
+    """Whether a run may get more steps: its learning rates so far do not depend on their number."""
+    done = 0 if newest is None else newest.step
+    match config.optimizer.schedule:
+        case "constant":
+            return True
+        case "wsd":
+            return done <= config.steps - config.optimizer.decay_steps
+    return False
+
+
+def tracker_id(record: RunRecord) -> str:
+    """What trackers know the run by: 32 hexadecimal digits."""
+    if record.id is not None:
+        return record.id
+    return hashlib.sha256(f"{record.created} {record.config.output}".encode()).hexdigest()[:32]
 
 
 def choose_checkpoint(path: Path, record: RunRecord, step: int | None) -> Checkpoint:

@@ -14,6 +14,7 @@ import torch
 
 from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..adapters.paths import make_path
+from ..diffusion.sampling import SamplingDtype
 from .compatibility import check_features, check_llm
 from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
@@ -171,6 +172,15 @@ class Run:
                 f"{name} would change nothing: omit it"
             )
         return make_clock(name, self.path, config.latents)
+
+    def sampling_dtype(self, name: Literal["auto", "float32", "bfloat16"]) -> SamplingDtype:
+        """Precision of matrix products in sampling; ``auto``: bfloat16 on a GPU if the run was
+        trained so, otherwise float32."""
+        if name != "auto":
+            return name
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        trained = self.record.config.mixed_precision == "bf16"
+        return "bfloat16" if on_gpu and trained else "float32"
 
     def latent_shape(self, size: str | None) -> tuple[int, int, int] | None:
         """Latent shape of images of a size that the run was trained on.

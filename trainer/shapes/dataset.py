@@ -2,12 +2,10 @@
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +14,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...schemas import InputError
+from ...schemas.atomic import whole_folder
 from .images import render
-from .scenes import Scene, sample_scene
+from .scenes import Scene, sample_scene, split_of
 
 MAX_CAPTIONS = 500_000
 """Most captions of one dataset: a small part of all there are, so that new ones are found fast."""
@@ -35,13 +34,16 @@ class WorldSummary:
     """Captions of pairs seen in training; one image each."""
     num_held_out_captions: int
     """Captions with a held-out pair; one image each."""
+    by: str
+    """What no two files share: ``scene`` or ``caption``."""
 
     def __str__(self) -> str:
         return (
             f"for training: {self.num_train_images:,} images of {self.num_train_captions:,} "
-            f"captions; for choosing settings: {self.num_dev_captions:,} other captions of the "
-            f"same pairs of colour and shape; for testing: {self.num_test_captions:,} more of "
-            f"these, and {self.num_held_out_captions:,} with held-out pairs"
+            f"captions; for choosing settings: {self.num_dev_captions:,} captions of "
+            f"{'other scenes' if self.by == 'scene' else 'other wording'} with the same pairs of "
+            f"colour and shape; for testing: {self.num_test_captions:,} more of these, and "
+            f"{self.num_held_out_captions:,} with held-out pairs"
         )
 
 
@@ -52,16 +54,16 @@ def write_world(
     images_per_caption: int = 4,
     num_test: int = 1000,
     num_dev: int = 200,
+    by: Literal["scene", "caption"] = "scene",
     progress: bool = True,
 ) -> WorldSummary:
     """Write ``train.parquet``, ``dev.parquet`` and ``test.parquet`` into the folder ``out``.
 
     One row per image: ``text``, ``image`` (struct of PNG ``bytes`` and ``path``, as Hugging Face
     datasets stores images), ``scene`` (JSON of ``Scene.to_dict``) and ``split``: ``train``,
-    ``dev`` and ``test`` (pairs of colour and shape that training shows, captions that it does not)
-    or ``held-out`` (captions with a pair that training never shows). ``dev`` is for choosing
-    settings, the test file for scoring. No caption occurs in two files. The same arguments give the
-    same rows.
+    ``dev`` and ``test`` (pairs of colour and shape that training shows, scenes that it does not) or
+    ``held-out`` (scenes with a pair that training never shows). ``dev`` is for choosing settings,
+    the test file for scoring. No scene occurs in two files. The same arguments give the same rows.
 
     Args:
         out: a folder that does not exist yet, or is empty; it appears only when it is complete.
@@ -69,14 +71,14 @@ def write_world(
         images_per_caption: images of each training caption, which differ in what it leaves open.
         num_test: rows of the test file, an even number: half ``test``, half ``held-out``.
         num_dev: rows of the dev file.
+        by: ``caption``: only captions differ between files, as in the first release; a scene of
+            training may be asked for in other words.
 
     Raises:
         InputError: ``out`` is not empty, the numbers do not divide, or there are more captions than
             ``MAX_CAPTIONS``.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty: choose another folder or delete it")
     if num < 1 or images_per_caption < 1 or num % images_per_caption:
         raise InputError(
             f"num {num} is not a positive multiple of images_per_caption {images_per_caption}: "
@@ -94,28 +96,26 @@ def write_world(
         raise InputError(f"num_dev is {num_dev}, expected at least 1")
     rng = np.random.default_rng(seed)
     taken: set[str] = set()
-    held_out = list(_new_captions(num_test // 2, True, taken, rng))
-    test = list(_new_captions(num_test // 2, False, taken, rng))
-    dev = list(_new_captions(num_dev, False, taken, rng))
-    train = list(_new_captions(num // images_per_caption, False, taken, rng))
+    held_out = list(_new_captions(num_test // 2, None, taken, rng))
+    splits = ("test", "dev", "train") if by == "scene" else ("any",) * 3
+    numbers = (num_test // 2, num_dev, num // images_per_caption)
+    test, dev, train = (
+        list(_new_captions(number, split, taken, rng))
+        for number, split in zip(numbers, splits, strict=True)
+    )
     files = {
         "train": [(*pair, "train") for pair in train for _ in range(images_per_caption)],
         "dev": [(*pair, "dev") for pair in dev],
         "test": [*((*pair, "test") for pair in test), *((*pair, "held-out") for pair in held_out)],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        total = sum(map(len, files.values()))
-        with tqdm(total=total, unit="image", disable=not progress) as bar:
-            for name, rows in files.items():
-                pq.write_table(_table(name, rows, rng, bar), partial / f"{name}.parquet")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return WorldSummary(num, len(train), len(dev), len(test), len(held_out))
+    total = sum(map(len, files.values()))
+    with (
+        whole_folder(out) as unfinished,
+        tqdm(total=total, unit="image", disable=not progress) as bar,
+    ):
+        for name, rows in files.items():
+            pq.write_table(_table(name, rows, rng, bar), unfinished / f"{name}.parquet")
+    return WorldSummary(num, len(train), len(dev), len(test), len(held_out), by)
 
 
 def read_scenes(table: pa.Table) -> list[Scene]:
@@ -124,13 +124,19 @@ def read_scenes(table: pa.Table) -> list[Scene]:
 
 
 def _new_captions(
-    num: int, held_out: bool, taken: set[str], rng: np.random.Generator
+    num: int, split: str | None, taken: set[str], rng: np.random.Generator
 ) -> Iterator[tuple[str, Scene]]:
-    """``num`` random captions that are not in ``taken``, to which they are added."""
+    """``num`` random captions that are not in ``taken``, to which they are added.
+
+    Args:
+        split: of their scenes; ``any``: of all without held-out pairs; None: of those with one.
+    """
     for _ in range(num):
         text = None
         while text is None or text in taken:
-            scene = sample_scene(rng, held_out)
+            scene = sample_scene(rng, split is None)
+            while split not in (None, "any") and split_of(scene) != split:
+                scene = sample_scene(rng, False)
             text = scene.caption(rng)
         taken.add(text)
         yield text, scene

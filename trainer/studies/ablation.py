@@ -169,7 +169,9 @@ def weights_of(run: "Run", num_steps: int) -> Tensor:
             f"{run.path}: strategy {run.record.config.routing.strategy} has no one set of weights "
             "over layers to swap; expected static, depth, time, joint or a fixed one"
         )
-    t = run.flow.schedule(num_steps)[:-1].numpy() if run.model.router.depends_on_t else None
+    t = None
+    if run.model.router.depends_on_t:
+        t = run.flow.at(run.record.latents.shape).schedule(num_steps)[:-1].numpy()
     return torch.from_numpy(run.weights(t)).mean(0)
 
 

@@ -14,6 +14,8 @@ from ..evaluation.shapes import chance, read_captions
 from .figures import counting_figure, guidance_figure, score_figure
 from .runner import RESULTS, collect
 from .statistics import (
+    LEVEL,
+    MIN_UNITS,
     ChanceLevels,
     ComparisonDesign,
     compare_arms,
@@ -24,8 +26,6 @@ from .statistics import (
 from .tuning import read_tuning
 
 REPORT = "report.md"
-MIN_UNITS = 3
-"""Number of seeds that a difference needs to be marked: two may agree by chance."""
 SUMMARY = ("all", "binding", "count")
 """Skills in the first tables of a report."""
 
@@ -141,8 +141,10 @@ def to_markdown(
         f"with its 95 % interval over {unit} (Student's t). A difference is to the arm in column "
         f"*to*, paired by {unit} and captions. Column *{unit}* is its interval over {unit}, column "
         f"*captions* a bootstrap over the captions of these runs. **Bold**: the interval over at "
-        f"least {MIN_UNITS} {unit} excludes zero. *Chance* is the score of true images of other "
+        f"least {MIN_UNITS} {unit} excludes zero. An asterisk: so it does after Holm's correction "
+        "for all differences of this report. *Chance* is the score of true images of other "
         "captions.",
+        *_by_chance(comparison, unit),
     ]
     if design.notes:
         lines += ["", *design.notes]
@@ -168,6 +170,21 @@ def to_markdown(
                 rows.append(cells)
             lines += Table(rows).to_markdown()
     return lines
+
+
+def _by_chance(comparison: pa.Table, unit: str) -> list[str]:
+    """How many intervals exclude zero, and how many would by chance alone."""
+    tested = [row for row in comparison.to_pylist() if row["p"] is not None]
+    if not tested:
+        return []
+    found = sum(row["p"] < 1 - LEVEL for row in tested)
+    stands = sum(row["stands"] for row in tested)
+    return [
+        "",
+        f"Of {len(tested)} differences, {found} have an interval over {unit} that excludes zero; "
+        f"about {len(tested) * (1 - LEVEL):.0f} would by chance alone if no arms differed. "
+        f"{stands} stand after Holm's correction.",
+    ]
 
 
 def _surplus(table: pa.Table, design: ComparisonDesign) -> list[str]:
@@ -234,7 +251,7 @@ def _difference(row: Mapping[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     text = f"{row['difference']:+.3f}"
     low, high = row["seeds_low"], row["seeds_high"]
-    if low is not None and len(row["seeds"]) >= MIN_UNITS and (low > 0 or high < 0):
-        text = f"**{text}**"
+    if row["p"] is not None and row["p"] < 1 - LEVEL:
+        text = f"**{text}**" + r"\*" * bool(row["stands"])
     over_captions = _interval(row["captions_low"], row["captions_high"])
     return text, _interval(low, high), over_captions

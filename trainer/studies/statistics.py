@@ -24,6 +24,8 @@ from ..shapes.judge import SKILLS
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+MIN_UNITS = 3
+"""Number of seeds that a difference needs to be tested: two may agree by chance."""
 Interval = tuple[float | None, float | None]
 COMPARISON_SCHEMA = pa.schema(
     [
@@ -41,13 +43,17 @@ COMPARISON_SCHEMA = pa.schema(
         pa.field("seeds_high", pa.float64()),
         pa.field("captions_low", pa.float64()),
         pa.field("captions_high", pa.float64()),
+        pa.field("p", pa.float64()),
+        pa.field("stands", pa.bool_()),
         pa.field("num_captions", pa.int64(), nullable=False),
     ]
 )
 """One row per guidance scale, split, skill and arm. ``accuracy`` is the mean of ``seeds``, the
 accuracies of each seed; ``low`` and ``high`` are its 95 % interval over seeds, null for a single
 seed. ``difference`` is the difference to the arm ``reference`` over the seeds that both have, with
-intervals over seeds and over captions; null if an arm is compared with none."""
+intervals over seeds and over captions; null if an arm is compared with none. ``p`` is that of the
+paired t-test over seeds, null where there is none, and ``stands`` whether the difference
+stands after Holm's correction over all differences of the table."""
 
 
 def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
@@ -81,7 +87,11 @@ def compare_arms(results: pa.Table, references: Mapping[str, str]) -> pa.Table:
                 row["difference"] = float(difference.mean())
                 row["seeds_low"], row["seeds_high"] = over_seeds(difference.mean(1))
                 row["captions_low"], row["captions_high"] = over_captions(difference.mean(0))
+                row["p"] = paired_p(difference.mean(1))
             rows.append(row)
+    tested = [row for row in rows if row.get("p") is not None]
+    for row, stands in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["stands"] = stands
     return pa.Table.from_pylist(rows, schema=COMPARISON_SCHEMA)
 
 
@@ -92,6 +102,26 @@ def over_seeds(values: NDArray[np.float64]) -> Interval:
     mean, error = float(values.mean()), float(stats.sem(values))
     margin = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return mean - margin, mean + margin
+
+
+def paired_p(differences: NDArray[np.float64]) -> float | None:
+    """Two-sided p of the paired t-test of [S] differences; None for fewer than ``MIN_UNITS``, and
+    for equal ones, whose error cannot be told."""
+    if len(differences) < MIN_UNITS or np.ptp(differences) < 1e-9:
+        return None
+    mean, error = float(differences.mean()), float(stats.sem(differences))
+    return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+
+
+def holm(values: Sequence[float]) -> list[bool]:
+    """Which of several p values stand at 5 % together, by Holm's step-down procedure (1979): the
+    k-th smallest of n, if it and all before it are below 5 % / (n - k + 1)."""
+    stands = [False] * len(values)
+    for rank, number in enumerate(np.argsort(values, kind="stable")):
+        if values[number] >= (1 - LEVEL) / (len(values) - rank):
+            break
+        stands[number] = True
+    return stands
 
 
 def over_captions(values: NDArray[np.float64], seed: int = 0) -> Interval:

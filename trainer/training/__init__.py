@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "saver": ["Saver"],
         "setup": ["Setup", "make_loader", "make_record", "prepare"],
         "trainer": ["Trainer", "TrainingInterrupted"],
-        "validation": ["Validation", "held_out", "open_validation"],
+        "validation": ["Validation", "open_validation"],
     },
 )

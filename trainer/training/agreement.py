@@ -63,7 +63,7 @@ def _compare(ranks: Ranks, config: TrainConfig, setup: Setup) -> None:
     path, record = Path(config.output), setup.record
     resumed = (path / RECORD).exists()
     run: dict[str, Any] = {
-        "run": (record.run_id or record.created) if resumed else None,
+        "run": (record.id or record.created) if resumed else None,
         "step": 0 if setup.checkpoint is None else setup.checkpoint.step,
     }
     facts = {

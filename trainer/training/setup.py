@@ -10,10 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipeline.store.budget.followed import open_followed
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
 from ...pipeline.store.open import open_features, open_latents
+from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_pairs
+from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (
     FeatureIdentity,
     InputError,
@@ -22,15 +25,17 @@ from ...schemas import (
     RunRecord,
     TrainConfig,
 )
-from ..data.dataset import StorePair, by_shape, open_pairs
+from ...schemas.seeds import RANDOM_VERSION
+from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
-from ..data.sampler import BatchPartition
+from ..diffusion.noise import NoiseSource
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
 from ..runs.start import open_start
 from .accelerator import check_tracker
-from .validation import Validation, held_out, open_validation
+from .position import check_followed
+from .validation import Validation, open_validation
 
 if TYPE_CHECKING:
     from ..runs.record import Network
@@ -74,8 +79,9 @@ def prepare(
     Raises:
         InputError: as in :func:`.train.train`.
     """
-    features, latents = open_features(config.features), open_latents(config.latents)
+    features, latents = open_followed(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
+    check_followed(config, pairs)
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     model = build_model(record, building, empty=empty)
@@ -99,6 +105,7 @@ def make_loader(
         InputError: ranks and accumulation steps do not divide the batch.
     """
     config = setup.record.config
+    version = config.random_version or RANDOM_VERSION
     return PackedLoader(
         setup.features,
         setup.latents,
@@ -110,6 +117,14 @@ def make_loader(
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
+        version=version,
+        noise=NoiseSource(
+            make_path(config.flow, setup.record.pretrained),
+            config.seed,
+            config.data.noise_draws,
+            config.routing.t_jitter,
+            version,
+        ),
     )
 
 
@@ -138,12 +153,12 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         pretrained=pretrained,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
+        id=uuid.uuid4().hex,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},
         },
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        run_id=uuid.uuid4().hex,
     )
 
 

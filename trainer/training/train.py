@@ -9,14 +9,17 @@ from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
+from ...schemas.escaping import shown
 from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
 from ..runs.checkpoint import Checkpoint, latest_checkpoint, remove_leftovers, set_aside
 from ..runs.metrics import trim_metrics
-from ..runs.record import write_record
+from ..runs.record import tracker_id, write_record
 from ..runs.start import start_from
 from .accelerator import make_accelerator, timeout_of
 from .agreement import From, check_shared, prepare_together
+from .position import followed_stores, publishing
+from .previews import open_previews
 from .ranks import joined
 from .setup import Setup, make_loader
 from .trainer import Trainer, TrainingInterrupted
@@ -47,8 +50,12 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
         setup, damaged = prepare_together(
             ranks, config, resume_from, _report if main else lambda _line: None
         )
+        record = setup.record
         if setup.start is not None:
-            start_from(setup.model, setup.record, setup.start)
+            start_from(setup.model, record, setup.start)
+        previews = None
+        if config.sampling.every is not None:
+            previews = open_previews(setup, accelerator.device)
         loader = make_loader(
             setup,
             rank=ranks.rank,
@@ -67,13 +74,19 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
                 setup.model,
                 setup.checkpoint,
                 setup.validation,
-                make_path(setup.record.config.flow, setup.record.pretrained),
+                make_path(record.config.flow, record.pretrained),
+                previews,
+                tracker_id(record),
                 ranks,
             )
-            if trainer.step < config.steps:
-                trainer.fit(loader, progress, lock)
+            followed = followed_stores(setup.pairs) if main else []
+            with publishing(config, followed, lambda: trainer.step, lambda: loader.wait_seconds):
+                if trainer.step < config.steps:
+                    trainer.fit(loader, progress, lock)
             ranks.wait()
             accelerator.end_training()
+    return path
+
     return path
 
 
@@ -93,11 +106,11 @@ def _begin(
     trim_metrics(path, loader.start_step)
     if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
         for pair in loader.pairs:
-            tqdm.write(pair.summary(), file=sys.stderr)
+            _report(pair.summary())
 
 
 def _report(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(shown(line), file=sys.stderr)
 
 
 def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
-from ...schemas.seeds import Purpose, numpy_generator, torch_generator
+from ...pipeline.store.order.dataset import check_joined, open_joined, validation_samples
+from ...schemas import TrainConfig, differences, refuse_differences
+from ...schemas.seeds import Purpose, torch_generator
 from ..data.batch import Batch
-from ..data.dataset import check_joined, open_joined
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 
@@ -28,23 +28,6 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 64
 """Images in a batch. Not the run's batch size: rounding must not depend on ranks."""
-
-
-def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
-    """Samples to hold out of training: int64 ids, in random order.
-
-    The random number of a sample is a function of (seed, id), so a store that grows holds out the
-    same samples, and some of the new ones.
-
-    Args:
-        ids: samples that have a latent: int64, ascending.
-    """
-    if not config.share:
-        return ids[:0]
-    generator = numpy_generator(config.seed, Purpose.HELD_OUT)
-    drawn = generator.random(int(ids.max(initial=-1)) + 1)[ids]
-    picked = np.flatnonzero(drawn < config.share)
-    return ids[picked[np.argsort(drawn[picked], kind="stable")]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +159,7 @@ def open_validation(
         _check_alike(first, (features, latents))
         samples = latents.ids[: wanted.num_samples]
     elif wanted.share:
-        samples = held_out(wanted, latents.ids)
-        if not 0 < len(samples) < len(latents.ids):
-            raise InputError(
-                f"validation.share {wanted.share:g} holds out {len(samples)} of "
-                f"{len(latents.ids)} samples: it must leave some on each side"
-            )
-        samples = np.sort(samples[: wanted.num_samples])
+        samples = validation_samples(wanted, latents.ids)
     else:
         return None
     return Validation(

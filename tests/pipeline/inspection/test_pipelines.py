@@ -53,11 +53,10 @@ def test_what_each_pipeline_reads(family, tiny_pipeline, captions, tmp_path):
     others = {
         "sd3": 77 * WIDTH + 8 + 16,
         "hidream": 128 * WIDTH + 16 + 16,
-        "fibo": rows * 2 * WIDTH,
     }.get(family, 0)
     bytes_per_caption = 2 * (rows * len(base) * WIDTH + others)
     assert found["conditioning_bytes_a_caption"] == pytest.approx(bytes_per_caption)
-    needed = {"sd3", "flux2", "flux2-klein", "hidream", "fibo"}
+    needed = {"sd3", "flux2", "flux2-klein", "hidream"}
     assert found["conditioning_needed"] == (family in needed)
     exact = {store["codec"]: store["exact_layers"] for store in details["stores"][:4]}
     kept = sorted(base) if len(base) < len(details["stores"][0]["layers"]) else []

@@ -187,7 +187,7 @@ def test_a_tar_that_was_cut_off_or_put_together_is_refused(tmp_path, pattern):
 def test_features_and_latents_of_the_same_tars_belong_together(pattern, tmp_path, tiny_llm):
     pytest.importorskip("torch")
     from semroute.pipeline.extraction.features import extract
-    from semroute.trainer.data.dataset import check_joined
+    from semroute.pipeline.store.order.dataset import check_joined
 
     options = {"workers": 0, "report": lambda _: None}
     features = extract(str(pattern), tmp_path / "features", model=str(tiny_llm), **options)

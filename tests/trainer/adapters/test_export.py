@@ -205,7 +205,7 @@ class TestLoRA:
         "family",
         [
             *("wan", "sd3", "qwen-image", "auraflow", "flux2", "flux2-klein", "lumina2"),
-            *("z-image", "krea2", "hidream"),
+            *("z-image", "krea2", "hidream", "fibo"),
         ],
     )
     def test_each_family_loads_the_same_changes(self, make_run, tiny_pipeline, tmp_path, family):

@@ -14,6 +14,8 @@ from diffusers.pipelines.ideogram4.pipeline_ideogram4 import (  # noqa: E402
 )
 from tiny_adapters import CONDITIONED, FAMILIES, bind, pack, spread, watch  # noqa: E402
 
+from semroute.pipeline.inspection.pipelines import read_pipeline  # noqa: E402
+from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
 from semroute.schemas import FlowConfig, LoraConfig, ModelConfig  # noqa: E402
 from semroute.trainer.adapters.lora import add_lora  # noqa: E402
 from semroute.trainer.adapters.paths import make_path, shift_of  # noqa: E402
@@ -25,14 +27,14 @@ OTHER_LENGTH = 1e-6
 """Share of the largest output by which a network may differ where rows are laid out otherwise."""
 REPLACE = ("pixart", "sana", "wan")
 TOLD = {
-    **dict.fromkeys(("sana", "wan", "sd3", "hidream"), lambda told: told / 1000),
+    **dict.fromkeys(("sana", "wan", "sd3", "hidream", "fibo"), lambda told: told / 1000),
     **dict.fromkeys(("lumina2", "z-image", "ideogram4"), lambda told: 1 - told),
     **dict.fromkeys(("qwen-image", "auraflow", "flux2", "flux2-klein", "krea2"), lambda told: told),
 }
 """Noise level of what each family's network is told."""
 ENDS_EARLY = (
     *("sana", "wan", "hidream", "flux2", "flux2-klein", "lumina2", "z-image", "krea2"),
-    "qwen-image",
+    *("qwen-image", "fibo"),
 )
 """Pipelines whose last step of n begins at 1/n, before the shift; others end near 0."""
 NEGATIVE = ("lumina2", "z-image", "ideogram4", "hidream")
@@ -106,7 +108,7 @@ class TestPipeline:
                 text.base[text.mask], tiny.base_rows(entry), rtol=2**-8, atol=1e-5
             )
 
-    @only("pixart", "wan", "krea2", "ideogram4")
+    @only("pixart", "wan", "krea2", "ideogram4", "fibo")
     def test_base_rows_may_come_from_a_conditioning(self, tiny: Any) -> None:
         """The caption's own rows lie where its mask says; these networks count no positions."""
         network = tiny.routed(strategy="depth")
@@ -119,15 +121,36 @@ class TestPipeline:
             embeds[number, mask[number]] = own
         if tiny.name == "ideogram4":
             embeds = embeds.mT.flatten(2)
-        elif tiny.name != "krea2":
+        elif tiny.name not in ("krea2", "fibo"):
             embeds = embeds[:, :, 0]
         given = {"prompt_embeds": embeds, "mask": mask}
+        if tiny.name == "fibo":  # its blocks read all layers, and the last one again
+            layers = embeds[:, :, : 1 + tiny.store.manifest.identity.model.num_layers]
+            last = layers[:, :, [-1, -2]].flatten(2)
+            given |= {"prompt_layers": layers, "prompt_embeds": last}
         inputs = tiny.inputs(network, entries)
         network.router.weight.data.normal_()
         with torch.no_grad():
             expected = network(**inputs)
             found = network(**{**inputs, "conditioning": given})
         assert difference(found, expected) <= 2 * OTHER_LENGTH
+
+
+class TestBaseLayers:
+    """Three tables name the layers that a network reads: of presets, of what pipelines do to text,
+    and of families."""
+
+    def test_tables_agree(self, tiny: Any) -> None:
+        found = find_pretrained(str(tiny.folder))
+        num_layers = tiny.store.manifest.identity.model.num_layers
+        family = found.family.base_layers(num_layers, found.index, found.config)
+        pipeline = open_text_pipeline(str(tiny.folder)).base_layers
+        preset = read_pipeline(str(tiny.folder)).base_layers(num_layers)
+        if tiny.name in ("hidream", "fibo"):  # the pipeline gives all layers, blocks read some
+            assert {*family} <= {*pipeline}
+        else:
+            assert family == pipeline
+        assert [*dict.fromkeys(family)] == [*preset]
 
 
 class TestConvention:

@@ -7,7 +7,6 @@ from semroute.schemas import InputError
 from semroute.trainer.diffusion.noise_level import (
     NoiseLevelEstimator,
     calibrate,
-    effective_t,
     shifted,
 )
 from semroute.trainer.runs.noise_level import CLOCK, make_clock, open_estimator
@@ -32,23 +31,6 @@ def noised(images, t, seed=1):
 @pytest.fixture(scope="module")
 def estimator():
     return calibrate(images(1000))
-
-
-class TestOracle:
-    @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.8, 1.0])
-    def test_reads_the_level_that_noise_was_added_at(self, t):
-        final = images(64, size=64)
-        assert effective_t(noised(final, t), final).mean() == pytest.approx(t, abs=0.01)
-
-    def test_a_common_factor_changes_nothing(self):
-        final = images(8)
-        x = noised(final, 0.4)
-        torch.testing.assert_close(effective_t(3 * x, final), effective_t(x, final))
-
-    def test_blank_latents_give_a_number(self):
-        blank = torch.zeros(2, 3, 4, 4)
-        assert effective_t(blank, blank).tolist() == [0.0, 0.0]
-        assert effective_t(torch.ones(2, 3, 4, 4), blank).tolist() == [1.0, 1.0]
 
 
 class TestEstimator:

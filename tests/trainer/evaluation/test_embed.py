@@ -17,9 +17,11 @@ from click.testing import CliRunner  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_pipelines import run_size  # noqa: E402
+from tiny_text_halves import make_text_half  # noqa: E402
 
 import semroute  # noqa: E402
 from semroute.cli import cli  # noqa: E402
+from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
 from semroute.schemas import InputError  # noqa: E402
 from semroute.trainer.evaluation.embed import embed, read_embeds  # noqa: E402
 
@@ -124,54 +126,88 @@ sys.modules["semroute"] = None  # an import would fail
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-folder, embeds, out, options = sys.argv[1:]
-options = json.loads(options)
-absent = {name: None for name in options.pop("absent")}
-pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-latents = pipe(
-    **load_file(embeds),
-    num_inference_steps=2,
-    output_type="latent",
-    generator=torch.Generator().manual_seed(0),
-    return_dict=False,
-    **options,
-)[0]
-save_file({"latents": latents}, out)
+for folder, embeds, out, options in json.loads(sys.argv[1]):
+    absent = {name: None for name in options.pop("absent")}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
+    latents = pipe(
+        **load_file(embeds),
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        return_dict=False,
+        **options,
+    )[0]
+    save_file({"latents": latents}, out)
 """
 
 
-@pytest.mark.parametrize(
-    ("preset", "model", "routing"),
-    [
+def test_plain_diffusers_reads_it(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a process without semroute."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    jobs, expected = [], {}
+    for preset, model, routing in (
         ("pixart", {}, {"where": "input"}),
         ("krea2", {}, {"where": "taps"}),
         ("flux2-klein", {"train": "fusion"}, {}),
-    ],
-)
-def test_plain_diffusers_reads_it(
-    preset: str, model: Any, routing: Any, make_run: Any, tmp_path: Path
-) -> None:
-    folder, run = make_run(preset, size=0.3, model=model, **routing)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    file, out = tmp_path / "embeds.safetensors", tmp_path / "latents.safetensors"
-    negative = [] if preset in WITHOUT_NEGATIVE else ["--negative", NEGATIVE]
-    arguments = ["embed", str(run), str(tmp_path / "prompts.txt"), str(file), *negative]
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"{file}\n"
-    options = run_size(preset) | {"absent": ["tokenizer", "text_encoder"]}
-    if preset in DEFAULT_NEGATIVE:
-        options["negative_prompt"] = None
+    ):
+        folder, place = tiny_pipeline(preset), tmp_path / preset
+        run = tiny_runs.make_run(folder, preset, place / "run", size=0.3, model=model, **routing)
+        file, out = place / "embeds.safetensors", place / "latents.safetensors"
+        negative = [] if preset in WITHOUT_NEGATIVE else ["--negative", NEGATIVE]
+        arguments = ["embed", str(run), str(tmp_path / "prompts.txt"), str(file), *negative]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{file}\n"
+        options = run_size(preset) | {"absent": ["tokenizer", "text_encoder"]}
+        if preset in DEFAULT_NEGATIVE:
+            options["negative_prompt"] = None
+        jobs.append((str(folder), str(file), str(out), options))
+        pipe = semroute.attach(load(folder), run)
+        expected[out] = sample(pipe, preset, **prompts_of(preset))
     elsewhere = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", SAMPLE, str(folder), str(file), str(out), json.dumps(options)],
-        check=True,
-        cwd=tmp_path,
-        env=elsewhere,
-    )
-    pipe = semroute.attach(load(folder), run)
-    expected = sample(pipe, preset, **prompts_of(preset))
-    assert distance(load_file(out)["latents"], expected) < 2e-5
+    command = [sys.executable, "-c", SAMPLE, json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=elsewhere)
+    for out, latents in expected.items():
+        assert distance(load_file(out)["latents"], latents) < 2e-5
+
+
+class TestPipelines:
+    """Prompts for a pipeline that nothing was learned for."""
+
+    @pytest.mark.parametrize("preset", ["sana", "flux2-klein", "krea2"])
+    def test_gives_what_the_pipeline_gives_itself(
+        self, preset: str, tiny_pipeline: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        folder, file = tiny_pipeline(preset), tmp_path / "embeds.safetensors"
+        negative = None if preset in WITHOUT_NEGATIVE else NEGATIVE
+        embeds = embed(folder, PROMPTS, file, negative=negative)
+        assert (embeds.record.step, embeds.record.learned, embeds.usage) == (None, "none", "")
+        expected = sample(load(folder), preset, **prompts_of(preset))
+        latents = sample(load(folder, text=False), preset, **read_embeds(file).given)
+        assert distance(latents, expected) < 2e-5
+
+    @pytest.mark.parametrize(("family", "width"), [("ltx2", 32 * 7), ("cosmos", 32 * 6)])
+    def test_networks_that_cannot_be_trained(self, family: str, width: int, tmp_path: Path) -> None:
+        folder, file = make_text_half(family, tmp_path), tmp_path / "embeds.safetensors"
+        given = embed(folder, PROMPTS, file, negative=NEGATIVE).given
+        text = open_text_pipeline(str(folder))
+        for number, prompt in enumerate([*PROMPTS, NEGATIVE]):
+            name = "prompt_embeds" if number < 2 else "negative_prompt_embeds"
+            rows = given[name][number % 2]
+            own = text.encode_one(prompt)[name.removeprefix("negative_")]
+            mask = given.get(name.replace("embeds", "attention_mask"))
+            rows = rows if mask is None else rows[mask[number % 2].bool()]
+            assert rows.shape[1] == own.shape[1]
+            assert torch.equal(rows[-len(own) :], own)
+
+    def test_options_of_runs_are_refused(
+        self, tiny_pipeline: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "embeds.safetensors"
+        with pytest.raises(InputError, match="is a pipeline: leave out --pipeline, --step"):
+            embed(tiny_pipeline("sana"), PROMPTS, file, step=3)
+        with pytest.raises(InputError, match="BriaFiboPipeline takes no embeddings"):
+            embed(tiny_pipeline("fibo"), PROMPTS, file)
 
 
 class TestEmbed:

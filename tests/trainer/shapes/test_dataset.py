@@ -45,6 +45,24 @@ class TestWriteWorld:
         assert len(test) == 60
         assert len(train | dev | test) == len(train) + len(dev) + len(test)
 
+    def test_no_scene_is_in_two_files(self, world):
+        out, _ = world
+        train, dev, test = (
+            {scene.content for scene in read_scenes(pq.read_table(out / f"{name}.parquet"))}
+            for name in ("train", "dev", "test")
+        )
+        assert len(train | dev | test) == len(train) + len(dev) + len(test)
+
+    def test_captions_alone_may_differ(self, tmp_path):
+        """As in the first release: about half of the scenes come back in other words."""
+        out = tmp_path / "world"
+        write_world(out, 8000, seed=3, num_test=60, num_dev=20, by="caption", progress=False)
+        train, test = (pq.read_table(out / f"{name}.parquet") for name in ("train", "test"))
+        seen = {scene.content for scene in read_scenes(train)}
+        again = sum(scene.content in seen for scene in read_scenes(test) if not scene.held_out)
+        assert 5 < again < 25
+        assert not {*train["text"].to_pylist()} & {*test["text"].to_pylist()}
+
     def test_images_captions_and_scenes_belong_together(self, world):
         out, _ = world
         for name in ("train", "dev", "test"):
@@ -81,7 +99,7 @@ class TestWriteWorld:
 
     def test_refuses_a_folder_that_holds_something(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(InputError, match="is not empty: choose another folder or delete it"):
+        with pytest.raises(InputError, match="is not empty: name a new folder"):
             write_world(tmp_path, 4, seed=0, num_test=2, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -90,11 +108,14 @@ class TestWriteWorld:
         write_world(tmp_path / "world", 4, seed=0, num_test=2, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
-    def test_leaves_nothing_behind_when_it_fails(self, tmp_path):
-        (tmp_path / "world").symlink_to(tmp_path / "nowhere")  # a folder cannot be renamed onto it
-        with pytest.raises(NotADirectoryError):
+    def test_leaves_nothing_behind_when_it_fails(self, tmp_path, monkeypatch):
+        def fail(*_: object) -> None:
+            raise OSError("no space")
+
+        monkeypatch.setattr("semroute.trainer.shapes.dataset.pq.write_table", fail)
+        with pytest.raises(OSError, match="no space"):
             write_world(tmp_path / "world", 4, seed=0, num_test=2, progress=False)
-        assert [path.name for path in tmp_path.iterdir()] == ["world"]
+        assert not [*tmp_path.iterdir()]
 
     def test_refuses_more_captions_than_are_found_at_once(self, tmp_path):
         with pytest.raises(

@@ -18,6 +18,7 @@ from semroute.trainer.shapes.scenes import (
     Object,
     Scene,
     sample_scene,
+    split_of,
 )
 
 RED_STAR = Object("red", "star")
@@ -154,6 +155,38 @@ class TestScene:
     def test_refuses_a_document_that_is_no_scene(self):
         with pytest.raises(ValueError, match=r"is not a scene.*expected kind, objects"):
             Scene.from_dict({"kind": "single"})
+
+
+class TestContent:
+    def test_is_equal_where_the_same_images_are_right(self):
+        """Of random pairs of scenes with the same objects, whatever is said first."""
+        rng = np.random.default_rng(0)
+        for scene in random_scenes(200, seed=5)[0]:
+            if len(scene.objects) < 2:
+                continue
+            relations = [None] if scene.relation is None else [*RELATIONS]
+            for relation in relations:
+                other = Scene(scene.kind, scene.objects[::-1], relation)
+                images = [render(scene, rng) for _ in range(4)]
+                alike = all(judge(image, other)["all"] for image in images)
+                images = [render(other, rng) for _ in range(4)]
+                alike = alike and all(judge(image, scene)["all"] for image in images)
+                assert (scene.content == other.content) is alike, (scene, other)
+
+    def test_says_all_that_a_scene_asks_for(self):
+        contents = {}
+        for scene in random_scenes(3000, seed=1)[0]:
+            contents.setdefault(scene.content, []).append(scene)
+        for scenes in contents.values():
+            assert len({(scene.kind, frozenset(scene.objects)) for scene in scenes}) == 1
+
+    def test_every_split_has_scenes_of_every_kind(self):
+        rng = np.random.default_rng(0)
+        scenes = [sample_scene(rng, False) for _ in range(4000)]
+        kinds = Counter((split_of(scene), scene.kind) for scene in scenes)
+        for kind, share in KINDS.items():
+            for split, part in (("train", 0.7), ("test", 0.2), ("dev", 0.1)):
+                assert 0.5 < kinds[split, kind] / (4000 * share * part) < 1.6, (split, kind)
 
 
 class TestCaptions:

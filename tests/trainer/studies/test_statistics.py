@@ -3,12 +3,16 @@ import itertools
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from semroute.trainer.studies.statistics import (
     COMPARISON_SCHEMA,
     compare_arms,
     count_bias,
     counting,
+    holm,
     over_captions,
     over_seeds,
 )
@@ -99,6 +103,52 @@ class TestCompareArms:
             found = row(compare_arms(results(right), AGAINST), "depth")
             wrong += not found["seeds_low"] <= 0 <= found["seeds_high"]
         assert 4 <= wrong <= 27
+
+
+class TestHolm:
+    def test_is_the_procedure_of_the_paper(self):
+        # Limits 0.05 / 4, / 3, / 2, / 1 in order of size.
+        assert holm([0.03, 0.012, 0.2, 0.016]) == [False, True, False, True]
+        assert holm([0.04, 0.013, 0.013, 0.013]) == [False] * 4  # the first one fails
+        assert holm([]) == []
+
+    @given(st.lists(st.floats(0, 1), max_size=12))
+    def test_is_between_bonferroni_and_none(self, values):
+        for value, stands in zip(values, holm(values), strict=True):
+            assert stands >= (value < 0.05 / len(values))
+            assert stands <= (value < 0.05)
+
+    def test_differences_that_stand_are_marked(self):
+        rng = np.random.default_rng(0)
+        right = np.zeros((2, 5, 100), bool)
+        for seed in range(5):
+            right[0, seed, : 30 + seed] = True
+            right[1, seed, : 50 + seed + seed % 2] = True
+        equal = rng.random((2, 5, 100)) < 0.5
+        table = pa.concat_tables([results(right), results(equal, skill="all")])
+        comparison = compare_arms(table, AGAINST)
+        found = row(comparison, "depth", skill="total")
+        assert found["p"] == pytest.approx(ttest_1samp([20, 21, 20, 21, 20], 0).pvalue)
+        assert found["stands"] is True
+        assert row(comparison, "depth", skill="all")["stands"] is False
+        assert row(comparison, "uniform", skill="all")["p"] is None
+
+    def test_equal_differences_are_not_tested(self):
+        """Three seeds that differ by one caption each say nothing about a fourth."""
+        right = np.zeros((2, 3, 100), bool)
+        right[1, :, 0] = True
+        found = row(compare_arms(results(right), AGAINST), "depth")
+        assert (found["seeds_low"], found["p"], found["stands"]) == (
+            pytest.approx(0.01),
+            None,
+            None,
+        )
+
+    def test_two_seeds_are_not_tested(self):
+        right = np.random.default_rng(0).random((2, 2, 40)) < [[[0.1]], [[0.9]]]
+        found = row(compare_arms(results(right), AGAINST), "depth")
+        assert found["seeds_low"] is not None
+        assert found["p"] is found["stands"] is None
 
 
 class TestIntervals:

@@ -1,7 +1,9 @@
 import importlib.util
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from click.testing import CliRunner
 
 from semroute.cli import cli
@@ -25,6 +28,7 @@ from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.dry_run import plan
+from semroute.trainer.training.metrics import tracker_options
 from semroute.trainer.training.optimizers import make_optimizers, make_schedule
 from semroute.trainer.training.train import train
 from semroute.trainer.training.trainer import TrainingInterrupted
@@ -98,6 +102,10 @@ VARIANTS = {
     },
     "bf16": {"mixed_precision": "bf16"},
     "penultimate": {"strategy": "penultimate"},
+    "recipe": {
+        "flow": {"t_density": "mode", "loss_weight": "min-snr", "shift_area": 36},
+        "optimizer": {"decayed": "matrices"},
+    },
 }
 
 
@@ -254,6 +262,20 @@ class TestOutput:
         with pytest.raises(InputError, match="steps: 3 instead of 2"):
             train(configure(steps=3, optimizer={"schedule": "cosine"}))
 
+    def test_steps_may_grow_before_a_decay_but_not_after(self, configure):
+        def config(output, **changes):
+            return configure(output, optimizer={"schedule": "wsd", "decay_steps": 2}, **changes)
+
+        whole = train(config("whole", steps=8, checkpoint_every=4))
+        parts = train(config("parts", steps=6, checkpoint_every=4))
+        with pytest.raises(InputError, match="steps: 8 instead of 6"):
+            train(config("parts", steps=8))
+        shutil.rmtree(parts / "checkpoints" / "step-00000006")
+        train(config("parts", steps=8))
+        assert_same_bits(whole, parts)
+        with pytest.raises(ValueError, match=r"decay_steps is 2, but .* there are 1 steps"):
+            configure(steps=4, optimizer={"schedule": "wsd", "decay_steps": 2})  # 3 of warm-up
+
     def test_another_store_is_refused(self, configure):
         path = train(configure(steps=1))
         record = json.loads((path / "run.json").read_text())
@@ -323,6 +345,49 @@ class TestOutput:
                         found[event.step] = value.tensor.float_val[0]
         expected = {line["step"]: line["loss"] for line in read_metrics(path)}
         assert found == pytest.approx(expected, rel=1e-6)
+
+    def test_metrics_are_of_the_step_itself(self, configure):
+        optimizer = {"schedule": "linear", "warmup_steps": 0, "lr": 1e-3}
+        changes = {"steps": 4, "log_every": 1, "optimizer": optimizer, "strategy": "joint"}
+        path = train(configure(**changes))
+        lines = read_metrics(path)
+        assert [line["lr"] for line in lines] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        for line in lines:
+            groups = [line[f"grad_norm_{name}"] for name in ("router", "matrices", "others")]
+            assert min(groups) > 0 or line["step"] == 1  # the last layer starts at zero
+            assert math.hypot(*groups) == pytest.approx(line["grad_norm"], rel=1e-5)
+            # 9 patches of each image and draw
+            assert line["tokens_per_second"] == pytest.approx(18 * line["samples_per_second"])
+            assert line["peak_memory_bytes"] > 2**20
+        run, own = load_run(path), load_run(path, weights="model")
+        pairs = zip(own.model.parameters(), run.model.parameters(), strict=True)
+        apart, size = np.sum([[(w - e).square().sum(), w.square().sum()] for w, e in pairs], 0)
+        assert lines[-1]["ema_distance"] == pytest.approx((apart / size) ** 0.5, rel=1e-4)
+        assert load_run(path).metrics()["peak_flops_share"].null_count == 4
+
+    def test_a_resumed_run_is_the_same_to_a_tracker(self, configure, monkeypatch):
+        """By the arguments that reach it: trackers that need an account are not run here."""
+        seen = []
+
+        def init(self, name, config=None, init_kwargs=None):
+            seen.append(init_kwargs["wandb"])
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json"))
+        monkeypatch.setattr(Accelerator, "init_trackers", init)
+        monkeypatch.setattr(
+            "semroute.trainer.training.accelerator.Accelerator",
+            lambda log_with=None, **options: Accelerator(**options),
+        )
+        config = configure("one", tracker="wandb", steps=2)
+        train(config)
+        train(config.model_copy(update={"steps": 4}))
+        train(configure("two", tracker="wandb", steps=2))
+        first, again, other = (each["id"] for each in seen)
+        assert first == again != other
+        assert {each["resume"] for each in seen} == {"allow"}
+        options = tracker_options("runs/depth", first)
+        assert options["swanlab"]["id"] == first[:21]
+        assert options["comet_ml"]["experiment_key"] == first
 
     def test_a_tracker_that_is_not_installed_is_named(self, configure, monkeypatch):
         def find(name):
@@ -702,6 +767,20 @@ class TestOptimizers:
         assert (router["lr"], router["weight_decay"]) == (0.03, 0.0)
         assert [id(p) for p in router["params"]] == [id(p) for p in dit.router_parameters()]
 
+    def test_norms_and_biases_need_not_decay(self, configure):
+        dit = self.dit(configure, "joint")
+        config = configure(optimizer={"decayed": "matrices", "name": "muon"}).optimizer
+        decayed = {
+            id(parameter)
+            for optimizer in make_optimizers(dit, config)
+            for group in optimizer.param_groups
+            if group["weight_decay"]
+            for parameter in group["params"]
+        }
+        router = {id(parameter) for parameter in dit.router_parameters()}
+        expected = {id(p) for p in dit.parameters() if p.ndim > 1} - router
+        assert decayed == expected
+
     @pytest.mark.parametrize("strategy", ["static", "depth", "time", "joint"])
     def test_a_logit_moves_by_about_the_routers_rate_whatever_the_strategy(
         self, configure, strategy
@@ -727,11 +806,15 @@ class TestOptimizers:
             ("constant", [0.5, 1, 1, 1, 1]),
             ("linear", [0.5, 1, 0.75, 0.5, 0.25]),
             ("cosine", [0.5, 1, 0.8536, 0.5, 0.1464]),
+            ("cosine-restarts", [0.5, 1, 0.5, 1, 0.5]),
+            ("wsd", [0.5, 1, 1, 1, 1 - math.sqrt(0.5)]),
         ],
     )
     @pytest.mark.parametrize("start", [0, 1, 3])
     def test_schedules_are_functions_of_the_step(self, configure, schedule, expected, start):
-        config = configure(steps=5, optimizer={"warmup_steps": 1, "schedule": schedule, "lr": 1.0})
+        own = {"cosine-restarts": {"num_cycles": 2}, "wsd": {"decay_steps": 2}}.get(schedule, {})
+        optimizer = {"warmup_steps": 1, "schedule": schedule, "lr": 1.0, **own}
+        config = configure(steps=5, optimizer=optimizer)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = make_schedule(optimizer, config, start)
         found = []
