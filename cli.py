@@ -1,12 +1,14 @@
 """The command line: the list of commands, and how their errors are shown."""
 
 import errno
+import traceback
 from typing import Any
 
 import click
 
 from . import __version__
-from .pipeline import commands as pipeline
+from .pipeline.commands import stores as pipeline
+from .pipeline.commands.options import VERBOSITY, add_verbosity
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
 from .schemas.escaping import shown
@@ -36,6 +38,8 @@ class _Commands(click.Group):
             error.message = shown(error.message)
             raise
         except InputError as error:
+            if ctx.meta.get(VERBOSITY) == "verbose":
+                traceback.print_exception(error)
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has gone
@@ -93,7 +97,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(command)
+    cli.add_command(add_verbosity(command))
 
 if __name__ == "__main__":
     cli()

@@ -9,11 +9,10 @@ In the scratch folder it writes a store of random hidden states in the shape of 
 layers of width 576), latents, the same as ``delta``, and the files of every peer; a second run
 resumes, or uses what is there. Delete the folder afterwards.
 
-Each reader runs in its own process, one after the other in every round. Before it starts, all files
+Each reader runs in its own process, one after the other in every round. Before it starts, its files
 are evicted (``fdatasync``, ``POSIX_FADV_DONTNEED``), which needs no rights; what a hypervisor
 caches remains. The first batches are not timed; then one epoch is, or so many seconds of it. *Disk*
-is a reader of our own beside them: random requests of a caption's size with O_DIRECT, by 16
-threads.
+is a reader of our own beside them: random requests of a caption's size, O_DIRECT, by 16 threads.
 
 Amplification is what the kernel read for the process and its workers (``read_bytes`` of
 ``/proc/PID/io``), over the stored size of what was delivered, from the start of reading.
@@ -22,6 +21,7 @@ Amplification is what the kernel read for the process and its workers (``read_by
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,7 +92,9 @@ def build(scratch: Path, num: int, tokens: tuple[int, int]) -> None:
     write_latents(scratch / "latents", num)
     command = ["rewrite", str(scratch / "bf16"), str(scratch / "delta"), "--codec", "delta"]
     options = ["--shard-size", "64MB", "--workers", "2"]
-    subprocess.run([sys.executable, "-m", "semroute.cli", *command, *options], check=True)
+    manifest = scratch / "delta" / "manifest.json"
+    if not manifest.exists() or json.loads(manifest.read_text())["status"] != "complete":
+        subprocess.run([sys.executable, "-m", "semroute.cli", *command, *options], check=True)
 
 
 def write_features(path: Path, counts: np.ndarray) -> None:
@@ -350,6 +352,7 @@ def run_round(
 ) -> None:
     evict(scratch / "bf16")
     disk.append(disk_speed(scratch / "bf16", size, 1.5))
+    click.echo(f"disk: {disk[-1]:.3f} GB/s", err=True)
     for reader in readers:
         evict(reader.folder)
         evict(scratch / "latents")
@@ -361,6 +364,7 @@ def run_round(
         reader.speeds.append(speed)
         reader.amplifications.append(amplification)
         reader.peaks.append(memory)
+        click.echo(f"{reader.name}: {speed:.3f} GB/s, amplification {amplification:.2f}", err=True)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -375,7 +379,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 @click.option("--tokens", nargs=2, default=(8, 16), show_default=True, help="Fewest and most.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=4.0, show_default=True, help="At most, for each reader.")
-@click.option("--only", default="", help="Only readers whose name contains this.")
+@click.option("--only", default="", help="Only readers whose name matches.")
 @click.option("--alone", hidden=True, help="One reader by name, timed by the process above.")
 def main(
     scratch: Path,
@@ -391,11 +395,9 @@ def main(
     source, readers = Source(scratch / "bf16", scratch / "peers"), all_readers(scratch, alone)
     if alone is not None:
         run_alone(next(r for r in readers if r.name == alone), source, seconds)
+    readers = [reader for reader in readers if re.search(only, reader.name)]
     for reader in readers:
         write_once(reader)
-    flat = scratch / "peers" / "flat.u2"
-    flat.unlink(missing_ok=True)  # every peer has its own files by now
-    readers = [reader for reader in readers if only in reader.name]
     mean = source.offsets[-1] / len(source)
     size = int(mean * 2 * np.prod(source.row))
     disk: list[float] = []

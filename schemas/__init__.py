@@ -63,6 +63,7 @@ from .tables import (
     CAPTIONS_SCHEMA,
     CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
 )
 from .train import (
@@ -94,6 +95,7 @@ __all__ = [
     "PARTIAL",
     "POSITION",
     "SAME_WEIGHTS",
+    "SAMPLES_EXTRA",
     "SAMPLES_SCHEMA",
     "AdapterRecord",
     "Against",

@@ -1,4 +1,4 @@
-"""Imports between packages: the table of docs/architecture.md, in five floors without a circle."""
+"""Imports between packages: the table of docs/architecture.md, in six floors without a circle."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,8 @@ FLOORS = [
     },
     {"pipeline.store", "trainer.adapters", "trainer.plots"},
     {"pipeline.extraction", "trainer.data", "trainer.runs"},
-    {"pipeline.inspection", "trainer.training", "trainer.evaluation"},
+    {"pipeline.inspection", "trainer.evaluation"},
+    {"trainer.training"},
     {"trainer.studies", "pipeline.commands", "trainer.commands", "cli"},
 ]
 ARROWS = {
@@ -231,13 +232,13 @@ def test_no_folder_is_a_drawer():
         modules = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
         assert len(modules) <= 14, folder
     loose = [p.name for f in ("pipeline", "trainer") for p in (ROOT / f).glob("*.py")]
-    assert sorted(loose) == ["__init__.py", "__init__.py", "commands.py", "style.py"]
+    assert sorted(loose) == ["__init__.py", "__init__.py", "style.py"]
 
 
 def test_tables_of_contents_hold():
     """Each public name of a package is there; commands are listed by ``cli`` alone."""
     for name, path in MODULES.items():
-        if path.name != "__init__.py" or name.count(".") != 1 or name == "trainer.commands":
+        if path.name != "__init__.py" or name.count(".") != 1 or name.endswith(".commands"):
             continue
         pytest.importorskip("torch")
         package = __import__(f"semroute.{name}", fromlist=["__all__"])

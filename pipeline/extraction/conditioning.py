@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
@@ -29,6 +28,7 @@ from ...schemas import (
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.chunks import choose_rows_per_chunk
 from ..executor.base import Deferred, Executor, report_progress, worker_name
 from ..executor.progress import Style
@@ -87,7 +87,7 @@ def encode_captions(
     )
 
     def plan(existing: ConditioningStore | None, workers: Workers) -> ConditioningPlan:
-        return plan_conditioning(request, existing, workers)
+        return plan_conditioning(request, existing, workers, report)
 
     return write_store(ConditioningStore, plan, request, report, progress)
 
@@ -200,7 +200,10 @@ class ConditioningPlan(StorePlan[ConditioningStore]):
 
 
 def plan_conditioning(
-    request: ConditioningRequest, existing: ConditioningStore | None, workers: Workers
+    request: ConditioningRequest,
+    existing: ConditioningStore | None,
+    workers: Workers,
+    report: Callable[[str], None],
 ) -> ConditioningPlan:
     """Plan a conditioning store: all but the shapes of its tensors.
 
@@ -218,9 +221,8 @@ def plan_conditioning(
         dtype = "bfloat16" if workers.have_gpus else "float32"
         dtype = before.identity.dtype if before is not None else dtype
     text = TextPipeline(find_text_pipeline(request.pipeline), dtype=dtype)
-    samples = read_samples(
-        request.source, text_column=request.text_column, limit=request.limit, need="text"
-    )
+    samples = read_samples(request.source, **request.text_options, limit=request.limit, need="text")
+    report(samples.describe())
     counts = [] if before is None else [g.samples.num_samples for g in before.generations]
     earlier = [count for count in counts if count < len(samples)]
     identities = [samples.slice(0, count).identity() for count in earlier]
@@ -281,7 +283,7 @@ _UNKNOWN = [ConditioningTensor(name="unknown", shape=[1], dtype="uint8")]
 
 def _count(text: "TextPipeline", texts: pa.Array) -> list[np.ndarray]:
     """Token ids of each caption's own rows, int32."""
-    bar = tqdm(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
+    bar = progress_bar(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
     return [text.tokens(each).astype(np.int32) for each in bar]
 
 

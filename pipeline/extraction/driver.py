@@ -197,10 +197,13 @@ class FeatureStorePlan(StorePlan[FeatureStore]):
         return int(self.uncompressed_bytes() * self.bits_per_value / 16)
 
     def create(self) -> FeatureStore:
+        captions, samples = self.first_tables()
+        return FeatureStore.create(self.path, self.manifest, captions, samples, self.parameters)
+
+    def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
+        """Captions and samples of a new store; the first may be read only once."""
         tables = self.tables()
-        return FeatureStore.create(
-            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
-        )
+        return tables["captions"], tables["samples"]
 
 
 def write_store(

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import FeatureIdentity, FeatureManifest, InputError, TrainConfig, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, fitted_before, request_codec, with_exact_layers
 from ..executor.base import Executor
@@ -110,6 +110,9 @@ class FeaturePlan(FeatureStorePlan):
             "samples": self.source.samples_table(),
             "captions": self.source.captions_table(self.packing),
         }
+
+    def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
+        return self.source.captions_reader(self.packing), self.source.samples_table()
 
     def new_bytes(self) -> int:
         return min(super().new_bytes(), self.request.budget or sys.maxsize)
@@ -272,7 +275,7 @@ def _fit(
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
     task = _some(captions, slice(0, num))
     name = manifest.codec.name
-    with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
+    with progress_bar(total=num, unit=" captions", desc=f"fit {name}") as bar:
 
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -13,6 +14,7 @@ import numpy as np
 
 from ...schemas import Codec, DataConfig, InputError, Summary
 from ...schemas.display import Table
+from ...schemas.storage import MIN_BYTES, StorageSpeed, measure_storage
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, is_lossy, request_codec, with_exact_layers
 from ..extraction.exact import choose_exact_layers
@@ -74,6 +76,7 @@ def estimate(
     budget: int | None = None,
     probe: LLMBenchmark | None = None,
     pipeline: PipelineText | None = None,
+    storage: str | None = None,
 ) -> Estimate:
     """Sizes, times, bandwidths and the break-even of caching a plan's captions.
 
@@ -87,9 +90,12 @@ def estimate(
             are unknown and codecs have their typical sizes.
         pipeline: from :func:`semroute.pipeline.inspection.pipelines.read_pipeline`: also what its
             network reads, and the bytes per caption.
+        storage: a folder with large files on the disk that the store will be on: its speed is
+            measured at the size of a caption, for two seconds per codec.
 
     Raises:
-        InputError: an option for a codec that does not have it.
+        InputError: an option for a codec that does not have it; or the disk of ``storage`` cannot
+            be measured.
     """
     if codec is None and quality is not None:
         raise InputError(f"--quality {quality:g} needs --codec delta or linear")
@@ -120,7 +126,26 @@ def estimate(
         facts = Summary(facts.title, {**facts.items, **needs.facts()})
         tables = {needs.title: needs.table(sizes[0]), **tables}
         details = {**details, "pipeline": needs.details(sizes[0])}
+    if storage is not None:
+        speeds = [_measure(storage, size, len(plan.captions)) for size in sizes[0]]
+        rows = [["codec", "disk"]]
+        for size, speed in zip(sizes[0], speeds, strict=True):
+            needed = work.disk_bytes_per_second(size)
+            rows.append([size.codec_name, speed.compare(needed)])
+        tables = {**tables, f"storage {storage}": rows}
+        details = {**details, "storage": [asdict(speed) for speed in speeds]}
     return Estimate(facts, tables, advice=advice, details=details)
+
+
+def _measure(storage: str, size: StoreSize, num_captions: int) -> StorageSpeed:
+    """The speed of a disk for captions of a codec."""
+    speed = measure_storage(storage, math.ceil(size.num_bytes / num_captions))
+    if speed is None:
+        raise InputError(
+            f"{storage} cannot be measured: expected a folder on a local disk with at least "
+            f"{format_bytes(MIN_BYTES)} of files that are larger than a caption, such as a store"
+        )
+    return speed
 
 
 def _request(

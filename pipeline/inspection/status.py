@@ -8,7 +8,7 @@ from typing import Any
 
 from ...schemas import LockOwner, Report, Summary
 from ...schemas.files import is_local, list_names, locate
-from ...schemas.units import format_bytes
+from ..executor.progress import progress_line
 from ..store.documents import MANIFEST, StoreError
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
@@ -57,6 +57,7 @@ def status(path: str | os.PathLike[str]) -> Report:
     # From the end of the first recent shard to the end of the last: the first is not counted.
     elapsed = newest - (times[recent[0]] if recent else newest)
     counted = sum(written[shard].num_rows for shard in recent[1:])
+    entries_counted = sum(written[shard].num_entries for shard in recent[1:])
     rate = counted / elapsed if elapsed > 0 else 0.0
     driver = read_driver(store.path)
     left = layout.num_rows - rows
@@ -70,6 +71,7 @@ def status(path: str | os.PathLike[str]) -> Report:
         "rows": rows,
         "rows_total": layout.num_rows,
         "bytes": sum(f.num_bytes for r in written.values() for f in r.files.values()),
+        f"{unit}_per_second": entries_counted / elapsed if elapsed > 0 else 0.0,
         "rows_per_second": rate,
         "eta_seconds": left / rate if rate and left else None,
         "seconds_since_last_shard": max(0.0, time.time() - newest) if written else None,
@@ -103,24 +105,24 @@ def _planned(path: Any, driver: LockOwner) -> Report:
 def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
     """The status in words."""
     share = details["rows"] / max(1, details["rows_total"])
+    line = {
+        **details,
+        "store": locate(path).name,
+        "workers": len(details["workers"]),
+        "errors": 0,
+        "quarantined": len(details["quarantined"]),
+    }
     items = {
         "state": _state(details),
-        "shards": f"{details['shards']:,} of {details['shards_total']:,}",
-        unit: f"{details[unit]:,} of {details[f'{unit}_total']:,}",
+        "progress": progress_line(line, unit),
         "rows": f"{details['rows']:,} of {details['rows_total']:,} ({share:.0%})",
-        "bytes": format_bytes(details["bytes"]),
     }
     if details["state"] != "complete":
         since = details["seconds_since_last_shard"]
         if since is not None:
             items["last shard"] = f"{timedelta(seconds=round(since))} ago"
         if details["rows_per_second"]:
-            items["speed"] = (
-                f"{details['rows_per_second']:,.0f} rows/s by {len(details['workers'])} workers, "
-                f"in the {RECENT_SECONDS / 60:.0f} minutes before that"
-            )
-        if details["eta_seconds"]:
-            items["left"] = f"{timedelta(seconds=round(details['eta_seconds']))} at that speed"
+            items["speed"] = f"that of the {RECENT_SECONDS / 60:.0f} minutes before the last shard"
     if details["state"] == "budget":
         items |= budget_facts(details)
     if details["quarantined"]:

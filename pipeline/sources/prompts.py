@@ -8,7 +8,9 @@ import fsspec
 
 from ...schemas import InputError, Prompt
 from ...schemas.urls import check_protocol, suffix_of
-from .table import SUFFIXES, column_names, read_samples, read_table
+from .formats import open_file
+from .places import SUFFIXES, find_files
+from .table import column_names, read_samples, read_table
 from .values import read_objects, to_array
 
 TEXT_COLUMNS = ("prompt", "prompts", "text", "caption")
@@ -30,8 +32,7 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
     Raises:
         InputError: no such file or format, no column of prompts, or an empty prompt.
     """
-    suffix = suffix_of(source, (".json", *SUFFIXES))
-    if suffix == ".json":
+    if suffix_of(source, SUFFIXES) == ".json":
         return _read_json(source, text_column)
     names = column_names(source)
     text_column = text_column or _find(names, TEXT_COLUMNS)
@@ -52,9 +53,13 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
             _, table = read_table(source, samples.text_column, [column])
             values[key] = [None if v is None else str(v) for v in table[column].to_pylist()]
     records: Sequence[str | None] = [None] * len(captions)
-    if suffix == ".jsonl":
-        with fsspec.open(source, "rb") as file:
-            records = [line for line, _ in read_objects(file, source)]
+    files = find_files(source)
+    if files.kind == ".jsonl":
+        lines: list[str | None] = []
+        for path in files.paths:
+            with open_file(path) as file:
+                lines += [line for line, _ in read_objects(file, path)]
+        records = lines
     return [
         Prompt(
             text=texts[0],

@@ -25,6 +25,7 @@ from ...schemas.files import inside, is_local, read_ranges, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
 from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
+from .checks.watch import FileWatch
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -35,7 +36,6 @@ from .shard_file import (
     read_bytes,
     tells_residency,
 )
-from .watch import FileWatch
 
 
 @dataclass(frozen=True)
@@ -349,9 +349,8 @@ class ShardedArray:
         sizes = np.minimum([*map(len, contents.values())], 16 * self._num_chunks + CRC_BYTES)
         request_ranges(stops - sizes, stops, np.zeros(len(stops), bool))
         for shard, content in contents.items():
-            self._shards[shard] = self._open(
-                shard, content, tells=tells_residency(self._shard_path(shard))
-            )
+            tells = tells_residency(self._shard_path(shard))
+            self._shards[shard] = self._open(shard, content, tells=tells)
 
     def _open(self, shard: int, content: np.ndarray, *, tells: bool = False) -> ShardFile:
         """Args: content: the file, or its end with the index if chunks are fetched apart."""

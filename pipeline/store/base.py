@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import (
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
     AnyManifest,
     Checksums,
@@ -499,6 +500,8 @@ class CaptionStore(Store[C]):
     tables = ("captions.parquet", "samples.parquet")
     captions_schema: ClassVar[pa.Schema]
     """Schema of that table."""
+    length_columns: tuple[str, ...]
+    """Columns of it that :meth:`expected_rows` needs."""
 
     @cached_property
     def captions(self) -> pa.Table:
@@ -514,9 +517,11 @@ class CaptionStore(Store[C]):
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
+        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`), some with
+        :data:`semroute.schemas.SAMPLES_EXTRA`."""
         num = self.manifest.identity.samples.num_samples
-        table = self.read_table("samples.parquet", SAMPLES_SCHEMA, num)
+        schema = pa.schema([*SAMPLES_SCHEMA, *SAMPLES_EXTRA])
+        table = self.read_table("samples.parquet", schema, num, SAMPLES_EXTRA.names)
         refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
         return table
 
@@ -526,7 +531,18 @@ class CaptionStore(Store[C]):
     @cached_property
     def first_captions(self) -> np.ndarray:
         """First caption of each sample: ids for reading, int64 ``[samples]``."""
-        return np.asarray(pc.list_element(self.samples["caption_ids"], 0).to_numpy())
+        return np.asarray(pc.list_element(self.sample_captions(), 0).to_numpy())
+
+    def sample_captions(self) -> pa.ChunkedArray:
+        """Ids of the captions of each sample, lists of int64; of the table no more is read."""
+        names = ("sample_id", "caption_ids")
+        table = self.__dict__.get("samples")
+        if table is None:
+            schema = pa.schema([SAMPLES_SCHEMA.field(name) for name in names])
+            num = self.manifest.identity.samples.num_samples
+            table = self.read_table("samples.parquet", schema, num)
+            refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
+        return table["caption_ids"]
 
     def check_source(
         self,
@@ -576,10 +592,25 @@ class CaptionStore(Store[C]):
         starts, stops = self._rows
         return starts[ids], stops[ids]
 
+    def shards(self) -> np.ndarray:
+        """Shard of each caption, int64 ``[captions]``."""
+        return np.asarray(self._rows[0] // self.manifest.layout.rows_per_shard)
+
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of every caption, and the row after its last."""
-        return self.captions["row_start"].to_numpy(), self.captions["row_stop"].to_numpy()
+        """First row of every caption, and the row after its last.
+
+        It is all that reading needs to hold: texts and tokens are read when somebody asks for
+        :attr:`captions`.
+        """
+        table = self.__dict__.get("captions")
+        if table is None:
+            names = {"caption_id", "shard", "row_start", "row_stop", *self.length_columns}
+            schema = pa.schema([field for field in self.captions_schema if field.name in names])
+            table = self.read_table(self.tables[0], schema, len(self))
+            faults = caption_faults(table, self.manifest.layout, self.expected_rows(table))
+            refuse_faults(self.path / self.tables[0], faults)
+        return table["row_start"].to_numpy(), table["row_stop"].to_numpy()
 
 
 def _compared(manifest: AnyManifest) -> dict[str, Any]:

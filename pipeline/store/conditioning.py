@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
     MASK,
-    SAMPLES_SCHEMA,
     ConditioningManifest,
     ConditioningTensor,
     Summary,
@@ -29,7 +28,7 @@ from ...schemas import (
 from .array import ShardedArray, create_array, new_group
 from .base import CaptionStore
 from .checks.metadata import StoredArray
-from .documents import StoreError, prepare_folder, render_table, write_manifest
+from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
 from .shard_file import ChunkSlices
 from .summary import summarise_conditioning
 
@@ -44,6 +43,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
     manifest_type = ConditioningManifest
     group = "conditioning.zarr"
     captions_schema = CONDITIONING_CAPTIONS_SCHEMA
+    length_columns = ("token_ids",)
 
     @classmethod
     def create(
@@ -53,7 +53,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
         prepare_folder(path, cls.kind, cls.group, cls.tables)
         table = captions.cast(CONDITIONING_CAPTIONS_SCHEMA)
         write_whole(path / "captions.parquet", render_table(table))
-        write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
+        write_whole(path / "samples.parquet", render_table(samples.cast(samples_schema(samples))))
         identity = manifest.identity
         with new_group(path / cls.group) as group:
             for tensor in identity.tensors:

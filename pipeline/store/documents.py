@@ -21,6 +21,8 @@ import pyarrow.parquet
 from ...schemas import (
     LOCK_FILE,
     PARTIAL,
+    SAMPLES_EXTRA,
+    SAMPLES_SCHEMA,
     Against,
     Checksums,
     ConditioningManifest,
@@ -334,11 +336,35 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
         )
 
 
-def render_table(table: pa.Table) -> bytes:
-    """A table as the bytes of its Parquet file."""
+GROUP_ROWS = 1_048_576
+"""Rows of a group of a table, of which a reader looks at one at a time."""
+
+
+def render_table(table: pa.Table | pa.RecordBatchReader) -> bytes:
+    """A table as the bytes of its Parquet file.
+
+    Of a reader only the rows of a row group are held; the bytes are the same.
+    """
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    if isinstance(table, pa.Table):
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        return bytes(sink.getvalue())
+    with pyarrow.parquet.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        group: list[pa.RecordBatch] = []
+        for batch in table:
+            group.append(batch)
+            if sum(map(len, group)) >= GROUP_ROWS:
+                writer.write_table(pa.Table.from_batches(group), GROUP_ROWS)
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_batches(group), GROUP_ROWS)
     return bytes(sink.getvalue())
+
+
+def samples_schema(samples: pa.Table) -> pa.Schema:
+    """The schema of a table of samples of captions, with the further columns that it has."""
+    extra = [field for field in SAMPLES_EXTRA if field.name in samples.column_names]
+    return pa.schema([*SAMPLES_SCHEMA, *extra])
 
 
 def read_contract(path: Path, kind: type[C]) -> C:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
+from ...schemas import CAPTIONS_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ..codecs.base import Codec
 from ..codecs.registry import open_codec
 from . import lazy
@@ -30,7 +30,7 @@ from .array import ShardedArray, create_array, new_group
 from .base import CaptionStore
 from .checks.metadata import StoredArray
 from .checks.plain import read_plain
-from .documents import StoreError, prepare_folder, render_table, write_manifest
+from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
 from .reader import (
     Allocator,
     read_codec,
@@ -122,6 +122,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     manifest_type = FeatureManifest
     group = "hidden.zarr"
     captions_schema = CAPTIONS_SCHEMA
+    length_columns = ("num_tokens",)
     direct = True
     """Read shard files without zarr-python, and refuse arrays of another form than the documented
     one; set it before the first read. Bytes that zarr-python reads are not checked by semroute."""
@@ -136,14 +137,16 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         cls,
         path: Path,
         manifest: FeatureManifest,
-        captions: pa.Table,
+        captions: pa.Table | pa.RecordBatchReader,
         samples: pa.Table,
         parameters: Mapping[str, np.ndarray] | None = None,
     ) -> "FeatureStore":
         """Write tables, arrays' metadata, fitted parameters and, last, the manifest; no shard."""
         prepare_folder(path, cls.kind, cls.group, cls.tables)
-        write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
-        write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
+        if isinstance(captions, pa.Table):
+            captions = captions.cast(CAPTIONS_SCHEMA)
+        write_whole(path / "captions.parquet", render_table(captions))
+        write_whole(path / "samples.parquet", render_table(samples.cast(samples_schema(samples))))
         _create_arrays(path / cls.group, manifest, parameters or {})
         return cls(path, write_manifest(path, manifest))
 

@@ -101,10 +101,10 @@ class LatentStore(Store[LatentManifest]):
         """Names of a bucket's arrays: mean, then deviation if there is one."""
         return _names(self.manifest.identity, bucket)
 
-    @cached_property
+    @property
     def buckets(self) -> np.ndarray:
         """Bucket of each sample, int32 ``[samples]``; 0 if all latents have one shape."""
-        return self.samples["bucket"].to_numpy()
+        return self._places[1]
 
     def shape(self, bucket: int = 0) -> tuple[int, int, int]:
         """C, h and w of a bucket's latents."""
@@ -114,8 +114,12 @@ class LatentStore(Store[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """One row per sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
+        return self._read_samples(LATENT_SAMPLES_SCHEMA)
+
+    def _read_samples(self, schema: pa.Schema) -> pa.Table:
+        """Some columns of the table, among them sample_id, row and bucket."""
         optional = ("row", "bucket")
-        table = self.read_table("samples.parquet", LATENT_SAMPLES_SCHEMA, len(self), optional)
+        table = self.read_table("samples.parquet", schema, len(self), optional)
         if "row" not in table.column_names:  # an early version, in which it is the sample_id
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
         if "bucket" not in table.column_names:
@@ -125,13 +129,23 @@ class LatentStore(Store[LatentManifest]):
         refuse_faults(self.path / "samples.parquet", faults)
         return table
 
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and bucket of each sample: all of the table that reading needs to hold."""
+        table = self.__dict__.get("samples")
+        if table is None:
+            names = ("sample_id", "row", "bucket")
+            schema = pa.schema([LATENT_SAMPLES_SCHEMA.field(name) for name in names])
+            table = self._read_samples(schema)
+        return table["row"].to_numpy(), table["bucket"].to_numpy()
+
     def check_tables(self) -> None:
         _ = self.samples
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         """Row of each sample's latent in the arrays of its bucket, int64 ``[samples]``."""
-        return self.samples["row"].to_numpy()
+        return self._places[0]
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -188,7 +202,7 @@ class LatentStore(Store[LatentManifest]):
                 f"{len(broken):,} of {len(self):,} images cannot be read; they are listed in "
                 f"{self.path / QUARANTINE}:\n  {shown}{more}\nAll others are written. Repair these "
                 "and rerun the same command, or leave their samples out of training with "
-                "--drop-broken."
+                "--broken skip."
             )
         if broken:
             identity = self.manifest.identity.model_copy(update={"dropped": sorted(broken)})

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import (
     BUDGET,
@@ -29,6 +28,7 @@ from ...schemas import (
 )
 from ...schemas.files import inside, locate, read_file, scan
 from ...schemas.json_file import MAX_BYTES, load_json
+from ...schemas.verbosity import progress_bar
 from .array import ShardedArray
 from .budget.shards import evict
 from .checks.tables import text_faults
@@ -380,7 +380,9 @@ def _check_shards(
 ) -> None:
     """Read all shard files and compare them with their receipts, and receipts with the tables."""
     total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+    with progress_bar(
+        total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
+    ) as bar:
         for shard, receipt in sorted(receipts.items()):
             own = {name: arrays[name] for name in store.names_of(shard) if name in arrays}
             counted = (receipt.num_entries, receipt.num_rows)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import LOCAL_PATH, echo, report_line
+from ...pipeline.commands.options import LOCAL_PATH, echo, report_line
 from .options import step_option, weights_option
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from ...pipeline.commands import LOCAL_PATH, echo, interruptible, options
+from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible, options
 from ...schemas import InputError
 from .options import (
     STOPPED,
@@ -222,7 +222,8 @@ def read_images(table: str) -> tuple[Any, list[str]]:
 
 def read_groups(table: str, num_images: int) -> list[str | None]:
     """The group under which each image of a table is summarised, if it names one."""
-    from ...pipeline.sources.table import SUFFIXES, TAR, column_names, read_table
+    from ...pipeline.sources.places import SUFFIXES, TAR
+    from ...pipeline.sources.table import column_names, read_table
     from ...schemas.urls import suffix_of
 
     if suffix_of(table, SUFFIXES) == TAR or "group" not in column_names(table):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ...pipeline.commands import FINITE_FLOAT, SEED, F, FiniteRange, options
+from ...pipeline.commands.options import FINITE_FLOAT, SEED, F, FiniteRange, options
 from ...schemas import InputError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import LOCAL_PATH, echo, json_option, print_result, report_line
+from ...pipeline.commands.options import LOCAL_PATH, echo, json_option, print_result, report_line
 from ...schemas import InputError
 from .options import refuse_options, step_option, was_given, weights_option
 

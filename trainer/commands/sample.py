@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from ...pipeline.commands import FINITE_FLOAT, LOCAL_PATH, echo, options, report_line
+from ...pipeline.commands.options import FINITE_FLOAT, LOCAL_PATH, echo, options, report_line
 from ...schemas import BenchmarkName, InputError
 from .options import open_vae_decoder, pop_sampling_config, refuse_options, sampling_options
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...pipeline.commands import (
+from ...pipeline.commands.options import (
     CODECS,
     LOCAL_FILE,
     LOCAL_PATH,
@@ -21,6 +21,7 @@ from ...pipeline.commands import (
     print_result,
     quality_option,
     report_line,
+    text_options,
     work_options,
 )
 from ...schemas import InputError
@@ -129,10 +130,7 @@ def probe(
 @click.option(
     "--captions", help="Keep only the captions of this table, whose rows become the samples."
 )
-@click.option(
-    "--text-column",
-    help="With --captions: column of captions. Default: text, prompt or caption.",
-)
+@text_options
 @work_options
 @interruptible()
 def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> None:
@@ -147,7 +145,10 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
       semroute rewrite features mixed --routing runs/depth
     """
     if options["captions"] is None:
-        refuse_options(["text_column"], "names a column of a table: name the table with --captions")
+        refuse_options(
+            ["text_column", "fallback_column", "blank"],
+            "is about a table: name it with --captions",
+        )
     if routing is None:
         refuse_options(["rank"], "is the number of mixes: name a run with --routing")
     from ...pipeline.extraction.rewrite import rewrite as run

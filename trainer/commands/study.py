@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import LOCAL_PATH, echo, interruptible
+from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible
 from .options import (
     SOLVERS,
     STOPPED,

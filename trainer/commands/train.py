@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
+from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
 from ...schemas import InputError, read_config
 from .options import refuse_options
 

@@ -10,7 +10,7 @@ Shapes: N images, C channels, h x w latent.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     __module__ = "semroute"  # the address that exported folders hold, wherever this file moves
     # As in training, whatever the dtype of the rest.
-    _keep_in_fp32_modules: ClassVar[list[str]] = [*_IN_FP32]
+    _keep_in_fp32_modules: Any = sorted(_IN_FP32)
 
     @register_to_config
     def __init__(self, record: dict[str, Any], step: int = 0, weights: str = "ema") -> None:
@@ -91,9 +91,9 @@ class SemanticRoutingTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights of linear layers; norms and routing are in float32."""
-        return self.dit.patch_in.weight.dtype
+        return self.dit.get_parameter("patch_in.weight").dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> "SemanticRoutingTransformer":
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Move or cast, as ``torch.nn.Module.to``; norms and routing stay in float32."""
         tensors = (*self.named_parameters(), *self.named_buffers())
         kept = {

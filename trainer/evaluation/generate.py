@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
-from tqdm.auto import tqdm
 
 from ...schemas import CaptionsIdentity, InputError, Mixes, write_whole
+from ...schemas.verbosity import progress_bar
 from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..plots.images import sample_grid, save_images
 
@@ -245,7 +245,7 @@ def generate(
     numbers = range(len(caption_ids)) if numbers is None else numbers
     with (
         model.reading(features.mixes),
-        tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar,
+        progress_bar(total=len(caption_ids), unit="image", disable=not progress) as bar,
     ):
         layers = model.router.layers_read
         null = null_given = null_offsets = None

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...pipeline.models.weights import LOADING_REPORT, refuse_misread
 from ...pipeline.sources.images import open_upright
@@ -38,6 +37,7 @@ from ...schemas import (
 )
 from ...schemas.display import Table
 from ...schemas.json_file import read_json
+from ...schemas.verbosity import progress_bar
 from ..plots.images import sample_grid
 from .shapes import interval
 
@@ -312,7 +312,7 @@ def score_images(
     shown = {int(i) for i in np.linspace(0, len(captions) - 1, min(NUM_SHOWN, len(captions)))}
     images: dict[int, NDArray[np.uint8]] = {}
     unreadable: list[str] = []
-    with tqdm(total=len(captions) + sum(map(len, others)), unit="question") as bar:
+    with progress_bar(total=len(captions) + sum(map(len, others)), unit="question") as bar:
         answers = _Answers(judge, record, out, stored, batch_size, bar)
         try:
             for sample, file in enumerate(files):

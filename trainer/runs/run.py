@@ -16,7 +16,7 @@ from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..adapters.paths import make_path
 from ..diffusion.sampling import SamplingDtype
 from .compatibility import check_features, check_llm
-from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
+from .metrics import METRICS, METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
 from .record import build_model, choose_checkpoint, load_trained, read_record
 
@@ -205,7 +205,10 @@ class Run:
 
     def metrics(self) -> pa.Table:
         """``metrics.jsonl`` as a table (:data:`METRICS_SCHEMA`), also beyond the checkpoint."""
-        return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
+        try:
+            return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
+        except pa.ArrowException as error:
+            raise InputError(f"{self.path / METRICS} is damaged: {error}") from error
 
     def history(self) -> tuple[np.ndarray, list[float], np.ndarray]:
         """Routing weights over the whole training, also after the checkpoint; computed from the

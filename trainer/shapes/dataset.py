@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...schemas import InputError
 from ...schemas.atomic import whole_folder
+from ...schemas.verbosity import progress_bar
 from .images import render
 from .scenes import Scene, sample_scene, split_of
 
@@ -111,7 +111,7 @@ def write_world(
     total = sum(map(len, files.values()))
     with (
         whole_folder(out) as unfinished,
-        tqdm(total=total, unit="image", disable=not progress) as bar,
+        progress_bar(total=total, unit="image", disable=not progress) as bar,
     ):
         for name, rows in files.items():
             pq.write_table(_table(name, rows, rng, bar), unfinished / f"{name}.parquet")

@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...schemas import InputError, StudyConfig, TrainConfig
+from ...schemas.verbosity import progress_bar
 from ..evaluation.shapes import read_captions
 from .job import SCORES, Job, OpenDecoder, gather_scores, list_jobs
 from .results import ResultsTable
@@ -113,7 +114,7 @@ def run_jobs(jobs: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name
     saved, total = sum(job.num_steps_saved() for job in jobs), sum(job.config.steps for job in jobs)
     training = saved < total
     with (
-        tqdm(
+        progress_bar(
             total=total if training else len(jobs),
             initial=saved if training else 0,
             unit="step" if training else "run",

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.budget.followed import WaitEndedError
 from ...pipeline.store.lock import Lock, LockedError
 from ...schemas import CheckpointState, InputError, TrainConfig, WindowState
+from ...schemas.verbosity import progress_bar
 from ..data.batch import Batch, on_device
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
@@ -150,7 +151,7 @@ class Trainer:
         """
         config = self.config
         start_tracker(self.accelerator, config, self.step, self.run_id)
-        progress = tqdm(
+        progress = progress_bar(
             total=config.steps,
             initial=self.step,
             unit="step",
@@ -258,7 +259,7 @@ class Trainer:
                 self._not_finite(own_loss.item(), total_loss, norm, sample_ids)
             )
         self.step_numbers = {
-            "lr": self.schedules[0].get_last_lr()[0],
+            "lr": float(self.schedules[0].get_last_lr()[0]),
             **dict(zip(by_group, norms, strict=True)),
         }
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):

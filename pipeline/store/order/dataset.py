@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 1 << 26
 """Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
+WEIGHTS = "caption_weights"
+"""Column of samples that has the weights of their captions, if extraction was given some."""
 NUM_COMPARED = 64
 """Captions whose number of rows is compared between features and conditioning."""
 _NUM_NAMED = 20
@@ -312,21 +314,27 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
     A filter tests each caption of each sample. Captions that it leaves out are never shown, and
     samples without a remaining caption are not trained on, nor are samples without a latent.
 
+    Captions whose columns had weights in extraction keep them unless the configuration has others.
+
     Raises:
         InputError: as :func:`open_pairs`.
     """
     check_joined(features, latents)
     whole = all_samples(features, latents)
-    if config.filter is None and config.caption_weights is None:
+    weights = None
+    if config.caption_weights is None and WEIGHTS in features.samples.column_names:
+        lists = features.samples[WEIGHTS].combine_chunks().take(pa.array(latents.ids))
+        weights = lists.flatten().to_numpy()
+    if config.filter is None and config.caption_weights is None and weights is None:
         return StorePair(features, latents, whole)
     columns = JoinedColumns(features, latents, config.columns)
     sample = np.repeat(np.arange(len(whole)), np.diff(whole.starts))
     kept = np.ones(len(sample), bool)
     if config.filter is not None:
         kept &= columns.passing(config.filter, whole, sample)
-    weights = None
     if config.caption_weights is not None:
         weights = columns.weights(config.caption_weights, whole, sample)
+    if weights is not None:
         kept &= weights > 0
     counts = np.bincount(sample[kept], minlength=len(whole))
     if not counts.any():
@@ -351,8 +359,8 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
 
 def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
     """All samples that have a latent, with all their captions."""
-    lists = features.samples["caption_ids"].combine_chunks().take(pa.array(latents.ids))
-    shards = features.captions["shard"].to_numpy().astype(np.int64)
+    lists = features.sample_captions().combine_chunks().take(pa.array(latents.ids))
+    shards = features.shards()
     captions = lists.values.to_numpy()
     starts = lists.offsets.to_numpy().astype(np.int64)
     return SampleIndex(latents.ids, starts, captions, shards=shards[captions])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_stores import make_store, shards
 
+from semroute.pipeline.store.checks.watch import ChangedError
 from semroute.pipeline.store.open import open_store
-from semroute.pipeline.store.watch import ChangedError
 from semroute.schemas import InputError
 
 

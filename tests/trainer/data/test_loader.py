@@ -446,7 +446,7 @@ class TestLatents:
         kind = table.schema.field("image").type
         table = table.set_column(1, "image", pa.array(images, kind))
         pyarrow.parquet.write_table(table, tmp_path / "samples.parquet")
-        options = {"workers": 0, "drop_broken": True, "report": lambda _: None}
+        options = {"workers": 0, "broken": "skip", "report": lambda _: None}
         latents = encode_images(str(tmp_path / "samples.parquet"), tmp_path / "store", **options)
         stream = self.stream(feature_store, latents.path)
         batches = [stream.read(step) for step in range(2 * 197)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...schemas import InputError
+from ....schemas import InputError
 
 _THREADS = 16
 _MANY = 1_024
