@@ -26,6 +26,7 @@ from semroute.schemas import (
     CAPTIONS_SCHEMA,
     CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
     Against,
     BenchmarkName,
@@ -277,13 +278,12 @@ class TestContracts:
         assert {row[0] for row in rows} == {*get_args(BenchmarkName)}
 
     def test_formats_of_tables_are_those_that_are_read(self):
-        from semroute.pipeline.sources.places import SUFFIXES, TAR
+        from semroute.pipeline.sources.places import ALIASES, SUFFIXES, TAR
 
-        tables = {suffix for suffix in SUFFIXES if suffix != TAR}
-        sentence = page("data-model.md").split("## Your file")[1].split(" (one caption")[0]
-        assert {*re.findall(r"`(\.\w+)`", sentence)} == tables
-        named = cli.commands["extract"].help.split("CAPTIONS is a ")[1].split(" file or URL")[0]
-        assert {f".{name}" for name in re.split(r", | or ", named)} == tables
+        kinds = page("data-model.md").split("## Your file")[1].split("| a folder")[0]
+        assert {*re.findall(r"`(\.\w+)`", kinds)} == {*SUFFIXES, *ALIASES}
+        named = cli.commands["extract"].help.split("CAPTIONS is a table (")[1].split(")")[0]
+        assert {f".{name}" for name in re.split(r", | or ", named)} == {*SUFFIXES} - {TAR}
 
     def test_templates_are_the_presets(self):
         from semroute.pipeline.text.presets import PRESETS
@@ -306,7 +306,7 @@ class TestContracts:
         ("heading", "schema"),
         [
             ("### captions.parquet", CAPTIONS_SCHEMA),
-            ("### samples.parquet", SAMPLES_SCHEMA),
+            ("### samples.parquet", [*SAMPLES_SCHEMA, *SAMPLES_EXTRA]),
             ("`captions.parquet`:", CONDITIONING_CAPTIONS_SCHEMA),
             ("`samples.parquet`:", LATENT_SAMPLES_SCHEMA),
             ("`metrics.jsonl`, a line after `step` steps:", "metrics"),
@@ -382,7 +382,7 @@ class TestFiles:
         }
         drawing = page("images/architecture.svg")
         shown = re.findall(r">((?:pipeline|trainer)/\w+)<", drawing)
-        assert sorted(shown) == sorted(packages - {"trainer/commands"})
+        assert sorted(shown) == sorted(packages - {"pipeline/commands", "trainer/commands"})
 
     def test_arrows_are_those_of_the_test(self):
         arrows = runpy.run_path(str(ROOT / "tests" / "test_arrows.py"))
@@ -469,5 +469,6 @@ class TestBuild:
         for name, command in cli.commands.items():
             assert f"semroute-{name}" in text
             for parameter in command.params:
-                for option in parameter.opts:
+                shown = not getattr(parameter, "hidden", False)
+                for option in parameter.opts if shown else []:
                     assert option.startswith("-") is False or option in text

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from semroute.pipeline.store.open import open_features, open_latents
@@ -359,6 +360,16 @@ class TestAdapters:
         (axes,) = lora_sizes(norms, "LoRA").axes
         drawn = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines]
         assert drawn == [(1, 1.0), (2, 3, 2.0, 3.0), (4, 4.0)]
+
+
+def test_dollar_signs_of_captions_are_dollar_signs(tmp_path):
+    """No formula of a stranger's, which may not even be one."""
+    captions = ["costs $5, then $6", r"$\frac{1}{", "two\nlines\x1b[31m"]
+    figure = sample_grid(np.zeros((3, 4, 4, 3), np.uint8), captions)
+    figure.savefig(tmp_path / "figure.png")
+    shown = "".join(text.get_text() for text in figure.findobj(Text))
+    assert shown.count("$") == shown.count(r"\$") == 3
+    assert "\x1b" not in shown
 
 
 def test_images_are_saved_with_their_captions(tmp_path):
