@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from semroute.pipeline.models.vae import latents_to_images, pixel_codec
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.open import open_features, open_latents
-from semroute.schemas import DataConfig
+from semroute.schemas import CheckpointState, DataConfig
 from semroute.trainer.data.loader import PackedLoader
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import NoiseSource
@@ -41,6 +41,7 @@ from semroute.trainer.runs.checkpoint import (
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    remove_old,
     save_checkpoint,
 )
 
@@ -229,13 +230,12 @@ def train(
         if step % CHECKPOINT_EVERY == 0 or step == steps:
             save_checkpoint(
                 work,
-                step,
+                CheckpointState(step=step, num_ranks=1),
                 model=sana.state_dict(),
                 ema=average.state_dict(),
                 optimizer=optimizer_tensors(sana, [optimizer]),
-                state={},
-                keep=1,
             )
+            remove_old(work, keep=1)
     batches.close()
     return average
 

@@ -7,6 +7,7 @@ import torch
 
 from semroute.schemas import (
     CaptionsIdentity,
+    CheckpointState,
     Codec,
     FeatureIdentity,
     LatentIdentity,
@@ -91,7 +92,8 @@ def write_run(
     path.mkdir(parents=True)
     write_record(path, record)
     weights = trained_weights(model)
-    save_checkpoint(path, 1, model=weights, ema=weights, optimizer={}, state={}, keep=1)
+    saved = CheckpointState(step=1, num_ranks=1)
+    save_checkpoint(path, saved, model=weights, ema=weights, optimizer={})
     return path
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from tiny_stores import make_store
 
 from semroute.pipeline.store.open import open_features, open_latents
-from semroute.schemas import RunRecord, TrainConfig
+from semroute.schemas import CheckpointState, RunRecord, TrainConfig
+from semroute.schemas.checkpoint import WindowState
 from semroute.trainer.runs.checkpoint import save_checkpoint
 from semroute.trainer.runs.metrics import add_line
 from semroute.trainer.runs.record import build_model, trained_weights, write_record
@@ -41,9 +42,9 @@ def make_run(path: Path) -> Path:
         ("loss", "grad_norm", "lr", "samples_per_second", "data_wait_share", "routing_entropy"), 0.5
     )
     for step in (1, 2):
-        state = {"window": {"losses": [0.5], "norms": [0.1]}}
-        more = {"optimizer": {}, "state": state, "keep": 2}
-        save_checkpoint(path, step, model=weights, ema=weights, **more)
+        window = WindowState(losses=[0.5], norms=[0.1])
+        state = CheckpointState(step=step, window=window, num_ranks=1)
+        save_checkpoint(path, state, model=weights, ema=weights, optimizer={})
         add_line(path, "metrics.jsonl", {"step": step, **line})
     return path
 

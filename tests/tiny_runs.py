@@ -15,6 +15,7 @@ from semroute.pipeline.text.captions import build_captions
 from semroute.pipeline.text.presets import PRESETS
 from semroute.schemas import (
     CaptionsIdentity,
+    CheckpointState,
     Codec,
     FeatureIdentity,
     LatentIdentity,
@@ -114,7 +115,8 @@ def make_run(
         name: value + size * torch.randn(value.shape, generator=generator)
         for name, value in trained_weights(network).items()
     }
-    save_checkpoint(out, 1, model=weights, ema=weights, optimizer={}, state={}, keep=1)
+    saved = CheckpointState(step=1, num_ranks=1)
+    save_checkpoint(out, saved, model=weights, ema=weights, optimizer={})
     return out
 
 

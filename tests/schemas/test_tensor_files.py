@@ -4,6 +4,7 @@ import stat
 import pytest
 import torch
 
+from semroute.schemas import CheckpointState
 from semroute.schemas.atomic import make_folder, write_document
 from semroute.schemas.tensor_files import make_readable, save_tensors
 from semroute.trainer.runs.checkpoint import save_checkpoint
@@ -31,8 +32,8 @@ def test_files_and_folders_have_the_permissions_of_the_umask(umask, tmp_path):
     save_tensors(tensors, folder / "a.safetensors", {"format": "pt"})
     save_tensors(tensors, folder / "a.safetensors")  # in the place of the first
     write_document(folder / "a.json", "{}")
-    parts = {"model": tensors, "ema": tensors, "optimizer": {}, "state": {}}
-    save_checkpoint(folder, 1, keep=1, **parts)
+    saved = CheckpointState(step=1, num_ranks=1)
+    save_checkpoint(folder, saved, model=tensors, ema=tensors, optimizer={})
     world = folder / "world"
     write_world(world, 4, 0, images_per_caption=1, num_test=2, num_dev=1)
     assert modes(folder) == ({0o666 & ~umask}, {0o777 & ~umask})
