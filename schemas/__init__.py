@@ -23,6 +23,7 @@ from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
 from .lock import LOCK_FILE, LockOwner
 from .manifest import (
+    DEFAULT_RANK,
     MASK,
     MAX_QUALITY,
     MIN_QUALITY,
@@ -47,6 +48,7 @@ from .manifest import (
     Layout,
     ModelIdentity,
     Provenance,
+    Rank,
     SamplesIdentity,
     Template,
     TextProcessing,
@@ -81,6 +83,7 @@ from .train import (
 __all__ = [
     "CAPTIONS_SCHEMA",
     "CONDITIONING_CAPTIONS_SCHEMA",
+    "DEFAULT_RANK",
     "LATENT_SAMPLES_SCHEMA",
     "LN_EPS",
     "LOCK_FILE",
@@ -136,6 +139,7 @@ __all__ = [
     "Prompt",
     "Provenance",
     "Quarantine",
+    "Rank",
     "Receipt",
     "Report",
     "RouterRecord",

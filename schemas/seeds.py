@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     """Order in which the sources of a mixture take turns: block of turns."""
     SHAPES = 10
     """Order in which shapes of latents take turns: block of turns."""
+    CODEC_FIT = 11
+    """Axes that the search for those of codec ``predictive`` begins with: no position."""
 
 
 class UnnumberedPurpose(Enum):

@@ -4,6 +4,7 @@ Shapes: R rows, L layers, H width.
 """
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,17 +32,16 @@ def check_shapes(
             )
 
 
-def check_fitted(parameters: Mapping[str, np.ndarray], num_layers: int, width: int) -> None:
-    """Refuse fitted arrays ``[L, width]`` of another width, or of fewer layers than are read.
+def check_fitted(name: str, array: np.ndarray, num_layers: int, shape: tuple[int, ...]) -> None:
+    """Refuse a fitted array ``[L, *shape]`` of another shape, or of fewer layers than are read.
 
     Raises:
-        ValueError: one has another shape.
+        ValueError: it has another shape.
     """
-    for name, array in parameters.items():
-        if array.shape[1:] != (width,) or len(array) < num_layers:
-            raise ValueError(
-                f"{name} is {array.shape}; expected {num_layers} layers or more of {width}"
-            )
+    if array.shape[1:] != shape or len(array) < num_layers:
+        raise ValueError(
+            f"{name} is {array.shape}; expected {num_layers} layers or more of {shape}"
+        )
 
 
 def check_output(
@@ -74,21 +74,65 @@ def code_sizes(width: int) -> tuple[int, int]:
     return width, -(-width // 2)
 
 
-def check_predictive(
-    code: np.ndarray,
-    escape: np.ndarray,
-    scalar: np.ndarray,
-    scales: np.ndarray,
-    width: int,
-    num_layers: int,
-) -> None:
-    """Refuse codes of ``delta`` and ``linear`` that a loop would read beyond.
+class Scales(NamedTuple):
+    """Sizes by the number of a vector's scale, float32 ``[256]`` each.
+
+    Attributes:
+        scales: of a step of its codes.
+        units, inverses: of a step in which the layer above reads it, and 1 over it.
+    """
+
+    scales: np.ndarray
+    units: np.ndarray
+    inverses: np.ndarray
+
+
+class Prediction(NamedTuple):
+    """Fitted arrays as loops read them, float32; L layers, r axes.
+
+    Attributes:
+        slope, bias, gain: ``[L, H]``.
+        down: ``[L, r, H]``; r is a multiple of 4, and 0 beside a whole matrix.
+        shrink: ``[L, r]``.
+        up: ``[L, r, H]``, or ``[L, H, H]``, the whole matrix.
+        rotation: ``[L, H, H]`` beside a whole matrix, else ``[L, 0, H]``.
+    """
+
+    slope: np.ndarray
+    bias: np.ndarray
+    down: np.ndarray
+    shrink: np.ndarray
+    up: np.ndarray
+    gain: np.ndarray
+    rotation: np.ndarray
+
+
+def check_scales(scales: Scales, scalar: np.ndarray) -> None:
+    """Refuse sizes that do not have one value for each number.
+
+    Raises:
+        ValueError: there are others.
+    """
+    shapes = {array.shape for array in scales}
+    if shapes != {(256,)} or scalar.dtype != np.uint8:
+        raise ValueError(f"{shapes} scales for numbers of {scalar.dtype}; expected 256")
+
+
+def check_prediction(prediction: Prediction, num_layers: int, width: int) -> None:
+    """Refuse fitted arrays that do not belong together, or have fewer layers than are read.
 
     Raises:
         ValueError: one has another shape.
     """
-    codes = {"code": code, "escape": escape, "scalar": scalar}
-    sizes = {"code": code_sizes(width), "escape": (width,), "scalar": (5,)}
-    check_shapes(codes, sizes, num_layers)
-    if scales.shape != (256,) or scalar.dtype != np.uint8:
-        raise ValueError(f"{scales.shape} scales for numbers of {scalar.dtype}; expected 256")
+    rank, num_axes = prediction.down.shape[1], prediction.rotation.shape[1]
+    expected = {
+        **dict.fromkeys(("slope", "bias", "gain"), (width,)),
+        "shrink": (rank,),
+        "down": (rank, width),
+        "up": (width if num_axes else rank, width),
+        "rotation": (width if num_axes else 0, width),
+    }
+    for name, shape in expected.items():
+        check_fitted(name, getattr(prediction, name), num_layers, shape)
+    if rank % 4 or (rank and num_axes):
+        raise ValueError(f"{rank} axes; expected a multiple of 4, and none beside a whole matrix")

@@ -43,7 +43,7 @@ CAPTIONS = (*FEATURES, *CONDITIONING)
 NUM_RANDOM = 12
 """Random forgeries of a test."""
 GZIP = {"name": "gzip", "configuration": {"level": 5}}
-FITTED = ("lossless", "delta", "linear", "exact")
+FITTED = ("lossless", "delta", "linear", "predictive", "exact")
 
 
 @pytest.fixture(scope="module")
