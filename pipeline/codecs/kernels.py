@@ -1,18 +1,12 @@
 """Loops of codecs on a CPU, compiled by numba on first use: one pass over rows that stay in the
 cache, where tensors take twenty passes over memory.
 
-Compiled code is cached on disk where a folder can be written. It releases the GIL, so threads run
-side by side. Shapes: R rows, L layers, H width. Row i of codes is decoded to row ``targets[i]`` of
-``out``.
+They release the GIL, so threads run side by side. Shapes: R rows, L layers, H width. Row i of codes
+is decoded to row ``targets[i]`` of ``out``.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -27,9 +21,7 @@ from .bounds import (
     check_shapes,
     code_sizes,
 )
-
-MIN_PART_ROWS = 64
-"""Fewest rows that are worth a thread."""
+from .compiled import adding, compiled, summing
 
 LANES = 32
 """Lanes of the search for the largest values; 16 and 64 were slower."""
@@ -39,29 +31,6 @@ BLOCK_ROWS = 32
 
 ROUND = np.float32(12_582_912.0)
 """1.5 * 2**23: adding and subtracting it rounds numbers below 2**22 to nearest even."""
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function, and cache the code for the next process where a folder can be written.
-
-    Nothing is checked before a division (``error_model``): a check would keep a loop from being
-    vectorised.
-    """
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the home directory can be written
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
-
-
-def _summing(function: Callable[..., Any]) -> Any:
-    """Compile a sum in any order, and so vectorised; of NaN the result is undefined."""
-    return _compiled(function, fastmath={"reassoc", "nsz", "nnan"})
-
-
-def _adding(function: Callable[..., Any]) -> Any:
-    """Compile a sum of products in any order, with fused multiplications and additions: exact for
-    integers whose sums are below 2**24, so that the order cannot be seen."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 # ----------------------------------------------------------------------------- reading and decoding
@@ -112,7 +81,7 @@ def copy_runs(
         )
 
 
-@_compiled
+@compiled
 def _copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-def]
     """The first run that is not inside its array; if there is none, -1, and all are copied."""
     for run in range(len(starts)):
@@ -130,7 +99,7 @@ def _copy_runs(source, starts, sizes, targets, out):  # type: ignore[no-untyped-
     return -1
 
 
-@_compiled
+@compiled
 def _unpack(code, escape, out):  # type: ignore[no-untyped-def]
     """Zigzag codes of one row and layer: uint8 [H] or [ceil(H / 2)], [H] -> [H]."""
     width = len(out)
@@ -176,7 +145,7 @@ def decode_lossless(
     _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out)
 
 
-@_compiled
+@compiled
 def _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):  # type: ignore[no-untyped-def]
     rows, _, width = mantissa.shape
     zigzag = np.empty(width, np.uint8)
@@ -200,7 +169,7 @@ def _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out):
                     bits[channel] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
 
 
-@_compiled
+@compiled
 def _scalars(scalar):  # type: ignore[no-untyped-def]
     """Mean and deviation: uint8 [5] -> two float32."""
     both = np.empty(2, np.uint32)
@@ -210,7 +179,7 @@ def _scalars(scalar):  # type: ignore[no-untyped-def]
     return values[0], values[1]
 
 
-@_compiled
+@compiled
 def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def]
     """values * deviation + mean -> bits of bfloat16, to nearest even; ``bits`` is scratch."""
     width = len(values)
@@ -223,7 +192,7 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
         out[channel] = np.uint16(rounded >> np.uint32(16))
 
 
-@_adding
+@adding
 def _products(left, right, out):  # type: ignore[no-untyped-def]
     """``left @ right.T``: float32 [R, K], [N, K] -> [R, N]; R is even, N a multiple of 4.
 
@@ -248,7 +217,7 @@ def _products(left, right, out):  # type: ignore[no-untyped-def]
             out[row + 1, n + 2], out[row + 1, n + 3] = y2, y3
 
 
-@_adding
+@adding
 def _add_products(left, right, out):  # type: ignore[no-untyped-def]
     """``out += left @ right``: float32 [R, K], [K, N] -> [R, N]; R is even."""
     num = len(right) - len(right) % 4
@@ -268,7 +237,7 @@ def _add_products(left, right, out):  # type: ignore[no-untyped-def]
                 q[n] += y0 * a[n]
 
 
-@_compiled
+@compiled
 def _to_steps(values, factor, out):  # type: ignore[no-untyped-def]
     """values * factor, to the nearest integer from -127 to 127."""
     for i in range(len(values)):
@@ -301,7 +270,7 @@ def decode_predictive(
     _decode_predictive(code, escape, scalar, *scales, *prediction, slots, targets, out)
 
 
-@_compiled
+@compiled
 def _decode_predictive(  # type: ignore[no-untyped-def]
     code, escape, scalar, scales, units, inverses,
     slope, bias, down, shrink, up, gain, rotation, slots, targets, out,
@@ -342,11 +311,16 @@ def _decode_predictive(  # type: ignore[no-untyped-def]
                     for channel in range(width):
                         number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
                         steps[i, channel] = number * scale
-                else:
+                elif rank:
                     for channel in range(width):
                         number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
                         predicted = into[channel] * slope[layer, channel] + bias[layer, channel]
                         into[channel] = (predicted + low[i, channel]) + number * scale
+                else:
+                    for channel in range(width):
+                        number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                        predicted = into[channel] * slope[layer, channel] + bias[layer, channel]
+                        into[channel] = predicted + number * scale
             if full:
                 if layer > 0:
                     _add_products(state[:pairs], up[layer], low[:pairs])
@@ -366,7 +340,7 @@ def _decode_predictive(  # type: ignore[no-untyped-def]
 # array, which is ten times slower.
 
 
-@_summing
+@summing
 def _mean(values):  # type: ignore[no-untyped-def]
     """The mean, in float64 so that rounding makes no variance where there is none."""
     total = np.float64(0)
@@ -375,7 +349,7 @@ def _mean(values):  # type: ignore[no-untyped-def]
     return np.float32(total / len(values))
 
 
-@_summing
+@summing
 def _variance(values, mean):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(len(values)):
@@ -383,7 +357,7 @@ def _variance(values, mean):  # type: ignore[no-untyped-def]
     return total / np.float32(len(values))
 
 
-@_summing
+@summing
 def _squares(values):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(len(values)):
@@ -391,7 +365,7 @@ def _squares(values):  # type: ignore[no-untyped-def]
     return total
 
 
-@_compiled
+@compiled
 def _widest(values):  # type: ignore[no-untyped-def]
     """Bits of the largest magnitude; as integers they have the same order, and vectorise."""
     bits, widest = values.view(np.int32), np.int32(0)
@@ -401,7 +375,7 @@ def _widest(values):  # type: ignore[no-untyped-def]
     return widest
 
 
-@_compiled
+@compiled
 def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
     """Indices of the values of largest magnitude, the first of equal ones.
 
@@ -446,7 +420,7 @@ def _largest(values, most, sizes, tops):  # type: ignore[no-untyped-def]
         tops[first % lanes] = top
 
 
-@_compiled
+@compiled
 def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
     """Bits of bfloat16, to nearest even; ``bits`` is scratch, uint32 [1]."""
     bits.view(np.float32)[0] = value
@@ -455,21 +429,36 @@ def _to_bf16(value, bits):  # type: ignore[no-untyped-def]
     )
 
 
-@_compiled
+@compiled
 def _from_bf16(value, bits):  # type: ignore[no-untyped-def]
     bits[0] = np.uint32(value) << np.uint32(16)
     return bits.view(np.float32)[0]
 
 
-@_compiled
+@compiled
 def encode_predicted(  # type: ignore[no-untyped-def]
-    hidden, predicted, scales, step, massive, eps, code, escape, scalar, state, decoded
+    hidden,
+    below,
+    slope,
+    bias,
+    correction,
+    scales,
+    step,
+    massive,
+    eps,
+    code,
+    escape,
+    scalar,
+    state,
+    decoded,
 ):
     """One layer, as :meth:`semroute.pipeline.codecs.predictive.Predictive.encode`.
 
     Args:
         hidden: float32 [R, H].
-        predicted: LN(h), float32 [R, H].
+        below: state of the layer below, float32 [R, H], or [0, H].
+        slope, bias: float32 [H].
+        correction: added to what they predict, float32 [R, H], or [0, H].
         scales: float32 [256].
         step: in units of the RMS.
         massive: number of channels left out of the RMS.
@@ -498,7 +487,16 @@ def encode_predicted(  # type: ignore[no-untyped-def]
         deviation = _from_bf16(deviation_bits, bits)
         for channel in range(width):
             normed[channel] = (values[channel] - mean) / deviation
-        into[:] = predicted[row]
+        if len(below):
+            before = below[row]
+            for channel in range(width):
+                into[channel] = before[channel] * slope[channel] + bias[channel]
+        else:
+            into[:] = bias
+        if len(correction):
+            more = correction[row]
+            for channel in range(width):
+                into[channel] += more[channel]
         for channel in range(width):
             residual[channel] = normed[channel] - into[channel]
         rest = _squares(normed)
@@ -537,7 +535,7 @@ def encode_predicted(  # type: ignore[no-untyped-def]
         _to_bits(into, mean, deviation, scratch, coded)
 
 
-@_compiled
+@compiled
 def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore[no-untyped-def]
     """Errors of LN(h), as :func:`semroute.pipeline.codecs.error.relative_errors`.
 
@@ -572,22 +570,3 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
             total -= found[most[i]] * found[most[i]]
         norm = max(norm, np.float32(1e-6))
         bare[row] = known * np.sqrt(max(total, np.float32(0)) / norm)
-
-
-def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
-    """Call a compiled loop for slices of all rows, in as many threads as torch would use."""
-    import torch
-
-    parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))
-    bounds = [num_rows * part // parts for part in range(parts + 1)]
-    slices = [slice(*pair) for pair in pairwise(bounds)]
-    if parts == 1:
-        function(slices[0])
-        return
-    for _ in _threads(torch.get_num_threads()).map(function, slices):
-        pass
-
-
-@lru_cache(maxsize=1)
-def _threads(num: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num)

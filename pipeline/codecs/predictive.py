@@ -27,6 +27,7 @@ from .base import (
 )
 from .bits import pair, unpair, wrap
 from .bounds import Prediction, Scales
+from .compiled import in_parts
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,11 @@ class Predictive(Lossy):
         import torch
 
         values = hidden.float().contiguous().numpy()
-        predicted = self._predict(layer, below).expand(hidden.shape).numpy()
+        none = values[:0]
+        before = none if below is None else below.state.numpy()
+        correction = none
+        if below is not None and self.rank:
+            correction = self._correct(layer, below).numpy()
         codes = {
             spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.code_arrays
         }
@@ -165,7 +170,10 @@ class Predictive(Lossy):
         def encode_part(rows: slice) -> None:
             kernels.encode_predicted(
                 values[rows],
-                predicted[rows],
+                before[rows],
+                self.parameters["slope"][layer],
+                self.parameters["bias"][layer],
+                correction[rows],
                 SCALES,
                 2.0**-self._quality,
                 min(NUM_MASSIVE, self.width // 2),
@@ -175,7 +183,7 @@ class Predictive(Lossy):
                 decoded[rows],
             )
 
-        kernels.in_parts(encode_part, len(values))
+        in_parts(encode_part, len(values))
         tensors = {name: torch.from_numpy(array) for name, array in codes.items()}
         hidden = torch.from_numpy(decoded).view(torch.bfloat16)
         return Coded(tensors, hidden, torch.from_numpy(state))
@@ -196,15 +204,20 @@ class Predictive(Lossy):
         if self._is_full:
             return below.state @ self._fitted("matrix", layer, device) + bias
         predicted = below.state * self._fitted("slope", layer, device) + bias
-        if not self.rank:
-            return predicted
+        return predicted + self._correct(layer, below) if self.rank else predicted
+
+    def _correct(self, layer: int, below: Coded) -> torch.Tensor:
+        """What matrices of a rank add to the slope, fp32 ``[R, H]``."""
+        import torch
+
+        device = below.state.device
         number = below.codes["scalar"][:, 4:].long()  # [R, 1]
         tables = (torch.from_numpy(table).to(device)[number] for table in self._scales[1:])
         units, inverses = tables
         names = ("down", "up", "shrink", "gain")
         down, up, shrink, gain = (self._fitted(name, layer, device) for name in names)
         axes = _to_steps(_to_steps(below.state * inverses) @ down.T * shrink)  # [R, r]
-        return predicted + axes @ up * gain * units
+        return axes @ up * gain * units
 
     def _fitted(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
         import torch

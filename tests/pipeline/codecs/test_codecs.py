@@ -159,7 +159,6 @@ def test_lossless_keeps_every_bit_pattern_whatever_the_fit(bits, seed):
         np.testing.assert_array_equal(found.view(torch.uint16).numpy(), raw)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33), (8, 200)])
 def decode_as_documented(codec, codes):
     """Rank below the width, in numpy: float32, and int64 for what is multiplied by matrices."""
     given, scalar = codec.parameters, codes["scalar"]
@@ -269,6 +268,7 @@ def test_rank_saves_bits_where_channels_mix():
     assert bits[1] - 0.1 > bits[2]
 
 
+@pytest.mark.parametrize(("bits", "width"), [(8, 48), (4, 48), (4, 33), (8, 200)])
 @pytest.mark.parametrize("rank", [0, 6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_compiled_encoder_does_the_arithmetic_of_tensors(kind, rank, bits, width):
