@@ -1,31 +1,66 @@
 """The command line: the list of commands, and how their errors are shown."""
 
+import errno
+import traceback
 from typing import Any
 
 import click
 
 from . import __version__
-from .pipeline import commands as pipeline
+from .pipeline.commands import stores as pipeline
+from .pipeline.commands.options import VERBOSITY, add_verbosity
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
+from .schemas.escaping import shown
 from .trainer.commands import embed, evaluate, runs, sample, stores, study, train
+
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Check who owns it, and what its mode allows."),
+    errno.EROFS: "Name a place that can be written to.",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files, as by `ulimit -n 4096`."),
+    errno.ENAMETOOLONG: "Name a shorter path.",
+}
+_OUTSIDE = (
+    *("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"),
+    *("httpx", "huggingface_hub", "requests", "s3fs", "safetensors_rust", "urllib3"),
+)
+"""Packages whose own errors are of disks, networks, credentials and other people's files."""
 
 
 class _Commands(click.Group):
-    """Commands that answer bad input and a full disk with a message instead of a traceback."""
+    """Commands that answer bad input, and errors of the operating system and of storage, with a
+    message. Any other error is a bug of ours, and ends in a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = shown(error.message)  # type: ignore[misc]
+            raise
         except InputError as error:
+            if ctx.meta.get(VERBOSITY) == "verbose":
+                traceback.print_exception(error)
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno == errno.EPIPE:  # whoever read our output has gone
                 raise
-            where = f" while writing {error.filename}" if error.filename else ""
-            raise click.ClickException(
-                f"the disk is full{where}. Free some space and rerun the same command."
-            ) from error
+            raise click.ClickException(shown(_describe(error))) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in _OUTSIDE:
+                raise
+            raise click.ClickException(shown(f"{type(error).__name__}: {error}")) from error
+
+
+def _describe(error: OSError) -> str:
+    """What an error of the operating system means, and what to do."""
+    if error.errno in DISK_FULL:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}. Free some space and rerun the same command."
+    if error.errno is None or not error.strerror:
+        return str(error) or type(error).__name__
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = _REMEDIES.get(error.errno)
+    return f"{where}{error.strerror}" + ("" if remedy is None else f". {remedy}")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,7 +97,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(command)
+    cli.add_command(add_verbosity(command))
 
 if __name__ == "__main__":
     cli()

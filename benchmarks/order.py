@@ -12,8 +12,8 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from semroute.trainer.data.dataset import SampleIndex
-from semroute.trainer.data.sampler import MixtureSampler
+from semroute.pipeline.store.order.dataset import SampleIndex
+from semroute.pipeline.store.order.sampler import MixtureSampler
 
 SEEDS = 3
 

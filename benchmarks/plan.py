@@ -152,8 +152,7 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
             codec=Codec(name="bf16"),
             provenance=provenance(str(captions), model),
         )
-        table = made.captions_table(packing)
-        FeatureStore.create(store, manifest, table, made.samples_table())
+        FeatureStore.create(store, manifest, made.captions_reader(packing), made.samples_table())
     found["captions"] = len(made.captions)
     found["tokens"] = int(made.captions.sequence_lengths.sum())
     found["shards"] = packing.layout.num_shards

@@ -33,7 +33,7 @@ from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig
 from semroute.trainer.data.loader import PackedLoader
 from semroute.trainer.diffusion.flow import Flow
-from semroute.trainer.diffusion.noise import draw_noise
+from semroute.trainer.diffusion.noise import NoiseSource
 from semroute.trainer.diffusion.sampling import SamplingConfig
 from semroute.trainer.evaluation.generate import generate
 from semroute.trainer.evaluation.shapes import read_captions, score
@@ -193,16 +193,15 @@ def train(
         start = checkpoint.step
     data = DataConfig(batch_size=given["batch_size"])
     layers = sana.router.layers_read
-    loader = PackedLoader(features, latents, data, seed=seed, layers=layers, start_step=start)
+    noise = NoiseSource(flow, seed, draws, version=1)  # that of the published numbers
+    options = {"seed": seed, "layers": layers, "start_step": start, "noise": noise}
+    loader = PackedLoader(features, latents, data, **options)
     batches = iter(loader)
     precision = torch.autocast("cpu", torch.bfloat16, enabled=given["dtype"] == "bfloat16")
     losses, began = [], time.perf_counter()
     for step in range(start + 1, steps + 1):
         batch = next(batches)
-        num = len(batch.sample_ids)
-        t, noise = draw_noise(
-            flow, sana.latent_shape, seed=seed, first=batch.position, num=num, draws=draws
-        )
+        t, noise, _ = batch.draws.tensors()
         x0 = batch.latents.repeat_interleave(draws, 0)
         caption = batch.caption.repeat_interleave(draws)
         with precision:

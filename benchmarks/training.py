@@ -34,7 +34,7 @@ from semroute.pipeline.models.vae import latents_to_images
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import read_config
-from semroute.trainer.diffusion.noise import draw_noise
+from semroute.trainer.diffusion.noise import NoiseSource
 from semroute.trainer.diffusion.sampling import SamplingConfig
 from semroute.trainer.evaluation.generate import generate
 from semroute.trainer.evaluation.shapes import score
@@ -166,7 +166,8 @@ def held_out_loss(
     for part in torch.arange(len(ids)).split(50):
         first, num = int(part[0]), len(part)
         shape = run.model.latent_shape
-        t, noise = draw_noise(run.flow, shape, seed=seed, first=first, num=num, draws=DRAWS)
+        drawn = NoiseSource(run.flow, seed, DRAWS, version=1).draw(first, num, shape)
+        t, noise = drawn.t, drawn.noise
         x0, caption = (x.repeat_interleave(DRAWS, 0) for x in (images[part], torch.arange(num)))
         rows = store.read(ids[part.numpy()], run.model.router.layers_read)
         x_t, offsets = run.flow.interpolate(x0, noise, t), torch.from_numpy(rows.offsets)

@@ -1,11 +1,17 @@
 """Look of all figures."""
 
 import io
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+
+from ..schemas import write_whole
+from ..schemas.escaping import one_line
 
 COLOUR_MAP = "viridis"
 SIGNED_COLOUR_MAP = "RdBu_r"
@@ -15,13 +21,32 @@ DPI = 150
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows by itself, whether or not it uses pyplot."""
+    """A figure that a notebook shows by itself, whether or not it uses pyplot, and whose file is
+    there whole or not at all."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """As of matplotlib.
+
+        Args:
+            fname: a path, whose suffix names the format, or an open file.
+        """
+        if not isinstance(fname, (str, os.PathLike)):
+            super().savefig(fname, **options)
+            return
+        content, path = io.BytesIO(), Path(fname)
+        super().savefig(content, **{"format": path.suffix[1:] or "png", **options})
+        write_whole(path, content.getvalue())
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=DPI)
         width, height = (round(100 * inches) for inches in self.get_size_inches())
         return file.getvalue(), {"width": width, "height": height}
+
+
+def plain(text: object) -> str:
+    """A text of somebody else's as a figure shows it: in one line, and a dollar sign is one."""
+    return one_line(str(text)).replace("$", r"\$")
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:

@@ -3,6 +3,8 @@
 from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
+from .budget import BUDGET, POSITION, FollowedRun, RunPosition, StoreBudget
+from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
 from .config import read_config, read_yaml
 from .contract import (
@@ -63,6 +65,7 @@ from .tables import (
     CAPTIONS_SCHEMA,
     CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
 )
 from .train import (
@@ -81,6 +84,7 @@ from .train import (
 )
 
 __all__ = [
+    "BUDGET",
     "CAPTIONS_SCHEMA",
     "CONDITIONING_CAPTIONS_SCHEMA",
     "DEFAULT_RANK",
@@ -92,7 +96,9 @@ __all__ = [
     "MAX_SEED",
     "MIN_QUALITY",
     "PARTIAL",
+    "POSITION",
     "SAME_WEIGHTS",
+    "SAMPLES_EXTRA",
     "SAMPLES_SCHEMA",
     "AdapterRecord",
     "Against",
@@ -100,6 +106,8 @@ __all__ = [
     "BenchmarkName",
     "Bucket",
     "CaptionsIdentity",
+    "CheckpointFiles",
+    "CheckpointState",
     "Checksums",
     "Cleaning",
     "Codec",
@@ -109,6 +117,8 @@ __all__ = [
     "ConditioningTensor",
     "Contract",
     "ContractError",
+    "Cut",
+    "Cuts",
     "DataConfig",
     "Derived",
     "Difference",
@@ -119,6 +129,7 @@ __all__ = [
     "FinalNorm",
     "Fit",
     "FlowConfig",
+    "FollowedRun",
     "Generation",
     "ImageSetRecord",
     "InputError",
@@ -145,12 +156,14 @@ __all__ = [
     "RouterRecord",
     "Routing",
     "RoutingConfig",
+    "RunPosition",
     "RunRecord",
     "SamplesIdentity",
     "Scoring",
     "SelectionConfig",
     "SelectionRecord",
     "SourceConfig",
+    "StoreBudget",
     "StudyConfig",
     "Summary",
     "Template",
@@ -158,6 +171,7 @@ __all__ = [
     "TrainConfig",
     "Tuning",
     "ValidationConfig",
+    "WindowState",
     "WrittenFile",
     "differences",
     "digest",

@@ -1,12 +1,18 @@
-"""Atomic writes: a file is there whole or not at all, even if its writer dies."""
+"""Atomic writes: a file or folder is there whole or not at all, even if its writer dies."""
 
 import os
+import shutil
 import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
+from .errors import InputError
+
 PARTIAL = ".partial"
 """Suffix of a file that one of several writers has not finished."""
+_UNFINISHED, _REPLACED = "unfinished", "replaced"
 
 
 def write_document(path: Path, text: str) -> None:
@@ -38,6 +44,13 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
         raise
 
 
+def make_folder(parent: Path, prefix: str) -> Path:
+    """A new folder of a name that nobody has, with the permissions that the umask allows."""
+    folder = parent / f"{prefix}{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    return folder
+
+
 def _create(path: Path) -> BinaryIO:
     """A new file; one that a killed writer left there goes first, as does a link."""
     path.unlink(missing_ok=True)
@@ -65,3 +78,44 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(out: str | os.PathLike[str], own: Collection[str] = ()) -> Iterator[Path]:
+    """Write a folder beside its place, and put it there when it is complete.
+
+    What a killed writer left beside it goes first, so that the same command does it again.
+
+    Args:
+        own: files that may be in the folder already; it is replaced.
+
+    Yields:
+        A new folder, to be filled.
+
+    Raises:
+        InputError: there are other files, or no folder.
+    """
+    final = Path(out).resolve()
+    unfinished, replaced = (
+        final.with_name(f".{final.name}.{suffix}") for suffix in (_UNFINISHED, _REPLACED)
+    )
+    if replaced.is_dir() and not final.exists():  # killed between the two names
+        replaced.rename(final)
+    if final.exists() and not final.is_dir():
+        raise InputError(f"{out} is a file: name a new folder")
+    if final.exists() and not {*os.listdir(final)} <= {*own}:
+        raise InputError(f"{out} is not empty: name a new folder")
+    for left in (unfinished, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in unfinished.rglob("*"):
+            sync(path)
+        if final.exists() and any(final.iterdir()):
+            final.rename(replaced)
+        unfinished.rename(final)
+        sync(final.parent)
+    finally:
+        for left in (unfinished, replaced):
+            shutil.rmtree(left, ignore_errors=True)

@@ -16,9 +16,45 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A training configuration from a YAML file, with overrides ``a.b=value``.
 
     Raises:
-        InputError: no such file, not YAML, or not a valid configuration.
+        InputError: no such file, not YAML, not a valid configuration, or one with keys that have no
+            effect beside others.
     """
-    return parse(TrainConfig, read_yaml(path, overrides), str(path))
+    config = parse(TrainConfig, read_yaml(path, overrides), str(path))
+    _refuse_unused(config, str(path))
+    return config
+
+
+def _refuse_unused(config: TrainConfig, name: str) -> None:
+    """Refuse keys that are not at their default, and that nothing reads.
+
+    Contracts do not: a run of an early version may have been trained with such keys.
+    """
+    pretrained, validation = config.model.kind == "pretrained", config.validation
+    unused = {
+        "optimizer.muon_lr": (config.optimizer.name != "muon", "optimizer.name muon"),
+        "data.window": (config.data.order != "shards", "data.order shards"),
+        "data.unverified": (not pretrained, "model.kind pretrained"),
+        **{
+            f"validation.{key}": (
+                not validation.share and validation.features is None,
+                "validation.share, or a second pair of stores",
+            )
+            for key in ("every", "num_samples", "num_bins", "seed")
+        },
+    }
+    for number, select in enumerate([config.data.select, *(s.select for s in config.data.mixture)]):
+        if select.columns is not None and select.filter is None and select.caption_weights is None:
+            where = f"data.mixture.{number - 1}.select" if number else "data.select"
+            raise InputError(
+                f"{name}: {where}.columns is given, but nothing reads them: give filter or "
+                "caption_weights too, or leave it out"
+            )
+    for key, (is_unused, needed) in unused.items():
+        section, _, field = key.partition(".")
+        part = getattr(config, section)
+        value = getattr(part, field)
+        if is_unused and value != type(part).model_fields[field].default:
+            raise InputError(f"{name}: {key} is {value!r}, but needs {needed}: leave it out")
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> YamlMapping:

@@ -1,10 +1,13 @@
-"""Titled facts and tables, as text and as HTML, for reprs and reports."""
+"""Titled facts and tables, as text and as HTML, for reprs and reports; what they hold may be a
+stranger's."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from .escaping import one_line
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,10 @@ class Summary:
 
     def __str__(self) -> str:
         width = max(map(len, self.items), default=0)
-        lines = [f"  {name:<{width}}  {value}" for name, value in self.items.items()]
-        return "\n".join([self.title, *lines])
+        lines = [
+            f"  {one_line(name):<{width}}  {one_line(value)}" for name, value in self.items.items()
+        ]
+        return "\n".join([one_line(self.title), *lines])
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -64,13 +69,14 @@ class Table:
     num_words: int = 1
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        rows = [[one_line(cell) for cell in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if number < self.num_words else cell.rjust(width)
                 for number, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
-            for row in self.rows
+            for row in rows
         )
 
     def to_html(self) -> str:
@@ -82,5 +88,5 @@ class Table:
 
     def to_markdown(self) -> list[str]:
         """Lines of a Markdown table; cells may hold Markdown."""
-        head, *others = (f"| {' | '.join(row)} |" for row in self.rows)
+        head, *others = (f"| {' | '.join(map(one_line, row))} |" for row in self.rows)
         return [head, "| --- " * len(self.rows[0]) + "|", *others]

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+
+class WaitEndedError(Exception):
+    """Somebody asked for the end of a wait, such as Ctrl-C."""
+
+
 Handler = Callable[[int, FrameType | None], None]
 
 

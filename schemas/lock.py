@@ -13,6 +13,9 @@ class LockOwner(Contract):
     pid: int
     begun: str
     """Start of the process by its machine's clock; together with the pid it identifies it."""
+    namespace: str = ""
+    """Where the pid and that clock hold: boot of the machine, and the namespaces of processes and
+    time. Containers may share a host name, but not these."""
     started: str
     """Time at which it took the lock, UTC."""
     token: str

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .contract import Contract
 from .mixes import Mixes
@@ -11,7 +11,8 @@ from .mixes import Mixes
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
 DEFAULT_RANK = 32
 """Largest rank at which a CPU core decodes 0.4 GB/s; see docs/benchmarks/codecs.md."""
-Status = Literal["extracting", "complete"]
+Status = Literal["extracting", "complete", "budget"]
+"""``budget``: shards come and go within a disk budget, see ``budget.json``."""
 FinalNorm = Literal["normed", "raw", "both", "absent"]
 CodecName = Literal["bf16", "lossless", "delta", "linear", "predictive"]
 Rank = Annotated[int, Field(ge=0)] | Literal["full"]
@@ -98,6 +99,16 @@ class SamplesIdentity(Contract):
     num_samples: int = Field(ge=1)
     fingerprint: str | None
     """sha256 over the captions of all rows, in input order; null if there are none."""
+    blank: Literal["skip", "null"] | None = None
+    """What was asked for rows without a caption: left out, or given the null caption; absent:
+    there must be none."""
+    weights: tuple[float, ...] | None = None
+    """Weights of the columns of captions, in their order; absent: there are none."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if v is not None or k == "fingerprint"}
 
 
 class FeatureIdentity(Contract):

@@ -74,5 +74,8 @@ class RunRecord(Contract):
     """The LLM, as named in extraction; needed only to encode new prompts."""
     vae_source: str = "pixels"
     """The VAE, as named in the latent store; needed only to decode samples."""
+    id: str | None = None
+    """32 random hexadecimal digits, by which trackers know the run when it is resumed; null in
+    records of early versions."""
     versions: dict[str, str]
     created: str

@@ -12,6 +12,7 @@ Keys are part of what a release computes: a number here is never changed and nev
 ``SeedSequence`` pads keys with zeros, so (7, 2) and (7, 2, 0) are the same key.
 """
 
+from collections.abc import Iterable, Iterator
 from enum import Enum, IntEnum, auto
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+RANDOM_VERSION = 2
+"""Version of the arithmetic of noise, t, and turns in mixtures that new runs take, see
+``TrainConfig.random_version``."""
 
 
 class Purpose(IntEnum):
@@ -29,7 +35,7 @@ class Purpose(IntEnum):
     CHOICE = 1
     """Caption dropout, and the choice among captions of a sample; counted by position."""
     NOISE = 2
-    """Noise levels and noise that a sample is trained with: position."""
+    """Noise levels and noise that a sample is trained with, of ``random_version`` 1: position."""
     POSTERIOR = 3
     """Noise by which a latent is sampled from its posterior: position."""
     T_JITTER = 4
@@ -44,7 +50,11 @@ class Purpose(IntEnum):
     """Order in which the sources of a mixture take turns: block of turns."""
     SHAPES = 10
     """Order in which shapes of latents take turns: block of turns."""
-    CODEC_FIT = 11
+    T = 11
+    """Noise levels that a sample is trained with: position. Counted, see :func:`counted`."""
+    GAUSSIAN = 12
+    """Noise that a sample is trained with: position. Counted."""
+    CODEC_FIT = 13
     """Axes that the search for those of codec ``predictive`` begins with: no position."""
 
 
@@ -81,10 +91,19 @@ def numpy_generator(
     return np.random.Generator(philox(seed, purpose, *position))
 
 
+def counted(seed: int, purpose: Purpose, positions: Iterable[int]) -> Iterator[np.random.Generator]:
+    """A generator for each position: Philox with one key of 128 bits, and the position, of up to 64
+    bits, in the upper half of its counter. So no two positions ever share a number."""
+    key = seed_sequence(seed, purpose).generate_state(2, np.uint64)
+    for position in positions:
+        yield np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, 0]))
+
+
 def torch_generator(
     seed: int, purpose: Purpose | UnnumberedPurpose, *position: int
 ) -> "torch.Generator":
-    """A generator of torch on the CPU, so that devices do not change what it gives."""
+    """A generator of torch on the CPU, so that devices do not change what it gives. It uses 32 bits
+    of the key."""
     import torch
 
     state = seed_sequence(seed, purpose, *position).generate_state(1, np.uint64)

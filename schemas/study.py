@@ -27,6 +27,9 @@ class Scoring(Settings):
     num_steps: Positive = 50
     """Steps of the solver."""
     solver: Literal["euler", "heun"] = "euler"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products. ``auto``: bfloat16 on a GPU for runs that were trained so,
+    otherwise float32."""
     clock: str = "nominal"
     """The t that routing sees: ``nominal``, ``shift:K`` or ``estimated``."""
     seed: Seed = 0

@@ -38,6 +38,16 @@ SAMPLES_SCHEMA = pa.schema(
 )
 """``samples.parquet`` of a store of captions: one row per input row, in input order."""
 
+SAMPLES_EXTRA = pa.schema(
+    [
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("caption_weights", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+"""Further columns of the samples of a store of captions. ``source_row``, where rows of the input
+had no caption: the input row of each sample. ``caption_weights``, where the columns of captions had
+weights: one per caption of the sample, which training shows them by."""
+
 LATENT_SAMPLES_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.int64(), nullable=False),

@@ -6,6 +6,8 @@ more differences are not settings: gates start at zero, as in the paper's text b
 and the average of the weights starts gently (see :class:`EMAConfig`).
 """
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +18,8 @@ Positive = Annotated[int, Field(ge=1)]
 MAX_SEED = 2**63 - 1
 """Largest seed: tables of results hold seeds as signed numbers of 64 bits."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+MAX_MODE_SCALE = 2 / (math.pi - 2)
+"""Largest scale with which the map of a uniform number to t is monotone."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tracker = Literal[
     "none",
@@ -196,17 +200,56 @@ _DIT_KEYS = (
 _PRETRAINED_KEYS = ("pretrained", "train", "lora", "base_layers", "guidance", "dtype")
 
 
+def _refuse_unused(config: Settings, needs: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse keys that are given and have no effect.
+
+    Args:
+        needs: key -> another key, and the value of it with which the first has an effect.
+    """
+    for name, (other, value) in needs.items():
+        found = getattr(config, name)
+        if found != type(config).model_fields[name].default and getattr(config, other) != value:
+            raise ValueError(
+                f"{name} is {found!r}, which {other} {getattr(config, other)} does not use: leave "
+                f"it out, or set {other}={value}"
+            )
+
+
 class FlowConfig(Settings):
     """Rectified flow x_t = (1 - t) x_0 + t noise, t in [0, 1], 1 = pure noise."""
 
     prediction: Literal["velocity", "x0"] = "velocity"
     """Output of the network: the velocity noise - x_0, or x_0 (with the velocity's loss)."""
+    t_density: Literal["logit-normal", "uniform", "mode", "cosine"] = "logit-normal"
+    """Density of t in training, before the shift: those of arXiv 2403.03206, section 3.1;
+    ``cosine`` is its CosMap."""
     t_mean: float = 0.0
-    """Mean of the logit of t, which is normally distributed, before the shift."""
+    """Mean of the logit of t. For ``logit-normal``."""
     t_std: float = Field(1.0, gt=0)
-    """Its standard deviation."""
+    """Standard deviation of the logit of t. For ``logit-normal``."""
+    mode_scale: float = Field(1.29, ge=-1, le=MAX_MODE_SCALE)
+    """Above 0 more of the middle of t is trained, below 0 more of its ends. For ``mode``."""
     shift: float = Field(6.0, gt=0)
     """t <- shift t / (1 + (shift - 1) t), in training and in sampling."""
+    shift_area: Positive | None = None
+    """Latent pixels, height times width, of the shape that ``shift`` is for; that of another shape
+    is shift sqrt(pixels / shift_area). By default all shapes have the same."""
+    loss_weight: Literal["none", "min-snr"] = "none"
+    """Weight of each sample's loss in training, by t: none, or min(SNR, min_snr_gamma) for the
+    error of x_0 (arXiv 2303.09556). Validation has no weights."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Largest weight. For ``min-snr``."""
+
+    @model_validator(mode="after")
+    def _no_unused_keys(self) -> "FlowConfig":
+        needs = {
+            "t_mean": ("t_density", "logit-normal"),
+            "t_std": ("t_density", "logit-normal"),
+            "mode_scale": ("t_density", "mode"),
+            "min_snr_gamma": ("loss_weight", "min-snr"),
+        }
+        _refuse_unused(self, needs)
+        return self
 
 
 class OptimizerConfig(Settings):
@@ -235,8 +278,29 @@ class OptimizerConfig(Settings):
     """Gradients with a larger norm, over all parameters, are scaled down to it."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up: step s, counted from 1, has s / (warmup_steps + 1) of the rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up; cosine and linear fall to 0 at the last step."""
+    schedule: Literal["constant", "cosine", "linear", "cosine-restarts", "wsd"] = "constant"
+    """After the warm-up; all but ``constant`` fall to 0 at the last step. ``cosine-restarts``
+    falls ``num_cycles`` times; ``wsd`` (warm-up, stable, decay) is constant up to the last
+    ``decay_steps``."""
+    num_cycles: int = Field(4, ge=2)
+    """Number of cycles. For ``cosine-restarts``."""
+    decay_steps: Positive = 1_000
+    """Steps of the decay. For ``wsd``."""
+    decay_shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
+    """Shape of the decay. For ``wsd``."""
+    decayed: Literal["all", "matrices"] = "all"
+    """Parameters with weight decay: all but the router's, or of these only matrices, not the
+    weights of norms and biases."""
+
+    @model_validator(mode="after")
+    def _no_unused_keys(self) -> "OptimizerConfig":
+        needs = {
+            "num_cycles": ("schedule", "cosine-restarts"),
+            "decay_steps": ("schedule", "wsd"),
+            "decay_shape": ("schedule", "wsd"),
+        }
+        _refuse_unused(self, needs)
+        return self
 
 
 class SelectionConfig(Settings):
@@ -344,6 +408,42 @@ class ValidationConfig(Settings):
         return self
 
 
+class PreviewConfig(Settings):
+    """Images while the run trains, from the moving average, with the same noise each time."""
+
+    every: Positive | None = None
+    """Steps between sets of images; there is one at the end too. By default none."""
+    captions: Positive = 12
+    """Number of captions, the first of the store; or the first of ``prompts``."""
+    features: str | None = None
+    """Feature store of the captions; by default the run's own."""
+    samples: str | None = None
+    """The dev.parquet or test.parquet of the shapes that ``features`` were extracted from: images
+    are scored too."""
+    prompts: list[str] | None = None
+    """Texts instead of stored captions; the run's LLM encodes them before training."""
+    llm: str | None = None
+    """Where the LLM is, for ``prompts``; by default where it was when features were extracted."""
+    vae: str | None = None
+    """Where the VAE is; by default where it was when latents were made."""
+    cfg_scale: float = 3.0
+    """Guidance scale; 1 means none."""
+    num_steps: Positive = 20
+    """Steps of the solver."""
+    seed: Seed = 0
+    """Seed of the noise."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PreviewConfig":
+        if self.prompts is not None and (self.features or self.samples):
+            raise ValueError("give either prompts or features")
+        if self.llm is not None and self.prompts is None:
+            raise ValueError("llm is given without prompts, which it is for: leave it out")
+        if self.samples is not None and self.features is None:
+            raise ValueError("samples is given without features, which were extracted from it")
+        return self
+
+
 class TrainConfig(Settings):
     """Configuration of ``semroute train``."""
 
@@ -356,10 +456,15 @@ class TrainConfig(Settings):
     start: str | None = None
     """A run whose moving average, at its newest checkpoint, initializes the weights of this one;
     the router's too if the strategy is the same. By default weights are random."""
+    random_version: Literal[1, 2] | None = None
+    """Version of the arithmetic of noise, t, and turns in mixtures. By default a new run takes 2,
+    and a run that is resumed keeps its own. Runs whose ``run.json`` lacks this key have 1; set it
+    to repeat one in the same bits."""
     seed: Seed = 0
     """Seed of the weights and, together with a position, of order, caption dropout, t and noise."""
     steps: Positive = 500_000
-    """Steps of the optimizer; may grow when a run is resumed, under a constant schedule."""
+    """Steps of the optimizer; may grow when a run is resumed, under schedule ``constant``, or under
+    ``wsd`` before the decay."""
     grad_accum_steps: Positive = 1
     """Number of parts in which a rank's share of a batch is computed; divides batch_size."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
@@ -375,6 +480,9 @@ class TrainConfig(Settings):
     for about a third more work, the same numbers."""
     compile: bool = False
     """Compile the blocks with ``torch.compile``: slow first steps, and different rounding."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """Minutes that processes wait for one another within a step, before the run ends. Starting,
+    validation and checkpoints may take longer."""
     tracker: Tracker = "none"
     """Also receives all metrics, through Accelerate. ``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()
@@ -384,6 +492,7 @@ class TrainConfig(Settings):
     data: DataConfig = DataConfig()
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
+    sampling: PreviewConfig = PreviewConfig()
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -441,6 +550,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 "flow.prediction is x0, but a pretrained network predicts what it was trained for: "
                 "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> "TrainConfig":
+        longest = self.steps - self.optimizer.warmup_steps
+        if self.optimizer.schedule == "wsd" and self.optimizer.decay_steps > longest:
+            raise ValueError(
+                f"optimizer.decay_steps is {self.optimizer.decay_steps}, but after the warm-up "
+                f"there are {longest} steps: give fewer"
             )
         return self
 

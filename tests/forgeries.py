@@ -54,8 +54,8 @@ class Forgery:
     sealed: bool = True
 
 
-def table(change, *, file="captions.parquet", kinds=CAPTIONS, name, of):
-    return Forgery(name, lambda store: column(store, file, of, change), kinds, file)
+def table(change, *, file="captions.parquet", kinds=CAPTIONS, name, of, by=("read", "verify")):
+    return Forgery(name, lambda store: column(store, file, of, change), kinds, file, by)
 
 
 def put(place, value):
@@ -69,6 +69,8 @@ def swap(values):
     values[2], values[5] = values[5], values[2]
 
 
+UNREAD = ("verify",)
+"""Steps that refuse what reading features never looks at: texts and tokens."""
 TABLES = [
     table(put(5, lambda stop: stop - 30), name="rows-backwards", of="row_stop"),
     table(put(0, -8), name="rows-negative", of="row_start"),
@@ -85,9 +87,12 @@ TABLES = [
     table(put(-1, lambda shard: shard + 1), name="shard-more", of="shard"),
     table(swap, name="ids-exchanged", of="caption_id"),
     table(put(4, lambda ids: ids * 2), name="tokens-more", of="token_ids", kinds=("ragged",)),
-    table(put(4, lambda ids: ids * 2), name="tokens-listed", of="token_ids", kinds=FEATURES),
+    table(
+        put(4, lambda ids: ids * 2),
+        **{"name": "tokens-listed", "of": "token_ids", "kinds": FEATURES, "by": UNREAD},
+    ),
     table(put(4, lambda num: num + 1), name="tokens-counted", of="num_tokens", kinds=FEATURES),
-    table(put(4, -1), name="cut-negative", of="num_cut_tokens", kinds=FEATURES),
+    table(put(4, -1), name="cut-negative", of="num_cut_tokens", kinds=FEATURES, by=UNREAD),
     *(
         table(put(4, value), name=f"sample-{name}", of=of, kinds=kinds, file="samples.parquet")
         for name, of, value, kinds in (
@@ -551,7 +556,8 @@ def burst_tokens(store):
 
 BURSTS = [
     Forgery("burst-texts", burst_texts, ("bf16", "ragged"), "captions.parquet"),
-    Forgery("burst-tokens", burst_tokens, ("bf16", "ragged"), "captions.parquet"),
+    Forgery("burst-tokens", burst_tokens, ("ragged",), "captions.parquet"),
+    Forgery("burst-tokens-unread", burst_tokens, ("bf16",), "captions.parquet", UNREAD),
 ]
 
 ALL = [

@@ -1,4 +1,4 @@
-"""Imports between packages: the table of docs/architecture.md, in five floors without a circle."""
+"""Imports between packages: the table of docs/architecture.md, in six floors without a circle."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,8 @@ FLOORS = [
     },
     {"pipeline.store", "trainer.adapters", "trainer.plots"},
     {"pipeline.extraction", "trainer.data", "trainer.runs"},
-    {"pipeline.inspection", "trainer.training", "trainer.evaluation"},
+    {"pipeline.inspection", "trainer.evaluation"},
+    {"trainer.training"},
     {"trainer.studies", "pipeline.commands", "trainer.commands", "cli"},
 ]
 ARROWS = {
@@ -35,7 +36,7 @@ ARROWS = {
         "pipeline.executor",
         "pipeline.store",
     },
-    "trainer.data": {"pipeline.store"},
+    "trainer.data": {"pipeline.store", "trainer.diffusion"},
     "trainer.runs": {
         "pipeline.store",
         "pipeline.style",
@@ -55,7 +56,13 @@ ARROWS = {
         "pipeline.extraction",
     },
     "trainer.training": {
+        "pipeline.extraction",
+        "pipeline.models",
         "pipeline.store",
+        "pipeline.style",
+        "trainer.evaluation",
+        "trainer.plots",
+        "trainer.shapes",
         "trainer.adapters",
         "trainer.data",
         "trainer.model",
@@ -63,6 +70,7 @@ ARROWS = {
         "trainer.runs",
     },
     "trainer.evaluation": {
+        "pipeline.sources",
         "pipeline.executor",
         "pipeline.models",
         "pipeline.store",
@@ -80,7 +88,6 @@ ARROWS = {
         "trainer.model",
         "trainer.shapes",
         "trainer.plots",
-        "trainer.data",
         "trainer.runs",
         "trainer.training",
         "trainer.evaluation",
@@ -91,7 +98,7 @@ ARROWS = {
 order."""
 COMMANDS = ("pipeline.commands", "trainer.commands", "cli")
 LONGEST_CHAIN = 10
-"""Modules that may stand on one another."""
+"""Modules above ``schemas`` that may stand on one another."""
 MAX_LINES = 600
 
 
@@ -186,7 +193,8 @@ def test_there_is_no_circle_and_no_long_chain():
         assert module not in above, f"a circle: {' > '.join([*above, module])}"
         if module not in depth:
             below = [measure(name, (*above, module)) for name in graph[module]]
-            depth[module] = 1 + max(below, default=0)
+            own = not module.startswith("schemas")
+            depth[module] = own + max(below, default=0)
         return depth[module]
 
     longest = max(graph, key=measure)
@@ -225,13 +233,13 @@ def test_no_folder_is_a_drawer():
         modules = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
         assert len(modules) <= 14, folder
     loose = [p.name for f in ("pipeline", "trainer") for p in (ROOT / f).glob("*.py")]
-    assert sorted(loose) == ["__init__.py", "__init__.py", "commands.py", "style.py"]
+    assert sorted(loose) == ["__init__.py", "__init__.py", "style.py"]
 
 
 def test_tables_of_contents_hold():
     """Each public name of a package is there; commands are listed by ``cli`` alone."""
     for name, path in MODULES.items():
-        if path.name != "__init__.py" or name.count(".") != 1 or name == "trainer.commands":
+        if path.name != "__init__.py" or name.count(".") != 1 or name.endswith(".commands"):
             continue
         pytest.importorskip("torch")
         package = __import__(f"semroute.{name}", fromlist=["__all__"])

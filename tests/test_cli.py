@@ -1,6 +1,7 @@
 """The whole path at its smallest, through the command line and real files; and bad input."""
 
 import json
+import re
 import shutil
 
 import click
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from semroute.cli import cli
-from semroute.pipeline.commands import FINITE_FLOAT, SEED
+from semroute.pipeline.commands.options import FINITE_FLOAT, SEED
 from semroute.schemas import InputError, read_config
 
 
@@ -152,7 +153,7 @@ class TestVAE:
         output = invoke(*arguments, code=1)
         assert "1 of 80 images cannot be read" in output
         assert "sample 3: OSError" in output
-        assert "80, 1 of them dropped" in invoke(*arguments, "--drop-broken")
+        assert "80, 1 of them dropped" in invoke(*arguments, "--broken", "skip")
 
 
 class TestPath:
@@ -246,6 +247,30 @@ class TestPath:
         output = invoke("sample", world / "run", *options, "--model", other, code=1)
         assert "is not the LLM of the features" in output
         assert "model.files.model.safetensors" in output
+
+
+class TestVerbosity:
+    def test_every_command_can_say_less_or_more(self):
+        for name, command in cli.commands.items():
+            options = {option for each in command.params for option in each.opts}
+            assert {"--quiet", "--verbose"} <= options, name
+
+    def test_less_and_more_is_said(self, world):
+        file = world / "shapes" / "train.parquet"
+        arguments = ["latents", str(file), str(world / "latents"), "--workers", "0"]
+        plain, quiet, verbose = (
+            CliRunner().invoke(cli, [*arguments, *more]) for more in ([], ["-q"], ["-v"])
+        )
+        assert plain.stdout == quiet.stdout == verbose.stdout
+        assert "captions from 'text'; images from 'image'" in plain.stderr
+        assert plain.stderr.endswith(f"next: semroute inspect {world / 'latents'}\n")
+        assert quiet.stderr == ""
+        assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in verbose.stderr.splitlines())
+        failing = ["latents", "nowhere.csv", str(world / "x"), "--workers", "0"]
+        for more, is_traced in ((["-q"], False), ([], False), (["-v"], True)):
+            result = CliRunner().invoke(cli, [*failing, *more])
+            assert "nowhere.csv: no such file" in result.stderr
+            assert ("Traceback" in result.stderr) == is_traced
 
 
 class TestBadInput:

@@ -277,7 +277,7 @@ class TestContracts:
         assert {row[0] for row in rows} == {*get_args(BenchmarkName)}
 
     def test_formats_of_tables_are_those_that_are_read(self):
-        from semroute.pipeline.sources.table import SUFFIXES, TAR
+        from semroute.pipeline.sources.places import SUFFIXES, TAR
 
         tables = {suffix for suffix in SUFFIXES if suffix != TAR}
         sentence = page("data-model.md").split("## Your file")[1].split(" (one caption")[0]

@@ -279,8 +279,9 @@ def _digest_manifest(store: Path) -> str:
 
 def read(store: Path, name: str) -> Any:
     """A JSON document; None if it cannot be read."""
+    file = store / name
     try:
-        return json.loads((store / name).read_text())
+        return json.loads(file.read_text()) if file.is_file() else None  # a pipe would wait
     except (OSError, ValueError, RecursionError):
         return None
 

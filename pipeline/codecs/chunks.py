@@ -21,14 +21,22 @@ read in vain."""
 CHUNK_BYTES = 262_144
 """Uncompressed size of a chunk: large against what each chunk costs (a table for zstd, a lookup).
 For a large LLM that is one or two tokens."""
+SHARED_CHUNK_BYTES = 65_536
+"""The same where captions do not begin at chunks: a caption then needs parts of two, of which
+neighbours' rows are read, checked and decoded in vain."""
 ZSTD_LEVEL = 1
 """Codes are noise with a known histogram: higher levels search for matches that are not there, and
 came out larger."""
 
 
-def choose_rows_per_chunk(bytes_per_row: int) -> int:
-    """As many rows as ``CHUNK_BYTES`` hold, at least 1, at most 8."""
-    return max(1, min(MAX_ROWS_PER_CHUNK, round(CHUNK_BYTES / bytes_per_row)))
+def choose_rows_per_chunk(bytes_per_row: int, *, aligned: bool = True) -> int:
+    """As many rows as ``CHUNK_BYTES`` hold, at least 1, at most 8.
+
+    Args:
+        aligned: whether captions begin at chunks; otherwise it is ``SHARED_CHUNK_BYTES``.
+    """
+    size = CHUNK_BYTES if aligned else SHARED_CHUNK_BYTES
+    return max(1, min(MAX_ROWS_PER_CHUNK, round(size / bytes_per_row)))
 
 
 class _Zstd(threading.local):
@@ -139,4 +147,4 @@ def decompress(
 
 
 def _rows_per_chunk(codec: Codec) -> int:
-    return choose_rows_per_chunk(2 * codec.num_layers * codec.width)
+    return choose_rows_per_chunk(2 * codec.num_layers * codec.width, aligned=codec.aligned)

@@ -11,17 +11,19 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .bounds import (
+from .loops import (
     Prediction,
     Scales,
+    adding,
     check_fitted,
     check_output,
     check_prediction,
     check_scales,
     check_shapes,
     code_sizes,
+    compiled,
+    summing,
 )
-from .compiled import adding, compiled, summing
 
 LANES = 32
 """Lanes of the search for the largest values; 16 and 64 were slower."""

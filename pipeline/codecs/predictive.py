@@ -26,8 +26,7 @@ from .base import (
     layer_norm,
 )
 from .bits import pair, unpair, wrap
-from .bounds import Prediction, Scales
-from .compiled import in_parts
+from .loops import Prediction, Scales, in_parts
 
 if TYPE_CHECKING:
     import torch

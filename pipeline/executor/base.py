@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
@@ -22,6 +22,8 @@ DISK_FULL = (ENOSPC, EDQUOT, EFBIG)
 """Error numbers of a full disk, a used-up quota and a reached file-size limit."""
 PROGRESS_TOPIC = "semroute-progress"
 """Dask's topic of :func:`report_progress`."""
+PAUSE_SECONDS = 0.1
+"""Pause before shards are asked for again, where there was none."""
 ATTEMPTS = 2
 """How often a shard is tried when its task raises."""
 
@@ -101,7 +103,7 @@ class Executor(ABC):
 
     def run(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int | None],
         function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         *,
@@ -110,6 +112,7 @@ class Executor(ABC):
         """Call ``function(*arguments(shard))`` for every shard, in any order.
 
         Args:
+            shards: taken as workers become free; None: there is none now, and perhaps one soon.
             function: importable by name, so that workers can find it. It returns the result, or a
                 :class:`Deferred` that gives it.
             arguments: called when a shard's turn comes, so that the arguments of all tasks are
@@ -131,7 +134,7 @@ class Executor(ABC):
     @abstractmethod
     def _execute(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int | None],
         function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,

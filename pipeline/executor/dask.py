@@ -5,16 +5,16 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from typing import Any, Self
 
 from ...schemas import InputError
 from ...schemas.interrupts import ignoring_interrupts
 from .base import (
     ATTEMPTS,
+    PAUSE_SECONDS,
     PROGRESS_TOPIC,
     ClusterLostError,
     Deferred,
@@ -92,8 +92,11 @@ class DaskExecutor(Executor):
 
     def _start_workers(self, resources: ExitStack) -> Any:
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client, Nanny, SpecCluster
 
+        from .private import PrivateScheduler, PrivateWorker, has_dashboard, make_keys, make_prefix
+
+        prefix = make_prefix()
         settings = {
             # A task may occupy its worker for long, above all while it loads a model.
             "distributed.scheduler.worker-ttl": "30 minutes",
@@ -102,15 +105,26 @@ class DaskExecutor(Executor):
             # cleared and unmapped layer by layer: that took a quarter of the time.
             "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**33),
             "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**30),
+            **dashboard_link(f"127.0.0.1:{{port}}{prefix}"),
         }
         resources.enter_context(dask.config.set(settings))
-        cluster = LocalCluster(
-            n_workers=self.workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,  # the weights of a model would count towards it
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
+        # As distributed's LocalCluster, which takes no classes of its scheduler and workers.
+        own = {"host": "127.0.0.1", "protocol": "tls://", "security": make_keys()}
+        scheduler = {
+            **{"port": 0, "http_prefix": prefix, "dashboard": has_dashboard(), **own},
+            "dashboard_address": "127.0.0.1:0",
+        }
+        worker = {
+            **{"worker_class": PrivateWorker, "nthreads": 1, "dashboard": False, **own},
+            "memory_limit": 0,  # the weights of a model would count towards it
+            "silence_logs": logging.CRITICAL,
+        }
+        cluster = SpecCluster(
+            scheduler={"cls": PrivateScheduler, "options": scheduler},
+            workers={
+                number: {"cls": Nanny, "options": worker} for number in range(self.workers or 1)
+            },
+            security=own["security"],
             silence_logs=logging.CRITICAL,
         )
         resources.enter_context(cluster)
@@ -121,7 +135,9 @@ class DaskExecutor(Executor):
             self.workers = min(self.workers, num)
 
     def dashboard(self) -> str:
-        if find_spec("bokeh") is None:  # Dask needs it to serve the pages
+        from .private import has_dashboard
+
+        if not has_dashboard():
             return ""
         with self._reaching_workers():
             return str(self.client.dashboard_link)
@@ -160,12 +176,12 @@ class DaskExecutor(Executor):
 
     def _execute(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int | None],
         function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
     ) -> Iterator[Outcome[R]]:
-        if not shards and self._client is None:
+        if shards == [] and self._client is None:
             return  # starts no worker
         client = self.client
         client.subscribe_topic(PROGRESS_TOPIC, lambda event: on_progress(*event[1]))
@@ -173,7 +189,8 @@ class DaskExecutor(Executor):
             with _Tasks(self, function, arguments) as tasks:
                 deadly: list[int] = []
                 for shard, outcome in tasks.run(shards):
-                    if _kills_workers(outcome):
+                    # Of shards without end there is no last one, after which to try it alone.
+                    if _kills_workers(outcome) and isinstance(shards, Sequence):
                         deadly.append(shard)
                     else:
                         yield shard, outcome
@@ -210,19 +227,25 @@ class _Tasks:
             future.cancel()
         self.in_flight.clear()
 
-    def run(self, shards: Sequence[int]) -> Iterator[Outcome[Any]]:
+    def run(self, shards: Iterable[int | None]) -> Iterator[Outcome[Any]]:
         """Every shard with its outcome, until the executor is to stop."""
-        waiting, stop = iter(shards), self.executor.stop
+        waiting, stop, ended = iter(shards), self.executor.stop, False
         while True:
-            while not stop.is_set() and len(self.in_flight) < self._count_room():
-                shard = next(waiting, None)
+            seconds = COUNT_SECONDS
+            while not ended and not stop.is_set() and len(self.in_flight) < self._count_room():
+                try:
+                    shard = next(waiting)
+                except StopIteration:
+                    ended = True
+                    break
                 if shard is None:
+                    seconds = PAUSE_SECONDS
                     break
                 self._submit(shard, attempt=1)
-            if not self.in_flight:
+            if not self.in_flight and (ended or stop.is_set()):
                 return
             try:
-                future = self.done.get(timeout=COUNT_SECONDS)
+                future = self.done.get(timeout=seconds)
             except queue.Empty:
                 self._check_scheduler()
                 continue
@@ -320,6 +343,15 @@ def connect_client(resources: ExitStack, name: str, **options: Any) -> Any:
             f"no Dask scheduler answers at {name}: {error}. Is it running, is the port open, and "
             "are TLS keys in Dask's configuration?"
         ) from error
+
+
+def dashboard_link(place: str) -> dict[str, str]:
+    """Dask setting: what is printed as the dashboard's address.
+
+    Args:
+        place: host, port and path in Dask's template.
+    """
+    return {"distributed.dashboard.link": f"http://{place}/status"}
 
 
 def no_profile_variable() -> str:

@@ -1,17 +1,23 @@
 """Workers as jobs of a batch system, through dask-jobqueue."""
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from ...schemas import InputError, JobQueue, parse, read_yaml
-from .dask import TASK, connect_client, no_profile_variable
+from .dask import TASK, connect_client, dashboard_link, no_profile_variable
 
 SHARD_DURATION = "60s"
 """Duration of a shard that the scheduler of a job queue assumes until it has seen one."""
+
+OURS = ("security", "protocol", "scheduler_cls")
+"""Arguments of dask-jobqueue's cluster that are not the user's."""
 
 
 def read_job_queue(path: Path) -> JobQueue:
@@ -36,8 +42,15 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
         path: of the YAML, for messages.
 
     Raises:
-        InputError: the walltime is not valid, see :func:`with_lifetime`.
+        InputError: the walltime is not valid, see :func:`with_lifetime`; or options would take the
+            place of the run's own keys.
     """
+    for name in OURS:
+        if name in jobs.options:
+            raise InputError(
+                f"--cluster {path}: options.{name} is set by semroute, whose schedulers and "
+                "workers speak TLS with keys made for the run: leave it out"
+            )
     options = _worker_options(jobs)
 
     def open_client(resources: ExitStack) -> Any:
@@ -55,18 +68,28 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
             if jobs.kind == "local"
             else getattr(dask_jobqueue, names[f"{jobs.kind}cluster"])
         )
-        configured = f"jobqueue.{options.get('config_name', jobs.kind)}.scheduler-options"
-        scheduler = options.get("scheduler_options") or dask.config.get(configured, None) or {}
+        from .private import PrivateScheduler, has_dashboard, make_prefix
+
+        configured = f"jobqueue.{options.get('config_name', jobs.kind)}."
+        scheduler = options.get("scheduler_options")
+        scheduler = scheduler or dask.config.get(f"{configured}scheduler-options", None) or {}
+        host = "{host}"
         if "dashboard_address" not in scheduler:  # its default, port 8787, is open to everyone
-            scheduler = scheduler | {"dashboard_address": "127.0.0.1:0"}
-            link = {"distributed.dashboard.link": "http://127.0.0.1:{port}/status"}
-            resources.enter_context(dask.config.set(link))
+            host, scheduler = "127.0.0.1", scheduler | {"dashboard_address": "127.0.0.1:0"}
+        prefix = make_prefix()
+        link = dashboard_link(f"{host}:{{port}}{prefix}")
+        resources.enter_context(dask.config.set(link))
+        folder = options.get("shared_temp_directory")
+        folder = folder or dask.config.get(f"{configured}shared-temp-directory", None)
+        keys = _key_files(resources, Path(folder or Path.cwd()), path)
+        pages = {"http_prefix": prefix, "dashboard": has_dashboard()}
+        private = {"scheduler_cls": PrivateScheduler, "scheduler_options": scheduler | keys | pages}
         # Dask would assume half a second until the first shard is done, and start one job for all.
         key = "distributed.scheduler.default-task-durations"
         durations = {TASK: SHARD_DURATION, **dask.config.get(key)}
         resources.enter_context(dask.config.set({key: durations}))
         try:
-            cluster = resources.enter_context(kind(**options | {"scheduler_options": scheduler}))
+            cluster = resources.enter_context(kind(**options | keys | private))
             cluster.adapt(minimum_jobs=jobs.minimum_jobs, maximum_jobs=jobs.maximum_jobs)
         except (TypeError, ValueError, OSError) as error:
             raise InputError(f"--cluster {path}: dask-jobqueue refuses it: {error}") from error
@@ -75,14 +98,49 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
     return open_client
 
 
+def _key_files(resources: ExitStack, folder: Path, path: Path) -> dict[str, Any]:
+    """Options of dask-jobqueue's cluster with keys of this run. Jobs read theirs from files that
+    only their user may read, and that are removed with ``resources``.
+
+    Args:
+        folder: seen by all nodes.
+        path: of the YAML, for messages.
+
+    Raises:
+        InputError: no such folder, or its name cannot be in a job's command.
+    """
+    from .private import write_keys
+
+    folder = Path(os.path.expandvars(folder)).expanduser().resolve()
+    if re.search(r"[^\w./+,:=@%-]", str(folder)):  # dask-jobqueue does not quote it
+        raise InputError(
+            f"--cluster {path}: the keys of the run would be written to {str(folder)!r}, whose "
+            "name has spaces or signs that a job's command cannot have. Name another folder that "
+            "all nodes see: shared_temp_directory in options."
+        )
+    try:
+        place = Path(mkdtemp(prefix=".semroute-keys-", dir=folder))  # with mode 700
+    except OSError as error:
+        raise InputError(
+            f"--cluster {path}: the keys of the run cannot be written to {folder}: "
+            f"{error.strerror}. Name a folder that all nodes see: shared_temp_directory in options."
+        ) from error
+    resources.callback(shutil.rmtree, place, ignore_errors=True)
+    return {"protocol": "tls://", "security": write_keys(place)}
+
+
 def _worker_options(jobs: JobQueue) -> dict[str, Any]:
     """Options of dask-jobqueue's cluster: one worker per job, one thread per worker."""
     # Dask would start several workers per job, each with a model, and give each as many tasks at a
     # time as the job has cores.
     options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
     words = list(options.get("worker_extra_args", []))
-    if "--nthreads" not in " ".join(map(str, words)):
-        options["worker_extra_args"] = [*words, "--nthreads", "1"]
+    given = " ".join(map(str, words))
+    if "--nthreads" not in given:
+        words += ["--nthreads", "1"]
+    if "--dashboard" not in given:  # or its pages are open to everyone who reaches the node
+        words += ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+    options["worker_extra_args"] = words
     prologue = options.get("job_script_prologue") or []
     # The script of a job on this machine is not run by a shell: its words are those of one command.
     word = "env" if jobs.kind == "local" else "export"

@@ -1,12 +1,14 @@
 """Executor in this process, without Dask."""
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from .base import (
     ATTEMPTS,
+    PAUSE_SECONDS,
     Deferred,
     Executor,
     Interrupted,
@@ -16,6 +18,9 @@ from .base import (
     listening,
     raise_if_disk_full,
 )
+
+_END = -1
+"""Number in place of a shard, after the last one."""
 
 
 class LocalExecutor(Executor):
@@ -38,24 +43,30 @@ class LocalExecutor(Executor):
 
     def _execute(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int | None],
         function: Callable[..., R | Deferred[R]],
         arguments: Callable[[int], tuple[Any, ...]],
         on_progress: Progress,
     ) -> Iterator[Outcome[R]]:
         # this thread  | task 0 | task 1  | task 2  |
         # writer       |        | write 0 | write 1 | write 2 |
-        waiting, attempts = deque(shards), Counter[int]()
+        attempts = Counter[int]()
+        waiting: Iterator[int | None] = iter(shards)
         with listening(on_progress), ThreadPoolExecutor(1) as writer:
             previous: tuple[int, Future[R]] | None = None
-            while waiting or previous is not None:
-                current = None
-                if waiting and not self.stop.is_set():
-                    shard = waiting.popleft()
-                    attempts[shard] += 1
-                    current = shard, _start(writer, function, arguments, shard)
-                elif previous is None:
-                    raise Interrupted
+            ended = False
+            while not ended or previous is not None:
+                current, number = None, None
+                if not ended and (previous is None or not self.stop.is_set()):
+                    number = next(waiting, _END)
+                    ended = number == _END
+                    if self.stop.is_set() and not ended:
+                        raise Interrupted
+                if number is not None and not ended:
+                    attempts[number] += 1
+                    current = number, _start(writer, function, arguments, number)
+                elif previous is None and not ended:
+                    self.stop.wait(PAUSE_SECONDS)
                 if previous is not None:
                     shard, written = previous
                     error = written.exception()
@@ -65,7 +76,7 @@ class LocalExecutor(Executor):
                         self.num_errors += 1
                         raise_if_disk_full(error)
                         if attempts[shard] < ATTEMPTS:
-                            waiting.appendleft(shard)
+                            waiting, ended = chain([shard], waiting), False
                         else:
                             yield shard, error
                 previous = current

@@ -15,11 +15,15 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ...schemas.escaping import shown
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import speaks
 
 Style = Literal["auto", "json"]
 LOG_SECONDS = 30.0
 """Minimum time between two lines of a log."""
+VERBOSE_SECONDS = 5.0
+"""The same with ``--verbose``."""
 JSON_SECONDS = 1.0
 """Minimum time between two lines of JSON."""
 
@@ -96,6 +100,8 @@ def open_reporter(style: Style, unit: str) -> "ProgressReporter":
     """
     if style == "json":
         return JsonReporter(unit)
+    if speaks() == "quiet":
+        return SilentReporter(unit)
     return BarReporter(unit) if _is_watched() else LogReporter(unit)
 
 
@@ -184,20 +190,27 @@ class BarReporter(ProgressReporter):
 
     def _show(self, event: ProgressEvent) -> None:
         facts = self.facts()
+        line = progress_line(facts, self.unit)
         if isinstance(event, ShardsStarted):
             self._bar = tqdm(
+                desc=line,
                 total=facts[f"{self.unit}_total"],
                 initial=facts[self.unit],
-                unit=f" {self.unit}",
-                desc=event.store,
-                smoothing=0.1,
+                bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
             )
-        self._bar.set_postfix_str(_describe(facts), refresh=False)
+        self._bar.set_description_str(line, refresh=False)
         self._bar.update(facts[self.unit] - self._bar.n)
         if isinstance(event, (ShardsStarted, ShardsEnded)):
             self._bar.refresh()
         if isinstance(event, ShardsEnded):
             self._bar.close()
+
+
+class SilentReporter(ProgressReporter):
+    """Shows nothing."""
+
+    def _show(self, event: ProgressEvent) -> None:
+        pass
 
 
 class _LineReporter(ProgressReporter):
@@ -225,17 +238,10 @@ class LogReporter(_LineReporter):
     """Lines of text on standard error."""
 
     def _pause(self) -> float:
-        return LOG_SECONDS
+        return VERBOSE_SECONDS if speaks() == "verbose" else LOG_SECONDS
 
     def _print(self, facts: dict[str, Any]) -> None:
-        eta = facts["eta_seconds"]
-        print(
-            f"{facts['store']}: {facts[self.unit]:,}/{facts[f'{self.unit}_total']:,} {self.unit}, "
-            f"{facts[f'{self.unit}_per_second']:,.1f} {self.unit}/s, {_describe(facts)}"
-            + ("" if eta is None else f", {timedelta(seconds=round(eta))} left"),
-            file=sys.stderr,
-            flush=True,
-        )
+        print(progress_line(facts, self.unit), file=sys.stderr, flush=True)
 
 
 class JsonReporter(_LineReporter):
@@ -257,9 +263,16 @@ def _sum(shards: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return entries, rows
 
 
-def _describe(facts: dict[str, Any]) -> str:
-    """Everything in a line but the entries, their rate and the time left."""
+def progress_line(facts: Mapping[str, Any], unit: str) -> str:
+    """Progress in one line, the same in a terminal, a notebook, a log and ``semroute status``.
+
+    Args:
+        facts: as :meth:`ProgressReporter.facts` gives them.
+        unit: name of entries.
+    """
     parts = [
+        f"{shown(facts['store'])}: {facts[unit]:,}/{facts[f'{unit}_total']:,} {unit}",
+        f"{facts[f'{unit}_per_second']:,.1f} {unit}/s",
         f"{facts['shards']:,}/{facts['shards_total']:,} shards",
         f"{facts['rows_per_second']:,.0f} rows/s",
         format_bytes(facts["bytes"]),
@@ -269,6 +282,8 @@ def _describe(facts: dict[str, Any]) -> str:
     for name in ("errors", "quarantined"):
         if facts[name]:
             parts.append(f"{facts[name]} {name}")
+    if facts["eta_seconds"] is not None:
+        parts.append(f"{timedelta(seconds=round(facts['eta_seconds']))} left")
     return ", ".join(parts)
 
 

@@ -23,7 +23,8 @@ from ...schemas.files import inside
 from ...schemas.json_file import load_json
 from ..sources.images import images_fingerprint
 from ..sources.table import SampleTable
-from ..store.base import CaptionStore, Store, check_unchanged
+from ..store.base import Store, check_unchanged
+from ..store.captions import CaptionStore
 from ..store.conditioning import ConditioningStore
 from ..store.documents import (
     CHECKSUMS,
@@ -88,6 +89,13 @@ def check_rows(
                 f"made from {_shown(stored)} there. A store grows where rows are added at the end "
                 "of its file; where others changed, name a new folder."
             )
+    asked = samples.identity()
+    if (asked.blank, asked.weights) != (expected.blank, expected.weights):
+        raise StoreError(
+            f"{store.path} was made with --blank {expected.blank or 'error'} and weights "
+            f"{expected.weights}, now it is --blank {asked.blank or 'error'} and {asked.weights}. "
+            "Run the command as it was, or name a new folder."
+        )
     raise StoreError(
         f"{source}: {len(now):,} rows were asked for, but {store.path} holds "
         f"{len(before):,} samples, which begin with these. Name the file that it was made from "
@@ -194,6 +202,9 @@ def append(
     files = {}
     for name, table in tables.items():
         stored = getattr(store, name)
+        for column in (c for c in table.column_names if c not in stored.column_names):
+            first = table.slice(0, stored.num_rows)
+            stored = stored.append_column(table.schema.field(column), first[column])
         whole = pa.concat_tables([stored, table.slice(stored.num_rows)])
         files[f"{name}.parquet"] = render_table(whole)
     names = array_shapes(manifest) if isinstance(manifest, LatentManifest) else store.arrays

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
@@ -29,15 +28,17 @@ from ...schemas import (
 )
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.chunks import choose_rows_per_chunk
 from ..executor.base import Deferred, Executor, report_progress, worker_name
 from ..executor.progress import Style
 from ..executor.workers import Workers, own_device
+from ..models.limits import Limits, refuse_beyond
 from ..sources.table import SampleTable, read_samples
 from ..store.conditioning import ConditioningStore, row_bytes, stored_dtype
 from ..store.layout import Packing, pack
 from ..text.captions import deduplicate, identify
-from ..text.tokenization import BAR_SECONDS
+from ..text.tokenization import BAR_SECONDS, RaggedTokens
 from .append import check_rows, generations
 from .driver import StorePlan, provenance, write_store
 from .plan import samples_table
@@ -86,7 +87,7 @@ def encode_captions(
     )
 
     def plan(existing: ConditioningStore | None, workers: Workers) -> ConditioningPlan:
-        return plan_conditioning(request, existing, workers)
+        return plan_conditioning(request, existing, workers, report)
 
     return write_store(ConditioningStore, plan, request, report, progress)
 
@@ -199,7 +200,10 @@ class ConditioningPlan(StorePlan[ConditioningStore]):
 
 
 def plan_conditioning(
-    request: ConditioningRequest, existing: ConditioningStore | None, workers: Workers
+    request: ConditioningRequest,
+    existing: ConditioningStore | None,
+    workers: Workers,
+    report: Callable[[str], None],
 ) -> ConditioningPlan:
     """Plan a conditioning store: all but the shapes of its tensors.
 
@@ -217,9 +221,8 @@ def plan_conditioning(
         dtype = "bfloat16" if workers.have_gpus else "float32"
         dtype = before.identity.dtype if before is not None else dtype
     text = TextPipeline(find_text_pipeline(request.pipeline), dtype=dtype)
-    samples = read_samples(
-        request.source, text_column=request.text_column, limit=request.limit, need="text"
-    )
+    samples = read_samples(request.source, **request.text_options, limit=request.limit, need="text")
+    report(samples.describe())
     counts = [] if before is None else [g.samples.num_samples for g in before.generations]
     earlier = [count for count in counts if count < len(samples)]
     identities = [samples.slice(0, count).identity() for count in earlier]
@@ -227,6 +230,13 @@ def plan_conditioning(
         check_rows(existing, samples, identities)
     unique = deduplicate(samples.texts(), request.seed, earlier)
     tokens = _count(text, unique.texts)
+    refuse_beyond(
+        f"{text.source.name}/{text.recipe.encoder}",
+        Limits("the LLM", text.num_known_tokens),
+        RaggedTokens(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)])),
+        unique.texts,
+        text.tokenizer,
+    )
     recipe = text.recipe
     identity = ConditioningIdentity(
         pipeline=recipe.pipeline,
@@ -273,7 +283,7 @@ _UNKNOWN = [ConditioningTensor(name="unknown", shape=[1], dtype="uint8")]
 
 def _count(text: "TextPipeline", texts: pa.Array) -> list[np.ndarray]:
     """Token ids of each caption's own rows, int32."""
-    bar = tqdm(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
+    bar = progress_bar(texts.to_pylist(), unit=" captions", desc="tokenise", delay=BAR_SECONDS)
     return [text.tokens(each).astype(np.int32) for each in bar]
 
 

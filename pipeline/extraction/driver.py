@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...schemas import FeatureManifest, InputError, Provenance, Quarantine, Receipt
+from ...schemas.escaping import shown, without_secrets
 from ...schemas.files import is_local
 from ...schemas.units import format_bytes
 from ..executor.base import Deferred, DiskFullError, Executor, Interrupted
@@ -36,7 +37,7 @@ from ..executor.progress import (
 from ..executor.workers import Workers, inspect_workers
 from ..store.base import Store
 from ..store.conditioning import ConditioningStore
-from ..store.documents import remove_partial_files
+from ..store.documents import MANIFEST, StoreError, remove_partial_files
 from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.layout import Packing
@@ -89,6 +90,8 @@ def exclusive_writer(
         except Interrupted as error:
             if not lock.lost:
                 raise
+            if is_local(store) and not store.exists():
+                raise _gone(store) from error
             raise LockedError(
                 f"another driver took this one for dead and has taken over {store}; semroute "
                 f"status {store} shows it"
@@ -133,6 +136,27 @@ class StorePlan(ABC, Generic[S]):
         """The store, told what it needs to know while it is written."""
         return store
 
+    def fill(
+        self, store: S, executor: Executor, report: Callable[[str], None], progress: Style
+    ) -> None:
+        """Write all shards that remain, and finish the store. Errors as for :func:`run_shards`."""
+        remaining = store.remaining()
+        executor.limit(len(remaining))
+        report(
+            f"{self.describe()}; shards: {self.packing.layout.num_shards}, to do: "
+            f"{len(remaining)}, {executor}"
+        )
+        run_shards(
+            store,
+            remaining,
+            self.function,
+            self.task,
+            self.packing,
+            executor=executor,
+            report=report,
+            listener=open_reporter(progress, self.unit),
+        )
+
     @abstractmethod
     def describe(self) -> str:
         """One line about the work."""
@@ -173,10 +197,13 @@ class FeatureStorePlan(StorePlan[FeatureStore]):
         return int(self.uncompressed_bytes() * self.bits_per_value / 16)
 
     def create(self) -> FeatureStore:
+        captions, samples = self.first_tables()
+        return FeatureStore.create(self.path, self.manifest, captions, samples, self.parameters)
+
+    def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
+        """Captions and samples of a new store; the first may be read only once."""
         tables = self.tables()
-        return FeatureStore.create(
-            self.path, self.manifest, tables["captions"], tables["samples"], self.parameters
-        )
+        return tables["captions"], tables["samples"]
 
 
 def write_store(
@@ -205,22 +232,7 @@ def write_store(
         workers = inspect_workers(executor, str(path), report)
         plan = plan_store(existing, workers).settle(executor, report)
         store = plan.prepare(open_or_create(plan, request.force, report))
-        remaining = store.remaining()
-        executor.limit(len(remaining))
-        report(
-            f"{plan.describe()}; shards: {plan.packing.layout.num_shards}, to do: "
-            f"{len(remaining)}, {executor}"
-        )
-        run_shards(
-            store,
-            remaining,
-            plan.function,
-            plan.task,
-            plan.packing,
-            executor=executor,
-            report=report,
-            listener=open_reporter(progress, plan.unit),
-        )
+        plan.fill(store, executor, report, progress)
     return store
 
 
@@ -236,6 +248,11 @@ def open_or_create(plan: StorePlan[S], force: bool, report: Callable[[str], None
         check_space(plan.path, plan.new_bytes(), force)
         return plan.create()
     if len(manifest.grown_from) > len(existing.manifest.grown_from):
+        if existing.has_budget:
+            raise StoreError(
+                f"{existing.path} has a disk budget, and the captions have grown: runs that follow "
+                "it could not be resumed. Complete it first, without --budget, or name a new folder"
+            )
         existing.check_same(manifest.before_growth())
         check_space(plan.path, plan.new_bytes(), force)
         return append(existing, manifest, plan.tables(), report)
@@ -271,24 +288,61 @@ def run_shards(
     """
     tally, num_shards = _Tally(), packing.layout.num_shards
     failed: dict[int, BaseException] = {}
-    _sweep(store, report)
-    dashboard = executor.dashboard() if remaining else ""
+    sweep(store, report)
+    if remaining:
+        report_dashboard(executor, report)
+    with (
+        explaining(store, report),
+        _announced(store, remaining, packing, executor, listener, tally.started) as emit,
+    ):
+        on_progress = partial(emit, EntriesDone)
+        outcomes = executor.run(remaining, function, arguments, on_progress=on_progress)
+        for shard, outcome in outcomes:
+            if isinstance(outcome, Receipt):
+                tally.add(outcome)
+                num_bytes = sum(file.num_bytes for file in outcome.files.values())
+                emit(ShardWritten, shard, num_bytes)
+            elif store.is_gone():
+                raise _gone(store.path) from outcome
+            else:
+                failed[shard] = outcome
+                store.write_quarantine(quarantine(shard, packing, outcome))
+                emit(ShardFailed, shard, outcome)
+    for warning, num in sorted(tally.warnings.items()):
+        report(f"warning for {num} of {num_shards} shards: {warning}")
+    if failed:
+        shown = "\n  ".join(
+            f"shard {shard}: {reason(error)}" for shard, error in sorted(failed.items())[:5]
+        )
+        raise ExtractionError(
+            f"{len(failed)} of {num_shards} shards failed and are listed with their entries in "
+            f"{store.path / 'quarantine'}:\n  {shown}\nAll others are written. Remove the cause "
+            "and rerun the same command to resume."
+        )
+    if not store.is_complete:
+        sweep(store, report)
+        store.finish()
+    report(tally.summary(store))
+
+
+def report_dashboard(executor: Executor, report: Callable[[str], None]) -> None:
+    """Report the address of Dask's dashboard, if there is one."""
+    dashboard = executor.dashboard()
     if dashboard:
         report(f"Dask's dashboard: {dashboard}")
+
+
+@contextmanager
+def explaining(store: Store[Any], report: Callable[[str], None]) -> Iterator[None]:
+    """Say what remains of a store if the disk is full, or Ctrl-C ends the block.
+
+    Raises:
+        ExtractionError: the disk is full.
+        Interrupted: Ctrl-C.
+    """
+    num_shards = store.manifest.layout.num_shards
     try:
-        with _announced(store, remaining, packing, executor, listener, tally.started) as emit:
-            on_progress = partial(emit, EntriesDone)
-            outcomes = executor.run(remaining, function, arguments, on_progress=on_progress)
-            for shard, outcome in outcomes:
-                if isinstance(outcome, Receipt):
-                    tally.add(outcome)
-                    num_bytes = sum(file.num_bytes for file in outcome.files.values())
-                    emit(ShardWritten, shard, num_bytes)
-                else:
-                    failed[shard] = outcome
-                    entries = list(packing.entries(shard))
-                    store.write_quarantine(_quarantine(shard, entries, outcome))
-                    emit(ShardFailed, shard, outcome)
+        yield
     except DiskFullError as error:
         raise ExtractionError(
             f"the disk of {store.path} is full ({error.strerror}). Shards that were written are "
@@ -301,21 +355,6 @@ def run_shards(
             "command to resume"
         )
         raise
-    for warning, num in sorted(tally.warnings.items()):
-        report(f"warning for {num} of {num_shards} shards: {warning}")
-    if failed:
-        shown = "\n  ".join(
-            f"shard {shard}: {_reason(error)}" for shard, error in sorted(failed.items())[:5]
-        )
-        raise ExtractionError(
-            f"{len(failed)} of {num_shards} shards failed and are listed with their entries in "
-            f"{store.path / 'quarantine'}:\n  {shown}\nAll others are written. Remove the cause "
-            "and rerun the same command to resume."
-        )
-    if not store.is_complete:
-        _sweep(store, report)
-        store.finish()
-    report(tally.summary(store))
 
 
 @contextmanager
@@ -340,7 +379,15 @@ def _announced(
         emit(ShardsEnded)
 
 
-def _sweep(store: Store[Any], report: Callable[[str], None]) -> None:
+def _gone(store: Path) -> ExtractionError:
+    return ExtractionError(
+        f"{store} is no store any more: its {MANIFEST} was moved or removed while shards were "
+        "written. Put it back and rerun the same command to resume, or begin anew in a new folder"
+    )
+
+
+def sweep(store: Store[Any], report: Callable[[str], None]) -> None:
+    """Remove what killed writers left."""
     left = remove_partial_files(store.path)
     if left:
         report(
@@ -349,18 +396,21 @@ def _sweep(store: Store[Any], report: Callable[[str], None]) -> None:
         )
 
 
-def _quarantine(shard: int, entries: list[int], error: BaseException) -> Quarantine:
-    trace = "".join(traceback.format_exception(error))
-    return Quarantine(shard=shard, entries=entries, reason=_reason(error), traceback=trace)
+def quarantine(shard: int, packing: Packing, error: BaseException) -> Quarantine:
+    """The record of a shard that failed."""
+    trace = without_secrets("".join(traceback.format_exception(error)))
+    entries = list(packing.entries(shard))
+    return Quarantine(shard=shard, entries=entries, reason=reason(error), traceback=trace)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why a shard failed, in a line."""
     if type(error).__name__ == "KilledWorker":
         return (
             "every worker that took it died: out of memory, or killed by the batch system? Its "
             "captions are listed too; a smaller --batch-tokens takes less memory"
         )
-    return f"{type(error).__name__}: {error}"
+    return shown(f"{type(error).__name__}: {error}")
 
 
 @dataclass
@@ -393,8 +443,13 @@ def check_space(target: Path, needed: int, force: bool) -> None:
     Args:
         needed: bytes.
         force: begin anyway.
+
+    Raises:
+        InputError: too little space; or ``force`` where there is no check.
     """
     if not is_local(target):  # object stores have no known limit
+        if force:
+            raise InputError(f"--force is not used: free space is not checked at {target}")
         return
     existing = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -408,8 +463,8 @@ def check_space(target: Path, needed: int, force: bool) -> None:
 def provenance(source: str, model: str) -> Provenance:
     """Provenance of a store: source, model, time and library versions."""
     return Provenance(
-        source=source,
-        model=model,
+        source=without_secrets(source),
+        model=without_secrets(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )

@@ -4,6 +4,7 @@ Everything about a store is known before its first shard: the plan reads, dedupl
 and packs. A shard without a receipt remains to be done.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
-from ...schemas import FeatureManifest, InputError, parse
+from ...schemas import FeatureIdentity, FeatureManifest, InputError, TrainConfig, parse
 from ...schemas.files import locate
 from ...schemas.units import format_bytes
+from ...schemas.verbosity import progress_bar
 from ..codecs.fit import fit_rows
 from ..codecs.registry import CODECS, fitted_before, request_codec, settle_rank, with_exact_layers
 from ..executor.base import Executor
 from ..executor.progress import Style
 from ..executor.workers import Workers
 from ..models.packing import NUM_CAPTIONS
+from ..store.budget.shards import leave_budget
 from ..store.features import FeatureStore
 from ..store.layout import pack
 from ..text.captions import Captions
@@ -30,7 +32,7 @@ from .driver import FeatureStorePlan, provenance, write_store
 from .exact import choose_exact_layers
 from .plan import LINE_TOKENS, Plan, default_batch_tokens, make_plan
 from .requests import ExtractRequest
-from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_packing
+from .worker import Fitted, Job, ShardTask, encode_shard, fit_sample, try_llm, try_packing
 
 
 def extract(
@@ -74,12 +76,14 @@ class FeaturePlan(FeatureStorePlan):
     """A feature store to be extracted.
 
     Attributes:
+        followed: configurations of the runs that are followed, with a disk budget.
         request: what was asked for.
         source: samples, captions and LLM.
     """
 
     function = staticmethod(encode_shard)
 
+    followed: tuple[TrainConfig, ...] = ()
     request: ExtractRequest
     source: Plan
 
@@ -93,6 +97,8 @@ class FeaturePlan(FeatureStorePlan):
         plan = self
         if self.existing is None and self.request.batching != "padded":
             plan = plan._settle_batching(executor, report)
+        elif self.existing is None:
+            _ask(try_llm, self.job, self.source, executor)
         self.source.report_warnings(report)
         if self.existing is None and CODECS[self.request.codec].fits:
             plan = plan._settle_codec(executor, report)
@@ -103,6 +109,32 @@ class FeaturePlan(FeatureStorePlan):
             "samples": self.source.samples_table(),
             "captions": self.source.captions_table(self.packing),
         }
+
+    def first_tables(self) -> tuple[pa.Table | pa.RecordBatchReader, pa.Table]:
+        return self.source.captions_reader(self.packing), self.source.samples_table()
+
+    def new_bytes(self) -> int:
+        return min(super().new_bytes(), self.request.budget or sys.maxsize)
+
+    def prepare(self, store: FeatureStore) -> FeatureStore:
+        if self.request.budget is None and store.has_budget:
+            leave_budget(store)
+        return store
+
+    def fill(
+        self,
+        store: FeatureStore,
+        executor: Executor,
+        report: Callable[[str], None],
+        progress: Style,
+    ) -> None:
+        if self.request.budget is None:
+            super().fill(store, executor, report, progress)
+            return
+        from .budget import follow_runs
+
+        report(f"{self.describe()}; shards: {self.packing.layout.num_shards}, {executor}")
+        follow_runs(self, store, self.followed, self.request.budget, executor, report, progress)
 
     def describe(self) -> str:
         identity = self.manifest.identity
@@ -120,7 +152,7 @@ class FeaturePlan(FeatureStorePlan):
 
     def _settle_batching(self, executor: Executor, report: Callable[[str], None]) -> "FeaturePlan":
         executor.limit(self.packing.layout.num_shards)
-        reason = _try_packing(self.job, self.source, executor)
+        reason = _ask(try_packing, self.job, self.source, executor)
         if reason and self.request.batching == "packed":
             raise InputError(f"--batching packed: {reason}; take auto or padded")
         if reason:
@@ -150,6 +182,9 @@ def plan_features(
     Raises:
         InputError: bad input; or ``existing`` was not made from the first rows of the source.
     """
+    from .budget import read_runs
+
+    followed = read_runs(request)
     before = existing.manifest if existing is not None else None
     dtype, threads, batch_tokens = request.dtype, request.threads, request.batch_tokens
     spec = request_codec(request.codec, request.quality, request.rank)
@@ -178,6 +213,7 @@ def plan_features(
         bytes_per_row=2 * len(source.identity.layers) * source.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=batch_tokens or default_batch_tokens(workers.have_gpus),
+        rows_per_chunk=None if before is None else before.layout.rows_per_chunk,
         aligned=CODECS[request.codec].aligned,
         num_threads=threads or workers.threads,
         earlier=[earlier.num_captions for earlier in captions.earlier],
@@ -195,6 +231,7 @@ def plan_features(
         existing=existing,
         manifest=manifest,
         packing=packing,
+        followed=followed,
         request=request,
         source=source,
     )
@@ -206,13 +243,22 @@ def _some(captions: Captions, chosen: slice) -> ShardTask:
     return ShardTask.of(captions, chosen, 0, np.cumsum(counts) - counts)
 
 
-def _try_packing(job: Job, source: Plan, executor: Executor) -> str:
-    """Try in a worker whether captions can be packed: the reason why not, or ""."""
+def _ask(
+    question: Callable[[Job, ShardTask, FeatureIdentity], str],
+    job: Job,
+    source: Plan,
+    executor: Executor,
+) -> str:
+    """Ask a worker about some captions: whether they can be packed, or only whether the LLM runs.
+
+    Raises:
+        InputError: it does not.
+    """
     captions = source.captions
     chosen = slice(min(1, len(captions) - 1), 1 + NUM_CAPTIONS)  # the null caption is short
     task = _some(captions, chosen)
     outcomes = executor.run(
-        [0], try_packing, lambda _: (job, task, source.identity), on_progress=lambda *_: None
+        [0], question, lambda _: (job, task, source.identity), on_progress=lambda *_: None
     )
     ((_, found),) = outcomes
     if isinstance(found, BaseException):
@@ -233,7 +279,7 @@ def _fit(
     num = min(len(captions), int(np.searchsorted(stops, wanted)) + 1)
     task = _some(captions, slice(0, num))
     name = manifest.codec.name
-    with tqdm(total=num, unit=" captions", desc=f"fit {name}") as bar:
+    with progress_bar(total=num, unit=" captions", desc=f"fit {name}") as bar:
 
         def show(_: int, done: int) -> None:
             bar.update(done - bar.n)

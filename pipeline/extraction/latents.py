@@ -140,7 +140,7 @@ class LatentPlan(StorePlan[LatentStore]):
         return LatentStore.create(self.path, self.manifest, self.tables()["samples"])
 
     def prepare(self, store: LatentStore) -> LatentStore:
-        store.drop_broken = self.request.drop_broken
+        store.drop_broken = self.request.broken == "skip"
         return store
 
     def describe(self) -> str:
@@ -182,11 +182,13 @@ def plan_latents(
     )
     samples = read_samples(
         source,
-        text_column=request.text_column,
+        **request.text_options,
+        image_folder=request.image_folder,
         image_column=request.image_column,
         limit=request.limit,
         need="image",
     )
+    report(samples.describe())
     images = describe_images(samples.image_files(), samples.source, size)
     if images.broken:
         report(f"{len(images.broken):,} of {len(samples):,} images cannot be read, as it seems")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ...schemas import (
     CAPTIONS_SCHEMA,
+    SAMPLES_EXTRA,
     SAMPLES_SCHEMA,
     FeatureIdentity,
     FeatureManifest,
@@ -18,9 +19,10 @@ from ...schemas import (
     SamplesIdentity,
     final_norm_of,
 )
+from ..models.limits import Limits, beyond_training, refuse_beyond
 from ..sources.table import SampleTable, read_samples
 from ..store.layout import Packing
-from ..text.captions import Captions, build_captions
+from ..text.captions import Captions, deduplicate, tokenize_captions
 from ..text.presets import DEFAULT_LENGTH, Preset, check_base, read_template
 from ..text.templates import foreign_markers
 from .requests import CaptionsRequest
@@ -52,11 +54,12 @@ class Plan:
 
     Attributes:
         model: where the LLM is.
-        samples: the user's table.
+        samples: the user's table; of a new store without the texts.
         captions: unique, templated, tokenised, in store order.
         identity: what resume and training compare.
         earlier: identities of the samples each time before the store grew.
         foreign_markers: of the template, which the LLM has no token for.
+        limits: what the LLM can read.
     """
 
     model: ModelFiles
@@ -65,15 +68,23 @@ class Plan:
     identity: FeatureIdentity
     earlier: list[SamplesIdentity]
     foreign_markers: list[str]
+    limits: Limits
 
     def samples_table(self) -> pa.Table:
         """samples.parquet: one row per input row."""
         return samples_table(self.samples, self.captions.caption_ids)
 
     def captions_table(self, packing: Packing) -> pa.Table:
-        """captions.parquet: one row per unique caption, laid out block by block."""
+        """captions.parquet: one row per unique caption."""
+        return pa.Table.from_batches(self.caption_batches(packing), CAPTIONS_SCHEMA)
+
+    def captions_reader(self, packing: Packing) -> pa.RecordBatchReader:
+        """The same table, of which only a block is held at a time."""
+        return pa.RecordBatchReader.from_batches(CAPTIONS_SCHEMA, self.caption_batches(packing))
+
+    def caption_batches(self, packing: Packing) -> Iterator[pa.RecordBatch]:
+        """The rows of captions.parquet, a block at a time."""
         captions = self.captions
-        blocks = []
         for first in range(0, len(captions), TABLE_ROWS):
             part = slice(first, min(first + TABLE_ROWS, len(captions)))
             stored = captions.rows[part].tokens(captions.sequences[part])
@@ -95,11 +106,12 @@ class Plan:
                 column if isinstance(column, pa.Array) else pa.array(column, field.type)
                 for column, field in zip(columns, CAPTIONS_SCHEMA, strict=True)
             ]
-            blocks.append(pa.RecordBatch.from_arrays(arrays, schema=CAPTIONS_SCHEMA))
-        return pa.Table.from_batches(blocks, CAPTIONS_SCHEMA)
+            yield pa.RecordBatch.from_arrays(arrays, schema=CAPTIONS_SCHEMA)
 
     def report_warnings(self, report: Callable[[str], None]) -> None:
-        """Warn about foreign chat markers and truncated captions."""
+        """Say what was found, and warn about foreign chat markers, and captions that are too long
+        or truncated."""
+        report(self.samples.describe())
         if self.foreign_markers:
             report(
                 f"warning: the template has {', '.join(self.foreign_markers)}, which this LLM's "
@@ -113,6 +125,9 @@ class Plan:
             if missing:
                 report(f"warning: {missing}")
         captions = self.captions
+        beyond = beyond_training(self.limits, captions.sequences, captions.texts)
+        if beyond:
+            report(f"warning: {beyond}")
         cut = np.flatnonzero(captions.num_cut)
         if not len(cut):
             return
@@ -146,17 +161,16 @@ def make_plan(
     from ..models.hub import find_model
     from ..models.llm import (
         attention_of,
+        check_streams,
         describe_model,
         load_tokenizer,
+        model_limits,
         parse_layers,
         tokenizer_digest,
     )
 
     preset = _preset(request.template, existing)
-    samples = read_samples(
-        request.source, text_column=request.text_column, limit=request.limit, need="text"
-    )
-    texts = samples.texts()
+    samples = read_samples(request.source, **request.text_options, limit=request.limit, need="text")
     counts = [] if existing is None else [g.samples.num_samples for g in existing.generations]
     earlier = [count for count in counts if count < len(samples)]
     located = find_model(request.model, weights=weights)
@@ -167,6 +181,7 @@ def make_plan(
         request.final_norm or preset.final_norm,
         embedding=preset.reads_all == "from 0",
     )
+    check_streams(located, chosen)
     final_norm = final_norm_of(chosen, described.num_layers)
     if request.final_norm not in (None, final_norm):
         raise InputError(
@@ -183,8 +198,14 @@ def make_plan(
         )
         keep_prefix = processing.dropped_rows == (0, 0)
     max_length = request.max_length or max_length
-    captions = build_captions(
-        texts,
+    identities = [samples.slice(0, count).identity() for count in earlier]
+    samples_identity = samples.identity()
+    unique = deduplicate(samples.texts(), request.seed, earlier)
+    if existing is None:  # a store that grows is compared with them
+        samples = samples.without_texts()
+        pa.default_memory_pool().release_unused()
+    captions = tokenize_captions(
+        unique,
         tokenizer,
         template=preset.text,
         max_length=max_length,
@@ -192,8 +213,9 @@ def make_plan(
         processing=processing,
         causal=causal,
         seed=request.seed,
-        earlier=earlier,
     )
+    limits = model_limits(located)
+    refuse_beyond(located.name, limits, captions.sequences, captions.texts, tokenizer)
     dtype = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -207,11 +229,10 @@ def make_plan(
         attention=attention_of(located),
         max_length=max_length,
         captions=captions.identity,
-        samples=samples.identity(),
+        samples=samples_identity,
     )
-    identities = [samples.slice(0, count).identity() for count in earlier]
     markers = foreign_markers(preset.text, tokenizer)
-    return Plan(located, samples, captions, identity, identities, markers)
+    return Plan(located, samples, captions, identity, identities, markers, limits)
 
 
 def _preset(name: str, existing: FeatureManifest | None) -> Preset:
@@ -227,7 +248,16 @@ def _preset(name: str, existing: FeatureManifest | None) -> Preset:
 def samples_table(samples: SampleTable, caption_ids: pa.ListArray) -> pa.Table:
     """samples.parquet of a store of captions: one row per input row."""
     columns = [pa.array(np.arange(len(samples))), caption_ids, samples.image_names()]
-    return pa.table(columns, schema=SAMPLES_SCHEMA)
+    return with_extra(pa.table(columns, schema=SAMPLES_SCHEMA), samples)
+
+
+def with_extra(table: pa.Table, samples: SampleTable) -> pa.Table:
+    """A table of samples with ``source_row`` and ``caption_weights``, where the samples have
+    them."""
+    for name, column in samples.extra_columns().items():
+        field = SAMPLES_EXTRA.field({"row": "source_row", "weights": "caption_weights"}[name])
+        table = table.append_column(field, column)
+    return table
 
 
 def default_batch_tokens(have_gpus: bool | None = None) -> int:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ...schemas import FeatureIdentity, InputError, differences, refuse_differences
 from ..codecs.bf16 import Bf16
 from ..codecs.mixes import mix
+from ..models.limits import refuse_beyond
 from ..store.features import Rows
 from ..text.captions import Captions, build_captions
 
@@ -97,7 +98,7 @@ class PromptEncoder:
 
     def __init__(self, identity: FeatureIdentity, model: str, device: str | None = None) -> None:
         from ..models.hub import find_model
-        from ..models.llm import describe_model, load_tokenizer, tokenizer_digest
+        from ..models.llm import describe_model, load_tokenizer, model_limits, tokenizer_digest
 
         if identity.shuffled is not None:
             raise InputError(
@@ -112,11 +113,16 @@ class PromptEncoder:
             f"--model {model} is not the LLM of the features",
             "Name that one.",
         )
+        self._limits = model_limits(located)
         self._identity, self._located, self._device = identity, located, device
         self._encoder: Encoder | None = None
 
     def __call__(self, texts: Sequence[str]) -> EncodedPrompts:
-        """Entry i of the result is ``texts[i - 1]``; 0 is the null caption."""
+        """Entry i of the result is ``texts[i - 1]``; 0 is the null caption.
+
+        Raises:
+            InputError: a text with tokens or positions that the LLM does not have.
+        """
         identity = self._identity
         captions = build_captions(
             pa.array([[text] for text in texts], pa.list_(pa.string())),
@@ -126,6 +132,9 @@ class PromptEncoder:
             keep_prefix=identity.template.keep_prefix,
             processing=identity.template.processing,
             causal=identity.model.causal,
+        )
+        refuse_beyond(
+            self._located.name, self._limits, captions.sequences, captions.texts, self._tokenizer
         )
         return EncodedPrompts(captions, self._load, identity)
 

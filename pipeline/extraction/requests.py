@@ -1,16 +1,33 @@
 """Requests to the jobs that write stores: one frozen, validated class per command."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SkipValidation
+from pydantic import Field, SkipValidation, model_validator
 
 from ...schemas import CodecName, Contract, Rank, Routing
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class CaptionsRequest(Contract):
+class TextRequest(Contract):
+    """Which columns of a source hold captions, and what to do with rows that have none."""
+
+    text_column: str | tuple[str, ...] | None = None
+    """Columns of captions, with dots into structs; several may have weights, as in ``caption=1``.
+    Default: text, prompt, caption or TEXT."""
+    fallback_column: str | None = None
+    """Column whose captions stand in where a row has no other."""
+    blank: Literal["error", "skip", "null"] = "error"
+    """Rows without a caption: refused, left out, or given the null caption."""
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """These fields, as :func:`semroute.pipeline.sources.table.read_samples` takes them."""
+        return {name: getattr(self, name) for name in TextRequest.model_fields}
+
+
+class CaptionsRequest(TextRequest):
     """Captions, and the LLM that is to read them; enough to plan and to estimate."""
 
     source: str
@@ -19,8 +36,6 @@ class CaptionsRequest(Contract):
     """Hub id, folder or GGUF file, see :func:`semroute.pipeline.models.hub.find_model`."""
     template: str = "bos"
     """Preset or file, see :mod:`semroute.pipeline.text.presets`."""
-    text_column: str | None = None
-    """Column of captions; default: text, prompt or caption."""
     layers: str = "all"
     """``all``, ``every:3`` or ``1-10,17``."""
     final_norm: Literal["normed", "raw", "both"] | None = None
@@ -81,13 +96,26 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     """``padded``: each row of a batch is one caption, padded to the longest. ``packed``: several,
     one after the other, which the LLM must keep apart. auto: as the existing store has it; for a
     new one packed where a trial of the LLM shows that it keeps them apart."""
+    budget: Positive | None = None
+    """Bytes that the store may take; shards come and go, as ``runs`` read them. Default: the store
+    is completed."""
+    runs: SkipValidation[tuple[Path, ...]] = ()
+    """Runs whose reading is followed: their YAML files or run directories."""
     threads: Positive | None = None
     """CPU threads per worker; default: all cores over all workers; on a cluster, as many as the
     worker with the fewest has. A store that is resumed keeps its number, so that its bytes do not
     depend on the workers."""
 
+    @model_validator(mode="after")
+    def _budget_with_runs(self) -> "ExtractRequest":
+        if self.budget is not None and not self.runs:
+            raise ValueError("--budget needs --for: the runs whose reading extraction follows")
+        if self.runs and self.budget is None:
+            raise ValueError("--for needs --budget: the bytes that the store may take")
+        return self
 
-class LatentsRequest(WriteRequest):
+
+class LatentsRequest(TextRequest, WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.encode_images`."""
 
     source: str
@@ -96,9 +124,10 @@ class LatentsRequest(WriteRequest):
     """``pixels``: the image itself, scaled to [-1, 1]; or a VAE of diffusers, see
     :func:`semroute.pipeline.models.vae.find_vae`."""
     image_column: str | None = None
-    """Column of images; default: image."""
-    text_column: str | None = None
-    """Column of captions, which join latents with features."""
+    """Column of images; default: image, or the only one of jpg, png, file_name, image_path and
+    image_binary."""
+    image_folder: str | None = None
+    """Folder that paths of images are relative to; default: that of the table."""
     size: Positive | None = None
     """Height and width in pixels: the shorter side is resized, then the centre is cropped. Default:
     all images have one size already."""
@@ -108,12 +137,12 @@ class LatentsRequest(WriteRequest):
     :func:`semroute.pipeline.sources.images.choose_buckets`."""
     limit: Positive | None = None
     """Only the first samples."""
-    drop_broken: bool = False
-    """Complete the store although images are missing or cannot be read; training leaves their
-    samples out."""
+    broken: Literal["error", "skip"] = "error"
+    """``skip``: complete the store although images are missing or cannot be read; training leaves
+    their samples out."""
 
 
-class ConditioningRequest(WriteRequest):
+class ConditioningRequest(TextRequest, WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.encode_captions`."""
 
     source: str
@@ -121,8 +150,6 @@ class ConditioningRequest(WriteRequest):
     pipeline: str
     """Pipeline of diffusers: a folder or a hub id, see
     :func:`semroute.pipeline.models.text_pipelines.find_text_pipeline`."""
-    text_column: str | None = None
-    """Column of captions; default: text, prompt or caption."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the text encoders. auto: as the existing store has it; for a new one bfloat16 on
     a GPU and float32 on a CPU."""
@@ -135,7 +162,7 @@ class ConditioningRequest(WriteRequest):
     """CPU threads per worker, as for extraction."""
 
 
-class RewriteRequest(WriteRequest):
+class RewriteRequest(TextRequest, WriteRequest):
     """Request of :func:`semroute.pipeline.extraction.rewrite.rewrite`."""
 
     features: SkipValidation[str | Path]
@@ -162,8 +189,6 @@ class RewriteRequest(WriteRequest):
     captions: str | None = None
     """Table of captions, all of which the source must hold; default: all of them. Its rows are the
     samples of the new store."""
-    text_column: str | None = None
-    """Column of ``captions``."""
 
     @property
     def num_mixes(self) -> int | None:

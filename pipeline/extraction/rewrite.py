@@ -57,6 +57,7 @@ from ..store.layout import Packing, pack, rows_of
 from ..store.open import open_features
 from .driver import FeatureStorePlan, provenance, write_store
 from .exact import choose_exact_layers
+from .plan import with_extra
 from .requests import RewriteRequest
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def rewrite(
     if request.shuffle_layers is not None:
         name = request.codec or source.manifest.codec.name
         _check_shuffle(name, request.routing, source)
-    selection = _select(source, request.captions, request.text_column)
+    selection = _select(source, request.captions, request.text_options)
 
     def plan(existing: FeatureStore | None, _workers: Workers) -> RewritePlan:
         return plan_rewrite(request, source, layers, selection, existing, report)
@@ -225,6 +226,7 @@ def plan_rewrite(
         bytes_per_row=2 * len(layers) * before.identity.model.width,
         shard_bytes=request.shard_bytes,
         batch_tokens=before.layout.batch_tokens,
+        rows_per_chunk=None if existing is None else existing.manifest.layout.rows_per_chunk,
         aligned=CODECS[codec].aligned,
     )
     shuffled = before.identity.shuffled
@@ -502,12 +504,12 @@ def _choose_layers(text: str, source: FeatureStore) -> list[int]:
     return chosen
 
 
-def _select(source: FeatureStore, file: str | None, text_column: str | None) -> _Selection:
+def _select(source: FeatureStore, file: str | None, options: dict[str, Any]) -> _Selection:
     """Captions that a file names, or all."""
     if file is None:
         ids = np.arange(len(source))
         return _Selection(ids, source.samples, source.manifest.identity.samples)
-    samples = read_samples(file, text_column=text_column, need="text")
+    samples = read_samples(file, **options, need="text")
     texts = samples.texts()
     found = pc.index_in(
         texts.flatten(), value_set=source.captions["text"].cast(texts.type.value_type)
@@ -531,7 +533,7 @@ def _select(source: FeatureStore, file: str | None, text_column: str | None) -> 
         ],
         schema=SAMPLES_SCHEMA,
     )
-    return _Selection(ids, table, samples.identity())
+    return _Selection(ids, with_extra(table, samples), samples.identity())
 
 
 def _captions_table(table: pa.Table, packing: Packing) -> pa.Table:

@@ -68,6 +68,8 @@ class ShardTask:
     stored: StoredRows
     row_start: np.ndarray
     has_null: bool
+    max_bytes: int | None = None
+    """Bytes that its files may take."""
 
     @cached_property
     def num_rows(self) -> np.ndarray:
@@ -107,7 +109,7 @@ def encode_shard(job: Job, task: ShardTask) -> Deferred[Receipt]:
     def write() -> Receipt:
         with _naming_culprit(store, job.source, task):
             shard.keep(last)
-        return store.complete_shard(shard.arrays, shard.receipt())
+        return store.complete_shard(shard.arrays, shard.receipt(), task.max_bytes)
 
     return Deferred(write)
 
@@ -403,6 +405,14 @@ def _free_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def try_llm(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
+    """Load the LLM and run a caption, so that what is wrong with it is known at once; ""."""
+    with _model_in_use:
+        encoder = encoder_of(job.source, identity)
+        encoder.encode([task.sequences[0]], task.stored.of([0]), lambda *_: None)
+        return ""
 
 
 def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:

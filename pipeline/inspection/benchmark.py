@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ...schemas import Codec, InputError
+from ...schemas.verbosity import progress_bar
 from ..codecs.base import Codec as OpenCodec
 from ..codecs.chunks import compress, decompress
 from ..codecs.error import CodecError
@@ -137,7 +137,7 @@ def run_benchmark(plan: Plan, batch_tokens: int, seconds: float = SECONDS) -> LL
     held_out: list[torch.Tensor] = []
     spent = 0.0
     num_bytes = num_tokens = num_captions = 0
-    with tqdm(total=round(seconds), unit="s", desc="probe") as bar:
+    with progress_bar(total=round(seconds), unit="s", desc="probe") as bar:
         for batch in order:
             started = time.perf_counter()
             layers = _encode(plan, encoder, batch)

@@ -61,6 +61,7 @@ def _describe_features(
     lengths = store.captions["num_tokens"].to_numpy()
     cut = store.captions["num_cut_tokens"].to_numpy()
     error, by_layer = codec_error(receipts), layer_error(receipts)
+    num_bytes = store.num_bytes()  # 0 if the receipts are lost
     items["tokens"] += f"; {lengths.mean():.1f} per caption on average, at most {lengths.max()}"
     items["bytes per token"] = format_bytes(store.bytes_per_row())
     if error:
@@ -71,7 +72,8 @@ def _describe_features(
         )
     if by_layer and max(by_layer.values()) > 0:
         worst = max(by_layer, key=by_layer.__getitem__)
-        items["codec error"] += f"; worst in layer {worst}, {by_layer[worst]:.1e}"
+        worst_error = f"worst in layer {worst}, {by_layer[worst]:.1e}"
+        items["codec error"] = "; ".join(filter(None, [items.get("codec error"), worst_error]))
     details |= {
         "model": store.manifest.provenance.model,
         "template": store.manifest.identity.template.text,
@@ -85,7 +87,7 @@ def _describe_features(
         "bytes_per_token": store.bytes_per_row(),
         "bytes_padded_bf16": store.padded_bytes(),
         "ratio_to_padded_bf16": (
-            store.padded_bytes() / store.num_bytes() if store.is_complete else None
+            store.padded_bytes() / num_bytes if store.is_complete and num_bytes else None
         ),
         "codec": store.manifest.codec.name,
         "exact_layers": [*store.manifest.codec.exact_layers],

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...schemas import Codec, InputError, Rank, Summary
+from ...schemas import Codec, DataConfig, InputError, Rank, Summary
 from ...schemas.display import Table
+from ...schemas.storage import MIN_BYTES, StorageSpeed, measure_storage
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, is_lossy, request_codec, settle_rank, with_exact_layers
 from ..extraction.exact import choose_exact_layers
-from ..store.summary import short_name
-from .workload import StoreSize, Workload, choose_layers, store_size
+from ..extraction.requests import ExtractRequest
+from ..store.views import short_name
+from .workload import BudgetCost, StoreSize, Workload, choose_layers, store_size
 
 if TYPE_CHECKING:
     from ..extraction.plan import Plan
@@ -71,8 +74,10 @@ def estimate(
     exact_layers: str | None = None,
     samples_per_second: float = 100.0,
     passes: float = 10.0,
+    budget: int | None = None,
     probe: LLMBenchmark | None = None,
     pipeline: PipelineText | None = None,
+    storage: str | None = None,
 ) -> Estimate:
     """Sizes, times, bandwidths and the break-even of caching a plan's captions.
 
@@ -81,13 +86,17 @@ def estimate(
         codec, quality, rank, exact_layers: as for extraction. Default: all codecs.
         samples_per_second: speed of training, over all devices.
         passes: over the samples, in all epochs, seeds and ablations together.
+        budget: bytes that the store may take: also what extraction must deliver then, and costs.
         probe: from :func:`semroute.pipeline.inspection.benchmark.run_benchmark`. Without it, times
             are unknown and codecs have their typical sizes.
         pipeline: from :func:`semroute.pipeline.inspection.pipelines.read_pipeline`: also what its
             network reads, and the bytes per caption.
+        storage: a folder with large files on the disk that the store will be on: its speed is
+            measured at the size of a caption, for two seconds per codec.
 
     Raises:
-        InputError: an option for a codec that does not have it.
+        InputError: an option for a codec that does not have it; or the disk of ``storage`` cannot
+            be measured.
     """
     if codec is None and quality is not None:
         raise InputError(f"--quality {quality:g} needs --codec delta, linear or predictive")
@@ -106,12 +115,42 @@ def estimate(
     work = Workload.from_plan(plan, samples_per_second, passes, probe)
     facts, tables = _facts(plan, work, probe), _tables(sizes, work, probe)
     details = _details(plan, sizes, work, probe)
+    advice = _advise(sizes[0], work)
+    if budget is not None:
+        costs = [BudgetCost.of(size, work, budget) for size in sizes[0]]
+        tables[f"with a disk budget of {format_bytes(budget)}, {passes:g} passes"] = _budget_table(
+            sizes[0], costs
+        )
+        details["budget"] = {
+            "bytes": budget,
+            "codecs": {s.codec.name: asdict(c) for s, c in zip(sizes[0], costs, strict=True)},
+        }
+        advice = [*advice, *_advise_on_budget(sizes[0], costs, budget)]
     if pipeline is not None:
         needs = _Needs.of(pipeline, plan)
         facts = Summary(facts.title, {**facts.items, **needs.facts()})
         tables = {needs.title: needs.table(sizes[0]), **tables}
         details = {**details, "pipeline": needs.details(sizes[0])}
-    return Estimate(facts, tables, advice=_advise(sizes[0], work), details=details)
+    if storage is not None:
+        speeds = [_measure(storage, size, len(plan.captions)) for size in sizes[0]]
+        rows = [["codec", "disk"]]
+        for size, speed in zip(sizes[0], speeds, strict=True):
+            needed = work.disk_bytes_per_second(size)
+            rows.append([size.codec_name, speed.compare(needed)])
+        tables = {**tables, f"storage {storage}": rows}
+        details = {**details, "storage": [asdict(speed) for speed in speeds]}
+    return Estimate(facts, tables, advice=advice, details=details)
+
+
+def _measure(storage: str, size: StoreSize, num_captions: int) -> StorageSpeed:
+    """The speed of a disk for captions of a codec."""
+    speed = measure_storage(storage, math.ceil(size.num_bytes / num_captions))
+    if speed is None:
+        raise InputError(
+            f"{storage} cannot be measured: expected a folder on a local disk with at least "
+            f"{format_bytes(MIN_BYTES)} of files that are larger than a caption, such as a store"
+        )
+    return speed
 
 
 def _with_exact(
@@ -289,6 +328,53 @@ def _advise(sizes: Sequence[StoreSize], work: Workload) -> list[str]:
         f"{format_bytes(recompute)}/s would read them ({best.codec_name}); from slower storage, "
         "caching loses time however many the passes.",
     ]
+
+
+def _budget_table(sizes: Sequence[StoreSize], costs: Sequence[BudgetCost]) -> list[list[str]]:
+    """What a disk budget costs, by codec."""
+    rows = [["codec", "budget holds", "encoded again per pass", "extraction must deliver"]]
+    measured = any(cost.seconds is not None for cost in costs)
+    if measured:
+        rows[0] += ["machines like this one", "all passes", "of a full cache", "of the LLM online"]
+    for size, cost in zip(sizes, costs, strict=True):
+        row = [
+            size.codec_name,
+            f"{cost.share:.1%}",
+            f"{cost.again:.1%}",
+            f"{cost.tokens_per_second:,.0f} tokens/s",
+        ]
+        if measured:
+            known = cost.seconds is not None
+            row += [
+                f"{cost.machines:.2f}" if known else "not measured",
+                format_seconds(cost.seconds) if cost.seconds is not None else "not measured",
+                f"{cost.of_full_cache:.2f}x" if known else "not measured",
+                f"{cost.of_online:.2f}x" if known else "not measured",
+            ]
+        rows.append(row)
+    return rows
+
+
+def _advise_on_budget(
+    sizes: Sequence[StoreSize], costs: Sequence[BudgetCost], budget: int
+) -> list[str]:
+    """Sentences on training within a disk budget, under the smallest of the codecs."""
+    size, cost = min(zip(sizes, costs, strict=True), key=lambda pair: pair[0].num_bytes)
+    window, shard = DataConfig().window, ExtractRequest.model_fields["shard_bytes"].default
+    least = 2 * (window + 1) * shard * size.num_bytes / size.raw_bytes
+    if cost.share == 1:
+        return [f"The budget holds the whole store ({size.codec_name}): it needs none."]
+    advice = [
+        f"With a budget ({size.codec_name}), every pass runs the LLM again over {cost.again:.0%} "
+        "of the captions, all captions of a sample among them: it saves disk, not the LLM's time, "
+        "and keeps the LLM out of the training processes."
+    ]
+    if budget < least:
+        advice.append(
+            f"About 2 x (data.window + 1) shards must fit: {format_bytes(int(least))} with a "
+            f"window of {window} and shards of {format_bytes(shard)}. Take smaller ones."
+        )
+    return advice
 
 
 def _advise_on_share(share: float) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks
+from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks, plain
 
 if TYPE_CHECKING:
     from ...schemas import Routing
@@ -140,7 +140,7 @@ def probe_accuracy(results: ProbeResults, routing: Routing | None = None) -> Fig
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         clean(axes)
         layer_ticks(axes.xaxis, results.layers, most=8)
-        axes.set_title(f"{probe.label}, {probe.num_classes} classes", color=INK, fontsize=9)
+        axes.set_title(f"{plain(probe.label)}, {probe.num_classes} classes", color=INK, fontsize=9)
     if routing is not None:
         axes = figure.add_subplot(grid[rows - 1, :])
         mean = dict(zip(routing.layers, np.mean(routing.weights, axis=0), strict=True))

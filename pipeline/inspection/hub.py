@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from ...schemas import InputError, parse
+from ...schemas.escaping import in_markdown, without_secrets
 from ...schemas.files import inside, is_local, read_file, scan
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
@@ -33,6 +34,7 @@ from ..store.open import open_store
 from .describe import inspect
 
 CARD = "README.md"
+_LEFT_OUT = "left out, as it is no file of the store: {}"
 MAX_FILES = 100_000
 """Limit of a repository on the Hub (https://huggingface.co/docs/hub/storage-limits)."""
 _ERRORS: tuple[type[Exception], ...] = (
@@ -82,7 +84,7 @@ class Push:
             f"{format_bytes(sum(sizes))}"
             for name, sizes in folders.items()
         ]
-        lines += [f"  left out, as it is no file of the store: {name}" for name in self.left_out]
+        lines += [f"  {_LEFT_OUT.format(name)}" for name in self.left_out]
         return "\n".join([f"{self.repo} ({who} if it is new): {size}", *lines, "", self.card])
 
 
@@ -125,6 +127,8 @@ def push(
         url = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         _check_repository(api, repo, store)
         report(f"{len(files):,} files, {format_bytes(sum(files.values()))}, to {url}")
+        for name in left_out:
+            report(_LEFT_OUT.format(name))
         # Each file by its name: a pattern may match more, or less, than was listed.
         api.create_commit(
             repo,
@@ -218,19 +222,19 @@ def make_card(store: Store[Any], repo: str, license: str | None = None) -> str:
         tags=["semroute", "zarr", tag],
         configs=[{"config_name": name, "data_files": f"{name}.parquet"} for name in tables],
     )
-    stated = license or "not stated; ask the uploader before you use it"
-    return f"""---
+    stated = in_markdown(license or "not stated; ask the uploader before you use it")
+    card = f"""---
 {data.to_yaml()}
 ---
 
-# {data.pretty_name}
+# {in_markdown(str(data.pretty_name))}
 
 {what}, written by semroute as a sharded Zarr v3 store, for
 [Semantic Routing](https://arxiv.org/abs/2602.03510).
 
 | | |
 |---|---|
-{chr(10).join(f"| {key} | {_cell(value)} |" for key, value in rows.items())}
+{chr(10).join(f"| {key} | {in_markdown(value)} |" for key, value in rows.items())}
 | licence | {stated} |
 
 ## Read it
@@ -260,6 +264,7 @@ samples = pyarrow.parquet.read_table("{data.pretty_name}/samples.parquet")
 
 `manifest.json` records how it was made and what its codes mean.
 """
+    return without_secrets(card)
 
 
 def _example(store: Store[Any], folder: str) -> str:
@@ -278,7 +283,3 @@ def _example(store: Store[Any], folder: str) -> str:
         "caption = store[1]\n"
         "print(caption.text, caption.hidden.shape)  # tokens, layers, width"
     )
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")

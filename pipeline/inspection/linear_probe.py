@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from ...schemas import InputError, Summary
+from ...schemas.verbosity import progress_bar
 from ..sources.labels import Label, classify, read_labels
 from ..store.features import FeatureStore
 from ..store.open import open_features
@@ -140,8 +141,6 @@ def probe_layers(
     Raises:
         InputError: as ``read_labels``; a shard is not written; a store of mixes.
     """
-    from tqdm.auto import tqdm  # in a notebook without widgets, importing it warns
-
     store = open_features(path)
     if store.mixes is not None:
         raise InputError(f"{path} holds mixes of layers; expected a store of layers, its source")
@@ -159,7 +158,7 @@ def probe_layers(
         for name, label in word_labels.items()
         if label is None
     ]
-    bar = tqdm(
+    bar = progress_bar(
         total=len(ids) + len(store.layers),
         desc="probing",
         disable=not progress,

@@ -7,13 +7,15 @@ from datetime import timedelta
 from typing import Any
 
 from ...schemas import LockOwner, Report, Summary
-from ...schemas.files import list_names, locate
-from ...schemas.units import format_bytes
+from ...schemas.files import is_local, list_names, locate
+from ..executor.progress import progress_line
 from ..store.documents import MANIFEST, StoreError
+from ..store.features import FeatureStore
 from ..store.latents import LatentStore
 from ..store.lock import is_dead, read_driver
 from ..store.open import open_store
 from .describe import list_quarantined
+from .following import budget_details, budget_facts, is_run, run_status
 
 RECENT_SECONDS = 600.0
 """Rates and workers are taken from this long before the newest receipt."""
@@ -21,11 +23,14 @@ _PRIVATE = {"token", "begun", "beats"}  # keys of a driver's file that are for d
 
 
 def status(path: str | os.PathLike[str]) -> Report:
-    """Report the progress of a store that is being planned or filled, or is complete.
+    """Report the progress of a store that is being planned or filled, or is complete; or of a run
+    that reads a store with a disk budget.
 
     Raises:
         StoreError: no store there, and no process at work on one.
     """
+    if is_local(locate(path)) and is_run(locate(path)):
+        return run_status(locate(path))
     try:
         store = open_store(path)
     except StoreError:
@@ -52,6 +57,7 @@ def status(path: str | os.PathLike[str]) -> Report:
     # From the end of the first recent shard to the end of the last: the first is not counted.
     elapsed = newest - (times[recent[0]] if recent else newest)
     counted = sum(written[shard].num_rows for shard in recent[1:])
+    entries_counted = sum(written[shard].num_entries for shard in recent[1:])
     rate = counted / elapsed if elapsed > 0 else 0.0
     driver = read_driver(store.path)
     left = layout.num_rows - rows
@@ -65,6 +71,7 @@ def status(path: str | os.PathLike[str]) -> Report:
         "rows": rows,
         "rows_total": layout.num_rows,
         "bytes": sum(f.num_bytes for r in written.values() for f in r.files.values()),
+        f"{unit}_per_second": entries_counted / elapsed if elapsed > 0 else 0.0,
         "rows_per_second": rate,
         "eta_seconds": left / rate if rate and left else None,
         "seconds_since_last_shard": max(0.0, time.time() - newest) if written else None,
@@ -73,6 +80,8 @@ def status(path: str | os.PathLike[str]) -> Report:
         "driver": None if driver is None else driver.model_dump(exclude=_PRIVATE),
         "driver_is_dead": None if driver is None else is_dead(driver),
     }
+    if isinstance(store, FeatureStore) and store.has_budget:
+        details |= budget_details(store) | {"eta_seconds": None}
     return Report(_facts(store.path, unit, details), details)
 
 
@@ -96,24 +105,26 @@ def _planned(path: Any, driver: LockOwner) -> Report:
 def _facts(path: Any, unit: str, details: Mapping[str, Any]) -> Summary:
     """The status in words."""
     share = details["rows"] / max(1, details["rows_total"])
+    line = {
+        **details,
+        "store": locate(path).name,
+        "workers": len(details["workers"]),
+        "errors": 0,
+        "quarantined": len(details["quarantined"]),
+    }
     items = {
         "state": _state(details),
-        "shards": f"{details['shards']:,} of {details['shards_total']:,}",
-        unit: f"{details[unit]:,} of {details[f'{unit}_total']:,}",
+        "progress": progress_line(line, unit),
         "rows": f"{details['rows']:,} of {details['rows_total']:,} ({share:.0%})",
-        "bytes": format_bytes(details["bytes"]),
     }
     if details["state"] != "complete":
         since = details["seconds_since_last_shard"]
         if since is not None:
             items["last shard"] = f"{timedelta(seconds=round(since))} ago"
         if details["rows_per_second"]:
-            items["speed"] = (
-                f"{details['rows_per_second']:,.0f} rows/s by {len(details['workers'])} workers, "
-                f"in the {RECENT_SECONDS / 60:.0f} minutes before that"
-            )
-        if details["eta_seconds"]:
-            items["left"] = f"{timedelta(seconds=round(details['eta_seconds']))} at that speed"
+            items["speed"] = f"that of the {RECENT_SECONDS / 60:.0f} minutes before the last shard"
+    if details["state"] == "budget":
+        items |= budget_facts(details)
     if details["quarantined"]:
         items["quarantined"] = list_quarantined(details["quarantined"])
     return Summary(f"{path}", items)

@@ -23,7 +23,7 @@ TYPICAL_BITS = {
     "lossless": {0: 10.9, 1: 10.5, 2: 10.6, 3: 10.7, 6: 10.7},
     "delta": {0: 6.2, 1: 4.9, 2: 5.3, 3: 5.5, 6: 5.8},
     "linear": {0: 5.8, 1: 3.9, 2: 4.3, 3: 4.6, 6: 4.9},
-    "predictive": {0: 6.2, 1: 4.3, 2: 4.8, 3: 5.1, 6: 5.4},
+    "predictive": {0: 6.2, 1: 4.5, 2: 4.9, 3: 5.2, 6: 5.5},
 }
 """Codec -> distance between stored layers (0: a single one) -> bits per value, at quality 4; see
 docs/benchmarks/codecs.md. One step of quality is about one bit."""
@@ -152,6 +152,49 @@ class Workload:
         """Passes with the LLM online that cost as much as extraction; None if unknown."""
         seconds = self.extraction_seconds(size)
         return None if seconds is None else seconds / self.online_seconds()
+
+
+@dataclass(frozen=True)
+class BudgetCost:
+    """Cost of training from a store that takes no more than a disk budget.
+
+    Attributes:
+        share: of the whole store that the budget holds, at most 1.
+        again: share of the captions that each pass but the first encodes again. With f as the
+            share, a shard is still there in the next pass if that comes to it soon enough, which
+            happens to f**2 / 2 of all shards in two random orders.
+        tokens_per_second: that extraction must deliver so that training does not wait.
+        machines: like this one, for the LLM and the codec; None if its speed is unknown.
+        seconds: of this machine for all passes; None if unknown.
+        of_full_cache: the same as a multiple of extraction of the whole store.
+        of_online: the same as a multiple of running the LLM in training.
+    """
+
+    share: float
+    again: float
+    tokens_per_second: float
+    machines: float | None
+    seconds: float | None
+    of_full_cache: float | None
+    of_online: float | None
+
+    @classmethod
+    def of(cls, size: StoreSize, work: Workload, budget: int) -> BudgetCost:
+        """The cost of a budget in bytes."""
+        share = min(1.0, budget / size.num_bytes)
+        again = 1 - share**2 / 2 if share < 1 else 0.0
+        passes_per_second = work.samples_per_second / work.num_samples
+        once = work.extraction_seconds(size)
+        machines = seconds = of_full_cache = of_online = None
+        if once is not None:
+            each = once - work.load_seconds
+            seconds = once + max(0.0, work.passes - 1) * again * each
+            machines = each * passes_per_second
+            of_full_cache = seconds / once
+            of_online = seconds / (work.passes * work.online_seconds())
+        # The first pass encodes everything, so this is what it takes not to wait in any.
+        tokens = work.tokens * passes_per_second
+        return cls(share, again, tokens, machines, seconds, of_full_cache, of_online)
 
 
 def store_size(

@@ -4,15 +4,19 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ...schemas import InputError
+from ...schemas.atomic import make_folder
+from ...schemas.tensor_files import make_readable
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
+_GGUF = ".gguf"
 PIPELINE_INDEX = "model_index.json"
 """What a pipeline of diffusers has in its folder, above those of its components."""
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
@@ -52,19 +56,23 @@ def find_model(
         weights: without, neither needed nor read: enough for configuration and tokenizer.
 
     Raises:
-        InputError: no such model, or none that transformers could load.
+        InputError: no such model, or none that transformers could load; a file of weights is
+            missing, cut off or a pointer of Git LFS.
     """
+    from .weights import check_gguf
+
     path = Path(name).expanduser()
     if path.is_dir():
         folder = path.resolve()
         tokenizer = _tokenizer_beside(folder, option)
         return ModelFiles(str(folder), folder, _hash_files(path, option, weights), tokenizer)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix != _GGUF:
             raise InputError(
                 f"{option} {name}: a file must be a .gguf; for safetensors name the folder that "
                 "contains config.json"
             )
+        check_gguf(path, option)
         digest = hash_file(path)
         return ModelFiles(str(path.resolve()), _convert_gguf(path, digest), {path.name: digest})
     wanted = [file for file in _HUB_FILES if weights or not file.endswith(_WEIGHTS)]
@@ -92,11 +100,14 @@ def _tokenizer_names(component: str) -> list[str]:
 
 def _tokenizer_beside(folder: Path, option: str) -> Path | None:
     """The folder of the tokenizer of a pipeline's text encoder; None for any other model."""
+    from .weights import check_files
+
     if not (folder.parent / PIPELINE_INDEX).exists():
         return None
     names = _tokenizer_names(folder.name)
     for name in names:
         if (folder.parent / name).is_dir():
+            check_files(folder.parent / name, [], option)
             return folder.parent / name
     raise InputError(
         f"{option} {folder}: the pipeline has no tokenizer for it; expected a folder "
@@ -105,6 +116,8 @@ def _tokenizer_beside(folder: Path, option: str) -> Path | None:
 
 
 def _hash_files(folder: Path, option: str, weights: bool = True) -> dict[str, str]:
+    from .weights import check_files
+
     wanted = {_WEIGHTS} if weights else set()
     files = sorted(p for p in folder.iterdir() if p.suffix in wanted or p.name == "config.json")
     if (folder / PIPELINE_INDEX).exists():
@@ -116,6 +129,8 @@ def _hash_files(folder: Path, option: str, weights: bool = True) -> dict[str, st
         raise InputError(f"{option} {folder}: no config.json in this folder")
     if weights and not any(file.suffix == _WEIGHTS for file in files):
         raise InputError(f"{option} {folder}: no .safetensors in this folder")
+    if weights:
+        check_files(folder, [file for file in files if file.suffix == _WEIGHTS], option)
     return {file.name: hash_file(file) for file in files}
 
 
@@ -161,43 +176,94 @@ def download(name: str, files: Sequence[str], option: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SEMROUTE_CACHE") or Path(base) / "semroute")
+    if own := os.environ.get("SEMROUTE_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "semroute"
 
 
 def _convert_gguf(file: Path, digest: str) -> Path:
     """Convert to safetensors once: transformers takes ten times longer to load a GGUF."""
-    folder = _cache_folder() / "gguf" / digest[:32]
-    if folder.is_dir():
-        return folder
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        try:
-            arguments = {"gguf_file": file.name}
-            model = AutoModel.from_pretrained(file.parent, dtype=torch.float32, **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
-        except ImportError as error:
-            raise InputError(
-                f"--model {file}: reading GGUF needs the package gguf; pip install 'semroute[gguf]'"
-            ) from error
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--model {file}: transformers cannot read it: {error}") from error
-        # The weights are plain float32 now, but transformers still marks the model as quantised
-        # and would refuse to save it.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        folder = _cache_folder() / "gguf" / digest[:32]
+    except RuntimeError as error:  # there is no home folder
+        raise InputError(f"--model {file}: {error} Set SEMROUTE_CACHE to a folder") from error
+    try:
+        if folder.is_dir():
+            return folder
+        unfinished = make_folder(folder.parent, f"{folder.name}.")
+    except OSError as error:
+        raise _no_cache(file, folder.parent, error) from error
+    try:
+        _write_safetensors(file, unfinished)
+        make_readable(unfinished)
         try:
             unfinished.rename(folder)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():  # otherwise another process was faster
-                raise
+                raise _no_cache(file, folder.parent, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _no_cache(file: Path, folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"--model {file} is converted once, into {folder}, which cannot be written: {error}. Set "
+        "SEMROUTE_CACHE to a folder with room for its weights in float32"
+    )
+
+
+def _write_safetensors(file: Path, folder: Path) -> None:
+    """The model in a GGUF file, and its tokenizer, as transformers saves them."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    from .weights import LOADING_REPORT, refuse_misread
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            **LOADING_REPORT,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise InputError(
+            f"--model {file}: reading GGUF needs the package gguf; pip install 'semroute[gguf]'"
+        ) from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"--model {file}: transformers cannot read it, or it is cut off: {error}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    refuse_misread(f"--model {file}", model, loaded, heads=False)
+    _refuse_rope_tensors(file)
+    # The weights are plain float32 now, but transformers still marks the model as quantised
+    # and would refuse to save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise _no_cache(file, folder.parent, error) from error
+
+
+def _refuse_rope_tensors(file: Path) -> None:
+    """Refuse scales of rotary positions: transformers does not read them."""
+    from gguf import GGUFReader
+
+    names = [tensor.name for tensor in GGUFReader(file).tensors]
+    unused = [name for name in names if re.match(r"rope_(freqs|factors)", name)]
+    if unused:
+        raise InputError(
+            f"--model {file}: transformers does not use its {', '.join(unused)}, so that rotary "
+            "positions would be wrong; take the model's safetensors"
+        )

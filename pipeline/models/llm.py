@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,17 @@ import torch
 
 from ...schemas import InputError, ModelIdentity
 from .hub import LOAD_ERRORS, ModelFiles
+from .limits import Limits, limits_of, refuse_streams
+from .rope import separate_captions, token_lengths
+from .weights import (
+    GGUF,
+    LOADING_REPORT,
+    SAFETENSORS,
+    is_quantised,
+    read_header,
+    refuse_integers,
+    refuse_misread,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 Sink = Callable[[int, torch.Tensor], None]
@@ -95,7 +106,8 @@ def describe_model(source: ModelFiles) -> ModelIdentity:
     """Identity of the text tower, from the model's configuration; no weights are loaded.
 
     Raises:
-        InputError: transformers does not know the model, or its text tower is of no known family.
+        InputError: transformers does not know the model, or its text tower is of no known family;
+            weights are missing in its files, or are there and not used.
     """
     tower = _tower_without_weights(source)
     config = tower.module.config
@@ -117,6 +129,25 @@ def attention_of(source: ModelFiles) -> str:
     """
     attention: str = _tower_without_weights(source).module.config._attn_implementation
     return attention
+
+
+def model_limits(source: ModelFiles) -> Limits:
+    """What the model can read.
+
+    Raises:
+        InputError: as :func:`describe_model`.
+    """
+    return limits_of(_tower_without_weights(source).module)
+
+
+def check_streams(source: ModelFiles, layers: Sequence[int]) -> None:
+    """Refuse layers that are several streams of hidden states.
+
+    Raises:
+        InputError: they are; or as :func:`describe_model`.
+    """
+    tower = _tower_without_weights(source)
+    refuse_streams(source.name, tower.module.config, layers, len(tower.blocks))
 
 
 def find_tower(model: Any, name: str) -> TextTower:
@@ -214,6 +245,9 @@ class Encoder:
         layers: ascending, see :func:`parse_layers`. Blocks above the last one are not run.
         dtype: of the LLM's weights and activations.
         device: default: the first GPU, or the CPU.
+
+    Raises:
+        InputError: as :func:`describe_model`.
     """
 
     def __init__(
@@ -227,10 +261,11 @@ class Encoder:
             source.folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
-            output_loading_info=True,
+            **LOADING_REPORT,
         )
         self.tower = find_tower(model, source.name)
-        _refuse_missing(source, self.tower, loaded["missing_keys"])
+        refuse_misread(source.name, self.tower.module, loaded, self.tower.name)
+        self._ropes = separate_captions(self.tower.module)
         num_layers = len(self.tower.blocks)
         # Layer 0 is the input of the first block: some models scale their embedding or add to it.
         self._needs_input = self.layers[0] == 0
@@ -271,8 +306,17 @@ class Encoder:
                 (``masking_utils.find_packed_sequence_indices``). Whether a model respects them has
                 to be tested (:mod:`semroute.pipeline.models.packing`). Default: each sequence in a
                 row of its own, padded on the right.
+
+        Raises:
+            InputError: a block gives something else than one vector per token.
         """
         inputs, wanted = lay_out(sequences, kept, row)
+        shape = inputs["input_ids"].shape
+        if self._ropes:
+            rows = np.arange(len(sequences)) if row is None else row
+            lengths = token_lengths(sequences, rows, shape).to(self.device)
+            for rope in self._ropes:
+                rope.lengths = lengths
         # Indices instead of a mask: a device would have to count a mask, and the CPU to wait.
         chosen = wanted.flatten().nonzero().squeeze(1).to(self.device)
         waiting: dict[int, torch.Tensor] = {}
@@ -281,6 +325,12 @@ class Encoder:
         def hand_over(index: int, hidden: torch.Tensor) -> None:
             """In the order of layers: what goes into the final norm comes before its output."""
             nonlocal turn
+            if hidden.shape[:-1] != shape:
+                raise InputError(
+                    f"layer {self.layers[index]} of {type(self.tower.module).__name__} is "
+                    f"{[*hidden.shape]} for {[*shape]} tokens; expected one vector per token. "
+                    "Take other --layers or another LLM"
+                )
             waiting[index] = hidden.flatten(0, 1).index_select(0, chosen)
             while turn in waiting:
                 sink(turn, waiting.pop(turn))
@@ -337,7 +387,7 @@ def lay_out(
     tokens = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros_like(tokens)
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
-    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    positions = torch.zeros_like(tokens)  # that of padding always exists
     for r, stop, sequence, rows in zip(row, stops, sequences, kept, strict=True):
         start = stop - len(sequence)
         tokens[r, start:stop] = torch.from_numpy(sequence)
@@ -346,7 +396,7 @@ def lay_out(
             wanted[r, start + torch.from_numpy(rows)] = True
         else:
             wanted[r, start + rows : stop] = True
-        positions[r, stop:] = torch.arange(shape[1] - stop)  # of the next sequence, or padding
+        positions[r, start:stop] = torch.arange(len(sequence))
     if shape[0] < len(sequences):
         return {"input_ids": tokens, "position_ids": positions}, wanted
     return {"input_ids": tokens, "attention_mask": mask}, wanted
@@ -363,8 +413,33 @@ def _config(source: ModelFiles) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _tower_without_weights(source: ModelFiles) -> TextTower:
+    """The text tower on the meta device, in which all weights of the files have a place."""
+    config = _config(source)
+    if not any(name.endswith((SAFETENSORS, GGUF)) for name in source.files):
+        return _tower_of_config(source, config)
+    try:
+        if is_quantised(source.name, config):
+            # Its method may need a device that only workers have, and names of its own.
+            return _tower_of_config(source, config)
+        unknown = None
+    except InputError as error:
+        unknown = error
+    model, loaded = _make(
+        source, "from_pretrained", source.folder, device_map="meta", **LOADING_REPORT
+    )
+    tower = find_tower(model, source.name)
+    refuse_misread(source.name, tower.module, loaded, tower.name)
+    files = sorted(source.folder.glob(f"*{SAFETENSORS}"))
+    headers = {file.name: read_header(file, "--model") for file in files}
+    refuse_integers(source.name, tower.module, headers)
+    if unknown is not None:
+        raise unknown
+    return tower
+
+
+def _tower_of_config(source: ModelFiles, config: Any) -> TextTower:
     with torch.device("meta"):
-        return find_tower(_make(source, "from_config", _config(source)), source.name)
+        return find_tower(_make(source, "from_config", config), source.name)
 
 
 def _make(source: ModelFiles, constructor: str, *arguments: Any, **options: Any) -> Any:
@@ -376,20 +451,10 @@ def _make(source: ModelFiles, constructor: str, *arguments: Any, **options: Any)
     auto = AutoModelForTextEncoding if encoder_only else AutoModel
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads are left out on purpose; transformers lists them
+    logging.disable_progress_bar()
     try:
         return getattr(auto, constructor)(*arguments, trust_remote_code=False, **options)
     except LOAD_ERRORS as error:
         raise InputError(f"{source.name}: transformers cannot load it: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _refuse_missing(source: ModelFiles, tower: TextTower, missing: Iterable[str]) -> None:
-    """Refuse files that lack weights: these would be random, and transformers only warns."""
-    prefix = f"{tower.name}." if tower.name else ""
-    inside = sorted(name for name in missing if name.startswith(prefix))
-    if inside:
-        raise InputError(
-            f"{source.name}: {len(inside)} weights of {type(tower.module).__name__} are not in its "
-            f"files, the first is {inside[0]}; expected all of them"
-        )

@@ -23,7 +23,9 @@ from ...schemas import MASK, InputError
 from ...schemas.json_file import read_json
 from .hub import LOAD_ERRORS, PIPELINE_INDEX, ModelFiles, download, hash_file, hub_name, is_hub_id
 from .llm import Dtype, find_tower, load_tokenizer, tokenizer_digest
+from .rope import separate_captions
 from .text_recipes import NEGATIVE, Encoded, find_recipe
+from .weights import LOADING_REPORT, check_files, refuse_misread
 
 _TEXT_COMPONENTS = ("tokenizer", "text_encoder")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -74,6 +76,7 @@ def find_text_pipeline(name: str, option: str = "--pipeline") -> ModelFiles:
     for component in _text_components(index):
         where = folder / component
         if component.startswith("tokenizer"):
+            check_files(where, [], option)
             tokenizer = load_tokenizer(ModelFiles(f"{option} {name}/{component}", where, {}))
             files[component] = tokenizer_digest(tokenizer)
             if isinstance(template := tokenizer.chat_template, str):
@@ -166,6 +169,11 @@ class TextPipeline:
     def num_layers(self) -> int:
         """Number of layers of the LLM."""
         return int(self._config.num_hidden_layers)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Rows of its embedding."""
+        return int(self._config.vocab_size)
 
     @property
     def width(self) -> int:
@@ -344,12 +352,45 @@ class TextPipeline:
 
     @cached_property
     def pipe(self) -> Any:
-        """The pipeline with its text encoders."""
+        """The pipeline with its text encoders.
+
+        Raises:
+            InputError: weights are missing in their files, or are there and not used.
+        """
+        names = [name for name in _text_components(self.index) if name.startswith("text_encoder")]
+        for name in names:
+            self._check_weights(name)
         pipe = self._load(encoders=True)
-        for name in _text_components(self.index):
-            if name.startswith("text_encoder"):
-                getattr(pipe, name).eval().requires_grad_(False).to(self.device)
+        for name in names:
+            encoder = getattr(pipe, name).eval().requires_grad_(False)
+            separate_captions(encoder)  # from captions before, too
+            encoder.to(self.device)
         return pipe
+
+    def _check_weights(self, component: str) -> None:
+        """Refuse weights of a text encoder that diffusers would leave out or make up."""
+        import transformers
+        from transformers.utils import logging
+
+        folder, name = self.source.folder / component, f"{self.source.name}/{component}"
+        cls = getattr(transformers, self.index[component][1], None)
+        if cls is None:
+            raise InputError(
+                f"{name}: transformers {transformers.__version__} has no "
+                f"{self.index[component][1]}; expected a later version"
+            )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model, loaded = cls.from_pretrained(
+                folder, device_map="meta", use_safetensors=True, **LOADING_REPORT
+            )
+        except LOAD_ERRORS as error:
+            raise InputError(f"{name}: transformers cannot load it: {error}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        refuse_misread(name, model, loaded, heads=False)
 
     @cached_property
     def _token_pipe(self) -> Any:
@@ -478,6 +519,7 @@ def _model_files(folder: Path, option: str) -> list[Path]:
     weights = [file for file in sorted(folder.glob("*")) if any(map(file.match, _WEIGHTS))]
     if not weights:
         raise InputError(f"{option}: no {_WEIGHTS[0]} in {folder}")
+    check_files(folder, weights, option)
     return [folder / "config.json", *weights]
 
 

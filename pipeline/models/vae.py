@@ -16,6 +16,7 @@ import numpy as np
 from ...schemas import InputError, LatentIdentity, differences, refuse_differences
 from ...schemas.json_file import read_json
 from .hub import ModelFiles, download, hash_file, hub_name, is_hub_id
+from .weights import SAFETENSORS, check_files, refuse_misread
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ def find_vae(name: str) -> ModelFiles:
     )
     if not any(file.suffix == ".safetensors" for file in files):
         raise InputError(f"--vae {name}: no {_WEIGHTS}.safetensors in {folder}")
+    check_files(folder, [file for file in files if file.suffix == SAFETENSORS], f"--vae {name}")
     return ModelFiles(source, folder, {file.name: hash_file(file) for file in files})
 
 
@@ -122,16 +124,23 @@ class Autoencoder:
 
     @cached_property
     def model(self) -> Any:
-        """The network, in evaluation mode."""
+        """The network, in evaluation mode.
+
+        Raises:
+            InputError: weights are missing in its files, or are there and not used.
+        """
         from diffusers.utils import logging
 
         logging.disable_progress_bar()
         try:
-            model = self._class.from_pretrained(self.source.folder, use_safetensors=True)
+            model, loaded = self._class.from_pretrained(
+                self.source.folder, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"--vae {self.source.name}: diffusers cannot load it: {error}"
             ) from error
+        refuse_misread(f"--vae {self.source.name}", model, loaded)
         return model.float().eval().requires_grad_(False).to(self.device)
 
     @cached_property

@@ -2,16 +2,32 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...schemas import InputError
 from .table import Unreadable
 
-_ORIENTATION = 0x0112  # EXIF tag; values from 5 on: width and height are swapped
+_ORIENTATION = 0x0112  # EXIF tag
+_IN_XMP = re.compile(r"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])")
+_PNG_TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+_PNG_START = 8
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation as EXIF counts it -> what turns the image upright; from 5 on, width and height are
+swapped."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +100,9 @@ def describe_images(files: Iterable[bytes | Unreadable], source: str, size: int 
             continue
         digests.append(hashlib.sha256(file).hexdigest())
         try:
-            with Image.open(io.BytesIO(file)) as image:
-                sideways = _orientation(image) > 4
-                shape = (image.height, image.width)
-                each[row] = shape[::-1] if sideways else shape
-                sizes.setdefault(each[row], row)
+            with open_upright(file) as image:
+                each[row] = image.size
+            sizes.setdefault(each[row], row)
         except Exception as error:  # decoders raise anything on damaged bytes
             broken[row] = _reason(error)
     if not sizes:
@@ -112,14 +126,14 @@ def images_fingerprint(digests: Iterable[str | None]) -> str:
 def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarray | Unreadable:
     """An encoded image -> RGB uint8 ``[3, H, W]``, or the reason why it cannot be read.
 
-    Turned upright by its EXIF orientation, transparency over white; an image of another size is
-    resized to cover ``size`` and cropped in the centre.
+    Turned upright, transparency over white; an image of another size is resized to cover ``size``
+    and cropped in the centre.
     """
     if isinstance(file, Unreadable):
         return file
     try:
-        with Image.open(io.BytesIO(file)) as opened:
-            image = _rgb(ImageOps.exif_transpose(opened))
+        with open_upright(file) as opened:
+            image = _rgb(opened.read())
     except Exception as error:  # decoders raise anything on damaged bytes
         return Unreadable(_reason(error))
     height, width = size
@@ -135,11 +149,89 @@ def image_to_codes(file: bytes | Unreadable, size: tuple[int, ...]) -> np.ndarra
     return np.asarray(image, np.uint8).transpose(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class UprightImage:
+    """An opened image file, seen upright.
+
+    Attributes:
+        size: height and width, from the header.
+    """
+
+    size: tuple[int, int]
+    _image: Image.Image
+    _turn: Image.Transpose | None
+
+    def read(self) -> Image.Image:
+        """The pixels.
+
+        Raises:
+            ValueError: they are of another size than the header says; decoders raise anything on
+                damaged bytes.
+        """
+        self._image.load()
+        turned = self._image if self._turn is None else self._image.transpose(self._turn)
+        if (turned.height, turned.width) != self.size:
+            raise ValueError(
+                f"its header says {self.size[1]} x {self.size[0]} pixels, and it has "
+                f"{turned.width} x {turned.height}"
+            )
+        return turned
+
+
+@contextmanager
+def open_upright(file: bytes) -> Iterator[UprightImage]:
+    """Open an image file to see it upright, wherever its container writes the orientation: EXIF,
+    XMP, and their text forms in PNG. Its pixels are decoded only when read.
+
+    Raises:
+        Exception: no image of a known format, or damaged; decoders raise anything.
+    """
+    with Image.open(io.BytesIO(file)) as image:
+        if image.format == "PNG" and _has_late_texts(file):
+            image.load()
+        orientation, turned = _orientation(image), False
+        height, width = image.height, image.width
+        if image.format == "TIFF":  # Pillow turns its pixels, and has swapped its sides already
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
+            turned = Image.Image.getexif(image).get(_ORIENTATION) in _TURNS
+        size = (width, height) if orientation > 4 else (height, width)
+        yield UprightImage(size, image, None if turned else _TURNS.get(orientation))
+
+
 def _orientation(image: Image.Image) -> int:
-    # Pillow decodes a whole PNG to look for a tag behind the pixels, where there never is one.
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
-    return int(image.getexif().get(_ORIENTATION, 1))
+    """Orientation as EXIF counts it, 1 to 8; 1 is upright."""
+    # The method of PNG would decode all pixels to look for a tag behind them.
+    found = Image.Image.getexif(image).get(_ORIENTATION)
+    if found is None and (profile := image.info.get("Raw profile type APP1")):
+        exif = Image.Exif()
+        exif.load(_from_hex(profile))
+        found = exif.get(_ORIENTATION)
+    if found is None and image.format != "AVIF":  # there only its own transformation counts
+        for key in ("XML:com.adobe.xmp", "xmp", "Raw profile type xmp"):
+            text = image.info.get(key) or b""
+            text = _from_hex(text) if key.startswith("Raw") else text
+            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+            if match := _IN_XMP.search(text):
+                return int(match[1])
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def _from_hex(profile: str | bytes) -> bytes:
+    """The bytes of a profile as ImageMagick writes it into PNG: name, length, hex digits."""
+    text = profile.decode("latin-1") if isinstance(profile, bytes) else profile
+    return bytes.fromhex("".join(text.split("\n")[3:]))
+
+
+def _has_late_texts(file: bytes) -> bool:
+    """Whether a PNG has texts or EXIF behind its pixels: these are decoded to read them."""
+    at, pixels = _PNG_START, False
+    while at + 8 <= len(file):
+        kind = file[at + 4 : at + 8]
+        if pixels and kind in _PNG_TEXTS:
+            return True
+        pixels = pixels or kind == b"IDAT"
+        at += 12 + int.from_bytes(file[at : at + 4], "big")
+    return False
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 
 from ...schemas import InputError, Prompt
+from ...schemas.urls import check_protocol, suffix_of
+from .formats import open_file
+from .places import SUFFIXES, find_files
 from .table import column_names, read_samples, read_table
 from .values import read_objects, to_array
 
@@ -30,7 +32,7 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
     Raises:
         InputError: no such file or format, no column of prompts, or an empty prompt.
     """
-    if PurePosixPath(source).suffix.lower() == ".json":
+    if suffix_of(source, SUFFIXES) == ".json":
         return _read_json(source, text_column)
     names = column_names(source)
     text_column = text_column or _find(names, TEXT_COLUMNS)
@@ -51,9 +53,13 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
             _, table = read_table(source, samples.text_column, [column])
             values[key] = [None if v is None else str(v) for v in table[column].to_pylist()]
     records: Sequence[str | None] = [None] * len(captions)
-    if PurePosixPath(source).suffix.lower() == ".jsonl":
-        with fsspec.open(source, "rb") as file:
-            records = [line for line, _ in read_objects(file, source)]
+    files = find_files(source)
+    if files.kind == ".jsonl":
+        lines: list[str | None] = []
+        for path in files.paths:
+            with open_file(path) as file:
+                lines += [line for line, _ in read_objects(file, path)]
+        records = lines
     return [
         Prompt(
             text=texts[0],
@@ -66,6 +72,7 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
 
 
 def _read_json(source: str, text_column: str | None) -> list[Prompt]:
+    check_protocol(source)
     try:
         with fsspec.open(source, "rb") as file:
             document = json.load(file)

@@ -1,34 +1,30 @@
-"""Tables of captions and images: parquet, jsonl, csv, tsv, txt or webdataset tars, local or by any
-URL of fsspec."""
+"""Samples: captions and images of what the user names, as one table."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from io import BytesIO
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
+from urllib.parse import urljoin
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
-from ...schemas.columns import to_plain
-from .values import check_not_repeated, decode, not_utf8, read_objects, to_array
-from .webdataset import BYTE_RANGE, TEXT, Reader, WebDataset
+from ...schemas.escaping import shown, without_secrets
+from ...schemas.urls import check_protocol
+from .captions import Blank, list_rows, read_texts
+from .columns import Chosen, check_unique
+from .embedded import EMBEDDED, EmbeddedReader
+from .folders import ImageFolder
+from .formats import JoinedTables
+from .places import FOLDER, IMAGE_SUFFIXES, TAR, Files, filesystem_of, find_files
+from .webdataset import BYTE_RANGE, Reader, WebDataset
 
-TEXT_COLUMNS = ("text", "prompt", "caption")
-IMAGE_COLUMNS = ("image",)
-TAR = ".tar"
-SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt", TAR)
-T = TypeVar("T")
-_NUM_SHOWN = 5  # offending rows listed in a message
-_CSV_BLOCKS = (1 << 20, 1 << 25, 1 << 28, (1 << 31) - 1)  # a row must fit in a block
+TEXT, IMAGE, ROW, WEIGHTS = "text", "image", "row", "weights"
+"""Columns of :attr:`SampleTable.table`."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +36,42 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Rows of an input file, in its order.
+    """Rows of a source, in its order.
 
     Attributes:
-        source: path or URL as the user named it.
-        table: the two columns below, where they exist.
-        text_column: name of the column with captions; None where the file has none.
-        image_column: name of the column with images; None where the file has none.
+        source: as the user named it.
+        table: the columns ``text`` (``list<large_string>``), ``image``, ``row`` (of the source, if
+            some were left out or have no caption) and ``weights`` (``list<double>``, like ``text``,
+            if the user gave some), where they exist.
+        chosen: columns of the source that they come from.
+        blank: what was done with rows without a caption.
+        blank_rows: these rows, counted from 0, int64.
+        folder: what paths of images are relative to; None: the working directory.
+        files: that references to images name by number.
+        found: the kind and number of files, in words.
     """
 
     source: str
     table: pa.Table
-    text_column: str | None
-    image_column: str | None
+    chosen: Chosen
+    blank: Blank
+    blank_rows: np.ndarray
+    folder: str | None
+    files: tuple[str, ...]
+    found: str
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def text_column(self) -> str | None:
+        """Name of the column with captions, several with commas; None where there is none."""
+        return self.chosen.text
+
+    @property
+    def image_column(self) -> str | None:
+        """Name of the column with images; None where there is none."""
+        return self.chosen.image if IMAGE in self.table.column_names else None
 
     def slice(self, start: int, stop: int) -> "SampleTable":
         """Rows from start to stop."""
@@ -65,67 +81,75 @@ class SampleTable:
         """The given rows, in their order."""
         return replace(self, table=self.table.take(pa.array(rows, pa.int64())))
 
-    def texts(self) -> pa.ListArray:
-        """Captions as ``list<large_string>``, one list per row.
+    def without_texts(self) -> "SampleTable":
+        """The same rows, whose captions are no longer needed."""
+        missing = pa.nulls(len(self), pa.null())
+        rest = {name: self.table[name] for name in self.table.column_names if name != TEXT}
+        return replace(self, table=pa.table({TEXT: missing, **rest}))
 
-        Raises:
-            InputError: a caption is missing or blank, or a row has no caption.
-        """
-        assert self.text_column is not None
-        column = self.table[self.text_column]
-        if _is_list(column.type):
-            column = column.cast(pa.list_(pa.large_string())).combine_chunks()
-        else:
-            texts = column.cast(pa.large_string()).combine_chunks()
-            offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
-            column = pa.ListArray.from_arrays(offsets, texts)
-        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column.flatten())), 0)
-        blank = pc.list_parent_indices(column).filter(pc.fill_null(blank, True))
-        empty = pc.indices_nonzero(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
-        rows = sorted({*blank.to_pylist(), *empty.to_pylist()})
-        if rows:
-            shown = ", ".join(str(row) for row in rows[:_NUM_SHOWN])
-            more = f" and {len(rows) - _NUM_SHOWN} more" if len(rows) > _NUM_SHOWN else ""
-            raise InputError(
-                f"{self.source}: {len(rows)} of {len(self)} rows have an empty caption in column "
-                f"{self.text_column!r} (rows {shown}{more}, counted from 0). Remove them: the null "
-                "caption is always stored, and caption dropout happens in training."
+    def describe(self) -> str:
+        """What was found and chosen, in words."""
+        parts = [f"{self.source}: {self.found}, {len(self):,} samples; {self.chosen.describe()}"]
+        if num := len(self.blank_rows):
+            done = "left out" if self.blank == "skip" else "stored as the null caption"
+            parts.append(
+                f"{num:,} rows without a caption are {done} ({list_rows(self.blank_rows)})"
             )
-        return column
+        return "; ".join(parts)
+
+    def texts(self) -> pa.ListArray:
+        """Captions as ``list<large_string>``, one list per row, none of them blank; with ``--blank
+        null`` empty where a row has none."""
+        return _array(self.table[TEXT])
 
     def image_names(self) -> pa.Array:
-        """Path of each image (string, null where it has none); bytes are not copied."""
-        if self.image_column is None:
+        """Path of each image, to be shown (string, null where it has none); bytes are not copied.
+        Secrets in URLs are left out."""
+        if IMAGE not in self.table.column_names:
             return pa.nulls(len(self), pa.string())
-        column = self.table[self.image_column].combine_chunks()
+        column = self.table[IMAGE]
         if pa.types.is_struct(column.type):
-            return pc.struct_field(column, "path").cast(pa.string())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return column.cast(pa.string())
-        return pa.nulls(len(self), pa.string())
+            chunks = [pc.struct_field(chunk, "path").cast(pa.string()) for chunk in column.chunks]
+            names = _array(pa.chunked_array(chunks, pa.string()))
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            names = _array(column.cast(pa.string()))
+        else:
+            return pa.nulls(len(self), pa.string())
+        if not pc.any(pc.match_substring(names, "://")).as_py():
+            return names
+        return pa.array([n and without_secrets(n) for n in names.to_pylist()], pa.string())
+
+    def extra_columns(self) -> dict[str, pa.Array]:
+        """``row`` and ``weights``, where there are any."""
+        names = [name for name in (ROW, WEIGHTS) if name in self.table.column_names]
+        return {name: _array(self.table[name]) for name in names}
 
     def image_files(self) -> Iterator[bytes | Unreadable]:
         """The encoded bytes of each image in order, or the reason why it cannot be read.
 
         The column contains paths (relative to the folder of the table), bytes, structs of ``bytes``
-        and ``path`` as HF datasets writes them, or byte ranges of tars.
+        and ``path`` as HF datasets writes them, byte ranges of tars, or references to rows.
 
         Raises:
             InputError: the column contains something else.
         """
-        assert self.image_column is not None
-        with Reader() as tars:
-            for row, value in enumerate(_python_values(self.table[self.image_column])):
+        column = str(self.chosen.image)
+        with Reader() as tars, EmbeddedReader(self.files, column) as embedded:
+            for row, value in enumerate(_python_values(self.table[IMAGE])):
                 try:
-                    yield self._image_file(row, value, tars)
+                    yield self._image_file(row, value, tars, embedded)
                 except FileNotFoundError:
-                    yield Unreadable(f"no such file: {_image_name(value)}")
+                    yield Unreadable(shown(f"no such file: {_image_name(value)}"))
                 except OSError as error:
-                    yield Unreadable(f"{_image_name(value)}: {error}")
+                    yield Unreadable(shown(f"{_image_name(value)}: {error}"))
 
-    def _image_file(self, row: int, value: Any, tars: Reader) -> bytes | Unreadable:
+    def _image_file(
+        self, row: int, value: Any, tars: Reader, embedded: EmbeddedReader
+    ) -> bytes | Unreadable:
         if isinstance(value, dict) and [*value] == BYTE_RANGE.names:
             return tars.read(value["tar"], value["start"], value["size"])
+        if isinstance(value, dict) and [*value] == EMBEDDED.names:
+            value = embedded.read(value["file"], value["row"])
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if not value:
@@ -137,82 +161,118 @@ class SampleTable:
                 f"{self.source}: row {row}: an image is neither a path nor bytes: {value!r}"
             )
         if "://" in value:
+            check_protocol(value)
             with fsspec.open(value, "rb") as file:
                 return file.read()
-        filesystem, path = fsspec.core.url_to_fs(self.source)
-        return filesystem.cat_file(str(PurePosixPath(path).parent / value))
+        return self._read_path(value)
+
+    @cached_property
+    def _place(self) -> tuple[Any, PurePosixPath]:
+        filesystem, path = filesystem_of(self.folder or ".")
+        return filesystem, PurePosixPath(path)
+
+    def _read_path(self, value: str) -> bytes:
+        """A file by its path; by kohya's habits it may have backslashes, and no suffix."""
+        filesystem, folder = self._place
+        if str(self.folder).startswith(("http://", "https://")):
+            return filesystem.cat_file(urljoin(f"{self.folder}/", value))
+        names = [value, *([value.replace("\\", "/")] if "\\" in value else [])]
+        suffixes = (
+            () if PurePosixPath(names[-1]).suffix.lower() in IMAGE_SUFFIXES else IMAGE_SUFFIXES
+        )
+        paths = [str(folder / name) for name in names]
+        for path in (*paths[1:], *(paths[-1] + suffix for suffix in suffixes)):
+            if not filesystem.exists(paths[0]) and filesystem.exists(path):
+                return filesystem.cat_file(path)
+        return filesystem.cat_file(paths[0])
 
     def identity(self) -> SamplesIdentity:
         """Number of rows and fingerprint of their captions, to join stores made from one table."""
-        if self.text_column is None:
+        if TEXT not in self.table.column_names:
             return SamplesIdentity(num_samples=len(self), fingerprint=None)
-        texts = self.texts()
-        return SamplesIdentity(num_samples=len(self), fingerprint=fingerprint(texts))
+        return SamplesIdentity(
+            num_samples=len(self),
+            fingerprint=fingerprint(self.table[TEXT]),
+            blank=None if self.blank == "error" else self.blank,
+            weights=self.chosen.weights,
+        )
 
 
 def read_samples(
     source: str,
     *,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
+    fallback_column: str | None = None,
     image_column: str | None = None,
+    image_folder: str | None = None,
+    blank: Blank = "error",
     limit: int | None = None,
     need: str,
 ) -> SampleTable:
-    """Read a table of captions, images or both.
+    """Read captions, images or both.
 
     Args:
-        source: ``.parquet``, ``.jsonl``, ``.csv``, ``.tsv`` (no quoting: a row is a line) or
-            ``.txt`` (one caption per line); a local path or any URL of fsspec. Or ``.tar``,
-            several by a pattern, see
-            :meth:`semroute.pipeline.sources.webdataset.WebDataset.open`.
-        text_column: a column of strings or of lists of strings; default: the first of ``text``,
-            ``prompt``, ``caption`` that exists. For tars ``txt`` (files) or a key of their JSON.
-        image_column: default: ``image`` if it exists. For tars an extension; default: the first of
-            jpg, jpeg, png, webp that a sample has.
+        source: files of one kind, by path, URL of fsspec, pattern or folder, several with ``::``
+            between: ``.parquet``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (no quoting: a row is a
+            line), ``.txt`` (one caption per line), ``.arrow`` or ``.tar`` (webdataset). A folder of
+            one of these, of images with a table of metadata, of images with captions in files
+            beside them, or a dataset of the datasets library saved to disk.
+        text_column: columns of strings or of lists of strings, with dots for parts of structs and
+            objects; several may have weights, as in ``caption=1``. Default: the first of ``text``,
+            ``prompt``, ``caption`` that exists, or ``TEXT``. For tars ``txt`` (files) or a key of
+            their JSON; for images with files beside them ``txt`` or ``caption`` (files) or a key.
+        fallback_column: whose captions stand in for those of rows that have none.
+        image_column: default: ``image`` if it exists, or the only one of ``jpg``, ``png``,
+            ``file_name``, ``image_path``, ``image_binary``. For tars an extension; default: the
+            first of jpg, jpeg, png, webp that a sample has.
+        image_folder: what paths of images are relative to; default: the folder of the table.
+        blank: what to do with rows without a caption: refuse them, leave them out, or give them
+            the null caption.
         limit: number of first rows to read; None: all.
         need: ``"text"`` or ``"image"``: the column that must exist.
 
     Raises:
-        InputError: no such file or format, not parseable, empty, or no such column.
+        InputError: no such file or format, not parseable, empty, no such column, several columns
+            of which none is the obvious one, or blank captions.
     """
-    tars = WebDataset.open(source) if _suffix(source) == TAR else None
-    if tars is not None and not tars.samples:
-        raise InputError(f"{source} has no samples; expected files such as 000.jpg and 000.txt")
-    names = column_names(source) if tars is None else tars.names()
-    defaults = TEXT_COLUMNS if tars is None else (TEXT, *TEXT_COLUMNS)
-    text = _find_column(names, source, text_column, defaults, "--text-column", need == "text")
-    image = _find_column(
-        names, source, image_column, IMAGE_COLUMNS, "--image-column", need == "image"
-    )
-    columns = [name for name in (text, image) if name is not None]
-    if tars is not None:
-        table = tars.table(columns, limit)
-    else:
-        names_of = image if need == "text" else None
-        table = _parsed(source, partial(_read_columns, columns=columns, names_of=names_of))
-        image = image if image in table.schema.names else None
-    if limit is not None:
-        table = table.slice(0, limit)
+    files = find_files(source)
+    form = _open(files)
+    chosen = form.columns().choose(text_column, image_column, fallback_column, need)
+    texts = [*dict.fromkeys((*chosen.texts, *([chosen.fallback] if chosen.fallback else [])))]
+    table = form.read(texts, chosen.image, limit, names_only=need == "text")
+    table = table if limit is None else table.slice(0, limit)
     if table.num_rows == 0:
         raise InputError(f"{source} has no rows; expected at least one")
-    if text is not None:
-        kind = table.schema.field(text).type
-        value = kind.value_type if _is_list(kind) else kind
-        if pa.types.is_null(value):  # no row has a caption
-            table = table.set_column(
-                table.schema.get_field_index(text), text, table[text].cast(_with_strings(kind))
-            )
-        elif not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+    columns: dict[str, Any] = {}
+    blank_rows = np.zeros(0, np.int64)
+    if chosen.texts:
+        found = read_texts(source, table, chosen, blank)
+        columns[TEXT], blank_rows = found.texts, found.blank
+        if found.weights is not None:
+            columns[WEIGHTS] = found.weights
+    if chosen.image in table.column_names:
+        columns[IMAGE] = table[chosen.image]
+    if len(blank_rows):
+        columns[ROW] = pa.array(np.arange(table.num_rows))
+    kept = pa.table(columns)
+    if blank == "skip" and len(blank_rows):
+        rows = np.setdiff1d(np.arange(table.num_rows), blank_rows)
+        if not len(rows):
             raise InputError(
-                f"{source}: column {text!r} contains {kind}; expected strings or lists of strings"
+                f"{source}: no row has a caption in column {chosen.text!r}; name another with "
+                "--text-column"
             )
-    return SampleTable(source, table, text, image)
+        kept = kept.take(pa.array(rows))
+    folder = form.folder if image_folder is None else image_folder
+    paths = tuple(files.paths) if form.is_embedded(chosen.image) else ()
+    return SampleTable(source, kept, chosen, blank, blank_rows, folder, paths, files.describe())
 
 
 def read_table(
     source: str, text_column: str | None = None, columns: Sequence[str] | None = None
 ) -> tuple[str, pa.Table]:
-    """Read a table, but not tars: the name of its column of captions, and its columns.
+    """Read a table, but not tars or folders of images: the name of its column of captions, and its
+    columns.
 
     Args:
         source: see :func:`read_samples`.
@@ -222,251 +282,46 @@ def read_table(
     Raises:
         InputError: no such file, format or column.
     """
-    if _suffix(source) == TAR:
-        raise InputError(f"{source}: labels are read from a table, not from tars")
-    names = column_names(source)
-    text = _find_column(names, source, text_column, TEXT_COLUMNS, "--text-column", True)
-    missing = sorted({*(columns or ())} - {*names})
-    if missing:
-        raise InputError(
-            f"{source} has no column {missing[0]!r}; its columns are {', '.join(names)}"
-        )
-    wanted = [name for name in names if columns is None or name in columns or name == text]
+    form = _open_table(source)
+    names = form.names
+    text = form.columns().choose(text_column, None, None, "text").texts[0]
+    missing = next((name for name in columns or () if not form.has(name)), None)
+    if missing is not None:
+        raise InputError(f"{source} has no column {missing!r}; its columns are {', '.join(names)}")
+    wanted = names if columns is None else [name for name in names if name in columns]
+    wanted = [*wanted, *(name for name in columns or () if name not in names)]
+    wanted += [] if text in wanted else [text]
     for name in wanted:
-        _check_unique(names, source, name)
-    return str(text), _parsed(source, partial(_read_columns, columns=wanted))
+        check_unique(names, source, name)
+    return text, form.read(wanted, None, None, names_only=True)
 
 
 def column_names(source: str) -> list[str]:
-    """Columns of a table: of a jsonl the keys of all objects, of a txt ``text``.
+    """Columns of a table: of JSON the keys of all objects, of a txt ``text``.
 
     Raises:
         InputError: no such file or format, or it is empty.
     """
-    return _parsed(source, _column_names)
+    return _open_table(source).names
 
 
-def _suffix(source: str) -> str:
-    return PurePosixPath(source).suffix.lower()
+def _open(files: Files) -> JoinedTables | ImageFolder | WebDataset:
+    if files.kind == TAR:
+        return WebDataset.open(files.source, files.paths)
+    return ImageFolder(files) if files.kind == FOLDER else JoinedTables(files)
 
 
-def _parsed(source: str, read: Callable[[BinaryIO, str], T]) -> T:
-    suffix = _suffix(source)
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"{source}: cannot tell the format from {suffix or 'a name without suffix'!r}; "
-            f"expected one of {', '.join(SUFFIXES)}"
-        )
-    first, *others = source.split("::")
-    if others and "://" not in first and _suffix(first) in SUFFIXES:
-        raise InputError(
-            f"{source} names several tables, expected one; only tars may be several. Join the "
-            "tables into one file."
-        )
-    try:
-        with fsspec.open(source, "rb") as file:
-            if not file.read(1):
-                raise InputError(f"{source} is empty; expected at least one row")
-            file.seek(0)
-            return read(file, source)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{source}: no such file") from error
-    except (pa.ArrowException, UnicodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{source} is not a readable {suffix[1:]} file: {error}") from error
+def _open_table(source: str) -> JoinedTables:
+    form = _open(find_files(source))
+    if not isinstance(form, JoinedTables):
+        raise InputError(f"{source}: labels are read from a table, not from tars or folders")
+    return form
 
 
-def _column_names(file: BinaryIO, source: str) -> list[str]:
-    suffix = _suffix(source)
-    if suffix == ".parquet":
-        return list(pyarrow.parquet.read_schema(pa.PythonFile(file, "r")).names)
-    if suffix == ".txt":
-        return ["text"]
-    if suffix == ".jsonl":
-        return [*{key: None for _, row in read_objects(file, source) for key in row}]
-
-    def header(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> list[str]:
-        with pyarrow.csv.open_csv(
-            content, read_options=options, parse_options=_csv_options(suffix)
-        ) as reader:
-            return list(reader.schema.names)
-
-    return _with_large_rows(file, header)
-
-
-def _read_columns(
-    file: BinaryIO, source: str, columns: list[str], names_of: str | None = None
-) -> pa.Table:
-    """Read columns; of ``names_of``, a column of images, only names, as bytes may be too many."""
-    suffix = _suffix(source)
-    if suffix == ".parquet":
-        parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
-        if names_of is not None:
-            columns = _replace_by_names(parquet.schema_arrow, columns, names_of)
-        table = parquet.read(columns)
-    elif suffix == ".txt":
-        return _read_lines(file.read(), source)
-    elif suffix == ".jsonl":
-        return _read_jsonl(file, source, columns)
-    else:
-        table = _read_csv(file, source, columns)
-    table = pa.table({name: to_plain(table[name]) for name in table.column_names})
-    for name in table.column_names:
-        row = not_utf8(table[name])
-        if row is not None:
-            raise InputError(
-                f"{source}: row {row} (counted from 0): column {name!r} is not UTF-8. Save the "
-                "file as UTF-8."
-            )
-    return table
-
-
-def _read_lines(content: bytes, source: str) -> pa.Table:
-    lines = content.rstrip(b"\r\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    texts = [
-        decode(line, f"{source}: row {row} (counted from 0)") for row, line in enumerate(lines)
-    ]
-    return pa.table({"text": pa.array(texts, pa.string())})
-
-
-def _read_jsonl(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
-    # Only these columns become Arrow: the type of others may change from row to row.
-    values: dict[str, list[Any]] = {name: [] for name in columns}
-    for row, (_, document) in enumerate(read_objects(file, source)):
-        check_not_repeated(document, columns, f"{source}: row {row} (counted from 0)")
-        for name, column in values.items():
-            column.append(document.get(name))
-    return pa.table(
-        {
-            name: to_array(column, name, lambda row: f"{source}: row {row} (counted from 0)")
-            for name, column in values.items()
-        }
-    )
-
-
-def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
-    suffix = _suffix(source)
-    if suffix == ".csv":
-        _check_quotes(file, source)
-
-    def read(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> pa.Table:
-        return pyarrow.csv.read_csv(
-            content,
-            read_options=options,
-            parse_options=_csv_options(suffix),
-            convert_options=pyarrow.csv.ConvertOptions(
-                include_columns=columns,
-                column_types={name: pa.string() for name in columns},
-                null_values=[],
-                check_utf8=False,  # checked afterwards, to name the row
-            ),
-        )
-
-    return _with_large_rows(file, read)
-
-
-def _with_large_rows(
-    file: BinaryIO, read: Callable[[pa.BufferReader, pyarrow.csv.ReadOptions], T]
-) -> T:
-    """Read a csv in blocks that are as large as its largest row needs.
-
-    Each attempt has a reader of its own: Arrow reads ahead in a thread, which may still move the
-    position of the one before.
-    """
-    file.seek(0)
-    content = pa.py_buffer(file.read())
-    for size in _CSV_BLOCKS:
-        try:
-            return read(pa.BufferReader(content), pyarrow.csv.ReadOptions(block_size=size))
-        except pa.ArrowInvalid as error:
-            if "block" not in str(error) or size == _CSV_BLOCKS[-1]:
-                raise
-    raise AssertionError("the last block size returns or raises")
-
-
-def _check_quotes(file: BinaryIO, source: str) -> None:
-    """Refuse a csv whose last quote is not closed: the rest of the file would be one value."""
-    num_quotes = sum(part.count(b'"') for part in iter(partial(file.read, 1 << 20), b""))
-    if num_quotes % 2 == 0:
-        return
-    # A quote inside an unquoted value is a character. If the last one is open, it swallows a row
-    # that is appended.
-    names = _column_names(file, source)
-    file.seek(0)
-    content = file.read()
-    row = ",".join("x" for _ in names)
-    counts = []
-    for rows in (content, content + f"\n{row}\n".encode()):
-        with BytesIO(rows) as part:
-            counts.append(_with_large_rows(part, _num_csv_rows))
-    if counts[0] == counts[1]:
-        raise InputError(
-            f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
-            "so the rest of the file would be one value. Close it, or double each quote inside "
-            "quotes."
-        )
-
-
-def _num_csv_rows(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> int:
-    table = pyarrow.csv.read_csv(
-        content,
-        read_options=options,
-        parse_options=_csv_options(".csv"),
-        convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
-    )
-    return int(table.num_rows)
-
-
-def _replace_by_names(schema: pa.Schema, columns: list[str], image: str) -> list[str]:
-    """Columns with the column of images replaced by that of their names, if they have names."""
-    kind = schema.field(image).type
-    if pa.types.is_struct(kind):
-        name = [f"{image}.path"] if kind.get_field_index("path") >= 0 else []
-    else:
-        name = [] if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else [image]
-    return [column for column in columns if column != image] + name
-
-
-def _csv_options(suffix: str) -> pyarrow.csv.ParseOptions:
-    if suffix == ".tsv":  # tab-separated values know no quotes
-        return pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
-    return pyarrow.csv.ParseOptions(newlines_in_values=True)
-
-
-def _find_column(
-    names: Sequence[str],
-    source: str,
-    wanted: str | None,
-    defaults: Sequence[str],
-    option: str,
-    required: bool,
-) -> str | None:
-    candidates = [wanted] if wanted is not None else list(defaults)
-    found = next((name for name in candidates if name in names), None)
-    if found is None and (required or wanted is not None):
-        expected = " or ".join(repr(name) for name in candidates)
-        raise InputError(
-            f"{source} has no column {expected}; its columns are "
-            f"{', '.join(names)}. Name one with {option}."
-        )
-    if found is not None and _suffix(source) != TAR:
-        _check_unique(names, source, found)
-    return found
-
-
-def _check_unique(names: Sequence[str], source: str, name: str) -> None:
-    if names.count(name) > 1:
-        raise InputError(
-            f"{source} has {names.count(name)} columns of the name {name!r}, expected one; rename "
-            "or remove the others"
-        )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _with_strings(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.large_string()) if _is_list(kind) else pa.large_string()
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    """All values in one array."""
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _image_name(value: Any) -> str:

@@ -9,13 +9,14 @@ import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
 
 from ...schemas import InputError
+from .columns import TEXT_COLUMNS, Columns
+from .nesting import descend, string_leaves
 from .values import check_not_repeated, decode, parse_json, to_array
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -54,18 +55,18 @@ class WebDataset:
     samples: list[tuple[str, dict[str, _Member]]]
 
     @classmethod
-    def open(cls, source: str) -> "WebDataset":
+    def open(cls, source: str, paths: Sequence[str]) -> "WebDataset":
         """Read the headers of all tars.
 
         Args:
-            source: path or URL; it may name several by ``*``, ``?``, ``{000..012}``, ``{a,b}`` and
-                ``a.tar::b.tar``.
+            source: as the user named them.
+            paths: paths or URLs.
 
         Raises:
-            InputError: no such tar, or one that is damaged or truncated.
+            InputError: no such tar, or one that is damaged or truncated; or no samples.
         """
         samples: list[tuple[str, dict[str, _Member]]] = []
-        for path in expand(source):
+        for path in paths:
             try:
                 with fsspec.open(path, "rb") as file:
                     samples += [(path, files) for files in _read_headers(file, path)]
@@ -73,7 +74,40 @@ class WebDataset:
                 raise InputError(f"{source}: no such file: {path}") from error
             except tarfile.TarError as error:
                 raise InputError(f"{path} is not a readable tar: {error}") from error
+        if not samples:
+            raise InputError(f"{source} has no samples; expected files such as 000.jpg and 000.txt")
         return cls(source, samples)
+
+    @property
+    def folder(self) -> str | None:
+        """What paths of images are relative to: images are in the tars."""
+        return None
+
+    def columns(self) -> Columns:
+        """What there is to choose from."""
+        names = [*dict.fromkeys(self.names())]
+        first = next((sample for sample in self.samples if _JSON in sample[1]), None)
+        document = {} if first is None else self._json([first])[0]
+
+        def has(name: str) -> bool:
+            return name in names or descend(document, name) is not None
+
+        def candidates() -> list[str]:
+            texts = [TEXT] if TEXT in names else []
+            return [*texts, *dict.fromkeys(string_leaves(document))]
+
+        return Columns(self.source, names, has, candidates, (TEXT, *TEXT_COLUMNS))
+
+    def is_embedded(self, image: str | None) -> bool:
+        """Whether a column holds images themselves, rather than where they are."""
+        return False
+
+    def read(
+        self, columns: Sequence[str], image: str | None, limit: int | None, *, names_only: bool
+    ) -> pa.Table:
+        """Columns of the first samples; see :meth:`JoinedTables.read`."""
+        wanted = [*columns] if image is None else [*dict.fromkeys((*columns, image))]
+        return self.table(wanted, limit)
 
     def names(self) -> list[str]:
         """Columns: extensions, ``image`` where there are images, and the keys of the first JSON."""
@@ -102,7 +136,7 @@ class WebDataset:
             places = [_place(tar, files, _JSON, row) for row, (tar, files) in enumerate(samples)]
             for document, place in zip(documents, places, strict=True):
                 check_not_repeated(document, [name], place)
-            values = [document.get(name) for document in documents]
+            values = [descend(document, name) for document in documents]
             return to_array(values, name, lambda row: places[row])
         byte_ranges = []
         for tar, files in samples:
@@ -178,63 +212,9 @@ class Reader:
         return content
 
 
-def expand(pattern: str) -> list[str]:
-    """Paths or URLs that match a pattern: parts between ``::`` and braces in their order, ``*`` and
-    ``?`` sorted.
-
-    Raises:
-        InputError: nothing matches.
-    """
-    paths: list[str] = []
-    for plain in (plain for part in _split(pattern) for plain in _expand_braces(part)):
-        if not re.search(r"[*?]", plain):
-            paths.append(plain)
-            continue
-        filesystem, path = fsspec.core.url_to_fs(plain)
-        matches = sorted(filesystem.glob(path))
-        if not matches:
-            raise InputError(f"{pattern}: no such file: nothing matches {plain}")
-        if "://" in plain:
-            matches = [filesystem.unstrip_protocol(match) for match in matches]
-        paths += matches
-    return paths
-
-
-def _split(pattern: str) -> list[str]:
-    """``a.tar::b.tar`` -> both; URLs that fsspec chains by ``::`` stay in one part, as
-    ``simplecache::s3://bucket/a.tar`` and ``zip://a.tar::b.zip``."""
-    parts: list[str] = []
-    chained = False
-    for piece in pattern.split("::"):
-        if chained:
-            parts[-1] += f"::{piece}"
-        else:
-            parts.append(piece)
-        inside = re.match(r"(tar|zip|libarchive)://", piece) is not None
-        chained = inside or not piece.lower().endswith((".tar", "}"))
-    return parts
-
-
 def _place(tar: str, files: dict[str, _Member], extension: str, row: int) -> str:
     name = files[extension].name if extension in files else f"no .{extension}"
     return f"{tar}: row {row} (counted from 0): {name}"
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """``a{0..2}{x,y}`` -> a0x, a0y, a1x ...; a range is padded to the width of its start."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices: list[list[str]] = []
-    for number, part in enumerate(parts):
-        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if number % 2 == 0:
-            choices.append([part])
-        elif bounds:
-            first, last = bounds.groups()
-            numbers = range(int(first), int(last) + 1)
-            choices.append([str(each).zfill(len(first)) for each in numbers])
-        else:
-            choices.append(part.split(","))
-    return ["".join(chosen) for chosen in product(*choices)]
 
 
 def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:

@@ -12,6 +12,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "latents": ["LatentStore", "array_shapes"],
         "layout": ["Packing", "pack", "rows_of"],
         "lock": ["Lock", "LockedError", "is_dead", "locked", "read_driver"],
-        "open": ["open_conditioning", "open_features", "open_latents", "open_store"],
+        "open": [
+            "open_conditioning",
+            "open_features",
+            "open_followed",
+            "open_latents",
+            "open_store",
+        ],
     },
 )

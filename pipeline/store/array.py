@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from ...schemas import InputError, Layout, WrittenFile, write_whole
 from ...schemas.files import inside, is_local, read_ranges, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
+from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
+from .checks.watch import FileWatch
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -31,7 +34,23 @@ from .shard_file import (
     ShardFile,
     chunk_crc,
     read_bytes,
+    tells_residency,
 )
+
+
+@dataclass(frozen=True)
+class CodedShard:
+    """The file of a shard in memory.
+
+    Attributes:
+        name: path relative to the array.
+        parts: its bytes, in order.
+        file: size and sha256.
+    """
+
+    name: str
+    parts: list[bytes]
+    file: WrittenFile
 
 
 class ShardedArray:
@@ -73,6 +92,7 @@ class ShardedArray:
             (layout.rows_per_chunk, *self.row_shape), self.dtype, self.order
         )
         self._shards: dict[int, ShardFile] = {}
+        self._watch = FileWatch(partial(_shard_path, path, len(self.row_shape)))
 
     def faults(self, expected: StoredArray, *, any_form: bool = True) -> Iterator[str]:
         """What of the array is not as the manifest says.
@@ -98,14 +118,11 @@ class ShardedArray:
         except Exception as error:  # zarr-python has no kind of its own for damaged metadata
             raise CorruptShardError(f"{self.path / METADATA} is damaged: {error}") from error
 
-    def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
-        """Write one whole shard, durably on disk or in the object store.
+    def code_shard(self, shard: int, rows: np.ndarray) -> "CodedShard":
+        """The file of one whole shard, still to be written.
 
         Args:
             rows: ``[rows_per_shard, *row_shape]``; unused rows are zero and cost nothing.
-
-        Returns:
-            Path relative to the array -> the file written.
         """
         expected = (self.layout.rows_per_shard, *self.row_shape)
         if rows.shape != expected or rows.dtype != self.dtype:
@@ -120,12 +137,38 @@ class ShardedArray:
             )
         name = shard_name(shard, len(self.row_shape))
         parts = self._code(rows)
-        # A worker that was taken for dead may still be writing the same bytes.
-        write_whole(inside(self.path, name), *parts, alone=False)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        return {name: WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())}
+        file = WrittenFile(num_bytes=sum(map(len, parts)), sha256=digest.hexdigest())
+        return CodedShard(name, parts, file)
+
+    def write_shard(self, shard: int, rows: np.ndarray) -> dict[str, WrittenFile]:
+        """Write one whole shard, durably on disk or in the object store.
+
+        Args:
+            rows: as for :meth:`code_shard`.
+
+        Returns:
+            Path relative to the array -> the file written.
+        """
+        coded = self.code_shard(shard, rows)
+        self.write_coded(coded)
+        return {coded.name: coded.file}
+
+    def write_coded(self, coded: "CodedShard") -> None:
+        """Write the file of a shard."""
+        # A worker that was taken for dead may still be writing the same bytes.
+        write_whole(inside(self.path, coded.name), *coded.parts, alone=False)
+
+    def open_shards(self) -> list[int]:
+        """Shards whose files are kept open."""
+        return [*self._shards]
+
+    def forget(self, shard: int) -> None:
+        """Close the file of a shard, so that the disk gets its space back if it is removed."""
+        self._shards.pop(shard, None)
+        self._watch.forget(shard)
 
     def _code(self, rows: np.ndarray) -> list[bytes]:
         """The file of a shard in parts: its chunks, without those of zeros, and the index.
@@ -172,19 +215,68 @@ class ShardedArray:
         Raises:
             CorruptShardError: a chunk's checksum does not fit its bytes; checked when a chunk is
                 first read.
+            ChangedError: the shard's file is not the one that was opened.
             InputError: the shard is not written.
         """
         slices = ChunkSlices.from_runs(starts, stops, self.layout.rows_per_chunk)
+        self.request(slices)
         self.read_slices(slices, out, select)
+
+    def request(self, slices: ChunkSlices) -> None:
+        """Ask the disk for the chunks of slices, and do not wait for them.
+
+        Errors are those of :meth:`read_slices`, but for damage of chunks. Objects behind a URL are
+        not requested.
+        """
+        if not (self.direct and self.is_local):
+            return
+        parts = [*slices.by_shard(self._num_chunks)]
+        self._open_shards([shard for shard, _ in parts])
+        starts, stops, known = [], [], []
+        for shard, part in parts:
+            file = self._shards[shard]
+            first, last = file.addresses(part.chunk)
+            starts.append(first)
+            stops.append(last)
+            known.append(np.full(len(first), file.tells))
+        if parts:
+            request_ranges(*map(np.concatenate, (starts, stops, known)))
 
     def read_slices(
         self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice = slice(None)
     ) -> None:
-        """Copy slices of chunks to their targets in ``out``; each chunk is read once.
+        """Copy slices of chunks, which were requested, to their targets in ``out``; each chunk is
+        read once.
 
         Args, errors: as for :meth:`read`.
         """
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
+        shards = self._watched(slices)
+        self._check_unchanged(shards)
+        self._copy_slices(slices, out, select)
+        self._check_unchanged(shards)  # what was written meanwhile would be among the rows
+
+    def watch(self) -> None:
+        """From now on, no file of a shard may change, whether it was read already or not."""
+        if self.direct and self.is_local:
+            self._watch.start(range(self.layout.num_shards))
+
+    def _watched(self, slices: ChunkSlices) -> list[int]:
+        """Shards of slices, if their files can be watched."""
+        if not (self.direct and self.is_local):
+            return []
+        num_chunks = self._num_chunks
+        shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()
+        return shards
+
+    def _check_unchanged(self, shards: Sequence[int]) -> None:
+        for shard in self._watch.check(shards):
+            if shard in self._shards:
+                self._shards[shard].checked[:] = False
+
+    def _copy_slices(
+        self, slices: ChunkSlices, out: np.ndarray, select: Sequence[int] | slice
+    ) -> None:
+        num_chunks = self._num_chunks
         whole = select == slice(None) and out.shape[1:] == self.row_shape
         mapped = self.direct and self.is_local
         fetched = self._fetch(slices.chunk, num_chunks) if self.direct and not mapped else {}
@@ -194,6 +286,9 @@ class ShardedArray:
             for shard, part in slices.by_shard(num_chunks):
                 self._shard(shard).copy(part, out)
             return
+        if mapped:
+            for shard, part in slices.by_shard(num_chunks):
+                self._shard(shard).check(part.chunk)
         last, rows = -1, np.empty(0)
         for chunk, first, num, target in slices:
             if chunk != last:
@@ -237,25 +332,43 @@ class ShardedArray:
         return self._shard(shard).chunk(number, coded)
 
     def _shard(self, shard: int) -> ShardFile:
-        file = self._shards.get(shard)
-        if file is None:
-            content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
-            file = self._shards[shard] = self._open(shard, content)
-        return file
+        self._open_shards([shard])
+        return self._shards[shard]
 
-    def _open(self, shard: int, content: np.ndarray) -> ShardFile:
+    def _open_shards(self, shards: Sequence[int]) -> None:
+        """Map files of shards that are not mapped yet; all of their indexes are requested first."""
+        new = [shard for shard in shards if shard not in self._shards]
+        if not new:
+            return
+        self._check_unchanged(new)
+        contents = {
+            shard: read_bytes(self.path, shard_name(shard, len(self.row_shape)), in_order=False)
+            for shard in new
+        }
+        stops = np.array([each.ctypes.data + len(each) for each in contents.values()], np.int64)
+        sizes = np.minimum([*map(len, contents.values())], 16 * self._num_chunks + CRC_BYTES)
+        request_ranges(stops - sizes, stops, np.zeros(len(stops), bool))
+        for shard, content in contents.items():
+            tells = tells_residency(self._shard_path(shard))
+            self._shards[shard] = self._open(shard, content, tells=tells)
+
+    def _open(self, shard: int, content: np.ndarray, *, tells: bool = False) -> ShardFile:
         """Args: content: the file, or its end with the index if chunks are fetched apart."""
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-        return ShardFile(self._shard_path(shard), content, num_chunks, self.chunk_codec)
+        path = self._shard_path(shard)
+        return ShardFile(path, content, self._num_chunks, self.chunk_codec, tells=tells)
+
+    @property
+    def _num_chunks(self) -> int:
+        """Chunks of a shard."""
+        return self.layout.rows_per_shard // self.layout.rows_per_chunk
 
     def _shard_path(self, shard: int) -> Path:
-        return self.path / shard_name(shard, len(self.row_shape))
+        return _shard_path(self.path, len(self.row_shape), shard)
 
     @property
     def max_shard_bytes(self) -> int:
         """Largest file of a shard."""
-        num_chunks = self.layout.rows_per_shard // self.layout.rows_per_chunk
-        return num_chunks * (self.chunk_codec.max_bytes + CRC_BYTES + 16) + CRC_BYTES
+        return self._num_chunks * (self.chunk_codec.max_bytes + CRC_BYTES + 16) + CRC_BYTES
 
     def check_shard(self, shard: int, content: np.ndarray | None = None) -> None:
         """Read a whole shard of an array of the known form, and check every checksum.
@@ -270,7 +383,7 @@ class ShardedArray:
         if content is None:
             content = read_bytes(self.path, shard_name(shard, len(self.row_shape)))
         file = self._open(shard, content)
-        for number in range(self.layout.rows_per_shard // self.layout.rows_per_chunk):
+        for number in range(self._num_chunks):
             file.chunk(number)
 
 
@@ -310,6 +423,10 @@ def create_array(
         dimension_names=list(dimension_names),
         attributes=dict(attributes),
     )
+
+
+def _shard_path(array: Path, row_dimensions: int, shard: int) -> Path:
+    return array / shard_name(shard, row_dimensions)
 
 
 def shard_name(shard: int, row_dimensions: int) -> str:

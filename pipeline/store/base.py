@@ -7,16 +7,13 @@ import time
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...schemas import (
-    SAMPLES_SCHEMA,
     AnyManifest,
     Checksums,
     ConditioningManifest,
@@ -38,15 +35,16 @@ from .checks.manifest import manifest_faults
 from .checks.metadata import METADATA, StoredArray
 from .checks.parquet import READ_ERRORS, max_file_bytes, read_parquet
 from .checks.receipts import receipt_faults
-from .checks.tables import caption_faults, sample_faults, token_faults
 from .documents import (
     CHECKSUMS,
     GROWING,
     MANIFEST,
     QUARANTINE,
     RECEIPTS,
+    ShardTooLargeError,
     StoreError,
     check_digest,
+    check_same_bytes,
     commit,
     is_shard_document,
     read_checked,
@@ -269,6 +267,22 @@ class Store(Generic[M]):
         """Whether the manifest says that every shard is written."""
         return self.manifest.status == "complete"
 
+    def watch(self) -> None:
+        """From now on, a file of a shard that changes is an error when it is read.
+
+        Without, those are watched that were read already. Objects behind a URL are not watched, nor
+        shards that come and go within a disk budget.
+        """
+        if self.has_budget:
+            return
+        for array in self.arrays.values():
+            array.watch()
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether shards come and go within a disk budget."""
+        return self.manifest.status == "budget"
+
     def check_complete(self, *, files: bool = False) -> None:
         """Refuse a store that is not finished.
 
@@ -281,6 +295,13 @@ class Store(Generic[M]):
         if self.is_complete and not files:
             return
         remaining = self.remaining()
+        if self.has_budget:
+            num_shards = self.manifest.layout.num_shards
+            raise StoreError(
+                f"{self.path} has a disk budget: {num_shards - len(remaining)} of {num_shards} "
+                "shards are on disk now, for the runs that it follows. Whatever else needs a "
+                "complete store: rerun the command that made it, without --budget, to complete it."
+            )
         if remaining or not self.is_complete:
             raise StoreError(
                 f"{self.path} is not finished: {len(remaining)} of "
@@ -358,26 +379,57 @@ class Store(Generic[M]):
             or any(sizes.get(n) != f.num_bytes for n, f in receipts[shard].files.items())
         ]
 
-    def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, WrittenFile]:
-        """Write one whole shard of codes, by array ``[rows_per_shard, ...]``."""
-        return {
-            f"{self.group}/{name}/{file}": written
-            for name, codes in arrays.items()
-            for file, written in self.arrays[name].write_shard(shard, codes).items()
-        }
+    def write_shard(
+        self, shard: int, arrays: Mapping[str, np.ndarray], max_bytes: int | None = None
+    ) -> dict[str, WrittenFile]:
+        """Write one whole shard of codes, by array ``[rows_per_shard, ...]``.
 
-    def complete_shard(self, arrays: Mapping[str, np.ndarray], receipt: Receipt) -> Receipt:
-        """Write a shard, then its receipt, to which its files and the writing time are added."""
+        Args:
+            max_bytes: that its files may take together.
+
+        Raises:
+            ShardTooLargeError: they take more; nothing is written.
+            StoreError: the store has a disk budget, and the shard had other bytes before it was
+                evicted; nothing is written.
+        """
+        coded = {name: self.arrays[name].code_shard(shard, codes) for name, codes in arrays.items()}
+        files = {f"{self.group}/{name}/{each.name}": each.file for name, each in coded.items()}
+        num_bytes = sum(file.num_bytes for file in files.values())
+        if max_bytes is not None and num_bytes > max_bytes:
+            raise ShardTooLargeError(
+                f"shard {shard} takes {num_bytes:,} bytes; there is room for {max_bytes:,}",
+                num_bytes,
+            )
+        if self.has_budget:
+            check_same_bytes(self.path, shard, files)
+        for name, each in coded.items():
+            self.arrays[name].write_coded(each)
+        return files
+
+    def complete_shard(
+        self, arrays: Mapping[str, np.ndarray], receipt: Receipt, max_bytes: int | None = None
+    ) -> Receipt:
+        """Write a shard, then its receipt, to which its files and the writing time are added.
+
+        The receipt of a shard that was evicted is kept as it is. Args, errors: as for
+        :meth:`write_shard`.
+        """
         started = time.perf_counter()
-        files = self.write_shard(receipt.shard, arrays)
+        files = self.write_shard(receipt.shard, arrays, max_bytes)
         seconds = {**receipt.seconds, "write": time.perf_counter() - started}
         written = receipt.model_copy(update={"files": files, "seconds": seconds})
-        self.write_receipt(written)
+        name = shard_document(RECEIPTS, receipt.shard)
+        if not (self.has_budget and (self.path / name).exists()):
+            self.write_receipt(written)
         return written
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Record a shard as written, and lift its quarantine."""
         write_receipt(self.path, receipt)
+
+    def is_gone(self) -> bool:
+        """Whether somebody has moved or removed the store since it was opened."""
+        return not (self.path / MANIFEST).exists()
 
     def write_quarantine(self, quarantine: Quarantine) -> None:
         """Record a shard as failed, with its entries and the reason."""
@@ -409,14 +461,25 @@ class Store(Generic[M]):
         write_contract(self.path / MANIFEST, self.manifest, early=True)
 
     def num_bytes(self) -> int:
-        """Bytes of the shards written so far."""
-        return sum(f.num_bytes for r in self.receipts().values() for f in r.files.values())
+        """Bytes of the shards written so far; with a disk budget, of those on disk."""
+        receipts = self.receipts()
+        if self.has_budget:
+            for shard in self.remaining():
+                receipts.pop(shard, None)
+        return sum(f.num_bytes for r in receipts.values() for f in r.files.values())
 
     def state(self) -> str:
         """``complete``, or how many shards are written."""
         if self.is_complete:
             return "complete"
         layout, remaining = self.manifest.layout, len(self.remaining())
+        if self.has_budget:
+            on_disk = layout.num_shards - remaining
+            evicted = len(self.receipts()) - on_disk
+            return (
+                f"with a disk budget: {on_disk} of {layout.num_shards} shards on disk, "
+                f"{evicted} evicted"
+            )
         return f"extracting: {layout.num_shards - remaining} of {layout.num_shards} shards written"
 
     def __repr__(self) -> str:
@@ -424,95 +487,6 @@ class Store(Generic[M]):
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
-
-
-class CaptionStore(Store[C]):
-    """Common part of stores that hold something for every unique caption."""
-
-    tables = ("captions.parquet", "samples.parquet")
-    captions_schema: ClassVar[pa.Schema]
-    """Schema of that table."""
-
-    @cached_property
-    def captions(self) -> pa.Table:
-        """One row per unique caption, in store order; row 0 is the null caption."""
-        table = self.read_table(self.tables[0], self.captions_schema, len(self))
-        faults = caption_faults(table, self.manifest.layout, self.expected_rows(table))
-        refuse_faults(self.path / self.tables[0], chain(token_faults(table), faults))
-        return table
-
-    @abstractmethod
-    def expected_rows(self, captions: pa.Table) -> np.ndarray:
-        """Number of rows that each caption must have, ``[captions]``, by its tokens."""
-
-    @cached_property
-    def samples(self) -> pa.Table:
-        """One row per input row (:data:`semroute.schemas.SAMPLES_SCHEMA`)."""
-        num = self.manifest.identity.samples.num_samples
-        table = self.read_table("samples.parquet", SAMPLES_SCHEMA, num)
-        refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
-        return table
-
-    def check_tables(self) -> None:
-        _ = self.captions, self.samples
-
-    @cached_property
-    def first_captions(self) -> np.ndarray:
-        """First caption of each sample: ids for reading, int64 ``[samples]``."""
-        return np.asarray(pc.list_element(self.samples["caption_ids"], 0).to_numpy())
-
-    def check_source(
-        self,
-        source: str | os.PathLike[str],
-        texts: Sequence[str],
-        *,
-        first_rows: bool = False,
-        remedy: str = "",
-    ) -> None:
-        """Refuse a file that this store was not extracted from.
-
-        Args:
-            source: the file, for the message.
-            texts: first caption of each row; with ``first_rows``, perhaps of the first rows only.
-            remedy: what to do, a sentence at the end of the message.
-
-        Raises:
-            StoreError: the first captions of the stored samples are not these.
-        """
-        ids = self.first_captions[: len(texts)] if first_rows else self.first_captions
-        if self.captions["text"].take(pa.array(ids)).to_pylist() != list(texts):
-            raise StoreError(
-                f"{self.path} was not extracted from {source}: the captions differ."
-                f"{' ' * bool(remedy)}{remedy}"
-            )
-
-    def __len__(self) -> int:
-        return self.manifest.identity.captions.num_captions
-
-    def num_rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Number of rows of each caption, int64 ``[captions]``; errors as for :meth:`row_spans`."""
-        starts, stops = self.row_spans(ids)
-        return np.asarray(stops - starts)
-
-    def row_spans(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First row of some captions, and the row after the last of each: int64 ``[captions]``.
-
-        Raises:
-            StoreError: no such caption.
-        """
-        ids = np.asarray(ids, np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise StoreError(
-                f"caption ids {ids.min()} to {ids.max()} asked for; the store has 0 to "
-                f"{len(self) - 1}"
-            )
-        starts, stops = self._rows
-        return starts[ids], stops[ids]
-
-    @cached_property
-    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of every caption, and the row after its last."""
-        return self.captions["row_start"].to_numpy(), self.captions["row_stop"].to_numpy()
 
 
 def _compared(manifest: AnyManifest) -> dict[str, Any]:

@@ -20,17 +20,17 @@ import pyarrow.compute as pc
 from ...schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
     MASK,
-    SAMPLES_SCHEMA,
     ConditioningManifest,
     ConditioningTensor,
     Summary,
     write_whole,
 )
 from .array import ShardedArray, create_array, new_group
-from .base import CaptionStore
+from .captions import CaptionStore
 from .checks.metadata import StoredArray
-from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .summary import summarise_conditioning
+from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
+from .shard_file import ChunkSlices
+from .views import summarise_conditioning
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
     manifest_type = ConditioningManifest
     group = "conditioning.zarr"
     captions_schema = CONDITIONING_CAPTIONS_SCHEMA
+    length_columns = ("token_ids",)
 
     @classmethod
     def create(
@@ -52,7 +53,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
         prepare_folder(path, cls.kind, cls.group, cls.tables)
         table = captions.cast(CONDITIONING_CAPTIONS_SCHEMA)
         write_whole(path / "captions.parquet", render_table(table))
-        write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
+        write_whole(path / "samples.parquet", render_table(samples.cast(samples_schema(samples))))
         identity = manifest.identity
         with new_group(path / cls.group) as group:
             for tensor in identity.tensors:
@@ -115,18 +116,36 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
         num = int((stops - starts).sum())
         known = {tensor.name: tensor for tensor in self.manifest.identity.tensors}
         found = {}
+        slices = self.request(ids, names)
         for name in known if names is None else names:
-            if name not in known:
-                raise StoreError(f"{self.path} has no tensor {name!r}; it has {', '.join(known)}")
             shape, dtype = (num, *known[name].shape), stored_dtype(known[name])
             values = np.empty(shape, dtype) if out is None else out[name][:num]
             if values.shape != shape or values.dtype != dtype:
                 raise ValueError(
                     f"out[{name!r}] is {values.dtype} {values.shape}; expected {dtype} {shape}"
                 )
-            self.arrays[name].read(starts, stops, values)
+            self.arrays[name].read_slices(slices, values)
             found[name] = values
         return found
+
+    def request(
+        self, ids: Sequence[int] | np.ndarray, names: Sequence[str] | None = None
+    ) -> ChunkSlices:
+        """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
+
+        Args, errors: as for :meth:`read`.
+
+        Returns:
+            Where the rows of the captions are.
+        """
+        starts, stops = self.row_spans(ids)
+        slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
+        known = [tensor.name for tensor in self.manifest.identity.tensors]
+        for name in known if names is None else names:
+            if name not in known:
+                raise StoreError(f"{self.path} has no tensor {name!r}; it has {', '.join(known)}")
+            self.arrays[name].request(slices)
+        return slices
 
     def tensors(
         self, ids: Sequence[int] | np.ndarray, names: Sequence[str] | None = None

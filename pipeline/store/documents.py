@@ -19,8 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...schemas import (
+    BUDGET,
     LOCK_FILE,
     PARTIAL,
+    SAMPLES_EXTRA,
+    SAMPLES_SCHEMA,
     Against,
     Checksums,
     ConditioningManifest,
@@ -29,12 +32,15 @@ from ...schemas import (
     InputError,
     LatentManifest,
     Receipt,
+    StoreBudget,
+    WrittenFile,
     digest,
     parse,
     publish,
     render,
     write_document,
 )
+from ...schemas.escaping import one_line
 from ...schemas.files import (
     StorageError,
     inside,
@@ -60,6 +66,18 @@ GROWING = "growing"
 """Folder in which the files of a larger store are staged before they replace those of the store."""
 _SHOWN = 3  # faults of a file that are named
 _SHARD_DOCUMENT = re.compile(r"/shard-(\d{6,})\.json$")
+
+
+class ShardTooLargeError(InputError):
+    """A shard takes more bytes than there is room for; none of them was written.
+
+    Attributes:
+        num_bytes: that it takes.
+    """
+
+    def __init__(self, message: str, num_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.num_bytes = num_bytes
 
 
 class StoreError(InputError):
@@ -212,6 +230,25 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     inside(path, shard_document(QUARANTINE, receipt.shard)).unlink(missing_ok=True)
 
 
+def check_same_bytes(path: Path, shard: int, files: Mapping[str, WrittenFile]) -> None:
+    """Refuse other bytes for a shard that was evicted than those that its receipt proves.
+
+    Raises:
+        StoreError: they differ.
+    """
+    try:
+        known = read_contract(path / shard_document(RECEIPTS, shard), Receipt).files
+    except FileNotFoundError:
+        return
+    different = sorted(name for name in known if known[name] != files.get(name))
+    if different:
+        raise StoreError(
+            f"shard {shard} was evicted and is encoded to other bytes now ({different[0]}), so "
+            "runs would not be trained as from a full store. Its receipt is of another device, or "
+            "of other versions of libraries: extract with those, or make a new store"
+        )
+
+
 def write_against(path: Path, against: Against) -> None:
     """Record that a store holds what a pipeline reads."""
     write_contract(path / AGAINST, against)
@@ -293,7 +330,7 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
     Raises:
         StoreError: there are some.
     """
-    found = [*islice(faults, _SHOWN)]
+    found = [one_line(fault) for fault in islice(faults, _SHOWN)]
     if found:
         raise StoreError(
             f"{place} cannot be used: {'; '.join(found)}. Put it back from a copy, or get the "
@@ -301,11 +338,35 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
         )
 
 
-def render_table(table: pa.Table) -> bytes:
-    """A table as the bytes of its Parquet file."""
+GROUP_ROWS = 1_048_576
+"""Rows of a group of a table, of which a reader looks at one at a time."""
+
+
+def render_table(table: pa.Table | pa.RecordBatchReader) -> bytes:
+    """A table as the bytes of its Parquet file.
+
+    Of a reader only the rows of a row group are held; the bytes are the same.
+    """
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    if isinstance(table, pa.Table):
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        return bytes(sink.getvalue())
+    with pyarrow.parquet.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        group: list[pa.RecordBatch] = []
+        for batch in table:
+            group.append(batch)
+            if sum(map(len, group)) >= GROUP_ROWS:
+                writer.write_table(pa.Table.from_batches(group), GROUP_ROWS)
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_batches(group), GROUP_ROWS)
     return bytes(sink.getvalue())
+
+
+def samples_schema(samples: pa.Table) -> pa.Schema:
+    """The schema of a table of samples of captions, with the further columns that it has."""
+    extra = [field for field in SAMPLES_EXTRA if field.name in samples.column_names]
+    return pa.schema([*SAMPLES_SCHEMA, *extra])
 
 
 def read_contract(path: Path, kind: type[C]) -> C:
@@ -317,6 +378,18 @@ def parse_contract(path: Path, content: bytes, kind: type[C]) -> C:
         return parse(kind, load_json(content, str(path)), str(path))
     except ValueError as error:
         raise StoreError(f"{error}. semroute verify shows what can be done.") from error
+
+
+def read_budget(path: Path) -> StoreBudget | None:
+    """The document of a store's budget; None if there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return read_contract(path / BUDGET, StoreBudget)
+    except FileNotFoundError:
+        return None
 
 
 def write_contract(path: Path, contract: Contract, *, early: bool = False) -> None:

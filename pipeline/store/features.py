@@ -22,18 +22,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
+from ...schemas import CAPTIONS_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ..codecs.base import Codec
 from ..codecs.registry import open_codec
-from . import lazy
+from . import views
 from .array import ShardedArray, create_array, new_group
-from .base import CaptionStore
+from .captions import CaptionStore
 from .checks.metadata import StoredArray
 from .checks.plain import read_plain
-from .documents import StoreError, prepare_folder, render_table, write_manifest
-from .reader import Allocator, read_codec, read_codes, read_rows, write_parameters
+from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
+from .reader import (
+    Allocator,
+    read_codec,
+    read_codes,
+    read_rows,
+    request_rows,
+    write_parameters,
+)
 from .shard_file import ChunkSlices
-from .summary import summarise_features
+from .views import summarise_features
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +122,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
     manifest_type = FeatureManifest
     group = "hidden.zarr"
     captions_schema = CAPTIONS_SCHEMA
+    length_columns = ("num_tokens",)
     direct = True
     """Read shard files without zarr-python, and refuse arrays of another form than the documented
     one; set it before the first read. Bytes that zarr-python reads are not checked by semroute."""
@@ -129,14 +137,16 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         cls,
         path: Path,
         manifest: FeatureManifest,
-        captions: pa.Table,
+        captions: pa.Table | pa.RecordBatchReader,
         samples: pa.Table,
         parameters: Mapping[str, np.ndarray] | None = None,
     ) -> "FeatureStore":
         """Write tables, arrays' metadata, fitted parameters and, last, the manifest; no shard."""
         prepare_folder(path, cls.kind, cls.group, cls.tables)
-        write_whole(path / "captions.parquet", render_table(captions.cast(CAPTIONS_SCHEMA)))
-        write_whole(path / "samples.parquet", render_table(samples.cast(SAMPLES_SCHEMA)))
+        if isinstance(captions, pa.Table):
+            captions = captions.cast(CAPTIONS_SCHEMA)
+        write_whole(path / "captions.parquet", render_table(captions))
+        write_whole(path / "samples.parquet", render_table(samples.cast(samples_schema(samples))))
         _create_arrays(path / cls.group, manifest, parameters or {})
         return cls(path, write_manifest(path, manifest))
 
@@ -276,8 +286,18 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         positions = self.layer_positions(layers)
         slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
         depths = self.codec.depths(positions)
+        request_rows(self.arrays, self.codec, slices, positions)
         codes = read_codes(self.arrays, slices, int(offsets[-1]), depths, empty)
         return Codes(codes, offsets, self.codec, positions)
+
+    def request(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> None:
+        """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
+
+        Args, errors: as for :meth:`read`.
+        """
+        starts, stops = self.row_spans(ids)
+        slices = ChunkSlices.from_runs(starts, stops, self.manifest.layout.rows_per_chunk)
+        request_rows(self.arrays, self.codec, slices, self.layer_positions(layers))
 
     def layer_positions(self, layers: Sequence[int] | None = None) -> list[int]:
         """Positions of layers, default all, along the layer axis of the arrays.
@@ -305,8 +325,8 @@ class FeatureStore(CaptionStore[FeatureManifest]):
             found = found.filter(pc.match_substring(found["text"], word, ignore_case=True))
         return found
 
-    to_dask = lazy.to_dask
-    to_xarray = lazy.to_xarray
+    to_dask = views.to_dask
+    to_xarray = views.to_xarray
 
     def padded_bytes(self) -> int:
         """Bytes of the same features in bf16, every caption padded to the longest."""

@@ -35,7 +35,8 @@ from .documents import (
     render_table,
     write_manifest,
 )
-from .summary import summarise_latents
+from .shard_file import ChunkSlices
+from .views import summarise_latents
 
 _SHOWN = 5  # unreadable images named in a message
 
@@ -100,10 +101,10 @@ class LatentStore(Store[LatentManifest]):
         """Names of a bucket's arrays: mean, then deviation if there is one."""
         return _names(self.manifest.identity, bucket)
 
-    @cached_property
+    @property
     def buckets(self) -> np.ndarray:
         """Bucket of each sample, int32 ``[samples]``; 0 if all latents have one shape."""
-        return self.samples["bucket"].to_numpy()
+        return self._places[1]
 
     def shape(self, bucket: int = 0) -> tuple[int, int, int]:
         """C, h and w of a bucket's latents."""
@@ -113,8 +114,12 @@ class LatentStore(Store[LatentManifest]):
     @cached_property
     def samples(self) -> pa.Table:
         """One row per sample (:data:`semroute.schemas.LATENT_SAMPLES_SCHEMA`)."""
+        return self._read_samples(LATENT_SAMPLES_SCHEMA)
+
+    def _read_samples(self, schema: pa.Schema) -> pa.Table:
+        """Some columns of the table, among them sample_id, row and bucket."""
         optional = ("row", "bucket")
-        table = self.read_table("samples.parquet", LATENT_SAMPLES_SCHEMA, len(self), optional)
+        table = self.read_table("samples.parquet", schema, len(self), optional)
         if "row" not in table.column_names:  # an early version, in which it is the sample_id
             table = table.append_column(LATENT_SAMPLES_SCHEMA.field("row"), table["sample_id"])
         if "bucket" not in table.column_names:
@@ -124,13 +129,23 @@ class LatentStore(Store[LatentManifest]):
         refuse_faults(self.path / "samples.parquet", faults)
         return table
 
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and bucket of each sample: all of the table that reading needs to hold."""
+        table = self.__dict__.get("samples")
+        if table is None:
+            names = ("sample_id", "row", "bucket")
+            schema = pa.schema([LATENT_SAMPLES_SCHEMA.field(name) for name in names])
+            table = self._read_samples(schema)
+        return table["row"].to_numpy(), table["bucket"].to_numpy()
+
     def check_tables(self) -> None:
         _ = self.samples
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         """Row of each sample's latent in the arrays of its bucket, int64 ``[samples]``."""
-        return self.samples["row"].to_numpy()
+        return self._places[0]
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -187,7 +202,7 @@ class LatentStore(Store[LatentManifest]):
                 f"{len(broken):,} of {len(self):,} images cannot be read; they are listed in "
                 f"{self.path / QUARANTINE}:\n  {shown}{more}\nAll others are written. Repair these "
                 "and rerun the same command, or leave their samples out of training with "
-                "--drop-broken."
+                "--broken skip."
             )
         if broken:
             identity = self.manifest.identity.model_copy(update={"dropped": sorted(broken)})
@@ -209,6 +224,34 @@ class LatentStore(Store[LatentManifest]):
             InputError: no such sample, one without a latent, or one whose shard is not written; or
                 samples of several buckets.
         """
+        slices, names, shape = self._slices(ids)
+        identity = self.manifest.identity
+        scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
+        if noise is None or not self.has_deviation:
+            names = names[:1]
+        for name in names:
+            self.arrays[name].request(slices)
+        codes, *deviation = [self._codes(name, slices, (len(ids), *shape)) for name in names]
+        if deviation:
+            codes += deviation[0] * noise
+        return codes * scale + shift
+
+    def request(self, ids: Sequence[int] | np.ndarray, *, deviation: bool = False) -> None:
+        """Ask the disk for what :meth:`read` will read, ahead of time, and do not wait for it.
+
+        Args:
+            deviation: of the posterior, too.
+
+        Other args, errors: as for :meth:`read`.
+        """
+        slices, names, _ = self._slices(ids)
+        for name in names if deviation else names[:1]:
+            self.arrays[name].request(slices)
+
+    def _slices(
+        self, ids: Sequence[int] | np.ndarray
+    ) -> tuple[ChunkSlices, list[str], tuple[int, int, int]]:
+        """Slices of the latents of samples of one bucket, and the names and shape of its arrays."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise StoreError(
@@ -220,24 +263,19 @@ class LatentStore(Store[LatentManifest]):
                 f"sample {dropped[0]} has no latent in {self.path}: its image could not be read. "
                 "LatentStore.ids lists the samples that have one."
             )
-        identity = self.manifest.identity
-        scale, shift = (_per_channel(value) for value in (identity.scale, identity.shift))
         buckets = np.unique(self.buckets[ids]).tolist() or [0]
         if len(buckets) > 1:
             raise StoreError(
                 f"latents of {len(buckets)} shapes asked for at once; read those of one bucket at "
                 "a time. LatentStore.buckets has the bucket of each sample."
             )
-        names, shape = self.names(buckets[0]), self.shape(buckets[0])
-        codes = self._codes(names[0], ids, shape)
-        if noise is not None and self.has_deviation:
-            codes += self._codes(names[1], ids, shape) * noise
-        return codes * scale + shift
-
-    def _codes(self, name: str, ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        codes = np.empty((len(ids), *shape), self.manifest.identity.dtype)
         rows = self.rows[ids]
-        self.arrays[name].read(rows, rows + 1, codes)
+        slices = ChunkSlices.from_runs(rows, rows + 1, self.manifest.layout.rows_per_chunk)
+        return slices, self.names(buckets[0]), self.shape(buckets[0])
+
+    def _codes(self, name: str, slices: ChunkSlices, shape: tuple[int, ...]) -> np.ndarray:
+        codes = np.empty(shape, self.manifest.identity.dtype)
+        self.arrays[name].read_slices(slices, codes)
         return codes.astype(np.float32)
 
     def summary(self) -> Summary:

@@ -72,7 +72,7 @@ def pack(
         shard_bytes: requested size of a full shard; rounded down to whole chunks, and up to hold
             the longest entry.
         batch_tokens, num_threads: recorded in the layout, where workers find them.
-        rows_per_chunk: default as :func:`choose_rows_per_chunk`.
+        rows_per_chunk: default as :func:`choose_rows_per_chunk`; of a store that is begun, its own.
         aligned: begin every entry at a chunk. Zeros between entries are free under compression, and
             a chunk never holds rows of two entries, which would be decompressed in vain.
         earlier: number of entries each time before the store grew, ascending. The next entry begins
@@ -83,7 +83,7 @@ def pack(
         InputError: an entry of a later generation does not fit into a shard.
     """
     if rows_per_chunk is None:
-        rows_per_chunk = choose_rows_per_chunk(bytes_per_row)
+        rows_per_chunk = choose_rows_per_chunk(bytes_per_row, aligned=aligned)
     used = np.asarray(num_rows, np.int64)
     num_rows = -(-used // rows_per_chunk) * rows_per_chunk if aligned else used
     stops_of_generations = [*earlier, len(num_rows)]

@@ -76,6 +76,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
         host=socket.gethostname(),
         pid=os.getpid(),
         begun=_start_ticks(os.getpid()),
+        namespace=_namespace(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
@@ -106,7 +107,7 @@ def locked(store: Path, report: Callable[[str], None], hint: str = "") -> Iterat
             owner = read_driver(store)
             if owner is not None and owner.token == own.token:
                 remove(path)
-        if is_new and not any(store.iterdir()):
+        if is_new and store.exists() and not any(store.iterdir()):
             store.rmdir()
 
 
@@ -116,10 +117,20 @@ def read_driver(store: Path) -> LockOwner | None:
 
 
 def is_dead(driver: LockOwner) -> bool | None:
-    """True if a driver on this machine has ended, False if not; None on another machine."""
-    if driver.host != socket.gethostname():
+    """True if a driver has ended, False if not; None if that cannot be seen from here: it is on
+    another machine or in another container, or processes of its user are hidden."""
+    if driver.host != socket.gethostname() or driver.namespace != _namespace():
         return None
-    return _start_ticks(driver.pid) != driver.begun
+    ticks = _start_ticks(driver.pid)
+    if ticks:
+        return ticks != driver.begun
+    try:
+        os.kill(driver.pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return None
 
 
 def _read(path: Path) -> LockOwner | None:
@@ -240,6 +251,17 @@ def _is_gone(path: Path, owner: LockOwner, report: Callable[[str], None]) -> boo
     except FileNotFoundError:
         return True
     return True
+
+
+def _namespace() -> str:
+    """What pids and ticks refer to: boot of this machine, and namespaces of this process."""
+    parts = []
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    for kind in ("pid", "time"):
+        with suppress(OSError):
+            parts.append(os.readlink(f"/proc/self/ns/{kind}"))
+    return " ".join(parts)
 
 
 def _start_ticks(pid: int) -> str:

@@ -21,6 +21,24 @@ def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> "Fe
     return FeatureStore.open(path, complete=complete)
 
 
+def open_followed(path: str | os.PathLike[str]) -> "FeatureStore":
+    """Open a feature store to train on: a complete one, or one with a disk budget.
+
+    Raises:
+        StoreError: as :meth:`.Store.open`.
+    """
+    from .budget.followed import FollowedFeatureStore
+
+    store = open_features(path, complete=False)
+    if not store.has_budget:
+        store.check_complete()
+        store.check()
+        return store
+    followed = FollowedFeatureStore(store.path, store.manifest)
+    followed.check()
+    return followed
+
+
 def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> "LatentStore":
     """Open a latent store; see :meth:`.Store.open`."""
     from .latents import LatentStore

@@ -50,6 +50,7 @@ def read_rows(
         positions: of the layers.
         out: uint16 ``[rows, len(positions), H]``.
     """
+    request_rows(arrays, codec, slices, positions)
     if codec.name == "bf16":
         is_whole = positions == list(range(codec.num_layers))
         arrays["hidden"].read_slices(slices, out, slice(None) if is_whole else positions)
@@ -71,6 +72,18 @@ def read_rows(
             decode(block)
 
 
+def request_rows(
+    arrays: Mapping[str, ShardedArray], codec: Codec, slices: ChunkSlices, positions: list[int]
+) -> None:
+    """Ask the disk for all that decoding slices needs, and do not wait for it.
+
+    Args:
+        positions: of the layers.
+    """
+    for name in codec.depths(positions):
+        arrays[name].request(slices)
+
+
 def read_codes(
     arrays: Mapping[str, ShardedArray],
     slices: ChunkSlices,
@@ -78,7 +91,7 @@ def read_codes(
     depths: Mapping[str, int],
     empty: Allocator = np.empty,
 ) -> dict[str, np.ndarray]:
-    """Codes by array, ``[num_rows, depth, size]`` each.
+    """Codes by array, ``[num_rows, depth, size]`` each, of slices that were requested.
 
     Args:
         depths: how many of its lowest layers are read of an array; others are not read.

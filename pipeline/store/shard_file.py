@@ -1,9 +1,10 @@
 """A shard's file: its index, its chunks, and the slices of chunks that are read from it."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ, MADV_RANDOM, mmap
 from pathlib import Path
 
 import google_crc32c
@@ -14,6 +15,7 @@ from ...schemas import InputError
 from ...schemas.files import inside, is_local, open_file, read_file
 from ..codecs.chunks import ChunkCodec
 from ..codecs.kernels import copy_runs
+from ..codecs.ranges import touch_ranges
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset and size of a chunk that is not stored
@@ -23,12 +25,14 @@ class CorruptShardError(InputError):
     """Bytes on disk are not those that were written."""
 
 
-def read_bytes(folder: Path, name: str) -> np.ndarray:
+def read_bytes(folder: Path, name: str, *, in_order: bool = True) -> np.ndarray:
     """Bytes of a shard's file, uint8; mapped if it is on a file system of this machine.
 
     Args:
         folder: of the array, or of the store.
         name: path of the file, relative to it.
+        in_order: read from its beginning to its end. Otherwise the kernel reads no more of a
+            mapped file than is touched: what is needed must be requested first.
 
     Raises:
         InputError: no such file, an empty one, or one that is not a plain file in the folder.
@@ -37,7 +41,10 @@ def read_bytes(folder: Path, name: str) -> np.ndarray:
     try:
         if is_local(path):
             with open_file(path) as file:
-                content = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_READ), np.uint8)
+                mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
+            if not in_order:
+                mapped.madvise(MADV_RANDOM)
+            content = np.frombuffer(mapped, np.uint8)
         else:
             content = np.frombuffer(read_file(path), np.uint8)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -51,6 +58,15 @@ def read_bytes(folder: Path, name: str) -> np.ndarray:
     if not len(content):
         raise CorruptShardError(f"{path} is empty")
     return content
+
+
+def tells_residency(path: Path) -> bool:
+    """Whether the kernel tells this process which pages of a file are in memory: otherwise mincore
+    says of all of them that they are (its manual: for files that one owns or may write)."""
+    try:
+        return os.access(path, os.W_OK) or os.stat(path).st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -152,13 +168,22 @@ class ShardFile:
         content: its bytes, or its end with the index if chunks are fetched apart.
         num_chunks: as the layout says.
         codec: of its chunks.
+        tells: whether the kernel tells which pages of the mapped file are in memory.
 
     Raises:
         CorruptShardError: the index is damaged, or leads out of the file.
     """
 
-    def __init__(self, path: Path, content: np.ndarray, num_chunks: int, codec: ChunkCodec) -> None:
-        self.path, self.bytes, self.codec = path, content, codec
+    def __init__(
+        self,
+        path: Path,
+        content: np.ndarray,
+        num_chunks: int,
+        codec: ChunkCodec,
+        *,
+        tells: bool = False,
+    ) -> None:
+        self.path, self.bytes, self.codec, self.tells = path, content, codec, tells
         index = self.bytes[-(16 * num_chunks + CRC_BYTES) :]
         if len(index) != 16 * num_chunks + CRC_BYTES or not crc_fits(index):
             raise CorruptShardError(f"{path}: the shard's index is damaged")
@@ -171,9 +196,8 @@ class ShardFile:
 
     def copy(self, slices: ChunkSlices, out: np.ndarray) -> None:
         """Copy rows of uncompressed chunks to their targets in a contiguous ``out``."""
-        for number in slices.chunk[~self.checked[slices.chunk]].tolist():
-            self.chunk(number)
-        absent = ~self.checked[slices.chunk]
+        self.check(slices.chunk)
+        absent = self.offsets[slices.chunk] == ABSENT
         if absent.any():
             for target, num in zip(slices.target[absent], slices.num[absent], strict=True):
                 out[target : target + num] = 0
@@ -186,6 +210,47 @@ class ShardFile:
             slices.target * row_bytes,
             out.reshape(-1).view(np.uint8),
         )
+
+    def addresses(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where stored chunks of a mapped file begin and end in memory, int64 ``[chunks]``."""
+        stored = numbers[self.offsets[numbers] != ABSENT]
+        starts = self.bytes.ctypes.data + self.offsets[stored].astype(np.int64)
+        return starts, starts + self.sizes[stored].astype(np.int64)
+
+    def check(self, numbers: np.ndarray) -> None:
+        """Check those chunks of a mapped file that were not checked yet.
+
+        The pages come from the disk without the GIL; the checksum of what is in memory takes
+        microseconds.
+
+        Raises:
+            CorruptShardError: a chunk is not as it was written.
+        """
+        new = numbers[~self.checked[numbers] & (self.offsets[numbers] != ABSENT)]
+        if not len(new):
+            return
+        starts = self.offsets[new].astype(np.int64)
+        touch_ranges(self.bytes, starts, starts + self.sizes[new].astype(np.int64))
+        for number in new.tolist():
+            self._checked(number)
+
+    def _checked(self, number: int, fetched: np.ndarray | None = None) -> np.ndarray:
+        """A stored chunk with its checksum, which fits.
+
+        Args:
+            fetched: the chunk, if the file was not read whole; it is checked every time.
+        """
+        start = int(self.offsets[number])
+        stop = start + int(self.sizes[number])
+        coded = self.bytes[start:stop] if fetched is None else fetched
+        if len(coded) != stop - start:
+            raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
+        if (fetched is not None or not self.checked[number]) and not crc_fits(coded):
+            raise CorruptShardError(
+                f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not fit)"
+            )
+        self.checked[number] = True
+        return coded
 
     def byte_range(self, number: int) -> tuple[int, int] | None:
         """First byte of a chunk and the byte after its last; None if it is not stored."""
@@ -200,25 +265,13 @@ class ShardFile:
         Args:
             coded: the chunk as it is stored, if the file was not read whole.
         """
-        if (place := self.byte_range(number)) is None:
+        if self.offsets[number] == ABSENT:
             return np.zeros(self.codec.shape, self.codec.dtype)
-        start, stop = place
-        if coded is None:
-            coded, known = self.bytes[start:stop], bool(self.checked[number])
-        else:
-            known = False  # fetched anew
-        if len(coded) != stop - start:
-            raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
-        if not known and not crc_fits(coded):
-            raise CorruptShardError(
-                f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not fit)"
-            )
+        stored = self._checked(number, coded)
         try:
-            rows = self.codec.decode(coded[:-CRC_BYTES].data)
+            return self.codec.decode(stored[:-CRC_BYTES].data)
         except (zstandard.ZstdError, ValueError) as error:
             raise CorruptShardError(f"{self.path}: chunk {number} is damaged: {error}") from error
-        self.checked[number] = True
-        return rows
 
 
 def index_faults(
@@ -255,7 +308,8 @@ def index_faults(
 
 def crc_fits(coded: np.ndarray) -> bool:
     stored = int.from_bytes(coded[-CRC_BYTES:].tobytes(), "little")
-    return bool(google_crc32c.value(coded[:-CRC_BYTES].tobytes()) == stored)
+    # It takes an array as it is; of a memoryview, or by tobytes(), it would be a copy.
+    return bool(google_crc32c.value(np.ascontiguousarray(coded[:-CRC_BYTES])) == stored)
 
 
 def chunk_crc(content: bytes) -> bytes:

@@ -5,16 +5,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from ...schemas import (
+    BUDGET,
     LOCK_FILE,
     Checksums,
     Contract,
@@ -28,7 +28,9 @@ from ...schemas import (
 )
 from ...schemas.files import inside, locate, read_file, scan
 from ...schemas.json_file import MAX_BYTES, load_json
+from ...schemas.verbosity import progress_bar
 from .array import ShardedArray
+from .budget.shards import evict
 from .checks.tables import text_faults
 from .conditioning import ConditioningStore
 from .documents import (
@@ -83,6 +85,8 @@ class Verification:
         path: of the store.
         problems: in the order found; if there is none, every byte is as it was written.
         unfinished: shards that are not written yet, which is no problem.
+        evicted: shards that went for the sake of a disk budget, which is no problem either: their
+            receipts prove what they will be once they are encoded again.
         warnings: what could not be checked, and files that are not the store's.
         num_bytes: bytes read.
     """
@@ -92,6 +96,7 @@ class Verification:
     unfinished: list[int]
     warnings: list[str]
     num_bytes: int
+    evicted: list[int] = field(default_factory=list)
 
     @property
     def bad_shards(self) -> list[int]:
@@ -110,6 +115,10 @@ class Verification:
         lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.unfinished:
             lines.append(f"  not written yet: {len(self.unfinished)} shards")
+        if self.evicted:
+            lines.append(
+                f"  evicted: {len(self.evicted)} shards, of which the receipts were checked alone"
+            )
         if self.bad_shards:
             shown = ", ".join(map(str, self.bad_shards))
             lines.append(
@@ -131,6 +140,7 @@ class Verification:
                 "problems": [vars(problem) for problem in self.problems],
                 "bad_shards": self.bad_shards,
                 "unfinished": self.unfinished,
+                "evicted": self.evicted,
                 "warnings": self.warnings,
                 "bytes": self.num_bytes,
             },
@@ -164,12 +174,15 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
     # Which arrays hold a shard of latents is in their table.
     needs_table = counts is None and isinstance(store, LatentStore)
     receipts = {} if needs_table else _check_receipts(report, store)
-    _check_shards(report, store, arrays, receipts, counts, progress)
+    evicted = _find_evicted(report, receipts) if store.has_budget else []
+    there = {shard: receipt for shard, receipt in receipts.items() if shard not in {*evicted}}
+    _check_shards(report, store, arrays, there, counts, progress)
     unfinished = [] if counts is None else _check_missing(report, store, receipts)
+    unfinished = [shard for shard in unfinished if shard not in {*evicted}]
     for receipt in receipts.values():
         known |= {*receipt.files}
     _check_strangers(report, known)
-    return report.result(unfinished)
+    return replace(report.result(unfinished), evicted=evicted)
 
 
 def repair(verification: Verification) -> list[int]:
@@ -183,8 +196,16 @@ def repair(verification: Verification) -> list[int]:
         f"{verification.path} has damage that rewriting shards cannot repair",
         "Put these files back from a copy first, or make the store again. Nothing was changed.",
     )
-    if verification.bad_shards:
-        open_store(verification.path).reopen(verification.bad_shards)
+    if not verification.bad_shards:
+        return []
+    store = open_store(verification.path)
+    if store.has_budget:
+        evict(store, verification.bad_shards)
+        for problem in verification.problems:  # other receipts prove what the shards must be
+            if problem.where.startswith(f"{RECEIPTS}/"):
+                inside(store.path, problem.where).unlink(missing_ok=True)
+    else:
+        store.reopen(verification.bad_shards)
     return verification.bad_shards
 
 
@@ -342,6 +363,13 @@ def _report_no_checksums(report: _Report, *, lost: bool) -> None:
     )
 
 
+def _find_evicted(report: _Report, receipts: Mapping[int, Receipt]) -> list[int]:
+    """Shards of which a file is not there, in a store with a disk budget."""
+    return sorted(
+        s for s, receipt in receipts.items() if not receipt.files.keys() <= report.files.keys()
+    )
+
+
 def _check_shards(
     report: _Report,
     store: AnyStore,
@@ -352,7 +380,9 @@ def _check_shards(
 ) -> None:
     """Read all shard files and compare them with their receipts, and receipts with the tables."""
     total = sum(f.num_bytes for receipt in receipts.values() for f in receipt.files.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+    with progress_bar(
+        total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
+    ) as bar:
         for shard, receipt in sorted(receipts.items()):
             own = {name: arrays[name] for name in store.names_of(shard) if name in arrays}
             counted = (receipt.num_entries, receipt.num_rows)
@@ -444,7 +474,7 @@ def _check_strangers(report: _Report, known: set[str]) -> None:
     """Warn of files that do not belong to the store; of receipts there was a warning already."""
     if CHECKSUMS not in report.files:
         return
-    known |= {MANIFEST, CHECKSUMS, LOCK_FILE, AGAINST}
+    known |= {MANIFEST, CHECKSUMS, LOCK_FILE, AGAINST, BUDGET}
     allowed = (f"{RECEIPTS}/", *_FILES_OF_THE_HUB)
     for name in report.files:
         belongs = name in known or is_shard_document(name, QUARANTINE)

@@ -7,10 +7,13 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
+
+from ...schemas.verbosity import progress_bar
 
 BLOCK = 8_192
 """Texts tokenised at a time: only a block's token ids ever exist as Python objects."""
+_NUM_COMPARED = 16
+"""Texts of a block whose ids are compared with those that transformers gives."""
 BAR_SECONDS = 2.0
 """Seconds after which a progress bar appears."""
 
@@ -172,7 +175,9 @@ def apply_template(
         Whole sequences, and how many tokens ``max_length`` cut off each, int64 ``[n]``.
     """
     parts, cuts = [], []
-    with tqdm(total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS) as bar:
+    with progress_bar(
+        total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS
+    ) as bar:
         for first in range(0, len(texts), BLOCK):
             block = texts.slice(first, BLOCK).to_pylist()
             whole = [template.prefix + clean(text) + template.suffix for text in block]
@@ -185,7 +190,24 @@ def apply_template(
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts as they are, without special tokens."""
+    """Token ids of texts as they are, without special tokens.
+
+    Of many texts the tokenizer's own engine gives them on all cores, without the offsets that
+    transformers asks it for; where it gives other ids for the first texts, transformers does.
+    """
+    if len(texts) <= _NUM_COMPARED:
+        return _tokenize(tokenizer, texts)
+    first = _tokenize(tokenizer, texts[:_NUM_COMPARED])  # sets the engine up, too
+    engine = getattr(tokenizer, "backend_tokenizer", None)
+    if engine is None or not hasattr(engine, "encode_batch_fast"):
+        return first + _tokenize(tokenizer, texts[_NUM_COMPARED:])
+    encoded = engine.encode_batch_fast(list(texts), add_special_tokens=False)
+    if [each.ids for each in encoded[:_NUM_COMPARED]] != first:
+        return first + _tokenize(tokenizer, texts[_NUM_COMPARED:])
+    return [each.ids for each in encoded]
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False
     )["input_ids"]

@@ -252,7 +252,7 @@ class TestExtraction:
             encode_images(str(tmp_path / "broken.parquet"), "s3://bucket/latents", **how)
         begun = open_latents("s3://bucket/latents", complete=False)
         assert [q.entries for q in begun.quarantined().values()] == [[7]]
-        how["drop_broken"] = True
+        how["broken"] = "skip"
         store = encode_images(str(tmp_path / "broken.parquet"), "s3://bucket/latents", **how)
         good = store.ids[::9]
         assert np.array_equal(store.read(good), open_latents(latent_store).read(good))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import InputError, LoraConfig, PretrainedIdentity
+from ...schemas.tensor_files import make_readable, save_tensors
 from .families import find_family
 from .lora import ADAPTER
 from .pretrained import find_class
@@ -89,6 +90,7 @@ def write_lora(folder: Path, matrices: Matrices, loader: Any, base: str | None) 
             transformer_lora_layers=tensors,
             transformer_lora_adapter_metadata=settings,
         )
+        make_readable(folder)
         return
     try:
         import peft
@@ -103,7 +105,7 @@ def write_lora(folder: Path, matrices: Matrices, loader: Any, base: str | None) 
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / PEFT_FILE, {"format": "pt"})
+    save_tensors(tensors, folder / PEFT_FILE, {"format": "pt"})
 
 
 def read_lora(folder: Path) -> Matrices:

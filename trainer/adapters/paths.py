@@ -17,10 +17,20 @@ IDEOGRAM4_SIDE = 512 / 16
 
 
 def make_path(config: FlowConfig, pretrained: PretrainedIdentity | None) -> Flow | Ddpm:
-    """The path of a run."""
+    """The path of a run.
+
+    Raises:
+        InputError: a density of t or a shift by shape for a DDPM, which has neither.
+    """
     if pretrained is None or _family(pretrained).path == "flow":
         return Flow.from_config(config)
-    return Ddpm.from_scheduler(pretrained.scheduler)
+    if config.t_density != "logit-normal" or config.shift_area is not None:
+        raise InputError(
+            f"flow.t_density is {config.t_density} and flow.shift_area {config.shift_area}, but "
+            "the pretrained network is a DDPM, whose t is uniform and has no shift: leave them out"
+        )
+    gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
+    return Ddpm.from_scheduler(pretrained.scheduler, gamma)
 
 
 def shift_of(pretrained: PretrainedIdentity, shape: tuple[int, int, int]) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...pipeline.models.hub import LOAD_ERRORS, download, hash_file, hub_name, is_hub_id
+from ...pipeline.models.weights import SAFETENSORS, check_files, refuse_misread
 from ...schemas import (
     InputError,
     ModelConfig,
@@ -118,8 +119,10 @@ def find_pretrained(name: str) -> Pretrained:
             f"the folder of a pipeline, with {_INDEX} and transformer/"
         )
     family = find_family(config["_class_name"], name, index.get("_class_name"))
-    if not any(p.suffix == ".safetensors" for p in inner.iterdir()):
+    files = [p for p in inner.iterdir() if p.suffix == SAFETENSORS]
+    if not files:
         raise InputError(f"model.pretrained {name}: {inner} has no .safetensors")
+    check_files(inner, files, f"model.pretrained {name}")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     return Pretrained(found, inner, index, config, scheduler, family)
 
@@ -155,25 +158,29 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
     """The transformer, with its weights.
 
     Args:
-        weights: load them; otherwise the transformer is on the meta device.
+        weights: load them; otherwise the transformer has fresh ones, or none if the caller makes
+            it on the meta device.
 
     Raises:
-        InputError: diffusers is missing or cannot load it.
+        InputError: diffusers is missing or cannot load it; weights are missing in its files, or
+            are there and not used.
     """
     cls = find_class(pretrained.config["_class_name"])
     try:
         if not weights:
-            with torch.device("meta"):
-                return cls.from_config(dict(pretrained.config)).to(_dtype(config))
-        return cls.from_pretrained(
+            return cls.from_config(dict(pretrained.config)).to(_dtype(config))
+        network, loaded = cls.from_pretrained(
             pretrained.folder,
             dtype=_dtype(config),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=True,
+            output_loading_info=True,
         )
     except LOAD_ERRORS as error:
         raise InputError(f"{pretrained.name}: diffusers cannot load it: {error}") from error
+    refuse_misread(f"model.pretrained {pretrained.name}", network, loaded)
+    return network
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:

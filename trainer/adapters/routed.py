@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...schemas import LN_EPS, MASK, InputError, Mixes, ModelConfig, RoutingConfig
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
+from ..model.transfer import send
 from .base import Family, Text, count_mixes
 from .lora import add_lora
 from .sockets import Sockets, Source, add
@@ -258,6 +259,11 @@ class Routed(nn.Module):
         sockets = "1 socket" if self.num_blocks == 1 else f"{self.num_blocks} sockets"
         return f"{type(self.transformer).__name__} ({self.family.name}), {sockets}"
 
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a latent (..., h, w)."""
+        _, side = self.family.latents(self.transformer.config)
+        return (shape[-2] // side) * (shape[-1] // side)
+
     def router_parameters(self) -> list[nn.Parameter]:
         """Parameters that weigh layers: of the strategy, of gains, or of the network's own
         fusion."""
@@ -345,9 +351,9 @@ class Routed(nn.Module):
         if given is None:
             own = self._base_rows(hidden) if own is None else own
             padded = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-            chosen = rows.flatten().to(device)
+            chosen = send(rows.flatten(), device)
             base = padded.index_select(0, chosen).unflatten(0, rows.shape)
-            text = Text(base.to(self.dtype), mask.to(device), lengths.tolist())
+            text = Text(base.to(self.dtype), send(mask, device), lengths.tolist())
         else:
             text = replace(given, lengths=lengths.tolist())
         if getattr(self.transformer.config, "guidance_embeds", False):
@@ -379,16 +385,16 @@ class Routed(nn.Module):
         mask = rows < len(hidden)
         if not mask.any():
             return Source(
-                text, hidden.new_zeros(1, 1, 1, 1), torch.zeros_like(rows).to(hidden.device)
+                text, hidden.new_zeros(1, 1, 1, 1), send(torch.zeros_like(rows), hidden.device)
             )
         if self.router.depends_on_t:
-            pairs = rows[mask].to(hidden.device)  # [P]
-            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            pairs = send(rows[mask], hidden.device)  # [P]
+            owners = send(mask.nonzero()[:, 0], hidden.device)  # [P]
             rows = torch.full(mask.shape, len(pairs)).masked_scatter(mask, torch.arange(len(pairs)))
             deviation = self._deviation(hidden, own, t, pairs, owners)
         else:
             deviation = self._deviation(hidden, own)
-        index = rows.to(hidden.device)
+        index = send(rows, hidden.device)
         if deviation is None:
             return Source(text, hidden.new_zeros(0), index)
         source = Source(text, torch.cat([deviation, 0 * deviation[:1].detach()]), index)
@@ -402,7 +408,8 @@ class Routed(nn.Module):
         if "prompt_layers" in conditioning:  # FIBO: all layers of the LLM, from 0
             values = conditioning["prompt_layers"][..., [*self.base_layers], :]
         if conditioning[MASK].ndim == 2:  # padded
-            values = values[conditioning[MASK].to(values.device, torch.bool)]
+            own = conditioning[MASK].bool().flatten().nonzero()[:, 0]
+            values = values.flatten(0, 1).index_select(0, send(own, values.device))
         if len(values) != len(hidden):
             raise InputError(
                 f"captions have {len(hidden)} rows in the features, but {len(values)} in the "
@@ -433,8 +440,9 @@ class Routed(nn.Module):
                 f"{self.family.name} reads padding rows or a second encoder, which features do not "
                 "hold: name a store that semroute conditioning made as data.conditioning"
             )
+        cpu = torch.device("cpu")
         each = {
-            name: value[caption.to(value.device)].to("cpu" if name == MASK else device)
+            name: send(value[send(caption, value.device)], cpu if name == MASK else device)
             for name, value in conditioning.items()
         }
         text = self.family.read_conditioning(each, self.transformer.config, self.dtype)

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import report_line
+from ...pipeline.commands.options import LOCAL_PATH, echo, report_line
 from .options import step_option, weights_option
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=LOCAL_PATH)
 @click.argument("prompts")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--negative", metavar="TEXT", help="Negative prompt. Default: the empty one, if it takes one."
 )
@@ -63,6 +63,6 @@ def embed(
         step=step,
         weights=weights,
     )
-    click.echo(out)
+    echo(out)
     if embeds.usage:
         report_line(embeds.usage)

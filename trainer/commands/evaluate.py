@@ -1,17 +1,18 @@
 """``semroute evaluate``: scores on the world of shapes, or by a vision-language model."""
 
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from ...pipeline.commands import interruptible, options
+from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible, options
 from ...schemas import InputError
 from .options import (
     STOPPED,
     cfg_scales_option,
     open_vae_decoder,
     refuse_options,
+    refuse_unguided_interval,
     sampling_options,
     scoring_options,
     was_given,
@@ -37,7 +38,7 @@ judge_options = options(
     ),
     click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=LOCAL_PATH,
         help="With --judge: folder of the results. Default: judged/JUDGE beside the images.",
     ),
     click.option(
@@ -48,7 +49,7 @@ judge_options = options(
 )
 JUDGE_ONLY = ("question", "chance", "out", "trust_remote_code")
 """Parameters that need ``--judge``."""
-WITH_JUDGE = ("run", "judge", "batch_size", *JUDGE_ONLY)
+WITH_JUDGE = ("run", "judge", "batch_size", "dtype", *JUDGE_ONLY)
 """Parameters that may be given together with ``--judge``."""
 
 
@@ -103,6 +104,7 @@ def evaluate(
             out=out,
             trust_remote_code=trust_remote_code,
             batch_size=size,
+            dtype=sampling["dtype"],
         )
         return
     refuse_options(JUDGE_ONLY, "needs --judge")
@@ -112,13 +114,14 @@ def evaluate(
     from ..evaluation.shapes import score_run
     from ..runs.run import open_run
 
+    refuse_unguided_interval(sampling["cfg_scales"])
     batch_size = sampling.pop("batch_size")
     sampling |= {"cfg_scales": [*sampling["cfg_scales"]], "solver": sampling.pop("method")}
     scoring = Scoring(features=features, samples=samples, **sampling)
     trained = open_run(Path(run), step, weights)
     decode = open_vae_decoder(trained)
-    for path in score_run(trained, scoring, decode, batch_size=batch_size, report=click.echo):
-        click.echo(path)
+    for path in score_run(trained, scoring, decode, batch_size=batch_size, report=echo):
+        echo(path)
 
 
 def score_with_judge(
@@ -130,6 +133,7 @@ def score_with_judge(
     out: Path | None,
     trust_remote_code: bool,
     batch_size: int,
+    dtype: Literal["auto", "float32", "bfloat16"],
 ) -> None:
     """``semroute evaluate --judge``: ask a model what the images of a folder, run or table show.
 
@@ -161,7 +165,10 @@ def score_with_judge(
     images, captions = read_images(table)
     model = find_model(judge, "--judge", with_code=trust_remote_code)
     record = JudgeRecord(
-        judge=model.name, files=model.files, dtype=default_dtype(), question=question
+        judge=model.name,
+        files=model.files,
+        dtype=default_dtype() if dtype == "auto" else dtype,
+        question=question,
     )
     out = out or Path(table).parent / "judged" / PurePosixPath(judge.partition("@")[0]).name
     with interruptible(KeyboardInterrupt, STOPPED):
@@ -177,9 +184,9 @@ def score_with_judge(
             batch_size=batch_size,
             chance=chance,
         )
-    click.echo(scores)
+    echo(scores)
     for file in (JUDGEMENTS, SCORES, FIGURE):
-        click.echo(out / file)
+        echo(out / file)
     report_unanswered(scores, judge, len(images))
 
 
@@ -215,9 +222,11 @@ def read_images(table: str) -> tuple[Any, list[str]]:
 
 def read_groups(table: str, num_images: int) -> list[str | None]:
     """The group under which each image of a table is summarised, if it names one."""
-    from ...pipeline.sources.table import TAR, column_names, read_table
+    from ...pipeline.sources.places import SUFFIXES, TAR
+    from ...pipeline.sources.table import column_names, read_table
+    from ...schemas.urls import suffix_of
 
-    if table.endswith(TAR) or "group" not in column_names(table):
+    if suffix_of(table, SUFFIXES) == TAR or "group" not in column_names(table):
         return [None] * num_images
     _, rows = read_table(table, columns=["group"])
     return [None if group is None else str(group) for group in rows["group"].to_pylist()]
@@ -235,7 +244,7 @@ def report_unanswered(scores: Any, judge: str, num_images: int) -> None:
     from ..evaluation.vqascore import ANSWERS_EXPECTED
 
     if scores.answered < ANSWERS_EXPECTED:
-        click.echo(
+        echo(
             f"warning: {judge} says Yes or No with a probability of {scores.answered:.2f} only, so "
             "these scores mean little. Ask in words that it knows, with --question.",
             err=True,

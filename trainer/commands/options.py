@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ...pipeline.commands import FINITE_FLOAT, SEED, F, FiniteRange, options
+from ...pipeline.commands.options import FINITE_FLOAT, SEED, F, FiniteRange, options
 from ...schemas import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ clock_option = click.option(
     default="nominal",
     show_default=True,
     help="Noise level for routing by t: nominal; shift:K; or estimated, from x_t itself.",
+)
+
+
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Precision of matrix products. auto: bfloat16 on a GPU, for runs that were trained so.",
 )
 
 
@@ -89,17 +98,17 @@ sampling_options = options(
     weights_option,
     step_option,
     clock_option,
+    dtype_option,
 )
 """Options of every command that samples from a checkpoint of a run."""
 
 
-def scoring_options(*, required: bool, features_type: Any = str) -> Callable[[F], F]:
+def scoring_options(*, required: bool) -> Callable[[F], F]:
     """The captions that runs are scored on, and what their images should show."""
     return options(
         click.option(
             "--features",
             required=required,
-            type=features_type,
             help="Feature store of the captions to score on.",
         ),
         click.option(
@@ -118,10 +127,11 @@ def pop_sampling_config(run: Run, options: dict[str, Any]) -> SamplingConfig:
     """
     from ..diffusion.sampling import SamplingConfig
 
+    refuse_unguided_interval([options["cfg_scale"]])
     clock = run.clock(options.pop("clock"))
     names = ("num_steps", "cfg_scale", "cfg_interval", "method")
     config = {name: options.pop(name) for name in names if name in options}
-    return SamplingConfig(**config, clock=clock)
+    return SamplingConfig(**config, clock=clock, dtype=run.sampling_dtype(options.pop("dtype")))
 
 
 def was_given(name: str) -> bool:
@@ -141,6 +151,16 @@ def refuse_options(names: Collection[str], why: str) -> None:
             raise InputError(f"{parameter.opts[0]} {why}")
 
 
+def refuse_unguided_interval(cfg_scales: Collection[float]) -> None:
+    """Refuse an interval of guidance where there is none.
+
+    Raises:
+        InputError: ``--cfg-interval`` is given, and all scales are 1.
+    """
+    if {*cfg_scales} == {1.0}:
+        refuse_options(["cfg_interval"], "has no effect: guidance scale 1 means none. Leave it out")
+
+
 def open_vae_decoder(run: Run, vae: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """Latents of a run -> images uint8 ``[n, H, W, 3]``.
 
@@ -149,5 +169,10 @@ def open_vae_decoder(run: Run, vae: str | None = None) -> Callable[[np.ndarray],
     """
     from ...pipeline.models.vae import open_decoder
 
+    if vae is not None and run.record.latents.vae == "pixels":
+        raise InputError(
+            f"--vae {vae} is not used: the latents of {run.path} are pixels, which no VAE decodes. "
+            "Leave it out."
+        )
     device = str(next(run.model.parameters()).device)
     return open_decoder(run.record.latents, vae or run.record.vae_source, device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import json_option, print_result, report_line
+from ...pipeline.commands.options import LOCAL_PATH, echo, json_option, print_result, report_line
 from ...schemas import InputError
 from .options import refuse_options, step_option, was_given, weights_option
 
@@ -14,10 +14,8 @@ KINDS = ("pipeline", "lora", "comfyui", "weights", "config")
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the figures. Default: RUN/figures."
-)
+@click.argument("run", type=LOCAL_PATH)
+@click.option("--out", type=LOCAL_PATH, help="Folder of the figures. Default: RUN/figures.")
 @step_option
 def plot(run: Path, out: Path | None, step: int | None) -> None:
     """Plot what a RUN learned: routing weights, loss, and the scores of its evaluation.
@@ -30,12 +28,12 @@ def plot(run: Path, out: Path | None, step: int | None) -> None:
     from ..runs.run import load_run
 
     for path in plot_run(load_run(run, step), out or run / "figures"):
-        click.echo(path)
+        echo(path)
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("run", type=LOCAL_PATH)
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--as",
     "kind",
@@ -94,27 +92,27 @@ def export(
 
         trained = load_run(run, step, weights)
         if router:
-            click.echo(export_router(trained, out))
+            echo(export_router(trained, out))
             return
         from ..evaluation.diffusers_pipeline import export_pipeline
 
-        click.echo(export_pipeline(trained, out))
+        echo(export_pipeline(trained, out))
         return
     adapter = load_adapter(run, step, weights if was_given("weights") else None)
     if router:
-        click.echo(export_router(adapter, out))
+        echo(export_router(adapter, out))
         return
     from ..runs.adapter_export import export_adapter
 
     done = export_adapter(adapter, out, kind or "pipeline", rank)
-    click.echo(done.folder)
+    echo(done.folder)
     if done.note:
         report_line(done.note)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with figures.")
+@click.argument("runs", nargs=-1, required=True, type=LOCAL_PATH)
+@click.option("--html", type=LOCAL_PATH, help="Also write a page with figures.")
 @json_option()
 def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Compare RUNS side by side: settings that differ, loss, scores, routing, speed.
@@ -128,4 +126,4 @@ def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     comparison = run(runs)
     print_result(comparison, as_json)
     if html is not None:
-        click.echo(comparison.write_html(html), err=as_json)
+        echo(comparison.write_html(html), err=as_json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from ...pipeline.commands import FINITE_FLOAT, options, report_line
+from ...pipeline.commands.options import FINITE_FLOAT, LOCAL_PATH, echo, options, report_line
 from ...schemas import BenchmarkName, InputError
 from .options import open_vae_decoder, pop_sampling_config, refuse_options, sampling_options
 
@@ -53,7 +53,7 @@ PROMPTS_ONLY = ("layout", "images_per_prompt", "text_column", "shard")
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=LOCAL_PATH)
 @click.option("--features", help="Take captions from this feature store; no LLM is needed.")
 @click.option(
     "--num",
@@ -89,7 +89,7 @@ PROMPTS_ONLY = ("layout", "images_per_prompt", "text_column", "shard")
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="Folder of the images. Default: RUN/samples, or RUN/pictures/FILE for --prompts FILE.",
 )
 @sampling_options
@@ -166,9 +166,12 @@ def open_generator(
     from ..runs.run import open_run
 
     run = open_run(path, step, weights)
-    settings = {name: value for name, value in options.items() if name != "batch_size"}
+    left_out = ("batch_size", "dtype")
+    settings = {name: value for name, value in options.items() if name not in left_out}
     sampling = {**options}
     config = pop_sampling_config(run, sampling)
+    if config.dtype != "float32":  # as image sets record it since there is a choice
+        settings["dtype"] = config.dtype
     if size is not None:
         sampling["shape"], settings["size"] = run.latent_shape(size), size
     return Generator(run, config, settings, sampling)
@@ -188,7 +191,7 @@ def sample_captions(generator: Generator, captions: CaptionSet, vae: str | None,
     for path in generate_samples(
         generator.run, captions, decode, out, generator.config, **generator.sampling
     ):
-        click.echo(path)
+        echo(path)
 
 
 def sample_file(
@@ -254,9 +257,9 @@ def sample_file(
         **generator.sampling,
     )
     num_missing = len(images.missing())
-    click.echo(
+    echo(
         f"{images.out}: {num_new:,} images generated, {len(images) - num_missing:,} of "
         f"{len(images):,} complete"
     )
     if not num_missing:
-        click.echo(finish_image_set(images))
+        echo(finish_image_set(images))

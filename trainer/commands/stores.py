@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...pipeline.commands import (
+from ...pipeline.commands.options import (
     CODECS,
+    LOCAL_FILE,
+    LOCAL_PATH,
     RANK,
     SEED,
+    echo,
     exact_option,
     interruptible,
     is_json,
@@ -19,6 +22,7 @@ from ...pipeline.commands import (
     print_result,
     quality_option,
     report_line,
+    text_options,
     work_options,
 )
 from ...schemas import InputError
@@ -57,12 +61,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--routing",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="With --figure: a run; the figure then also shows the layers that it reads.",
 )
 @click.option(
     "--figure",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LOCAL_FILE,
     help="Image file to plot accuracy by layer into.",
 )
 @json_option()
@@ -97,7 +101,7 @@ def probe(
         from ...pipeline.style import DPI
 
         probe_accuracy(results, weights).savefig(figure, dpi=DPI)
-        click.echo(figure, err=as_json)
+        echo(figure, err=as_json)
 
 
 @click.command()
@@ -109,7 +113,7 @@ def probe(
 @layers_option
 @click.option(
     "--routing",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="A run: store only the mixes of layers that its blocks read.",
 )
 @click.option(
@@ -127,10 +131,7 @@ def probe(
 @click.option(
     "--captions", help="Keep only the captions of this table, whose rows become the samples."
 )
-@click.option(
-    "--text-column",
-    help="With --captions: column of captions. Default: text, prompt or caption.",
-)
+@text_options
 @work_options
 @interruptible()
 def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> None:
@@ -145,12 +146,15 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
       semroute rewrite features mixed --routing runs/depth
     """
     if options["captions"] is None:
-        refuse_options(["text_column"], "names a column of a table: name the table with --captions")
+        refuse_options(
+            ["text_column", "fallback_column", "blank"],
+            "is about a table: name it with --captions",
+        )
     from ...pipeline.extraction.rewrite import rewrite as run
 
     if routing is not None:
         options["routing"] = read_routing(routing, features)
-    click.echo(run(features, out, report=report_line, **options), err=is_json(options))
+    echo(run(features, out, report=report_line, **options), err=is_json(options))
 
 
 def read_routing(run: Path, features: str) -> Routing:

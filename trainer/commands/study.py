@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import interruptible
+from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible
 from .options import (
     SOLVERS,
     STOPPED,
     batch_size_option,
     cfg_scales_option,
     clock_option,
+    dtype_option,
     num_steps_option,
     refuse_options,
     scoring_options,
@@ -20,7 +21,7 @@ from .options import (
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=LOCAL_PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--jobs",
@@ -66,26 +67,26 @@ def study(
         parsed = parsed.only(arms)
     if not report_only:
         with interruptible(KeyboardInterrupt, STOPPED):
-            run_study(parsed, open_decoder, num_jobs=jobs, report=click.echo)
+            run_study(parsed, open_decoder, num_jobs=jobs, report=echo)
     if parsed.scoring is None and not report_only:
         for job in list_jobs(parsed):
-            click.echo(job.path)
+            echo(job.path)
         return
     for path in write_report(parsed):
-        click.echo(path)
+        echo(path)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@scoring_options(required=True, features_type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=LOCAL_PATH)
+@scoring_options(required=True)
 @cfg_scales_option(3.0)
 @click.option("--leave-one-out", is_flag=True, help="Also score without each layer in turn.")
 @num_steps_option(help="Steps of Euler's method.")
 @seed_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
+@click.option("--out", required=True, type=LOCAL_PATH, help="Folder of the report.")
 def ablate(
     runs: tuple[Path, ...],
-    features: Path,
+    features: str,
     samples: str,
     cfg_scales: tuple[float, ...],
     leave_one_out: bool,
@@ -111,6 +112,7 @@ def ablate(
 
     from ...pipeline.models.vae import open_decoder
     from ...schemas import Scoring
+    from ...schemas.escaping import shown
     from ..runs.run import open_run
     from ..studies.ablation import TRAINED, WITHOUT, weights_of
     from ..studies.ablation import ablate as run_ablation
@@ -121,7 +123,7 @@ def ablate(
     from ..studies.statistics import ComparisonDesign
 
     scoring = Scoring(
-        features=str(features),
+        features=features,
         samples=samples,
         cfg_scales=list(cfg_scales),
         num_steps=num_steps,
@@ -129,8 +131,12 @@ def ablate(
     )
     trained = [open_run(run, None, "ema") for run in runs]
     table = ResultsTable(out / RESULTS, ("arm", "seed"))
+
+    def report(line: str) -> None:
+        tqdm.write(shown(line))
+
     results = run_ablation(
-        trained, scoring, open_decoder, table, leave_one_out=leave_one_out, report=tqdm.write
+        trained, scoring, open_decoder, table, leave_one_out=leave_one_out, report=report
     )
     arms = list(dict.fromkeys(results["arm"].to_pylist()))
     references = dict.fromkeys(arms, TRAINED)
@@ -141,15 +147,14 @@ def ablate(
         weights = np.mean([weights_of(run, num_steps).numpy() for run in trained], 0)
         figures["layers"] = lambda table: left_out_figure(table, left_out, weights, design)
     for path in [out / RESULTS, *write_comparison(results, design, out, figures)]:
-        click.echo(path)
+        echo(path)
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=LOCAL_PATH)
 @click.option(
     "--features",
     required=True,
-    type=click.Path(path_type=Path),
     help="Feature store of the captions to sample from.",
 )
 @click.option(
@@ -173,8 +178,16 @@ def ablate(
 @seed_option
 @batch_size_option
 @clock_option
+@dtype_option
 def lag(
-    run: Path, features: Path, num: int, num_steps: int, clock: str, seed: int, **how: Any
+    run: Path,
+    features: str,
+    num: int,
+    num_steps: int,
+    clock: str,
+    dtype: Any,
+    seed: int,
+    **how: Any,
 ) -> None:
     """Measure how noisy latents really are while a RUN samples, against the nominal noise level.
 
@@ -190,6 +203,7 @@ def lag(
     from ..runs.run import open_run
 
     trained = open_run(run, None, "ema")
-    solver = SamplingConfig(num_steps, clock=trained.clock(clock))
+    precision = trained.sampling_dtype(dtype)
+    solver = SamplingConfig(num_steps, clock=trained.clock(clock), dtype=precision)
     for line in report_lag(trained, features, num, solver, seed=seed, **how):
-        click.echo(line)
+        echo(line)

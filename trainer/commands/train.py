@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands import SEED, FiniteRange, interruptible
+from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
 from ...schemas import InputError, read_config
+from .options import refuse_options
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LOCAL_PATH)
 @click.option(
     "--num", default=20_000, show_default=True, type=click.IntRange(1), help="Training images."
 )
@@ -54,11 +55,11 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     """
     from ..shapes.dataset import write_world
 
-    click.echo(write_world(out, num, seed, **sizes))
+    echo(write_world(out, num, seed, **sizes))
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=LOCAL_PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Report what the run would take, and train nothing.")
 @click.option(
@@ -76,6 +77,15 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     help="With --dry-run: run this many steps here to time one, and discard them.",
 )
 @click.option(
+    "--from-checkpoint",
+    "resume_from",
+    default="newest",
+    show_default=True,
+    type=click.Choice(["newest", "previous"]),
+    help="Checkpoint to resume from. previous: if the newest is damaged, set it aside and resume "
+    "from the newest whole one.",
+)
+@click.option(
     "--unverified",
     is_flag=True,
     help="Train a pretrained network on stores that semroute verify --against has not compared "
@@ -88,6 +98,7 @@ def train(
     ranks: int | None,
     step_seconds: float | None,
     measure: int | None,
+    resume_from: Any,
     unverified: bool,
 ) -> None:
     """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
@@ -102,11 +113,12 @@ def train(
     """
     parsed = read_config(config, [*overrides, *["data.unverified=true"] * unverified])
     if dry_run:
+        refuse_options(["resume_from"], "does not go with --dry-run, which resumes nothing")
         if step_seconds is not None and measure is not None:
             raise InputError("give either --step-seconds or --measure")
         from ..training.dry_run import plan
 
-        click.echo(
+        echo(
             plan(
                 parsed, num_ranks=ranks or 1, step_seconds=step_seconds, measure_steps=measure or 0
             )
@@ -119,7 +131,7 @@ def train(
 
     try:
         with interruptible(TrainingInterrupted):
-            path = run(parsed)
+            path = run(parsed, resume_from=resume_from)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{path} is trained: semroute plot {path}")
+    echo(f"{path} is trained: semroute plot {path}")

@@ -1,4 +1,4 @@
-"""The order of samples, and loaders that follow it."""
+"""Batches, and loaders that read them in the order of samples."""
 
 import lazy_loader
 
@@ -6,8 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "batch": ["Batch", "PaddedBatch", "on_device"],
-        "dataset": ["StorePair", "SampleIndex", "by_shape", "check_joined", "open_pairs"],
-        "loader": ["PaddedLoader", "PackedLoader"],
-        "sampler": ["BatchPartition", "BucketSampler", "MixtureSampler", "make_sampler"],
+        "loader": ["BatchPartition", "PaddedLoader", "PackedLoader"],
     },
 )

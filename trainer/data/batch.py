@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...schemas import MASK
+from ..diffusion.noise import Draws
 
 if TYPE_CHECKING:
     from ...pipeline.store.features import Codes
@@ -40,6 +41,7 @@ class Batch:
         sources: int64 [B], number of the pair of stores that each sample is from; None: the first.
         conditioning: what the pipeline of a pretrained network gives it for the unique captions, by
             name, [U, ...]; None: nothing is stored. Their ``mask`` stays on the CPU.
+        draws: t and noise of B*K rows; None: the loader draws none.
     """
 
     step: int
@@ -52,6 +54,7 @@ class Batch:
     latents: Tensor
     sources: np.ndarray | None = None
     conditioning: Mapping[str, Tensor] | None = None
+    draws: Draws | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its large tensors on a device, where codes are decoded."""
@@ -67,11 +70,13 @@ class Batch:
                 for name, value in given.items()
             }
         latents = self.latents.to(device, non_blocking=True)
-        return replace(self, hidden=hidden, latents=latents, conditioning=given)
+        draws = None if self.draws is None else self.draws.to(device)
+        return replace(self, hidden=hidden, latents=latents, conditioning=given, draws=draws)
 
     def record_stream(self, stream: Any) -> None:
         """Mark the tensors as used on a stream: ``torch.Tensor.record_stream``."""
-        for tensor in (self.hidden, self.latents, *(self.conditioning or {}).values()):
+        drawn = () if self.draws is None else self.draws.tensors()
+        for tensor in (self.hidden, self.latents, *drawn, *(self.conditioning or {}).values()):
             if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
                 tensor.record_stream(stream)
 

@@ -30,6 +30,15 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(_pool.lend(num_bytes)).view(dtype).view(shape)
 
 
+def allocated(tensor: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU in memory of :func:`allocate`; by numpy, on one thread."""
+    copy = allocate(tuple(tensor.shape), tensor.dtype)
+    if tensor.numel():
+        whole = copy.reshape(-1).view(torch.uint8).numpy()
+        whole[:] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return copy
+
+
 def allocate_codes(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """:func:`allocate` for codes, as an array of numpy."""
     return allocate(shape, torch.from_numpy(np.empty(0, dtype)).dtype).numpy()

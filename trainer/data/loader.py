@@ -12,29 +12,33 @@ Shapes: B batch (of one rank and accumulation step), R rows (tokens of all capti
 U unique captions, T tokens of the longest caption, L layers, H text width, C channels.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...schemas import DataConfig
-from ...schemas.seeds import Purpose, numpy_generator
+from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
+from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
+from ...schemas import MASK, DataConfig, InputError
+from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
+from ..diffusion.noise import NoiseSource
 from .batch import Batch, PaddedBatch
-from .buffers import allocate, allocate_codes
-from .dataset import StorePair, open_pairs, proportions
-from .sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
+from .buffers import allocate, allocate_codes, allocated
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
+    from ...pipeline.store.budget.followed import FollowedFeatureStore
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
 
@@ -59,9 +63,12 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: samples of these stores that are never delivered, int64.
         start_step: the first step to deliver.
         pairs: result of :func:`open_pairs` for ``data``, where it is known already.
+        version: of the order, ``TrainConfig.random_version``.
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
+        stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
+            be replaced before the first batch.
 
     Raises:
         InputError: stores that are unfinished or of different samples, a selection that does not
@@ -80,10 +87,15 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         held_out: Sequence[int] | np.ndarray = (),
         start_step: int = 0,
         pairs: Sequence[StorePair] | None = None,
+        version: int = RANDOM_VERSION,
     ) -> None:
         self.num_positions = partition.size(data.batch_size)
         first, *others = open_pairs(features, latents, data) if pairs is None else pairs
         self.pairs = [first.without(held_out), *others]
+        for pair in self.pairs:
+            for store in (pair.features, pair.latents, pair.conditioning):
+                if store is not None:
+                    store.watch()
         self.features = features
         self.latents = latents
         self.data = data
@@ -93,12 +105,14 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.start_step = start_step
         self.held_out = held_out
         self.stall_monitor = InputStallMonitor(data.workers)
-        self.sampler = make_sampler(self.pairs, data, seed)
+        self.stop = threading.Event()
+        self.version = version
+        self.sampler = make_sampler(self.pairs, data, seed, version)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
                 pair.features.num_threads = max(1, pair.features.num_threads // data.workers)
 
-    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step")
+    _options: tuple[str, ...] = ("seed", "layers", "partition", "held_out", "start_step", "version")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what was opened, chosen and read in this process."""
@@ -133,6 +147,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         shape = store.shape(int(store.buckets[indices.sample[0]]))
         noise = self._posterior_noise(first, self.num_positions, shape)
         latents = allocate((self.num_positions, *shape), torch.float32)
+        self._request(indices)
         values = latents.numpy()
         for number, pair in enumerate(self.pairs):
             own = np.flatnonzero(indices.source == number)
@@ -140,6 +155,31 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
                 part = None if noise is None else noise[own]
                 values[own] = pair.latents.read(indices.sample[own], part)
         return first, indices, latents
+
+    def request(self, step: int, micro_step: int = 0) -> None:
+        """Ask the disk for what :meth:`read` will read, and do not wait for it.
+
+        Errors are left to :meth:`read`, which meets them again.
+        """
+        first = self.partition.first_position(self.data.batch_size, step, micro_step)
+        with suppress(InputError, OSError):
+            self._request(self.sampler.indices(first, self.num_positions))
+
+    def _request(self, indices: SampleIndices) -> None:
+        unique = self._unique_captions(indices)
+        for number, (pair, captions) in enumerate(zip(self.pairs, unique, strict=True)):
+            if len(captions):
+                samples = indices.sample[indices.source == number]
+                pair.features.request(captions, self.layers)
+                pair.latents.request(samples, deviation=self._samples_posterior)
+                if pair.conditioning is not None:
+                    pair.conditioning.request(captions)
+
+    @property
+    def _samples_posterior(self) -> bool:
+        """Whether latents are sampled from the posterior of the VAE."""
+        has_posterior = any(pair.latents.has_deviation for pair in self.pairs)
+        return self.data.posterior != "mean" and has_posterior
 
     def _row_shape(self) -> tuple[int, int]:
         """(L, H)."""
@@ -163,15 +203,18 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     def warning(self) -> str | None:
         """A one-time warning when training waits for data, with the numbers and what to do."""
-        return self.stall_monitor.warning(self.stored_bytes)
+        text = self.stall_monitor.warning(self.stored_bytes)
+        budgets = [pair.features for pair in self.pairs if pair.features.has_budget]
+        if text is not None and budgets:
+            text += f" If it waits for extraction, semroute status {budgets[0].path} says so."
+        return text
 
     def _posterior_noise(
         self, first: int, num: int, shape: tuple[int, int, int]
     ) -> np.ndarray | None:
         """Standard normal float32 [num, C, height, width] of ``num`` positions from ``first`` on,
         where latents are sampled from a posterior."""
-        has_posterior = any(pair.latents.has_deviation for pair in self.pairs)
-        if self.data.posterior == "mean" or not has_posterior:
+        if not self._samples_posterior:
             return None
         positions = range(first, first + num)
         generators = (numpy_generator(self.seed, Purpose.POSTERIOR, p) for p in positions)
@@ -185,23 +228,44 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         """
         ahead: deque[Future[AnyBatch]] = deque()
         reader = ThreadPoolExecutor(self.data.workers, thread_name_prefix="semroute-stream")
+        # Requests wait for nobody, so the disk works on all batches ahead, and not on as many as
+        # there are threads to read them.
+        requester = ThreadPoolExecutor(1, thread_name_prefix="semroute-request")
         worker = get_worker_info()
         steps = self._steps()
         if worker is not None:
             steps = islice(steps, worker.id, None, worker.num_workers)
         depth = max(self.data.prefetch, self.data.workers)
+
+        def begin(num: int) -> None:
+            for step in islice(steps, num):
+                requester.submit(self.request, *step)
+                ahead.append(reader.submit(self.read, *step))
+
+        closed = threading.Event()
+        self._end_waits_by(closed)
         try:
-            ahead.extend(reader.submit(self.read, *next(steps)) for _ in range(depth))
+            begin(1)  # alone, as everyone waits for it
             while True:
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
                 waited = time.perf_counter() - began
-                # Only now, so that it is read during the step and not during the wait.
-                ahead.append(reader.submit(self.read, *next(steps)))
+                # Only now, so that they are read during the step and not during the wait.
+                begin(depth - len(ahead))
                 self.stall_monitor.add(waited, batch.num_rows, len(batch.sample_ids))
                 yield batch
         finally:
-            reader.shutdown(wait=True, cancel_futures=True)
+            closed.set()
+            for pool in (requester, reader):
+                pool.shutdown(wait=True, cancel_futures=True)
+            self._end_waits_by()
+
+    def _end_waits_by(self, *events: threading.Event) -> None:
+        """End waits for shards of stores with a disk budget once :attr:`stop` or one of the events
+        is set."""
+        for pair in self.pairs:
+            if pair.features.has_budget:
+                cast("FollowedFeatureStore", pair.features).stops = [self.stop, *events]
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Every step with its accumulation steps, without end."""
@@ -220,11 +284,12 @@ class PackedLoader(StreamingDataset[Batch]):
         codes: deliver codes, which ``Batch.to`` decodes on its device; otherwise the reading thread
             decodes. Decompressed codes are larger than what they stand for, so it is for codecs
             that a CPU decodes slowly (``Codec.matrices``).
+        noise: draws t and noise for each batch; None: batches have none.
 
     Other arguments and errors: as for :class:`StreamingDataset`.
     """
 
-    _options = (*StreamingDataset._options, "codes")
+    _options = (*StreamingDataset._options, "codes", "noise")
 
     def __init__(
         self,
@@ -233,10 +298,12 @@ class PackedLoader(StreamingDataset[Batch]):
         data: DataConfig,
         *,
         codes: bool = False,
+        noise: NoiseSource | None = None,
         **options: Any,
     ) -> None:
         super().__init__(features, latents, data, **options)
         self.codes = codes
+        self.noise = noise
 
     def read(self, step: int, micro_step: int = 0) -> Batch:
         """One batch, read now."""
@@ -269,6 +336,9 @@ class PackedLoader(StreamingDataset[Batch]):
             if pair.conditioning is not None:
                 given.append(pair.conditioning.tensors(ids))
             before += len(ids)
+        draws = None
+        if self.noise is not None:
+            draws = self.noise.draw(first, len(latents), tuple(latents.shape[1:]), allocate)
         return Batch(
             step=step,
             micro_step=micro_step,
@@ -280,14 +350,20 @@ class PackedLoader(StreamingDataset[Batch]):
             latents=latents,
             sources=indices.source if len(self.pairs) > 1 else None,
             conditioning=join(given),
+            draws=draws,
         )
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Tensors of several stores, one after the other, by name; None of none."""
+    """Tensors of several stores, one after the other, by name, in memory of :func:`.allocate`; None
+    of none."""
     if not parts:
         return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {
+        name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
+        for name in parts[0]
+    }
+    return {name: value if name == MASK else allocated(value) for name, value in joined.items()}
 
 
 class PaddedLoader(StreamingDataset[PaddedBatch]):

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "flow": ["Flow"],
-        "noise": ["draw_noise", "jitter", "starting_noise"],
+        "noise": ["Draws", "NoiseSource", "jitter", "starting_noise"],
         "noise_level": ["NoiseLevelEstimator", "calibrate", "shifted"],
         "sampling": ["SamplingConfig", "sample"],
     },

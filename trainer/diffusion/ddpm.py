@@ -6,7 +6,7 @@ t of (s + 1) / 1000 stands for step s of 1,000; t = 0 is data. It has the interf
 Shapes: B batch; x is [B, ...], t is [B].
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,16 @@ class Ddpm:
 
     Attributes:
         kept: abar of t = 0, 1/1000, ..., 1: fp32 [1001], from 1 downwards.
+        min_snr_gamma: gamma of the loss weights, see :meth:`weight`; None: all weights are 1.
     """
 
     kept: Tensor
+    min_snr_gamma: float | None = None
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> "Ddpm":
+    def from_scheduler(
+        cls, config: Mapping[str, Any], min_snr_gamma: float | None = None
+    ) -> "Ddpm":
         """The path of a scheduler's configuration in diffusers.
 
         Raises:
@@ -43,7 +47,7 @@ class Ddpm:
                 "epsilon"
             )
         scheduler = DDPMScheduler.from_config(dict(config))
-        return cls(torch.cat([torch.ones(1), scheduler.alphas_cumprod.float()]))
+        return cls(torch.cat([torch.ones(1), scheduler.alphas_cumprod.float()]), min_snr_gamma)
 
     def _kept(self, t: Tensor) -> Tensor:
         return self.kept.to(t.device)[(t * NUM_STEPS).round().long()]
@@ -53,9 +57,19 @@ class Ddpm:
         steps = torch.randint(NUM_STEPS, (num,), generator=generator, device=generator.device)
         return (steps + 1).float() / NUM_STEPS
 
+    def place_t(self, uniform: Tensor) -> Tensor:
+        """t from uniform numbers in [0, 1), uniform over the steps: fp64 [...] -> fp32 [...]."""
+        return ((uniform.double() * NUM_STEPS).floor().clamp(max=NUM_STEPS - 1) + 1).float() / (
+            NUM_STEPS
+        )
+
     def warp(self, t: Tensor) -> Tensor:
         """t itself: there is no shift."""
         return t
+
+    def at(self, _shape: Sequence[int]) -> "Ddpm":
+        """The path itself, which is the same for all shapes of latents."""
+        return self
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, of the shape of x0."""
@@ -75,6 +89,15 @@ class Ddpm:
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of the noise per sample: fp32 [B]."""
         return (prediction.float() - noise.float()).square().flatten(1).mean(1)
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Weight of :meth:`loss` in training: min(SNR, gamma) / SNR (Hang et al. 2023, arXiv
+        2303.09556), fp32 [B]; None where all weights are 1."""
+        if self.min_snr_gamma is None:
+            return None
+        kept = self._kept(t)
+        snr = kept / (1 - kept)
+        return snr.clamp(max=self.min_snr_gamma) / snr
 
     def schedule(self, num_steps: int) -> Tensor:
         """The t of a solver: fp64 [num_steps + 1] on the CPU, from exactly 1 down to exactly 0.

@@ -45,8 +45,12 @@ Conditioning = Callable[[Tensor], Any]
 NoiseLevelMap = Callable[[Tensor, Tensor], Tensor]
 """x_t [B, C, h, w] and nominal t [B] -> the t that routing sees, [B]; see :mod:`.noise_level`."""
 
-Callback = Callable[[int, float, Tensor], None]
-"""Called after each step with the number of steps done, t and x_t [B, C, h, w]."""
+SamplingDtype = Literal["float32", "bfloat16"]
+"""Precisions of matrix products in sampling."""
+
+Callback = Callable[[int, float, Tensor], Tensor | None]
+"""Called after each step with the number of steps done, t and x_t [B, C, h, w]; returns None, or
+the latents to go on with."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class SamplingConfig:
             nor its cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
         method: ``euler``, one evaluation per step; or ``heun``, two, of second order (Karras et al.
             2022, arXiv 2206.00364, algorithm 1), except for the last step, which is Euler's.
+        dtype: of matrix products, by autocast; latents, the residual stream and routing are in
+            float32 in any case.
         clock: the t that routing sees in place of the nominal t, which network and solver keep.
             None: the nominal t. Without effect where routing does not depend on t.
     """
@@ -70,6 +76,14 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     method: Literal["euler", "heun"] = "euler"
     clock: NoiseLevelMap | None = None
+    dtype: SamplingDtype = "float32"
+
+    def __post_init__(self) -> None:
+        low, high = self.cfg_interval
+        if not low < high:
+            raise InputError(
+                f"the interval of guidance is from t {low:g} to {high:g}; expected the lower first"
+            )
 
 
 def conditioning(
@@ -131,7 +145,7 @@ def solve(
 
     if config.method == "heun" and isinstance(flow, Ddpm):
         raise InputError("method heun is for rectified flow, and this network is a DDPM: use euler")
-    schedule = flow.schedule(config.num_steps).tolist()
+    schedule = flow.at(noise.shape).schedule(config.num_steps).tolist()
     x = noise
     for step, (now, after) in enumerate(pairwise(schedule), start=1):
         v = velocity(x, now)
@@ -139,7 +153,8 @@ def solve(
             v = (v + velocity(flow.advance(x, v, now, after), after)) / 2
         x = flow.advance(x, v, now, after)
         if callback is not None:
-            callback(step, after, x)
+            changed = callback(step, after, x)
+            x = x if changed is None else changed
     return x
 
 
@@ -158,6 +173,8 @@ def sample(
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int, int] | None = None,
     callback: Callback | None = None,
+    null_offsets: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """One latent per caption.
 
@@ -172,18 +189,25 @@ def sample(
         seed, numbers: the noise of latent i is a function of (seed, numbers[i]), by default of
             (seed, i). To sample a list in batches, pass the numbers of each batch.
         shape: (C, h, w) of the latents, by default ``model.latent_shape``.
+        null_offsets: int64 [U + 1], if each latent is guided away from a text of its own, whose
+            rows ``null_hidden`` then holds.
+        noise: [U, C, h, w], to start from instead of that noise.
 
     Returns:
         fp32 [U, C, h, w] on the device of ``hidden``, in the units that the model was trained on.
     """
-    num = len(offsets) - 1
-    text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device), given)
-    null = None
-    if null_hidden is not None and config.cfg_scale != 1.0:
-        ends = torch.tensor([0, len(null_hidden)])
-        none = torch.zeros(num, dtype=torch.int64)
-        null = conditioning(model, null_hidden, ends, none, null_given)
+    num, device = len(offsets) - 1, hidden.device
     numbers = range(num) if numbers is None else numbers
     shape = model.latent_shape if shape is None else shape
-    noise = starting_noise(shape, seed=seed, numbers=numbers).to(hidden.device)
-    return solve(model, flow, text, null, noise, config, callback)
+    if noise is None:
+        noise = starting_noise(shape, seed=seed, numbers=numbers)
+    noise = noise.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        text = conditioning(model, hidden, offsets, torch.arange(num, device=offsets.device), given)
+        null = None
+        if null_hidden is not None and config.cfg_scale != 1.0:
+            ends, none = torch.tensor([0, len(null_hidden)]), torch.zeros(num, dtype=torch.int64)
+            if null_offsets is not None:
+                ends, none = null_offsets, torch.arange(num)
+            null = conditioning(model, null_hidden, ends, none, null_given)
+        return solve(model, flow, text, null, noise, config, callback)

@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from ...pipeline.executor.workers import own_device
 from ...pipeline.models.hub import PIPELINE_INDEX, find_model, is_hub_id
 from ...pipeline.models.llm import describe_model, find_tower
 from ...pipeline.models.text_pipelines import open_text_pipeline
 from ...schemas import EmbedsRecord, InputError, parse, write_whole
+from ...schemas.verbosity import progress_bar
 from ..adapters.arguments import ARGUMENTS, TEXT_ONLY, Arguments
 from ..adapters.captures import Captures
 from ..adapters.families import FAMILIES
@@ -139,7 +139,7 @@ def embed(
     encoder = _Encoder(adapter, text)
     if negative is not None and not encoder.takes_negative:
         raise InputError(f"{encoder.pipeline} takes no negative prompt: leave it out")
-    items = [encoder.encode(prompt) for prompt in tqdm(prompts, unit="prompt")]
+    items = [encoder.encode(prompt) for prompt in progress_bar(prompts, unit="prompt")]
     given = _join(items, encoder.names)
     if encoder.takes_negative:
         item = encoder.encode(negative or "", negative=True)

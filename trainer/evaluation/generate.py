@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
-from tqdm.auto import tqdm
+from safetensors.numpy import save
 
-from ...schemas import CaptionsIdentity, InputError, Mixes
+from ...schemas import CaptionsIdentity, InputError, Mixes, write_whole
+from ...schemas.verbosity import progress_bar
 from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..plots.images import sample_grid, save_images
 
@@ -210,6 +210,9 @@ def generate(
     shape: tuple[int, int, int] | None = None,
     progress: bool = True,
     callback: Callback | None = None,
+    negative_ids: Sequence[int] | None = None,
+    noise: torch.Tensor | None = None,
+    device: torch.device | None = None,
 ) -> NDArray[np.float32]:
     """One latent per caption, float32 [N, C, h, w], in the units that the model was trained on.
 
@@ -223,6 +226,10 @@ def generate(
         numbers: numbers of the latents; by default 0, 1, 2 and so on.
         shape: (C, h, w) of the latents; by default the model's own.
         callback: called after each step of each batch, as :func:`.sampling.solve` does.
+        negative_ids: entries of ``features`` to guide away from, one per latent; by default the
+            null caption. Not of networks that need conditioning.
+        noise: [N, C, h, w], to start from instead of noise by number.
+        device: that the network runs on, by default that of its parameters.
 
     Raises:
         InputError: a batch size below 1, no such caption, or features that are mixes with other
@@ -232,21 +239,26 @@ def generate(
 
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     shape = model.latent_shape if shape is None else shape
     latents = np.empty((len(caption_ids), *shape), np.float32)
     numbers = range(len(caption_ids)) if numbers is None else numbers
     with (
         model.reading(features.mixes),
-        tqdm(total=len(caption_ids), unit="image", disable=not progress) as bar,
+        progress_bar(total=len(caption_ids), unit="image", disable=not progress) as bar,
     ):
         layers = model.router.layers_read
-        null = null_given = None
-        if sampling.cfg_scale != 1.0:
+        null = null_given = null_offsets = None
+        guided = sampling.cfg_scale != 1.0
+        if guided and negative_ids is None:
             null = features.read([NULL_CAPTION], layers).tensor(device)
             null_given = _given(features, [NULL_CAPTION], device)
         for first in range(0, len(caption_ids), batch_size):
             batch = caption_ids[first : first + batch_size]
+            if guided and negative_ids is not None:
+                negative = features.read(negative_ids[first : first + batch_size], layers)
+                null = negative.tensor(device)
+                null_offsets = torch.from_numpy(negative.offsets)
             rows = features.read(batch, layers)
             latents[first : first + len(batch)] = sample(
                 model,
@@ -261,6 +273,8 @@ def generate(
                 numbers=numbers[first : first + len(batch)],
                 shape=shape,
                 callback=callback,
+                null_offsets=null_offsets,
+                noise=None if noise is None else noise[first : first + len(batch)],
             ).numpy(force=True)
             bar.update(len(batch))
     return latents
@@ -310,9 +324,8 @@ def generate_samples(
         shape=shape,
     )
     if decode is None:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "latents.safetensors"
-        save_file({"latents": latents}, path, {"captions": json.dumps(captions.texts)})
+        write_whole(path, save({"latents": latents}, {"captions": json.dumps(captions.texts)}))
         return [path]
     images = decode(latents)
     return save_images(out, images, captions.texts, sample_grid(images, captions.texts))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...pipeline.style import DPI
 from ...schemas import (
@@ -31,6 +30,7 @@ from ...schemas import (
     refuse_differences,
 )
 from ...schemas.json_file import read_json
+from ...schemas.verbosity import progress_bar
 from ..diffusion.sampling import SamplingConfig
 from ..plots.images import CAPTIONS, sample_grid
 from .benchmarks import ImagePaths, image_paths
@@ -195,7 +195,7 @@ def generate_image_set(
     missing = {*image_set.missing()}
     num_own = sum(map(len, batches))
     num_missing = sum(number in missing for batch in batches for number in batch)
-    with tqdm(
+    with progress_bar(
         total=num_own,
         initial=num_own - num_missing,
         unit="image",

@@ -113,6 +113,7 @@ def images_by_scale(
         cfg_interval=scoring.cfg_interval,
         method=scoring.solver,
         clock=run.clock(scoring.clock),
+        dtype=run.sampling_dtype(scoring.dtype),
     )
     for cfg_scale in scoring.cfg_scales:
         latents = generate(

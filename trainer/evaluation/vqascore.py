@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
+from ...pipeline.models.weights import LOADING_REPORT, refuse_misread
+from ...pipeline.sources.images import open_upright
 from ...pipeline.style import DPI
 from ...schemas import (
     InputError,
@@ -36,6 +37,7 @@ from ...schemas import (
 )
 from ...schemas.display import Table
 from ...schemas.json_file import read_json
+from ...schemas.verbosity import progress_bar
 from ..plots.images import sample_grid
 from .shapes import interval
 
@@ -100,8 +102,8 @@ class VQAScorer:
         trust_remote_code: run the code that comes with the model.
 
     Raises:
-        InputError: transformers cannot load the folder as a model of images and text, or the model
-            has no chat template.
+        InputError: transformers cannot load the folder as a model of images and text, the model
+            has no chat template, or its files and its weights do not fit.
     """
 
     def __init__(
@@ -119,18 +121,21 @@ class VQAScorer:
             self.processor = AutoProcessor.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-            self.model = AutoModelForImageTextToText.from_pretrained(
+            made: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                **LOADING_REPORT,
             )
+            self.model, loaded = made
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
                 f"--judge {name}: transformers cannot load it as a model of images and text: "
                 f"{error}\nA model with its own code needs --trust-remote-code; most image "
                 "processors need torchvision: pip install 'semroute[judge]'"
             ) from error
+        refuse_misread(f"--judge {name}", self.model, loaded)
         if getattr(self.processor, "chat_template", None) is None:
             raise InputError(
                 f"--judge {name} has no chat template; expected a model made for chats, such as "
@@ -308,7 +313,7 @@ def score_images(
     shown = {int(i) for i in np.linspace(0, len(captions) - 1, min(NUM_SHOWN, len(captions)))}
     images: dict[int, NDArray[np.uint8]] = {}
     unreadable: list[str] = []
-    with tqdm(total=len(captions) + sum(map(len, others)), unit="question") as bar:
+    with progress_bar(total=len(captions) + sum(map(len, others)), unit="question") as bar:
         answers = _Answers(judge, record, out, stored, batch_size, bar)
         try:
             for sample, file in enumerate(files):
@@ -478,9 +483,9 @@ def _open(file: Any, name: str, unreadable: list[str]) -> Image.Image | None:
         unreadable.append(f"{name}: {file.reason}")
         return None
     try:
-        with Image.open(io.BytesIO(file)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
+        with open_upright(file) as image:
+            return image.read().convert("RGB")
+    except Exception as error:  # decoders raise anything on damaged bytes
         unreadable.append(f"{name}: {type(error).__name__}: {error}")
         return None
 

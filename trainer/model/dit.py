@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
+from .attention import attend
 from .gates import phi
 from .strategies import Mixed, make_router
+from .transfer import send
 
 ROPE_THETA = 1e4
 RMS_EPS = 1e-6
@@ -123,14 +125,6 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention with grouped key/value heads: [B, A, N, E], [B, G, T, E] twice -> [B, N, A*E]."""
-    out = F.scaled_dot_product_attention(
-        q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2).flatten(2)
-
-
 def heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, N, A*E] -> [B, A, N, E]."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
@@ -182,7 +176,7 @@ class CrossAttention(nn.Module):
         k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))  # [B, G, T, E] each
         return self.k_norm(k).to(v.dtype), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
         return self.out(attend(q, k, v, mask))  # [B, N, W]
 
@@ -234,7 +228,7 @@ class Block(nn.Module):
         rotary: Rotary,
         k: Tensor,
         v: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         if self.modulation is None or noise is None:
             x = x + self.self_attention(self.self_norm(x), rotary)  # [B, N, W]
@@ -254,12 +248,12 @@ class TextConditioning:
 
     Attributes:
         keys, values: of each block, [B, G, T, E].
-        mask: bool [B, 1, 1, T], False at padding.
+        mask: bool [B, 1, 1, T], False at padding; None: there is no padding.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    mask: Tensor
+    mask: Tensor | None
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -393,6 +387,10 @@ class DiT(nn.Module):
         """Number of blocks that read a mix of their own: D."""
         return self.size.depth
 
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a latent (..., h, w)."""
+        return (shape[-2] // self.patch_size) * (shape[-1] // self.patch_size)
+
     def describe(self) -> str:
         """Its size, in a few words."""
         return f"{self.name}: {self.size.depth} blocks of width {self.size.width}"
@@ -448,15 +446,15 @@ class DiT(nn.Module):
         steps = torch.arange(int(lengths.max()), device=offsets.device)  # [T]
         mask = steps < lengths[:, None]  # [B, T]
         if self.router.depends_on_t:
-            rows = (starts[:, None] + steps)[mask].to(hidden.device)  # [P]
-            owners = mask.nonzero()[:, 0].to(hidden.device)  # [P]
+            rows = send((starts[:, None] + steps)[mask], hidden.device)  # [P]
+            owners = send(mask.nonzero()[:, 0], hidden.device)  # [P]
             fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
             starts = lengths.cumsum(0) - lengths  # [B], now first pairs
         else:
             fused = self.router(hidden)  # [R, D or 1, H]
         # Padding repeats the caption's first row and is masked: it is finite and has no weight.
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
-        index = index.to(hidden.device)
+        index = send(index, hidden.device)
 
         attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
         both = self._project(fused, [attention.read_weights() for attention in attentions])
@@ -468,7 +466,11 @@ class DiT(nn.Module):
             k, v = attention.read(of_block)  # [B, G, T, E] each
             keys.append(k)
             values.append(v)
-        return TextConditioning(keys, values, mask[:, None, None].to(hidden.device))
+        # Captions of one length need none, and then flash attention does. Where the mask is on a
+        # GPU, to look at it would be to wait.
+        if mask.device.type == "cpu" and bool(mask.all()):
+            return TextConditioning(keys, values, None)
+        return TextConditioning(keys, values, send(mask[:, None, None], hidden.device))
 
     def _project(self, fused: Tensor, weights: list[Tensor]) -> Tensor:
         """Linear(RMSNorm(fused)) times each block's weights, which gives its keys and values.

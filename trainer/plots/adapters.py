@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ...pipeline.style import FAINT, INK, LINES, Figure, layer_ticks
+from ...pipeline.style import FAINT, INK, LINES, Figure, layer_ticks, plain
 from .axes import label, legend_below, line_colours
 
 
@@ -64,7 +64,7 @@ def lora_sizes(norms: Mapping[str, float], title: str) -> Figure:
     label(axes, "block", "norm of the change", title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
-    legend_below(figure, handles, [*lines], columns=4, fontsize=8)
+    legend_below(figure, handles, [*map(plain, lines)], columns=4, fontsize=8)
     return figure
 
 

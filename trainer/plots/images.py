@@ -1,5 +1,6 @@
 """Grids of generated images."""
 
+import io
 import json
 import re
 import textwrap
@@ -11,8 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...pipeline.style import DPI, INK, Figure
-from ...schemas import InputError
+from ...pipeline.style import DPI, INK, Figure, plain
+from ...schemas import InputError, write_document, write_whole
 from ...schemas.json_file import load_json
 
 RIGHT, WRONG = "#1b8a5a", "#c8553d"
@@ -46,7 +47,7 @@ def sample_grid(
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    wrapped = [textwrap.wrap(caption, 24) or [""] for caption in captions]
+    wrapped = [[plain(line) for line in textwrap.wrap(caption, 24)] or [""] for caption in captions]
     lines = max(map(len, wrapped))
     figure = Figure(
         figsize=(1.75 * columns + 0.1, (1.75 + 0.15 * lines) * rows + 0.1),
@@ -101,8 +102,10 @@ def save_images(
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"
-        Image.fromarray(image).save(out / name)
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, "PNG")
+        write_whole(out / name, content.getvalue())
         lines.append(json.dumps({"image": name, "caption": caption}, ensure_ascii=False))
-    list_path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    write_document(list_path, "".join(f"{line}\n" for line in lines))
     grid.savefig(out / "grid.png", dpi=DPI)
     return [out / "grid.png", list_path]

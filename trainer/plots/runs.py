@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from ...pipeline.style import INK, Figure, layer_ticks
+from ...pipeline.style import INK, Figure, layer_ticks, plain
 from .axes import (
     block_ticks,
     label,
@@ -53,7 +53,7 @@ def curves_of_runs(metrics: Sequence[pa.Table], names: Sequence[str]) -> Figure:
             step, value = some["step"].to_numpy(), some[column].to_numpy()
             if column == "loss":
                 value = smoothed(value, len(value) // 40)
-            axes.plot(step, value, color=colour, linewidth=1.4, label=name)
+            axes.plot(step, value, color=colour, linewidth=1.4, label=plain(name))
             values.append(value)
         if column != "routing_entropy":
             log_scale(axes, np.concatenate(values))
@@ -68,7 +68,9 @@ def loss_by_t(losses: Mapping[str, Sequence[float]]) -> Figure:
     axes = figure.add_subplot()
     for (name, of_run), colour in zip(losses.items(), line_colours(len(losses)), strict=True):
         middles = (np.arange(len(of_run)) + 0.5) / len(of_run)
-        axes.plot(middles, of_run, "o-", color=colour, linewidth=1.4, markersize=3, label=name)
+        axes.plot(
+            middles, of_run, "o-", color=colour, linewidth=1.4, markersize=3, label=plain(name)
+        )
     log_scale(axes, np.concatenate([*map(np.asarray, losses.values())]))
     axes.set_xlim(0, 1)
     label(axes, "t   (0 = image, 1 = noise)", "loss on held-out samples")
@@ -94,7 +96,7 @@ def routing_of_runs(
         axes.set_visible(False)
     for axes, (name, (alpha, layers)) in zip(panels.flat, weights.items(), strict=False):
         mesh = axes.imshow(alpha, aspect="auto", **colours)
-        axes.set_title(name, fontsize=9, color=INK)
+        axes.set_title(plain(name), fontsize=9, color=INK)
         layer_ticks(axes.xaxis, layers, most=8)
         block_ticks(axes, len(alpha), most=6)
         axes.tick_params(colors=INK, labelsize=8)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.ticker import PercentFormatter
 
-from ...pipeline.style import FAINT, INK, LINES, Figure, clean
+from ...pipeline.style import FAINT, INK, LINES, Figure, clean, plain
 from .axes import legend_below
 
 
@@ -39,7 +39,7 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
             color=LINES[number % len(LINES)],
             ecolor=INK,
             error_kw={"linewidth": 1.2, "capsize": 2.5},
-            label=split,
+            label=plain(split),
         )
         chances += [
             (centre, row["chance"])
@@ -56,9 +56,9 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
             linestyle=(0, (1.5, 1)),
             label="chance",
         )
-    axes.set_xticks(range(len(skills)), skills)
+    axes.set_xticks(range(len(skills)), [*map(plain, skills)])
     axes.set_ylim(0, 1)
-    axes.set_title(title, color=INK)
+    axes.set_title(plain(title), color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)

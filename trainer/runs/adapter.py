@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import (
@@ -37,6 +37,7 @@ from ...schemas import (
     write_document,
 )
 from ...schemas.json_file import read_json
+from ...schemas.tensor_files import save_tensors
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
@@ -45,7 +46,7 @@ from ..adapters.routed import PARTS, Unrouted
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 from .compatibility import check_identity
-from .export import TENSORS, export_router, router_parameters
+from .export import TENSORS, router_parameters, write_router
 from .record import RECORD, choose_checkpoint, read_record
 
 ADAPTER = "adapter.json"
@@ -265,7 +266,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     config = adapter.record.config.model
     rest = dict(adapter.trained)
     if "router" in adapter.parts:
-        export_router(adapter, folder)
+        write_router(adapter, folder)
     if "lora" in adapter.parts:
         matrices = matrices_of(rest, config.lora or LoraConfig())
         write_lora(folder, matrices, find_loader(adapter.identity), adapter.hub_base)
@@ -276,6 +277,6 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     gains = {n: v for n, v in own.items() if not n.startswith(_NETWORK)}
     for file, tensors in ((NETWORK, network), (GAINS, gains)):
         if tensors:
-            save_file(tensors, folder / file, {"format": "pt"})
+            save_tensors(tensors, folder / file, {"format": "pt"})
     record = AdapterRecord(run=adapter.record, step=adapter.step, weights=adapter.source)
     write_document(folder / ADAPTER, record.model_dump_json(indent=1) + "\n")

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...schemas import InputError, LoraConfig, write_document
+from ...schemas.atomic import whole_folder
+from ...schemas.tensor_files import save_tensors
 from ..adapters.approximation import Fit, exact_gains, fit_layers, linear_change, low_rank
 from ..adapters.lora_files import find_loader, matrices_of, write_lora
 from .adapter import Adapter, write_adapter
@@ -74,11 +75,10 @@ def export_adapter(
             "--rank is for --as lora of gains of layers (FLUX.2): any other has the rank that it "
             "was trained with"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: name a new folder")
-    content = _WRITERS[kind].write(adapter, folder, rank)
-    files = sorted(p.name for p in folder.iterdir())
-    write_card(adapter, folder, content, [*files, FIGURE])
+    with whole_folder(folder) as unfinished:
+        content = _WRITERS[kind].write(adapter, unfinished, rank)
+        files = sorted(p.name for p in unfinished.iterdir())
+        write_card(adapter, unfinished, folder.resolve().name, content, [*files, FIGURE])
     return Export(folder, content.note)
 
 
@@ -245,7 +245,7 @@ def _write_comfyui(adapter: Adapter, folder: Path, _rank: int | None) -> Content
     folder.mkdir(parents=True, exist_ok=True)
     file = COMFYUI_FILE.format(family=adapter.family.name)
     key = f"diffusion_model.{adapter.family.fusion_layer[1]}.diff"
-    save_file({key: change.contiguous()}, folder / file, {"format": "pt"})
+    save_tensors({key: change.contiguous()}, folder / file, {"format": "pt"})
     how = (
         f"Copy `{file}` into `ComfyUI/models/loras` and load it with the node "
         "*LoraLoaderModelOnly*. Strength 1 is what was learned, 0 the base model. The file holds "

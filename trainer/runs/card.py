@@ -1,7 +1,6 @@
 """The README of an exported adapter: what it is, how it is loaded, and what is untried."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...pipeline.style import DPI
 from ...schemas import LoraConfig, write_document
+from ...schemas.escaping import code, fenced, in_markdown
 from ..adapters.lora_files import matrices_of
 from ..plots.adapters import layer_weights, lora_sizes
 from ..plots.routing import routing_heatmap
@@ -41,17 +41,20 @@ class Content:
     tags: Sequence[str] = field(default_factory=tuple)
 
 
-def write_card(adapter: "Adapter", folder: Path, content: Content, files: Sequence[str]) -> None:
+def write_card(
+    adapter: "Adapter", folder: Path, title: str, content: Content, files: Sequence[str]
+) -> None:
     """Write ``README.md`` and the figure of the weights into a folder.
 
     Args:
+        title: of the document.
         files: that the export wrote.
     """
     _figure(adapter).savefig(folder / FIGURE, dpi=DPI)
     document = "\n".join(
         [
             *_front_matter(adapter, content),
-            f"# {escaped(folder.resolve().name)}",
+            f"# {in_markdown(title)}",
             "",
             content.about,
             "",
@@ -65,8 +68,8 @@ def write_card(adapter: "Adapter", folder: Path, content: Content, files: Sequen
             "## What is untried",
             "",
             "The format was tested on small models with random weights, on a CPU, in float32, with "
-            f"diffusers {adapter.record.versions.get('diffusers', '')}. Untried: published "
-            "weights, GPUs, bfloat16"
+            f"diffusers {in_markdown(adapter.record.versions.get('diffusers', ''))}. Untried: "
+            "published weights, GPUs, bfloat16"
             + (", and ComfyUI itself." if "comfyui" in content.tags else "."),
             "",
             "## Text",
@@ -108,7 +111,7 @@ def _facts(adapter: "Adapter", files: Sequence[str]) -> list[str]:
     ]
     rows = {
         "Base model": f"{code(str(model.pretrained))}, {code(identity.transformer)} "
-        f"({identity.family})",
+        f"({in_markdown(identity.family)})",
         "Its weights (sha256)": ", ".join(digests[:4]) + (", ..." if len(digests) > 4 else ""),
         "Text encoder": f"{code(record.model_source)}, {llm.num_layers} layers of width "
         f"{llm.width}",
@@ -167,24 +170,3 @@ def fusion_weights(adapter: "Adapter") -> tuple[list[float], list[float]]:
     name = f"{adapter.family.fusion_layer[0]}.weight"
     before, after = adapter.read_base(name), adapter.trained[f"transformer.{name}"]
     return before.float().flatten().tolist(), after.float().flatten().tolist()
-
-
-def escaped(text: str) -> str:
-    """A text in Markdown that shows as it is, in one line."""
-    flat = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", flat)
-
-
-def code(text: str) -> str:
-    """A text as inline code, in one line, whatever it holds."""
-    flat = " ".join(text.split()) or " "
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", flat)), default=0))
-    space = " " if "`" in (flat[0], flat[-1]) else ""
-    return f"{ticks}{space}{flat}{space}{ticks}"
-
-
-def fenced(text: str, language: str) -> list[str]:
-    """Lines of a block of code, whatever it holds."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [fence + language, *text.rstrip("\n").split("\n"), fence, ""]

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import InputError, RouterRecord, parse, write_document
+from ...schemas.atomic import whole_folder
 from ...schemas.json_file import read_json
+from ...schemas.tensor_files import save_tensors
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 
@@ -46,14 +48,22 @@ def export_router(run: "Run | Adapter", out: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: the folder holds other files, or no router was trained.
     """
-    folder, router, record = Path(out), run.router, run.record
+    with whole_folder(out, own=(CONFIG, TENSORS)) as folder:
+        write_router(run, folder)
+    return Path(out)
+
+
+def write_router(run: "Run | Adapter", folder: Path) -> None:
+    """Write the router of a run into an existing folder, as :func:`export_router`.
+
+    Raises:
+        InputError: no router was trained.
+    """
+    router, record = run.router, run.record
     if record.pretrained is not None and not isinstance(router, Learned):
         raise InputError(
             f"{run.path} has no router: it was trained with model.train={record.config.model.train}"
         )
-    if folder.exists() and (not folder.is_dir() or {*os.listdir(folder)} - {CONFIG, TENSORS}):
-        raise InputError(f"{folder} holds other files: name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
     t = torch.linspace(0, 1, NUM_T) if router.depends_on_t else torch.ones(1)
     tensors = {
         "alpha": torch.from_numpy(run.weights(t.numpy())),
@@ -75,9 +85,8 @@ def export_router(run: "Run | Adapter", out: str | os.PathLike[str]) -> Path:
         weights=run.source,
     )
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / TENSORS, {"format": "pt", "strategy": exported.routing.strategy})
+    save_tensors(whole, folder / TENSORS, {"format": "pt", "strategy": exported.routing.strategy})
     write_document(folder / CONFIG, exported.model_dump_json(indent=1) + "\n")
-    return folder
 
 
 def load_router(path: str | os.PathLike[str]) -> Router:

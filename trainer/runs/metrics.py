@@ -23,12 +23,28 @@ METRICS_SCHEMA = pa.schema(
         pa.field("routing_entropy", pa.float64(), nullable=False),
         pa.field("validation_loss", pa.float64()),
         pa.field("validation_by_t", pa.list_(pa.float64())),
+        pa.field("tokens_per_second", pa.float64()),
+        pa.field("peak_memory_bytes", pa.int64()),
+        pa.field("peak_flops_share", pa.float64()),
+        pa.field("ema_distance", pa.float64()),
+        pa.field("grad_norm_router", pa.float64()),
+        pa.field("grad_norm_matrices", pa.float64()),
+        pa.field("grad_norm_others", pa.float64()),
+        pa.field("sample_score", pa.float64()),
     ]
 )
-"""A line of ``metrics.jsonl``, written after ``step`` steps. Loss and grad_norm (before clipping)
-are means since the previous line; data_wait_share is the share of that time spent waiting for data;
-routing_entropy is in nats divided by log L, so 1 is uniform. If measured, validation_by_t is the
-loss on held-out samples in equal parts of t from 0 to 1, and validation_loss is its mean."""
+"""A line of ``metrics.jsonl``, written after ``step`` steps.
+
+Loss and grad_norm (before clipping) are means since the previous line; lr is that of the step
+itself; data_wait_share is the share of that time spent waiting for data; routing_entropy is in nats
+divided by log L, so 1 is uniform. If measured, validation_by_t is the loss on held-out samples in
+equal parts of t from 0 to 1, and validation_loss is its mean.
+
+Tokens are patches of images, of each noise draw. Memory is that of the main process's device, or of
+the process on a CPU. The share of peak FLOPs is known for some GPUs. ema_distance is |w - average|
+/ |w|. Norms of the gradients of the step itself, before clipping, are given by group: router,
+matrices of the blocks, others. Early versions wrote none of these.
+"""
 
 
 def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
@@ -38,19 +54,40 @@ def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
         InputError: a line is damaged.
     """
     file = path / name
-    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    try:
+        lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
     return [_line(file, number, line) for number, line in enumerate(lines, 1)]
 
 
 def _line(file: Path, number: int, text: str) -> dict[str, Any]:
     found = load_json(text, f"{file}, line {number},")
-    if not isinstance(found, dict):
-        raise InputError(f"{file}, line {number}, is no JSON object")
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise InputError(f"{file} is damaged: line {number} is no JSON object with a step")
     return found
 
 
+def refuse_gone(path: Path) -> None:
+    """Refuse to write into a run's directory that is not there any more.
+
+    Raises:
+        InputError: it was moved or removed.
+    """
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is gone: the run's directory was moved or removed while it was trained. Put "
+            "it back and rerun the same command to resume from its newest checkpoint"
+        )
+
+
 def add_line(path: Path, name: str, line: Mapping[str, Any]) -> None:
-    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``."""
+    """Append a line to ``metrics.jsonl`` or ``routing.jsonl``.
+
+    Raises:
+        InputError: the run's directory is gone.
+    """
+    refuse_gone(path)
     with (path / name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -14,8 +14,9 @@ import torch
 
 from ...schemas import FeatureIdentity, InputError, Routing, RunRecord, Summary
 from ..adapters.paths import make_path
+from ..diffusion.sampling import SamplingDtype
 from .compatibility import check_features, check_llm
-from .metrics import METRICS_SCHEMA, WEIGHTS, read_metrics
+from .metrics import METRICS, METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
 from .record import build_model, choose_checkpoint, load_trained, read_record
 
@@ -172,6 +173,15 @@ class Run:
             )
         return make_clock(name, self.path, config.latents)
 
+    def sampling_dtype(self, name: Literal["auto", "float32", "bfloat16"]) -> SamplingDtype:
+        """Precision of matrix products in sampling; ``auto``: bfloat16 on a GPU if the run was
+        trained so, otherwise float32."""
+        if name != "auto":
+            return name
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        trained = self.record.config.mixed_precision == "bf16"
+        return "bfloat16" if on_gpu and trained else "float32"
+
     def latent_shape(self, size: str | None) -> tuple[int, int, int] | None:
         """Latent shape of images of a size that the run was trained on.
 
@@ -195,7 +205,10 @@ class Run:
 
     def metrics(self) -> pa.Table:
         """``metrics.jsonl`` as a table (:data:`METRICS_SCHEMA`), also beyond the checkpoint."""
-        return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
+        try:
+            return pa.Table.from_pylist(read_metrics(self.path), schema=METRICS_SCHEMA)
+        except pa.ArrowException as error:
+            raise InputError(f"{self.path / METRICS} is damaged: {error}") from error
 
     def history(self) -> tuple[np.ndarray, list[float], np.ndarray]:
         """Routing weights over the whole training, also after the checkpoint; computed from the

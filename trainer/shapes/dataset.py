@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ...schemas import InputError
+from ...schemas.atomic import whole_folder
+from ...schemas.verbosity import progress_bar
 from .images import render
 from .scenes import Scene, sample_scene, split_of
 
@@ -80,8 +79,6 @@ def write_world(
             ``MAX_CAPTIONS``.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty: choose another folder or delete it")
     if num < 1 or images_per_caption < 1 or num % images_per_caption:
         raise InputError(
             f"num {num} is not a positive multiple of images_per_caption {images_per_caption}: "
@@ -111,18 +108,13 @@ def write_world(
         "dev": [(*pair, "dev") for pair in dev],
         "test": [*((*pair, "test") for pair in test), *((*pair, "held-out") for pair in held_out)],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        total = sum(map(len, files.values()))
-        with tqdm(total=total, unit="image", disable=not progress) as bar:
-            for name, rows in files.items():
-                pq.write_table(_table(name, rows, rng, bar), partial / f"{name}.parquet")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    total = sum(map(len, files.values()))
+    with (
+        whole_folder(out) as unfinished,
+        progress_bar(total=total, unit="image", disable=not progress) as bar,
+    ):
+        for name, rows in files.items():
+            pq.write_table(_table(name, rows, rng, bar), unfinished / f"{name}.parquet")
     return WorldSummary(num, len(train), len(dev), len(test), len(held_out), by)
 
 

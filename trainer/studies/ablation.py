@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...schemas import InputError, Scoring
+from ...schemas.verbosity import progress_bar
 from ..model.strategies import Given
 from .job import OpenDecoder, score_images_of
 from .results import EvaluationKey, ResultsTable, RunScores, label, name_of
@@ -120,7 +120,7 @@ def ablate(
             )
     plans = [_swaps_of(run, weights, n, leave_one_out) for n, run in enumerate(runs)]
     tables = []
-    with tqdm(total=sum(map(len, plans)), unit="swap", disable=not progress) as bar:
+    with progress_bar(total=sum(map(len, plans)), unit="swap", disable=not progress) as bar:
         for number, (run, plan) in enumerate(zip(runs, plans, strict=True)):
             for done, (name, alpha) in enumerate(plan.items(), start=1):
                 labels: dict[str, str | int] = {"arm": name, "seed": number}
@@ -169,7 +169,9 @@ def weights_of(run: "Run", num_steps: int) -> Tensor:
             f"{run.path}: strategy {run.record.config.routing.strategy} has no one set of weights "
             "over layers to swap; expected static, depth, time, joint or a fixed one"
         )
-    t = run.flow.schedule(num_steps)[:-1].numpy() if run.model.router.depends_on_t else None
+    t = None
+    if run.model.router.depends_on_t:
+        t = run.flow.at(run.record.latents.shape).schedule(num_steps)[:-1].numpy()
     return torch.from_numpy(run.weights(t)).mean(0)
 
 

@@ -22,7 +22,7 @@ from ...schemas import InputError, RunRecord, flat, write_document
 from ...schemas.display import Table
 from ..plots.runs import curves_of_runs, loss_by_t, routing_of_runs
 from ..runs.checkpoint import list_checkpoints
-from ..runs.metrics import METRICS_SCHEMA, read_metrics
+from ..runs.metrics import METRICS, METRICS_SCHEMA, read_metrics
 from ..runs.record import FREE, read_record
 from ..runs.scores import EvaluationReport
 from .job import SCORES
@@ -150,7 +150,7 @@ def compare(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
                 "run": name,
                 "strategy": own[STRATEGY],
                 **{key: own.get(key) for key in differing},
-                **_outcome(path),
+                **_read_outcome(path),
             }
         )
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -170,6 +170,16 @@ def _settings(record: RunRecord) -> dict[str, Any]:
         "steps": record.config.steps,
         **flat(record.config.model_dump(mode="json", exclude=FREE)),
     }
+
+
+def _read_outcome(path: Path) -> dict[str, Any]:
+    try:
+        return _outcome(path)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / METRICS} is damaged: a line lacks a number ({error}). Put it back from a "
+            "copy."
+        ) from error
 
 
 def _outcome(path: Path) -> dict[str, Any]:

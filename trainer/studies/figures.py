@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from matplotlib import colormaps
 from matplotlib.ticker import PercentFormatter
 
-from ...pipeline.style import FAINT, INK, LINES, Figure, clean
+from ...pipeline.style import FAINT, INK, LINES, Figure, clean, plain
 from ..shapes.judge import SKILLS
 from .statistics import ChanceLevels, ComparisonDesign, comparison_rows
 
@@ -33,7 +33,7 @@ def score_figure(
         rows = comparison_rows(comparison, split, cfg_scale)
         for axes, skill in zip(panel_row, skills, strict=True):
             clean(axes)
-            axes.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+            axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
             for row in (row for row in rows if row["skill"] == skill):
                 height = arms.index(row["arm"])
                 colour = _colour(height, len(arms))
@@ -46,7 +46,7 @@ def score_figure(
                 axes.axvline(level, color=FAINT, linestyle="--", linewidth=1)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             axes.tick_params(labelsize="x-small")
-        panel_row[0].set_yticks(range(len(arms)), arms, fontsize="small")
+        panel_row[0].set_yticks(range(len(arms)), [*map(plain, arms)], fontsize="small")
         panel_row[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure
 
@@ -62,7 +62,7 @@ def guidance_figure(
     for panel_row, split in zip(panels, chance_levels, strict=True):
         for axes, skill in zip(panel_row, skills, strict=True):
             clean(axes)
-            axes.set_title(f"{split}: {skill}", color=INK, fontsize="small")
+            axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
             for number, arm in enumerate(design.arms):
                 rows = [
                     row
@@ -74,7 +74,7 @@ def guidance_figure(
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
                     **_line(number, len(design.arms)),
-                    label=arm,
+                    label=plain(arm),
                 )
             if (level := chance_levels[split].get(skill)) is not None:
                 axes.axhline(level, color=FAINT, linestyle="--", linewidth=1)
@@ -100,7 +100,7 @@ def counting_figure(table: pa.Table, design: ComparisonDesign) -> Figure:
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            axes.plot(asked, found, **_line(number, len(design.arms)), label=arm)
+            axes.plot(asked, found, **_line(number, len(design.arms)), label=plain(arm))
         axes.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     panels[0].set_ylabel("objects generated", color=INK)
     _add_legend(figure, panels[0])
@@ -139,7 +139,7 @@ def left_out_figure(
             shift, colour = 0.4 * (number / len(splits) - 0.25), _colour(number, len(splits))
             positions = [layer + shift for layer, _ in shown]
             differences = [row["difference"] for _, row in shown]
-            axes.plot(positions, differences, "o", markersize=4, color=colour, label=split)
+            axes.plot(positions, differences, "o", markersize=4, color=colour, label=plain(split))
             for x, (_, row) in zip(positions, shown, strict=True):
                 if row["seeds_low"] is not None:
                     axes.plot([x, x], [row["seeds_low"], row["seeds_high"]], color=colour)

@@ -46,11 +46,15 @@ class EvaluationKey:
     def matches(self, document: Any) -> bool:
         """Whether a stored :meth:`document` describes the same evaluation.
 
-        Options added since it was written count as their defaults.
+        Options added since it was written count as their defaults; but one without
+        ``random_version`` is of version 1, which the key need not name.
         """
         try:
+            config = {**document["config"], "output": self.config.output}
+            if "random_version" not in config and self.config.random_version == 1:
+                config["random_version"] = 1
             stored = EvaluationKey(
-                TrainConfig.model_validate({**document["config"], "output": self.config.output}),
+                TrainConfig.model_validate(config),
                 Scoring.model_validate(document["scoring"]),
                 document.get("weights", ""),
             )

@@ -89,7 +89,7 @@ def is_tuned(study: StudyConfig, arm: str) -> bool:
     """Whether trials choose a setting of an arm: not if it gives the value itself, or if it learns
     no routing weights and names no other setting to tune."""
     from ...pipeline.store.open import open_features, open_latents
-    from ..data.dataset import open_pairs
+    from ...pipeline.store.order.dataset import open_pairs
     from ..runs.record import build_model
     from ..training.setup import make_record
 

@@ -3,17 +3,20 @@
 Shapes: R rows (tokens of all captions, packed), U unique captions, L layers, H text width.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...schemas import Report, Summary, TrainConfig
+from ...schemas.storage import StorageSpeed, measure_storage
 from ...schemas.units import format_bytes
 from ..adapters.paths import make_path
 from ..data.batch import on_device
@@ -101,10 +104,20 @@ def plan(
         "memory_bytes": memory,
         "checkpoint_bytes": 2 * memory["average"] + memory["optimizer"],
         "read_bytes_per_step": reading.step_bytes,
+        "storage": _measure_storage(setup, loader),
         "step_seconds": step_seconds,
         "step_seconds_measured": measured is not None,
     }
     return Report(_facts(config, setup, loader, details), details)
+
+
+def _measure_storage(setup: Setup, loader: PackedLoader) -> dict[str, float] | None:
+    """What the disk delivers at the size of a caption; None where it cannot be measured."""
+    layout = setup.features.manifest.layout
+    caption_rows = layout.num_rows / len(setup.features)
+    size = caption_rows * loader.pairs[0].row_bytes(loader.layers)
+    found = measure_storage(setup.features.path, math.ceil(size))
+    return None if found is None else asdict(found)
 
 
 def _facts(
@@ -122,6 +135,8 @@ def _facts(
         how = "measured here, one process" if details["step_seconds_measured"] else "given"
         speed = format_bytes(details["read_bytes_per_step"] / seconds)
         needs = f"{each} per step of all ranks: {speed}/s at {seconds:.3g} s per step ({how})"
+    needed = details["read_bytes_per_step"] / (details["step_seconds"] or math.inf)
+    storage = details["storage"]
     parts_of_memory = ", ".join(
         f"{name.replace('_', ' ')} {'~' if name == 'activations' else ''}{format_bytes(size)}"
         for name, size in memory.items()
@@ -143,6 +158,7 @@ def _facts(
         f"{steps['per_epoch']:,.1f}, so {steps['total'] / steps['per_epoch']:,.1f} epochs",
         "memory": f"~{format_bytes(memory['total'])} per rank: {parts_of_memory}",
         "reading": needs,
+        **({"storage": StorageSpeed(**storage).compare(needed or None)} if storage else {}),
         "disk": f"{format_bytes(details['checkpoint_bytes'])} per checkpoint, "
         f"{config.keep_checkpoints} kept",
     }
@@ -160,7 +176,7 @@ def _layers(layers: Sequence[int]) -> str:
 def count_reading(loader: PackedLoader) -> Reading:
     """Count what the first steps read, without reading it."""
     data = loader.data
-    tokens = [pair.features.captions["num_tokens"].to_numpy() for pair in loader.pairs]
+    tokens = [pair.features.num_rows(np.arange(len(pair.features))) for pair in loader.pairs]
     parts, size = loader.partition.num_parts, loader.num_positions
     most_rows, most_captions, rows = 0, 0, []
     for step in range(NUM_COUNTED_STEPS):

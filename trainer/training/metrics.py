@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ...schemas import TrainConfig, flat
@@ -34,11 +36,12 @@ class Window:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    _tokens: int = 0
 
     def start(self, loader: "PackedLoader") -> None:
         """Start the clocks. Steps before a restart count for the means, but not for the speed."""
         self._start, self._waited = time.perf_counter(), loader.wait_seconds
-        self._untimed = len(self.losses)
+        self._untimed, self._tokens = len(self.losses), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -47,10 +50,11 @@ class Window:
         yield
         self._start += time.perf_counter() - start
 
-    def add(self, loss: float, norm: float) -> None:
-        """Record a step."""
+    def add(self, loss: float, norm: float, num_tokens: int) -> None:
+        """Record a step, and its tokens of images over all ranks."""
         self.losses.append(loss)
         self.norms.append(norm)
+        self._tokens += num_tokens
 
     def summary(self, loader: "PackedLoader") -> dict[str, float]:
         """Means and speed."""
@@ -60,12 +64,18 @@ class Window:
             "loss": math.fsum(self.losses) / len(self.losses),
             "grad_norm": math.fsum(self.norms) / len(self.norms),
             "samples_per_second": samples / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "seconds_per_step": seconds / max(1, len(self.losses) - self._untimed),
             "data_wait_share": (loader.wait_seconds - self._waited) / seconds,
         }
 
 
-def start_tracker(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Start the tracker that the configuration names, for a run that resumes after ``step``."""
+def start_tracker(accelerator: Accelerator, config: TrainConfig, step: int, run_id: str) -> None:
+    """Start the tracker that the configuration names, for a run that resumes after ``step``.
+
+    Args:
+        run_id: by which the tracker continues the run, if it can be told: 32 hexadecimal digits.
+    """
     name = config.tracker
     if name == "none":
         return
@@ -75,8 +85,30 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, step: int) -> N
         return
     # Trackers accept numbers and strings only.
     values = {k: v if isinstance(v, (int, float)) else str(v) for k, v in flat(config).items()}
-    options = {"wandb": {"name": Path(config.output).name, "dir": config.output}}
+    options = tracker_options(config.output, run_id)
     accelerator.init_trackers("semroute", config=values, init_kwargs={name: options.get(name, {})})
+
+
+def tracker_options(output: str, run_id: str) -> dict[str, dict[str, Any]]:
+    """Arguments of trackers' own ``init``, by which a run that is resumed is the same run there;
+    aim, clearml and mlflow choose ids themselves, and begin another."""
+    name = Path(output).name
+    return {
+        "wandb": {"name": name, "dir": output, "id": run_id, "resume": "allow"},
+        "trackio": {"name": f"{name}-{run_id[:8]}", "resume": "allow"},
+        "swanlab": {"experiment_name": name, "id": run_id[:21], "resume": "allow"},
+        "comet_ml": {"experiment_key": run_id},  # its mode, get_or_create, is the default
+        "dvclive": {"dir": str(Path(output) / "dvclive"), "resume": True},
+    }
+
+
+def log_images(accelerator: Accelerator, images: NDArray[np.uint8], step: int) -> None:
+    """Send images [N, height, width, 3] to the tracker, if it takes images."""
+    for tracker in accelerator.trackers:
+        log = getattr(tracker, "log_images", None)
+        if log is not None:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            log({"samples": images}, step=step, **options)
 
 
 def routing_weights(

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,15 +43,21 @@ class _InFloat32(TorchDispatchMode):
 
 
 def make_optimizers(network: "Network", config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with a rate of its own and no decay for the router; and Muon if configured. What does
-    not learn has no group."""
+    """AdamW, with a rate of its own and no decay for the router; and Muon if configured.
+
+    Norms and biases have a group of their own if they do not decay. What does not learn has none.
+    """
     shares = network.parameter_groups()
     router = [parameter for part, _ in shares for parameter in part]
     matrices = network.block_matrices() if config.name == "muon" else []
     apart = {id(parameter) for parameter in (*router, *matrices)}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     others = [parameter for parameter in learning if id(parameter) not in apart]
+    small = [p for p in others if p.ndim < 2] if config.decayed == "matrices" else []
+    apart = {id(parameter) for parameter in small}
+    others = [parameter for parameter in others if id(parameter) not in apart]
     groups: list[dict[str, Any]] = [{"params": others}] if others else []
+    groups += [{"params": small, "weight_decay": 0.0}] if small else []
     if router:
         if config.router_scaling == "none":
             shares = [(router, 1.0)]
@@ -73,21 +80,42 @@ def make_optimizers(network: "Network", config: OptimizerConfig) -> list[torch.o
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> LambdaLR:
-    """Warm-up, then constant, cosine or linear, for a run that has taken ``step`` steps."""
-    warmup, steps = config.optimizer.warmup_steps, config.steps
+    """Warm-up, then the schedule of the configuration, for a run that has taken ``step`` steps."""
+    warmup = config.optimizer.warmup_steps
+    after = _after_warmup(config.optimizer, max(1, config.steps - warmup))
 
     def factor(now: int) -> float:
-        if now < warmup:
-            return (now + 1) / (warmup + 1)
-        left = 1.0 - (now - warmup) / max(1, steps - warmup)
-        match config.optimizer.schedule:
-            case "constant":
-                return 1.0
-            case "linear":
-                return left
-            case "cosine":
-                return 0.5 - 0.5 * math.cos(math.pi * left)
+        return (now + 1) / (warmup + 1) if now < warmup else after(now - warmup)
 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+def _after_warmup(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """Factor of the rates by number of steps since the warm-up, of which ``steps`` are left."""
+    match config.schedule:
+        case "constant":
+            return lambda _now: 1.0
+        case "linear":
+            return lambda now: 1.0 - now / steps
+        case "cosine":
+            return lambda now: 0.5 - 0.5 * math.cos(math.pi * (1.0 - now / steps))
+        case "cosine-restarts":
+            from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
+
+            made = get_cosine_with_hard_restarts_schedule_with_warmup(
+                _any_optimizer(), 0, steps, config.num_cycles
+            )
+        case "wsd":
+            from transformers import get_wsd_schedule
+
+            made = get_wsd_schedule(
+                _any_optimizer(), 0, config.decay_steps, steps, decay_type=config.decay_shape
+            )
+    return made.lr_lambdas[0]
+
+
+def _any_optimizer() -> torch.optim.Optimizer:
+    """An optimizer for schedules that are made with one and of which only the factor is used."""
+    return torch.optim.SGD([torch.zeros(1)], lr=1.0)

@@ -1,8 +1,8 @@
 """Setup of a run: open and check everything, and write nothing."""
 
 import importlib.metadata
-import importlib.util
 import platform
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_latents
+from ...pipeline.store.open import open_features, open_followed, open_latents
+from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_pairs
+from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (
     FeatureIdentity,
     InputError,
@@ -22,14 +24,17 @@ from ...schemas import (
     RunRecord,
     TrainConfig,
 )
-from ..data.dataset import StorePair, by_shape, open_pairs
+from ...schemas.seeds import RANDOM_VERSION
+from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
-from ..data.sampler import BatchPartition
+from ..diffusion.noise import NoiseSource
 from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
 from ..runs.start import open_start
-from .validation import Validation, held_out, open_validation
+from .accelerator import check_tracker
+from .position import check_followed
+from .validation import Validation, open_validation
 
 if TYPE_CHECKING:
     from ..runs.record import Network
@@ -44,7 +49,7 @@ class Setup:
         record: ``run.json``, to be written.
         checkpoint: where to resume; None: from the start.
         model: the network with fresh weights.
-        start: the run that ``config.start`` names, if this run is new.
+        start: the run that ``config.start`` names, if this run is new and the network not empty.
         validation: measures the run on held-out samples, if configured.
     """
 
@@ -58,28 +63,31 @@ class Setup:
     validation: Validation | None
 
 
-def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
+def prepare(
+    config: TrainConfig,
+    building: AbstractContextManager[Any] | None = None,
+    *,
+    empty: bool = False,
+) -> Setup:
     """Open and check all that training needs.
 
     Args:
         building: context in which the network is made.
+        empty: make the network without weights, which another rank has.
 
     Raises:
         InputError: as in :func:`.train.train`.
     """
-    features, latents = open_features(config.features), open_latents(config.latents)
+    features, latents = open_followed(config.features), open_latents(config.latents)
     pairs = open_pairs(features, latents, config.data)
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
-    model = build_model(record, building)
+    check_followed(record.config, pairs)
+    model = build_model(record, building, empty=empty)
     for shape in by_shape(pairs):
         model.check_shape(shape)
-    start = open_start(model, record) if checkpoint is None else None
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        package = config.tracker.replace("_", "-")
-        raise InputError(
-            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
-        )
+    start = open_start(model, record) if checkpoint is None and not empty else None
+    check_tracker(config)
     validation = open_validation(config, features, latents, model.router.layers_read)
     return Setup(features, latents, pairs, record, checkpoint, model, start, validation)
 
@@ -96,6 +104,7 @@ def make_loader(
         InputError: ranks and accumulation steps do not divide the batch.
     """
     config = setup.record.config
+    version = config.random_version or RANDOM_VERSION
     return PackedLoader(
         setup.features,
         setup.latents,
@@ -107,6 +116,14 @@ def make_loader(
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
+        version=version,
+        noise=NoiseSource(
+            make_path(config.flow, setup.record.pretrained),
+            config.seed,
+            config.data.noise_draws,
+            config.routing.t_jitter,
+            version,
+        ),
     )
 
 
@@ -135,6 +152,7 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         pretrained=pretrained,
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
+        id=uuid.uuid4().hex,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},

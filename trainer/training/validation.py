@@ -6,6 +6,7 @@ strategy, seed or number of ranks are measured by the same numbers.
 Shapes: N samples, B samples at once, K bins of t, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...schemas import InputError, TrainConfig, ValidationConfig, differences, refuse_differences
-from ...schemas.seeds import Purpose, numpy_generator, torch_generator
+from ...pipeline.store.order.dataset import check_joined, open_joined, validation_samples
+from ...schemas import TrainConfig, differences, refuse_differences
+from ...schemas.seeds import Purpose, torch_generator
 from ..data.batch import Batch
-from ..data.dataset import check_joined, open_joined
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 
@@ -27,23 +28,6 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 64
 """Images in a batch. Not the run's batch size: rounding must not depend on ranks."""
-
-
-def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
-    """Samples to hold out of training: int64 ids, in random order.
-
-    The random number of a sample is a function of (seed, id), so a store that grows holds out the
-    same samples, and some of the new ones.
-
-    Args:
-        ids: samples that have a latent: int64, ascending.
-    """
-    if not config.share:
-        return ids[:0]
-    generator = numpy_generator(config.seed, Purpose.HELD_OUT)
-    drawn = generator.random(int(ids.max(initial=-1)) + 1)[ids]
-    picked = np.flatnonzero(drawn < config.share)
-    return ids[picked[np.argsort(drawn[picked], kind="stable")]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +52,13 @@ class Validation:
     conditioning: "ConditioningStore | None" = None
 
     @torch.no_grad()
-    def measure(self, model: Any, flow: Flow | Ddpm, accelerator: Any) -> list[float]:
+    def measure(
+        self,
+        model: Any,
+        flow: Flow | Ddpm,
+        accelerator: Any,
+        wait: Callable[[], object] = lambda: None,
+    ) -> list[float]:
         """Mean loss of each bin of t, from 0 to 1.
 
         All ranks must call it. Each computes a part, and all get the same numbers, which do not
@@ -77,6 +67,7 @@ class Validation:
         Args:
             model: called as :meth:`DiT.forward`; may be wrapped by Accelerate.
             accelerator: an ``accelerate.Accelerator``.
+            wait: waits until all ranks have called it.
         """
         parts = self._parts(max(1, NUM_IMAGES // self.num_bins))
         losses = torch.zeros(len(self.samples), self.num_bins, device=accelerator.device)
@@ -92,6 +83,7 @@ class Validation:
             computed = self._losses(model, flow, self.samples[part], accelerator)
             if number < len(parts):
                 losses[torch.from_numpy(part).to(losses.device)] = computed
+        wait()
         # Each loss is zero on all ranks but one, so the sum is exact.
         return accelerator.reduce(losses, "sum").double().mean(0).tolist()
 
@@ -167,13 +159,7 @@ def open_validation(
         _check_alike(first, (features, latents))
         samples = latents.ids[: wanted.num_samples]
     elif wanted.share:
-        samples = held_out(wanted, latents.ids)
-        if not 0 < len(samples) < len(latents.ids):
-            raise InputError(
-                f"validation.share {wanted.share:g} holds out {len(samples)} of "
-                f"{len(latents.ids)} samples: it must leave some on each side"
-            )
-        samples = np.sort(samples[: wanted.num_samples])
+        samples = validation_samples(wanted, latents.ids)
     else:
         return None
     return Validation(

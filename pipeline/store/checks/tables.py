@@ -80,6 +80,21 @@ def sample_faults(samples: pa.Table, num_captions: int) -> Iterator[str]:
     ids = pc.list_flatten(lists).to_numpy()
     if len(ids) and not (ids.min() >= 0 and ids.max() < num_captions):
         yield f"names captions {ids.min()} to {ids.max()}; the store has 0 to {num_captions - 1}"
+    if "source_row" in samples.column_names:
+        rows = samples["source_row"].to_numpy()
+        if (rows[:1] < 0).any() or (np.diff(rows) <= 0).any():
+            yield "source_row does not ascend from 0 on"
+    if "caption_weights" in samples.column_names:
+        weights = samples["caption_weights"]
+        if (
+            not pc.equal(pc.list_value_length(weights), pc.list_value_length(lists))
+            .to_numpy()
+            .all()
+        ):
+            yield "a sample has not as many caption_weights as captions"
+        flat = pc.list_flatten(weights).to_numpy()
+        if not (np.isfinite(flat) & (flat > 0)).all():
+            yield "caption_weights are not all numbers above 0"
 
 
 def text_faults(

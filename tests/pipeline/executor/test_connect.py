@@ -247,7 +247,7 @@ class TestJobs:
         said = [line for line in said if not line.startswith("waiting for the first worker")]
         assert "workers of jobs.yaml" in said[0]
         assert not any("profiler" in line for line in said)  # it is switched off in jobs
-        link = r"Dask's dashboard: http://127\.0\.0\.1:\d+/status"
+        link = r"Dask's dashboard: http://127\.0\.0\.1:\d+/[0-9a-f]{32}/status"
         assert any(re.fullmatch(link, line) for line in said)
         assert len(pages) == 1
         assert b"bokeh" in pages[0]

@@ -25,6 +25,7 @@ from semroute.pipeline.executor.progress import (
 from semroute.pipeline.extraction.driver import ExtractionError, run_shards
 from semroute.pipeline.store.layout import pack
 from semroute.schemas import Receipt
+from semroute.schemas.verbosity import speaking
 
 SHARDS = {0: (4, 40), 1: (4, 60), 2: (2, 20)}  # shard -> entries, rows
 EVENTS = [
@@ -103,10 +104,22 @@ def test_a_terminal_has_a_bar(show, monkeypatch):
     text = terminal.getvalue()
     assert text.endswith("\n")  # the bar is closed
     first, *_, last = text.strip().split("\r")
-    assert "store:  40%" in first
-    assert "4/10" in first
-    assert "10/10" in last
-    assert "2/3 shards, 2 rows/s, 5.0 KB, 2 workers, 2 errors, 1 quarantined" in last
+    # The line that a log has, behind the bar.
+    assert first.startswith("40%|")
+    assert first.rstrip().endswith(
+        "| store: 4/10 captions, 0.0 captions/s, 1/3 shards, 0 rows/s, 0 B"
+    )
+    assert "| store: 10/10 captions, 0.1 captions/s, 2/3 shards, 2 rows/s, 5.0 KB, 2 work" in last
+    assert last.rstrip().endswith("2 errors, 1 quarantined, 0:00:00 left")
+
+
+def test_quiet_shows_nothing_and_verbose_more_often(show, capsys):
+    with speaking("quiet"):
+        show()
+    assert capsys.readouterr() == ("", "")
+    with speaking("verbose"):
+        show()
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 @pytest.mark.parametrize("style", ["auto", "json"])

@@ -255,7 +255,7 @@ class TestBrokenImages:
 
     def test_they_can_be_dropped_and_that_is_shown(self, lacking):
         lines = []
-        store = encode(lacking, drop_broken=True, report=lines.append)
+        store = encode(lacking, broken="skip", report=lines.append)
         assert any("3 of 24 samples are dropped" in line for line in lines)
         store = open_latents(store.path)
         assert store.manifest.identity.dropped == [3, 5, 20]
@@ -265,17 +265,17 @@ class TestBrokenImages:
         with pytest.raises(StoreError, match=r"sample 5 has no latent.*LatentStore\.ids"):
             store.read([4, 5])
         assert verify(store.path).problems == []
-        encode(lacking, drop_broken=True)  # nothing is left to do
+        encode(lacking, broken="skip")  # nothing is left to do
 
     def test_dropping_what_is_written_encodes_nothing_again(self, lacking):
         with pytest.raises(StoreError, match="3 of 24 images"):
             encode(lacking)
         store = open_latents(lacking / "latents", complete=False)
         before = store.receipts()
-        assert encode(lacking, drop_broken=True).receipts() == before
+        assert encode(lacking, broken="skip").receipts() == before
 
     def test_a_list_of_dropped_that_was_changed_is_found(self, lacking):
-        store = encode(lacking, drop_broken=True)
+        store = encode(lacking, broken="skip")
         manifest = store.path / "manifest.json"
         manifest.write_text(manifest.read_text().replace("   5,\n", ""))
         assert [p.what for p in verify(store.path).problems] == [
@@ -286,7 +286,7 @@ class TestBrokenImages:
         vae = str(tiny_vae("kl"))
         whole = encode(folder, "whole", vae=vae)
         (folder / "05.png").unlink()
-        lacking = encode(folder, "lacking", vae=vae, drop_broken=True)
+        lacking = encode(folder, "lacking", vae=vae, broken="skip")
         assert np.array_equal(lacking.read(lacking.ids), whole.read(lacking.ids))
 
     def test_a_table_without_any_readable_image_is_refused(self, folder):
@@ -312,7 +312,7 @@ class TestGrowing:
         receipts = open_latents(folder / "latents").receipts()
         lines = []
         encode(folder, limit=17, report=lines.append)
-        assert "7 new samples in" in lines[0]
+        assert "7 new samples in" in lines[1]
         store = encode(folder)
         assert [len(store), store.is_complete] == [NUM, True]
         assert np.array_equal(store.read(range(NUM)), whole.read(range(NUM)))
@@ -328,11 +328,11 @@ class TestGrowing:
     def test_what_could_not_be_read_stays_out(self, folder):
         for name in ("03.png", "05.png", "20.png"):
             (folder / name).unlink()
-        encode(folder, limit=10, drop_broken=True)
-        store = encode(folder, drop_broken=True)
+        encode(folder, limit=10, broken="skip")
+        store = encode(folder, broken="skip")
         assert store.manifest.identity.dropped == [3, 5, 20]
         assert verify(store.path).problems == []
-        whole = encode(folder, "whole", drop_broken=True)
+        whole = encode(folder, "whole", broken="skip")
         assert np.array_equal(store.read(store.ids), whole.read(whole.ids))
 
     def test_rows_that_are_not_as_they_were_are_refused(self, folder):
@@ -446,7 +446,7 @@ class TestBuckets:
     def test_broken_images_are_listed_by_their_sample(self, photos):
         for name in ("03.png", "20.png"):
             (photos / name).write_bytes(b"no image")
-        store = encode(photos, size=64, buckets=16, drop_broken=True)
+        store = encode(photos, size=64, buckets=16, broken="skip")
         assert store.manifest.identity.dropped == [3, 20]
         assert store.ids.tolist() == [n for n in range(NUM) if n not in (3, 20)]
 

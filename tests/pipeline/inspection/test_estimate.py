@@ -128,3 +128,48 @@ class TestInput:
 def test_seconds_are_put_in_their_unit():
     spans = [1.0, 90.0, 7200.0, 172_800.0]
     assert [format_seconds(s) for s in spans] == ["1.0 s", "1.5 min", "2.0 h", "2.0 days"]
+
+
+class TestBudget:
+    def test_what_extraction_must_deliver(self, samples_file, tiny_llm):
+        raw = find(numbers(samples_file, tiny_llm), "bf16")["bytes"]
+        options = ("--budget", raw // 8, "--samples-per-second", 50, "--passes", 4)
+        details = numbers(samples_file, tiny_llm, *options)
+        bf16, delta = (details["budget"]["codecs"][name] for name in ("bf16", "delta"))
+        assert bf16["share"] == pytest.approx(1 / 8, rel=1e-3)
+        assert bf16["again"] == pytest.approx(1 - 1 / 128, rel=1e-3)
+        assert delta["share"] > bf16["share"]
+        passes_per_second = 50 / details["samples"]
+        assert bf16["tokens_per_second"] == pytest.approx(
+            passes_per_second * details["tokens_llm"], rel=1e-6
+        )
+        assert bf16["seconds"] is None
+        text = run(samples_file, tiny_llm, *options)
+        assert "with a disk budget of" in text
+        assert "12.5%" in text
+        assert "must fit" in text
+
+    def test_what_it_costs(self, samples_file, tiny_llm, probed):
+        raw = find(probed, "bf16")["bytes"]
+        details = numbers(
+            samples_file,
+            tiny_llm,
+            "--probe",
+            "--codec",
+            "bf16",
+            "--budget",
+            raw // 8,
+            "--passes",
+            4,
+        )
+        cost, store = details["budget"]["codecs"]["bf16"], find(details, "bf16")
+        load = details["probe"]["load_seconds"]
+        each = store["extraction_seconds"] - load
+        expected = store["extraction_seconds"] + 3 * cost["again"] * each
+        assert cost["seconds"] == pytest.approx(expected, rel=1e-6)
+        assert 1 < cost["of_full_cache"] <= 4
+        assert cost["of_online"] == pytest.approx(
+            cost["seconds"] / (4 * details["online_seconds_a_pass"]), rel=1e-6
+        )
+        large = numbers(samples_file, tiny_llm, "--budget", 2 * raw)["budget"]["codecs"]["bf16"]
+        assert (large["share"], large["again"]) == (1.0, 0.0)

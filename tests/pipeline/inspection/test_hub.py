@@ -168,6 +168,7 @@ class TestPush:
         assert server.commits[-1] == ["README.md", "manifest.json"]  # and they came last
         assert not any("manifest.json" in names for names in server.commits[:-1])
         assert "notes.txt" not in server.files
+        assert "left out, as it is no file of the store: notes.txt" in done.stderr
         card = server.files["README.md"].decode()
         assert front_matter(card)["license"] == "cc-by-4.0"
         there = download(server, tmp_path / "there")

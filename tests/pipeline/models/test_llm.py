@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel
 
 from semroute.pipeline.models.hub import find_model
@@ -154,14 +155,14 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no \.safetensors"):
         find_model(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a model that transformers knows"):
         describe_model(find_model(str(tmp_path)))
 
 
 def test_a_model_that_is_no_transformer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"ResNetEncoder.* lacks embed_tokens, layers, norm"):
         describe_model(find_model(str(tmp_path)))
 
@@ -184,7 +185,47 @@ def test_a_gguf_is_converted_once(tmp_path, monkeypatch):
     assert [entry.name for entry in source.folder.parent.iterdir()] == [source.folder.name]
 
 
-def _write_gguf(gguf, file):
+@pytest.mark.parametrize("place", ["/proc/self/none", "file", "no-home"])
+def test_a_cache_that_cannot_be_written_is_named(place, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    _write_gguf(gguf, tmp_path / "tiny.gguf")
+    if place == "no-home":
+        for name in ("SEMROUTE_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", "/proc/self/none")
+    else:
+        (tmp_path / "file").write_text("not a folder")
+        monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / place))
+    with pytest.raises(InputError, match=r"cannot be written: .* Set SEMROUTE_CACHE to a folder"):
+        find_model(str(tmp_path / "tiny.gguf"))
+
+
+def test_a_gguf_that_is_not_whole_is_named(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("SEMROUTE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    _write_gguf(gguf, file)
+    whole = file.read_bytes()
+    for content, message in (
+        (whole[:5000], "cannot read it, or it is cut off"),
+        (whole[: len(whole) - 4096], "cannot read it, or it is cut off"),
+        (b"PK\x03\x04 a zip", "is no GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            find_model(str(file))
+    for extra, message in (
+        ("rope_freqs.weight", r"does not use its rope_freqs\.weight"),
+        ("", r"1 weights of LlamaModel are not in .* layers\.1\.mlp\.up_proj\.weight"),
+    ):
+        _write_gguf(gguf, file, extra, lost=() if extra else ("blk.1.ffn_up.weight",))
+        with pytest.raises(InputError, match=message):
+            find_model(str(file))
+    assert not [*(tmp_path / "cache" / "gguf").iterdir()]
+
+
+def _write_gguf(gguf, file, extra="", lost=()):
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(64)
@@ -205,6 +246,8 @@ def _write_gguf(gguf, file):
     writer.add_eos_token_id(1)
 
     def add(name, *shape):
+        if name in lost:
+            return
         writer.add_tensor(name, rng.normal(0, 0.1, shape).astype(np.float32))
 
     add("token_embd.weight", 8, 64)
@@ -217,6 +260,8 @@ def _write_gguf(gguf, file):
         for name in ("ffn_gate", "ffn_up"):
             add(f"blk.{block}.{name}.weight", 96, 64)
         add(f"blk.{block}.ffn_down.weight", 64, 96)
+    if extra:
+        add(extra, 8)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

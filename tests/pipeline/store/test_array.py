@@ -1,9 +1,12 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
 
-from semroute.pipeline.store.array import ShardedArray, create_array
-from semroute.pipeline.store.shard_file import CorruptShardError
+from semroute.pipeline.store.array import ShardedArray, create_array, new_group
+from semroute.pipeline.store.shard_file import ChunkSlices, CorruptShardError
 from semroute.schemas import InputError, Layout
 
 LAYOUT = Layout(
@@ -149,6 +152,34 @@ def test_a_truncated_shard_is_an_error(array, keep):
 def test_a_shard_that_is_not_written_is_named(array):
     with pytest.raises(InputError, match="is not written yet"):
         read(array, [40], [41])
+
+
+def test_what_cannot_be_read_cannot_be_requested(array):
+    with pytest.raises(InputError, match="is not written yet"):
+        array.request(ChunkSlices.from_runs(np.array([40]), np.array([41]), 8))
+
+
+def test_a_cold_shard_is_read_only_where_it_is_needed(tmp_path):
+    """The kernel would read up to megabytes around each page fault."""
+    layout = LAYOUT.model_copy(update={"num_shards": 1, "rows_per_shard": 256, "num_rows": 256})
+    values = np.random.default_rng(0).integers(1, 2**16, (256, 40, 1000), np.uint16)
+    with new_group(tmp_path / "cold.zarr") as group:
+        create_array(group, "x", layout, (40, 1000), values.dtype, ("row", "y", "z"), {})
+    array = ShardedArray(tmp_path / "cold.zarr/x", layout)
+    array.write_shard(0, values)
+    with (array.path / "c/0/0/0").open("rb") as file:
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    out = np.empty((2, 40, 1000), np.uint16)
+    before = bytes_from_disk()
+    array.read(np.array([10, 203]), np.array([11, 204]), out)
+    np.testing.assert_array_equal(out, values[[10, 203]])
+    assert bytes_from_disk() - before < 3 * values[:8].nbytes  # of 20 MB; two chunks are needed
+
+
+def bytes_from_disk():
+    """That the kernel read for this process; none in a folder in memory."""
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
 
 
 def test_shards_are_written_whole(array):

@@ -36,14 +36,8 @@ from semroute.pipeline.store.open import open_features
 from semroute.pipeline.store.verify import repair, verify
 from semroute.schemas import InputError, Quarantine, Receipt
 
-FEATURES = ("bf16", "lossless", "delta", "linear", "exact", "mixes")
-LATENTS = ("latents", "buckets")
-CONDITIONING = ("ragged", "padded")
-CAPTIONS = (*FEATURES, *CONDITIONING)
 NUM_RANDOM = 12
 """Random forgeries of a test."""
-GZIP = {"name": "gzip", "configuration": {"level": 5}}
-FITTED = ("lossless", "delta", "linear", "predictive", "exact")
 
 
 @pytest.fixture(scope="module")

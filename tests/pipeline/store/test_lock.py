@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -70,12 +71,22 @@ def test_a_pid_that_is_used_again_is_not_the_driver(other):
     assert is_dead(read_driver(store)) is False
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "alive"),
+    [
+        ({"host": "elsewhere"}, True),
+        ({"host": "elsewhere"}, False),
+        ({"namespace": "another boot"}, True),
+        ({"namespace": ""}, True),  # of an early version
+        ({"namespace": "a container", "pid": 1}, False),
+    ],
+)
+def test_a_driver_of_another_machine_or_container_is_watched(other, place, alive, monkeypatch):
     store, process = other
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
     process.kill()  # its beats come from here
-    edit(store, host="elsewhere")
+    edit(store, **place)
+    assert is_dead(read_driver(store)) is None
     stop = threading.Event()
 
     def beat():
@@ -87,7 +98,7 @@ def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
     said = []
     try:
         if alive:
-            with pytest.raises(LockedError, match="on elsewhere"), locked(store, said.append):
+            with pytest.raises(LockedError, match="being written"), locked(store, said.append):
                 raise AssertionError
         else:
             with locked(store, said.append):
@@ -96,6 +107,38 @@ def test_a_driver_of_another_machine_is_watched(other, alive, monkeypatch):
         stop.set()
         thread.join()
     assert "watching for 1 s whether it is alive" in said[0]
+
+
+def test_a_living_driver_in_a_container_of_this_host_name_is_not_taken_for_dead(tmp_path):
+    """In a PID namespace of its own, where its pid is 1 or one that we do not have."""
+    unshare = shutil.which("unshare")
+    command = [unshare or "", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    command += ["--kill-child"]
+    if unshare is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this machine makes no PID namespaces")
+    store = tmp_path / "store"
+    command += [sys.executable, "-c", HOLD, str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        owner = read_driver(store)
+        assert owner.host == lock.socket.gethostname()
+        assert owner.pid != process.pid
+        assert is_dead(owner) is None
+        process.kill()
+
+
+def test_a_driver_whose_processes_are_hidden_is_watched(other, monkeypatch):
+    """As by ``hidepid`` of /proc, from another user."""
+    store, _ = other
+
+    def refuse(pid, number):
+        raise PermissionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "_start_ticks", lambda pid: "")
+        patched.setattr(os, "kill", refuse)
+        assert is_dead(read_driver(store)) is None
+    assert is_dead(read_driver(store)) is False
 
 
 def test_a_live_driver_beats(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from semroute.cli import cli
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.dataset import by_shape, open_pairs
+from semroute.pipeline.store.order.sampler import BatchPartition, make_sampler
 from semroute.schemas import DataConfig, InputError, parse
-from semroute.trainer.data.dataset import by_shape, open_pairs
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import BatchPartition, make_sampler
 from semroute.trainer.runs.checkpoint import latest_checkpoint
 from semroute.trainer.runs.metrics import read_metrics
 from semroute.trainer.runs.run import load_run
@@ -42,6 +42,20 @@ def same(first, second):
 
 
 class TestOrder:
+    def test_a_shape_may_have_hardly_any_of_a_source(
+        self, feature_store, bucket_store, latent_store
+    ):
+        """A store of one shape that is nearly all of what is shown of it, and one of several."""
+        columns = [{"filter": "sample_id < 1"}, {"filter": "sample_id > 0"}]
+        source = {"features": str(feature_store), "latents": str(bucket_store)}
+        source |= {"proportion": 0.998, "select": columns[1]}
+        data = parse(
+            DataConfig, {"batch_size": 2, "select": columns[0], "mixture": [source]}, "test"
+        )
+        pairs = open_pairs(open_features(feature_store), open_latents(bucket_store), data)
+        source = make_sampler(pairs, data, 0).indices(0, 200_000).source
+        assert np.mean(source == 0) == pytest.approx(0.002, abs=2e-4)
+
     @settings(deadline=None, max_examples=25)
     @given(
         batch_size=st.integers(1, 24),

@@ -1,4 +1,5 @@
 import gc
+import hashlib
 import json
 import pickle
 import shutil
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data.batch import on_device
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
-from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.diffusion.flow import Flow
-from semroute.trainer.diffusion.noise import draw_noise, jitter
+from semroute.trainer.diffusion.noise import NoiseSource, jitter
 
 NUM_SAMPLES = 200
 
@@ -31,21 +32,60 @@ def reading():
 
 
 class TestNoise:
-    def draw(self, first=0, num=4, draws=3, seed=0):
-        return draw_noise(Flow(), (2, 3, 3), seed=seed, first=first, num=num, draws=draws)
+    def draw(self, first=0, num=4, draws=3, seed=0, version=2, shape=(2, 3, 3), **options):
+        return NoiseSource(Flow(shift=3.0), seed, draws, version=version, **options).draw(
+            first, num, shape
+        )
 
-    def test_it_does_not_matter_how_it_is_cut(self):
-        t, noise = self.draw(first=5, num=6)
-        assert t.shape == (18,)
-        assert noise.shape == (18, 2, 3, 3)
-        parts = [self.draw(first=first, num=2) for first in (5, 7, 9)]
-        assert torch.equal(t, torch.cat([part[0] for part in parts]))
-        assert torch.equal(noise, torch.cat([part[1] for part in parts]))
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_it_does_not_matter_how_it_is_cut(self, version):
+        whole = self.draw(first=5, num=6, version=version, t_jitter=0.1)
+        assert (whole.t.shape, whole.noise.shape) == ((18,), (18, 2, 3, 3))
+        parts = [self.draw(first, 2, version=version, t_jitter=0.1) for first in (5, 7, 9)]
+        for found, cut in zip(
+            whole.tensors(), zip(*(part.tensors() for part in parts), strict=True), strict=True
+        ):
+            assert torch.equal(found, torch.cat(cut))
+            assert found.dtype == torch.float32
 
     def test_nothing_is_drawn_twice(self):
-        drawn = [self.draw(seed=seed, first=first) for seed in (0, 1) for first in (0, 4)]
-        assert len(torch.cat([t for t, _ in drawn]).unique()) == 4 * 12
-        assert len(torch.cat([noise for _, noise in drawn]).flatten(1).unique(dim=0)) == 4 * 12
+        """Not even where seeds or positions have the same lower 32 bits."""
+        places = [(seed, first) for seed in (0, 1, 2**32) for first in (0, 4, 2**32)]
+        drawn = [self.draw(seed=seed, first=first) for seed, first in places]
+        assert len(torch.cat([each.t for each in drawn]).unique()) == len(places) * 12
+        noise = torch.cat([each.noise for each in drawn]).flatten(1)
+        assert len(noise.unique(dim=0)) == len(places) * 12
+        values = noise.flatten()
+        assert len(values.unique()) > 0.999 * len(values)
+
+    def test_it_is_normal_and_independent_of_t(self):
+        found = self.draw(num=2000, draws=1, shape=(4, 4, 4))
+        noise = found.noise.flatten(1)
+        assert float(noise.mean()) == pytest.approx(0, abs=0.01)
+        assert float(noise.std()) == pytest.approx(1, abs=0.01)
+        together = torch.corrcoef(torch.cat([noise.T, found.t[None]]))
+        assert float((together - torch.eye(65)).abs().max()) < 0.1
+        logit = torch.logit(found.t / (found.t + 3 * (1 - found.t)))  # before the shift
+        assert float(logit.mean()) == pytest.approx(0, abs=0.08)
+        assert float(logit.std()) == pytest.approx(1, abs=0.06)
+
+    @pytest.mark.parametrize(
+        ("shape", "digest"), [((2, 3, 3), "9c83095d16990065"), ((4, 16, 16), "8a8f8926cff60c4e")]
+    )
+    def test_an_earlier_version_draws_what_it_drew(self, shape, digest):
+        found = self.draw(first=7, seed=2**33 + 5, version=1, shape=shape)
+        content = found.t.numpy().tobytes() + found.noise.numpy().tobytes()
+        assert hashlib.sha256(content).hexdigest()[:16] == digest
+
+    def test_it_writes_where_it_is_told(self):
+        lent = []
+
+        def empty(shape, dtype):
+            lent.append(torch.empty(shape, dtype=dtype))
+            return lent[-1]
+
+        found = NoiseSource(Flow(), 0, 2).draw(0, 3, (2, 2, 2), empty)
+        assert {each.data_ptr() for each in found.tensors()} == {e.data_ptr() for e in lent}
 
 
 class TestStream:
@@ -382,9 +422,8 @@ class TestLatents:
         batch = stream.read(0)
         mean = self.stream(feature_store, posterior, "mean").read(0).latents
         assert torch.equal(mean, torch.tensor(stream.latents.read(batch.sample_ids)))
-        deviation = (
-            stream.latents._codes("deviation", batch.sample_ids, mean.shape[1:]) * 0.36
-        )  # scaling_factor
+        above = stream.latents.read(batch.sample_ids, np.ones(mean.shape, np.float32))
+        deviation = above - mean.numpy()
         drawn = (batch.latents - mean).numpy() / deviation
         np.testing.assert_allclose(drawn, noise[:40].numpy(), atol=1e-2)
 
@@ -407,7 +446,7 @@ class TestLatents:
         kind = table.schema.field("image").type
         table = table.set_column(1, "image", pa.array(images, kind))
         pyarrow.parquet.write_table(table, tmp_path / "samples.parquet")
-        options = {"workers": 0, "drop_broken": True, "report": lambda _: None}
+        options = {"workers": 0, "broken": "skip", "report": lambda _: None}
         latents = encode_images(str(tmp_path / "samples.parquet"), tmp_path / "store", **options)
         stream = self.stream(feature_store, latents.path)
         batches = [stream.read(step) for step in range(2 * 197)]

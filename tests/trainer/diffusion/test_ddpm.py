@@ -78,3 +78,20 @@ def test_a_network_that_predicts_something_else_is_refused(found: str) -> None:
 def test_it_has_a_thousand_steps(config: dict[str, Any], num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"num_steps is {num_steps}; expected 1 to 1000"):
         Ddpm.from_scheduler(config).schedule(num_steps)
+
+
+def test_uniform_numbers_become_each_step_as_often(config: dict[str, Any]) -> None:
+    steps = Ddpm.from_scheduler(config).place_t((torch.arange(3000) + 0.5) / 3000) * 1000 - 1
+    assert torch.equal(steps.round(), torch.arange(1000.0).repeat_interleave(3))
+
+
+def test_min_snr_weighs_the_error_of_x0(config: dict[str, Any]) -> None:
+    path = Ddpm.from_scheduler(config, min_snr_gamma=5.0)
+    x0, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1, 100, 250, 500, 900]) / 1000
+    found = path.loss(noise + 0.1, x0, noise, t) * path.weight(t)
+    kept = path.kept[(t * 1000).round().long()]
+    snr = kept / (1 - kept)
+    error = 0.1**2 * (1 - kept) / kept  # of x0, where the noise is wrong by 0.1
+    torch.testing.assert_close(found, snr.clamp(max=5.0) * error, rtol=1e-4, atol=0)
+    assert Ddpm.from_scheduler(config).weight(t) is None

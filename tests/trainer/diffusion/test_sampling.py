@@ -220,6 +220,21 @@ class TestSample:
         passes = {"uniform": 2, "depth": 2 * 2, "time": 2 * 5}
         assert len(calls) == passes[strategy]
 
+    def test_bfloat16_is_of_products_alone(self, strategy):
+        model, flow = dit(strategy), Flow()
+        hidden, offsets, null = captions()
+        seen = []
+        model.patch_in.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+        exact, half = (
+            sample(model, flow, hidden, offsets, null, SamplingConfig(3, 2.0, dtype=dtype))
+            for dtype in ("float32", "bfloat16")
+        )
+        assert {*seen[: len(seen) // 2]} == {torch.float32}
+        assert {*seen[len(seen) // 2 :]} == {torch.bfloat16}
+        assert exact.dtype == half.dtype == torch.float32
+        assert not torch.equal(exact, half)
+        assert float((exact - half).norm() / exact.norm()) < 0.02
+
     def test_guidance_without_the_null_caption_is_refused(self, strategy):
         hidden, offsets, _ = captions()
         with pytest.raises(ValueError, match=r"cfg_scale is 6.0 but there is no null text"):

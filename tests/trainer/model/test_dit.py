@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from semroute.schemas import InputError, ModelConfig, RoutingConfig
+from semroute.trainer.model import attention
 from semroute.trainer.model.dit import SIZES, DiT, RotaryPositions, Size, resolve_size, rotate
 
 LAYERS = [1, 2, 3, 4]
@@ -372,3 +374,41 @@ class TestRotaryPositions:
         x = torch.randn(2, 3, 20, 8)
         turned = rotate(x, RotaryPositions(8)(4, 5))
         torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+class TestAttention:
+    """What a GPU's kernels take, which a CPU cannot run: the arguments that they get."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Arguments of attention as on a GPU, which is computed here."""
+        groups, attend, calls = attention.groups_heads, F.scaled_dot_product_attention, []
+
+        def record(q, k, v, attn_mask=None, enable_gqa=False):
+            calls.append((q.dtype, q.shape[1] == k.shape[1], attn_mask is not None))
+            return attend(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa)
+
+        def on_gpu(device, dtype, masked):
+            return groups(torch.device("cuda"), dtype, masked)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+        monkeypatch.setattr(attention, "groups_heads", on_gpu)
+        return calls
+
+    @pytest.mark.parametrize("half", [True, False])
+    @pytest.mark.parametrize("lengths", [(3, 5, 1), (4, 4, 4)])
+    def test_no_call_falls_to_the_plain_kernel(self, calls, half, lengths):
+        dit = make(num_heads=4, num_kv_heads=1, head_dim=8).requires_grad_(False)
+        inputs = (*images(), *rows_for(dit, lengths), CAPTION)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = dit(*inputs)
+        assert len(calls) == 4  # two blocks: self-attention, cross-attention
+        for dtype, alone, masked in calls:
+            flash = dtype == torch.bfloat16 and not masked
+            assert flash or alone  # flash attention groups heads; memory-efficient does not
+        masks = [masked for *_, masked in calls]
+        assert masks == [False, lengths != (4, 4, 4)] * 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "groups_heads", lambda *_: True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                assert torch.equal(dit(*inputs), found)

@@ -1,4 +1,5 @@
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -78,11 +79,19 @@ class TestRouter:
         run = semroute.load_run(make_run("depth"))
         export_router(run, tmp_path / "router")
         export_router(run, tmp_path / "router")  # once more is the same
+        left = tmp_path / ".router.unfinished"  # by one that was killed
+        left.mkdir()
+        (left / "router.safetensors").write_bytes(b"half")
+        export_router(run, tmp_path / "router")
+        assert [path.name for path in tmp_path.iterdir()] == ["router"]
         (tmp_path / "thesis.tex").touch()
-        with pytest.raises(InputError, match="holds other files: name a new folder"):
+        with pytest.raises(InputError, match="is not empty: name a new folder"):
             export_router(run, tmp_path)
         with pytest.raises(InputError, match="holds no exported router"):
             semroute.load_router(tmp_path)
+
+
+WITHIN = {"rtol": 1e-3, "atol": 1e-3}
 
 
 class TestPipeline:
@@ -113,6 +122,115 @@ class TestPipeline:
         np.testing.assert_allclose(again[0] * 255, np.asarray(images[0]), atol=1e-4)
         (latents,) = pipeline(prompts[0], output_type="latent", return_dict=False, **how)
         assert latents.shape == (1, 3, 12, 12)
+
+    @pytest.fixture
+    def pipeline(self, make_run, tmp_path):
+        """A run whose weights are random, so that what it reads shows."""
+        pytest.importorskip("diffusers")
+        from semroute.trainer.evaluation.diffusers_pipeline import export_pipeline
+
+        run = semroute.load_run(make_run("time"))
+        torch.manual_seed(0)
+        for parameter in run.model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+        folder = export_pipeline(run, tmp_path / "pipeline")
+        pipeline = semroute.SemanticRoutingPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    HOW: ClassVar = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
+
+    def test_is_called_as_pipelines_of_diffusers_are(self, pipeline):
+        def generate(prompt="a red cup", **options):
+            return pipeline(prompt, **{**self.HOW, **options}).images
+
+        plain = generate()
+        seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        pair = generate(generator=seeds, num_images_per_prompt=2)
+        one = generate(generator=torch.Generator().manual_seed(4))
+        torch.testing.assert_close(pair[1:], one, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(one, plain)
+        noise = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(4))
+        assert torch.equal(generate(latents=noise), one)
+        # The null caption is an empty prompt; any other text guides elsewhere, each its own.
+        torch.testing.assert_close(generate(negative_prompt=""), plain, rtol=1e-4, atol=1e-4)
+        both = generate(["a red cup", "a cup"], negative_prompt=["blue", "a green tree"])
+        torch.testing.assert_close(both[:1], generate(negative_prompt="blue"), **WITHIN)
+        assert not torch.allclose(both[:1], plain, **WITHIN)
+        images = pipeline("a red cup", num_inference_steps=1, output_type="pt").images
+        assert images.shape == (1, 3, 12, 12)
+        for options, message in [
+            ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+            ({"latents": noise[:, :1]}, r"shape \(1, 1, 12, 12\), expected \(1, 3, 12, 12\)"),
+            ({"generator": seeds}, "2 generators for 1 images"),
+            ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "expected .'latents'"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                generate(**options)
+
+    def test_a_callback_sees_and_changes_latents(self, pipeline):
+        seen = []
+
+        def watch(pipe, step, t, given):
+            assert pipe is pipeline
+            seen.append((step, t))
+            return {"latents": torch.zeros_like(given["latents"])} if step == 2 else None
+
+        changed = pipeline("a cup", callback_on_step_end=watch, **self.HOW).images
+        assert not changed.any()
+        assert [step for step, _ in seen] == [0, 1, 2]
+        assert seen[0][1] == 1.0
+        assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
+
+    @pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")  # newer ones: dtype
+    def test_half_precision_is_of_products_alone(self, pipeline, tmp_path):
+        exact = pipeline("a cup", **self.HOW).images
+        loaded = semroute.SemanticRoutingPipeline.from_pretrained(
+            tmp_path / "pipeline", torch_dtype=torch.bfloat16
+        )
+        loaded.set_progress_bar_config(disable=True)
+        moved = pipeline.to(torch.bfloat16)
+        assert {p.dtype for p in moved.transformer.dit.router.parameters()} == {torch.float32}
+        state = moved.transformer.state_dict()
+        for name, value in loaded.transformer.state_dict().items():
+            assert value.dtype == state[name].dtype
+            assert torch.equal(value, state[name])
+        assert {value.dtype for value in state.values()} == {torch.float32, torch.bfloat16}
+        assert moved.dtype == torch.bfloat16
+        for each in (loaded, moved):
+            half = each("a cup", **self.HOW).images
+            assert half.dtype == torch.float32
+            assert 0 < float((half - exact).norm() / exact.norm()) < 0.1
+        with pytest.raises(InputError, match=r"use torch\.bfloat16 or torch\.float32"):
+            pipeline.to(torch.float16)("a cup", **self.HOW)
+
+    def test_hooks_of_the_network_see_every_use(self, pipeline):
+        """By which weights are moved to a GPU and back, as ``enable_model_cpu_offload`` does."""
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        class Counting(ModelHook):
+            inside = False
+            calls = 0
+
+            def pre_forward(self, module, *args, **kwargs):
+                self.inside, self.calls = True, self.calls + 1
+                return args, kwargs
+
+            def post_forward(self, module, output):
+                self.inside = False
+                return output
+
+        expected = pipeline("a cup", **self.HOW).images
+        hook, outside = Counting(), []
+        for module in pipeline.transformer.dit.modules():
+            if not [*module.children()]:
+                module.register_forward_pre_hook(
+                    lambda *_: None if hook.inside else outside.append(1)
+                )
+        add_hook_to_module(pipeline.transformer, hook)
+        assert torch.equal(pipeline("a cup", **self.HOW).images, expected)
+        assert not outside
+        assert hook.calls == 3 * 2 * 2  # steps, with and without text, which depends on t
 
     def test_folder_holds_no_code_and_says_what_it_is(self, make_run, tmp_path):
         pytest.importorskip("diffusers")

@@ -99,7 +99,7 @@ class TestWriteWorld:
 
     def test_refuses_a_folder_that_holds_something(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(InputError, match="is not empty: choose another folder or delete it"):
+        with pytest.raises(InputError, match="is not empty: name a new folder"):
             write_world(tmp_path, 4, seed=0, num_test=2, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -108,11 +108,14 @@ class TestWriteWorld:
         write_world(tmp_path / "world", 4, seed=0, num_test=2, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
-    def test_leaves_nothing_behind_when_it_fails(self, tmp_path):
-        (tmp_path / "world").symlink_to(tmp_path / "nowhere")  # a folder cannot be renamed onto it
-        with pytest.raises(NotADirectoryError):
+    def test_leaves_nothing_behind_when_it_fails(self, tmp_path, monkeypatch):
+        def fail(*_: object) -> None:
+            raise OSError("no space")
+
+        monkeypatch.setattr("semroute.trainer.shapes.dataset.pq.write_table", fail)
+        with pytest.raises(OSError, match="no space"):
             write_world(tmp_path / "world", 4, seed=0, num_test=2, progress=False)
-        assert [path.name for path in tmp_path.iterdir()] == ["world"]
+        assert not [*tmp_path.iterdir()]
 
     def test_refuses_more_captions_than_are_found_at_once(self, tmp_path):
         with pytest.raises(

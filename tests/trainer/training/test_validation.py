@@ -8,15 +8,15 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semroute.pipeline.store.order.dataset import held_out
+from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import ContractError, InputError, ValidationConfig, parse
 from semroute.trainer.data.loader import PackedLoader
-from semroute.trainer.data.sampler import BatchPartition
 from semroute.trainer.runs.metrics import METRICS_SCHEMA, read_metrics
 from semroute.trainer.runs.run import load_run
 from semroute.trainer.training.accelerator import make_accelerator
 from semroute.trainer.training.setup import prepare
 from semroute.trainer.training.train import train
-from semroute.trainer.training.validation import held_out
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,239 +1,39 @@
-"""The commands that make stores and look at them: parse, call, print. Imports stay inside.
+"""The commands that make stores and look at them: parse, call, print. Imports stay inside."""
 
-The first half holds what all commands share, those of the trainer too.
-"""
-
-import functools
-import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas import DEFAULT_RANK, MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError, parse
-from ..schemas.units import parse_bytes
-from .executor.base import Interrupted
+from ...schemas import InputError, parse
 
 if TYPE_CHECKING:
-    from .inspection.pipelines import PipelineText
+    from ..inspection.pipelines import PipelineText
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator; ``--help`` lists them in this order."""
-    return lambda command: functools.reduce(lambda f, add: add(f), reversed(decorators), command)
-
-
-@contextmanager
-def interruptible(
-    interrupt: type[BaseException] = Interrupted, message: str | None = None
-) -> Iterator[None]:
-    """Exit with code 130 when a command that can be resumed is stopped. Also a decorator.
-
-    Args:
-        interrupt: what stops it.
-        message: printed to standard error.
-    """
-    try:
-        yield
-    except interrupt:
-        if message is not None:
-            report_line(message)
-        sys.exit(130)
-
-
-def report_line(line: str) -> None:
-    """Print to standard error: standard output is for results."""
-    click.echo(line, err=True)
-
-
-def print_result(result: Any, as_json: bool) -> None:
-    """Print what a command found, as text or as JSON."""
-    click.echo(result.to_json() if as_json else result)
-
-
-def json_option(help: str = "Print JSON.") -> Callable[[F], F]:
-    return click.option("--json", "as_json", is_flag=True, help=help)
-
-
-def is_json(options: dict[str, Any]) -> bool:
-    """Whether ``--json-progress`` was given: then standard output holds nothing but JSON."""
-    return bool(options["progress"] == "json")
-
-
-class _ByteSize(click.ParamType):
-    """A number of bytes: ``256MB``, ``1GiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        try:
-            return value if isinstance(value, int) else parse_bytes(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _FiniteFloat(click.types.FloatParamType):
-    """A real number; click's own type also takes nan and infinities."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
-
-
-class FiniteRange(click.FloatRange, _FiniteFloat):
-    """A real number within bounds, which nan would pass."""
-
-
-class _Seed(click.types.IntParamType):
-    """A seed, within the bounds of those in configurations."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        seed = super().convert(value, param, ctx)
-        if not 0 <= seed <= MAX_SEED:
-            self.fail(f"{value!r} is not in the range from 0 to {MAX_SEED} (2^63 - 1).", param, ctx)
-        return seed
-
-
-class _Rank(click.ParamType):
-    """A whole number, or ``full``."""
-
-    name = "rank"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value == "full" or isinstance(value, int):
-            return value
-        if not str(value).isdecimal():
-            self.fail(f"{value!r} is not a rank: expected 0, 1, 2, ... or full.", param, ctx)
-        return click.INT.convert(value, param, ctx)
-
-
-FINITE_FLOAT = _FiniteFloat()
-RANK = _Rank()
-SEED = _Seed()
-BYTE_SIZE = _ByteSize()
-CODECS = click.Choice(get_args(CodecName))
-quality_option = click.option(
-    "--quality",
-    type=FiniteRange(MIN_QUALITY, MAX_QUALITY),
-    help="For delta, linear and predictive. Default: 4, an error of 1.1e-2 in LN(h). One step more "
-    "halves the error and costs one bit per value.",
+from .options import (
+    BYTE_SIZE,
+    CODECS,
+    LOCAL_FILE,
+    MODEL_HELP,
+    SEED,
+    FiniteRange,
+    echo,
+    exact_option,
+    interruptible,
+    is_json,
+    json_option,
+    limit_option,
+    plan_options,
+    print_result,
+    quality_option,
+    rank_option,
+    report_line,
+    suggest,
+    text_options,
+    threads_option,
+    work_options,
 )
-rank_option = click.option(
-    "--rank",
-    type=RANK,
-    help="With codec predictive: how much of the layer below predicts a layer, from 0 (delta) to "
-    f"full (linear). Default: {DEFAULT_RANK}, which a CPU core decodes at 0.4 GB/s or more.",
-)
-layers_option = click.option(
-    "--layers",
-    default="all",
-    show_default=True,
-    help="all; every:3, counted from the last layer; or a list, such as 1-10,17. 0 is the "
-    "embedding, which is among all where the preset's pipeline reads it.",
-)
-exact_option = click.option(
-    "--exact-layers",
-    help="Layers that are stored exactly too, beside a codec with loss: base, none, or numbers. "
-    "base: those that the preset's pipeline reads, the default where it reads some; else none.",
-)
-limit_option = click.option(
-    "--limit", type=click.IntRange(1), help="Use only this many rows, from the start."
-)
-MODEL_HELP = (
-    "The LLM: a Hub id (org/name[@revision]), a folder or a GGUF file; or the text encoder of a "
-    "diffusers pipeline, such as org/name/text_encoder."
-)
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads per worker, for a new store. Default: all cores, shared among the workers.",
-)
-plan_options = options(
-    click.option("--text-column", help="Column of captions. Default: text, prompt or caption."),
-    click.option(
-        "--template",
-        default="bos",
-        show_default=True,
-        help="Preset (bos, eos, describe, paper, qwen-image, lumina2, z-image, flux2, "
-        "flux2-klein, pixart, sana, wan, krea2, hidream, sd3, auraflow, ideogram4, ltx2, cosmos, "
-        "fibo, qwen-image-2.1) or a file that contains {caption}. From qwen-image on: all that the "
-        "pipeline of diffusers with this name does to a prompt.",
-    ),
-    click.option(
-        "--keep-prefix/--drop-prefix",
-        default=None,
-        help="Store the rows of the template's prefix, or do not. Default: as the preset's "
-        "pipeline reads them; for others they are dropped.",
-    ),
-    layers_option,
-    click.option(
-        "--final-norm",
-        type=click.Choice(["normed", "raw", "both"]),
-        help="Take the last of L layers after the final norm, as layer L; before it, as layer "
-        "L + 1; or both. Default: as the preset's pipeline reads it, or normed.",
-    ),
-    click.option(
-        "--max-length",
-        type=click.IntRange(1),
-        help="Longest caption in tokens, including the template. Longer captions are cut, counted "
-        "and listed. Default: that of the preset's pipeline, or 512.",
-    ),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        help="Precision of the LLM. auto: bfloat16 on a GPU, float32 on a CPU.",
-    ),
-    click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=SEED,
-        help="Seed of the order in which captions are stored.",
-    ),
-)
-"""Options of every command that plans an extraction."""
-work_options = options(
-    click.option(
-        "--shard-size",
-        "shard_bytes",
-        type=BYTE_SIZE,
-        default="256MB",
-        show_default=True,
-        help="Size of a shard, the unit of work and of writing.",
-    ),
-    click.option(
-        "--workers",
-        type=click.IntRange(0),
-        help="Worker processes. Default: one per GPU, or one per CPU core, up to 4. 0: run in "
-        "this process, without Dask.",
-    ),
-    click.option(
-        "--cluster",
-        default="local",
-        show_default=True,
-        help="Where to run: local; a Dask scheduler, by address (tcp://...) or file (.json); or "
-        "jobs of a batch system (.yaml).",
-    ),
-    click.option("--force", is_flag=True, help="Start even if the disk has too little free space."),
-    click.option(
-        "--json-progress",
-        "progress",
-        flag_value="json",
-        default="auto",
-        help="Report progress as JSON, one object per line on standard output; all text goes to "
-        "standard error.",
-    ),
-)
-"""Options of every command that fills a store."""
 
 
 @click.command()
@@ -264,6 +64,15 @@ work_options = options(
     help="padded: one caption per row of a batch. packed: several, one after the other. auto: "
     "packed if a trial shows that the LLM keeps them apart.",
 )
+@click.option("--budget", type=BYTE_SIZE, help="Bytes that FEATURES may take, with --for.")
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="YAML file or directory of a run: with --budget, shards are written as it comes to them, "
+    "and evicted once all such runs have read them. May be given several times.",
+)
 @threads_option
 @limit_option
 @work_options
@@ -271,16 +80,20 @@ work_options = options(
 def extract(captions: str, features: str, **options: Any) -> None:
     """Run an LLM over CAPTIONS once and store the hidden states of its layers in FEATURES.
 
-    CAPTIONS is a parquet, jsonl, csv, tsv or txt file or URL, or webdataset tars, such as
-    x-{000..031}.tar. Rerun the same command to resume; a store made with other settings is refused.
+    CAPTIONS is a table (parquet, jsonl, json, csv, tsv, txt or arrow), webdataset tars, or a folder
+    of tables or of images with captions beside them; by path or URL, several by a pattern such as
+    x-{000..031}.tar or with :: between. Rerun the same command to resume; a store made with other
+    settings is refused.
 
     \b
-    Example:
+    Examples:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
+      semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
-    from .extraction.features import extract as run
+    from ..extraction.features import extract as run
 
-    click.echo(run(captions, features, report=report_line, **options), err=is_json(options))
+    echo(run(captions, features, report=report_line, **options), err=is_json(options))
+    suggest("inspect", features)
 
 
 @click.command()
@@ -312,11 +125,18 @@ def extract(captions: str, features: str, **options: Any) -> None:
     type=FiniteRange(0, min_open=True),
     help="Passes over the samples, in all epochs, seeds and ablations together.",
 )
+@click.option("--budget", type=BYTE_SIZE, help="Also what extract --budget would take and cost.")
 @click.option(
     "--probe",
     is_flag=True,
     help="Run the LLM for 20 seconds to measure sizes, errors and hours, and to tell whether "
     "caching pays.",
+)
+@click.option(
+    "--storage",
+    metavar="FOLDER",
+    help="A folder with large files on the disk that the store will be on: measure for two seconds "
+    "per codec what it delivers, and whether it feeds training.",
 )
 @json_option()
 def estimate(
@@ -332,12 +152,15 @@ def estimate(
       semroute estimate captions.parquet --model HuggingFaceTB/SmolLM2-135M-Instruct --probe
       semroute estimate captions.parquet --for Efficient-Large-Model/Sana_600M_512px_diffusers
     """
-    from .extraction.plan import default_batch_tokens, make_plan
-    from .extraction.requests import CaptionsRequest
-    from .inspection.benchmark import run_benchmark
-    from .inspection.estimate import estimate as run
+    from ..extraction.plan import default_batch_tokens, make_plan
+    from ..extraction.requests import CaptionsRequest
+    from ..inspection.benchmark import run_benchmark
+    from ..inspection.estimate import estimate as run
 
-    names = ("codec", "quality", "rank", "exact_layers", "samples_per_second", "passes")
+    names = (
+        *("codec", "quality", "rank", "exact_layers", "samples_per_second", "passes", "budget"),
+        "storage",
+    )
     workload = {name: options.pop(name) for name in names}
     if pipeline is not None:
         workload["pipeline"] = _choose_pipeline(pipeline, probe, options)
@@ -356,7 +179,7 @@ def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "Pipeli
     Raises:
         InputError: no such pipeline, or an option that contradicts it.
     """
-    from .inspection.pipelines import read_pipeline
+    from ..inspection.pipelines import read_pipeline
 
     context = click.get_current_context()
     if context.get_parameter_source("template") is not click.core.ParameterSource.DEFAULT:
@@ -380,8 +203,16 @@ def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "Pipeli
     show_default=True,
     help="pixels: the image itself, in [-1, 1]. Or a diffusers VAE: a Hub id or a folder.",
 )
-@click.option("--image-column", help="Column of images. Default: image.")
-@click.option("--text-column", help="Column of captions, by which latents and features are joined.")
+@click.option(
+    "--image-column",
+    help="Column of images. Default: image, or the only one of jpg, png, file_name, image_path "
+    "and image_binary.",
+)
+@click.option(
+    "--image-folder",
+    help="Folder that paths of images are relative to. Default: that of the table.",
+)
+@text_options
 @click.option("--size", type=click.IntRange(1), help="Resize and crop to this height and width.")
 @click.option(
     "--buckets",
@@ -391,28 +222,33 @@ def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "Pipeli
     "sides are multiples of STEP.",
 )
 @click.option(
-    "--drop-broken",
-    is_flag=True,
-    help="Complete LATENTS without the images that cannot be read; training skips them.",
+    "--broken",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "skip"]),
+    help="Images that are missing or cannot be read. skip: complete LATENTS without them; training "
+    "skips their samples.",
 )
+@click.option("--drop-broken", "broken", flag_value="skip", hidden=True)
 @limit_option
 @work_options
 @interruptible()
 def latents(samples: str, latents: str, **options: Any) -> None:
     """Encode the images of SAMPLES into LATENTS.
 
-    SAMPLES is the file that the features were made from, with a column of images: paths, bytes, or
-    both as HF datasets writes them. Images that cannot be read are listed; the command encodes all
-    others, then fails. Rerun the same command to resume.
+    SAMPLES is what the features were made from, with a column of images (paths, bytes, or both as
+    HF datasets writes them) or a folder of them. Images that cannot be read are listed; the command
+    encodes all others, then fails. Rerun the same command to resume.
 
     \b
     Examples:
       semroute latents shapes/train.parquet latents --vae pixels
       semroute latents photos.parquet latents --vae black-forest-labs/FLUX.1-schnell --size 512
     """
-    from .extraction.latents import encode_images
+    from ..extraction.latents import encode_images
 
-    click.echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
+    echo(encode_images(samples, latents, report=report_line, **options), err=is_json(options))
+    suggest("inspect", latents)
 
 
 @click.command()
@@ -424,7 +260,7 @@ def latents(samples: str, latents: str, **options: Any) -> None:
     help="A diffusers pipeline: a folder or a Hub id (org/name[@revision]). Only its tokenizers "
     "and text encoders are loaded.",
 )
-@click.option("--text-column", help="Column of captions. Default: text, prompt or caption.")
+@text_options
 @click.option(
     "--dtype",
     default="auto",
@@ -454,10 +290,11 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
     Example:
       semroute conditioning captions.parquet conditioning --pipeline black-forest-labs/FLUX.2-dev
     """
-    from .extraction.conditioning import encode_captions
+    from ..extraction.conditioning import encode_captions
 
     store = encode_captions(captions, conditioning, report=report_line, **options)
-    click.echo(store, err=is_json(options))
+    echo(store, err=is_json(options))
+    suggest("inspect", conditioning)
 
 
 @click.command()
@@ -465,7 +302,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
 @json_option("Print JSON, including the manifest.")
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LOCAL_FILE,
     help="Also write a page with figures (norms, massive activations, similarity and error by "
     "layer, lengths) and a search over captions.",
 )
@@ -477,13 +314,13 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
       semroute inspect features --json
       semroute inspect features --html features.html
     """
-    from .inspection.describe import inspect as run
+    from ..inspection.describe import inspect as run
 
     print_result(run(store), as_json)
     if html is not None:
-        from .inspection.report import write_report
+        from ..inspection.report import write_report
 
-        click.echo(write_report(store, html), err=as_json)
+        echo(write_report(store, html), err=as_json)
 
 
 @click.command()
@@ -492,11 +329,15 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
 def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
+    With a disk budget, also which runs it follows and who waits for whom. STORE may be the
+    directory of such a run.
+
     \b
-    Example:
+    Examples:
       semroute status features
+      semroute status runs/depth
     """
-    from .inspection.status import status as run
+    from ..inspection.status import status as run
 
     print_result(run(store), as_json)
 
@@ -520,9 +361,9 @@ def push(store: str, repo: str, **options: Any) -> None:
     Example:
       semroute push features my-name/captions-smollm2 --license cc-by-4.0 --dry-run
     """
-    from .inspection.hub import push as run
+    from ..inspection.hub import push as run
 
-    click.echo(run(store, repo, report=report_line, **options))
+    echo(run(store, repo, report=report_line, **options))
 
 
 @click.command()
@@ -560,8 +401,8 @@ def verify(store: str, repair: bool, against: str | None, num: int | None, as_js
         sys.exit(_compare(store, against, num or 8, as_json))
     if num is not None:
         raise InputError("--num needs --against")
-    from .store.verify import repair as mark_bad
-    from .store.verify import verify as run
+    from ..store.verify import repair as mark_bad
+    from ..store.verify import verify as run
 
     findings = run(store, progress=not as_json)
     print_result(findings, as_json)
@@ -575,8 +416,8 @@ def verify(store: str, repair: bool, against: str | None, num: int | None, as_js
 
 def _compare(store: str, pipeline: str, num: int, as_json: bool) -> int:
     """Compare a store with a pipeline; returns the exit code."""
-    from .executor.workers import own_device
-    from .inspection.against import compare_with_pipeline
+    from ..executor.workers import own_device
+    from ..inspection.against import compare_with_pipeline
 
     comparison = compare_with_pipeline(store, pipeline, num, own_device())
     print_result(comparison, as_json)

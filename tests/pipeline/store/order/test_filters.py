@@ -1,8 +1,8 @@
 import pyarrow as pa
 import pytest
 
+from semroute.pipeline.store.order.filters import parse_filter
 from semroute.schemas import InputError
-from semroute.trainer.data.filters import parse_filter
 
 TABLE = pa.table(
     {

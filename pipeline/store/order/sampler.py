@@ -9,6 +9,7 @@ are divided, whoever reads them, and after however many restarts.
 Shapes: P positions, N samples, M captions of all samples, S sources.
 """
 
+import heapq
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from ...schemas import DataConfig, InputError
-from ...schemas.seeds import Purpose, as_uniform, numpy_generator, philox
+from ....schemas import DataConfig, InputError
+from ....schemas.seeds import RANDOM_VERSION, Purpose, as_uniform, numpy_generator, philox
 from .dataset import SampleIndex, StorePair, by_shape, proportions, shares_of
 
 BLOCK = 1024
-"""Turns within which every source has its share, to a sample."""
+"""Turns within which every source has its share, to a turn or two."""
+ROUNDING = 1e-12
+"""A share that may be 0 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -85,25 +88,52 @@ class SampleIndices:
     caption: np.ndarray
 
 
+Tree = "int | tuple[Tree, Tree, float]"
+"""A source, or sources divided in two: the part with more, that with less, and its share."""
+
+
+def divide(shares: Sequence[float]) -> Any:
+    """Sources as a binary :data:`Tree` in which large shares are near the root (Huffman's), so that
+    they are rounded few times."""
+    heap: list[tuple[float, int, Any]] = [(share, n, n) for n, share in enumerate(shares)]
+    heapq.heapify(heap)
+    for number in range(len(shares), 2 * len(shares) - 1):
+        (less, _, smaller), (more, _, larger) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (less + more, number, (larger, smaller, less / (less + more))))
+    return heap[0][2]
+
+
 class Interleave:
     """Turns given to several sources in fixed proportions, in an order that is a function of
     (key, turn).
 
     Args:
-        shares: of each source; their sum is 1, and the first takes what rounding leaves.
+        shares: of each source, all above 0; their sum is 1.
         seed, purpose, part: key of the generators, to which the number of a block is added.
+        version: 2: sources are divided in two, and their turns between both, until each is alone.
+            1: the first takes what rounding down leaves, which may be nothing.
     """
 
-    def __init__(self, shares: Sequence[float], seed: int, purpose: Purpose, *part: int) -> None:
+    def __init__(
+        self,
+        shares: Sequence[float],
+        seed: int,
+        purpose: Purpose,
+        *part: int,
+        version: int = RANDOM_VERSION,
+    ) -> None:
         self.shares = list(shares)
         self._seed, self._purpose, self._part = seed, purpose, part
+        self._version = version
+        self._tree = divide(self.shares)
 
     def turns(self, first: int, num: int) -> tuple[np.ndarray, np.ndarray]:
         """Whose turn it is from ``first`` to ``first + num``, and how many turns that source had
         before: int64 ``[num]`` each.
 
         In every block of :data:`BLOCK` turns sources have their shares, rounded so that nothing is
-        lost over all blocks.
+        lost over all blocks: whatever the shares and their number, no source ever has fewer turns
+        after a block than before.
         """
         if len(self.shares) == 1:
             return np.zeros(num, np.int64), np.arange(first, first + num)
@@ -128,6 +158,11 @@ class Interleave:
         #     turns        6 10  7 11 12  8 13 14     turns[position] = turn: ascending per source
         before = self._turns_before(block)
         counts = self._turns_before(block + 1) - before
+        if counts.min() < 0:
+            raise InputError(
+                f"random_version 1 cannot divide turns among {len(counts)} sources of nearly equal "
+                "shares: set random_version=2"
+            )
         source = np.repeat(np.arange(len(counts)), counts)
         turn = np.arange(BLOCK) + np.repeat(before - (np.cumsum(counts) - counts), counts)
         generator = numpy_generator(self._seed, self._purpose, *self._part, block)
@@ -139,8 +174,24 @@ class Interleave:
 
     def _turns_before(self, block: int) -> np.ndarray:
         """Turns that each source had before a block: int64 ``[S]``."""
-        others = [int(block * BLOCK * share) for share in self.shares[1:]]
-        return np.array([block * BLOCK - sum(others), *others], np.int64)
+        before = block * BLOCK
+        if self._version == 1:
+            others = [int(before * share) for share in self.shares[1:]]
+            return np.array([before - sum(others), *others], np.int64)
+        # Of two, one has floor(n share) of n turns and the other the rest. Both grow with n, so
+        # what is divided further grows too:
+        #
+        #     shares 0.5, 0.3, 0.2      n = 9:  9 = 5 + 4, and 4 = 3 + 1
+        turns, divided = np.empty(len(self.shares), np.int64), [(self._tree, before)]
+        while divided:
+            node, num = divided.pop()
+            if isinstance(node, int):
+                turns[node] = num
+            else:
+                larger, smaller, share = node
+                of_smaller = int(num * share)
+                divided += [(larger, num - of_smaller), (smaller, of_smaller)]
+        return turns
 
 
 class MixtureSampler:
@@ -156,9 +207,10 @@ class MixtureSampler:
         window: None: any sample may follow any other. Otherwise samples come shard by shard, and
             each shard's samples are spread over this many shards: see :class:`EpochShuffle`.
         part: number of this sampler, where it is one of several.
+        version: see :class:`Interleave`.
 
     Raises:
-        InputError: proportions leave too little for the first source.
+        InputError: proportions leave nothing for the first source.
     """
 
     def __init__(
@@ -170,24 +222,27 @@ class MixtureSampler:
         proportions: Sequence[float] = (),
         window: int | None = None,
         part: int = 0,
+        version: int = RANDOM_VERSION,
     ) -> None:
         self.sources = list(sources)
         self.caption_dropout = caption_dropout
         self.proportions = [1.0 - sum(proportions), *proportions]
         parts = (0, part) if part else ()  # keys of the first sampler are those of a single one
         self._seed, self._parts = seed, parts
-        self.interleave = Interleave(self.proportions, seed, Purpose.MIXTURE, *parts)
+        if self.proportions[0] <= ROUNDING:
+            raise InputError(
+                f"the proportions of a mixture, {', '.join(map(str, proportions))}, leave nothing "
+                "for the first source; give them less than 1 in all"
+            )
+        self.interleave = Interleave(
+            self.proportions, seed, Purpose.MIXTURE, *parts, version=version
+        )
         self.epochs = [
             EpochShuffle(
                 source, seed, (number, part) if part else (number,) if number else (), window
             )
             for number, source in enumerate(sources)
         ]
-        if len(sources) * 2 > BLOCK * self.proportions[0]:
-            raise InputError(
-                f"the proportions of a mixture, {', '.join(map(str, proportions))}, leave "
-                f"{self.proportions[0]:.3g} of all samples for the first source; give them less"
-            )
 
     def indices(self, first: int, num: int) -> SampleIndices:
         """Samples and captions at positions ``first`` to ``first + num``.
@@ -195,7 +250,7 @@ class MixtureSampler:
         Philox counts in blocks of four words, one block per position: the first word decides
         dropout, the second the caption.
         """
-        from ...pipeline.store.features import NULL_CAPTION
+        from ..features import NULL_CAPTION
 
         bits = philox(self._seed, Purpose.CHOICE, *self._parts).advance(first)
         words = bits.random_raw(4 * num).reshape(-1, 4)
@@ -218,6 +273,7 @@ class BucketSampler:
         samplers: of each shape, with the numbers of their sources among all pairs of stores.
         shares: of all positions that each shape has, the largest first.
         batch_size: positions of a batch.
+        version: see :class:`Interleave`.
     """
 
     def __init__(
@@ -227,9 +283,10 @@ class BucketSampler:
         *,
         seed: int,
         batch_size: int,
+        version: int = RANDOM_VERSION,
     ) -> None:
         self.samplers = list(samplers)
-        self.interleave = Interleave(shares, seed, Purpose.SHAPES)
+        self.interleave = Interleave(shares, seed, Purpose.SHAPES, version=version)
         self.batch_size = batch_size
 
     def indices(self, first: int, num: int) -> SampleIndices:
@@ -346,26 +403,32 @@ class EpochShuffle:
 
 
 def make_sampler(
-    pairs: Sequence[StorePair], data: DataConfig, seed: int
+    pairs: Sequence[StorePair], data: DataConfig, seed: int, version: int = RANDOM_VERSION
 ) -> MixtureSampler | BucketSampler:
     """The sampler of all pairs of stores; where latents have several shapes, a batch has one.
 
+    Args:
+        version: ``TrainConfig.random_version``.
+
     Raises:
-        InputError: proportions that leave too little for the first pair.
+        InputError: proportions that leave nothing for the first pair.
     """
     window = data.window if data.order == "shards" else None
-    options: dict[str, Any] = {"seed": seed, "caption_dropout": data.caption_dropout}
+    options: dict[str, Any] = {"seed": seed, "version": version}
+    dropping = options | {"caption_dropout": data.caption_dropout}
     shapes = [*by_shape(pairs).values()]
     if len(shapes) == 1:
         sources = [pair.index for pair in pairs]
-        return MixtureSampler(sources, proportions=proportions(pairs)[1:], window=window, **options)
+        return MixtureSampler(
+            sources, proportions=proportions(pairs)[1:], window=window, **dropping
+        )
     samplers, shares = [], []
     for part, sources_of in enumerate(shapes):
         own = shares_of(pairs, sources_of)
         shares.append(sum(own))
         rest = [share / shares[-1] for share in own[1:]]
         sampler = MixtureSampler(
-            [*sources_of.values()], proportions=rest, window=window, part=part, **options
+            [*sources_of.values()], proportions=rest, window=window, part=part, **dropping
         )
         samplers.append((sampler, [*sources_of]))
-    return BucketSampler(samplers, shares, seed=seed, batch_size=data.batch_size)
+    return BucketSampler(samplers, shares, batch_size=data.batch_size, **options)

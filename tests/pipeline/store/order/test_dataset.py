@@ -7,8 +7,8 @@ import pytest
 
 from semroute.pipeline.store.features import NULL_CAPTION
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.order.dataset import all_samples, open_pairs, select
 from semroute.schemas import DataConfig, InputError, parse
-from semroute.trainer.data.dataset import all_samples, open_pairs, select
 from semroute.trainer.data.loader import PackedLoader
 
 

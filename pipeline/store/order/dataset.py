@@ -17,28 +17,32 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.json
 
-from ...schemas import (
+from ....schemas import (
     MASK,
     DataConfig,
     InputError,
     MixtureRecord,
     SelectionConfig,
     SelectionRecord,
+    ValidationConfig,
     differences,
     refuse_differences,
 )
-from ...schemas.columns import to_plain
-from ...schemas.seeds import as_uniform
+from ....schemas.columns import to_plain
+from ....schemas.seeds import Purpose, as_uniform, numpy_generator
+from ....schemas.urls import check_protocol, suffix_of
 from .filters import parse_filter
 
 if TYPE_CHECKING:
-    from ...pipeline.store.conditioning import ConditioningStore
-    from ...pipeline.store.features import FeatureStore
-    from ...pipeline.store.latents import LatentStore
+    from ..conditioning import ConditioningStore
+    from ..features import FeatureStore
+    from ..latents import LatentStore
 
 
 _BLOCK_BYTES = 1 << 26
 """Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
+WEIGHTS = "caption_weights"
+"""Column of samples that has the weights of their captions, if extraction was given some."""
 NUM_COMPARED = 64
 """Captions whose number of rows is compared between features and conditioning."""
 _NUM_NAMED = 20
@@ -160,7 +164,11 @@ class StorePair:
 
     @cached_property
     def _row_bytes(self) -> float:
-        return self.features.num_bytes() / self.features.manifest.layout.num_rows
+        receipts = self.features.receipts().values()
+        num_rows = sum(receipt.num_rows for receipt in receipts)
+        if not num_rows:  # with a disk budget, before its first shard
+            return self.features.bytes_per_row()
+        return sum(f.num_bytes for r in receipts for f in r.files.values()) / num_rows
 
     @cached_property
     def latent_bytes(self) -> float:
@@ -196,12 +204,12 @@ def open_pairs(
         InputError: a store is unfinished, or two do not belong together; a filter or column of
             weights does not fit; nothing is left to train on.
     """
-    from ...pipeline.store.open import open_features, open_latents
+    from ..open import open_followed, open_latents
 
     first = select(features, latents, data.select)
     pairs = [replace(first, conditioning=open_joined(data.conditioning, features))]
     for config in data.mixture:
-        texts, images = open_features(config.features), open_latents(config.latents)
+        texts, images = open_followed(config.features), open_latents(config.latents)
         different = differences(
             texts.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
             features.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
@@ -235,7 +243,7 @@ def open_joined(path: str | None, features: "FeatureStore") -> "ConditioningStor
     """
     if path is None:
         return None
-    from ...pipeline.store.open import open_conditioning
+    from ..open import open_conditioning
 
     store = open_conditioning(path)
     store.check_complete()
@@ -305,21 +313,27 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
     A filter tests each caption of each sample. Captions that it leaves out are never shown, and
     samples without a remaining caption are not trained on, nor are samples without a latent.
 
+    Captions whose columns had weights in extraction keep them unless the configuration has others.
+
     Raises:
         InputError: as :func:`open_pairs`.
     """
     check_joined(features, latents)
     whole = all_samples(features, latents)
-    if config.filter is None and config.caption_weights is None:
+    weights = None
+    if config.caption_weights is None and WEIGHTS in features.samples.column_names:
+        lists = features.samples[WEIGHTS].combine_chunks().take(pa.array(latents.ids))
+        weights = lists.flatten().to_numpy()
+    if config.filter is None and config.caption_weights is None and weights is None:
         return StorePair(features, latents, whole)
     columns = JoinedColumns(features, latents, config.columns)
     sample = np.repeat(np.arange(len(whole)), np.diff(whole.starts))
     kept = np.ones(len(sample), bool)
     if config.filter is not None:
         kept &= columns.passing(config.filter, whole, sample)
-    weights = None
     if config.caption_weights is not None:
         weights = columns.weights(config.caption_weights, whole, sample)
+    if weights is not None:
         kept &= weights > 0
     counts = np.bincount(sample[kept], minlength=len(whole))
     if not counts.any():
@@ -344,11 +358,46 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
 
 def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
     """All samples that have a latent, with all their captions."""
-    lists = features.samples["caption_ids"].combine_chunks().take(pa.array(latents.ids))
-    shards = features.captions["shard"].to_numpy().astype(np.int64)
+    lists = features.sample_captions().combine_chunks().take(pa.array(latents.ids))
+    shards = features.shards()
     captions = lists.values.to_numpy()
     starts = lists.offsets.to_numpy().astype(np.int64)
     return SampleIndex(latents.ids, starts, captions, shards=shards[captions])
+
+
+def held_out(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
+    """Samples to hold out of training: int64 ids, in random order.
+
+    The random number of a sample is a function of (seed, id), so a store that grows holds out the
+    same samples, and some of the new ones.
+
+    Args:
+        ids: samples that have a latent: int64, ascending.
+    """
+    if not config.share:
+        return ids[:0]
+    generator = numpy_generator(config.seed, Purpose.HELD_OUT)
+    drawn = generator.random(int(ids.max(initial=-1)) + 1)[ids]
+    picked = np.flatnonzero(drawn < config.share)
+    return ids[picked[np.argsort(drawn[picked], kind="stable")]]
+
+
+def validation_samples(config: ValidationConfig, ids: np.ndarray) -> np.ndarray:
+    """Held-out samples that the loss is measured on: int64 ids, ascending.
+
+    Args:
+        ids: samples that have a latent: int64, ascending.
+
+    Raises:
+        InputError: the share leaves no samples on one side.
+    """
+    samples = held_out(config, ids)
+    if not 0 < len(samples) < len(ids):
+        raise InputError(
+            f"validation.share {config.share:g} holds out {len(samples)} of {len(ids)} samples: it "
+            "must leave some on each side"
+        )
+    return np.sort(samples[: config.num_samples])
 
 
 class JoinedColumns:
@@ -483,7 +532,8 @@ def _array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _open_table(name: str) -> pyarrow.dataset.Dataset:
-    ending = name.rpartition(".")[2]
+    check_protocol(name)
+    ending = suffix_of(name, [".parquet", ".csv", ".tsv", ".jsonl"]).removeprefix(".")
     form: str | pyarrow.dataset.FileFormat = ending
     if ending in ("csv", "tsv"):
         form = pyarrow.dataset.CsvFileFormat(
@@ -511,8 +561,9 @@ def check_joined(features: "FeatureStore", latents: "LatentStore") -> None:
     Raises:
         InputError: one is unfinished, or they were not made from the same samples.
     """
-    for store in (features, latents):
-        store.check_complete()
+    if not features.has_budget:
+        features.check_complete()
+    latents.check_complete()
     text, images = features.manifest.identity.samples, latents.manifest.identity.samples
     if text.num_samples != images.num_samples:
         raise InputError(

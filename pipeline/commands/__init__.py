@@ -1,0 +1,1 @@
+"""The commands that make stores and look at them, and what all commands share."""

@@ -1,0 +1,49 @@
+"""Files of tensors, by safetensors."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_tensors(
+    tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors into a file that others may read as the umask allows.
+
+    Args:
+        metadata: texts in the header of the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.open("ab").close()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        # Only the text has the error number of the operating system, such as that of a full disk.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    path.chmod(mode & 0o777)  # safetensors makes it private
+
+
+def make_readable(folder: Path) -> None:
+    """Let others read the files of a new folder as the umask allows, whoever wrote them there."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
