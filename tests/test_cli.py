@@ -465,7 +465,7 @@ def test_seeds_out_of_range_are_refused_by_every_command(command, option, value)
         ("sample run --features f --prompts p --model m", "--model is not used with --features"),
         ("sample run --prompt p --layout geneval", "--layout needs --prompts"),
         ("study c.yaml --report-only --jobs 2", "--jobs is not used with --report-only"),
-        ("rewrite f out --text-column c", "--text-column names a column of a table"),
+        ("rewrite f out --text-column c", "--text-column is about a table: name it with"),
         ("probe f labels --routing run", "--routing is for the figure"),
         ("evaluate run --question q", "--question needs --judge"),
     ],
