@@ -1,48 +1,54 @@
 """Size, error and speed of each codec on real hidden states, beside other quantisers.
 
     semroute extract CAPTIONS features --model LLM --codec bf16
-    python benchmarks/codecs.py features [--markdown]
+    python benchmarks/codecs.py features [--ranks 0,16,full] [--markdown]
 
 Codecs are fitted on captions that are not measured. Sizes are those of real zstd chunks of 8 full
 rows, without what a store holds only once (slopes, matrices). Speeds are for one thread, in GB of
-decoded bfloat16 per second, without zstd and without reading.
+decoded bfloat16 per second of its CPU time, without zstd and without reading: medians of rounds
+that take one codec after the other.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import click
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from semroute.pipeline.codecs.base import layer_norm
+from semroute.pipeline.codecs.base import Codec, layer_norm
 from semroute.pipeline.codecs.error import CodecError
-from semroute.pipeline.codecs.fit import bits_per_value, fit_codec
+from semroute.pipeline.codecs.fit import bits_per_value, encode_rows, fit_codec
+from semroute.pipeline.codecs.registry import fitted_arrays, request_codec, settle_rank
 from semroute.pipeline.store.open import open_features
+from semroute.schemas import Rank
 
-ARMS = [
-    ("bf16", None),
-    ("lossless", None),
-    *(("delta", quality) for quality in (7.0, 5.0, 4.0, 3.0, 2.5)),
-    *(("linear", quality) for quality in (7.0, 5.0, 4.0, 3.0, 2.5)),
+QUALITIES = (7.0, 5.0, 4.0, 3.0, 2.5)
+ARMS: list[tuple[str, float | None, Rank | None]] = [
+    ("bf16", None, None),
+    ("lossless", None, None),
+    *(("delta", quality, None) for quality in QUALITIES),
+    *(("linear", quality, None) for quality in QUALITIES),
 ]
 NUM_MIXES = 16
+TIMED_ROWS, ROUNDS = 256, 7
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: bits per value, relative errors of LN(h), GB/s of bfloat16."""
+    """A row of the table: bits per value, bytes of matrices, relative errors of LN(h), and GB/s of
+    bfloat16 by what was done."""
 
     name: str
     bits: float
     error: dict[str, float]
     mixed: float
-    encode: float | None
-    decode: float | None
-    decode_torch: float | None
+    once: int
+    speeds: dict[str, float]
 
 
 def fp8(hidden: torch.Tensor) -> torch.Tensor:
@@ -78,59 +84,86 @@ def errors(hidden: torch.Tensor, found: torch.Tensor) -> tuple[dict[str, float],
     return error.to_dict(), float(mixed.mean())
 
 
-def measure_codec(
-    name: str, quality: float | None, sample: torch.Tensor, hidden: torch.Tensor
-) -> Row:
-    codec, _ = fit_codec(name, sample, quality)
-    num_layers = hidden.shape[1]
-    gigabytes = 2 * hidden.numel() / 1e9
-    parts: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in codec.arrays}
-    coded, seconds = None, 0.0
-    for layer in range(num_layers):
-        one = hidden[:, layer].contiguous()
-        began = time.perf_counter()
-        coded = codec.encode(layer, one, coded)
-        seconds += time.perf_counter() - began
-        for array, codes in coded.codes.items():
-            parts[array].append(codes)
-    tensors = {array: torch.stack(codes, 1) for array, codes in parts.items()}
-    arrays = {array: codes.numpy() for array, codes in tensors.items()}
-    out = np.empty(hidden.shape, np.uint16)
-    layers, rows = range(num_layers), np.arange(len(out))
-    decode = best_of(lambda: codec.decode(arrays, layers, rows, out))
-    decode_torch = best_of(lambda: codec.decode_torch(tensors, layers))
-    error, mixed = errors(hidden, torch.from_numpy(out).view(torch.bfloat16))
-    label = name if quality is None else f"{name}, quality {quality:g}"
-    bits = bits_per_value(codec, hidden)
-    speeds = (gigabytes / seconds, gigabytes / decode, gigabytes / decode_torch)
-    return Row(label, bits, error, mixed, *speeds)
+@dataclass(frozen=True)
+class Arm:
+    """A fitted codec, and what it is timed on.
+
+    Attributes:
+        label: in the table.
+        once: bytes of its matrices in a store.
+        codes: of the timed rows.
+    """
+
+    label: str
+    codec: Codec
+    once: int
+    codes: dict[str, np.ndarray]
+
+    def jobs(self, hidden: torch.Tensor) -> dict[str, Callable[[], object]]:
+        """What is timed, on hidden states ``[R, L, H]``."""
+        layers, rows = range(hidden.shape[1]), np.arange(len(hidden))
+        out = np.empty(hidden.shape, np.uint16)
+        tensors = {name: torch.from_numpy(codes) for name, codes in self.codes.items()}
+        return {
+            "encode": lambda: encode_rows(self.codec, hidden),
+            "decode": lambda: self.codec.decode(self.codes, layers, rows, out),
+            "torch": lambda: self.codec.decode_torch(tensors, layers),
+        }
 
 
-def best_of(call: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of several calls, after a first one that compiles."""
-    call()
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def fit_arm(
+    name: str, quality: float | None, rank: Rank | None, sample: torch.Tensor, timed: torch.Tensor
+) -> Arm:
+    spec = settle_rank(request_codec(name, quality, rank), sample.shape[2])
+    codec, _ = fit_codec(spec, sample, range(sample.shape[1]))
+    parts = [name] if quality is None else [name, f"quality {quality:g}"]
+    parts += [] if rank is None else [f"rank {rank}"]
+    fitted = fitted_arrays(spec, sample.shape[2]).values()
+    once = sum(np.prod(shape) * dtype.itemsize for shape, dtype in fitted if len(shape) > 1)
+    once = int(once) * sample.shape[1]
+    return Arm(", ".join(parts), codec, once, encode_rows(codec, timed))
 
 
-def measure(sample: torch.Tensor, hidden: torch.Tensor) -> Iterator[Row]:
-    for name, quality in tqdm(ARMS, desc="codecs"):
-        yield measure_codec(name, quality, sample, hidden)
-    for name, quantise, bits in PEERS:
+def time_arms(arms: list[Arm], timed: torch.Tensor) -> list[dict[str, float]]:
+    """GB/s of each arm; every round takes all of them."""
+    jobs = [arm.jobs(timed) for arm in arms]
+    seconds: list[dict[str, list[float]]] = [{job: [] for job in each} for each in jobs]
+    for number in tqdm(range(1 + ROUNDS), desc="rounds"):  # the first compiles
+        for each, spent in zip(jobs, seconds, strict=True):
+            for job, call in each.items():
+                began = time.thread_time()
+                call()
+                if number:
+                    spent[job].append(time.thread_time() - began)
+    gigabytes = 2 * timed.numel() / 1e9
+    return [{job: gigabytes / median(spent) for job, spent in each.items()} for each in seconds]
+
+
+def measure(
+    arms: list[tuple[str, float | None, Rank | None]], sample: torch.Tensor, hidden: torch.Tensor
+) -> Iterator[Row]:
+    timed = hidden[:TIMED_ROWS].contiguous()
+    fitted = [fit_arm(*arm, sample, timed) for arm in tqdm(arms, desc="fits")]
+    for arm, speeds in zip(fitted, time_arms(fitted, timed), strict=True):
+        found = np.empty(hidden.shape, np.uint16)
+        arm.codec.decode(
+            encode_rows(arm.codec, hidden), range(hidden.shape[1]), np.arange(len(hidden)), found
+        )
+        error, mixed = errors(hidden, torch.from_numpy(found).view(torch.bfloat16))
+        bits = bits_per_value(arm.codec, hidden)
+        yield Row(arm.label, bits, error, mixed, arm.once, speeds)
+    for name, quantise, bits_of in PEERS:
         error, mixed = errors(hidden, quantise(hidden.float()))
-        yield Row(name, bits(hidden.shape[-1]), error, mixed, None, None, None)
+        yield Row(name, bits_of(hidden.shape[-1]), error, mixed, 0, {})
 
 
 @click.command()
 @click.argument("features", type=click.Path(exists=True, path_type=Path))
 @click.option("--fit-rows", default=8_192, show_default=True, help="Tokens to fit on.")
 @click.option("--rows", default=3_000, show_default=True, help="Other tokens, to measure.")
+@click.option("--ranks", help="Only predictive of these ranks, such as 0,16,full.")
 @click.option("--markdown", is_flag=True)
-def main(features: Path, fit_rows: int, rows: int, markdown: bool) -> None:
+def main(features: Path, fit_rows: int, rows: int, ranks: str | None, markdown: bool) -> None:
     torch.set_num_threads(1)
     store = open_features(features)
     if store.manifest.codec.name != "bf16":
@@ -142,19 +175,23 @@ def main(features: Path, fit_rows: int, rows: int, markdown: bool) -> None:
     print(
         f"fitted on {len(sample):,} tokens, measured on {len(hidden):,} others of {features.name}"
     )
-    heads = ["codec", "bits", "smaller", "LN(h) mean", "max", "max bare", "mixed", "encode",
-             "decode", "torch"]  # fmt: skip
+    arms = ARMS
+    if ranks is not None:
+        chosen = ["full" if rank == "full" else int(rank) for rank in ranks.split(",")]
+        arms = [ARMS[0], *(("predictive", 4.0, rank) for rank in chosen)]
+    heads = ["codec", "bits", "smaller", "matrices", "LN(h) mean", "max", "max bare", "mixed",
+             "encode", "decode", "torch"]  # fmt: skip
     table = [heads]
-    for row in measure(sample, hidden):
-        speeds = (row.encode, row.decode, row.decode_torch)
+    for row in measure(arms, sample, hidden):
         table.append(
             [
                 row.name,
                 f"{row.bits:.2f}",
                 f"{16 / row.bits:.2f}x",
+                f"{row.once / 1e6:.1f} MB" if row.once else "",
                 *(f"{row.error[key]:.1e}" for key in ("mean", "max", "max_without_top3")),
                 f"{row.mixed:.1e}",
-                *("" if speed is None else f"{speed:.2f}" for speed in speeds),
+                *(f"{row.speeds[job]:.2f}" if row.speeds else "" for job in heads[-3:]),
             ]
         )
     if markdown:

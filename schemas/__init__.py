@@ -25,6 +25,7 @@ from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
 from .lock import LOCK_FILE, LockOwner
 from .manifest import (
+    DEFAULT_RANK,
     MASK,
     MAX_QUALITY,
     MIN_QUALITY,
@@ -49,6 +50,7 @@ from .manifest import (
     Layout,
     ModelIdentity,
     Provenance,
+    Rank,
     SamplesIdentity,
     Template,
     TextProcessing,
@@ -85,6 +87,7 @@ __all__ = [
     "BUDGET",
     "CAPTIONS_SCHEMA",
     "CONDITIONING_CAPTIONS_SCHEMA",
+    "DEFAULT_RANK",
     "LATENT_SAMPLES_SCHEMA",
     "LN_EPS",
     "LOCK_FILE",
@@ -147,6 +150,7 @@ __all__ = [
     "Prompt",
     "Provenance",
     "Quarantine",
+    "Rank",
     "Receipt",
     "Report",
     "RouterRecord",

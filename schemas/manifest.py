@@ -9,10 +9,14 @@ from .contract import Contract
 from .mixes import Mixes
 
 MIN_QUALITY, MAX_QUALITY = 2.0, 8.0
+DEFAULT_RANK = 32
+"""Largest rank at which a CPU core decodes 0.4 GB/s; see docs/benchmarks/codecs.md."""
 Status = Literal["extracting", "complete", "budget"]
 """``budget``: shards come and go within a disk budget, see ``budget.json``."""
 FinalNorm = Literal["normed", "raw", "both", "absent"]
-CodecName = Literal["bf16", "lossless", "delta", "linear"]
+CodecName = Literal["bf16", "lossless", "delta", "linear", "predictive"]
+Rank = Annotated[int, Field(ge=0)] | Literal["full"]
+"""Rank of what predicts a layer from the one below it: 0 is ``delta``, "full" is ``linear``."""
 Cleaning = Literal["none", "strip", "lower_strip", "clean_caption", "fix_text", "no_images"]
 MASK = "mask"
 """Name of the rows that are a caption's own, beside the tensors of a pipeline."""
@@ -196,13 +200,16 @@ class Codec(Contract):
 
     name: CodecName
     quality: float | None = Field(None, ge=MIN_QUALITY, le=MAX_QUALITY)
-    """delta, linear: the step is 2**-quality; one more halves the error and costs one bit."""
+    """delta, linear, predictive: the step is 2**-quality; one more halves the error and costs one
+    bit."""
+    rank: int | None = Field(None, ge=1)
+    """predictive: rank of the prediction; less than the width."""
     code_bits: Literal[4, 8] | None = None
-    """delta, linear: bits per code; larger codes use an escape."""
+    """delta, linear, predictive: bits per code; larger codes use an escape."""
     fit: Fit | None = None
-    """lossless, delta, linear: the fit, made before the first shard."""
+    """All but bf16: the fit, made before the first shard."""
     exact_layers: tuple[int, ...] = ()
-    """delta, linear: LLM layers that are stored exactly too, in the array ``exact``."""
+    """delta, linear, predictive: LLM layers that are stored exactly too, in the array ``exact``."""
 
 
 class Derived(Contract):

@@ -54,6 +54,8 @@ class Purpose(IntEnum):
     """Noise levels that a sample is trained with: position. Counted, see :func:`counted`."""
     GAUSSIAN = 12
     """Noise that a sample is trained with: position. Counted."""
+    CODEC_FIT = 13
+    """Axes that the search for those of codec ``predictive`` begins with: no position."""
 
 
 class UnnumberedPurpose(Enum):

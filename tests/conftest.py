@@ -301,8 +301,9 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
     parameters = random_parameters(codec_name, rng)
     spec = Codec(
         name=codec_name,
-        quality=3.0 if codec_name in ("delta", "linear") else None,
-        code_bits={"delta": 8, "linear": 4}.get(codec_name),
+        quality=3.0 if codec_name in ("delta", "linear", "predictive") else None,
+        rank=6 if codec_name == "predictive" else None,
+        code_bits={"delta": 8, "linear": 4, "predictive": 4}.get(codec_name),
         fit=Fit(num_captions=1, num_rows=1, sha256=digest_parameters(parameters))
         if parameters
         else None,
@@ -387,11 +388,16 @@ def random_parameters(codec: str, rng: np.random.Generator) -> dict[str, np.ndar
     if codec == "lossless":
         base, follow = (rng.integers(0, 256, (4, n)).astype(np.uint8) for n in (32, 256))
         return {"base": base, "follow": follow}
-    if codec not in ("delta", "linear"):
+    if codec == "bf16":
         return {}
     bias = rng.normal(size=(4, 32)).astype(np.float32)
-    if codec == "delta":
-        return {"slope": rng.uniform(0.5, 1, (4, 32)).astype(np.float32), "bias": bias}
+    if codec != "linear":
+        lines = {"slope": rng.uniform(0.5, 1, (4, 32)).astype(np.float32), "bias": bias}
+        if codec == "delta":
+            return lines
+        down, up = rng.integers(-127, 128, (2, 4, 6, 32)).astype(np.int8)
+        shrink, gain = (np.full((4, size), 1e-3, np.float32) for size in (6, 32))
+        return lines | {"down": down, "up": up, "shrink": shrink, "gain": gain}
     values = (rng.normal(size=(2, 4, 32, 32)) / 8).astype(np.float32)
     matrix, rotation = (values.view(np.uint32) >> 16).astype(np.uint16)
     return {"matrix": matrix, "rotation": rotation, "bias": bias}

@@ -27,12 +27,12 @@ from tiny_stores import (
     write,
 )
 
-FEATURES = ("bf16", "lossless", "delta", "linear", "exact", "mixes")
+FEATURES = ("bf16", "lossless", "delta", "linear", "predictive", "exact", "mixes")
 LATENTS = ("latents", "buckets")
 CONDITIONING = ("ragged", "padded")
 CAPTIONS = (*FEATURES, *CONDITIONING)
 GZIP = {"name": "gzip", "configuration": {"level": 5}}
-FITTED = ("lossless", "delta", "linear", "exact")
+FITTED = ("lossless", "delta", "linear", "predictive", "exact")
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,11 @@ MANIFESTS = [
     manifest("layers-beyond", "identity.layers", [1, 2, 9], FEATURES),
     manifest("codec-other", "codec.name", "lossless", ("bf16", "mixes", "delta"), file=""),
     manifest("codec-bits", "codec.code_bits", 4, ("delta",), file="zarr.json"),
+    manifest("rank-other", "codec.rank", 2, ("predictive",), file="zarr.json"),
+    manifest("rank-width", "codec.rank", WIDTH, ("predictive",)),
+    manifest("rank-bomb", "codec.rank", 10**12, ("predictive",)),
+    manifest("rank-none", "codec.rank", None, ("predictive",)),
+    manifest("rank-of-another", "codec.rank", 3, ("delta", "linear", "bf16")),
     manifest("codec-not-fitted", "codec.fit", None, FITTED),
     manifest("exact-beyond", "codec.exact_layers", [9], ("delta", "exact")),
     manifest("exact-none", "codec.exact_layers", [1], ("delta",), file="zarr.json"),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semroute.pipeline.codecs.base import digest_parameters
-from semroute.pipeline.codecs.registry import CODECS, open_codec
+from semroute.pipeline.codecs.registry import CODECS, fitted_arrays, open_codec
 from semroute.pipeline.store.base import Store
 from semroute.pipeline.store.conditioning import ConditioningStore
 from semroute.pipeline.store.features import FeatureStore
@@ -28,6 +28,7 @@ from semroute.schemas import (
     CONDITIONING_CAPTIONS_SCHEMA,
     LATENT_SAMPLES_SCHEMA,
     SAMPLES_SCHEMA,
+    Codec,
     ConditioningManifest,
     FeatureManifest,
     LatentManifest,
@@ -36,9 +37,9 @@ from semroute.schemas import (
     fingerprint,
 )
 
-NUM, LAYERS, WIDTH = 40, 3, 8
+NUM, LAYERS, WIDTH, RANK = 40, 3, 8, 3
 KINDS = (
-    *("bf16", "lossless", "delta", "linear", "exact", "mixes"),
+    *("bf16", "lossless", "delta", "linear", "predictive", "exact", "mixes"),
     *("latents", "buckets", "ragged", "padded"),
 )
 TEXTS = ["", *(f"caption {number} of some" for number in range(1, NUM))]
@@ -62,14 +63,17 @@ def _make_features(path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
     name = {"exact": "delta", "mixes": "bf16"}.get(kind, kind)
     packing = _pack(LENGTHS, aligned=CODECS[name].aligned)
+    codec = {"name": name}
+    if name in ("delta", "linear", "predictive"):
+        codec |= {"quality": 3.0, "code_bits": 4 if name == "linear" else 8}
+    if name == "predictive":
+        codec["rank"] = RANK
     parameters = {
         fitted: _random(rng, (LAYERS, *shape), dtype)
-        for fitted, (shape, dtype) in CODECS[name].fitted(WIDTH).items()
+        for fitted, (shape, dtype) in fitted_arrays(Codec(**codec), WIDTH).items()
     }
     fit = {"num_captions": 1, "num_rows": 1, "sha256": digest_parameters(parameters)}
-    codec = {"name": name, "fit": fit if parameters else None}
-    if name in ("delta", "linear"):
-        codec |= {"quality": 3.0, "code_bits": 4 if name == "linear" else 8}
+    codec["fit"] = fit if parameters else None
     if kind == "exact":
         codec["exact_layers"] = [2]
     identity = {
@@ -194,7 +198,8 @@ def _samples() -> pa.Table:
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if dtype.kind == "f":
         return rng.uniform(0.5, 1, shape).astype(dtype)
-    return rng.integers(1, 0x3F00 if dtype.itemsize > 1 else 256, shape).astype(dtype)
+    largest = {"u1": 256, "i1": 128}.get(dtype.str[1:], 0x3F00)
+    return rng.integers(1, largest, shape).astype(dtype)
 
 
 def _fill(

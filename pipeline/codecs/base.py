@@ -25,7 +25,7 @@ from ...schemas import LN_EPS
 if TYPE_CHECKING:
     import torch
 
-U1, U2, F4 = np.dtype("u1"), np.dtype("<u2"), np.dtype("<f4")
+U1, I1, U2, F4 = np.dtype("u1"), np.dtype("i1"), np.dtype("<u2"), np.dtype("<f4")
 LAYER_MAJOR = (1, 0, 2)
 """An :attr:`ArraySpec.order`: all rows of the first layer, then all rows of the second ..."""
 
@@ -134,15 +134,15 @@ class Codec(ABC):
     """Hidden states of L layers of width H <-> codes.
 
     Attributes:
-        name: in manifests.
-        fits: names of the fitted arrays.
+        name: of the class.
+        fits: whether there are fitted arrays.
         aligned: whether captions begin at chunks, for which every array must be compressed.
-        matrices: whether decoding multiplies matrices, which is better left to a GPU.
         num_layers, width: L and H.
         parameters: fitted arrays by name, see :meth:`fit`.
         quality: where it can be chosen, the step is 2**-quality.
         code_bits: where it can be chosen, 4 or 8.
         exact: where it can be chosen, positions of layers that are also stored exactly.
+        rank: where it can be chosen, of what predicts a layer from the one below, 0 to H.
     """
 
     num_layers: int
@@ -151,11 +151,16 @@ class Codec(ABC):
     quality: float | None = None
     code_bits: Literal[4, 8] = 8
     exact: tuple[int, ...] = ()
+    rank: int = 0
 
     name: ClassVar[str]
-    fits: ClassVar[tuple[str, ...]] = ()
+    fits: ClassVar[bool] = False
     aligned: ClassVar[bool] = True
-    matrices: ClassVar[bool] = False
+
+    @property
+    def matrices(self) -> bool:
+        """Whether decoding multiplies matrices so large that it is better left to a GPU."""
+        return False
 
     @cached_property
     @abstractmethod
@@ -203,13 +208,13 @@ class Codec(ABC):
         return {spec.name: max(layers) + 1 for spec in self.arrays}
 
     @classmethod
-    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def fitted(cls, width: int, rank: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Names of the fitted arrays -> shape for each layer, and dtype, as :meth:`fit` gives
         them."""
         return {}
 
     @classmethod
-    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+    def fit(cls, sample: torch.Tensor, rank: int) -> dict[str, np.ndarray]:
         """Parameters from a sample of hidden states, float ``[R, L, H]``."""
         return {}
 

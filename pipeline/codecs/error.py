@@ -10,7 +10,8 @@ import numpy as np
 
 from ...schemas import LN_EPS, Receipt
 from .base import layer_norm
-from .kernels import in_parts, measure_errors
+from .kernels import measure_errors
+from .loops import in_parts
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from .base import Codec, digest_parameters
 from .chunks import compress
 from .error import CodecError
 from .predictive import Predictive
-from .registry import CODECS
+from .registry import CODECS, exact_positions, rank_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,25 +29,27 @@ def fit_rows(width: int) -> int:
 
 
 def fit_codec(
-    name: str, sample: torch.Tensor, quality: float | None = None, exact: Sequence[int] = ()
+    spec: schemas.Codec, sample: torch.Tensor, layers: Sequence[int]
 ) -> tuple[Codec, float]:
     """Fit a codec to a sample.
 
     Args:
+        spec: as requested.
         sample: hidden states, any float dtype, ``[R, L, H]``, R at least 1.
-        quality: for ``delta`` and ``linear``.
-        exact: for them too, positions of layers that are also stored exactly.
+        layers: numbers of all stored layers.
 
     Returns:
         The codec, and its bits per value on the first rows of the sample.
     """
     num_layers, width = sample.shape[1:]
-    parameters = CODECS[name].fit(sample)
+    kind, rank = CODECS[spec.name], rank_of(spec, width)
+    parameters = kind.fit(sample, rank)
     rows = sample[: min(len(sample), FIT_CHECKED)]
-    choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(CODECS[name], Predictive) else (8,)
+    choices: tuple[Literal[4, 8], ...] = (8, 4) if issubclass(kind, Predictive) else (8,)
+    exact = exact_positions(spec, layers)
     best: tuple[Codec, float] | None = None
     for code_bits in choices:
-        codec = CODECS[name](num_layers, width, parameters, quality, code_bits, tuple(exact))
+        codec = kind(num_layers, width, parameters, spec.quality, code_bits, exact, rank)
         bits = bits_per_value(codec, rows)
         if best is None or bits < best[1]:
             best = codec, bits

@@ -1,36 +1,38 @@
 """Loops of codecs on a CPU, compiled by numba on first use: one pass over rows that stay in the
 cache, where tensors take twenty passes over memory.
 
-Compiled code is cached on disk where a folder can be written. It releases the GIL, so threads run
-side by side. Shapes: R rows, L layers, H width. Row i of codes is decoded to row ``targets[i]`` of
-``out``.
+They release the GIL, so threads run side by side. Shapes: R rows, L layers, H width. Row i of codes
+is decoded to row ``targets[i]`` of ``out``.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .loops import check_fitted, check_output, check_predictive, check_shapes, code_sizes, compiled
-
-MIN_PART_ROWS = 64
-"""Fewest rows that are worth a thread."""
+from .loops import (
+    Prediction,
+    Scales,
+    adding,
+    check_fitted,
+    check_output,
+    check_prediction,
+    check_scales,
+    check_shapes,
+    code_sizes,
+    compiled,
+    summing,
+)
 
 LANES = 32
 """Lanes of the search for the largest values; 16 and 64 were slower."""
 
+BLOCK_ROWS = 32
+"""Rows whose layers are decoded together where matrices are multiplied; an even number."""
+
 ROUND = np.float32(12_582_912.0)
 """1.5 * 2**23: adding and subtracting it rounds numbers below 2**22 to nearest even."""
-
-
-def _summing(function: Callable[..., Any]) -> Any:
-    """Compile a sum in any order, and so vectorised; of NaN the result is undefined."""
-    return compiled(function, fastmath={"reassoc", "nsz", "nnan"})
 
 
 # ----------------------------------------------------------------------------- reading and decoding
@@ -139,8 +141,8 @@ def decode_lossless(
     codes = {"code": code, "escape": escape, "mantissa": mantissa}
     sizes = {"code": code_sizes(width)[1:], "escape": (width,), "mantissa": (width,)}
     check_shapes(codes, sizes, num)
-    check_fitted({"base": base}, num, width)
-    check_fitted({"follow": follow}, num, 256)
+    check_fitted("base", base, num, (width,))
+    check_fitted("follow", follow, num, (256,))
     check_output(targets, slots, out, len(code), width)
     _decode_lossless(code, escape, mantissa, base, follow, slots, targets, out)
 
@@ -192,13 +194,65 @@ def _to_bits(values, mean, deviation, bits, out):  # type: ignore[no-untyped-def
         out[channel] = np.uint16(rounded >> np.uint32(16))
 
 
-def decode_delta(
+@adding
+def _products(left, right, out):  # type: ignore[no-untyped-def]
+    """``left @ right.T``: float32 [R, K], [N, K] -> [R, N]; R is even, N a multiple of 4.
+
+    Two rows by four columns at a time, so that what is loaded is used more than once.
+    """
+    for row in range(0, len(left), 2):
+        x, y = left[row], left[row + 1]
+        for n in range(0, len(right), 4):
+            a, b, c, d = right[n], right[n + 1], right[n + 2], right[n + 3]
+            x0 = x1 = x2 = x3 = y0 = y1 = y2 = y3 = np.float32(0)
+            for k in range(len(x)):
+                x0 += x[k] * a[k]
+                x1 += x[k] * b[k]
+                x2 += x[k] * c[k]
+                x3 += x[k] * d[k]
+                y0 += y[k] * a[k]
+                y1 += y[k] * b[k]
+                y2 += y[k] * c[k]
+                y3 += y[k] * d[k]
+            out[row, n], out[row, n + 1], out[row, n + 2], out[row, n + 3] = x0, x1, x2, x3
+            out[row + 1, n], out[row + 1, n + 1] = y0, y1
+            out[row + 1, n + 2], out[row + 1, n + 3] = y2, y3
+
+
+@adding
+def _add_products(left, right, out):  # type: ignore[no-untyped-def]
+    """``out += left @ right``: float32 [R, K], [K, N] -> [R, N]; R is even."""
+    num = len(right) - len(right) % 4
+    for row in range(0, len(left), 2):
+        x, y, p, q = left[row], left[row + 1], out[row], out[row + 1]
+        for k in range(0, num, 4):
+            a, b, c, d = right[k], right[k + 1], right[k + 2], right[k + 3]
+            x0, x1, x2, x3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+            y0, y1, y2, y3 = y[k], y[k + 1], y[k + 2], y[k + 3]
+            for n in range(len(p)):
+                p[n] += x0 * a[n] + x1 * b[n] + x2 * c[n] + x3 * d[n]
+                q[n] += y0 * a[n] + y1 * b[n] + y2 * c[n] + y3 * d[n]
+        for k in range(num, len(right)):
+            a, x0, y0 = right[k], x[k], y[k]
+            for n in range(len(p)):
+                p[n] += x0 * a[n]
+                q[n] += y0 * a[n]
+
+
+@compiled
+def _to_steps(values, factor, out):  # type: ignore[no-untyped-def]
+    """values * factor, to the nearest integer from -127 to 127."""
+    for i in range(len(values)):
+        clipped = min(max(values[i] * factor, np.float32(-127)), np.float32(127))
+        out[i] = (clipped + ROUND) - ROUND
+
+
+def decode_predictive(
     code: np.ndarray,
     escape: np.ndarray,
     scalar: np.ndarray,
-    scales: np.ndarray,
-    slope: np.ndarray,
-    bias: np.ndarray,
+    scales: Scales,
+    prediction: Prediction,
     slots: np.ndarray,
     targets: np.ndarray,
     out: np.ndarray,
@@ -210,90 +264,76 @@ def decode_delta(
         ValueError: shapes, rows or slots do not belong together.
     """
     width, num = escape.shape[-1], len(slots)
-    check_predictive(code, escape, scalar, scales, width, num)
-    check_fitted({"slope": slope, "bias": bias}, num, width)
+    codes = {"code": code, "escape": escape, "scalar": scalar}
+    check_shapes(codes, {"code": code_sizes(width), "escape": (width,), "scalar": (5,)}, num)
+    check_scales(scales, scalar)
+    check_prediction(prediction, num, width)
     check_output(targets, slots, out, len(code), width)
-    _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out)
+    _decode_predictive(code, escape, scalar, *scales, *prediction, slots, targets, out)
 
 
 @compiled
-def _decode_delta(code, escape, scalar, scales, slope, bias, slots, targets, out):  # type: ignore[no-untyped-def]
+def _decode_predictive(  # type: ignore[no-untyped-def]
+    code, escape, scalar, scales, units, inverses,
+    slope, bias, down, shrink, up, gain, rotation, slots, targets, out,
+):  # fmt: skip
+    # Matrices are multiplied by blocks of rows, so that each is loaded once per block; without any,
+    # a block is one row, which stays in the nearest cache.
     rows, _, width = escape.shape
-    state = np.zeros(width, np.float32)
-    zigzag = np.empty(width, np.int32)
-    bits = np.empty(width, np.uint32)
-    for row in range(rows):
+    rank, full = down.shape[1], rotation.shape[1] > 0
+    size = min(BLOCK_ROWS, rows + rows % 2) if rank or full else 1
+    state, low = np.zeros((size, width), np.float32), np.zeros((size, width), np.float32)
+    steps = np.zeros((size if rank or full else 0, width), np.float32)
+    axes, product = np.zeros((size, rank), np.float32), np.zeros((size, rank), np.float32)
+    zigzag, bits = np.empty(width, np.int32), np.empty(width, np.uint32)
+    for start in range(0, rows, size):
+        num = min(size, rows - start)
+        pairs = num + num % 2
         state[:] = 0
         for layer in range(len(slots)):
-            _unpack(code[row, layer], escape[row, layer], zigzag)
-            scale = scales[scalar[row, layer, 4]]
-            for channel in range(width):
-                number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
-                state[channel] = (
-                    state[channel] * slope[layer, channel] + bias[layer, channel]
-                ) + number * scale
+            if rank or full:
+                low[:] = 0
+            if rank and layer > 0:
+                for i in range(num):
+                    _to_steps(state[i], inverses[scalar[start + i, layer - 1, 4]], steps[i])
+                _products(steps[:pairs], down[layer], product[:pairs])
+                for i in range(num):
+                    for axis in range(rank):
+                        product[i, axis] *= shrink[layer, axis]
+                    _to_steps(product[i], np.float32(1), axes[i])
+                _add_products(axes[:pairs], up[layer], low[:pairs])
+                for i in range(num):
+                    unit = units[scalar[start + i, layer - 1, 4]]
+                    for channel in range(width):
+                        low[i, channel] = low[i, channel] * gain[layer, channel] * unit
+            for i in range(num):
+                _unpack(code[start + i, layer], escape[start + i, layer], zigzag)
+                scale, into = scales[scalar[start + i, layer, 4]], state[i]
+                if full:
+                    for channel in range(width):
+                        number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                        steps[i, channel] = number * scale
+                elif rank:
+                    for channel in range(width):
+                        number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                        predicted = into[channel] * slope[layer, channel] + bias[layer, channel]
+                        into[channel] = (predicted + low[i, channel]) + number * scale
+                else:
+                    for channel in range(width):
+                        number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
+                        predicted = into[channel] * slope[layer, channel] + bias[layer, channel]
+                        into[channel] = predicted + number * scale
+            if full:
+                if layer > 0:
+                    _add_products(state[:pairs], up[layer], low[:pairs])
+                _add_products(steps[:pairs], rotation[layer], low[:pairs])
+                for i in range(num):
+                    for channel in range(width):
+                        state[i, channel] = low[i, channel] + bias[layer, channel]
             if slots[layer] >= 0:
-                mean, deviation = _scalars(scalar[row, layer])
-                _to_bits(state, mean, deviation, bits, out[targets[row], slots[layer]])
-
-
-def decode_codes(
-    code: np.ndarray,
-    escape: np.ndarray,
-    scalar: np.ndarray,
-    layer: int,
-    scales: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Codes of one layer times their scale, float32 [R, H].
-
-    Raises:
-        ValueError: shapes do not belong together.
-    """
-    check_predictive(code, escape, scalar, scales, out.shape[-1], layer + 1)
-    if len(out) != len(code):
-        raise ValueError(f"out is {out.shape}; expected {len(code)} rows")
-    _decode_codes(code, escape, scalar, layer, scales, out)
-
-
-@compiled
-def _decode_codes(code, escape, scalar, layer, scales, out):  # type: ignore[no-untyped-def]
-    zigzag = np.empty(out.shape[1], np.int32)
-    for row in range(len(out)):
-        _unpack(code[row, layer], escape[row, layer], zigzag)
-        scale = scales[scalar[row, layer, 4]]
-        for channel in range(len(zigzag)):
-            number = np.float32((zigzag[channel] >> 1) ^ -(zigzag[channel] & 1))
-            out[row, channel] = number * scale
-
-
-def denormalise(
-    state: np.ndarray,
-    scalar: np.ndarray,
-    layer: int,
-    slot: int,
-    targets: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """LN(h) of one layer, float32 [R, H] -> bits of bfloat16 of h, in a slot of ``out``.
-
-    Raises:
-        ValueError: shapes, rows or slot do not belong together.
-    """
-    rows, width = state.shape
-    check_shapes({"scalar": scalar}, {"scalar": (5,)}, layer + 1)
-    check_output(targets, np.array([slot]), out, rows, width)
-    if len(scalar) != rows:
-        raise ValueError(f"scalar has {len(scalar)} rows; expected {rows}")
-    _denormalise(state, scalar, layer, slot, targets, out)
-
-
-@compiled
-def _denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-untyped-def]
-    bits = np.empty(state.shape[1], np.uint32)
-    for row in range(len(state)):
-        mean, deviation = _scalars(scalar[row, layer])
-        _to_bits(state[row], mean, deviation, bits, out[targets[row], slot])
+                for i in range(num):
+                    mean, deviation = _scalars(scalar[start + i, layer])
+                    _to_bits(state[i], mean, deviation, bits, out[targets[start + i], slots[layer]])
 
 
 # ----------------------------------------------------------------------------------------- encoding
@@ -302,7 +342,7 @@ def _denormalise(state, scalar, layer, slot, targets, out):  # type: ignore[no-u
 # array, which is ten times slower.
 
 
-@_summing
+@summing
 def _mean(values):  # type: ignore[no-untyped-def]
     """The mean, in float64 so that rounding makes no variance where there is none."""
     total = np.float64(0)
@@ -311,7 +351,7 @@ def _mean(values):  # type: ignore[no-untyped-def]
     return np.float32(total / len(values))
 
 
-@_summing
+@summing
 def _variance(values, mean):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(len(values)):
@@ -319,7 +359,7 @@ def _variance(values, mean):  # type: ignore[no-untyped-def]
     return total / np.float32(len(values))
 
 
-@_summing
+@summing
 def _squares(values):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(len(values)):
@@ -398,8 +438,21 @@ def _from_bf16(value, bits):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def encode_delta(  # type: ignore[no-untyped-def]
-    hidden, below, slope, bias, scales, step, massive, eps, code, escape, scalar, state, decoded
+def encode_predicted(  # type: ignore[no-untyped-def]
+    hidden,
+    below,
+    slope,
+    bias,
+    correction,
+    scales,
+    step,
+    massive,
+    eps,
+    code,
+    escape,
+    scalar,
+    state,
+    decoded,
 ):
     """One layer, as :meth:`semroute.pipeline.codecs.predictive.Predictive.encode`.
 
@@ -407,6 +460,7 @@ def encode_delta(  # type: ignore[no-untyped-def]
         hidden: float32 [R, H].
         below: state of the layer below, float32 [R, H], or [0, H].
         slope, bias: float32 [H].
+        correction: added to what they predict, float32 [R, H], or [0, H].
         scales: float32 [256].
         step: in units of the RMS.
         massive: number of channels left out of the RMS.
@@ -441,6 +495,10 @@ def encode_delta(  # type: ignore[no-untyped-def]
                 into[channel] = before[channel] * slope[channel] + bias[channel]
         else:
             into[:] = bias
+        if len(correction):
+            more = correction[row]
+            for channel in range(width):
+                into[channel] += more[channel]
         for channel in range(width):
             residual[channel] = normed[channel] - into[channel]
         rest = _squares(normed)
@@ -514,22 +572,3 @@ def measure_errors(hidden, coded, eps, largest, relative, bare):  # type: ignore
             total -= found[most[i]] * found[most[i]]
         norm = max(norm, np.float32(1e-6))
         bare[row] = known * np.sqrt(max(total, np.float32(0)) / norm)
-
-
-def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
-    """Call a compiled loop for slices of all rows, in as many threads as torch would use."""
-    import torch
-
-    parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))
-    bounds = [num_rows * part // parts for part in range(parts + 1)]
-    slices = [slice(*pair) for pair in pairwise(bounds)]
-    if parts == 1:
-        function(slices[0])
-        return
-    for _ in _threads(torch.get_num_threads()).map(function, slices):
-        pass
-
-
-@lru_cache(maxsize=1)
-def _threads(num: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num)

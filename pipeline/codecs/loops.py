@@ -1,14 +1,21 @@
-"""How loops are compiled, and what they do not check themselves: shapes, rows and layers that
-belong together.
+"""How loops are compiled and run in threads, and what they do not check: shapes, rows and
+layers that belong together.
 
-Shapes: R rows, L layers, H width.
+Compiled code is cached on disk where a folder can be written. It releases the GIL. Shapes: R rows,
+L layers, H width.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+
+MIN_PART_ROWS = 64
+"""Fewest rows that are worth a thread."""
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
@@ -21,6 +28,36 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the home directory can be written
         return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+
+def summing(function: Callable[..., Any]) -> Any:
+    """Compile a sum in any order, and so vectorised; of NaN the result is undefined."""
+    return compiled(function, fastmath={"reassoc", "nsz", "nnan"})
+
+
+def adding(function: Callable[..., Any]) -> Any:
+    """Compile a sum of products in any order, with fused multiplications and additions: exact for
+    integers whose sums are below 2**24, so that the order cannot be seen."""
+    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
+
+
+def in_parts(function: Callable[[slice], None], num_rows: int) -> None:
+    """Call a compiled loop for slices of all rows, in as many threads as torch would use."""
+    import torch
+
+    parts = max(1, min(torch.get_num_threads(), num_rows // MIN_PART_ROWS))
+    bounds = [num_rows * part // parts for part in range(parts + 1)]
+    slices = [slice(*pair) for pair in pairwise(bounds)]
+    if parts == 1:
+        function(slices[0])
+        return
+    for _ in _threads(torch.get_num_threads()).map(function, slices):
+        pass
+
+
+@lru_cache(maxsize=1)
+def _threads(num: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num)
 
 
 def check_shapes(
@@ -46,17 +83,16 @@ def check_shapes(
             )
 
 
-def check_fitted(parameters: Mapping[str, np.ndarray], num_layers: int, width: int) -> None:
-    """Refuse fitted arrays ``[L, width]`` of another width, or of fewer layers than are read.
+def check_fitted(name: str, array: np.ndarray, num_layers: int, shape: tuple[int, ...]) -> None:
+    """Refuse a fitted array ``[L, *shape]`` of another shape, or of fewer layers than are read.
 
     Raises:
-        ValueError: one has another shape.
+        ValueError: it has another shape.
     """
-    for name, array in parameters.items():
-        if array.shape[1:] != (width,) or len(array) < num_layers:
-            raise ValueError(
-                f"{name} is {array.shape}; expected {num_layers} layers or more of {width}"
-            )
+    if array.shape[1:] != shape or len(array) < num_layers:
+        raise ValueError(
+            f"{name} is {array.shape}; expected {num_layers} layers or more of {shape}"
+        )
 
 
 def check_output(
@@ -89,21 +125,65 @@ def code_sizes(width: int) -> tuple[int, int]:
     return width, -(-width // 2)
 
 
-def check_predictive(
-    code: np.ndarray,
-    escape: np.ndarray,
-    scalar: np.ndarray,
-    scales: np.ndarray,
-    width: int,
-    num_layers: int,
-) -> None:
-    """Refuse codes of ``delta`` and ``linear`` that a loop would read beyond.
+class Scales(NamedTuple):
+    """Sizes by the number of a vector's scale, float32 ``[256]`` each.
+
+    Attributes:
+        scales: of a step of its codes.
+        units, inverses: of a step in which the layer above reads it, and 1 over it.
+    """
+
+    scales: np.ndarray
+    units: np.ndarray
+    inverses: np.ndarray
+
+
+class Prediction(NamedTuple):
+    """Fitted arrays as loops read them, float32; L layers, r axes.
+
+    Attributes:
+        slope, bias, gain: ``[L, H]``.
+        down: ``[L, r, H]``; r is a multiple of 4, and 0 beside a whole matrix.
+        shrink: ``[L, r]``.
+        up: ``[L, r, H]``, or ``[L, H, H]``, the whole matrix.
+        rotation: ``[L, H, H]`` beside a whole matrix, else ``[L, 0, H]``.
+    """
+
+    slope: np.ndarray
+    bias: np.ndarray
+    down: np.ndarray
+    shrink: np.ndarray
+    up: np.ndarray
+    gain: np.ndarray
+    rotation: np.ndarray
+
+
+def check_scales(scales: Scales, scalar: np.ndarray) -> None:
+    """Refuse sizes that do not have one value for each number.
+
+    Raises:
+        ValueError: there are others.
+    """
+    shapes = {array.shape for array in scales}
+    if shapes != {(256,)} or scalar.dtype != np.uint8:
+        raise ValueError(f"{shapes} scales for numbers of {scalar.dtype}; expected 256")
+
+
+def check_prediction(prediction: Prediction, num_layers: int, width: int) -> None:
+    """Refuse fitted arrays that do not belong together, or have fewer layers than are read.
 
     Raises:
         ValueError: one has another shape.
     """
-    codes = {"code": code, "escape": escape, "scalar": scalar}
-    sizes = {"code": code_sizes(width), "escape": (width,), "scalar": (5,)}
-    check_shapes(codes, sizes, num_layers)
-    if scales.shape != (256,) or scalar.dtype != np.uint8:
-        raise ValueError(f"{scales.shape} scales for numbers of {scalar.dtype}; expected 256")
+    rank, num_axes = prediction.down.shape[1], prediction.rotation.shape[1]
+    expected = {
+        **dict.fromkeys(("slope", "bias", "gain"), (width,)),
+        "shrink": (rank,),
+        "down": (rank, width),
+        "up": (width if num_axes else rank, width),
+        "rotation": (width if num_axes else 0, width),
+    }
+    for name, shape in expected.items():
+        check_fitted(name, getattr(prediction, name), num_layers, shape)
+    if rank % 4 or (rank and num_axes):
+        raise ValueError(f"{rank} axes; expected a multiple of 4, and none beside a whole matrix")

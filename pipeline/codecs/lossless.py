@@ -33,7 +33,7 @@ class Lossless(Codec):
     """
 
     name = "lossless"
-    fits = ("base", "follow")
+    fits = True
     aligned = False
 
     @cached_property
@@ -106,11 +106,11 @@ class Lossless(Codec):
         return torch.stack([decoded[layer] for layer in layers], 1)
 
     @classmethod
-    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def fitted(cls, width: int, rank: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"base": ((width,), U1), "follow": ((256,), U1)}
 
     @classmethod
-    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
+    def fit(cls, sample: torch.Tensor, rank: int) -> dict[str, np.ndarray]:
         """``base`` ``[L, H]`` and ``follow`` ``[L, 256]``, by distance; uint8, modulo 256."""
         import torch
 

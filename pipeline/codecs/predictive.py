@@ -1,18 +1,20 @@
-"""Lossy codecs that store the difference to a prediction from the layer below: delta and linear."""
+"""The lossy codec that stores the difference to a prediction from the layer below."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...schemas import LN_EPS
+from ...schemas import DEFAULT_RANK, LN_EPS
+from ...schemas.seeds import Purpose, torch_generator
 from . import kernels
 from .base import (
     F4,
+    I1,
     LAYER_MAJOR,
     U1,
     U2,
@@ -24,6 +26,7 @@ from .base import (
     layer_norm,
 )
 from .bits import pair, unpair, wrap
+from .loops import Prediction, Scales, in_parts
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +35,22 @@ NUM_MASSIVE = 8
 """Channels left out of the RMS that scales a vector's step: with them in, one massive activation
 makes the step of all ordinary channels coarse."""
 RIDGE = 3e-3
-"""Ridge of the matrices of ``linear``, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""
+"""Ridge of regressions, times the mean diagonal; 1e-4 to 1e-2 gave the same bits."""
+SPARE_AXES, POWERS = 16, 4
+"""Subspace iteration (Halko et al. 2011): axes beside those that are wanted, and rounds."""
 MAX_CODE = 32_767
 """Codes are int16 before they are split; a larger one widens its vector's step instead."""
 LOWEST_SCALE = 24
 """Scales are 2**(k / 8 - LOWEST_SCALE) for k in 0..255."""
 SCALES = np.exp2(np.arange(256) / 8 - LOWEST_SCALE).astype(np.float32)
+UNITS = 16
+"""Units to the RMS of a vector, in which matrices read it."""
+MAX_UNITS = 127
+"""Largest entry of a vector or matrix whose products are summed; others are clipped."""
+EXACT_SUM = 2**24
+"""Below this, sums of integers in float32 are exact, whatever their order."""
+MAX_DEVIATIONS = 6.0
+"""Standard deviations of an axis that ``MAX_UNITS`` stand for."""
 
 
 class Predictive(Lossy):
@@ -57,7 +70,29 @@ class Predictive(Lossy):
         zigzag                       0   1   4  17
         code                         0   1   4  15    two per byte
         escape                       0   0   0   3    zigzag - 14 where the code is 15
-    """
+
+    The prediction has a rank r. With x the layer below, its unit a sixteenth of its RMS, and
+    ``int()`` rounding to -127..127::
+
+        r = 0, ``delta``     slope * x + bias
+        0 < r < H            slope * x + bias + (int(int(x / unit) @ down.T * shrink) @ up) * gain * unit
+        r = H, ``linear``    x @ matrix + bias, and the residual rotated to its principal axes
+
+    In between, only integers are multiplied and summed, and every sum is below 2**24. So float32
+    has them exactly, whatever the order, fused or not: a CPU, a GPU (TF32 and bfloat16 included)
+    and the encoder agree to the bit. Products of ``linear`` round as the library likes.
+    """  # noqa: E501
+
+    name = "predictive"
+    fits = True
+
+    @property
+    def matrices(self) -> bool:
+        return self.rank > DEFAULT_RANK
+
+    @property
+    def _is_full(self) -> bool:
+        return self.rank >= self.width
 
     @cached_property
     def code_arrays(self) -> tuple[ArraySpec, ...]:
@@ -77,6 +112,14 @@ class Predictive(Lossy):
         return 2**self.code_bits - 1
 
     def encode_layer(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        """On a CPU, without rotation, a compiled loop: the same arithmetic, but sums in another
+        order."""
+        if hidden.device.type == "cpu" and not self._is_full:
+            return self._encode_compiled(layer, hidden, below)
+        return self.encode_tensors(layer, hidden, below)
+
+    def encode_tensors(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        """As :meth:`encode_layer`, on the device of the hidden states."""
         import torch
 
         hidden = hidden.float()
@@ -109,22 +152,126 @@ class Predictive(Lossy):
         decoded = state * deviation.float() + mean.float()
         return Coded(codes, decoded.to(torch.bfloat16), state)
 
+    def _encode_compiled(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
+        import torch
+
+        values = hidden.float().contiguous().numpy()
+        none = values[:0]
+        before = none if below is None else below.state.numpy()
+        correction = none
+        if below is not None and self.rank:
+            correction = self._correct(layer, below).numpy()
+        codes = {
+            spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.code_arrays
+        }
+        state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
+
+        def encode_part(rows: slice) -> None:
+            kernels.encode_predicted(
+                values[rows],
+                before[rows],
+                self.parameters["slope"][layer],
+                self.parameters["bias"][layer],
+                correction[rows],
+                SCALES,
+                2.0**-self._quality,
+                min(NUM_MASSIVE, self.width // 2),
+                LN_EPS,
+                *(codes[name][rows] for name in ("code", "escape", "scalar")),
+                state[rows],
+                decoded[rows],
+            )
+
+        in_parts(encode_part, len(values))
+        tensors = {name: torch.from_numpy(array) for name, array in codes.items()}
+        hidden = torch.from_numpy(decoded).view(torch.bfloat16)
+        return Coded(tensors, hidden, torch.from_numpy(state))
+
     @property
     def _quality(self) -> float:
         assert self.quality is not None
         return self.quality
 
-    @abstractmethod
     def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
         """LN(h) of a layer from what a reader has of the layer below, fp32 ``[R or 1, H]``."""
+        import torch
+
+        device = torch.device("cpu") if below is None else below.state.device
+        bias = self._fitted("bias", layer, device)
+        if below is None:
+            return bias[None]
+        if self._is_full:
+            return below.state @ self._fitted("matrix", layer, device) + bias
+        predicted = below.state * self._fitted("slope", layer, device) + bias
+        return predicted + self._correct(layer, below) if self.rank else predicted
+
+    def _correct(self, layer: int, below: Coded) -> torch.Tensor:
+        """What matrices of a rank add to the slope, fp32 ``[R, H]``."""
+        import torch
+
+        device = below.state.device
+        number = below.codes["scalar"][:, 4:].long()  # [R, 1]
+        tables = (torch.from_numpy(table).to(device)[number] for table in self._scales[1:])
+        units, inverses = tables
+        names = ("down", "up", "shrink", "gain")
+        down, up, shrink, gain = (self._fitted(name, layer, device) for name in names)
+        axes = _to_steps(_to_steps(below.state * inverses) @ down.T * shrink)  # [R, r]
+        return axes @ up * gain * units
+
+    def _fitted(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
+        import torch
+
+        return self._parameter(name, device, torch.float32)[layer]
 
     def _rotate(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
         """The residual in the basis in which it is coded."""
-        return residual
+        if not self._is_full:
+            return residual
+        return residual @ self._fitted("rotation", layer, residual.device).T
 
     def _rotate_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`_rotate`."""
-        return residual
+        if not self._is_full:
+            return residual
+        return residual @ self._fitted("rotation", layer, residual.device)
+
+    @cached_property
+    def _scales(self) -> Scales:
+        units = (SCALES.astype(np.float64) * 2**self._quality / UNITS).astype(np.float32)
+        return Scales(SCALES, units, np.float32(1) / units)
+
+    @cached_property
+    def _prediction(self) -> Prediction:
+        """The fitted arrays as the loops read them."""
+        bias = self.parameters["bias"]
+        none = np.zeros((len(bias), 0, self.width), np.float32)
+        if self._is_full:
+            bits = (self.parameters[name].astype(np.uint32) for name in ("matrix", "rotation"))
+            matrix, rotation = ((array << 16).view(np.float32) for array in bits)
+            zeros = np.zeros_like(bias)
+            return Prediction(zeros, bias, none, none[:, :, 0], matrix, zeros, rotation)
+        slope = self.parameters["slope"]
+        if not self.rank:
+            return Prediction(slope, bias, none, none[:, :, 0], none, slope, none)
+        more = [(0, 0), (0, -self.rank % 4)]
+        shrink = np.pad(self.parameters["shrink"], more)
+        down, up = (np.pad(self.parameters[name], [*more, (0, 0)]) for name in ("down", "up"))
+        down, up = down.astype(np.float32), up.astype(np.float32)
+        return Prediction(slope, bias, down, shrink, up, self.parameters["gain"], none)
+
+    def decode_layers(
+        self, codes: CodeArrays, slots: np.ndarray, targets: np.ndarray, out: np.ndarray
+    ) -> None:
+        kernels.decode_predictive(
+            codes["code"],
+            codes["escape"],
+            codes["scalar"],
+            self._scales,
+            self._prediction,
+            slots,
+            targets,
+            out,
+        )
 
     def decode_layers_torch(
         self, codes: Mapping[str, torch.Tensor], layers: Layers
@@ -144,7 +291,7 @@ class Predictive(Lossy):
             scalar = codes["scalar"][:, layer]
             scale = scales[scalar[:, 4:].long()]
             state = self._predict(layer, below) + self._rotate_back(layer, steps * scale)
-            below = Coded({}, state, state)
+            below = Coded({"scalar": scalar}, state, state)
             if layer in layers:
                 words = scalar[:, 1:4:2].int() << 8 | scalar[:, 0:4:2].int()
                 both = wrap(words, 1 << 15).to(torch.int16).view(torch.bfloat16).float()
@@ -152,184 +299,123 @@ class Predictive(Lossy):
                 decoded[layer] = (state * deviation + mean).to(torch.bfloat16)
         return torch.stack([decoded[layer] for layer in layers], 1)
 
-
-class Delta(Predictive):
-    """Prediction by one slope and one bias per channel."""
-
-    name = "delta"
-    fits = ("slope", "bias")
-
-    def encode_layer(self, layer: int, hidden: torch.Tensor, below: Coded | None) -> Coded:
-        """On a CPU a compiled loop: the same arithmetic, but sums in another order."""
-        import torch
-
-        if hidden.device.type != "cpu":
-            return super().encode_layer(layer, hidden, below)
-        values = hidden.float().contiguous().numpy()
-        before = values[:0] if below is None else below.state.numpy()
-        codes = {
-            spec.name: np.empty((len(values), spec.size), spec.dtype) for spec in self.code_arrays
-        }
-        state, decoded = np.empty_like(values), np.empty(values.shape, np.uint16)
-
-        def encode_part(rows: slice) -> None:
-            kernels.encode_delta(
-                values[rows],
-                before[rows],
-                self.parameters["slope"][layer],
-                self.parameters["bias"][layer],
-                SCALES,
-                2.0**-self._quality,
-                min(NUM_MASSIVE, self.width // 2),
-                LN_EPS,
-                *(codes[name][rows] for name in ("code", "escape", "scalar")),
-                state[rows],
-                decoded[rows],
-            )
-
-        kernels.in_parts(encode_part, len(values))
-        tensors = {name: torch.from_numpy(array) for name, array in codes.items()}
-        hidden = torch.from_numpy(decoded).view(torch.bfloat16)
-        return Coded(tensors, hidden, torch.from_numpy(state))
-
-    def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
-        import torch
-
-        device = torch.device("cpu") if below is None else below.state.device
-        bias = self._parameter("bias", device, torch.float32)[layer]
-        if below is None:
-            return bias
-        return below.state * self._parameter("slope", device, torch.float32)[layer] + bias
-
-    def decode_layers(
-        self, codes: CodeArrays, slots: np.ndarray, targets: np.ndarray, out: np.ndarray
-    ) -> None:
-        kernels.decode_delta(
-            codes["code"],
-            codes["escape"],
-            codes["scalar"],
-            SCALES,
-            self.parameters["slope"],
-            self.parameters["bias"],
-            slots,
-            targets,
-            out,
-        )
+    @classmethod
+    def fitted(cls, width: int, rank: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        if rank >= width:
+            square = ((width, width), U2)
+            return {"matrix": square, "rotation": square, "bias": ((width,), F4)}
+        found: dict[str, tuple[tuple[int, ...], np.dtype]]
+        found = {"slope": ((width,), F4), "bias": ((width,), F4)}
+        if rank:
+            found |= {"down": ((rank, width), I1), "up": ((rank, width), I1)}
+            found |= {"shrink": ((rank,), F4), "gain": ((width,), F4)}
+        return found
 
     @classmethod
-    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return {"slope": ((width,), F4), "bias": ((width,), F4)}
+    def fit(cls, sample: torch.Tensor, rank: int) -> dict[str, np.ndarray]:
+        """Least squares, weighted by 1 / RMS**2, as a step is in proportion to the RMS.
 
-    @classmethod
-    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
-        """``slope`` and ``bias``, float32 ``[L, H]``: least squares, weighted by 1 / RMS**2."""
-        import torch
-
-        slopes, biases = [], []
-        for weight, x, y in _regressions(sample):
-            mean_x, mean_y = _average(weight, x), _average(weight, y)
-            x, y = x - mean_x, y - mean_y
-            slope = (weight * x * y).sum(0) / ((weight * x * x).sum(0) + 1e-6)
-            slopes.append(slope)
-            biases.append(mean_y - slope * mean_x)
-        return {
-            "slope": torch.stack(slopes).cpu().numpy(),
-            "bias": torch.stack(biases).cpu().numpy(),
-        }
-
-
-class Linear(Predictive):
-    """Prediction by one matrix and bias per layer; the residual rotated to its principal axes.
-
-    ``LN(h_l) = LN(h_(l-1)) @ matrix_l + bias_l + (codes * scale) @ rotation_l``. The rotation
-    (Karhunen-Loève) removes the correlation that is left between channels, and puts the
-    largest codes first. Decoding is two matrix products per layer.
-    """
-
-    name = "linear"
-    fits = ("matrix", "rotation", "bias")
-    matrices = True
-
-    def _predict(self, layer: int, below: Coded | None) -> torch.Tensor:
-        import torch
-
-        device = torch.device("cpu") if below is None else below.state.device
-        bias = self._parameter("bias", device, torch.float32)[layer]
-        if below is None:
-            return bias
-        return below.state @ self._parameter("matrix", device, torch.float32)[layer] + bias
-
-    def _rotate(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return residual @ self._parameter("rotation", residual.device, torch.float32)[layer].T
-
-    def _rotate_back(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return residual @ self._parameter("rotation", residual.device, torch.float32)[layer]
-
-    @cached_property
-    def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        bits = (self.parameters["matrix"], self.parameters["rotation"])
-        matrix, rotation = ((array.astype(np.uint32) << 16).view(np.float32) for array in bits)
-        return matrix, rotation
-
-    def decode_layers(
-        self, codes: CodeArrays, slots: np.ndarray, targets: np.ndarray, out: np.ndarray
-    ) -> None:
-        matrix, rotation = self._matrices
-        state = np.zeros((len(targets), self.width), np.float32)
-        residual = np.empty_like(state)
-        for layer in range(len(slots)):
-            kernels.decode_codes(
-                codes["code"],
-                codes["escape"],
-                codes["scalar"],
-                layer,
-                SCALES,
-                residual,
-            )
-            below = state @ matrix[layer] if layer else np.float32(0)
-            state = residual @ rotation[layer] + below + self.parameters["bias"][layer]
-            if slots[layer] >= 0:
-                kernels.denormalise(state, codes["scalar"], layer, slots[layer], targets, out)
-
-    @classmethod
-    def fitted(cls, width: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return {
-            "matrix": ((width, width), U2),
-            "rotation": ((width, width), U2),
-            "bias": ((width,), F4),
-        }
-
-    @classmethod
-    def fit(cls, sample: torch.Tensor) -> dict[str, np.ndarray]:
-        """``matrix``, ``rotation``: bits of bfloat16 ``[L, H, H]``; ``bias``: float32 ``[L, H]``.
-
-        Ridge regression weighted by 1 / RMS**2, and the eigenvectors of its residual.
+        For ranks in between, reduced-rank regression (Izenman 1975) of what slopes leave; for the
+        full one ridge regression, and the eigenvectors of its residual.
         """
         import torch
 
-        matrices, rotations, biases = [], [], []
-        for weight, x, y in _regressions(sample):
-            mean_x, mean_y = _average(weight, x), _average(weight, y)
-            centred = x - mean_x
-            gram = ((centred * weight).T @ centred).double()
-            gram += (RIDGE * gram.diagonal().mean() + 1e-9) * torch.eye(len(gram)).to(gram)
-            cross = ((centred * weight).T @ (y - mean_y)).double()
-            matrix = torch.linalg.solve(gram, cross).bfloat16()
-            bias = mean_y - mean_x @ matrix.float()
-            rest = (y - x @ matrix.float() - bias) * weight.sqrt()
-            axes = torch.linalg.eigh((rest.T @ rest).double()).eigenvectors  # ascending
-            matrices.append(matrix)
-            rotations.append(axes.flip(1).T.bfloat16())
-            biases.append(bias)
-        return {
-            "matrix": torch.stack(matrices).view(torch.uint16).cpu().numpy(),
-            "rotation": torch.stack(rotations).view(torch.uint16).cpu().numpy(),
-            "bias": torch.stack(biases).cpu().numpy(),
-        }
+        fit_layer = _fit_lines if not rank else _fit_matrix
+        if 0 < rank < sample.shape[2]:
+            fit_layer = partial(_fit_axes, rank=rank)
+        layers = [fit_layer(regression) for regression in _regressions(sample)]
+        found = {}
+        for name in layers[0]:
+            values = torch.stack([layer[name] for layer in layers])
+            values = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
+            found[name] = values.cpu().numpy()
+        return found
+
+
+def _to_steps(values: torch.Tensor) -> torch.Tensor:
+    """Rounded to the nearest integer from -127 to 127, as floats."""
+    return values.clamp(-MAX_UNITS, MAX_UNITS).round()
+
+
+def _fit_lines(given: _Regression) -> dict[str, torch.Tensor]:
+    """``slope`` and ``bias`` of one layer, float32 ``[H]``."""
+    weight, x, y = given.weight, given.below, given.normed
+    mean_x, mean_y = _average(weight, x), _average(weight, y)
+    x, y = x - mean_x, y - mean_y
+    slope = (weight * x * y).sum(0) / ((weight * x * x).sum(0) + 1e-6)
+    return {"slope": slope, "bias": mean_y - slope * mean_x}
+
+
+def _fit_matrix(given: _Regression) -> dict[str, torch.Tensor]:
+    """``matrix`` and ``rotation`` of one layer, bfloat16 ``[H, H]``, and ``bias``."""
+    import torch
+
+    weight, x, y = given.weight, given.below, given.normed
+    mean_x, mean_y = _average(weight, x), _average(weight, y)
+    matrix = torch.linalg.solve(*_moments(weight, x - mean_x, y - mean_y)).bfloat16()
+    bias = mean_y - mean_x @ matrix.float()
+    rest = (y - x @ matrix.float() - bias) * weight.sqrt()
+    axes = torch.linalg.eigh((rest.T @ rest).double()).eigenvectors  # ascending
+    return {"matrix": matrix, "rotation": axes.flip(1).T.bfloat16(), "bias": bias}
+
+
+def _fit_axes(given: _Regression, rank: int) -> dict[str, torch.Tensor]:
+    """``slope`` and ``bias`` of one layer, and the axes that correct them: ``down`` and ``up``,
+    int8 ``[rank, H]``, ``shrink`` ``[rank]`` and ``gain`` ``[H]``, float32."""
+    import torch
+
+    weight, x, rms = given.weight, given.below, given.rms_below
+    lines = _fit_lines(given)
+    # What slopes leave, in units of the RMS below, from integers as decoding has them.
+    rest = (given.normed - x * lines["slope"] - lines["bias"]) / rms
+    weight = weight * rms.square()
+    steps = _to_steps(x / rms * UNITS)
+    gram, cross = _moments(weight, steps, rest)
+    factor = torch.linalg.cholesky(gram)
+    shape = len(gram), min(len(gram), rank + SPARE_AXES)
+    generator = torch_generator(0, Purpose.CODEC_FIT)
+    axes = torch.randn(shape, generator=generator, dtype=torch.float64).to(gram)
+    for _ in range(POWERS):  # to the first eigenvectors of what a whole matrix would explain
+        explained = cross.T @ torch.cholesky_solve(cross @ axes, factor)
+        axes = torch.linalg.qr(explained).Q
+    explained = axes.T @ cross.T @ torch.cholesky_solve(cross @ axes, factor)
+    axes = axes @ torch.linalg.eigh(explained).eigenvectors.flip(1)[:, :rank]  # [H, rank]
+    down, scale = _to_integers(torch.cholesky_solve(cross @ axes, factor).T)
+    product = steps @ down.T
+    deviation = _average(weight, product.square()).sqrt().clamp_min(1e-3)
+    shrink = MAX_UNITS / (MAX_DEVIATIONS * deviation)
+    columns, scale = _to_integers(axes / (scale[:, 0] * shrink))  # [H, rank]
+    up, gain = columns.T, 1 / scale[:, 0].float()
+    low = _to_steps(product * shrink) @ up * gain * rms
+    return _fit_lines(replace(given, normed=given.normed - low)) | {
+        "down": down.to(torch.int8),
+        "shrink": shrink,
+        "up": up.to(torch.int8),
+        "gain": gain * UNITS,
+    }
+
+
+def _to_integers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows times a scale each, in integers whose products with ``MAX_UNITS`` have an exact sum:
+    float64 ``[N, K]`` -> float32 ``[N, K]``, float64 ``[N, 1]``."""
+    import torch
+
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    total = rows.abs().sum(1, keepdim=True).clamp_min(1e-30)
+    most = EXACT_SUM / MAX_UNITS - rows.shape[1] / 2  # rounding adds half to each
+    scale = torch.minimum(MAX_UNITS / largest, most / total)
+    return (rows * scale).round().float(), scale
+
+
+def _moments(
+    weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sides of a ridge regression of y on x, float64 ``[H, H]`` each."""
+    import torch
+
+    gram = ((x * weight).T @ x).double()
+    gram += (RIDGE * gram.diagonal().mean() + 1e-9) * torch.eye(len(gram)).to(gram)
+    return gram, ((x * weight).T @ y).double()
 
 
 def _robust_rms(normed: torch.Tensor) -> torch.Tensor:
@@ -340,21 +426,34 @@ def _robust_rms(normed: torch.Tensor) -> torch.Tensor:
     return (rest.clamp_min(0) / (squares.shape[-1] - num)).sqrt()
 
 
-def _regressions(
-    sample: torch.Tensor,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """By layer: weights ``[R, 1]``, and LN(h) of the layer below (zeros for the first) and of it.
+@dataclass(frozen=True)
+class _Regression:
+    """What the LN(h) of a layer is predicted from, on a sample.
 
-    Both ``[R, H]``: the second is to be predicted from the first.
+    Attributes:
+        weight: of rows, ``[R, 1]``.
+        below, normed: LN(h) of the layer below (zeros for the first) and of it, ``[R, H]``.
+        rms_below: ``[R, 1]``.
     """
+
+    weight: torch.Tensor
+    below: torch.Tensor
+    normed: torch.Tensor
+    rms_below: torch.Tensor
+
+
+def _regressions(sample: torch.Tensor) -> Iterator[_Regression]:
+    """The regressions of a sample ``[R, L, H]``, by layer."""
     import torch
 
-    below: torch.Tensor | None = None
+    below = rms_below = None
     for layer in range(sample.shape[1]):
         normed = layer_norm(sample[:, layer])
-        weight = _robust_rms(normed).clamp_min(1e-3)[:, None] ** -2
-        yield weight, torch.zeros_like(normed) if below is None else below, normed
-        below = normed
+        rms = _robust_rms(normed).clamp_min(1e-3)[:, None]
+        if below is None or rms_below is None:
+            below, rms_below = torch.zeros_like(normed), torch.ones_like(rms)
+        yield _Regression(rms**-2, below, normed, rms_below)
+        below, rms_below = normed, rms
 
 
 def _average(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

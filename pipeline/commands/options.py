@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from ...schemas import MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError
+from ...schemas import DEFAULT_RANK, MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError
 from ...schemas.escaping import shown
 from ...schemas.units import parse_bytes
 from ...schemas.verbosity import Level, speaking, speaks
@@ -162,7 +162,21 @@ class _Seed(click.types.IntParamType):
         return seed
 
 
+class _Rank(click.ParamType):
+    """A whole number, or ``full``."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "full" or isinstance(value, int):
+            return value
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is not a rank: expected 0, 1, 2, ... or full.", param, ctx)
+        return click.INT.convert(value, param, ctx)
+
+
 FINITE_FLOAT = _FiniteFloat()
+RANK = _Rank()
 SEED = _Seed()
 BYTE_SIZE = _ByteSize()
 LOCAL_PATH = _LocalPath(path_type=Path)
@@ -171,8 +185,14 @@ CODECS = click.Choice(get_args(CodecName))
 quality_option = click.option(
     "--quality",
     type=FiniteRange(MIN_QUALITY, MAX_QUALITY),
-    help="For delta and linear. Default: 4, an error of 1.1e-2 in LN(h). One step more halves the "
-    "error and costs one bit per value.",
+    help="For delta, linear and predictive. Default: 4, an error of 1.1e-2 in LN(h). One step more "
+    "halves the error and costs one bit per value.",
+)
+rank_option = click.option(
+    "--rank",
+    type=RANK,
+    help="With codec predictive: how much of the layer below predicts a layer, from 0 (delta) to "
+    f"full (linear). Default: {DEFAULT_RANK}, which a CPU core decodes at 0.4 GB/s or more.",
 )
 layers_option = click.option(
     "--layers",
@@ -183,7 +203,7 @@ layers_option = click.option(
 )
 exact_option = click.option(
     "--exact-layers",
-    help="Layers that are stored exactly too, beside delta and linear: base, none, or numbers. "
+    help="Layers that are stored exactly too, beside a codec with loss: base, none, or numbers. "
     "base: those that the preset's pipeline reads, the default where it reads some; else none.",
 )
 limit_option = click.option(

@@ -27,6 +27,7 @@ from .options import (
     plan_options,
     print_result,
     quality_option,
+    rank_option,
     report_line,
     suggest,
     text_options,
@@ -48,6 +49,7 @@ from .options import (
     help="How to store hidden states: from exact and fast to read, to a sixth of the bytes.",
 )
 @quality_option
+@rank_option
 @exact_option
 @click.option(
     "--batch-tokens",
@@ -107,6 +109,7 @@ def extract(captions: str, features: str, **options: Any) -> None:
 @limit_option
 @click.option("--codec", type=CODECS, help="Only this codec. Default: all, side by side.")
 @quality_option
+@rank_option
 @exact_option
 @click.option(
     "--samples-per-second",
@@ -155,7 +158,7 @@ def estimate(
     from ..inspection.estimate import estimate as run
 
     names = (
-        *("codec", "quality", "exact_layers", "samples_per_second", "passes", "budget"),
+        *("codec", "quality", "rank", "exact_layers", "samples_per_second", "passes", "budget"),
         "storage",
     )
     workload = {name: options.pop(name) for name in names}

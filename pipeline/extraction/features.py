@@ -18,7 +18,7 @@ from ...schemas.files import locate
 from ...schemas.units import format_bytes
 from ...schemas.verbosity import progress_bar
 from ..codecs.fit import fit_rows
-from ..codecs.registry import CODECS, fitted_before, request_codec, with_exact_layers
+from ..codecs.registry import CODECS, fitted_before, request_codec, settle_rank, with_exact_layers
 from ..executor.base import Executor
 from ..executor.progress import Style
 from ..executor.workers import Workers
@@ -187,13 +187,14 @@ def plan_features(
     followed = read_runs(request)
     before = existing.manifest if existing is not None else None
     dtype, threads, batch_tokens = request.dtype, request.threads, request.batch_tokens
-    spec = request_codec(request.codec, request.quality)
+    spec = request_codec(request.codec, request.quality, request.rank)
     line_tokens = None
     if dtype == "auto":
         dtype = "bfloat16" if workers.have_gpus else "float32"
         dtype = before.identity.dtype if before is not None else dtype
     source = make_plan(request.model_copy(update={"dtype": dtype}), before)
     codec = None if before is None else before.codec
+    spec = settle_rank(spec, source.identity.model.width)
     exact = choose_exact_layers(request.exact_layers, spec.name, source.identity, codec)
     spec = fitted_before(with_exact_layers(spec, exact), codec)
     if existing is not None and before is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SkipValidation, model_validator
 
-from ...schemas import CodecName, Contract, Routing
+from ...schemas import CodecName, Contract, Rank, Routing
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -79,10 +79,14 @@ class ExtractRequest(CaptionsRequest, WriteRequest):
     """Codec of hidden states, see :mod:`semroute.pipeline.codecs`. All but ``bf16`` are
     fitted to a sample of the captions first."""
     quality: float | None = None
-    """Quality of ``delta`` and ``linear``, whose step is 2**-quality of a vector's RMS: 4 (the
-    default) gives an error of LN(h) of 1.1e-2; one more halves it and costs one bit per value."""
+    """Quality of ``delta``, ``linear`` and ``predictive``, whose step is 2**-quality of a vector's
+    RMS: 4 (the default) gives an error of LN(h) of 1.1e-2; one more halves it and costs one bit per
+    value."""
+    rank: Rank | None = None
+    """Rank of the prediction of ``predictive``: 0 is ``delta``, "full" is ``linear``; default: the
+    largest that a CPU decodes at 0.4 GB/s per core, see docs/benchmarks/codecs.md."""
     exact_layers: str | None = None
-    """Layers that are also stored exactly beside ``delta`` and ``linear``: ``base`` (those that the
+    """Layers that are also stored exactly beside a codec with loss: ``base`` (those that the
     preset's pipeline reads), ``none`` or numbers; default: as the existing store has it; for a new
     one base with a preset of a pipeline that reads some layers only, and none without."""
     batch_tokens: Positive | None = None
@@ -175,8 +179,9 @@ class RewriteRequest(TextRequest, WriteRequest):
     routing: Routing | None = None
     """Store only mixes of the layers, enough of them for what its blocks read. The caller checks
     that the source is of the run's LLM."""
-    rank: Positive | None = None
-    """Number of mixes; default: the fewest whose mean error is under 1e-2."""
+    rank: Rank | None = None
+    """With ``routing``, the number of mixes; default: the fewest whose mean error is under 1e-2.
+    Otherwise as for extraction."""
     shuffle_layers: Annotated[int, Field(ge=0)] | None = None
     """Seed: within each caption its layers change places at random, so that no layer can be told
     from another. A control: what routing still gains on such features does not come from choosing
@@ -184,3 +189,13 @@ class RewriteRequest(TextRequest, WriteRequest):
     captions: str | None = None
     """Table of captions, all of which the source must hold; default: all of them. Its rows are the
     samples of the new store."""
+
+    @property
+    def num_mixes(self) -> int | None:
+        """Number of mixes that is asked for."""
+        return self.rank if self.routing is not None and isinstance(self.rank, int) else None
+
+    @property
+    def codec_rank(self) -> Rank | None:
+        """Rank of the codec that is asked for."""
+        return self.rank if self.routing is None else None

@@ -18,11 +18,13 @@ from ...schemas import (
     CAPTIONS_SCHEMA,
     SAMPLES_SCHEMA,
     CaptionsIdentity,
+    Codec,
     Derived,
     FeatureIdentity,
     FeatureManifest,
     InputError,
     Mixes,
+    Rank,
     Receipt,
     Routing,
     SamplesIdentity,
@@ -40,10 +42,10 @@ from ..codecs.fit import fit_codec, fit_rows, fitted_spec
 from ..codecs.mixes import SAMPLE_ROWS, combine, find_mixes, mix
 from ..codecs.registry import (
     CODECS,
-    exact_positions,
     fitted_before,
     is_lossy,
     request_codec,
+    settle_rank,
     with_exact_layers,
 )
 from ..executor.base import Deferred, Executor, report_progress, worker_name
@@ -153,10 +155,8 @@ class RewritePlan(FeatureStorePlan):
         num = first.num_captions(fit_rows(width))
         report(f"fitting {name} to {num:,} captions, {self._num_tokens[:num].sum():,} tokens")
         sample = first.read(fit_rows(width), *_reading(self.source, self.manifest.identity))
-        spec = self.manifest.codec
-        exact = exact_positions(spec, self.manifest.identity.layers)
-        fitted, bits = fit_codec(name, sample, spec.quality, exact)
-        spec = fitted_spec(spec, fitted, num, len(sample))
+        fitted, bits = fit_codec(self.manifest.codec, sample, self.manifest.identity.layers)
+        spec = fitted_spec(self.manifest.codec, fitted, num, len(sample))
         manifest = self.manifest.model_copy(update={"codec": spec})
         return replace(
             self, manifest=manifest, parameters=dict(fitted.parameters), bits_per_value=bits
@@ -207,19 +207,17 @@ def plan_rewrite(
         layers: those of the source that are kept, unless they are mixed.
     """
     before = source.manifest
-    codec, quality = request.codec or before.codec.name, request.quality
-    if request.codec is None and quality is None:
-        quality = before.codec.quality
-    spec = request_codec(codec, quality)
+    spec = _request_codec(request, before)
+    codec = spec.name
     table = source.captions.take(pa.array(selection.ids))
     num_tokens = table["num_tokens"].to_numpy()
     mixes = before.identity.mixes
     if request.routing is not None:
         mixes = None if existing is None else existing.manifest.identity.mixes
-        if not _asked_for(mixes, request.routing, request.rank):
+        if not _asked_for(mixes, request.routing, request.num_mixes):
             first = _First(source, selection.ids, num_tokens)
             sample = first.read(SAMPLE_ROWS, request.routing.layers, None)
-            mixes = find_mixes(request.routing, sample, request.rank)
+            mixes = find_mixes(request.routing, sample, request.num_mixes)
         assert mixes is not None
         report(_describe_mixes(mixes))
         layers = [*range(1, mixes.num_mixes + 1)]
@@ -266,6 +264,16 @@ def plan_rewrite(
         selection=selection,
         captions=table,
     )
+
+
+def _request_codec(request: RewriteRequest, before: FeatureManifest) -> Codec:
+    """The codec that is asked for; by default that of the source."""
+    name, quality, rank = request.codec, request.quality, request.codec_rank
+    if name is None:
+        name = "predictive" if rank is not None else before.codec.name
+        quality = before.codec.quality if quality is None else quality
+        rank = before.codec.rank if rank is None else rank
+    return settle_rank(request_codec(name, quality, rank), before.identity.model.width)
 
 
 def _choose_exact(
@@ -436,7 +444,7 @@ def _reading(
 
 
 def _check_routing(
-    routing: Routing | None, rank: int | None, layers: str, source: FeatureStore
+    routing: Routing | None, rank: Rank | None, layers: str, source: FeatureStore
 ) -> None:
     """Refuse options that exclude one another, or that this source does not support."""
     if source.mixes is not None and (routing is not None or layers != "all"):
@@ -445,9 +453,9 @@ def _check_routing(
             "mixed again. Name the store that it was made from."
         )
     if routing is None:
-        if rank is not None:
-            raise InputError(f"--rank {rank} is the number of mixes: name a run with --routing")
         return
+    if rank == "full" or rank == 0:
+        raise InputError(f"--rank {rank} with --routing is the number of mixes; expected 1 or more")
     if layers != "all":
         raise InputError(
             f"--layers {layers}: the layers that are mixed are those of the run of --routing; "

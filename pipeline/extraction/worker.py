@@ -21,7 +21,6 @@ from ..codecs import base as codecs
 from ..codecs.base import allocate
 from ..codecs.error import CodecError, layer_errors
 from ..codecs.fit import fit_codec, fitted_spec
-from ..codecs.registry import exact_positions
 from ..executor.base import Deferred, report_progress, worker_name
 from ..executor.workers import own_device
 from ..models.packing import NUM_CAPTIONS, check_packing, supports_packing
@@ -477,10 +476,8 @@ def _fit_to(job: Job, task: ShardTask, manifest: FeatureManifest) -> Fitted:
             f"{num_rows - len(sample):,} of {num_rows:,} tokens are left out of what the codec is "
             f"fitted to: {first}"
         )
-    spec = manifest.codec
-    exact = exact_positions(spec, identity.layers)
-    codec, bits_per_value = fit_codec(spec.name, sample, spec.quality, exact)
-    spec = fitted_spec(spec, codec, len(task.texts), len(sample))
+    codec, bits_per_value = fit_codec(manifest.codec, sample, identity.layers)
+    spec = fitted_spec(manifest.codec, codec, len(task.texts), len(sample))
     return Fitted(spec, dict(codec.parameters), bits_per_value, warnings)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...schemas import InputError
+from ...schemas import Codec, InputError
 from ...schemas.verbosity import progress_bar
-from ..codecs.base import Codec
+from ..codecs.base import Codec as OpenCodec
 from ..codecs.chunks import compress, decompress
 from ..codecs.error import CodecError
 from ..codecs.fit import encode_rows, fit_codec, fit_rows
@@ -34,7 +34,7 @@ MAX_HELD_ROWS = 2_048
 MIN_CAPTIONS, CAPTIONS_PER_SECOND = 64, 100
 """Captions to make batches of, at least and per second of the benchmark; a shard has thousands."""
 MIN_ROWS_PER_CHANNEL = 6
-"""Fitted rows per channel below which the matrices of ``linear`` do worse than those of a store."""
+"""Fitted rows per channel below which matrices do worse than those of a store."""
 REPEATS = 3
 """Timings of coding, of which the shortest counts."""
 
@@ -84,25 +84,22 @@ class LLMBenchmark:
     def can_fit(self, codec: str) -> bool:
         """Whether there are enough rows to fit a codec, and others to measure it on."""
         fitted = int((~self.held_out).sum())
-        least = MIN_ROWS_PER_CHANNEL * self.hidden.shape[2] if codec == "linear" else 1
+        has_matrices = codec in ("linear", "predictive")
+        least = MIN_ROWS_PER_CHANNEL * self.hidden.shape[2] if has_matrices else 1
         return fitted >= least and bool(self.held_out.any())
 
-    def try_codec(
-        self,
-        name: str,
-        quality: float | None,
-        positions: list[int],
-        exact: Sequence[int] = (),
-    ) -> CodecTrial:
+    def try_codec(self, spec: Codec, layers: list[int], held: Sequence[int]) -> CodecTrial:
         """Fit a codec to some of the rows and measure it on the others.
 
         Args:
-            positions: the layers to code, among those of ``hidden``.
-            exact: those of them that are also stored exactly, among ``positions``.
+            spec: as requested.
+            layers: numbers of the layers to code.
+            held: numbers of all layers of ``hidden``.
         """
+        positions = [held.index(layer) for layer in layers]
         num_fitted = fit_rows(self.hidden.shape[2])
         fitted = self.hidden[~self.held_out][:num_fitted, positions].float()
-        codec, _ = fit_codec(name, fitted, quality, exact)
+        codec, _ = fit_codec(spec, fitted, layers)
         rows = self.hidden[self.held_out][:MAX_HELD_ROWS, positions].float()
         seconds = []
         for _ in range(REPEATS):
@@ -199,7 +196,7 @@ def _held_out_rows(plan: Plan, batch: Batch) -> torch.Tensor:
     return torch.from_numpy(entries % HELD_OUT == 0).repeat_interleave(num_rows)
 
 
-def _decode_speed(codec: Codec, chunks: dict[str, list[bytes]], num_rows: int) -> float:
+def _decode_speed(codec: OpenCodec, chunks: dict[str, list[bytes]], num_rows: int) -> float:
     """Bytes of bfloat16 that one core decodes in a second."""
     out = np.empty((num_rows, codec.num_layers, codec.width), np.uint16)
     positions = list(range(codec.num_layers))

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...schemas import Codec, DataConfig, InputError, Summary
+from ...schemas import Codec, DataConfig, InputError, Rank, Summary
 from ...schemas.display import Table
 from ...schemas.storage import MIN_BYTES, StorageSpeed, measure_storage
 from ...schemas.units import format_bytes
-from ..codecs.registry import CODECS, is_lossy, request_codec, with_exact_layers
+from ..codecs.registry import CODECS, is_lossy, request_codec, settle_rank, with_exact_layers
 from ..extraction.exact import choose_exact_layers
 from ..extraction.requests import ExtractRequest
 from ..store.views import short_name
@@ -70,6 +70,7 @@ def estimate(
     *,
     codec: str | None = None,
     quality: float | None = None,
+    rank: Rank | None = None,
     exact_layers: str | None = None,
     samples_per_second: float = 100.0,
     passes: float = 10.0,
@@ -82,7 +83,7 @@ def estimate(
 
     Args:
         plan: from :func:`semroute.pipeline.extraction.plan.make_plan`.
-        codec, quality, exact_layers: as for extraction. Default: all codecs.
+        codec, quality, rank, exact_layers: as for extraction. Default: all codecs.
         samples_per_second: speed of training, over all devices.
         passes: over the samples, in all epochs, seeds and ablations together.
         budget: bytes that the store may take: also what extraction must deliver then, and costs.
@@ -98,10 +99,14 @@ def estimate(
             be measured.
     """
     if codec is None and quality is not None:
-        raise InputError(f"--quality {quality:g} needs --codec delta or linear")
+        raise InputError(f"--quality {quality:g} needs --codec delta, linear or predictive")
+    if codec is None and rank is not None:
+        raise InputError(f"--rank {rank} needs --codec predictive")
+    width = plan.identity.model.width
+    specs = [request_codec(name, quality, rank) for name in ([codec] if codec else CODECS)]
     codecs = [
-        _request(plan, name, quality, exact_layers if codec or is_lossy(name) else None, pipeline)
-        for name in ([codec] if codec else CODECS)
+        _with_exact(plan, spec, exact_layers if codec or is_lossy(spec.name) else None, pipeline)
+        for spec in (settle_rank(spec, width) for spec in specs)
     ]
     sizes = [
         [store_size(plan, layers, request, probe) for request in codecs]
@@ -148,19 +153,18 @@ def _measure(storage: str, size: StoreSize, num_captions: int) -> StorageSpeed:
     return speed
 
 
-def _request(
+def _with_exact(
     plan: Plan,
-    name: str,
-    quality: float | None,
+    spec: Codec,
     exact_layers: str | None,
     pipeline: PipelineText | None,
 ) -> Codec:
     """The spec of a codec, with the layers that extraction would store exactly beside it."""
-    identity, spec = plan.identity, request_codec(name, quality)
-    if exact_layers is None and pipeline is not None and is_lossy(name):
+    identity = plan.identity
+    if exact_layers is None and pipeline is not None and is_lossy(spec.name):
         base = {*pipeline.base_layers(identity.model.num_layers)} & {*identity.layers}
         return with_exact_layers(spec, sorted(base) if len(base) < len(identity.layers) else [])
-    return with_exact_layers(spec, choose_exact_layers(exact_layers, name, identity))
+    return with_exact_layers(spec, choose_exact_layers(exact_layers, spec.name, identity))
 
 
 @dataclass(frozen=True)
@@ -446,6 +450,7 @@ def _store_details(size: StoreSize, work: Workload) -> dict[str, Any]:
         "layers": size.layers,
         "codec": size.codec.name,
         "quality": size.codec.quality,
+        "rank": size.codec.rank,
         "exact_layers": list(size.codec.exact_layers),
         "bytes": size.num_bytes,
         "bytes_bf16": size.raw_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from ...schemas import Codec
 from ...schemas.units import format_bytes
+from ..codecs.registry import fitted_arrays
 
 if TYPE_CHECKING:
     from ..extraction.plan import Plan
@@ -21,6 +23,7 @@ TYPICAL_BITS = {
     "lossless": {0: 10.9, 1: 10.5, 2: 10.6, 3: 10.7, 6: 10.7},
     "delta": {0: 6.2, 1: 4.9, 2: 5.3, 3: 5.5, 6: 5.8},
     "linear": {0: 5.8, 1: 3.9, 2: 4.3, 3: 4.6, 6: 4.9},
+    "predictive": {0: 6.2, 1: 4.5, 2: 4.9, 3: 5.2, 6: 5.5},
 }
 """Codec -> distance between stored layers (0: a single one) -> bits per value, at quality 4; see
 docs/benchmarks/codecs.md. One step of quality is about one bit."""
@@ -202,16 +205,18 @@ def store_size(
     It is measured on rows of the benchmark if these suffice, and otherwise typical.
     """
     width, trial = plan.identity.model.width, None
-    exact = [number for number, layer in enumerate(layers) if layer in codec.exact_layers]
+    num_exact = len({*codec.exact_layers} & {*layers})
     if benchmark is not None and benchmark.can_fit(codec.name):
-        positions = [plan.identity.layers.index(layer) for layer in layers]
-        trial = benchmark.try_codec(codec.name, codec.quality, positions, exact)
+        exact = tuple(layer for layer in codec.exact_layers if layer in layers)
+        spec = codec.model_copy(update={"exact_layers": exact})
+        trial = benchmark.try_codec(spec, layers, plan.identity.layers)
         bits = trial.bits_per_value
     else:
-        bits = _typical_bits(layers, codec) + EXACT_BITS * len(exact) / len(layers)
+        bits = _typical_bits(layers, codec) + EXACT_BITS * num_exact / len(layers)
     num_values = int(plan.captions.num_tokens.sum()) * len(layers) * width
-    # linear stores two matrices per layer, in bfloat16.
-    matrices = 2 * 2 * len(layers) * width**2 if codec.name == "linear" else 0
+    fitted = fitted_arrays(codec, width).values()
+    per_layer = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fitted if len(shape) > 1)
+    matrices = per_layer * len(layers)
     num_bytes = int(num_values * bits / 8) + matrices
     return StoreSize(layers, codec, num_bytes, matrices, 2 * num_values, trial)
 

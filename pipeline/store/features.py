@@ -350,7 +350,7 @@ def _create_arrays(
     with new_group(path) as group:
         for spec in codec.arrays:
             values = "channel" if spec.size == width else f"{spec.name}_value"
-            attributes: dict[str, Any] = {"codec": codec.name, "meaning": spec.meaning}
+            attributes: dict[str, Any] = {"codec": manifest.codec.name, "meaning": spec.meaning}
             axis = "layer"
             if spec.layers is not None:
                 attributes["layers"] = [layers[position] for position in spec.layers]

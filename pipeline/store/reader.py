@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec
 
 from ...schemas import FeatureManifest
 from ..codecs.base import Codec, digest_parameters
-from ..codecs.registry import CODECS, open_codec
+from ..codecs.registry import fitted_arrays, open_codec
 from .array import ShardedArray
 from .checks.plain import ReadFiles, read_plain
 from .documents import StoreError
@@ -29,6 +29,10 @@ _DIMENSIONS = {
     "follow": ("layer", "distance"),
     "matrix": ("layer", "channel_below", "channel"),
     "rotation": ("layer", "axis", "channel"),
+    "down": ("layer", "axis", "channel_below"),
+    "up": ("layer", "axis", "channel"),
+    "shrink": ("layer", "axis"),
+    "gain": ("layer", "channel"),
 }
 
 
@@ -136,7 +140,7 @@ def read_codec(root: Path, group: str, manifest: FeatureManifest, read: ReadFile
         folder = f"{group}/{PARAMETERS}"
         parameters = {
             name: read_plain(root, f"{folder}/{name}", (num_layers, *shape), dtype, read)
-            for name, (shape, dtype) in CODECS[spec.name].fitted(width).items()
+            for name, (shape, dtype) in fitted_arrays(spec, width).items()
         }
         if digest_parameters(parameters) != spec.fit.sha256:
             raise StoreError(

@@ -37,6 +37,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
             f"{mixes.strategy} (step {mixes.step:,}, {mixes.source}); error of what blocks read "
             f"{mixes.error:.1e}"
         )
+    rank = "" if codec.rank is None else f", rank {codec.rank}"
     quality = "" if codec.quality is None else f", quality {codec.quality:g}"
     exact = f"; exact in layers {_ranges(codec.exact_layers)}" if codec.exact_layers else ""
     items |= {
@@ -44,7 +45,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
         f"{identity.samples.num_samples:,} samples",
         "tokens": f"{store.manifest.layout.num_rows:,}; {num_cut:,} captions cut at "
         f"{identity.max_length} tokens",
-        "codec": f"{codec.name}{quality}{exact}",
+        "codec": f"{codec.name}{rank}{quality}{exact}",
         "bytes": format_bytes(num_bytes),
         "state": store.state(),
     }

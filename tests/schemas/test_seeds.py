@@ -23,6 +23,9 @@ KEYS = {
     Purpose.SHARD_ORDER: (7, 8, 3),
     Purpose.MIXTURE: (7, 9, 3),
     Purpose.SHAPES: (7, 10, 3),
+    Purpose.T: (7, 11, 3),
+    Purpose.GAUSSIAN: (7, 12, 3),
+    Purpose.CODEC_FIT: (7, 13, 3),
     **dict.fromkeys(UnnumberedPurpose, (7, 3)),
 }
 """What the first release used: runs and stores depend on these."""

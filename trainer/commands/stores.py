@@ -11,6 +11,7 @@ from ...pipeline.commands.options import (
     CODECS,
     LOCAL_FILE,
     LOCAL_PATH,
+    RANK,
     SEED,
     echo,
     exact_option,
@@ -123,9 +124,9 @@ def probe(
 )
 @click.option(
     "--rank",
-    type=click.IntRange(1),
+    type=RANK,
     help="With --routing: number of mixes. Default: the fewest with an error below 1e-2 in what "
-    "blocks read.",
+    "blocks read. Without: the rank of codec predictive, as for extract.",
 )
 @click.option(
     "--captions", help="Keep only the captions of this table, whose rows become the samples."
@@ -141,7 +142,7 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
 
     \b
     Examples:
-      semroute rewrite features smaller --codec linear --layers every:2
+      semroute rewrite features smaller --codec predictive --layers every:2
       semroute rewrite features mixed --routing runs/depth
     """
     if options["captions"] is None:
@@ -149,8 +150,6 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
             ["text_column", "fallback_column", "blank"],
             "is about a table: name it with --captions",
         )
-    if routing is None:
-        refuse_options(["rank"], "is the number of mixes: name a run with --routing")
     from ...pipeline.extraction.rewrite import rewrite as run
 
     if routing is not None:

@@ -147,7 +147,7 @@ def _facts(
         "network": f"{setup.model.describe()}, {parameters['total']:,} parameters, "
         f"{parameters['routing']:,} of them routing",
         "text": f"strategy {config.routing.strategy} reads {_layers(layers)} ({len(layers)} of "
-        f"{len(stored)} stored), codec {setup.features.codec.name}",
+        f"{len(stored)} stored), codec {setup.features.manifest.codec.name}",
         "data": f"{loader.num_samples:,} samples, {len(setup.features):,} captions"
         + "".join(f"; {pair.summary()}" for pair in loader.pairs if pair.selection)
         + "".join(f"; {pair.summary()}" for pair in loader.pairs[1:] if not pair.selection)

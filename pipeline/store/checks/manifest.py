@@ -43,6 +43,9 @@ def _feature_faults(manifest: FeatureManifest) -> Iterator[str]:
         yield f"identity.layers is {layers}; expected ascending numbers of 0 to {highest}"
     if CODECS[codec.name].fits and codec.fit is None:
         yield f"codec: {codec.name} is not fitted"
+    width = identity.model.width
+    if (codec.name == "predictive") != (codec.rank is not None) or (codec.rank or 0) >= width:
+        yield f"codec: {codec.name} of rank {codec.rank} for hidden states of {width} channels"
     if not {*codec.exact_layers} <= {*layers}:
         yield f"codec: exact_layers {list(codec.exact_layers)} are not among {layers}"
     if identity.mixes is not None:

@@ -16,7 +16,7 @@ METADATA = "zarr.json"
 MAX_METADATA_BYTES = 1_000_000
 MAX_CHUNK_BYTES = 2**28
 """Largest chunk that is decoded; ours have a fourth of a million bytes, or one row."""
-_DTYPES = ("uint8", "uint16", "int32", "float16", "float32")
+_DTYPES = ("int8", "uint8", "uint16", "int32", "float16", "float32")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ SHAPE = (3, 2, 4)
 @settings(deadline=None)
 @given(data=st.data(), name=st.sampled_from(list(CODECS)), num_rows=st.integers(1, 40))
 def test_chunks_give_their_codes_back_and_zeros_cost_nothing(data, name, num_rows):
-    codec = CODECS[name](3, 6, {}, 4.0)
+    codec = CODECS[name](3, 6, {}, 4.0, rank=2)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     used = np.flatnonzero(rng.random(num_rows) < data.draw(st.sampled_from([0.0, 0.1, 0.9])))
     codes = {}

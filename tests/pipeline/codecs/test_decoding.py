@@ -16,6 +16,8 @@ from semroute.pipeline.store.shard_file import CorruptShardError
 from semroute.schemas import CodecName, InputError
 
 NAMES = get_args(CodecName)
+QUALITY = 3.0
+"""Of random stores."""
 everything = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -35,6 +37,10 @@ def unpack(code, escape):
 
 def signed(zigzag):
     return (zigzag >> 1) ^ -(zigzag & 1)
+
+
+def to_steps(values):
+    return np.rint(values).clip(-127, 127)
 
 
 def widen(bits):
@@ -63,9 +69,15 @@ def decode_as_documented(group, rows):
     mean, deviation = (widen(scalar[..., i : i + 2].copy().view("<u2")) for i in (0, 2))
     residual = signed(unpack(codes["code"], codes["escape"])) * SCALES[scalar[..., 4]][..., None]
     state = np.zeros(scalar.shape[::2][:1] + fitted["bias"].shape[1:])
+    unit = SCALES[scalar[..., 4]] * 2.0**QUALITY / 16
     for layer in range(scalar.shape[1]):
         if "slope" in fitted:
             below, turned = state * fitted["slope"][layer], residual[:, layer]
+            if layer and "down" in fitted:
+                down, up = (fitted[name][layer].astype(float) for name in ("down", "up"))
+                size = unit[:, layer - 1, None]
+                axes = to_steps(to_steps(state / size) @ down.T * fitted["shrink"][layer])
+                below = below + axes @ up * fitted["gain"][layer] * size
         else:
             below = state @ widen(fitted["matrix"][layer])
             turned = residual[:, layer] @ widen(fitted["rotation"][layer])

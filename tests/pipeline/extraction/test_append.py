@@ -78,7 +78,7 @@ class TestGrowing:
     )
     @given(
         cuts=st.tuples(st.integers(1, 58), st.integers(1, 58)).map(sorted),
-        codec=st.sampled_from(["bf16", "lossless", "delta", "linear"]),
+        codec=st.sampled_from(["bf16", "lossless", "delta", "linear", "predictive"]),
     )
     def test_growing_twice_gives_what_a_store_made_at_once_gives(
         self, make, texts, tmp_path, cuts, codec

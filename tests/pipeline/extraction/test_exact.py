@@ -40,7 +40,7 @@ def bf16(make):
     return make("bf16", codec="bf16")
 
 
-@pytest.fixture(scope="module", params=["delta", "linear"])
+@pytest.fixture(scope="module", params=["predictive", "linear"])
 def stores(make, request):
     """With exact layers, and without."""
     codec = request.param
@@ -71,7 +71,7 @@ class TestReading:
             found = store.read_codes(ids, layers).tensor()
             for slot, layer in enumerate(wanted):
                 bits = found[:, slot].contiguous().view(torch.uint16).numpy()
-                if layer in EXACT or store.manifest.codec.name == "delta":
+                if layer in EXACT or store.manifest.codec.name == "predictive":
                     np.testing.assert_array_equal(bits, expected[:, slot])
 
     def test_exact_layers_alone_are_read_from_their_own_array(self, stores, tmp_path):

@@ -136,7 +136,12 @@ class TestStored:
 class TestCodecs:
     @pytest.mark.parametrize(
         ("codec", "quality", "largest"),
-        [("lossless", None, 0), ("delta", 4, 0.025), ("delta", 6, 0.012), ("linear", 4, 0.025)],
+        [
+            ("lossless", None, 0),
+            ("delta", 4, 0.025),
+            ("predictive", 6, 0.012),
+            ("linear", 4, 0.025),
+        ],
     )
     def test_a_reader_gets_what_the_receipts_promise(
         self, arguments, undisturbed, codec, quality, largest

@@ -127,6 +127,26 @@ def stated(store):
     return np.average([r.codec_error["mean"] for r in receipts], weights=weights)
 
 
+def test_a_rank_is_that_of_the_codec_and_stays(arguments):
+    found = rewrite(**arguments | {"rank": 4})
+    codec = found.manifest.codec
+    assert (codec.name, codec.rank, codec.quality) == ("predictive", 4, 4)
+    assert verify(found.path).problems == []
+    before = contents(found.path)
+    again = rewrite(features=found.path, out=found.path.with_name("again"), workers=0, report=str)
+    assert again.manifest.codec.rank == 4
+    rewrite(**arguments | {"rank": 4})
+    assert contents(found.path) == before
+    with pytest.raises(StoreError, match=r"codec\.rank: 5 instead of 4"):
+        rewrite(**arguments | {"rank": 5})
+    with pytest.raises(InputError, match=r"--rank 32: the hidden states have 32 channels"):
+        rewrite(**arguments | {"rank": 32})
+    ends = [
+        rewrite(**arguments | {"rank": r, "out": found.path.with_name(str(r))}) for r in (0, "full")
+    ]
+    assert [end.manifest.codec.name for end in ends] == ["delta", "linear"]
+
+
 class TestMixes:
     @pytest.mark.parametrize(
         ("codec", "quality", "most"),
@@ -223,9 +243,10 @@ class TestMixes:
         ):
             rewrite(**arguments | {"routing": routing(), "layers": "1,2"})
 
-    def test_a_rank_without_a_run_is_refused(self, arguments):
-        with pytest.raises(InputError, match="--rank 2 is the number of mixes: name a run"):
-            rewrite(**arguments | {"rank": 2})
+    @pytest.mark.parametrize("rank", [0, "full"])
+    def test_a_rank_of_mixes_is_a_number(self, arguments, rank):
+        with pytest.raises(InputError, match=f"--rank {rank} with --routing is the number of mix"):
+            rewrite(**arguments | {"rank": rank, "routing": routing()})
 
     def test_more_than_there_are_is_refused(self, arguments):
         with pytest.raises(InputError, match=r"--rank 3: .* 2 independent mixes; expected 1 to 2"):

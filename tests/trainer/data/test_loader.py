@@ -125,7 +125,7 @@ class TestStream:
             dropped += not is_own
         assert 0 < dropped < 16
 
-    @pytest.mark.parametrize("codec", ["bf16", "lossless", "delta", "linear"])
+    @pytest.mark.parametrize("codec", ["bf16", "lossless", "predictive", "linear"])
     def test_codes_are_decoded_where_the_batch_goes(self, codec, random_store, latent_store):
         features, latents = open_features(random_store(codec)), open_latents(latent_store)
         late, early = (
@@ -337,7 +337,7 @@ class TestStream:
 
 
 class TestPadded:
-    @pytest.fixture(params=["bf16", "lossless", "delta", "linear"])
+    @pytest.fixture(params=["bf16", "lossless", "predictive", "linear"])
     def stores(self, request, random_store, latent_store):
         return open_features(random_store(request.param)), open_latents(latent_store)
 
