@@ -1,6 +1,6 @@
 import pytest
 
-from semroute.pipeline.sources.table import SUFFIXES
+from semroute.pipeline.sources.places import SUFFIXES
 from semroute.pipeline.sources.webdataset import expand
 from semroute.schemas import InputError
 from semroute.schemas.urls import check_protocol, suffix_of, without_query

@@ -29,6 +29,7 @@ from ..runs.checkpoint import (
     remove_old,
     write_part,
 )
+from ..runs.metrics import refuse_gone
 from .ranks import Ranks
 
 
@@ -78,9 +79,15 @@ class Saver:
         self.pause_seconds = time.perf_counter() - start
 
     def check(self) -> None:
-        """Raise what went wrong in writing, if anything."""
+        """Raise what went wrong in writing, if anything.
+
+        Raises:
+            InputError: the run's directory is gone.
+            OSError: anything else.
+        """
         if self._error is not None:
             error, self._error = self._error, None
+            refuse_gone(self.path)
             raise error
 
     def wait(self) -> None:

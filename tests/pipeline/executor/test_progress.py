@@ -142,6 +142,8 @@ class TestEvents:
             write_quarantine=lambda quarantine: None,
             is_complete=True,
             num_bytes=lambda: 10,
+            has_budget=False,
+            manifest=SimpleNamespace(layout=SimpleNamespace(num_shards=2)),
         )
         events = []
         with pytest.raises((ExtractionError, Interrupted)):

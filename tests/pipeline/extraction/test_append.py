@@ -115,7 +115,7 @@ class TestGrowing:
         lines: list[str] = []
         make(texts[:100])
         make(texts, report=lines.append)
-        assert "grows: 100 new samples and 92 captions in" in lines[0]
+        assert "grows: 100 new samples and 92 captions in" in "\n".join(lines)
         grown = make(texts, report=lines.append)
         assert lines[-1].endswith("nothing was left to do")
         ((generation),) = grown.manifest.grown_from

@@ -187,7 +187,7 @@ class TestResuming:
         stopped.reopen([1, 2])
         shutil.rmtree(path / f"conditioning.zarr/{next(iter(stopped.arrays))}/c/2")
         written = stopped.manifest.layout.num_shards - 2
-        assert f"{written} of {written + 2}" in str(status(path))
+        assert f"{written}/{written + 2} shards" in str(status(path))
         lines = []
         size = {"krea2": 4_000, "sd3": 50_000}[family]
         again = make(captions, path, tiny_pipeline(family), shard_bytes=size, report=lines.append)

@@ -176,6 +176,9 @@ class TestResume:
             stderr=subprocess.STDOUT,
         ) as process:
             wait_for(config.output, 7, process)
+            while latest_checkpoint(Path(config.output)) is None:  # it is written meanwhile
+                assert process.poll() is None
+                time.sleep(0.01)
             process.kill()
         assert 5 <= latest_checkpoint(Path(config.output)).step < 60
         train(config, progress=False)

@@ -128,7 +128,12 @@ def done(world):
 def undrawn(monkeypatch):
     """Figures are made and not drawn, which takes most of the time of a study that has little to
     do. Tests that look at them draw them."""
-    monkeypatch.setattr(Figure, "savefig", lambda _, path, **_options: Path(path).touch())
+
+    def savefig(_figure, file, **_options):
+        if isinstance(file, str | Path):
+            Path(file).touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 class TestStudy:
