@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
 from ...schemas.escaping import shown
+from ...schemas.verbosity import speaks
 from ..adapters.paths import make_path
 from ..runs.checkpoint import Checkpoint, latest_checkpoint
 from ..runs.metrics import trim_metrics
@@ -18,6 +19,7 @@ from .accelerator import make_accelerator
 from .position import followed_stores, publishing
 from .previews import open_previews
 from .setup import make_loader, prepare
+from .threads import describe_threads
 from .trainer import Trainer
 
 
@@ -60,6 +62,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
             _check_unchanged(path, setup.checkpoint)
             write_record(path, record)
             trim_metrics(path, loader.start_step)
+            if progress and accelerator.device.type == "cpu":
+                for line in describe_threads(record):
+                    _report(line)
             if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
                 for pair in loader.pairs:
                     _report(pair.summary())
@@ -87,7 +92,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
 
 def _report(line: str) -> None:
-    tqdm.write(shown(line), file=sys.stderr)
+    if speaks() != "quiet" or line.startswith("warning"):
+        tqdm.write(shown(line), file=sys.stderr)
 
 
 def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:
