@@ -41,23 +41,23 @@ PARTS = {
     "tests": Part("Tests marked gpu", 50, "What only a GPU can fail."),
     "extraction": Part(
         "Extraction",
-        120,
+        115,
         "LLM of Qwen3-4B's shape in bfloat16. *Bare forward* runs the same batches and keeps "
         "nothing; *LLM idle share* is the part of the extraction that the bare forward does not "
         "need.",
     ),
     "decoding": Part(
         "Decoding",
-        40,
+        35,
         "GB/s of decoded bfloat16: from codes on the device, and from codes in pinned memory. "
         "*Copy* is the rate of the codes alone from host to device.",
     ),
-    "step-small": Part("Training step, small", 35, ""),
-    "step-base": Part("Training step, base", 40, ""),
-    "step-paper": Part("Training step, paper", 75, ""),
+    "step-small": Part("Training step, small", 40, ""),
+    "step-base": Part("Training step, base", 45, ""),
+    "step-paper": Part("Training step, paper", 90, ""),
     "stream": Part(
         "Training from a store",
-        75,
+        65,
         "`semroute train` of `base`; the store is in the page cache. *Data wait* is the share of "
         "time in which training waits for a batch.",
     ),
@@ -66,15 +66,15 @@ PARTS = {
     ),
     "scaling": Part(
         "compile, checkpoints, FSDP2",
-        60,
+        65,
         "Network `base`, strategy `depth`. *Pause* is how long a checkpoint keeps training from "
         "its next step. FSDP2 shards over one rank.",
     ),
 }
 STEP = (
     "A step of `Trainer` at 256 px (forward, loss, backward, clipping, AdamW), in bfloat16, "
-    "features on the device; the last two rows copy them from pinned memory, and compute them by "
-    "the LLM at every step. *Attention* counts the kernels of torch that a step calls."
+    "features on the device; in two rows they come from pinned memory, or from the LLM at every "
+    "step. *Attention* counts the kernels of torch that a step calls."
 )
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_parts.py PART FOLDER [--tiny]
 
-Each row goes to FOLDER/rows.jsonl as soon as it is measured.
+Each row goes to FOLDER/rows.jsonl as soon as it is measured. Each part imports what it needs and no
+more, as there are many.
 
 Shapes: R rows (tokens of all captions, packed), L layers, H text width.
 """
@@ -23,30 +24,23 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import cold
 import numpy as np
 import torch
-from extract import Captions, Setting, total
 from torch.profiler import ProfilerActivity, profile
 
-from semroute.pipeline.codecs.base import Codec
-from semroute.pipeline.codecs.fit import encode_rows
-from semroute.pipeline.codecs.predictive import Predictive
-from semroute.pipeline.codecs.registry import CODECS, DEFAULT_QUALITY
-from semroute.pipeline.store.open import open_features
-from semroute.schemas import TrainConfig
-from semroute.trainer.data.batch import Batch
-from semroute.trainer.diffusion.flow import Flow
-from semroute.trainer.diffusion.noise import NoiseSource
-from semroute.trainer.model.dit import DiT
-from semroute.trainer.training.accelerator import make_accelerator
-from semroute.trainer.training.throughput import device_peak_flops, peak_memory_bytes
-from semroute.trainer.training.trainer import Trainer
+if TYPE_CHECKING:
+    from extract import Captions
+
+    from semroute.pipeline.codecs.base import Codec
+    from semroute.schemas import TrainConfig
+    from semroute.trainer.data.batch import Batch
+    from semroute.trainer.model.dit import DiT
+    from semroute.trainer.training.trainer import Trainer
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,9 +48,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LATENT = (4, 32, 32)
 """Latents of 256 x 256 pixels."""
 STRATEGIES = (
-    *("penultimate", "uniform", "static", "depth", "time", "joint", "token"),
+    *("joint", "token", "uniform", "static", "time"),
     *("one-per-block", "concat", "attention"),
 )
+"""Besides ``penultimate`` and ``depth``, which come first."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,8 @@ class Shapes:
     solver_steps: int
     strategies: tuple[str, ...] = STRATEGIES
     model: dict[str, int] = field(default_factory=dict)
-    repeats: int = 8
-    untimed: int = 3
+    repeats: int = 5
+    untimed: int = 2
 
     @property
     def layers(self) -> int:
@@ -129,7 +124,7 @@ TINY = Shapes(
     stream_captions=80,
     stream_steps=2,
     solver_steps=2,
-    strategies=("penultimate", "depth", "joint"),
+    strategies=("joint",),
     model={"depth": 2, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
     | {"mlp_width": 64, "patch_size": 8},
     repeats=2,
@@ -234,6 +229,10 @@ def write_captions(shapes: Shapes, file: Path) -> None:
 
 
 def measure_extraction(shapes: Shapes, folder: Path) -> Iterator[Row]:
+    from extract import Captions, Setting, total
+
+    from semroute.pipeline.store.open import open_features
+
     write_llm(shapes, folder / "llm")
     write_captions(shapes, folder / "captions.csv")
     options = {"source": str(folder / "captions.csv"), "model": str(folder / "llm")}
@@ -267,7 +266,7 @@ def measure_extraction(shapes: Shapes, folder: Path) -> Iterator[Row]:
         }
 
 
-def measure_bare(captions: Captions) -> float:
+def measure_bare(captions: "Captions") -> float:
     """Seconds of the LLM alone, on the batches of a store."""
     planned = [
         {name: value.to(DEVICE) for name, value in inputs.items()}
@@ -285,9 +284,12 @@ def measure_bare(captions: Captions) -> float:
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def make_codec(name: str, sample: torch.Tensor) -> Codec:
+def make_codec(name: str, sample: torch.Tensor) -> "Codec":
     """A codec fitted to a sample [R, L, H]; one that multiplies matrices gets unit matrices, whose
     fit would take minutes."""
+    from semroute.pipeline.codecs.predictive import Predictive
+    from semroute.pipeline.codecs.registry import CODECS, DEFAULT_QUALITY
+
     kind, (_, layers, width) = CODECS[name], sample.shape
     parameters = {}
     if kind.matrices:
@@ -302,6 +304,9 @@ def make_codec(name: str, sample: torch.Tensor) -> Codec:
 
 
 def measure_decoding(shapes: Shapes, _folder: Path) -> Iterator[Row]:
+    from semroute.pipeline.codecs.fit import encode_rows
+    from semroute.pipeline.codecs.registry import CODECS
+
     generator = torch.Generator(DEVICE).manual_seed(0)
     size = (shapes.rows, shapes.layers, shapes.width)
     hidden = torch.randn(size, generator=generator, device=DEVICE).cumsum(1)  # a residual stream
@@ -334,7 +339,11 @@ def measure_decoding(shapes: Shapes, _folder: Path) -> Iterator[Row]:
 # ----------------------------------------------------------------------------------------- training
 
 
-def make_config(shapes: Shapes, folder: Path, size: str, strategy: str, **keys: Any) -> TrainConfig:
+def make_config(
+    shapes: Shapes, folder: Path, size: str, strategy: str, **keys: Any
+) -> "TrainConfig":
+    from semroute.schemas import TrainConfig
+
     document: dict[str, Any] = {
         "features": str(folder / "features"),
         "latents": str(folder / "latents"),
@@ -349,7 +358,9 @@ def make_config(shapes: Shapes, folder: Path, size: str, strategy: str, **keys: 
     return TrainConfig.model_validate(document | keys)
 
 
-def make_network(shapes: Shapes, config: TrainConfig) -> DiT:
+def make_network(shapes: Shapes, config: "TrainConfig") -> "DiT":
+    from semroute.trainer.model.dit import DiT
+
     torch.manual_seed(0)
     with DEVICE:
         return DiT(
@@ -362,8 +373,12 @@ def make_network(shapes: Shapes, config: TrainConfig) -> DiT:
         )
 
 
-def make_batch(shapes: Shapes, config: TrainConfig, num_layers: int) -> Batch:
+def make_batch(shapes: Shapes, config: "TrainConfig", num_layers: int) -> "Batch":
     """Random training data with its features on the device, and all else in pinned memory."""
+    from semroute.trainer.data.batch import Batch
+    from semroute.trainer.diffusion.flow import Flow
+    from semroute.trainer.diffusion.noise import NoiseSource
+
     num, generator = config.data.batch_size, torch.Generator(DEVICE).manual_seed(0)
     rng = np.random.default_rng(0)
     lengths = torch.from_numpy(rng.integers(shapes.tokens // 2, shapes.tokens + 1, num))
@@ -385,13 +400,18 @@ def make_batch(shapes: Shapes, config: TrainConfig, num_layers: int) -> Batch:
     )
 
 
-def make_trainer(shapes: Shapes, config: TrainConfig, accelerator: Any = None) -> Trainer:
+def make_trainer(shapes: Shapes, config: "TrainConfig", accelerator: Any = None) -> "Trainer":
+    from semroute.trainer.training.accelerator import make_accelerator
+    from semroute.trainer.training.trainer import Trainer
+
     forget_memory()
     return Trainer(config, accelerator or make_accelerator(config), make_network(shapes, config))
 
 
-def step_row(name: str, trainer: Trainer, batches: Iterator[Batch], shapes: Shapes) -> Row:
+def step_row(name: str, trainer: "Trainer", batches: Iterator["Batch"], shapes: Shapes) -> Row:
     """Time, memory and kernels of a training step."""
+    from semroute.trainer.training.throughput import peak_memory_bytes
+
     forget_memory()
     seconds = median_seconds(lambda: trainer.take_step(batches, False), shapes)
     return {
@@ -404,6 +424,14 @@ def step_row(name: str, trainer: Trainer, batches: Iterator[Batch], shapes: Shap
     }
 
 
+def measure_steps(shapes: Shapes, folder: Path, size: str) -> Iterator[Row]:
+    first = measure_strategy(shapes, folder, size, "penultimate")
+    yield first
+    others = (measure_strategy(shapes, folder, size, name) for name in shapes.strategies)
+    for row in chain(measure_sources(shapes, folder, size), others):
+        yield {**row, "x penultimate": row["ms"] / first["ms"]}
+
+
 def measure_strategy(shapes: Shapes, folder: Path, size: str, strategy: str) -> Row:
     config = make_config(shapes, folder, size, strategy)
     trainer = make_trainer(shapes, config)
@@ -411,26 +439,22 @@ def measure_strategy(shapes: Shapes, folder: Path, size: str, strategy: str) -> 
     return step_row(strategy, trainer, repeat(batch), shapes)
 
 
-def measure_steps(shapes: Shapes, folder: Path, size: str) -> Iterator[Row]:
-    first: float | None = None
-    for strategy in shapes.strategies:
-        row = measure_strategy(shapes, folder, size, strategy)
-        first = row["ms"] if first is None else first
-        yield {**row, "x penultimate": row["ms"] / first}
+def measure_sources(shapes: Shapes, folder: Path, size: str) -> Iterator[Row]:
+    """Strategy ``depth``, its features from three places."""
     config = make_config(shapes, folder, size, "depth")
     trainer = make_trainer(shapes, config)
     batch = make_batch(shapes, config, shapes.layers)
     assert isinstance(batch.hidden, torch.Tensor)
     stored = replace(batch, hidden=pinned(batch.hidden.cpu()))
     for name, batches in (
+        ("depth", repeat(batch.to(DEVICE))),
         ("depth, features from pinned memory", (stored.to(DEVICE) for _ in repeat(None))),
         ("depth, features by the LLM online", online(shapes, batch)),
     ):
-        row = step_row(name, trainer, batches, shapes)
-        yield {**row, "x penultimate": row["ms"] / first}
+        yield step_row(name, trainer, batches, shapes)
 
 
-def online(shapes: Shapes, batch: Batch) -> Iterator[Batch]:
+def online(shapes: Shapes, batch: "Batch") -> Iterator["Batch"]:
     """Batches whose features the LLM computes, on captions padded to one length."""
     llm, lengths = random_llm(shapes), batch.offsets.diff()
     tokens = torch.randint(2, 258, (len(lengths), shapes.tokens), device=DEVICE)
@@ -449,6 +473,8 @@ def online(shapes: Shapes, batch: Batch) -> Iterator[Batch]:
 
 
 def measure_stream(shapes: Shapes, folder: Path) -> Iterator[Row]:
+    import cold
+
     from semroute.pipeline.extraction.rewrite import rewrite
     from semroute.trainer.runs.metrics import read_metrics
     from semroute.trainer.training.train import train
@@ -485,7 +511,9 @@ def measure_stream(shapes: Shapes, folder: Path) -> Iterator[Row]:
 
 
 def measure_sampling(shapes: Shapes, folder: Path) -> Iterator[Row]:
+    from semroute.trainer.diffusion.flow import Flow
     from semroute.trainer.diffusion.sampling import SamplingConfig, sample
+    from semroute.trainer.training.throughput import peak_memory_bytes
 
     for size in ("base", "paper"):
         for strategy in ("depth", "joint"):
@@ -546,12 +574,14 @@ def measure_setting(shapes: Shapes, output: Path, name: str) -> Row:
     return {**row, "first step, s": first, "pause, s": pause, "checkpoint, GB": num_bytes / 1e9}
 
 
-def sharding_accelerator(config: TrainConfig) -> Any:
+def sharding_accelerator(config: "TrainConfig") -> Any:
     """An Accelerator as `accelerate launch` with docs/accelerate/fsdp2.yaml makes it, of one rank.
 
     On a CPU Accelerate does not begin to shard by itself.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from semroute.trainer.training.accelerator import make_accelerator
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -591,6 +621,8 @@ MEASURES: dict[str, Callable[[Shapes, Path], Iterator[Row]]] = {
 
 
 def machine() -> dict[str, Any]:
+    from semroute.trainer.training.throughput import device_peak_flops
+
     found: dict[str, Any] = {"device": platform.processor() or "CPU", "cores": os.cpu_count()}
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
