@@ -19,13 +19,16 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-MEASURES = Path(__file__).with_name("gpu_parts.py")
+ROOT = Path(__file__).resolve().parents[1]
+Rows = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def run_part(name: str, out: Path, limit: float, options: list[str]) -> dict[str
     began, status = time.monotonic(), "ok"
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
-            [sys.executable, str(MEASURES), name, str(work), *options],
+            [sys.executable, __file__, str(work), f"--part={name}", *options],
             stdout=printed,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -112,6 +115,42 @@ def run_part(name: str, out: Path, limit: float, options: list[str]) -> dict[str
         found["error"] = log.read_text("utf-8", "replace").splitlines()[-20:]
     shutil.rmtree(work)
     return found
+
+
+def measure(name: str, folder: Path, tiny: bool) -> None:
+    """The process of a part: its rows go to FOLDER/rows.jsonl as soon as they are measured."""
+    from gpu_shapes import FULL, TINY, machine
+
+    (folder / "machine.json").write_text(json.dumps(machine()), "utf-8")
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as rows:
+        for row in rows_of(name, TINY if tiny else FULL, folder):
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+
+
+def rows_of(name: str, shapes: Any, folder: Path) -> Rows:
+    """Run a part; it imports what it needs and no more, as there are many."""
+    if name == "tests":
+        return run_tests(folder)
+    if name in ("extraction", "decoding"):
+        import gpu_features as module
+    else:
+        import gpu_training as module
+    kind, _, size = name.partition("-")
+    found: Rows = getattr(module, f"measure_{kind}")(shapes, folder, *[size] * bool(size))
+    return found
+
+
+def run_tests(folder: Path) -> Rows:
+    files = [p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text("utf-8")]
+    found = folder / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, f"--junitxml={found}", *map(str, files)], cwd=ROOT)
+    for case in ElementTree.parse(found).iter("testcase"):
+        result = next((child.tag for child in case), "passed")
+        yield {"test": case.get("name"), "result": result, "s": float(case.get("time", 0))}
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}")
 
 
 def shown(value: Any) -> str:
@@ -150,14 +189,18 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 @click.option("--only", multiple=True, type=click.Choice([*PARTS]), help="Only these parts.")
 @click.option("--minutes", default=9.0, show_default=True, help="Limit of all parts together.")
 @click.option("--tiny", is_flag=True, help="Small shapes, for a CPU.")
-def main(out: Path, only: tuple[str, ...], minutes: float, tiny: bool) -> None:
+@click.option("--part", hidden=True, help="This part alone, in this process.")
+def main(out: Path, only: tuple[str, ...], minutes: float, tiny: bool, part: str | None) -> None:
+    if part is not None:
+        measure(part, out, tiny)
+        return
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     found: dict[str, dict[str, Any]] = {}
-    for name, part in PARTS.items():
+    for name, planned in PARTS.items():
         if (only and name not in only) or (tiny and name in ("step-base", "step-paper")):
             continue
-        limit = min(part.limit_seconds * (4 if tiny else 1), end - time.monotonic())
+        limit = min(planned.limit_seconds * (4 if tiny else 1), end - time.monotonic())
         found[name] = run_part(name, out, limit, ["--tiny"] * tiny)
         click.echo(f"{name}: {found[name]['status']}, {found[name]['seconds']:.0f} s", err=True)
         (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
