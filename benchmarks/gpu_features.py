@@ -8,17 +8,18 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from extract import Captions, Setting, total
+from extract import Captions, total
 from gpu_shapes import DEVICE, Row, Shapes, median_seconds, pinned, random_llm, timed
 
 from semroute.pipeline.codecs.base import Codec
 from semroute.pipeline.codecs.fit import encode_rows
 from semroute.pipeline.codecs.predictive import Predictive
 from semroute.pipeline.codecs.registry import CODECS, DEFAULT_QUALITY
-from semroute.pipeline.store.open import open_features
+from semroute.pipeline.extraction.features import extract
 
 
 def write_llm(shapes: Shapes, folder: Path) -> None:
@@ -49,9 +50,10 @@ def write_captions(shapes: Shapes, file: Path) -> None:
 def measure_extraction(shapes: Shapes, folder: Path) -> Iterator[Row]:
     write_llm(shapes, folder / "llm")
     write_captions(shapes, folder / "captions.csv")
-    options = {"source": str(folder / "captions.csv"), "model": str(folder / "llm")}
-    options |= {"template": "bos", "dtype": "bfloat16"}
-    setting = Setting(folder, {**options, "shard_bytes": 1_000_000_000}, 0)
+    options: dict[str, Any] = {"model": str(folder / "llm"), "template": "bos", "dtype": "bfloat16"}
+    options |= {"workers": 0, "shard_bytes": 1_000_000_000}
+    run = partial(extract, str(folder / "captions.csv"), **options)
+    run(folder / "warm", codec="bf16", limit=8)
     bare: float | None = None
     for codec in ("bf16", "delta"):
         began = 0.0
@@ -62,12 +64,11 @@ def measure_extraction(shapes: Shapes, folder: Path) -> Iterator[Row]:
             if "to do:" in line:  # fitted and tried, so the LLM is loaded and warm
                 began = time.perf_counter()
 
-        setting.run(codec, hear)
+        store = run(folder / codec, codec=codec, report=hear)
         seconds = time.perf_counter() - began
-        captions = Captions(setting.store(codec))
+        captions = Captions(folder / codec)
         if bare is None:
             bare = measure_bare(captions)
-        store = open_features(setting.store(codec))
         parts = total([receipt.seconds for receipt in store.receipts().values()])
         yield {
             "codec": codec,

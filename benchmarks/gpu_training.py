@@ -48,7 +48,6 @@ LATENT = (4, 32, 32)
 
 
 def make_config(shapes: Shapes, folder: Path, size: str, strategy: str, **keys: Any) -> TrainConfig:
-
     document: dict[str, Any] = {
         "features": str(folder / "features"),
         "latents": str(folder / "latents"),
