@@ -35,7 +35,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = shown(error.message)
+            error.message = shown(error.message)  # type: ignore[misc]
             raise
         except InputError as error:
             if ctx.meta.get(VERBOSITY) == "verbose":

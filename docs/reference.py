@@ -36,6 +36,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "receipt": schemas.Receipt,
     "quarantine": schemas.Quarantine,
     "run": schemas.RunRecord,
+    "checkpoint-state": schemas.CheckpointState,
+    "checkpoint-files": schemas.CheckpointFiles,
     "router": schemas.RouterRecord,
     "pictures": schemas.ImageSetRecord,
     "judge": schemas.JudgeRecord,

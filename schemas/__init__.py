@@ -4,6 +4,7 @@ from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
 from .budget import BUDGET, POSITION, FollowedRun, RunPosition, StoreBudget
+from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
 from .config import read_config, read_yaml
 from .contract import (
@@ -102,6 +103,8 @@ __all__ = [
     "BenchmarkName",
     "Bucket",
     "CaptionsIdentity",
+    "CheckpointFiles",
+    "CheckpointState",
     "Checksums",
     "Cleaning",
     "Codec",
@@ -111,6 +114,8 @@ __all__ = [
     "ConditioningTensor",
     "Contract",
     "ContractError",
+    "Cut",
+    "Cuts",
     "DataConfig",
     "Derived",
     "Difference",
@@ -162,6 +167,7 @@ __all__ = [
     "TrainConfig",
     "Tuning",
     "ValidationConfig",
+    "WindowState",
     "WrittenFile",
     "differences",
     "digest",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 from pydantic import Field
 
@@ -14,7 +15,7 @@ BUDGET = "budget.json"
 """Name of the document in a store."""
 POSITION = "position.json"
 """Name of the document in a run directory."""
-_DECISIVE = {
+_DECISIVE: Any = {
     "seed": True,
     "data": {
         **dict.fromkeys(("batch_size", "caption_dropout", "order", "window"), True),

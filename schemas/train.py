@@ -480,6 +480,9 @@ class TrainConfig(Settings):
     for about a third more work, the same numbers."""
     compile: bool = False
     """Compile the blocks with ``torch.compile``: slow first steps, and different rounding."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """Minutes that processes wait for one another within a step, before the run ends. Starting,
+    validation and checkpoints may take longer."""
     tracker: Tracker = "none"
     """Also receives all metrics, through Accelerate. ``metrics.jsonl`` is always written."""
     routing: RoutingConfig = RoutingConfig()

@@ -12,12 +12,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .bounds import check_fitted, check_output, check_predictive, check_shapes, code_sizes
+from .loops import check_fitted, check_output, check_predictive, check_shapes, code_sizes, compiled
 
 MIN_PART_ROWS = 64
 """Fewest rows that are worth a thread."""
@@ -27,18 +26,6 @@ LANES = 32
 
 ROUND = np.float32(12_582_912.0)
 """1.5 * 2**23: adding and subtracting it rounds numbers below 2**22 to nearest even."""
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function, and cache the code for the next process where a folder can be written.
-
-    Nothing is checked before a division (``error_model``): a check would keep a loop from being
-    vectorised.
-    """
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the home directory can be written
-        return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def _summing(function: Callable[..., Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from .kernels import compiled
+from .loops import compiled
 
 _PAGES = 4096
 """Pages whose residency is asked for at a time."""

@@ -23,7 +23,8 @@ from ...schemas.files import inside
 from ...schemas.json_file import load_json
 from ..sources.images import images_fingerprint
 from ..sources.table import SampleTable
-from ..store.base import CaptionStore, Store, check_unchanged
+from ..store.base import Store, check_unchanged
+from ..store.captions import CaptionStore
 from ..store.conditioning import ConditioningStore
 from ..store.documents import (
     CHECKSUMS,

@@ -34,7 +34,7 @@ from ...schemas.budget import check_order, order_fingerprint
 from ...schemas.files import is_local, locate
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
-from ..executor.base import Executor
+from ..executor.base import Executor, Outcome
 from ..executor.progress import JSON_SECONDS, LOG_SECONDS, Style
 from ..store.budget.needs import ShardNeeds
 from ..store.budget.schedule import Residents, merge
@@ -183,9 +183,11 @@ def follow_runs(
     executor.limit(store.manifest.layout.num_shards)
     report_dashboard(executor, report)
     with explaining(store, report):
-        for shard, outcome in executor.run(
-            schedule, plan.function, schedule.task, on_progress=lambda *_: None
-        ):
+        function: Callable[..., Any] = plan.function
+        outcomes: Iterator[Outcome[Receipt]] = executor.run(
+            schedule, function, schedule.task, on_progress=lambda *_: None
+        )
+        for shard, outcome in outcomes:
             schedule.end(shard, outcome)
     schedule.announce(force=True)
     report(

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from ...schemas import Against, differences
 from ..codecs.error import codec_error
 from ..models.text_pipelines import TextPipeline, find_text_pipeline
-from ..store.base import CaptionStore
+from ..store.captions import CaptionStore
 from ..store.conditioning import ConditioningStore
 from ..store.documents import StoreError, write_against
 from ..store.features import NULL_CAPTION, FeatureStore

@@ -19,7 +19,7 @@ from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, is_lossy, request_codec, with_exact_layers
 from ..extraction.exact import choose_exact_layers
 from ..extraction.requests import ExtractRequest
-from ..store.summary import short_name
+from ..store.views import short_name
 from .workload import BudgetCost, StoreSize, Workload, choose_layers, store_size
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from ...schemas import (
     write_whole,
 )
 from .array import ShardedArray, create_array, new_group
-from .base import CaptionStore
+from .captions import CaptionStore
 from .checks.metadata import StoredArray
 from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
 from .shard_file import ChunkSlices
-from .summary import summarise_conditioning
+from .views import summarise_conditioning
 
 if TYPE_CHECKING:
     import torch

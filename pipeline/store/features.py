@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 from ...schemas import CAPTIONS_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
 from ..codecs.base import Codec
 from ..codecs.registry import open_codec
-from . import lazy
+from . import views
 from .array import ShardedArray, create_array, new_group
-from .base import CaptionStore
+from .captions import CaptionStore
 from .checks.metadata import StoredArray
 from .checks.plain import read_plain
 from .documents import StoreError, prepare_folder, render_table, samples_schema, write_manifest
@@ -40,7 +40,7 @@ from .reader import (
     write_parameters,
 )
 from .shard_file import ChunkSlices
-from .summary import summarise_features
+from .views import summarise_features
 
 if TYPE_CHECKING:
     import torch
@@ -325,8 +325,8 @@ class FeatureStore(CaptionStore[FeatureManifest]):
             found = found.filter(pc.match_substring(found["text"], word, ignore_case=True))
         return found
 
-    to_dask = lazy.to_dask
-    to_xarray = lazy.to_xarray
+    to_dask = views.to_dask
+    to_xarray = views.to_xarray
 
     def padded_bytes(self) -> int:
         """Bytes of the same features in bf16, every caption padded to the longest."""

@@ -36,7 +36,7 @@ from .documents import (
     write_manifest,
 )
 from .shard_file import ChunkSlices
-from .summary import summarise_latents
+from .views import summarise_latents
 
 _SHOWN = 5  # unreadable images named in a message
 

@@ -158,7 +158,8 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
     """The transformer, with its weights.
 
     Args:
-        weights: load them; otherwise the transformer is on the meta device.
+        weights: load them; otherwise the transformer has fresh ones, or none if the caller makes
+            it on the meta device.
 
     Raises:
         InputError: diffusers is missing or cannot load it; weights are missing in its files, or
@@ -167,8 +168,7 @@ def load_transformer(pretrained: Pretrained, config: ModelConfig, *, weights: bo
     cls = find_class(pretrained.config["_class_name"])
     try:
         if not weights:
-            with torch.device("meta"):
-                return cls.from_config(dict(pretrained.config)).to(_dtype(config))
+            return cls.from_config(dict(pretrained.config)).to(_dtype(config))
         network, loaded = cls.from_pretrained(
             pretrained.folder,
             dtype=_dtype(config),

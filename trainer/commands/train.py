@@ -7,6 +7,7 @@ import click
 
 from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
 from ...schemas import InputError, read_config
+from .options import refuse_options
 
 
 @click.command()
@@ -76,6 +77,15 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     help="With --dry-run: run this many steps here to time one, and discard them.",
 )
 @click.option(
+    "--from-checkpoint",
+    "resume_from",
+    default="newest",
+    show_default=True,
+    type=click.Choice(["newest", "previous"]),
+    help="Checkpoint to resume from. previous: if the newest is damaged, set it aside and resume "
+    "from the newest whole one.",
+)
+@click.option(
     "--unverified",
     is_flag=True,
     help="Train a pretrained network on stores that semroute verify --against has not compared "
@@ -88,6 +98,7 @@ def train(
     ranks: int | None,
     step_seconds: float | None,
     measure: int | None,
+    resume_from: Any,
     unverified: bool,
 ) -> None:
     """Train as the YAML file CONFIG says; KEY=VALUE replaces single values.
@@ -100,11 +111,12 @@ def train(
       semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
       semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
     """
-    from ..training.threads import wait_briefly
+    from ..runs.threads import wait_briefly
 
     wait_briefly()  # before torch is imported
     parsed = read_config(config, [*overrides, *["data.unverified=true"] * unverified])
     if dry_run:
+        refuse_options(["resume_from"], "does not go with --dry-run, which resumes nothing")
         if step_seconds is not None and measure is not None:
             raise InputError("give either --step-seconds or --measure")
         from ..training.dry_run import plan
@@ -122,7 +134,7 @@ def train(
 
     try:
         with interruptible(TrainingInterrupted):
-            path = run(parsed)
+            path = run(parsed, resume_from=resume_from)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     echo(f"{path} is trained: semroute plot {path}")

@@ -9,12 +9,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "adapter_export": ["Export", "export_adapter"],
         "checkpoint": [
             "Checkpoint",
-            "cut_like",
-            "gather",
+            "DamagedError",
             "latest_checkpoint",
             "list_checkpoints",
-            "load_optimizer_tensors",
-            "optimizer_tensors",
             "save_checkpoint",
         ],
         "compatibility": ["check_features", "check_llm"],

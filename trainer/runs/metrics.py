@@ -54,14 +54,17 @@ def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
         InputError: a line is damaged.
     """
     file = path / name
-    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    try:
+        lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
     return [_line(file, number, line) for number, line in enumerate(lines, 1)]
 
 
 def _line(file: Path, number: int, text: str) -> dict[str, Any]:
     found = load_json(text, f"{file}, line {number},")
-    if not isinstance(found, dict):
-        raise InputError(f"{file}, line {number}, is no JSON object")
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise InputError(f"{file} is damaged: line {number} is no JSON object with a step")
     return found
 
 

@@ -34,26 +34,15 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 
 # Keys of a record that describe the data of training and validation.
-_STORES = {"features", "codec", "latents", "validation", "selection", "mixture", "pretrained"}
-# Keys of a configuration that may change when a run is resumed: where things are (stores are
-# compared by identity), and what is kept and shown. None of them changes a weight.
-FREE: Any = {
+STORES = {"features", "codec", "latents", "validation", "selection", "mixture", "pretrained"}
+# Keys of a configuration that say where things are; stores are compared by identity.
+PATHS: Any = {
     "features": True,
     "latents": True,
     "output": True,
-    "steps": True,
-    "log_every": True,
-    "checkpoint_every": True,
-    "keep_checkpoints": True,
-    "gradient_checkpointing": True,
-    "tracker": True,
-    "sampling": True,
     "model": {"pretrained"},
     "data": {
         "conditioning": True,
-        "unverified": True,
-        "prefetch": True,
-        "workers": True,
         "select": {"columns"},
         "mixture": {
             "__all__": {
@@ -64,30 +53,63 @@ FREE: Any = {
             }
         },
     },
-    "validation": {"every", "features", "latents", "conditioning"},
+    "validation": {"features", "latents", "conditioning"},
+}
+# Keys that may change when a run is resumed: those, and what is kept and shown. None of them
+# changes a weight.
+FREE: Any = {
+    **PATHS,
+    "steps": True,
+    "log_every": True,
+    "checkpoint_every": True,
+    "keep_checkpoints": True,
+    "gradient_checkpointing": True,
+    "sampling": True,
+    "timeout_minutes": True,
+    "tracker": True,
+    "data": {**PATHS["data"], "unverified": True, "prefetch": True, "workers": True},
+    "validation": {"every", *PATHS["validation"]},
 }
 
 
 def build_model(
-    record: RunRecord, building: AbstractContextManager[Any] | None = None
+    record: RunRecord,
+    building: AbstractContextManager[Any] | None = None,
+    *,
+    empty: bool = False,
 ) -> "Network":
     """The network that a record describes: fresh weights are determined by ``config.seed``, those
     of a pretrained network are loaded.
 
     Args:
         building: context in which it is made; pretrained weights are not loaded then.
+        empty: only its buffers have memory; parameters are on the meta device.
 
     Raises:
         InputError: the pretrained network is missing, or is another one.
     """
     if record.pretrained is not None:
-        return _build_pretrained(record, record.pretrained, building)
-    with building or nullcontext():
+        return _build_pretrained(record, record.pretrained, building, empty)
+    with _without_parameters() if empty else building or nullcontext():
         return _build_dit(record)
 
 
+def _without_parameters() -> AbstractContextManager[Any]:
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether the parameters of a network have no memory."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def _build_pretrained(
-    record: RunRecord, pretrained: PretrainedIdentity, building: AbstractContextManager[Any] | None
+    record: RunRecord,
+    pretrained: PretrainedIdentity,
+    building: AbstractContextManager[Any] | None,
+    empty: bool,
 ) -> "Routed":
     from ..adapters.pretrained import find_pretrained, load_transformer
 
@@ -102,12 +124,15 @@ def _build_pretrained(
         f"{found.name} is not the pretrained network of the run; found, against the run's own",
         "Name that one.",
     )
-    transformer = load_transformer(found, config, weights=building is None)
-    with nullcontext() if building is None else torch.device("meta"):
-        model = adapt(record, transformer)
-    if building is not None:
-        with building:
-            model.to_empty(device="cpu")
+    if empty:
+        with _without_parameters():
+            return adapt(record, load_transformer(found, config, weights=False))
+    if building is None:
+        return adapt(record, load_transformer(found, config))
+    with torch.device("meta"):
+        model = adapt(record, load_transformer(found, config, weights=False))
+    with building:
+        model.to_empty(device="cpu")
     return model
 
 
@@ -230,7 +255,8 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a new folder for the run")
         present = {p.name for p in path.iterdir()} if path.exists() else set()
-        foreign = sorted(present - {f"{RECORD}.tmp", LOCK_FILE})
+        own = {f"{RECORD}.tmp", *(name for name in present if name.startswith(LOCK_FILE))}
+        foreign = sorted(present - own)
         if foreign:
             raise InputError(
                 f"{path} is not empty and no run: it holds {', '.join(foreign[:5])} but no "
@@ -241,8 +267,8 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
     before = _with_version(before, 1)
     record = _with_version(record, before.config.random_version)
     stores = differences(
-        record.model_dump(mode="json", include=_STORES),
-        before.model_dump(mode="json", include=_STORES),
+        record.model_dump(mode="json", include=STORES),
+        before.model_dump(mode="json", include=STORES),
     )
     changed = differences(_fixed(record.config), _fixed(before.config))
     newest = latest_checkpoint(path)

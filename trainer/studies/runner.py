@@ -165,17 +165,26 @@ def _pool(num_jobs: int) -> ProcessPoolExecutor:
     for number in range(num_jobs):
         numbers.put(number)
     threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
-    arguments = (numbers, torch.cuda.device_count(), threads)
+    arguments = (numbers, visible_gpus(), threads)
     return ProcessPoolExecutor(
         num_jobs, mp_context=context, initializer=_start_process, initargs=arguments
     )
 
 
-def _start_process(numbers: Any, num_gpus: int, threads: int) -> None:
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them: by number, UUID
+    or MIG instance."""
+    num = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(num)] if named is None else named.split(",")
+    return [name.strip() for name in names[:num]]
+
+
+def _start_process(numbers: Any, gpus: Sequence[str], threads: int) -> None:
     """Take a number, and with it a GPU and a share of the cores; called first in a new process."""
     number = numbers.get()
-    if num_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_driver, daemon=True).start()
 

@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "dry_run": ["plan"],
         "metrics": ["Window"],
         "optimizers": ["make_optimizers", "make_schedule"],
+        "ranks": ["RankStopped", "Ranks", "joined"],
+        "saver": ["Saver"],
         "setup": ["Setup", "make_loader", "make_record", "prepare"],
         "trainer": ["Trainer", "TrainingInterrupted"],
         "validation": ["Validation", "open_validation"],

@@ -1,10 +1,13 @@
 """The Accelerate side of training: processes, precision, signals."""
 
+import importlib.util
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     parse_flag_from_env,
 )
 from torch import nn
@@ -20,6 +24,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ...schemas import InputError, TrainConfig
 from ...schemas.interrupts import draining
+from ...schemas.json_file import load_json
+from ..runs.record import is_empty
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from ..runs.record import Network
@@ -35,6 +42,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         InputError: the launcher asks for sharding that checkpoints cannot hold, or its processes do
             not see one another.
     """
+    check_tracker(config)
     # A process keeps the settings of its first Accelerator and refuses others, so a notebook that
     # trains twice must drop them. The process group stays.
     AcceleratorState._reset_state()
@@ -49,7 +57,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     unused = config.model.kind == "pretrained" and config.model.train == "full"
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=unused),
+            InitProcessGroupKwargs(timeout=timeout_of(config)),
+        ],
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.grad_accum_steps, sync_with_dataloader=False
         ),
@@ -71,21 +82,80 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_tracker(config: TrainConfig) -> None:
+    """Refuse a tracker that is not installed, of which Accelerate would only warn.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        package = config.tracker.replace("_", "-")
+        raise InputError(
+            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
+        )
+
+
+def timeout_of(config: TrainConfig) -> timedelta:
+    """How long ranks wait for one another within a step."""
+    return timedelta(minutes=config.timeout_minutes)
+
+
+def place_network(accelerator: Accelerator, ranks: Ranks, network: "Network") -> None:
+    """Move a network to the device, except under FSDP2, which moves one tensor at a time; give a
+    network without weights memory for those of the first rank, which :func:`prepare_model` sends.
+    """
+    # Memory of a CPU that nobody writes to is not taken.
+    device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+    dtypes = {name: str(each.dtype).rpartition(".")[2] for name, each in network.named_parameters()}
+    first = load_json(ranks.gather(json.dumps(dtypes))[0], "dtypes of the first rank")
+    if not is_empty(network):
+        network.to(device)
+        return
+    buffers = {name: buffer.to(device, copy=True) for name, buffer in network.named_buffers()}
+    network.to_empty(device=device)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(getattr(torch, first[name]))
+    for name, buffer in network.named_buffers():
+        buffer.copy_(buffers[name])
+
+
 def prepare_model(
     accelerator: Accelerator, network: "Network", *optimizers: torch.optim.Optimizer
 ) -> tuple[nn.Module, list[Any]]:
-    """A network and its optimizers, prepared for the ranks and the precision of the launcher.
+    """A network and its optimizers, prepared for the ranks and the precision of the launcher; all
+    ranks have the weights of the first one.
 
     Under FSDP2 Accelerate would cast to bfloat16 whatever enters a module, and all weights of the
     router: t, the logits and rotary positions. Here only products are in bfloat16, as under DDP;
     weights are gathered in their own dtype.
     """
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if not accelerator.is_fsdp2:
+        model, *prepared = accelerator.prepare(network, *optimizers)
+        return model, prepared
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = True  # of the first rank, tensor by tensor
+    if accelerator.mixed_precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
         network.forward = autocast(network.forward)  # type: ignore[method-assign]
-    model, *prepared = accelerator.prepare(network, *optimizers)
+    with _buffers_apart(network):
+        model, *prepared = accelerator.prepare(network, *optimizers)
+    for buffer in network.buffers():
+        torch.distributed.broadcast(buffer, 0)
     return model, prepared
+
+
+@contextmanager
+def _buffers_apart(network: nn.Module) -> Iterator[None]:
+    """Keep buffers out of the state, all of which Accelerate takes for sharded."""
+    changed = []
+    for module in network.modules():
+        names = module._buffers.keys() - module._non_persistent_buffers_set
+        changed.append((module._non_persistent_buffers_set, names))
+        module._non_persistent_buffers_set |= names
+    yield
+    for apart, names in changed:
+        apart -= names
 
 
 @contextmanager

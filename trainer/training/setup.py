@@ -1,7 +1,6 @@
 """Setup of a run: open and check everything, and write nothing."""
 
 import importlib.metadata
-import importlib.util
 import platform
 import uuid
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from ..runs.checkpoint import Checkpoint
 from ..runs.record import build_model, find_run
 from ..runs.run import Run
 from ..runs.start import open_start
+from .accelerator import check_tracker
 from .position import check_followed
 from .validation import Validation, open_validation
 
@@ -51,7 +51,7 @@ class Setup:
         record: ``run.json``, to be written.
         checkpoint: where to resume; None: from the start.
         model: the network with fresh weights.
-        start: the run that ``config.start`` names, if this run is new.
+        start: the run that ``config.start`` names, if this run is new and the network not empty.
         validation: measures the run on held-out samples, if configured.
     """
 
@@ -65,11 +65,17 @@ class Setup:
     validation: Validation | None
 
 
-def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = None) -> Setup:
+def prepare(
+    config: TrainConfig,
+    building: AbstractContextManager[Any] | None = None,
+    *,
+    empty: bool = False,
+) -> Setup:
     """Open and check all that training needs.
 
     Args:
         building: context in which the network is made.
+        empty: make the network without weights, which another rank has.
 
     Raises:
         InputError: as in :func:`.train.train`.
@@ -79,15 +85,11 @@ def prepare(config: TrainConfig, building: AbstractContextManager[Any] | None = 
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     check_followed(record.config, pairs)
-    model = build_model(record, building)
+    model = build_model(record, building, empty=empty)
     for shape in by_shape(pairs):
         model.check_shape(shape)
-    start = open_start(model, record) if checkpoint is None else None
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        package = config.tracker.replace("_", "-")
-        raise InputError(
-            f"tracker {config.tracker} is not installed: pip install {package}, or tracker=none"
-        )
+    start = open_start(model, record) if checkpoint is None and not empty else None
+    check_tracker(config)
     validation = open_validation(config, features, latents, model.router.layers_read)
     return Setup(features, latents, pairs, record, checkpoint, model, start, validation)
 

@@ -1,6 +1,7 @@
 """Training of a run, from its configuration to its last checkpoint."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,19 +12,22 @@ from ...schemas import InputError, TrainConfig
 from ...schemas.escaping import shown
 from ...schemas.verbosity import speaks
 from ..adapters.paths import make_path
-from ..runs.checkpoint import Checkpoint, latest_checkpoint
+from ..data.loader import PackedLoader
+from ..runs.checkpoint import Checkpoint, latest_checkpoint, remove_leftovers, set_aside
 from ..runs.metrics import trim_metrics
 from ..runs.record import tracker_id, write_record
 from ..runs.start import start_from
-from .accelerator import make_accelerator
+from ..runs.threads import describe_threads
+from .accelerator import make_accelerator, timeout_of
+from .agreement import From, check_shared, prepare_together
 from .position import followed_stores, publishing
 from .previews import open_previews
-from .setup import make_loader, prepare
-from .threads import describe_threads
-from .trainer import Trainer
+from .ranks import joined
+from .setup import Setup, make_loader
+from .trainer import Trainer, TrainingInterrupted
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> Path:
+def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "newest") -> Path:
     """Train a run, or resume it, and return its directory.
 
     If the output directory has a ``run.json``, the run is resumed from its newest checkpoint, bit
@@ -31,64 +35,85 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
     Args:
         progress: show a progress bar.
+        resume_from: if the newest checkpoint is damaged, ``previous`` sets it aside and resumes
+            from the newest whole one.
 
     Raises:
         InputError: raised before any work: a store is unfinished or not the one that the run
-            started with, the configuration is not the run's, or parts do not fit together. Also if
-            another process trains this run.
+            started with, the configuration is not the run's, or parts do not fit together; the
+            newest checkpoint is damaged; ranks do not find the same; another process trains this
+            run. Later: another rank has stopped.
         FloatingPointError: the loss or gradient is not finite; with the sample ids of the batch.
         TrainingInterrupted: stopped by SIGTERM or Ctrl-C, after writing a checkpoint.
     """
-    setup = prepare(config)
-    model, record, path = setup.model, setup.record, Path(config.output)
-    if setup.start is not None:
-        start_from(model, record, setup.start)
     accelerator = make_accelerator(config)
-    previews = None
-    if config.sampling.every is not None:
-        previews = open_previews(setup, accelerator.device)
-    loader = make_loader(
-        setup,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        codes=accelerator.device.type != "cpu"
-        and any(pair.features.codec.matrices for pair in setup.pairs),
-    )
-    # All ranks have read the directory before one of them writes to it.
-    accelerator.wait_for_everyone()
-    main = accelerator.is_main_process
-    with locked(path, _report) if main else nullcontext() as lock:
-        if main:
-            _check_unchanged(path, setup.checkpoint)
-            write_record(path, record)
-            trim_metrics(path, loader.start_step)
-            if progress and accelerator.device.type == "cpu":
-                for line in describe_threads(record):
-                    _report(line)
-            if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
-                for pair in loader.pairs:
-                    _report(pair.summary())
-        trainer = Trainer(
-            config,
-            accelerator,
-            model,
-            setup.checkpoint,
-            setup.validation,
-            make_path(record.config.flow, record.pretrained),
-            previews,
-            tracker_id(record),
+    main, path = accelerator.is_main_process, Path(config.output)
+    with joined(accelerator, timeout_of(config), TrainingInterrupted) as ranks:
+        setup, damaged = prepare_together(
+            ranks, config, resume_from, _report if main else lambda _line: None
         )
-        followed = followed_stores(setup.pairs)
-        with publishing(
-            record.config,
-            followed if main else [],
-            lambda: trainer.step,
-            lambda: loader.wait_seconds,
-        ):
-            if trainer.step < config.steps:
-                trainer.fit(loader, progress, lock)
-        accelerator.end_training()
+        record = setup.record
+        if setup.start is not None:
+            start_from(setup.model, record, setup.start)
+        previews = None
+        if config.sampling.every is not None:
+            previews = open_previews(setup, accelerator.device)
+        loader = make_loader(
+            setup,
+            rank=ranks.rank,
+            num_ranks=ranks.num,
+            codes=accelerator.device.type != "cpu"
+            and any(pair.features.codec.matrices for pair in setup.pairs),
+        )
+        with locked(path, _report) if main else nullcontext() as lock:
+            check_shared(ranks, path)
+            if main:
+                on_cpu = accelerator.device.type == "cpu"
+                _begin(path, setup, damaged, loader, progress, on_cpu)
+            ranks.wait()
+            trainer = Trainer(
+                config,
+                accelerator,
+                setup.model,
+                setup.checkpoint,
+                setup.validation,
+                make_path(record.config.flow, record.pretrained),
+                previews,
+                tracker_id(record),
+                ranks,
+            )
+            followed = followed_stores(setup.pairs) if main else []
+            with publishing(
+                record.config, followed, lambda: trainer.step, lambda: loader.wait_seconds
+            ):
+                if trainer.step < config.steps:
+                    trainer.fit(loader, progress, lock)
+            ranks.wait()
+            accelerator.end_training()
     return path
+
+
+def _begin(
+    path: Path,
+    setup: Setup,
+    damaged: Sequence[Checkpoint],
+    loader: PackedLoader,
+    progress: bool,
+    on_cpu: bool,
+) -> None:
+    """Write what is to be in the run directory before the first step, and say what is to be known
+    of the run."""
+    _check_unchanged(path, next(iter(damaged), setup.checkpoint))
+    for checkpoint in damaged:
+        _report(f"{checkpoint.path} is now {set_aside(checkpoint).name}")
+    remove_leftovers(path)
+    write_record(path, setup.record)
+    trim_metrics(path, loader.start_step)
+    for line in describe_threads(setup.record) if progress and on_cpu else []:
+        _report(line)
+    if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
+        for pair in loader.pairs:
+            _report(pair.summary())
 
 
 def _report(line: str) -> None:

@@ -9,8 +9,9 @@ Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 
 import math
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
-from ...schemas import TrainConfig
+from ...schemas import CheckpointState, InputError, TrainConfig, WindowState
 from ...schemas.interrupts import WaitEndedError
 from ...schemas.verbosity import progress_bar
 from ..data.batch import Batch, on_device
@@ -31,19 +32,19 @@ from ..diffusion.flow import Flow
 from ..model.router import entropy
 from ..runs.checkpoint import (
     Checkpoint,
-    cut_like,
-    gather,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
-    save_checkpoint,
+    read_like,
 )
 from ..runs.metrics import refuse_gone
-from ..runs.record import learning, load_trained, trained_weights
-from .accelerator import prepare_model, stop_signals
+from ..runs.record import is_empty, learning, load_trained, trained_weights
+from .accelerator import place_network, prepare_model, stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
 from .previews import Forwarding, Previews
+from .ranks import Ranks
+from .saver import Saver
 from .throughput import count_flops, device_peak_flops, peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Trainer:
             configuration.
         previews: images while it trains.
         run_id: by which trackers know the run.
+        ranks: those that train this run; by default this process alone.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Trainer:
         flow: "Flow | Ddpm | None" = None,
         previews: Previews | None = None,
         run_id: str = "0" * 32,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.validation = validation
         self.previews = previews
         self.run_id = run_id
@@ -93,9 +97,10 @@ class Trainer:
         self.path = Path(config.output)
         self.flow = Flow.from_config(config.flow) if flow is None else flow
         self.step = 0 if checkpoint is None else checkpoint.step
-        if checkpoint is not None:
+        if checkpoint is not None and not is_empty(model):
             load_trained(model, checkpoint.model())
-        self.network = model.train().to(accelerator.device)
+        self.network = model.train()
+        place_network(accelerator, self.ranks, self.network)
         self.network.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
             self.network.compile_blocks()
@@ -106,22 +111,30 @@ class Trainer:
             accelerator, self.network, *self.plain_optimizers
         )
         if checkpoint is not None:
-            load_optimizer_tensors(self.network, self.plain_optimizers, checkpoint.optimizer())
+            reader = checkpoint.open("optimizer")
+            load_optimizer_tensors(self.network, self.plain_optimizers, reader)
         self.schedules = [make_schedule(o, config, self.step) for o in self.plain_optimizers]
-        parameters = dict(learning(self.network))
-        average = parameters if checkpoint is None else checkpoint.ema()
-        self.ema = {
-            name: cut_like(average[name].detach(), parameter.detach()).to(
-                accelerator.device, torch.float32, copy=True
-            )
-            for name, parameter in parameters.items()
-        }
+        self.ema = self._open_average(checkpoint)
         self.step_numbers: dict[str, float] = {}
         self._flops: int | None = None
         self._peak_flops = None
         if not isinstance(self.network, FSDPModule):
             self._peak_flops = device_peak_flops(accelerator.device, config.mixed_precision)
-        self.window = Window() if checkpoint is None else Window(**checkpoint.state()["window"])
+        self.window = Window()
+        if checkpoint is not None:
+            window = checkpoint.state().window
+            self.window = Window(window.losses, window.norms)
+        self.saver = Saver(self.path, self.ranks, config.keep_checkpoints, self.step)
+
+    def _open_average(self, checkpoint: Checkpoint | None) -> dict[str, Tensor]:
+        """The moving average: that of a checkpoint, or the weights themselves."""
+        parameters = {name: each.detach() for name, each in learning(self.network)}
+        average = parameters
+        if checkpoint is not None:
+            reader = checkpoint.open("ema")
+            average = {name: read_like(reader, name, each) for name, each in parameters.items()}
+        device = self.accelerator.device
+        return {name: each.to(device, torch.float32, copy=True) for name, each in average.items()}
 
     def fit(self, loader: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
         """Take all remaining steps; log, validate and save as often as configured.
@@ -147,28 +160,54 @@ class Trainer:
         self.window.start(loader)
         with progress, closing(iter(loader)) as read, stop_signals() as stop:
             loader.stop = stop
-            batches = on_device(read, self.accelerator.device)
-            while self.step < config.steps:
-                if lock is not None and lock.lost:
-                    refuse_gone(self.path)
-                    raise LockedError(
-                        f"another process took over {self.path} because this one seemed dead"
-                    )
-                try:
-                    routing_inputs, stopping = self.take_step(batches, stop.is_set())
-                except WaitEndedError:
-                    self._stop_waiting(progress)
-                progress.update()
-                if self._logs(self.step):
-                    measured = self.validate() if self._validates(self.step) else {}
-                    if self._previews(self.step):
-                        measured |= self.preview()
-                    self.log(routing_inputs, loader, progress, measured)
-                if stopping or self.step % config.checkpoint_every == 0:
-                    self.save()
-                if stopping and self.step < config.steps:
-                    self._stop(progress)
-            self.save()
+            batches = self._all_ready(on_device(read, self.accelerator.device))
+            try:
+                self._take_steps(batches, loader, lock, stop, progress)
+            except Exception:
+                if self.ranks.num == 1:  # others would have to wait for this one
+                    with suppress(OSError, InputError):
+                        self.saver.wait()
+                raise
+
+    def _take_steps(
+        self,
+        batches: Iterator[Batch],
+        loader: "PackedLoader",
+        lock: Lock | None,
+        stop: threading.Event,
+        progress: tqdm,
+    ) -> None:
+        config = self.config
+        while self.step < config.steps:
+            if lock is not None and lock.lost:
+                refuse_gone(self.path)
+                raise LockedError(
+                    f"another process took over {self.path} because this one seemed dead"
+                )
+            self.saver.check()
+            try:
+                routing_inputs, stopping = self.take_step(batches, stop.is_set())
+            except WaitEndedError:
+                self._stop_waiting(progress)
+            progress.update()
+            if self._logs(self.step):
+                measured = self.validate() if self._validates(self.step) else {}
+                if self._previews(self.step):
+                    measured |= self.preview()
+                self.log(routing_inputs, loader, progress, measured)
+            last = self.step == config.steps
+            if stopping or last or self.step % config.checkpoint_every == 0:
+                self.save()
+            if stopping and not last:
+                self._stop(progress)
+        self.saver.wait()
+
+    def _all_ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, from when all ranks have their first: the order of an epoch takes long."""
+        first = next(batches)
+        self.ranks.wait()
+        yield first
+        yield from batches
 
     def _validates(self, step: int) -> bool:
         """Whether the loss on held-out samples is measured after a step."""
@@ -255,7 +294,9 @@ class Trainer:
         """The loss on held-out samples, as metrics; its time does not count for the speed."""
         assert self.validation is not None
         with self.window.paused():
-            losses = self.validation.measure(self.model, self.flow, self.accelerator)
+            losses = self.validation.measure(
+                self.model, self.flow, self.accelerator, self.ranks.wait
+            )
         return {"validation_loss": math.fsum(losses) / len(losses), "validation_by_t": losses}
 
     @torch.no_grad()
@@ -299,21 +340,16 @@ class Trainer:
         log_metrics(self.accelerator, self.config, line, weights, progress)
 
     def save(self) -> None:
-        """Write a checkpoint: the main process writes, the others wait."""
-        main = self.accelerator.is_main_process
-        model, ema = gather(trained_weights(self.network), main), gather(self.ema, main)
-        optimizer = gather(optimizer_tensors(self.network, self.plain_optimizers), main)
-        if main:
-            save_checkpoint(
-                self.path,
-                self.step,
-                model=model,
-                ema=ema,
-                optimizer=optimizer,
-                state={"window": {"losses": self.window.losses, "norms": self.window.norms}},
-                keep=self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        """Copy the state, and begin to write it as a checkpoint; see :class:`.Saver`."""
+        window = WindowState(losses=[*self.window.losses], norms=[*self.window.norms])
+        self.saver.save(
+            CheckpointState(step=self.step, window=window, num_ranks=self.ranks.num),
+            {
+                "model": trained_weights(self.network),
+                "ema": self.ema,
+                "optimizer": optimizer_tensors(self.network, self.plain_optimizers),
+            },
+        )
 
     def preview(self) -> dict[str, Any]:
         """Generate images from the moving average; their score, as metrics, if they have one."""
@@ -381,11 +417,14 @@ class Trainer:
     def _stop_waiting(self, progress: tqdm) -> NoReturn:
         """Stop while the next step waits for a shard. Other ranks wait for this one, so only a
         single process can save."""
-        if self.accelerator.num_processes == 1:
+        if self.ranks.num > 1:
+            self.ranks.stop(InputError("stopped while it waited for a shard"))
+        else:
             self.save()
         self._stop(progress)
 
     def _stop(self, progress: tqdm) -> NoReturn:
+        self.saver.wait()
         message = (
             f"Stopped after step {self.step} of {self.config.steps}; a checkpoint is in "
             f"{self.path}. Rerun the same command to resume."
@@ -396,6 +435,7 @@ class Trainer:
         raise TrainingInterrupted(message)
 
     def _not_finite(self, own: float, total: float, norm: float, sample_ids: list[str]) -> str:
+        self.saver.wait()
         last = latest_checkpoint(self.path)
         where = f"samples of this rank: {', '.join(sample_ids)}"
         if math.isfinite(own) and not math.isfinite(total):

@@ -6,6 +6,7 @@ strategy, seed or number of ranks are measured by the same numbers.
 Shapes: N samples, B samples at once, K bins of t, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,13 @@ class Validation:
     conditioning: "ConditioningStore | None" = None
 
     @torch.no_grad()
-    def measure(self, model: Any, flow: Flow | Ddpm, accelerator: Any) -> list[float]:
+    def measure(
+        self,
+        model: Any,
+        flow: Flow | Ddpm,
+        accelerator: Any,
+        wait: Callable[[], object] = lambda: None,
+    ) -> list[float]:
         """Mean loss of each bin of t, from 0 to 1.
 
         All ranks must call it. Each computes a part, and all get the same numbers, which do not
@@ -60,6 +67,7 @@ class Validation:
         Args:
             model: called as :meth:`DiT.forward`; may be wrapped by Accelerate.
             accelerator: an ``accelerate.Accelerator``.
+            wait: waits until all ranks have called it.
         """
         parts = self._parts(max(1, NUM_IMAGES // self.num_bins))
         losses = torch.zeros(len(self.samples), self.num_bins, device=accelerator.device)
@@ -75,6 +83,7 @@ class Validation:
             computed = self._losses(model, flow, self.samples[part], accelerator)
             if number < len(parts):
                 losses[torch.from_numpy(part).to(losses.device)] = computed
+        wait()
         # Each loss is zero on all ranks but one, so the sum is exact.
         return accelerator.reduce(losses, "sum").double().mean(0).tolist()
 

@@ -153,5 +153,5 @@ class FollowedFeatureStore(FeatureStore):
 
     @cached_property
     def _shard_of(self) -> np.ndarray:
-        """Shard of each caption, int32 ``[captions]``."""
-        return np.asarray(self.captions["shard"].to_numpy())
+        """Shard of each caption, int64 ``[captions]``."""
+        return self.shards()

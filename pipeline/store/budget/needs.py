@@ -75,7 +75,7 @@ class ShardNeeds:
                 f"{config.output} reads {config.features}, not {store.path}, which is to follow it"
             )
         check_order(config, str(store.path))
-        shard_of = np.asarray(store.captions["shard"].to_numpy())
+        shard_of = store.shards()
         num_samples = sum(len(pair.index) for pair in pairs)
         per_shard = num_samples // store.manifest.layout.num_shards
         batch_size = config.data.batch_size

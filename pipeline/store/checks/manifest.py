@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ....schemas import ConditioningManifest, FeatureManifest, LatentManifest, Mixes
-from ...codecs.registry import CODECS
 from .tables import layout_faults
 
 _MAX_AXES = 8
@@ -35,6 +34,8 @@ def manifest_faults(manifest: Any, num_entries: int) -> Iterator[str]:
 
 
 def _feature_faults(manifest: FeatureManifest) -> Iterator[str]:
+    from ...codecs.registry import CODECS
+
     identity, codec = manifest.identity, manifest.codec
     layers, highest = identity.layers, identity.model.num_layers + 1
     ascending = all(a < b for a, b in pairwise(layers))

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 from semroute.pipeline.extraction.features import extract  # noqa: E402
 from semroute.pipeline.extraction.latents import encode_images  # noqa: E402
 from semroute.pipeline.store.documents import StoreError  # noqa: E402
+from semroute.pipeline.store.order.dataset import select  # noqa: E402
 from semroute.pipeline.store.verify import verify  # noqa: E402
 from semroute.schemas import SelectionConfig  # noqa: E402
-from semroute.trainer.data.dataset import select  # noqa: E402
 
 
 @pytest.fixture

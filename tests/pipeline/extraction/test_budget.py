@@ -242,8 +242,9 @@ def test_several_runs_follow_one_store(
             threading.Thread(target=train, args=[read_config(file)], kwargs={"progress": False})
             for file in files[:2]
         ]
-        for thread in trained:
-            thread.start()
+        for name, thread in zip(("first", "second"), trained, strict=True):
+            thread.start()  # one by one: fresh weights are drawn from the process's generator
+            wait_for((tmp_path / name / "position.json").exists)
         # The third has not begun, so the others come only so far.
         wait_for(lambda: "waits for" in invoke("status", features).output)
         shown = invoke("status", features).output

@@ -275,7 +275,7 @@ class TestLazyArrays:
     def store(self, random_store, monkeypatch):
         """A store whose codec makes layers depend on each other, in blocks of few captions."""
         pytest.importorskip("dask.array")
-        monkeypatch.setattr("semroute.pipeline.store.lazy.DASK_BYTES", 40_000)
+        monkeypatch.setattr("semroute.pipeline.store.views.DASK_BYTES", 40_000)
         return semroute.open_features(random_store("delta"))
 
     @pytest.mark.parametrize("layers", [None, [3], [4, 2]])

@@ -18,10 +18,11 @@ from conftest import write_samples  # noqa: E402
 from semroute.pipeline.extraction.features import extract  # noqa: E402
 from semroute.pipeline.extraction.latents import encode_images  # noqa: E402
 from semroute.schemas import TrainConfig  # noqa: E402
-from semroute.trainer.runs.checkpoint import latest_checkpoint  # noqa: E402
+from semroute.trainer.runs.checkpoint import KINDS, latest_checkpoint  # noqa: E402
 from semroute.trainer.runs.metrics import read_metrics  # noqa: E402
 from semroute.trainer.training.train import train  # noqa: E402
 
+SHARDED = Path(__file__).parents[2] / "run_sharded.py"
 NUMBERS = ("step", "loss", "grad_norm", "lr", "routing_entropy")
 
 
@@ -113,7 +114,9 @@ def assert_same_run(first: Path | str, second: Path | str) -> None:
     assert lines == others
 
 
-def assert_close_run(found: Path | str, expected: Path | str, tolerance: float) -> None:
+def assert_close_run(
+    found: Path | str, expected: Path | str, tolerance: float, kinds: tuple[str, ...] = KINDS
+) -> None:
     """But for the order of sums: Adam divides a gradient near zero by its own size, so that a few
     weights may move elsewhere."""
     losses = [[line["loss"] for line in read_metrics(Path(path))] for path in (found, expected)]
@@ -121,6 +124,8 @@ def assert_close_run(found: Path | str, expected: Path | str, tolerance: float) 
     one, two = tensors(found), tensors(expected)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
+        if name.partition("/")[0] not in kinds:
+            continue
         error = (tensor - two[name]).abs() / two[name].abs().max().clamp(min=1e-12)
         assert error.flatten().sort().values[int(0.9 * (error.numel() - 1))] < tolerance, name
 
@@ -219,63 +224,12 @@ class TestRanks:
         changes |= {"routing": {"strategy": "joint"}, "gradient_checkpointing": family == "sana"}
         config = configure(family, "sharded", **changes)
         train(config.model_copy(update={"steps": 2}), progress=False)
-        (tmp_path / "sharded.py").write_text(SHARDED)
         halfway = config.model_copy(update={"steps": 4})
-        self.run(halfway, tmp_path, str(tmp_path / "sharded.py"))
+        self.run(halfway, tmp_path, str(SHARDED))
         train(config, progress=False)
         one = train(configure(family, "one", **changes), progress=False)
-        assert_close_run(config.output, one, 0.15)
-
-
-SHARDED = """
-import sys
-import warnings
-from pathlib import Path
-
-import accelerate.utils.other
-import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
-
-from semroute.schemas import TrainConfig
-from semroute.trainer.training import train as module
-
-warnings.simplefilter("error")
-accelerate.utils.other.is_deepspeed_available = lambda: False  # importing it takes long
-torch.set_num_threads(1)
-make, networks = module.make_accelerator, []
-
-
-def make_accelerator(config):
-    # Accelerate does all that it does on GPUs, but on a CPU it does not begin by itself.
-    accelerator = make(config)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        state_dict_type="FULL_STATE_DICT",
-    )
-    plugin.set_mixed_precision(accelerator.mixed_precision)
-    accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = DistributedType.FSDP
-    prepare = accelerator.prepare
-
-    def watched(network, *optimizers):
-        networks.append(network)
-        return prepare(network, *optimizers)
-
-    accelerator.prepare = watched
-    return accelerator
-
-
-module.make_accelerator = make_accelerator
-module.train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
-(network,) = networks
-assert isinstance(network, FSDPModule)
-sharded = [m for m in network.modules() if type(m).__name__.startswith("FSDP")]
-assert len(sharded) >= 5, sharded  # itself and at least four of its modules
-"""
+        # Of moments, those of gradients that bfloat16 mostly rounds are elsewhere.
+        assert_close_run(config.output, one, 0.15, ("model", "ema"))
 
 
 def wait_for(path: str, step: int, process: Any) -> None:

@@ -6,7 +6,14 @@ import pytest
 from PIL import Image
 
 from semroute.pipeline.store.open import open_features, open_latents
-from semroute.schemas import InputError, ModelConfig, RoutingConfig, RunRecord, TrainConfig
+from semroute.schemas import (
+    CheckpointState,
+    InputError,
+    ModelConfig,
+    RoutingConfig,
+    RunRecord,
+    TrainConfig,
+)
 from semroute.trainer.evaluation.shapes import score
 from semroute.trainer.plots.adapters import layer_weights, lora_sizes
 from semroute.trainer.plots.images import sample_grid, save_images
@@ -278,7 +285,8 @@ def make_run(tmp_path, feature_store, latent_store):
         for parameter in model.router_parameters():
             parameter.data += parameter.new_tensor(rng.normal(size=parameter.shape))
         state = {name: value.detach() for name, value in model.state_dict().items()}
-        save_checkpoint(path, 500, model=state, ema=state, optimizer={}, state={}, keep=1)
+        saved = CheckpointState(step=500, num_ranks=1)
+        save_checkpoint(path, saved, model=state, ema=state, optimizer={})
         lines = metrics(num_logged).to_pylist() if num_logged else []
         (path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return load_run(path)

@@ -21,6 +21,7 @@ from semroute.trainer.runs.run import load_run
 from semroute.trainer.runs.scores import EvaluationReport
 from semroute.trainer.shapes.images import render
 from semroute.trainer.studies.ablation import swapped_weights, swaps
+from semroute.trainer.studies.runner import visible_gpus
 
 TRAIN = {
     "steps": 4,
@@ -502,6 +503,24 @@ class TestAblate:
         arms = {*pq.read_table(tmp_path / "b" / "results.parquet")["arm"].to_pylist()}
         assert 0 < len([arm for arm in arms if arm.startswith("without layer")]) < 4
         assert (tmp_path / "b" / "figures" / "layers.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "num", "expected"),
+    [
+        (None, 2, ["0", "1"]),
+        ("4,5, 6", 3, ["4", "5", "6"]),
+        ("GPU-1f,MIG-2a", 2, ["GPU-1f", "MIG-2a"]),
+        ("3,99", 1, ["3"]),  # CUDA ends its list at a GPU that is not there
+        ("", 0, []),
+    ],
+)
+def test_each_process_takes_one_of_the_visible_gpus(monkeypatch, visible, num, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num)
+    assert visible_gpus() == expected
 
 
 class TestConfiguration:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semroute.trainer.runs.record import read_record
-from semroute.trainer.training.threads import describe_threads, wait_briefly
+from semroute.trainer.runs.threads import describe_threads, wait_briefly
 from semroute.trainer.training.train import train
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")

@@ -1,11 +1,26 @@
-"""Bounds that compiled loops do not check themselves: shapes, rows and layers that belong together.
+"""How loops are compiled, and what they do not check themselves: shapes, rows and layers that
+belong together.
 
 Shapes: R rows, L layers, H width.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
+import numba
 import numpy as np
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function, and cache the code for the next process where a folder can be written.
+
+    Nothing is checked before a division (``error_model``): a check would keep a loop from being
+    vectorised.
+    """
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor the home directory can be written
+        return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def check_shapes(
