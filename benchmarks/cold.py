@@ -97,21 +97,23 @@ def build(scratch: Path, num: int, tokens: tuple[int, int]) -> None:
         subprocess.run([sys.executable, "-m", "semroute.cli", *command, *options], check=True)
 
 
-def write_features(path: Path, counts: np.ndarray) -> None:
+def write_features(
+    path: Path, counts: np.ndarray, layers: int = LAYERS, width: int = WIDTH
+) -> None:
     from semroute.pipeline.store.features import FeatureStore
     from semroute.pipeline.store.layout import pack
     from semroute.schemas import CAPTIONS_SCHEMA, SAMPLES_SCHEMA
 
     num = len(counts)
     packing = pack(
-        counts, bytes_per_row=2 * LAYERS * WIDTH, shard_bytes=SHARD_BYTES, batch_tokens=64
+        counts, bytes_per_row=2 * layers * width, shard_bytes=SHARD_BYTES, batch_tokens=64
     )
     if not (path / "manifest.json").exists():
         identity = {
-            "model": {"architecture": "llama", "num_layers": LAYERS, "width": WIDTH, "files": {}},
+            "model": {"architecture": "llama", "num_layers": layers, "width": width, "files": {}},
             "tokenizer": "bytes",
             "template": {"text": "{caption}", "prefix_tokens": [], "suffix_tokens": []},
-            "layers": [*range(1, LAYERS + 1)],
+            "layers": [*range(1, layers + 1)],
             "final_norm": "normed",
             "dtype": "float32",
             "attention": "sdpa",
@@ -136,7 +138,7 @@ def write_features(path: Path, counts: np.ndarray) -> None:
         FeatureStore.create(path, manifest, table, table_of(SAMPLES_SCHEMA, samples))
 
     def rows(shard: int, num_rows: int) -> dict[str, np.ndarray]:
-        noise = np.random.default_rng(shard).standard_normal((num_rows, LAYERS, WIDTH), np.float32)
+        noise = np.random.default_rng(shard).standard_normal((num_rows, layers, width), np.float32)
         return {"hidden": (noise.cumsum(1).view(np.uint32) >> 16).astype(np.uint16)}
 
     fill(FeatureStore.open(path, complete=False), packing, rows)

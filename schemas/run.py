@@ -77,5 +77,8 @@ class RunRecord(Contract):
     id: str | None = None
     """32 random hexadecimal digits, by which trackers know the run when it is resumed; null in
     records of early versions."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of a process on a CPU when the run began, which the same bits need; null in records
+    of early versions."""
     versions: dict[str, str]
     created: str

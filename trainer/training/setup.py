@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
@@ -153,6 +155,7 @@ def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:
         model_source=features.manifest.provenance.model,
         vae_source=latents.manifest.provenance.model,
         id=uuid.uuid4().hex,
+        threads=torch.get_num_threads(),
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names},

@@ -10,12 +10,14 @@ from tqdm.auto import tqdm
 from ...pipeline.store.lock import locked
 from ...schemas import InputError, TrainConfig
 from ...schemas.escaping import shown
+from ...schemas.verbosity import speaks
 from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
 from ..runs.checkpoint import Checkpoint, latest_checkpoint, remove_leftovers, set_aside
 from ..runs.metrics import trim_metrics
 from ..runs.record import tracker_id, write_record
 from ..runs.start import start_from
+from ..runs.threads import describe_threads
 from .accelerator import make_accelerator, timeout_of
 from .agreement import From, check_shared, prepare_together
 from .position import followed_stores, publishing
@@ -66,7 +68,8 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
         with locked(path, _report) if main else nullcontext() as lock:
             check_shared(ranks, path)
             if main:
-                _begin(path, setup, damaged, loader, progress)
+                on_cpu = accelerator.device.type == "cpu"
+                _begin(path, setup, damaged, loader, progress, on_cpu)
             ranks.wait()
             trainer = Trainer(
                 config,
@@ -96,21 +99,26 @@ def _begin(
     damaged: Sequence[Checkpoint],
     loader: PackedLoader,
     progress: bool,
+    on_cpu: bool,
 ) -> None:
-    """Write what is to be in the run directory before the first step."""
+    """Write what is to be in the run directory before the first step, and say what is to be known
+    of the run."""
     _check_unchanged(path, next(iter(damaged), setup.checkpoint))
     for checkpoint in damaged:
         _report(f"{checkpoint.path} is now {set_aside(checkpoint).name}")
     remove_leftovers(path)
     write_record(path, setup.record)
     trim_metrics(path, loader.start_step)
+    for line in describe_threads(setup.record) if progress and on_cpu else []:
+        _report(line)
     if progress and (len(loader.pairs) > 1 or loader.pairs[0].selection):
         for pair in loader.pairs:
             _report(pair.summary())
 
 
 def _report(line: str) -> None:
-    tqdm.write(shown(line), file=sys.stderr)
+    if speaks() != "quiet" or line.startswith("warning"):
+        tqdm.write(shown(line), file=sys.stderr)
 
 
 def _check_unchanged(path: Path, checkpoint: Checkpoint | None) -> None:

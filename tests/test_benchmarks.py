@@ -1,0 +1,52 @@
+"""Benchmarks that nobody can run here, run small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+STEP = {"penultimate", "depth", "depth, features from pinned memory", "joint"}
+STEP |= {"depth, features by the LLM online"}
+
+
+def run(out, *options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(GPU), str(out), "--tiny", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, json.loads((out / "gpu.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_that_a_gpu_is_asked_runs_on_a_cpu(tmp_path):
+    code, found, printed = run(tmp_path)
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(found, "ok")
+    assert code == 0
+    rows = {name: part["rows"] for name, part in found.items()}
+    assert {row["result"] for row in rows["tests"]} == {"skipped"}
+    assert len(rows["tests"]) > 10
+    assert [row["codec"] for row in rows["extraction"]] == ["bf16", "delta"]
+    assert {row["codec"] for row in rows["decoding"]} == {"bf16", "lossless", "delta", "linear"}
+    assert {row["strategy"] for row in rows["step-small"]} == STEP
+    assert len(rows["stream"]) == 4
+    assert all(0 <= row["data wait"] <= 1 for row in rows["stream"])
+    assert {row["dtype"] for row in rows["sampling"]} == {"float32", "bfloat16"}
+    assert all(row["apart"] < 0.05 for row in rows["sampling"])
+    assert [row["setting"] for row in rows["scaling"]] == ["plain", "compile", "FSDP2"]
+    sizes = {row["checkpoint, GB"] for row in rows["scaling"]}
+    assert len(sizes) == 1
+    assert sizes.pop() > 0
+    assert printed.strip() == (tmp_path / "gpu.md").read_text().strip()
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "logs"}
+
+
+def test_a_part_that_takes_too_long_is_stopped_alone(tmp_path):
+    code, found, printed = run(tmp_path, "--only", "tests", "--only", "stream", "--minutes", "0.01")
+    assert code == 1
+    assert [*found] == ["tests", "stream"]
+    assert all(part["status"].startswith("stopped after ") for part in found.values())
+    assert "## Training from a store" in printed
