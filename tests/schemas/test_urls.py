@@ -1,7 +1,6 @@
 import pytest
 
-from semroute.pipeline.sources.places import SUFFIXES
-from semroute.pipeline.sources.webdataset import expand
+from semroute.pipeline.sources.places import SUFFIXES, expand
 from semroute.schemas import InputError
 from semroute.schemas.urls import check_protocol, suffix_of, without_query
 

@@ -211,7 +211,12 @@ class TestGenerate:
 class TestImagesByScale:
     def test_every_scale_has_images_of_every_caption_in_turn(self, features):
         model = network(features)
-        run_of_model = SimpleNamespace(model=model, flow=Flow(shift=3.0), clock=lambda name: None)
+        run_of_model = SimpleNamespace(
+            model=model,
+            flow=Flow(shift=3.0),
+            clock=lambda name: None,
+            sampling_dtype=lambda name: torch.float32,
+        )
         captions = CaptionSet(features, [*range(1, 7)], ["caption"] * 6)
         scoring = Scoring(
             features="",
