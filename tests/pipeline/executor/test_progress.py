@@ -143,6 +143,7 @@ class TestEvents:
             is_complete=True,
             num_bytes=lambda: 10,
             has_budget=False,
+            is_gone=lambda: False,
             manifest=SimpleNamespace(layout=SimpleNamespace(num_shards=2)),
         )
         events = []
