@@ -163,10 +163,9 @@ class TestResume:
         assert last["routing_entropy"] != first["routing_entropy"] or "train" in changes["model"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("family", ["sana", "qwen-image"])
-    def test_after_a_kill(self, configure: Callable[..., Any], family: str, tmp_path: Path) -> None:
+    def test_after_a_kill(self, configure: Callable[..., Any], tmp_path: Path) -> None:
         changes = {"model": {"train": "router+lora"}, "steps": 60, "checkpoint_every": 5}
-        config = configure(family, "killed", **changes)
+        config = configure("sana", "killed", **changes)
         (tmp_path / "run.json").write_text(config.model_dump_json(exclude_unset=True))
         command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "run.json")]
         with subprocess.Popen(
@@ -182,7 +181,7 @@ class TestResume:
             process.kill()
         assert 5 <= latest_checkpoint(Path(config.output)).step < 60
         train(config, progress=False)
-        assert_same_run(train(configure(family, "whole", **changes), progress=False), config.output)
+        assert_same_run(train(configure("sana", "whole", **changes), progress=False), config.output)
 
 
 @pytest.mark.slow
@@ -197,33 +196,23 @@ class TestRanks:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    @pytest.mark.parametrize(("family", "part"), [("sana", "router+lora"), ("qwen-image", "full")])
-    def test_two_do_what_one_does(
-        self, configure: Callable[..., Any], family: str, part: str, tmp_path: Path
-    ) -> None:
-        changes = {"model": {"train": part}, "gradient_checkpointing": True}
-        config = configure(family, "two", **changes)
+    def test_two_do_what_one_does(self, configure: Callable[..., Any], tmp_path: Path) -> None:
+        changes = {"model": {"train": "router+lora"}, "gradient_checkpointing": True}
+        config = configure("sana", "two", **changes)
         self.run(config, tmp_path, "-m", "semroute.cli", "train")
-        one = train(configure(family, "one", **changes), progress=False)
+        one = train(configure("sana", "one", **changes), progress=False)
         assert_close_run(config.output, one, 1e-3)
 
     @pytest.mark.parametrize(
         ("family", "part"),
-        [
-            ("sana", "router+lora"),
-            ("qwen-image", "full"),
-            ("krea2", "router+projection"),
-            ("sana", "our own"),
-        ],
+        [("sana", "router+lora"), ("qwen-image", "full"), ("krea2", "router+projection")],
     )
     def test_fsdp2_in_bfloat16(
         self, configure: Callable[..., Any], family: str, part: str, tmp_path: Path
     ) -> None:
         """Begun by one process, sharded in the middle, and finished by one. Gates read t, of which
         bfloat16 would leave two digits."""
-        own = {"kind": "dit", "pretrained": None, "size": "nano", "depth": 2, "patch_size": 2}
-        changes = {"model": own if part == "our own" else {"train": part}}
-        changes["mixed_precision"] = "bf16"
+        changes = {"model": {"train": part}, "mixed_precision": "bf16"}
         changes |= {"routing": {"strategy": "joint"}, "gradient_checkpointing": family == "sana"}
         config = configure(family, "sharded", **changes)
         train(config.model_copy(update={"steps": 2}), progress=False)
