@@ -119,7 +119,7 @@ def step_row(name: str, trainer: Trainer, batches: Iterator[Batch], shapes: Shap
 
 def measure_step(shapes: Shapes, folder: Path, size: str) -> Iterator[Row]:
     first = measure_strategy(shapes, folder, size, "penultimate")
-    yield first
+    yield {**first, "x penultimate": 1.0}
     others = (measure_strategy(shapes, folder, size, name) for name in shapes.strategies)
     for row in chain(measure_sources(shapes, folder, size), others):
         yield {**row, "x penultimate": row["ms"] / first["ms"]}

@@ -37,9 +37,7 @@ def test_all_that_a_gpu_is_asked_runs_on_a_cpu(tmp_path):
     assert {row["dtype"] for row in rows["sampling"]} == {"float32", "bfloat16"}
     assert all(row["apart"] < 0.05 for row in rows["sampling"])
     assert [row["setting"] for row in rows["scaling"]] == ["plain", "compile", "FSDP2"]
-    sizes = {row["checkpoint, GB"] for row in rows["scaling"]}
-    assert len(sizes) == 1
-    assert sizes.pop() > 0
+    assert all(row["checkpoint, GB"] > 0 for row in rows["scaling"])
     assert printed.strip() == (tmp_path / "gpu.md").read_text().strip()
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "logs"}
 
