@@ -17,8 +17,14 @@ from gpu_shapes import DEVICE, Row, Shapes, median_seconds, pinned, random_llm, 
 
 from semroute.pipeline.codecs.base import Codec
 from semroute.pipeline.codecs.fit import encode_rows
-from semroute.pipeline.codecs.predictive import Predictive
-from semroute.pipeline.codecs.registry import CODECS, DEFAULT_QUALITY
+from semroute.pipeline.codecs.registry import (
+    CODECS,
+    fitted_arrays,
+    open_codec,
+    rank_of,
+    request_codec,
+    settle_rank,
+)
 from semroute.pipeline.extraction.features import extract
 
 
@@ -100,16 +106,15 @@ def make_codec(name: str, sample: torch.Tensor) -> Codec:
     """A codec fitted to a sample [R, L, H]; one that multiplies matrices gets unit matrices, whose
     fit would take minutes."""
     kind, (_, layers, width) = CODECS[name], sample.shape
-    parameters = {}
-    if kind.matrices:
+    spec, parameters = settle_rank(request_codec(name), width), {}
+    if name == "linear":
         unit = torch.eye(width).bfloat16().view(torch.uint16).numpy()
-        for key, (shape, dtype) in kind.fitted(width).items():
+        for key, (shape, dtype) in fitted_arrays(spec, width).items():
             value = unit if len(shape) == 2 else np.zeros(shape, dtype)
             parameters[key] = np.repeat(value[None], layers, axis=0)
     elif kind.fits:
-        parameters = kind.fit(sample)
-    quality = DEFAULT_QUALITY if issubclass(kind, Predictive) else None
-    return kind(layers, width, parameters, quality)
+        parameters = kind.fit(sample, rank_of(spec, width))
+    return open_codec(spec, range(1, layers + 1), width, parameters)
 
 
 def measure_decoding(shapes: Shapes, _folder: Path) -> Iterator[Row]:

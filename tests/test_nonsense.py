@@ -188,7 +188,7 @@ def test_values(command):
         "probe {features} {table} --label nonsense",
         "probe {features} {table} --figure {here}/figure.nonsense",
         "probe {features} {table} --routing {run}",
-        "rewrite {features} {out} --rank 2",
+        "rewrite {features} {out} --codec bf16 --rank 2",
         "rewrite {features} {features} --workers 0",
         "rewrite {features} {out} --layers 99 --workers 0",
         "rewrite {features} {out} --codec bf16 --quality 4 --workers 0",

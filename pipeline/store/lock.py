@@ -119,8 +119,7 @@ def read_driver(store: Path) -> LockOwner | None:
 def is_dead(driver: LockOwner) -> bool | None:
     """True if a driver has ended, False if not; None if that cannot be seen from here: it is on
     another machine or in another container, or processes of its user are hidden."""
-    # Locks of the first version have no namespace; they are taken for locks of this one.
-    if driver.host != socket.gethostname() or driver.namespace not in ("", _namespace()):
+    if driver.host != socket.gethostname() or driver.namespace != _namespace():
         return None
     ticks = _start_ticks(driver.pid)
     if ticks:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,6 +18,7 @@ from tiny_text_encoders import WIDTH
 from semroute.cli import cli
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.text.presets import PRESETS
+from semroute.schemas import CodecName
 from semroute.schemas.units import format_bytes
 
 TEXTS = [f"a {colour} cup on a table" for colour in ("red", "green", "blue", "black")]
@@ -71,7 +73,7 @@ def test_people_are_told(tiny_pipeline, captions):
     assert "flux2-klein/text_encoder (qwen3" in text
     assert "bytes per caption for Flux2KleinPipeline, on average" in text
     lines = [line for line in text.splitlines() if " exact " in line]
-    assert [line.split()[0] for line in lines] == ["bf16", "lossless", "delta", "linear"]
+    assert [line.split()[0] for line in lines] == [*get_args(CodecName)]
     text = estimate(captions, "--for", tiny_pipeline("pixart"), "--exact-layers", "none")
     assert "not needed: its own rows are those of the features" in text
     assert text.count("with the codec's error") == 2

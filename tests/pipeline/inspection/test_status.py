@@ -1,6 +1,5 @@
 import json
 import shutil
-import socket
 
 import pytest
 from click.testing import CliRunner
@@ -8,6 +7,7 @@ from click.testing import CliRunner
 from semroute.cli import cli
 from semroute.pipeline.inspection.status import status
 from semroute.pipeline.store.documents import StoreError
+from semroute.pipeline.store.lock import locked
 from semroute.schemas import LOCK_FILE
 
 
@@ -23,6 +23,14 @@ def begun(store, folder, without=1):
 def drive(path, **changes):
     document = {"host": "node7", "pid": 77, "begun": "1", "started": "2026-01-01", "token": "a"}
     (path / LOCK_FILE).write_text(json.dumps(document | changes))
+
+
+def drive_here(path):
+    """As a driver of this machine that has ended."""
+    (path / LOCK_FILE).unlink(missing_ok=True)
+    with locked(path, [].append):
+        own = json.loads((path / LOCK_FILE).read_text())
+    drive(path, **own | {"pid": 2**22 + 1, "started": "2026-01-01"})
 
 
 def test_a_complete_store_is_reported_as_complete(feature_store, latent_store):
@@ -47,7 +55,7 @@ def test_a_store_that_is_being_filled(feature_store, tmp_path):
     drive(path)
     assert "being written by process 77 on node7" in str(status(path))
     assert status(path).details["driver_is_dead"] is None
-    drive(path, host=socket.gethostname(), pid=2**22 + 1)
+    drive_here(path)
     assert "its driver died" in str(status(path))
     assert status(path).details["driver_is_dead"] is True
 
@@ -57,7 +65,7 @@ def test_a_store_that_is_being_planned(tmp_path):
         status(tmp_path)
     drive(tmp_path)
     assert "being planned by process 77 on node7" in str(status(tmp_path))
-    drive(tmp_path, host=socket.gethostname(), pid=2**22 + 1)
+    drive_here(tmp_path)
     found = status(tmp_path)
     assert "its driver died" in str(found)
     assert found.details["state"] == "planning"

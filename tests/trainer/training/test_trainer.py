@@ -535,6 +535,11 @@ class TestRanks:
         for num_ranks in (2, 4):
             ranks = launch(config, words=["train"], num_ranks=num_ranks)
             self.wait_for(config.output, last + int(rng.integers(5, 12)), ranks[0])
+            while (
+                getattr(latest_checkpoint(Path(config.output)), "step", 0) <= last
+            ):  # it is written while training goes on
+                assert ranks[0].poll() is None
+                time.sleep(0.01)
             for rank in rng.permutation(ranks):
                 rank.kill()
             killed = latest_checkpoint(Path(config.output))
