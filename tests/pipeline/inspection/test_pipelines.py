@@ -76,7 +76,7 @@ def test_people_are_told(tiny_pipeline, captions):
     assert [line.split()[0] for line in lines] == [*get_args(CodecName)]
     text = estimate(captions, "--for", tiny_pipeline("pixart"), "--exact-layers", "none")
     assert "not needed: its own rows are those of the features" in text
-    assert text.count("with the codec's error") == 2
+    assert text.count("with the codec's error") == 3
 
 
 def test_sizes_are_those_of_stores_with_exact_layers(tiny_pipeline, captions, tmp_path):
