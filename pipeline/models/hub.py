@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ...schemas import InputError
 from ...schemas.atomic import make_folder
 from ...schemas.tensor_files import make_readable
@@ -249,6 +247,8 @@ def _write_safetensors(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    from safetensors import SafetensorError
+
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
