@@ -7,11 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...schemas import InputError
 from .columns import TEXT_COLUMNS, Columns
 from .nesting import descend, string_leaves
 from .places import Files, filesystem_of
-from .values import check_not_repeated, decode, parse_json, to_array
+from .values import check_not_repeated, decode, parse_objects, to_array
 
 IMAGE = "image"
 TEXTS = ("txt", "caption")
@@ -41,17 +40,8 @@ class ImageFolder:
     @cached_property
     def _documents(self) -> list[dict[str, Any]]:
         """JSON beside each image; empty where there is none."""
-        documents = []
         paths = self.files.sidecars.get(".json", [None] * len(self.files.paths))
-        for path, text in zip(paths, _contents(paths), strict=True):
-            try:
-                document = parse_json(text or "{}")
-            except ValueError as error:
-                raise InputError(f"{path} is not a readable json file: {error}") from error
-            if not isinstance(document, dict):
-                raise InputError(f"{path} must contain an object: {text!r:.60}")
-            documents.append(document)
-        return documents
+        return parse_objects(_contents(paths), map(str, paths), "a readable json file")
 
     @property
     def _texts(self) -> list[str]:

@@ -2,7 +2,7 @@
 type of a column."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -29,6 +29,29 @@ class RepeatedKeys(dict[str, Any]):
 def parse_json(content: str | bytes) -> Any:
     """A JSON document; objects with a repeated key are :class:`RepeatedKeys`."""
     return json.loads(content, object_pairs_hook=_json_object)
+
+
+def parse_objects(
+    texts: Iterable[str | None], names: Iterable[str], kind: str
+) -> list[dict[str, Any]]:
+    """JSON objects beside samples; empty where there is none.
+
+    Args:
+        names: of the files, and kind: what each should be, for messages.
+
+    Raises:
+        InputError: another document, or none.
+    """
+    documents = []
+    for text, name in zip(texts, names, strict=True):
+        try:
+            document = parse_json(text or "{}")
+        except ValueError as error:
+            raise InputError(f"{name} is not {kind}: {error}") from error
+        if not isinstance(document, dict):
+            raise InputError(f"{name} must contain an object: {text!r:.60}")
+        documents.append(document)
+    return documents
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

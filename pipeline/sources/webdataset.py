@@ -17,7 +17,7 @@ import pyarrow as pa
 from ...schemas import InputError
 from .columns import TEXT_COLUMNS, Columns
 from .nesting import descend, string_leaves
-from .values import check_not_repeated, decode, parse_json, to_array
+from .values import check_not_repeated, decode, parse_objects, to_array
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE = "image"
@@ -153,16 +153,8 @@ class WebDataset:
         return pa.array(byte_ranges, BYTE_RANGE)
 
     def _json(self, samples: list[tuple[str, dict[str, _Member]]]) -> list[dict[str, Any]]:
-        documents = []
-        for (tar, files), text in zip(samples, self._read(samples, _JSON), strict=True):
-            try:
-                document = parse_json(text or "{}")
-            except ValueError as error:
-                raise InputError(f"{tar}: {files[_JSON].name} is not JSON: {error}") from error
-            if not isinstance(document, dict):
-                raise InputError(f"{tar}: {files[_JSON].name} must contain an object: {text!r:.60}")
-            documents.append(document)
-        return documents
+        names = (f"{tar}: {files[_JSON].name}" if _JSON in files else tar for tar, files in samples)
+        return parse_objects(self._read(samples, _JSON), names, "JSON")
 
     def _read(
         self, samples: list[tuple[str, dict[str, _Member]]], extension: str
