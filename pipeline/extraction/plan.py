@@ -165,7 +165,6 @@ def make_plan(
         describe_model,
         load_tokenizer,
         model_limits,
-        parse_layers,
         tokenizer_digest,
     )
 
@@ -175,20 +174,8 @@ def make_plan(
     earlier = [count for count in counts if count < len(samples)]
     located = find_model(request.model, weights=weights)
     described = describe_model(located)
-    chosen = parse_layers(
-        request.layers,
-        described.num_layers,
-        request.final_norm or preset.final_norm,
-        embedding=preset.reads_all == "from 0",
-    )
+    chosen = _choose_layers(request, preset, described.num_layers)
     check_streams(located, chosen)
-    final_norm = final_norm_of(chosen, described.num_layers)
-    if request.final_norm not in (None, final_norm):
-        raise InputError(
-            f"--final-norm {request.final_norm}: --layers {request.layers} names "
-            f"{_OF_LAST_BLOCK[final_norm]}; layer {described.num_layers} is taken after the final "
-            f"norm, and {described.num_layers + 1} before it"
-        )
     tokenizer, causal = load_tokenizer(located), described.causal
     max_length, keep_prefix, processing = DEFAULT_LENGTH, bool(request.keep_prefix), None
     if preset.pipelines:
@@ -224,7 +211,7 @@ def make_plan(
         tokenizer=tokenizer_digest(tokenizer),
         template=captions.template,
         layers=chosen,
-        final_norm=final_norm,
+        final_norm=final_norm_of(chosen, described.num_layers),
         dtype=dtype,
         attention=attention_of(located),
         max_length=max_length,
@@ -233,6 +220,33 @@ def make_plan(
     )
     markers = foreign_markers(preset.text, tokenizer)
     return Plan(located, samples, captions, identity, identities, markers, limits)
+
+
+def _choose_layers(request: CaptionsRequest, preset: Preset, num_layers: int) -> list[int]:
+    """Numbers of the layers to store.
+
+    Args:
+        num_layers: of the LLM.
+
+    Raises:
+        InputError: no such layers, or not those of the final norm that was asked for.
+    """
+    from ..models.llm import parse_layers
+
+    chosen = parse_layers(
+        request.layers,
+        num_layers,
+        request.final_norm or preset.final_norm,
+        embedding=preset.reads_all == "from 0",
+    )
+    final_norm = final_norm_of(chosen, num_layers)
+    if request.final_norm not in (None, final_norm):
+        raise InputError(
+            f"--final-norm {request.final_norm}: --layers {request.layers} names "
+            f"{_OF_LAST_BLOCK[final_norm]}; layer {num_layers} is taken after the final norm, and "
+            f"{num_layers + 1} before it"
+        )
+    return chosen
 
 
 def _preset(name: str, existing: FeatureManifest | None) -> Preset:
