@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -280,28 +280,6 @@ def read_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     paths = {f"{base}/{name}": name for name in places}
     found = system.cat(list(paths), on_error="raise")
     return {name: bytes(found[path]) for path, name in paths.items()}
-
-
-def read_ranges(
-    paths: Sequence[Path], starts: Sequence[int], stops: Sequence[int | None]
-) -> list[bytes]:
-    """Parts of objects in one object store, read concurrently.
-
-    Args:
-        starts: first byte; a negative one counts from the end.
-        stops: the byte after the last one; None: the end.
-
-    Raises:
-        OSError: one is missing, or cannot be read.
-    """
-    if not paths:
-        return []
-    names = [_system(path)[1] for path in paths]
-    found = _system(paths[0])[0].cat_ranges(names, list(starts), list(stops))
-    for part in found:
-        if isinstance(part, BaseException):
-            raise part
-    return [bytes(part) for part in found]
 
 
 def write_files(root: Path, files: Mapping[str, bytes]) -> None:

@@ -332,6 +332,24 @@ class SourceConfig(Settings):
     """Its conditioning store, if the run's own stores have one."""
 
 
+class CacheConfig(Settings):
+    """A cache of what is read from the stores, on a disk of this machine. All processes of a
+    machine may share one, of any number of runs."""
+
+    folder: str
+    """A new or empty folder, or that of another cache; files in it are removed at will."""
+    size: str
+    """Most that its files take on the disk, such as 200GB."""
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        from .units import parse_bytes
+
+        parse_bytes(value)
+        return value
+
+
 class DataConfig(Settings):
     """The data that a step reads."""
 
@@ -354,6 +372,9 @@ class DataConfig(Settings):
     than memory."""
     window: Positive = 16
     """For order ``shards``: number of shards that are mixed at any time."""
+    cache: CacheConfig | None = None
+    """Keep on a local disk what is read, for stores behind a URL or on a slow disk: ``folder`` and
+    ``size``. By default nothing is kept."""
     select: SelectionConfig = SelectionConfig()
     conditioning: str | None = None
     """A conditioning store of the same captions, which semroute conditioning made: text as the

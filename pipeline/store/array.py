@@ -8,11 +8,12 @@ zarr-python, which takes three times as long for its event-loop tasks around eve
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from ...schemas import InputError, Layout, WrittenFile, write_whole
-from ...schemas.files import inside, is_local, read_ranges, write_files
+from ...schemas.files import inside, is_local, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
 from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
 from .checks.watch import FileWatch
+from .remote.chunks import Parts, ReadAhead, RemoteChunks
+from .remote.clients import open_client
 from .shard_file import (
     ABSENT,
     CRC_BYTES,
@@ -93,6 +96,35 @@ class ShardedArray:
         )
         self._shards: dict[int, ShardFile] = {}
         self._watch = FileWatch(partial(_shard_path, path, len(self.row_shape)))
+        self._remote: RemoteChunks | None = None
+        if self.direct and not self.is_local:
+            self.fetch_by(default_read_ahead())
+
+    def fetch_by(self, ahead: ReadAhead, identity: str = "", *, whole: bool = False) -> None:
+        """Fetch the chunks of an array of the known form, if it is behind a URL or if there is a
+        cache, where otherwise files of this machine are mapped.
+
+        Args:
+            identity: of the store, which has another one if it is written again.
+            whole: fetch the rest of a shard once its first chunk is requested.
+        """
+        if not self.direct or (self.is_local and ahead.cache is None):
+            return
+        self._remote = RemoteChunks(
+            ahead,
+            open_client(self.path),
+            os.path.realpath(self.path) if self.is_local else str(self.path),
+            identity,
+            partial(shard_name, row_dimensions=len(self.row_shape)),
+            self._num_chunks,
+            16 * self._num_chunks + CRC_BYTES,
+            self._open,
+            whole=whole,
+        )
+
+    @property
+    def _is_mapped(self) -> bool:
+        return self.direct and self._remote is None
 
     def faults(self, expected: StoredArray, *, any_form: bool = True) -> Iterator[str]:
         """What of the array is not as the manifest says.
@@ -225,10 +257,11 @@ class ShardedArray:
     def request(self, slices: ChunkSlices) -> None:
         """Ask the disk for the chunks of slices, and do not wait for them.
 
-        Errors are those of :meth:`read_slices`, but for damage of chunks. Objects behind a URL are
-        not requested.
+        Errors are those of :meth:`read_slices`, but for damage of chunks.
         """
-        if not (self.direct and self.is_local):
+        if self._remote is not None:
+            self._remote.request(np.unique(slices.chunk))
+        if not self._is_mapped:
             return
         parts = [*slices.by_shard(self._num_chunks)]
         self._open_shards([shard for shard, _ in parts])
@@ -257,12 +290,12 @@ class ShardedArray:
 
     def watch(self) -> None:
         """From now on, no file of a shard may change, whether it was read already or not."""
-        if self.direct and self.is_local:
+        if self._is_mapped:
             self._watch.start(range(self.layout.num_shards))
 
     def _watched(self, slices: ChunkSlices) -> list[int]:
         """Shards of slices, if their files can be watched."""
-        if not (self.direct and self.is_local):
+        if not self._is_mapped:
             return []
         num_chunks = self._num_chunks
         shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()
@@ -278,8 +311,8 @@ class ShardedArray:
     ) -> None:
         num_chunks = self._num_chunks
         whole = select == slice(None) and out.shape[1:] == self.row_shape
-        mapped = self.direct and self.is_local
-        fetched = self._fetch(slices.chunk, num_chunks) if self.direct and not mapped else {}
+        mapped = self._is_mapped
+        fetched = {} if self._remote is None else self._remote.take(np.unique(slices.chunk))
         if mapped and self.order is None and whole and out.flags.c_contiguous:
             if out.dtype != self.dtype or len(out) < (slices.target + slices.num).max(initial=0):
                 raise ValueError(f"out is {out.dtype} {out.shape}, which the rows do not fit")
@@ -292,44 +325,19 @@ class ShardedArray:
         last, rows = -1, np.empty(0)
         for chunk, first, num, target in slices:
             if chunk != last:
-                rows = self._chunk(*divmod(chunk, num_chunks), fetched.get(chunk))
+                rows = self._chunk(*divmod(chunk, num_chunks), fetched)
                 last = chunk
             out[target : target + num] = rows[first : first + num, select]
 
-    def _fetch(self, chunks: np.ndarray, num_chunks: int) -> dict[int, np.ndarray]:
-        """Chunks of objects as they are stored, by number over all shards, fetched together."""
-        wanted = np.unique(chunks)
-        shards = np.unique(wanted // num_chunks).tolist()
-        new = [shard for shard in shards if shard not in self._shards]
-        paths = [self._shard_path(shard) for shard in new]
-        size = 16 * num_chunks + CRC_BYTES
-        try:
-            indexes = read_ranges(paths, [-size] * len(new), [None] * len(new))
-        except FileNotFoundError as error:
-            raise InputError(
-                f"a shard of {self.path} is not written yet; rerun the command that makes this "
-                "store"
-            ) from error
-        for shard, index in zip(new, indexes, strict=True):
-            self._shards[shard] = self._open(shard, np.frombuffer(index, np.uint8))
-        ranges = [
-            self._shards[chunk // num_chunks].byte_range(chunk % num_chunks) for chunk in wanted
-        ]
-        stored = [(int(c), part) for c, part in zip(wanted, ranges, strict=True) if part]
-        coded = read_ranges(
-            [self._shard_path(chunk // num_chunks) for chunk, _ in stored],
-            [start for _, (start, _) in stored],
-            [stop for _, (_, stop) in stored],
-        )
-        pairs = zip(stored, coded, strict=True)
-        return {chunk: np.frombuffer(content, np.uint8) for (chunk, _), content in pairs}
-
-    def _chunk(self, shard: int, number: int, coded: np.ndarray | None = None) -> np.ndarray:
+    def _chunk(self, shard: int, number: int, fetched: Parts) -> np.ndarray:
         """One chunk ``[rows_per_chunk, *row_shape]``, perhaps a view of the mapped file."""
         if not self.direct:
             start = shard * self.layout.rows_per_shard + number * self.layout.rows_per_chunk
             return np.asarray(self.array[start : start + self.layout.rows_per_chunk])
-        return self._shard(shard).chunk(number, coded)
+        if self._remote is not None:
+            coded = fetched.get(shard * self._num_chunks + number)
+            return self._remote.files[shard].chunk(number, coded)
+        return self._shard(shard).chunk(number)
 
     def _shard(self, shard: int) -> ShardFile:
         self._open_shards([shard])
@@ -385,6 +393,12 @@ class ShardedArray:
         file = self._open(shard, content)
         for number in range(self._num_chunks):
             file.chunk(number)
+
+
+@cache
+def default_read_ahead() -> ReadAhead:
+    """What fetches for whoever has none of its own; one per process."""
+    return ReadAhead()
 
 
 @contextmanager

@@ -57,6 +57,7 @@ from .documents import (
     write_contract,
     write_receipt,
 )
+from .remote.chunks import ReadAhead
 
 M = TypeVar("M", FeatureManifest, LatentManifest, ConditioningManifest)
 C = TypeVar("C", FeatureManifest, ConditioningManifest)
@@ -277,6 +278,16 @@ class Store(Generic[M]):
             return
         for array in self.arrays.values():
             array.watch()
+
+    def fetch_by(self, ahead: ReadAhead, *, whole: bool = False) -> None:
+        """Read shards behind a URL, or any with a cache, by way of what others share too.
+
+        Args:
+            whole: fetch the rest of a shard once something of it is requested.
+        """
+        if not self.has_budget:  # its shards come and go
+            for array in self.arrays.values():
+                array.fetch_by(ahead, digest(self.manifest), whole=whole)
 
     @property
     def has_budget(self) -> bool:

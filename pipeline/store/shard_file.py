@@ -234,23 +234,32 @@ class ShardFile:
         for number in new.tolist():
             self._checked(number)
 
-    def _checked(self, number: int, fetched: np.ndarray | None = None) -> np.ndarray:
-        """A stored chunk with its checksum, which fits.
+    def _checked(self, number: int) -> np.ndarray:
+        """A stored chunk of a mapped file with its checksum, which fits."""
+        start = int(self.offsets[number])
+        coded = self.bytes[start : start + int(self.sizes[number])]
+        if not self.checked[number]:
+            self.check_fetched(number, coded)
+        self.checked[number] = True
+        return coded
 
-        Args:
-            fetched: the chunk, if the file was not read whole; it is checked every time.
+    def check_fetched(self, number: int, coded: np.ndarray) -> None:
+        """Check the bytes of a stored chunk, uint8.
+
+        Raises:
+            CorruptShardError: they are not as they were written.
         """
         start = int(self.offsets[number])
-        stop = start + int(self.sizes[number])
-        coded = self.bytes[start:stop] if fetched is None else fetched
-        if len(coded) != stop - start:
+        if len(coded) != int(self.sizes[number]):
             raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
-        if (fetched is not None or not self.checked[number]) and not crc_fits(coded):
+        if not crc_fits(coded):
             raise CorruptShardError(
                 f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not fit)"
             )
-        self.checked[number] = True
-        return coded
+
+    def is_stored(self, numbers: np.ndarray) -> np.ndarray:
+        """Whether chunks are stored: bool ``[chunks]``."""
+        return np.asarray(self.offsets[numbers] != ABSENT)
 
     def byte_range(self, number: int) -> tuple[int, int] | None:
         """First byte of a chunk and the byte after its last; None if it is not stored."""
@@ -263,11 +272,11 @@ class ShardFile:
         """Rows of a chunk; zeros if it is not stored, since no caption uses it.
 
         Args:
-            coded: the chunk as it is stored, if the file was not read whole.
+            coded: the chunk as it is stored, checked, if the file was not read whole.
         """
         if self.offsets[number] == ABSENT:
             return np.zeros(self.codec.shape, self.codec.dtype)
-        stored = self._checked(number, coded)
+        stored = self._checked(number) if coded is None else coded
         try:
             return self.codec.decode(stored[:-CRC_BYTES].data)
         except (zstandard.ZstdError, ValueError) as error:

@@ -30,11 +30,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
+from ...pipeline.store.remote.chunks import ReadAhead
 from ...schemas import MASK, DataConfig, InputError
 from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
 from ..diffusion.noise import NoiseSource
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes, allocated
+from .remote import fetch_stores
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
 
+_MAX_REQUESTED = 256
+"""Batches that are requested and not begun, however small they are."""
 AnyBatch = TypeVar("AnyBatch", bound=Batch | PaddedBatch)
 
 
@@ -67,6 +71,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
+        read_ahead: what fetches chunks of stores behind URLs, or by way of a cache; None if all are
+            mapped.
         stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
             be replaced before the first batch.
 
@@ -96,6 +102,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
             for store in (pair.features, pair.latents, pair.conditioning):
                 if store is not None:
                     store.watch()
+        self.read_ahead = fetch_stores(self.pairs, data)
         self.features = features
         self.latents = latents
         self.data = data
@@ -107,6 +114,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self.stall_monitor = InputStallMonitor(data.workers)
         self.stop = threading.Event()
         self.version = version
+        self._warned_of_cache = False
         self.sampler = make_sampler(self.pairs, data, seed, version)
         if data.workers > 1:  # threads side by side instead of in every read
             for pair in self.pairs:
@@ -203,6 +211,10 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     def warning(self) -> str | None:
         """A one-time warning when training waits for data, with the numbers and what to do."""
+        cache = None if self.read_ahead is None else self.read_ahead.cache
+        if cache is not None and cache.fault and not self._warned_of_cache:
+            self._warned_of_cache = True
+            return cache.fault
         text = self.stall_monitor.warning(self.stored_bytes)
         budgets = [pair.features for pair in self.pairs if pair.features.has_budget]
         if text is not None and budgets:
@@ -231,18 +243,27 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         # Requests wait for nobody, so the disk works on all batches ahead, and not on as many as
         # there are threads to read them.
         requester = ThreadPoolExecutor(1, thread_name_prefix="semroute-request")
-        worker = get_worker_info()
-        steps = self._steps()
-        if worker is not None:
-            steps = islice(steps, worker.id, None, worker.num_workers)
+        steps, requested = self._own_steps(), self._own_steps()
+        num_begun = num_requested = 0
         depth = max(self.data.prefetch, self.data.workers)
 
+        closed = threading.Event()
+
+        def request(num: int) -> None:
+            nonlocal num_requested
+            while num_requested < num or self._is_hungry(num_requested - num):
+                if closed.is_set():
+                    return
+                self.request(*next(requested))
+                num_requested += 1
+
         def begin(num: int) -> None:
+            nonlocal num_begun
+            num_begun += num
+            requester.submit(request, num_begun)
             for step in islice(steps, num):
-                requester.submit(self.request, *step)
                 ahead.append(reader.submit(self.read, *step))
 
-        closed = threading.Event()
         self._end_waits_by(closed)
         try:
             begin(1)  # alone, as everyone waits for it
@@ -259,6 +280,18 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
             for pool in (requester, reader):
                 pool.shutdown(wait=True, cancel_futures=True)
             self._end_waits_by()
+
+    def _is_hungry(self, num_ahead: int) -> bool:
+        """Whether to request another batch, beyond so many that are not begun: ahead by time."""
+        fetched = self.read_ahead is not None and num_ahead < _MAX_REQUESTED
+        return fetched and cast(ReadAhead, self.read_ahead).hungry()
+
+    def _own_steps(self) -> Iterator[tuple[int, int]]:
+        """The steps of this process: in a worker of a ``DataLoader``, every so many-th."""
+        worker = get_worker_info()
+        if worker is None:
+            return self._steps()
+        return islice(self._steps(), worker.id, None, worker.num_workers)
 
     def _end_waits_by(self, *events: threading.Event) -> None:
         """End waits for shards of stores with a disk budget once :attr:`stop` or one of the events

@@ -42,6 +42,7 @@ PATHS: Any = {
     "output": True,
     "model": {"pretrained"},
     "data": {
+        "cache": True,
         "conditioning": True,
         "select": {"columns"},
         "mixture": {

@@ -1,0 +1,372 @@
+"""Chunks that are requested ahead, fetched by many transfers at once, and kept until they are read.
+
+    request    chunks of a batch: neighbours become one transfer; returns at once
+    take       waits for them
+    hungry     whether more should be requested: ahead by time, whatever the number of batches
+
+Of an array that is fetched whole, as for an order by shards, the rest of a shard follows in large
+parts once its first chunk is requested, into the cache or into memory.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+
+import numpy as np
+
+from ....schemas import InputError
+from ..shard_file import CorruptShardError, ShardFile
+from .cache import ChunkCache, ShardKey
+from .clients import Client, Part
+from .transfers import Task, TransferCounts, Transfers
+
+AHEAD_SECONDS = 2.0
+"""Time for which chunks are requested ahead, at the speed at which they are read."""
+MIN_AHEAD_BYTES, MAX_AHEAD_BYTES = 32_000_000, 256_000_000
+KEPT_BYTES = 64_000_000
+"""Chunks that were read and are kept, as the null caption's are read again with every batch."""
+PART_BYTES = 4_000_000
+"""Largest part that is fetched by one transfer, unless a chunk is larger."""
+GAP_BYTES = 32_768
+"""Bytes between two chunks that are fetched in vain rather than by another transfer."""
+
+Parts = dict[int, np.ndarray]
+"""Number of a chunk, over all shards -> its bytes with its checksum, which fits; uint8."""
+
+
+@dataclass
+class _Entry:
+    """A chunk that was requested."""
+
+    task: Task
+    num_bytes: int
+
+
+class ReadAhead:
+    """Chunks of any number of arrays, for the readers of one process.
+
+    Args:
+        cache: where chunks are kept on a disk of this machine.
+        kept_bytes: of chunks in memory that were read already.
+
+    Attributes:
+        counts: of all transfers.
+    """
+
+    def __init__(self, cache: ChunkCache | None = None, *, kept_bytes: int = KEPT_BYTES) -> None:
+        self.counts = TransferCounts()
+        self.transfers = Transfers(self.counts)
+        self.cache = cache
+        self._lock = RLock()
+        self._ahead: dict[tuple[RemoteChunks, int], _Entry] = {}
+        self._kept: OrderedDict[tuple[RemoteChunks, int], _Entry] = OrderedDict()
+        self._ahead_bytes = self._kept_bytes = 0
+        self._max_kept = kept_bytes
+        self._begun: dict[tuple[RemoteChunks, int], list[Task]] = {}
+        self._missed: set[tuple[RemoteChunks, int]] = set()
+
+    def close(self) -> None:
+        """Drop what waits; whoever waits for it gets an error."""
+        self.transfers.close()
+
+    def hungry(self) -> bool:
+        """Whether fewer bytes are requested ahead than are read in :data:`AHEAD_SECONDS`."""
+        wanted = self.transfers.pace() * AHEAD_SECONDS
+        return self._ahead_bytes < min(max(wanted, MIN_AHEAD_BYTES), MAX_AHEAD_BYTES)
+
+    def request(self, chunks: "RemoteChunks", numbers: np.ndarray) -> None:
+        """Begin to fetch chunks that are not there yet; do not wait.
+
+        Args:
+            numbers: over all shards, ascending, each once.
+        """
+        for shard, own in chunks.by_shard(numbers):
+            new = []
+            with self._lock:
+                for number in own:
+                    key = (chunks, number)
+                    kept = self._kept.get(key)
+                    if kept is not None:
+                        self._kept.move_to_end(key)
+                        if not kept.task.future.done():
+                            self.transfers.promote(kept.task)
+                    elif key not in self._ahead:
+                        new.append(number)
+                for part in chunks.parts(shard, new):
+                    task = self.transfers.submit(partial(chunks.fetch, shard, part))
+                    for number in part:
+                        entry = _Entry(task, chunks.size(number))
+                        self._ahead[chunks, number] = entry
+                        self._ahead_bytes += entry.num_bytes
+                if chunks.whole:
+                    self._request_rest(chunks, shard)
+
+    def _request_rest(self, chunks: "RemoteChunks", shard: int) -> None:
+        """Request what else a shard has, for later; again if it has made room meanwhile."""
+        begun, missed = self._begun.get((chunks, shard)), (chunks, shard) in self._missed
+        if begun is not None and not (missed and all(task.future.done() for task in begun)):
+            return
+        self._missed.discard((chunks, shard))
+        tasks = self._begun[chunks, shard] = []
+        rest = [
+            number
+            for number in chunks.stored(shard)
+            if (chunks, number) not in self._ahead and (chunks, number) not in self._kept
+        ]
+        for part in chunks.parts(shard, rest):
+            if self.cache is not None:
+                run = partial(chunks.fill, shard, part)
+                tasks.append(self.transfers.submit(run, background=True))
+                continue
+            task = self.transfers.submit(partial(chunks.fetch, shard, part), background=True)
+            for number in part:
+                self._keep((chunks, number), _Entry(task, chunks.size(number)))
+
+    def missed(self, chunks: "RemoteChunks", shard: int) -> None:
+        """A chunk of a shard was not in the cache."""
+        if chunks.whole:
+            with self._lock:
+                self._missed.add((chunks, shard))
+
+    def take(self, chunks: "RemoteChunks", numbers: np.ndarray) -> Parts:
+        """Chunks, once they are there; those that are not stored are missing.
+
+        Args:
+            numbers: as for :meth:`request`.
+
+        Raises:
+            CorruptShardError: a chunk is not as it was written.
+            StorageError: it cannot be read.
+        """
+        with self._lock:
+            self.request(chunks, numbers)
+            wanted = [number for _, own in chunks.by_shard(numbers) for number in own]
+            keys = {number: (chunks, number) for number in wanted}
+            entries = {n: self._ahead.get(key) or self._kept[key] for n, key in keys.items()}
+            for number, key in keys.items():
+                if self._ahead.pop(key, None) is not None:
+                    self._ahead_bytes -= entries[number].num_bytes
+                    self._keep(key, entries[number])
+        try:
+            found = {n: entry.task.future.result()[n] for n, entry in entries.items()}
+        except BaseException:
+            with self._lock:  # so that it can be tried again
+                for number in entries:
+                    self._drop((chunks, number))
+            raise
+        self.transfers.delivered(sum(entry.num_bytes for entry in entries.values()))
+        return found
+
+    def _keep(self, key: tuple["RemoteChunks", int], entry: _Entry) -> None:
+        self._kept[key] = entry
+        self._kept_bytes += entry.num_bytes
+        while self._kept_bytes > self._max_kept and len(self._kept) > 1:
+            (chunks, number), oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.num_bytes
+            self._begun.pop((chunks, number // chunks.num_chunks), None)
+
+    def _drop(self, key: tuple["RemoteChunks", int]) -> None:
+        entry = self._kept.pop(key, None)
+        if entry is not None:
+            self._kept_bytes -= entry.num_bytes
+
+
+class RemoteChunks:
+    """The chunks of one array.
+
+    Args:
+        ahead: fetches them.
+        client: of the array's folder.
+        folder: where the array is.
+        identity: of the store, which has another one if it is written again.
+        name_of: shard -> path of its file, relative to the array.
+        num_chunks: of a shard.
+        index_bytes: at the end of the file of a shard.
+        make_file: shard and the end of its file -> its index, checked.
+        whole: fetch the rest of a shard once its first chunk is requested.
+    """
+
+    def __init__(
+        self,
+        ahead: ReadAhead,
+        client: Client,
+        folder: str,
+        identity: str,
+        name_of: Callable[[int], str],
+        num_chunks: int,
+        index_bytes: int,
+        make_file: Callable[[int, np.ndarray], ShardFile],
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.ahead, self.num_chunks, self.whole = ahead, num_chunks, whole
+        self.files: dict[int, ShardFile] = {}
+        self._client, self._name_of = client, name_of
+        self._folder, self._identity = folder, identity
+        self._index_bytes, self._make_file = index_bytes, make_file
+        self._versions: dict[int, str] = {}
+        self._keys: dict[int, ShardKey] = {}
+        self._lock = RLock()
+
+    def open(self, shards: Sequence[int]) -> None:
+        """Fetch the indexes of shards that are not there yet, all at once.
+
+        Raises:
+            InputError: a shard is not written, or its index is damaged.
+        """
+        transfers = self.ahead.transfers
+        with self._lock:
+            new = [shard for shard in shards if shard not in self.files]
+            tasks = {
+                shard: transfers.submit(partial(self._get, shard, -self._index_bytes, None))
+                for shard in new
+            }
+            for shard, task in tasks.items():
+                try:
+                    found = task.future.result()
+                except FileNotFoundError as error:
+                    raise InputError(
+                        f"{self._folder}/{self._name_of(shard)} is not written yet; rerun the "
+                        "command that makes this store"
+                    ) from error
+                self._versions[shard] = found.version
+                if found.version:
+                    parts = (self._folder, self._identity, self._name_of(shard), found.version)
+                    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
+                    self._keys[shard] = ShardKey(name, self.num_chunks)
+                self.files[shard] = self._make_file(shard, found.content)
+
+    def request(self, numbers: np.ndarray) -> None:
+        """Begin to fetch chunks; errors are those of :meth:`open`."""
+        self.open(np.unique(numbers // self.num_chunks).tolist())
+        self.ahead.request(self, numbers)
+
+    def take(self, numbers: np.ndarray) -> Parts:
+        """:meth:`ReadAhead.take`."""
+        self.open(np.unique(numbers // self.num_chunks).tolist())
+        return self.ahead.take(self, numbers)
+
+    def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+        """Each shard with those of its chunks that are stored."""
+        shards = numbers // self.num_chunks
+        for shard in np.unique(shards).tolist():
+            own = numbers[shards == shard]
+            stored = self.files[shard].is_stored(own - shard * self.num_chunks)
+            yield shard, own[stored].tolist()
+
+    def stored(self, shard: int) -> list[int]:
+        """All stored chunks of a shard."""
+        own = np.flatnonzero(self.files[shard].is_stored(np.arange(self.num_chunks)))
+        stored: list[int] = (own + shard * self.num_chunks).tolist()
+        return stored
+
+    def size(self, number: int) -> int:
+        """Bytes of a stored chunk."""
+        start, stop = self._range(number)
+        return stop - start
+
+    def _range(self, number: int) -> tuple[int, int]:
+        shard, own = divmod(number, self.num_chunks)
+        found = self.files[shard].byte_range(own)
+        assert found is not None
+        return found
+
+    def parts(self, shard: int, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Chunks of a shard in groups, each of which one transfer fetches.
+
+        Chunks 3, 4 and 9, of which 3 and 4 are neighbours in the file::
+
+            file     ... | 3 | 4 | 5 6 7 8 | 9 | ...
+            groups       [3, 4]           [9]
+        """
+        group: list[int] = []
+        first = last = 0
+        for number in sorted(numbers, key=self._range):
+            start, stop = self._range(number)
+            if group and (start - last > GAP_BYTES or stop - first > PART_BYTES):
+                yield group
+                group = []
+            if not group:
+                first = start
+            group.append(number)
+            last = stop
+        if group:
+            yield group
+
+    def fetch(self, shard: int, numbers: Sequence[int]) -> Parts:
+        """Some neighbouring chunks, from the cache or from where the store is."""
+        cache, counts = self.ahead.cache, self.ahead.counts
+        key = self._keys.get(shard)
+        if cache is None or key is None:
+            return self._fetch(shard, numbers)
+        own = {number - shard * self.num_chunks: self._range(number) for number in numbers}
+        found: Parts = {}
+        for number, content in cache.read(key, own).items():
+            try:
+                self.files[shard].check_fetched(number, content)
+            except CorruptShardError:
+                if cache.drop(key, number):
+                    counts.add(refetched=1)
+            else:
+                found[number + shard * self.num_chunks] = content
+        counts.add(cached_bytes=sum(map(len, found.values())))
+        missing = [number for number in numbers if number not in found]
+        if missing:
+            self.ahead.missed(self, shard)
+            found |= self._fetch_into(cache, key, shard, missing)
+        return found
+
+    def fill(self, shard: int, numbers: Sequence[int]) -> None:
+        """Fetch those of some chunks that the cache does not hold, into it."""
+        cache, key = self.ahead.cache, self._keys.get(shard)
+        if cache is not None and key is not None and not cache.fault:
+            held = cache.held(key)
+            missing = [n for n in numbers if not held[n - shard * self.num_chunks]]
+            self._fetch_into(cache, key, shard, missing)
+
+    def _fetch_into(
+        self, cache: ChunkCache, key: ShardKey, shard: int, numbers: Sequence[int]
+    ) -> Parts:
+        fetched: Parts = {}
+        for part in self.parts(shard, numbers):
+            fetched |= self._fetch(shard, part)
+        new = {
+            number - shard * self.num_chunks: (self._range(number)[0], content)
+            for number, content in fetched.items()
+        }
+        self.ahead.counts.add(uncached=cache.write(key, new))
+        return fetched
+
+    def _fetch(self, shard: int, numbers: Sequence[int]) -> Parts:
+        """Neighbouring chunks by one transfer; a second if they were damaged on the way."""
+        ranges = {number: self._range(number) for number in numbers}
+        first, last = min(ranges.values())[0], max(stop for _, stop in ranges.values())
+        with suppress(CorruptShardError):
+            return self._cut(shard, ranges, self._get(shard, first, last).content, first)
+        self.ahead.counts.add(retries=1)
+        return self._cut(shard, ranges, self._get(shard, first, last).content, first)
+
+    def _cut(
+        self, shard: int, ranges: Mapping[int, tuple[int, int]], content: np.ndarray, first: int
+    ) -> Parts:
+        parts = {n: content[start - first : stop - first] for n, (start, stop) in ranges.items()}
+        for number, part in parts.items():
+            self.files[shard].check_fetched(number - shard * self.num_chunks, part)
+        return parts
+
+    def _get(self, shard: int, start: int, stop: int | None) -> Part:
+        name, transfers = self._name_of(shard), self.ahead.transfers
+
+        def call() -> Part:
+            part = self._client.get(name, start, stop, self._versions.get(shard, ""))
+            if stop is not None and len(part.content) != stop - start:
+                raise ConnectionError(f"{len(part.content):,} bytes instead of {stop - start:,}")
+            return part
+
+        part = transfers.repeat(f"{self._folder}/{name}", call)
+        transfers.counts.add(num_bytes=len(part.content))
+        return part
