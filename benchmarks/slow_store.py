@@ -44,6 +44,7 @@ class SlowStore:
 
     Attributes:
         counts: of requests by method (``GET``, ``HEAD``, ``LIST``), and ``bytes`` of bodies.
+        opened: called with the address once it is served.
         fault: called with the key of each GET and its range; a status to answer instead, or None.
             ``0`` cuts the connection in the middle of the body.
     """
@@ -52,6 +53,7 @@ class SlowStore:
         self.folder, self.delay, self.rate = folder.resolve(), delay, rate
         self.counts: Counter[str] = Counter()
         self.fault: Callable[[str, str], int | None] = lambda _key, _range: None
+        self.opened: Callable[[str], None] = lambda _url: None
         self.waiting: deque[Connection] = deque()
         self.port = 0
         self._files: dict[Path, tuple[tuple[int, int, int], memoryview]] = {}
@@ -61,6 +63,7 @@ class SlowStore:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Connection(self), "127.0.0.1", port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
+        self.opened(f"http://127.0.0.1:{self.port}")
         async with server:
             await self._pump()
 
@@ -279,12 +282,14 @@ class Connection(asyncio.Protocol):
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.option("--port", default=9000, show_default=True)
+@click.option("--port", default=9000, show_default=True, help="0: any that is free.")
 @click.option("--delay", default=20.0, show_default=True, help="Milliseconds.")
 @click.option("--rate", default=200.0, show_default=True, help="MB/s.")
 def main(folder: Path, port: int, delay: float, rate: float) -> None:
+    store = SlowStore(folder, delay / 1e3, rate * 1e6)
+    store.opened = click.echo
     with suppress(KeyboardInterrupt):
-        asyncio.run(SlowStore(folder, delay / 1e3, rate * 1e6).serve(port))
+        asyncio.run(store.serve(port))
 
 
 if __name__ == "__main__":
