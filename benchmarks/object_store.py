@@ -202,6 +202,7 @@ def serving(scratch: Path, delay: float, rate: float) -> Iterator[str]:
         url = process.stdout.readline().strip()
         os.environ |= {
             "AWS_ENDPOINT_URL": url,
+            "AWS_ALLOW_HTTP": "true",
             "AWS_ACCESS_KEY_ID": "any",
             "AWS_SECRET_ACCESS_KEY": "any",
             "AWS_DEFAULT_REGION": "us-east-1",

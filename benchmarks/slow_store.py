@@ -54,6 +54,7 @@ class SlowStore:
         self.counts: Counter[str] = Counter()
         self.fault: Callable[[str, str], int | None] = lambda _key, _range: None
         self.opened: Callable[[str], None] = lambda _url: None
+        self.connections: set[Connection] = set()
         self.waiting: deque[Connection] = deque()
         self.port = 0
         self._files: dict[Path, tuple[tuple[int, int, int], memoryview]] = {}
@@ -64,8 +65,13 @@ class SlowStore:
         server = await loop.create_server(lambda: Connection(self), "127.0.0.1", port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         self.opened(f"http://127.0.0.1:{self.port}")
-        async with server:
-            await self._pump()
+        try:
+            async with server:
+                await self._pump()
+        finally:
+            for connection in self.connections:
+                connection.transport.abort()
+            await asyncio.sleep(0)
 
     async def _pump(self) -> None:
         last, credit = time.perf_counter(), 0.0
@@ -159,9 +165,11 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.store.connections.add(self)
         transport.set_write_buffer_limits(4 * SLICE)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.store.connections.discard(self)
         self.body = memoryview(b"")
 
     def pause_writing(self) -> None:

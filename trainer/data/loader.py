@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -36,7 +36,7 @@ from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
 from ..diffusion.noise import NoiseSource
 from .batch import Batch, PaddedBatch
 from .buffers import allocate, allocate_codes, allocated
-from .remote import fetch_stores
+from .remote import check_cache, fetch_stores
 from .throughput import InputStallMonitor
 
 if TYPE_CHECKING:
@@ -71,8 +71,6 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
-        read_ahead: what fetches chunks of stores behind URLs, or by way of a cache; None if all are
-            mapped.
         stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
             be replaced before the first batch.
 
@@ -102,7 +100,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
             for store in (pair.features, pair.latents, pair.conditioning):
                 if store is not None:
                     store.watch()
-        self.read_ahead = fetch_stores(self.pairs, data)
+        check_cache(data)
         self.features = features
         self.latents = latents
         self.data = data
@@ -127,6 +125,11 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         options = {name: getattr(self, name) for name in self._options}
         return partial(type(self), **options), (self.features, self.latents, self.data)
 
+    @cached_property
+    def read_ahead(self) -> ReadAhead | None:
+        """Fetches chunks of stores behind URLs, or by way of a cache; None if all are mapped."""
+        return fetch_stores(self.pairs, self.data)
+
     @property
     def num_samples(self) -> int:
         """Number of training samples over all pairs of stores."""
@@ -136,6 +139,18 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
     def wait_seconds(self) -> float:
         """Time that the consumer has waited for data so far."""
         return self.stall_monitor.wait_seconds
+
+    def fetched(self) -> dict[str, int]:
+        """Metrics of what was fetched so far, see ``METRICS_SCHEMA``; none if nothing is."""
+        if self.read_ahead is None:
+            return {}
+        counts = self.read_ahead.counts
+        return {
+            "fetched_bytes": counts.num_bytes,
+            "fetch_retries": counts.retries,
+            "cached_bytes": counts.cached_bytes,
+            "cache_faults": counts.refetched + counts.uncached,
+        }
 
     @abstractmethod
     def read(self, step: int, micro_step: int = 0) -> AnyBatch:
@@ -174,6 +189,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
             self._request(self.sampler.indices(first, self.num_positions))
 
     def _request(self, indices: SampleIndices) -> None:
+        _ = self.read_ahead
         unique = self._unique_captions(indices)
         for number, (pair, captions) in enumerate(zip(self.pairs, unique, strict=True)):
             if len(captions):
@@ -248,6 +264,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         depth = max(self.data.prefetch, self.data.workers)
 
         closed = threading.Event()
+        _ = self.read_ahead  # before there are threads
 
         def request(num: int) -> None:
             nonlocal num_requested

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pipeline.store.order.dataset import StorePair
-from ...pipeline.store.remote.cache import open_cache
+from ...pipeline.store.remote.cache import ChunkCache, cache_folder
 from ...pipeline.store.remote.chunks import KEPT_BYTES, ReadAhead
 from ...schemas import DataConfig
 from ...schemas.files import is_local, list_files
@@ -93,6 +93,16 @@ def plan_fetching(pairs: Sequence[StorePair], data: DataConfig) -> FetchPlan | N
     )
 
 
+def check_cache(data: DataConfig) -> None:
+    """Refuse a folder of ``data.cache`` that cannot be a cache; nothing is written.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if data.cache is not None:
+        cache_folder(data.cache.folder)
+
+
 def fetch_stores(pairs: Sequence[StorePair], data: DataConfig) -> ReadAhead | None:
     """Let the stores of a run share what they fetch; None if nothing is fetched.
 
@@ -106,7 +116,7 @@ def fetch_stores(pairs: Sequence[StorePair], data: DataConfig) -> ReadAhead | No
     cache = None
     if data.cache is not None:
         size, replace = parse_bytes(data.cache.size), data.order == "shards"
-        cache = open_cache(data.cache.folder, size, replace=replace)
+        cache = ChunkCache(cache_folder(data.cache.folder), size, replace=replace)
     whole_captions = plan is not None and plan.whole_captions
     whole_latents = plan is not None and plan.whole_latents
     in_memory = whole_captions and cache is None

@@ -21,6 +21,7 @@ from ...schemas.units import format_bytes
 from ..adapters.paths import make_path
 from ..data.batch import on_device
 from ..data.loader import PackedLoader
+from ..data.remote import plan_fetching
 from ..runs.record import learning
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
@@ -82,6 +83,7 @@ def plan(
     measured = None
     if measure_steps:
         measured = step_seconds = measure(config, measure_steps)
+    fetching = plan_fetching(loader.pairs, config.data)
     details = {
         "steps": {
             "total": config.steps,
@@ -105,6 +107,7 @@ def plan(
         "checkpoint_bytes": 2 * memory["average"] + memory["optimizer"],
         "read_bytes_per_step": reading.step_bytes,
         "storage": _measure_storage(setup, loader),
+        "fetching": fetching.describe() if fetching else None,
         "step_seconds": step_seconds,
         "step_seconds_measured": measured is not None,
     }
@@ -159,6 +162,7 @@ def _facts(
         "memory": f"~{format_bytes(memory['total'])} per rank: {parts_of_memory}",
         "reading": needs,
         **({"storage": StorageSpeed(**storage).compare(needed or None)} if storage else {}),
+        **({"fetching": details["fetching"]} if details["fetching"] else {}),
         "disk": f"{format_bytes(details['checkpoint_bytes'])} per checkpoint, "
         f"{config.keep_checkpoints} kept",
     }

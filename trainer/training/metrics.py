@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ...schemas import TrainConfig, flat
+from ...schemas.units import format_bytes
 from ..runs.metrics import METRICS, WEIGHTS, add_line
 
 if TYPE_CHECKING:
@@ -153,11 +154,16 @@ def log_metrics(
         low, high = number / len(bins), (number + 1) / len(bins)
         numbers[f"validation_loss/t {low:.3g} to {high:.3g}"] = loss
     accelerator.log(numbers, step=line["step"])
+    fetched = {}
+    if "fetched_bytes" in line:
+        text, retries = format_bytes(line["fetched_bytes"]), line["fetch_retries"]
+        fetched["fetched"] = f"{text}, {retries} retries" if retries else text
     progress.set_postfix(
         {
             "loss": f"{line['loss']:.4g}",
             "samples/s": f"{line['samples_per_second']:.3g}",
             "data wait": f"{line['data_wait_share']:.0%}",
             "routing entropy": f"{line['routing_entropy']:.3f}",
+            **fetched,
         }
     )

@@ -324,6 +324,7 @@ class Trainer:
             "step": self.step,
             **speed,
             **self.step_numbers,
+            **loader.fetched(),
             "routing_entropy": entropy(alpha).mean().item(),
             "ema_distance": self._ema_distance(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),

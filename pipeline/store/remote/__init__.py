@@ -6,7 +6,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "cache": ["ChunkCache", "open_cache"],
+        "cache": ["ChunkCache", "cache_folder"],
         "chunks": ["ReadAhead", "RemoteChunks"],
         "clients": ["open_client"],
         "transfers": ["TransferCounts", "Transfers"],

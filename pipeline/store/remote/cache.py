@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....schemas import InputError, write_document
+from ....schemas import InputError, write_whole
 from ....schemas.files import StorageError, is_local, locate
 from ....schemas.json_file import load_json
 
@@ -79,22 +79,10 @@ class ChunkCache:
             pass
 
     def _prepare(self) -> None:
+        check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker = self.folder / MARKER
-        if marker.exists():
-            found = load_json(marker.read_text("utf-8"), str(marker))
-            if found != load_json(_MARKER_TEXT, MARKER):
-                raise InputError(f"{marker} is of another version: name another data.cache.folder")
-        elif any(True for path in self.folder.iterdir() if not path.name.startswith(MARKER)):
-            raise InputError(
-                f"{self.folder} is no cache and not empty, and files of a cache are removed at "
-                "will: name a new folder for data.cache.folder"
-            )
-        else:
-            marker.with_name(f"{MARKER}.{os.getpid()}.{time.monotonic_ns()}").touch()
-            write_document(marker, _MARKER_TEXT)
-            for each in self.folder.glob(f"{MARKER}.*"):
-                each.unlink(missing_ok=True)
+        if not (self.folder / MARKER).exists():
+            write_whole(self.folder / MARKER, _MARKER_TEXT.encode(), alone=False)
 
     def read(self, key: ShardKey, ranges: Mapping[int, tuple[int, int]]) -> dict[int, np.ndarray]:
         """Those of some chunks that are held; their checksums are the caller's to compare.
@@ -273,15 +261,37 @@ def _space(chunk: tuple[int, np.ndarray]) -> int:
     return (last - first + 1) * _PAGE
 
 
-def open_cache(folder: str, max_bytes: int, *, replace: bool) -> ChunkCache:
-    """A cache in a folder of this machine.
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be that of a cache; it need not exist.
 
     Raises:
-        InputError: as :class:`ChunkCache`; or it is a URL.
+        InputError: it holds something else.
+    """
+    marker = folder / MARKER
+    if marker.exists():
+        found = load_json(marker.read_text("utf-8"), str(marker))
+        if found != load_json(_MARKER_TEXT, MARKER):
+            raise InputError(f"{marker} is of another version: name another data.cache.folder")
+    elif folder.exists() and any(not p.name.startswith(MARKER) for p in folder.iterdir()):
+        raise InputError(
+            f"{folder} is no cache and not empty, and files of a cache are removed at will: name "
+            "a new folder for data.cache.folder"
+        )
+
+
+def cache_folder(folder: str) -> Path:
+    """The folder of a cache, which need not exist.
+
+    Raises:
+        InputError: it is a URL, or holds something else.
     """
     path = locate(folder)
     if not is_local(path):
         raise InputError(
             f"data.cache.folder {folder}: expected a folder of this machine, not a URL"
         )
-    return ChunkCache(path, max_bytes, replace=replace)
+    try:
+        check_folder(path)
+    except OSError as error:
+        raise StorageError(f"data.cache.folder {folder}: {error}") from error
+    return path

@@ -189,6 +189,13 @@ class Transfers:
             f"{type(last).__name__}: {last}. Check the network, then rerun the same command"
         ) from last
 
+    def is_busy(self) -> bool:
+        """Whether anything is in flight or waits."""
+        queue = self._queue
+        with queue.changed:
+            waiting = queue.urgent or queue.background
+            return bool(waiting) or queue.num_idle < queue.num_threads
+
     def delivered(self, num_bytes: int) -> None:
         """Somebody has read so many bytes."""
         now = time.monotonic()
