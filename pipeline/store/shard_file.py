@@ -252,10 +252,14 @@ class ShardFile:
         start = int(self.offsets[number])
         if len(coded) != int(self.sizes[number]):
             raise CorruptShardError(f"{self.path}: chunk {number} at byte {start} is cut off")
-        if not crc_fits(coded):
+        if not self.fits(number, coded):
             raise CorruptShardError(
                 f"{self.path}: chunk {number} at byte {start} is damaged (its crc32c does not fit)"
             )
+
+    def fits(self, number: int, coded: np.ndarray) -> bool:
+        """Whether the bytes of a stored chunk, uint8, are as they were written."""
+        return len(coded) == int(self.sizes[number]) and crc_fits(coded)
 
     def is_stored(self, numbers: np.ndarray) -> np.ndarray:
         """Whether chunks are stored: bool ``[chunks]``."""

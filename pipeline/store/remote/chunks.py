@@ -10,19 +10,21 @@ parts once its first chunk is requested, into the cache or into memory.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ....schemas import InputError
-from ..shard_file import CorruptShardError, ShardFile
 from .cache import ChunkCache, ShardKey
 from .clients import Client, Part
 from .transfers import Task, TransferCounts, Transfers
+
+if TYPE_CHECKING:
+    from ..shard_file import ShardFile
 
 AHEAD_SECONDS = 2.0
 """Time for which chunks are requested ahead, at the speed at which they are read."""
@@ -199,7 +201,7 @@ class RemoteChunks:
         name_of: Callable[[int], str],
         num_chunks: int,
         index_bytes: int,
-        make_file: Callable[[int, np.ndarray], ShardFile],
+        make_file: "Callable[[int, np.ndarray], ShardFile]",
         *,
         whole: bool = False,
     ) -> None:
@@ -306,13 +308,10 @@ class RemoteChunks:
         own = {number - shard * self.num_chunks: self._range(number) for number in numbers}
         found: Parts = {}
         for number, content in cache.read(key, own).items():
-            try:
-                self.files[shard].check_fetched(number, content)
-            except CorruptShardError:
-                if cache.drop(key, number):
-                    counts.add(refetched=1)
-            else:
+            if self.files[shard].fits(number, content):
                 found[number + shard * self.num_chunks] = content
+            elif cache.drop(key, number):
+                counts.add(refetched=1)
         counts.add(cached_bytes=sum(map(len, found.values())))
         missing = [number for number in numbers if number not in found]
         if missing:
@@ -345,17 +344,18 @@ class RemoteChunks:
         """Neighbouring chunks by one transfer; a second if they were damaged on the way."""
         ranges = {number: self._range(number) for number in numbers}
         first, last = min(ranges.values())[0], max(stop for _, stop in ranges.values())
-        with suppress(CorruptShardError):
-            return self._cut(shard, ranges, self._get(shard, first, last).content, first)
-        self.ahead.counts.add(retries=1)
-        return self._cut(shard, ranges, self._get(shard, first, last).content, first)
+        file, before = self.files[shard], shard * self.num_chunks
 
-    def _cut(
-        self, shard: int, ranges: Mapping[int, tuple[int, int]], content: np.ndarray, first: int
-    ) -> Parts:
-        parts = {n: content[start - first : stop - first] for n, (start, stop) in ranges.items()}
-        for number, part in parts.items():
-            self.files[shard].check_fetched(number - shard * self.num_chunks, part)
+        def cut() -> Parts:
+            content = self._get(shard, first, last).content
+            return {n: content[start - first : stop - first] for n, (start, stop) in ranges.items()}
+
+        parts = cut()
+        if not all(file.fits(number - before, part) for number, part in parts.items()):
+            self.ahead.counts.add(retries=1)
+            parts = cut()
+            for number, part in parts.items():
+                file.check_fetched(number - before, part)
         return parts
 
     def _get(self, shard: int, start: int, stop: int | None) -> Part:
