@@ -93,7 +93,9 @@ def open_mds(source: Source, url: str, kept: Path) -> Batches:
 
 def open_litdata(source: Source, url: str, kept: Path) -> Batches:
     import litdata
+    from litdata.streaming import downloader
 
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # without which it wants TLS
     table = litdata.StreamingDataset(
         f"s3://{BUCKET}/litdata",
         cache_dir=str(kept / "litdata"),
@@ -202,7 +204,6 @@ def serving(scratch: Path, delay: float, rate: float) -> Iterator[str]:
         url = process.stdout.readline().strip()
         os.environ |= {
             "AWS_ENDPOINT_URL": url,
-            "AWS_ALLOW_HTTP": "true",
             "AWS_ACCESS_KEY_ID": "any",
             "AWS_SECRET_ACCESS_KEY": "any",
             "AWS_DEFAULT_REGION": "us-east-1",

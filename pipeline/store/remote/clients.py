@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -84,6 +84,10 @@ class S3Client:
         base: bucket and key of the folder.
     """
 
+    _process: ClassVar[int | None] = None
+    """The first that used obstore: its threads do not survive a fork, and a forked process cannot
+    start others. It reads by fsspec, which starts its own anew."""
+
     def __init__(self, system: Any, base: str) -> None:
         try:
             import obstore
@@ -94,6 +98,9 @@ class S3Client:
                 "pip install 'semroute[s3]'"
             ) from error
         self._obstore, self._system = obstore, system
+        self._after_fork = FsspecClient(system, base)
+        if S3Client._process is None:
+            S3Client._process = os.getpid()
         bucket, _, self._prefix = base.partition("/")
         system.connect()
         endpoint, region = system.s3.meta.endpoint_url, system.s3.meta.region_name
@@ -152,6 +159,8 @@ class S3Client:
         }
 
     def get(self, name: str, start: int, stop: int | None, version: str = "") -> Part:
+        if os.getpid() != S3Client._process:
+            return self._after_fork.get(name, start, stop)
         errors = self._obstore.exceptions
         options: Any = {"range": {"suffix": -start} if start < 0 else (start, stop)}
         if version:

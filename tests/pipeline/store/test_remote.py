@@ -1,6 +1,7 @@
 """Shards behind a URL, and the cache on a local disk, through a server that counts requests."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -171,6 +172,17 @@ class TestReading:
                 shard.write_bytes(shard.read_bytes())
         with pytest.raises(ChangedError, match="has changed since it was opened"):
             store.read(range(len(store)))
+
+    def test_a_process_that_was_forked_reads_too(self, server):
+        store = open_store("s3://bucket/bf16")
+        expected = values(store)
+        context = multiprocessing.get_context("fork")
+        found = context.SimpleQueue()
+        child = context.Process(target=lambda: found.put(same(values(store), expected)))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert found.get()
 
     def test_a_missing_package_is_named(self, server, monkeypatch):
         monkeypatch.setitem(sys.modules, "obstore", None)
