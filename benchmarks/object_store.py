@@ -10,10 +10,10 @@ by 20 ms, and all share 200 MB/s. Stores and peers' files are those of benchmark
 the scratch folder by the first run. Ours reads features and latents, peers features alone.
 
 Each reader has a process of its own, one after the other in every round, and an empty folder for
-what it keeps. After a few batches, one epoch is timed, or so many seconds of it. MB are as they are
-stored, of what was delivered; *line* is a reader of our own beside them, which asks for ranges of a
-caption's size from 64 threads and does nothing with them. Sent over delivered is what the server
-sent in all over the size of what was delivered in all: below 1 is not possible without a cache.
+what it keeps. One epoch is timed, or so many seconds of it, from the first request for captions on.
+MB are as they are stored, of what was delivered; *line* is a reader of our own beside them, which
+asks for ranges of a caption's size from 64 threads and does nothing with them. Sent over delivered
+counts what was requested ahead and not delivered any more, too.
 """
 
 import json
@@ -39,8 +39,6 @@ from read import BATCH, Source, size_of, write_litdata, write_mds, write_webdata
 from stream import Batches, Pad, again, loading
 
 BUCKET = "bucket"
-UNTIMED = 4
-"""Batches before the timed ones."""
 
 
 @dataclass
@@ -144,20 +142,18 @@ def all_readers(scratch: Path, source: Source) -> list[Reader]:
 
 
 def run_alone(reader: Reader, url: str, num: int, seconds: float, kept: Path) -> None:
-    """The process of one reader; prints the moment of its first batch, captions and seconds."""
+    """The process of one reader; prints the moment of its first batch, captions, seconds from its
+    first request for them, and bytes sent since."""
     batches = reader.open(url, kept)
-    next(batches)
+    counts(url)
+    delivered = len(next(batches)[0])
     first = time.monotonic()
-    for _ in range(UNTIMED - 1):
-        next(batches)
-    timed, began, taken = 0, time.perf_counter(), 0.0
-    for _ in range(num // BATCH - UNTIMED):
-        hidden, _ = next(batches)
-        timed += len(hidden)
-        taken = time.perf_counter() - began
-        if taken > seconds:
+    for _ in range(num // BATCH - 1):
+        delivered += len(next(batches)[0])
+        if time.monotonic() > first + seconds:
             break
-    print(f"\n{json.dumps([first, timed, taken, timed + UNTIMED * BATCH])}", flush=True)
+    end, sent = time.monotonic(), counts(url)
+    print(f"\n{json.dumps([first, delivered, end - sent['began'], sent['bytes']])}", flush=True)
     os._exit(0)  # some readers leave threads and processes that take seconds to stop
 
 
@@ -214,9 +210,10 @@ def serving(scratch: Path, delay: float, rate: float) -> Iterator[str]:
             process.terminate()
 
 
-def counts(url: str) -> dict[str, int]:
+def counts(url: str) -> dict[str, float]:
+    """Requests and bytes since this was last called."""
     with urlopen(f"{url}/-/counts", timeout=60) as answer:
-        found: dict[str, int] = json.load(answer)
+        found: dict[str, float] = json.load(answer)
     return found
 
 
@@ -224,16 +221,16 @@ def run_round(
     readers: list[Reader], scratch: Path, url: str, num: int, arguments: list[str]
 ) -> None:
     for reader in readers:
-        before, began = counts(url).get("bytes", 0), time.monotonic()
+        began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=scratch) as kept:
             command = [sys.executable, __file__, *arguments, f"--alone={reader.name}"]
             command.append(f"--kept={kept}")
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        first, timed, seconds, delivered = json.loads(out.splitlines()[-1])
+        first, delivered, seconds, sent = json.loads(out.splitlines()[-1])
         each = sum(size_of(scratch / BUCKET / name) for name in reader.files) / num
         reader.firsts.append(first - began)
-        reader.speeds.append(timed * each / seconds / 1e6)
-        reader.sent.append((counts(url)["bytes"] - before) / (delivered * each))
+        reader.speeds.append(delivered * each / seconds / 1e6)
+        reader.sent.append(sent / (delivered * each))
         click.echo(f"{reader.name}: {reader.speeds[-1]:.0f} MB/s", err=True)
 
 

@@ -5,7 +5,7 @@
 Every request is answered after the delay; all answers together are sent at the rate, a slice of
 each in turn. It knows what readers need: GET with ranges, HEAD, and ListObjectsV2 of a bucket,
 which is a folder in the folder. ``GET /-/counts`` gives the requests and bytes so far as JSON,
-without delay.
+without delay, and forgets them.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ class SlowStore:
 
     Attributes:
         counts: of requests by method (``GET``, ``HEAD``, ``LIST``), and ``bytes`` of bodies.
+        began: moment of the first GET since they were last asked for; 0 if there was none.
         opened: called with the address once it is served.
         fault: called with the key of each GET and its range; a status to answer instead, or None.
             ``0`` cuts the connection in the middle of the body.
@@ -52,6 +53,7 @@ class SlowStore:
     def __init__(self, folder: Path, delay: float = 0.0, rate: float = float("inf")) -> None:
         self.folder, self.delay, self.rate = folder.resolve(), delay, rate
         self.counts: Counter[str] = Counter()
+        self.began = 0.0
         self.fault: Callable[[str, str], int | None] = lambda _key, _range: None
         self.opened: Callable[[str], None] = lambda _url: None
         self.connections: set[Connection] = set()
@@ -201,13 +203,17 @@ class Connection(asyncio.Protocol):
         key, query = unquote(url.path).strip("/"), parse_qs(url.query)
         kind = "LIST" if method == "GET" and ("list-type" in query or "/" not in key) else method
         if target == "/-/counts":
-            self._reply(200, json.dumps(self.store.counts).encode(), [], method)
+            counts = {"bytes": 0, **self.store.counts, "began": self.store.began}
+            self.store.counts.clear()
+            self.store.began = 0.0
+            self._reply(200, json.dumps(counts).encode(), [], method)
             return
         self.store.counts[kind] += 1
         if kind == "LIST":
             content = self.store.listing(key.partition("/")[0], query)
             self._reply(200, content, ["Content-Type: application/xml"], method)
             return
+        self.store.began = self.store.began or time.monotonic()
         span = headers.get("range", "")
         status = self.store.fault(key, span) if method == "GET" else None
         found = self.store.file(key)

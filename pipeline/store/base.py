@@ -121,7 +121,7 @@ class Store(Generic[M]):
 
         Args:
             path: a folder, or the URL of one that fsspec knows (``s3://``, ``gs://``, ``hf://`` and
-                more, each with its own package), which is read through zarr-python.
+                more, each with its own package).
             complete: refuse a store that is not finished.
 
         Raises:
