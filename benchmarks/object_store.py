@@ -50,8 +50,9 @@ class Reader:
         open: opens them, given the server's address and an empty folder.
         needs: a module; empty: always there.
         write: writes the folder; None: it is a store.
-        speeds, sent, firsts: one per round: MB/s, bytes sent over delivered, and seconds from the
-            start of Python to the first batch.
+        speeds, cpu, sent, firsts: one per round: MB/s, CPU seconds per GB of the process and its
+            workers, bytes sent over delivered, and seconds from the start of Python to the first
+            batch.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Reader:
     needs: str = ""
     write: Callable[[Path], None] | None = None
     speeds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
 
@@ -143,9 +145,10 @@ def all_readers(scratch: Path, source: Source) -> list[Reader]:
 
 def run_alone(reader: Reader, url: str, num: int, seconds: float, kept: Path) -> None:
     """The process of one reader; prints the moment of its first batch, captions, seconds from its
-    first request for them, and bytes sent since."""
+    first request for them, bytes sent and CPU seconds since."""
     batches = reader.open(url, kept)
     counts(url)
+    before = cpu_seconds()
     delivered = len(next(batches)[0])
     first = time.monotonic()
     for _ in range(num // BATCH - 1):
@@ -153,8 +156,22 @@ def run_alone(reader: Reader, url: str, num: int, seconds: float, kept: Path) ->
         if time.monotonic() > first + seconds:
             break
     end, sent = time.monotonic(), counts(url)
-    print(f"\n{json.dumps([first, delivered, end - sent['began'], sent['bytes']])}", flush=True)
+    found = [first, delivered, end - sent["began"], sent["bytes"], cpu_seconds() - before]
+    print(f"\n{json.dumps(found)}", flush=True)
     os._exit(0)  # some readers leave threads and processes that take seconds to stop
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it started."""
+    own, ticks = os.getpid(), 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            values = (process / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if own in (int(process.name), int(values[1])):
+            ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def line_speed(scratch: Path, size: int, seconds: float) -> float:
@@ -226,22 +243,23 @@ def run_round(
             command = [sys.executable, __file__, *arguments, f"--alone={reader.name}"]
             command.append(f"--kept={kept}")
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        first, delivered, seconds, sent = json.loads(out.splitlines()[-1])
+        first, delivered, seconds, sent, cpu = json.loads(out.splitlines()[-1])
         each = sum(size_of(scratch / BUCKET / name) for name in reader.files) / num
         reader.firsts.append(first - began)
         reader.speeds.append(delivered * each / seconds / 1e6)
+        reader.cpu.append(cpu / (delivered * each / 1e9))
         reader.sent.append(sent / (delivered * each))
         click.echo(f"{reader.name}: {reader.speeds[-1]:.0f} MB/s", err=True)
 
 
 def print_table(readers: list[Reader], line: list[float], rate: float) -> None:
-    print("| reader | MB/s | share of the line | sent / delivered | first batch, s |")
-    print("| --- | --: | --: | --: | --: |")
-    print(f"| line: ranges alone | {spread(line, 0)} | {np.median(line) / rate:.2f} | | |")
+    print("| reader | MB/s | x rate | CPU, s/GB | sent / delivered | first batch, s |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    print(f"| line: ranges alone | {spread(line, 0)} | {np.median(line) / rate:.2f} | | | |")
     for reader in readers:
         print(
             f"| {reader.name} | {spread(reader.speeds, 0)} | {np.median(reader.speeds) / rate:.2f} "
-            f"| {np.median(reader.sent):.2f} | {np.median(reader.firsts):.1f} |",
+            f"| {np.median(reader.cpu):.1f} | {np.median(reader.sent):.2f} | {np.median(reader.firsts):.1f} |",
             flush=True,
         )
 

@@ -37,7 +37,7 @@ IDLE_SECONDS = 600.0
 """Time after which a shard that nobody reads makes room, where all shards are read all the time."""
 _USED_SECONDS = 30.0
 """How often it is noted that a shard is in use."""
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)

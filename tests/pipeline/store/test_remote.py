@@ -325,6 +325,13 @@ class TestCache:
         with pytest.raises(InputError, match="another version"):
             ChunkCache(tmp_path / "old", 1_000)
 
+    @pytest.mark.parametrize("suffix", [".chunks", ".held"])
+    def test_a_pipe_in_it_does_not_stop_anyone(self, suffix, tmp_path):
+        cache, key = ChunkCache(tmp_path, 10_000_000), ShardKey("a" * 40, 3)
+        os.mkfifo(tmp_path / f"{key.name}{suffix}")
+        assert cache.write(key, {1: (30_000, np.ones(30_000, np.uint8))}) == 1
+        assert cache.read(key, {1: (30_000, 60_000)}) == {}
+
     def test_links_in_it_are_not_followed(self, tmp_path):
         outside = tmp_path / "outside"
         outside.write_bytes(bytes(90_000))
