@@ -11,9 +11,9 @@ the scratch folder by the first run. Ours reads features and latents, peers feat
 
 Each reader has a process of its own, one after the other in every round, and an empty folder for
 what it keeps. One epoch is timed, or so many seconds of it, from the first request for captions on.
-MB are as they are stored, of what was delivered; *line* is a reader of our own beside them, which
-asks for ranges of a caption's size from 64 threads and does nothing with them. Sent over delivered
-counts what was requested ahead and not delivered any more, too.
+MB are as they are stored, of what was delivered. *Ranges alone* are of a caption's size, 64 at a
+time, by either library; nothing is done with them. Sent over delivered counts what was requested
+ahead and not delivered any more, too.
 """
 
 import json
@@ -174,35 +174,59 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def line_speed(scratch: Path, size: int, seconds: float) -> float:
-    """MB/s of ranges by 64 threads."""
-    import obstore
-    from obstore.store import S3Store
+class Line:
+    """Ranges of a caption's size, 64 at a time, by either library; nothing is done with them."""
 
-    store = S3Store(
-        BUCKET,
-        region="us-east-1",
-        endpoint=os.environ["AWS_ENDPOINT_URL"],
-        client_options={"allow_http": True},
-    )
-    folder = scratch / BUCKET
-    found = folder.glob("bf16/hidden.zarr/hidden/c/*/*/*")
-    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in found]
-    files = [(name, num) for name, num in files if num > size]
-    end = time.perf_counter() + seconds
+    def __init__(self, scratch: Path, size: int) -> None:
+        folder = scratch / BUCKET
+        found = folder.glob("bf16/hidden.zarr/hidden/c/*/*/*")
+        files = [(str(path.relative_to(folder)), path.stat().st_size) for path in found]
+        self.files = [(name, num) for name, num in files if num > size]
+        self.size = size
 
-    def fetch(seed: int) -> int:
-        rng, total = np.random.default_rng(seed), 0
-        while time.perf_counter() < end:
-            name, num = files[rng.integers(len(files))]
-            start = int(rng.integers(0, num - size))
-            total += len(memoryview(obstore.get_range(store, name, start=start, length=size)))
-        return total
+    def place(self, rng: np.random.Generator) -> tuple[str, int]:
+        name, num = self.files[rng.integers(len(self.files))]
+        return name, int(rng.integers(0, num - self.size))
 
-    began = time.perf_counter()
-    with ThreadPoolExecutor(64) as pool:
-        total = sum(pool.map(fetch, range(64)))
-    return total / (time.perf_counter() - began) / 1e6
+    def by_obstore(self, seconds: float) -> float:
+        """MB/s."""
+        import obstore
+        from obstore.store import S3Store
+
+        options = {"endpoint": os.environ["AWS_ENDPOINT_URL"], "region": "us-east-1"}
+        store = S3Store(BUCKET, **options, client_options={"allow_http": True})  # type: ignore[arg-type]
+        end = time.perf_counter() + seconds
+
+        def fetch(seed: int) -> int:
+            rng, total = np.random.default_rng(seed), 0
+            while time.perf_counter() < end:
+                name, start = self.place(rng)
+                found = obstore.get_range(store, name, start=start, length=self.size)
+                total += len(memoryview(found))
+            return total
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(64) as pool:
+            total = sum(pool.map(fetch, range(64)))
+        return total / (time.perf_counter() - began) / 1e6
+
+    def by_s3fs(self, seconds: float) -> float:
+        """MB/s."""
+        import fsspec
+
+        system = fsspec.filesystem("s3", config_kwargs={"max_pool_connections": 64})
+        rng, total, began = np.random.default_rng(0), 0, 0.0
+        for number in range(1_000):
+            places = [self.place(rng) for _ in range(256 if number else 64)]
+            names, starts = [f"{BUCKET}/{name}" for name, _ in places], [s for _, s in places]
+            parts = system.cat_ranges(names, starts, [start + self.size for start in starts])
+            if not number:  # connections are made
+                began = time.perf_counter()
+                continue
+            total += sum(map(len, parts))
+            if time.perf_counter() > began + seconds:
+                break
+        return total / (time.perf_counter() - began) / 1e6
 
 
 @contextmanager
@@ -252,16 +276,17 @@ def run_round(
         click.echo(f"{reader.name}: {reader.speeds[-1]:.0f} MB/s", err=True)
 
 
-def print_table(readers: list[Reader], line: list[float], rate: float) -> None:
+def print_table(readers: list[Reader], line: dict[str, list[float]], rate: float) -> None:
     print("| reader | MB/s | x rate | CPU, s/GB | sent / delivered | first batch, s |")
     print("| --- | --: | --: | --: | --: | --: |")
-    print(f"| line: ranges alone | {spread(line, 0)} | {np.median(line) / rate:.2f} | | | |")
-    for reader in readers:
+    for name, speeds in line.items():
         print(
-            f"| {reader.name} | {spread(reader.speeds, 0)} | {np.median(reader.speeds) / rate:.2f} "
-            f"| {np.median(reader.cpu):.1f} | {np.median(reader.sent):.2f} | {np.median(reader.firsts):.1f} |",
-            flush=True,
+            f"| ranges alone, {name} | {spread(speeds, 0)} | {np.median(speeds) / rate:.2f} | | | |"
         )
+    for reader in readers:
+        share, cpu = np.median(reader.speeds) / rate, np.median(reader.cpu)
+        more = f"{np.median(reader.sent):.2f} | {np.median(reader.firsts):.1f}"
+        print(f"| {reader.name} | {spread(reader.speeds, 0)} | {share:.2f} | {cpu:.1f} | {more} |")
 
 
 @click.command()
@@ -307,13 +332,17 @@ def main(
     mean = source.offsets[-1] / len(source)
     size = int(mean * 2 * np.prod(source.row))
     with serving(scratch, delay, rate) as url:
-        line: list[float] = []
+        line = Line(scratch, size)
+        speeds: dict[str, list[float]] = {"obstore": [], "s3fs": []}
         for _ in range(rounds):
-            line.append(line_speed(scratch, size, 2.0))
-            click.echo(f"line: {line[-1]:.0f} MB/s", err=True)
+            speeds["obstore"].append(line.by_obstore(2.0))
+            speeds["s3fs"].append(line.by_s3fs(2.0))
+            click.echo(
+                " ".join(f"{name}: {s[-1]:.0f} MB/s" for name, s in speeds.items()), err=True
+            )
             run_round(readers, scratch, url, len(source), [str(scratch), f"--seconds={seconds}"])
     print(f"{len(source):,} captions of {mean:.1f} tokens; {delay:g} ms, {rate:g} MB/s\n")
-    print_table(readers, line, rate)
+    print_table(readers, speeds, rate)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,14 @@ class ReadAhead:
             self.request(chunks, numbers)
             wanted = [number for _, own in chunks.by_shard(numbers) for number in own]
             keys = {number: (chunks, number) for number in wanted}
-            entries = {n: self._ahead.get(key) or self._kept[key] for n, key in keys.items()}
+            entries = {}
+            for number, key in keys.items():
+                entry = self._ahead.get(key) or self._kept.get(key)
+                if entry is None:  # the rest of a shard has taken its place
+                    shard = number // chunks.num_chunks
+                    task = self.transfers.submit(partial(chunks.fetch, shard, [number]))
+                    entry = _Entry(task, chunks.size(number))
+                entries[number] = entry
             for number, key in keys.items():
                 if self._ahead.pop(key, None) is not None:
                     self._ahead_bytes -= entries[number].num_bytes

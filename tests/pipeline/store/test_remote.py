@@ -99,6 +99,7 @@ class TestReading:
         url.fs.put(str(local), url.path, recursive=True)
         for number, place in enumerate((f"s3://bucket/{kind}", url, local)):
             assert same(values(open_store(place)), expected)
+            assert same(read_again(place, ReadAhead(kept_bytes=1), whole=True), expected)
             for whole in (False, True):
                 cache = ChunkCache(tmp_path / f"{number}{whole}", 10_000_000)
                 for _ in range(2):
