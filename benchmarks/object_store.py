@@ -73,6 +73,7 @@ def open_own(codec: str, order: str, workers: int, cached: bool, _url: str, kept
 
     features = open_features(f"s3://{BUCKET}/{codec}")
     latents = open_latents(f"s3://{BUCKET}/latents")
+    features.read([0])  # loads and compiles what decodes
     cache = {"folder": str(kept / "cache"), "size": "20GB"} if cached else None
     data = DataConfig(
         batch_size=BATCH, workers=workers, caption_dropout=0, order=order, window=4, cache=cache
