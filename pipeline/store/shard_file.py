@@ -261,10 +261,6 @@ class ShardFile:
         """Whether the bytes of a stored chunk, uint8, are as they were written."""
         return len(coded) == int(self.sizes[number]) and crc_fits(coded)
 
-    def is_stored(self, numbers: np.ndarray) -> np.ndarray:
-        """Whether chunks are stored: bool ``[chunks]``."""
-        return np.asarray(self.offsets[numbers] != ABSENT)
-
     def byte_range(self, number: int) -> tuple[int, int] | None:
         """First byte of a chunk and the byte after its last; None if it is not stored."""
         if self.offsets[number] == ABSENT:

@@ -217,6 +217,7 @@ class RemoteChunks:
         self._client, self._name_of = client, name_of
         self._folder, self._identity = folder, identity
         self._index_bytes, self._make_file = index_bytes, make_file
+        self._ranges: dict[int, list[tuple[int, int] | None]] = {}
         self._versions: dict[int, str] = {}
         self._keys: dict[int, ShardKey] = {}
         self._lock = RLock()
@@ -247,7 +248,9 @@ class RemoteChunks:
                     parts = (self._folder, self._identity, self._name_of(shard), found.version)
                     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
                     self._keys[shard] = ShardKey(name, self.num_chunks)
-                self.files[shard] = self._make_file(shard, found.content)
+                file = self._make_file(shard, found.content)
+                self._ranges[shard] = [file.byte_range(n) for n in range(self.num_chunks)]
+                self.files[shard] = file
 
     def request(self, numbers: np.ndarray) -> None:
         """Begin to fetch chunks; errors are those of :meth:`open`."""
@@ -261,17 +264,17 @@ class RemoteChunks:
 
     def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, list[int]]]:
         """Each shard with those of its chunks that are stored."""
-        shards = numbers // self.num_chunks
-        for shard in np.unique(shards).tolist():
-            own = numbers[shards == shard]
-            stored = self.files[shard].is_stored(own - shard * self.num_chunks)
-            yield shard, own[stored].tolist()
+        if not len(numbers):
+            return
+        shards, starts = np.unique(numbers // self.num_chunks, return_index=True)
+        for shard, own in zip(shards.tolist(), np.split(numbers, starts[1:]), strict=True):
+            ranges, before = self._ranges[shard], shard * self.num_chunks
+            yield shard, [number for number in own.tolist() if ranges[number - before]]
 
     def stored(self, shard: int) -> list[int]:
         """All stored chunks of a shard."""
-        own = np.flatnonzero(self.files[shard].is_stored(np.arange(self.num_chunks)))
-        stored: list[int] = (own + shard * self.num_chunks).tolist()
-        return stored
+        before = shard * self.num_chunks
+        return [before + number for number, found in enumerate(self._ranges[shard]) if found]
 
     def size(self, number: int) -> int:
         """Bytes of a stored chunk."""
@@ -280,7 +283,7 @@ class RemoteChunks:
 
     def _range(self, number: int) -> tuple[int, int]:
         shard, own = divmod(number, self.num_chunks)
-        found = self.files[shard].byte_range(own)
+        found = self._ranges[shard][own]
         assert found is not None
         return found
 
