@@ -23,6 +23,7 @@ from .embeds import EmbedsRecord
 from .errors import InputError
 from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
+from .llm_attention import NULL, LlmAttention
 from .lock import LOCK_FILE, LockOwner
 from .manifest import (
     DEFAULT_RANK,
@@ -95,6 +96,7 @@ __all__ = [
     "MAX_QUALITY",
     "MAX_SEED",
     "MIN_QUALITY",
+    "NULL",
     "PARTIAL",
     "POSITION",
     "SAME_WEIGHTS",
@@ -139,6 +141,7 @@ __all__ = [
     "LatentIdentity",
     "LatentManifest",
     "Layout",
+    "LlmAttention",
     "LockOwner",
     "LoraConfig",
     "Mixes",

@@ -53,11 +53,13 @@ class RoutingConfig(Settings):
         "one-per-block",
         "concat",
         "attention",
+        "deep-fusion",
         "mixes",
     ] = "depth"
     """One layer, the plain mean, one learned mix, or a mix by noise level, by block, by both, or by
     token; one layer per block, layers side by side, or attention over layers, as in deployed
-    models; or ``mixes``, from a store that holds the mixes of another run."""
+    models; ``deep-fusion``, joint attention with the LLM's own keys and values; or ``mixes``, from
+    a store that holds the mixes of another run."""
     phi_scale: float = Field(1000.0, gt=0)
     """Factor of t in the sinusoids of phi(t); 1 reproduces the reference code. For ``time`` and
     ``joint``."""
@@ -71,9 +73,13 @@ class RoutingConfig(Settings):
     """Keep only the k largest learned weights; gradients still reach all."""
     rank: Positive | None = None
     """For ``depth``: logits are a product of rank r, so blocks share r patterns of layers."""
-    layers: list[Positive] | None = None
-    """For ``one-per-block``, one layer per block; for ``concat`` and ``attention``, the layers that
-    are read. By default those of the deployed model, scaled to this LLM."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """For ``one-per-block`` and ``deep-fusion``, one layer per block; for ``concat`` and
+    ``attention``, the layers that are read. By default those of the deployed model, scaled to this
+    LLM."""
+    llm: str | None = None
+    """Where the LLM is, for ``deep-fusion``, which copies weights of it when a run starts; by
+    default where it was when features were extracted."""
     uniform_penalty: float = Field(0.0, ge=0)
     """Factor of the chi-square distance of the weights from uniform, added to the loss."""
     smooth_penalty: float = Field(0.0, ge=0)
@@ -111,7 +117,9 @@ _ROUTING_KEYS = {
     "one-per-block": {"layers"},
     "concat": {"layers"},
     "attention": {"layers"},
+    "deep-fusion": {"layers", "llm"},
 }
+_HEADS = ("num_heads", "num_kv_heads", "head_dim")
 
 
 class LoraConfig(Settings):
@@ -546,12 +554,27 @@ class TrainConfig(Settings):
                     f"routing.{different[0]} is given, but model.train={self.model.train} has no "
                     f"router: leave it out, or choose from {', '.join(_ROUTED)}"
                 )
+        self._fits_deep_fusion()
         if pretrained and self.flow.prediction != "velocity":
             raise ValueError(
                 "flow.prediction is x0, but a pretrained network predicts what it was trained for: "
                 "leave it out"
             )
         return self
+
+    def _fits_deep_fusion(self) -> None:
+        if self.routing.strategy != "deep-fusion":
+            return
+        if self.model.kind == "pretrained":
+            raise ValueError(
+                "routing.strategy is deep-fusion, which replaces the attention of our own network: "
+                "choose a strategy that mixes layers, or model.kind=dit"
+            )
+        given = [name for name in _HEADS if getattr(self.model, name) is not None]
+        if given:
+            raise ValueError(
+                f"model.{given[0]} is given, but with deep-fusion heads are the LLM's: leave it out"
+            )
 
     @model_validator(mode="after")
     def _decay_fits(self) -> "TrainConfig":

@@ -51,6 +51,16 @@ def resolve_size(config: ModelConfig) -> Size:
     names = ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     size = replace(SIZES[config.size], **given)
+    check_heads(size)
+    return size
+
+
+def check_heads(size: Size) -> None:
+    """Refuse heads that cannot be grouped, or that 2D RoPE cannot split.
+
+    Raises:
+        InputError: with the key of the configuration.
+    """
     if size.num_heads % size.num_kv_heads:
         raise InputError(
             f"model.num_heads {size.num_heads} is not a multiple of model.num_kv_heads "
@@ -61,7 +71,6 @@ def resolve_size(config: ModelConfig) -> Size:
             f"model.head_dim {size.head_dim} is not divisible by 4: 2D rotary positions turn pairs "
             "of channels, half of them by the row and half by the column"
         )
-    return size
 
 
 # ----------------------------------------------------------------------------------------- parts
@@ -120,8 +129,8 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-class SelfAttention(nn.Module):
-    """Image tokens attend to each other."""
+class ImageAttention(nn.Module):
+    """Queries, keys and values of image tokens, with 2D rotary positions."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -134,11 +143,18 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(size.head_dim)
         self.k_norm = RMSNorm(size.head_dim)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: [B, N, W] -> [B, A, N, E] and [B, G, N, E] twice."""
         q = rotate(self.q_norm(heads(self.q(x), self.head_dim)), rotary)  # [B, A, N, E]
         k = rotate(self.k_norm(heads(self.k(x), self.head_dim)), rotary)  # [B, G, N, E]
-        v = heads(self.v(x), self.head_dim)  # [B, G, N, E]
-        return self.out(attend(q, k, v))  # [B, N, W]
+        return q, k, heads(self.v(x), self.head_dim)  # [B, G, N, E]
+
+
+class SelfAttention(ImageAttention):
+    """Image tokens attend to each other."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return self.out(attend(*self.project(x, rotary)))  # [B, N, W]
 
 
 class CrossAttention(nn.Module):
@@ -168,6 +184,30 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
+        return self.out(attend(q, k, v, mask))  # [B, N, W]
+
+
+class JointAttention(ImageAttention):
+    """Image tokens attend to each other and to text, in one softmax (deep fusion, arXiv
+    2505.10046).
+
+    Keys and values of text are the LLM's own, whose heads these are. Image tokens have 2D rotary
+    positions, queries for text too; keys of text have those of the LLM.
+    """
+
+    def read(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of text, which stand side by side: [B, T, 2*G*E] -> [B, G, T, E] each."""
+        k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
+        return k, v
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        q, own_k, own_v = self.project(x, rotary)
+        k = torch.cat([k.to(own_v.dtype), own_k.to(own_v.dtype)], dim=2)  # [B, G, T + N, E]
+        v = torch.cat([v.to(own_v.dtype), own_v], dim=2)  # [B, G, T + N, E]
+        if mask is not None:
+            mask = F.pad(mask, (0, x.shape[1]), value=True)  # [B, 1, 1, T + N]
         return self.out(attend(q, k, v, mask))  # [B, N, W]
 
 
@@ -211,6 +251,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(size)
         self.modulation = nn.Linear(size.width, 6 * size.width) if conditioned else None
 
+    @property
+    def reader(self) -> CrossAttention:
+        """The part that reads text."""
+        return self.cross_attention
+
     def forward(
         self,
         x: Tensor,
@@ -229,4 +274,39 @@ class Block(nn.Module):
         attended = self.self_attention(modulate(self.self_norm(x), shift_a, scale_a), rotary)
         x = x + gate_a * attended  # [B, N, W]
         x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+
+
+class JointBlock(nn.Module):
+    """Joint attention with the LLM's keys and values, then SwiGLU."""
+
+    def __init__(self, size: Size, conditioned: bool) -> None:
+        super().__init__()
+        self.self_norm = RMSNorm(size.width)
+        self.attention = JointAttention(size)
+        self.mlp_norm = RMSNorm(size.width)
+        self.mlp = SwiGLU(size)
+        self.modulation = nn.Linear(size.width, 6 * size.width) if conditioned else None
+
+    @property
+    def reader(self) -> JointAttention:
+        """The part that reads text."""
+        return self.attention
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        rotary: Rotary,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        if self.modulation is None or noise is None:
+            x = x + self.attention(self.self_norm(x), rotary, k, v, mask)  # [B, N, W]
+            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
+        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
+        normed = modulate(self.self_norm(x), shift_a, scale_a)
+        x = x + gate_a * self.attention(normed, rotary, k, v, mask)  # [B, N, W]
         return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]

@@ -1,4 +1,5 @@
-"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers per block.
+"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers per block; or,
+with strategy ``deep-fusion``, by joint attention with the LLM's own keys and values.
 
 The architecture is the one of arXiv 2602.03510 as its code has it: RMSNorm, grouped-query attention
 with RMS-normed queries and keys, 2D rotary positions, SwiGLU, and by default no timestep embedding.
@@ -10,7 +11,7 @@ width, D blocks, L layers, A attention heads, G key/value heads, E head width.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -18,15 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
-from .blocks import Block, NoiseEmbedder, RMSNorm, RotaryPositions, modulate, resolve_size
+from ...schemas import (
+    NULL,
+    SAME_WEIGHTS,
+    InputError,
+    LlmAttention,
+    Mixes,
+    ModelConfig,
+    RoutingConfig,
+)
+from .blocks import (
+    Block,
+    CrossAttention,
+    JointBlock,
+    NoiseEmbedder,
+    RMSNorm,
+    RotaryPositions,
+    check_heads,
+    modulate,
+    resolve_size,
+)
+from .deep_fusion import DeepFusion
 from .strategies import Mixed, make_router
 from .transfer import send
 
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Keys and values of every block's cross-attention, padded to the longest caption in the batch.
+    """Keys and values of text for every block, padded to the longest caption in the batch.
 
     Attributes:
         keys, values: of each block, [B, G, T, E].
@@ -53,6 +73,8 @@ class DiT(nn.Module):
         num_llm_layers: number of blocks of the LLM.
         text_width: H.
         mixes: mixes of layers that the feature store holds in place of layers.
+        attention: of the LLM, for ``deep-fusion``. Heads of the blocks are then the LLM's, whatever
+            the size says.
 
     Attributes:
         gradient_checkpointing: keep only the inputs of each block for the backward pass.
@@ -76,9 +98,15 @@ class DiT(nn.Module):
         num_llm_layers: int,
         text_width: int,
         mixes: Mixes | None = None,
+        attention: LlmAttention | None = None,
     ) -> None:
         super().__init__()
         size = resolve_size(config)
+        if attention is not None:
+            names = ("num_heads", "num_kv_heads", "head_dim")
+            size = replace(size, **{name: getattr(attention, name) for name in names})
+            check_heads(size)
+            self._no_split_modules = ("JointAttention", "SwiGLU")
         channels, height, width = latent_shape
         patch = config.patch_size
         self.latent_shape = (channels, height, width)
@@ -100,14 +128,21 @@ class DiT(nn.Module):
                 num_blocks=size.depth,
                 text_width=text_width,
                 mixes=mixes,
+                attention=attention,
             )
-        width_read = self.router.width_read(text_width)
-        self.context_norm = RMSNorm(width_read)
-        self.context = nn.Linear(width_read, text_width)
+        if attention is None:
+            width_read = self.router.width_read(text_width)
+            self.context_norm = RMSNorm(width_read)
+            self.context = nn.Linear(width_read, text_width)
         self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
         self.patch_in = nn.Linear(channels * patch * patch, size.width)
         self.rotary = RotaryPositions(size.head_dim)
-        self.blocks = nn.ModuleList(Block(size, text_width, conditioned) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(
+            Block(size, text_width, conditioned)
+            if attention is None
+            else JointBlock(size, conditioned)
+            for _ in range(size.depth)
+        )
         self.norm_out = RMSNorm(size.width)
         self.modulation_out = nn.Linear(size.width, 2 * size.width) if conditioned else None
         self.patch_out = nn.Linear(size.width, channels * patch * patch)
@@ -142,10 +177,11 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
 
         # As in the reference: projected text starts small, about N(0, 1) for H = 2560.
-        nn.init.normal_(self.context.weight, std=0.02)
+        if not isinstance(self.router, DeepFusion):
+            nn.init.normal_(self.context.weight, std=0.02)
 
         # adaLN-zero: self-attention and SwiGLU of every block start switched off.
-        for block in cast(Iterable[Block], self.blocks):
+        for block in cast(Iterable[Block | JointBlock], self.blocks):
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
         if self.modulation_out is not None:
@@ -187,8 +223,8 @@ class DiT(nn.Module):
             block.compile()
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the routing strategy; none where its weights are fixed."""
-        return list(self.router.parameters())
+        """Parameters of the routing strategy that learn; none where its weights are fixed."""
+        return [parameter for parameter in self.router.parameters() if parameter.requires_grad]
 
     def block_matrices(self) -> list[nn.Parameter]:
         """2D weights of the blocks, for which Muon is made."""
@@ -215,7 +251,8 @@ class DiT(nn.Module):
                 Best left on the CPU, with ``caption``: a GPU then waits for nothing.
             caption: int64 [B], which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
-            conditioning: not read; for pretrained networks.
+            conditioning: its ``null`` is read where ``router.needs_positions``: bool [U], whether
+                each caption is the null caption; by default none is.
         """
         # Captions of 2 and 3 rows, and three batch items of captions 1, 0, 1:
         #
@@ -232,20 +269,27 @@ class DiT(nn.Module):
             owners = send(mask.nonzero()[:, 0], hidden.device)  # [P]
             fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
             starts = lengths.cumsum(0) - lengths  # [B], now first pairs
+        elif isinstance(self.router, DeepFusion):
+            null = None if conditioning is None else conditioning.get(NULL)
+            positions = self.router.positions(offsets, null)  # [R]
+            fused = self.router.keys_and_values(hidden, send(positions, hidden.device))
         else:
             fused = self.router(hidden)  # [R, D or 1, H]
         # Padding repeats the caption's first row and is masked: it is finite and has no weight.
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = send(index, hidden.device)
 
-        attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
-        both = self._project(fused, [attention.read_weights() for attention in attentions])
+        readers = [block.reader for block in cast(Iterable[Block | JointBlock], self.blocks)]
+        both = fused
+        if not isinstance(self.router, DeepFusion):
+            crossing = cast(list[CrossAttention], readers)
+            both = self._project(fused, [attention.read_weights() for attention in crossing])
         keys, values = [], []
         # All blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] per block.
         padded = both.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
         each = padded.unflatten(-1, both.shape[1:]).unbind(2)
-        for attention, of_block in zip(attentions, each, strict=True):
-            k, v = attention.read(of_block)  # [B, G, T, E] each
+        for reader, of_block in zip(readers, each, strict=True):
+            k, v = reader.read(of_block)  # [B, G, T, E] each
             keys.append(k)
             values.append(v)
         # Captions of one length need none, and then flash attention does. Where the mask is on a
@@ -308,7 +352,7 @@ class DiT(nn.Module):
                     f"the features hold mixes of layers {mixes.layers} with weights other than "
                     "this network's: rewrite them with --routing and the network's run"
                 )
-            self.router = Mixed(mixes).to(self.context.weight.device)
+            self.router = Mixed(mixes).to(self.patch_out.weight.device)
         try:
             yield
         finally:
@@ -343,6 +387,7 @@ class DiT(nn.Module):
         offsets: Tensor,
         caption: Tensor,
         t_routing: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """:meth:`encode_text` and :meth:`denoise` in one call, so that wrappers of ``forward`` see
         every parameter used.
@@ -350,13 +395,14 @@ class DiT(nn.Module):
         Args:
             x_t: [B, C, h, w].
             t: [B].
-            hidden, offsets, caption: as for :meth:`encode_text`.
+            hidden, offsets, caption, conditioning: as for :meth:`encode_text`.
             t_routing: [B], the t that routing sees; by default t.
 
         Returns:
             fp32 [B, C, h, w].
         """
-        text = self.encode_text(hidden, offsets, caption, t if t_routing is None else t_routing)
+        t_routing = t if t_routing is None else t_routing
+        text = self.encode_text(hidden, offsets, caption, t_routing, conditioning)
         return self.denoise(x_t, t, text)  # [B, C, h, w]
 
     def _patchify(self, x: Tensor) -> Tensor:
