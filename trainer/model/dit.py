@@ -224,7 +224,7 @@ class DiT(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         """Parameters of the routing strategy that learn; none where its weights are fixed."""
-        return [parameter for parameter in self.router.parameters() if parameter.requires_grad]
+        return [] if isinstance(self.router, DeepFusion) else list(self.router.parameters())
 
     def block_matrices(self) -> list[nn.Parameter]:
         """2D weights of the blocks, for which Muon is made."""

@@ -201,16 +201,15 @@ def put_llm_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         InputError: they are not those of its router.
     """
     router = model.get_submodule("router")
-    frozen = {name: each for name, each in router.named_parameters() if not each.requires_grad}
     refuse_differences(
         differences(
             {name: list(value.shape) for name, value in weights.items()},
-            {name: list(value.shape) for name, value in frozen.items()},
+            {name: list(value.shape) for name, value in router.named_parameters()},
         ),
         f"{LLM_WEIGHTS} holds other weights than the network reads; found, expected",
         "Restore the run directory from a copy.",
     )
-    router.load_state_dict(dict(weights), strict=False)
+    router.load_state_dict(dict(weights))
 
 
 def write_llm_weights(path: Path, record: RunRecord, weights: Mapping[str, Tensor]) -> RunRecord:
