@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...pipeline.store.features import NULL_CAPTION
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...schemas import NULL, DataConfig, InputError
@@ -340,6 +339,8 @@ class PackedLoader(StreamingDataset[Batch]):
             if pair.conditioning is not None:
                 given.append(pair.conditioning.tensors(ids))
             elif self.marks_null:
+                from ...pipeline.store.features import NULL_CAPTION
+
                 given.append({NULL: torch.from_numpy(ids == NULL_CAPTION)})
             before += len(ids)
         draws = None

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ...pipeline.store.features import NULL_CAPTION
 from ...schemas import NULL, CaptionsIdentity, InputError, Mixes, write_whole
 from ...schemas.verbosity import progress_bar
 from ..diffusion.sampling import Callback, SamplingConfig, sample
@@ -237,6 +236,8 @@ def generate(
         InputError: a batch size below 1, no such caption, or features that are mixes with other
             weights than the model's.
     """
+    from ...pipeline.store.features import NULL_CAPTION
+
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
     device = next(model.parameters()).device if device is None else device
@@ -289,6 +290,8 @@ def _given(
     device: torch.device,
 ) -> dict[str, torch.Tensor] | None:
     """What a network is given for captions besides hidden states; None: nothing."""
+    from ...pipeline.store.features import NULL_CAPTION
+
     if model.router.needs_positions:
         return {NULL: torch.tensor([number == NULL_CAPTION for number in ids])}
     if not isinstance(features, Conditioned):

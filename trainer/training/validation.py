@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline.store.features import NULL_CAPTION
 from ...pipeline.store.order.dataset import check_joined, open_joined, validation_samples
 from ...schemas import NULL, TrainConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, torch_generator
@@ -117,6 +116,8 @@ class Validation:
         rows = self.features.read(unique, self.layers)
         given = None if self.conditioning is None else self.conditioning.tensors(unique)
         if self.marks_null:
+            from ...pipeline.store.features import NULL_CAPTION
+
             given = {NULL: torch.from_numpy(unique == NULL_CAPTION)}
         return Batch(
             step=0,

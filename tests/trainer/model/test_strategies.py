@@ -386,7 +386,7 @@ class TestOfUse:
             ({"strategy": "uniform", "top_k": 2}, "choose from static, time, depth, joint, token"),
             ({"strategy": "depth", "phi_scale": 1.0}, "phi_scale is 1.0.* choose from time, joint"),
             ({"strategy": "static", "smooth_penalty": 1.0}, "choose from depth, joint"),
-            ({"strategy": "depth", "layers": [1]}, "choose from one-per-block, concat, attention, deep"),
+            ({"strategy": "depth", "layers": [1]}, "choose from one-per-block, concat, attention"),
         ],
     )  # fmt: skip
     def test_a_key_that_would_do_nothing_is_an_error(self, document, message):
