@@ -1,6 +1,7 @@
 """A tiny LLM with random weights, a table of captioned images, and stores made from both."""
 
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -22,6 +23,8 @@ from hypothesis import settings
 # Before any test imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+gc.disable()  # until all is collected
 
 # How long an example takes says nothing on a machine that does other work.
 settings.register_profile("semroute", deadline=None)
@@ -45,6 +48,11 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What libraries made when they were imported stays: looking through it for garbage again and
+    # again takes a tenth of the time.
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 10, 10)
     folder = Path(__file__).parent
     ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
