@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("distributed")  # or a setting for a while takes its defaults away at the end
 
 from semroute.pipeline.executor import dask as dask_executor
-from semroute.pipeline.executor import workers
+from semroute.pipeline.executor import jobs, workers
 from semroute.pipeline.executor.base import ClusterLostError
 from semroute.pipeline.executor.connect import MOST_WORKERS, connect
 from semroute.pipeline.executor.jobqueue import with_lifetime
@@ -220,10 +220,10 @@ class TestSchedulerFile:
         assert contents(path) == undisturbed
 
 
-def write_jobs(**options):
-    """jobs.yaml: up to two jobs of this machine."""
+def write_jobs(kind="local", **options):
+    """jobs.yaml: up to two jobs, by default of this machine."""
     options |= {"memory": "2GB", "python": sys.executable, "walltime": "01:00:00"}
-    jobs = {"kind": "local", "maximum_jobs": 2, "options": options}
+    jobs = {"kind": kind, "maximum_jobs": 2, "options": options}
     Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
 
 
@@ -317,6 +317,82 @@ class TestJobs:
         assert with_lifetime({"cores": 1}, 10) == {"cores": 1}
         with pytest.raises(InputError, match="not longer than"):
             with_lifetime({"walltime": "00:10:00"}, 10)
+
+
+SUBMIT = """\
+touch submitted-$(ls submitted-* 2>/dev/null | wc -l)
+num=$(ls submitted-* | wc -l)
+echo "Submitted batch job $num"
+"""
+"""Counts jobs, and starts none."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestSlurm:
+    """With commands in place of Slurm's; benchmarks/slurm.sh uses a real one."""
+
+    @pytest.fixture
+    def connect_slurm(self, tmp_path, monkeypatch):
+        """Connects to jobs that these commands submit and list."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)
+
+        def connect_slurm(**commands):
+            (tmp_path / "bin").mkdir()
+            for name, lines in ({"scancel": "echo $1 >> cancelled"} | commands).items():
+                (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{lines}\n")
+                (tmp_path / "bin" / name).chmod(0o755)
+            others = ":/usr/bin:/bin" if commands else ""  # a real Slurm may be there
+            monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{others}")
+            write_jobs(kind="slurm", cores=1)
+            return connect("jobs.yaml", None)
+
+        return connect_slurm
+
+    @pytest.mark.parametrize(
+        ("commands", "message"),
+        [
+            ({"sbatch": "echo sbatch: error: invalid partition >&2; exit 1"}, "invalid partition"),
+            ({"sbatch": "echo no number"}, "no number"),
+            ({}, r"No such file or directory: 'sbatch'"),
+        ],
+    )
+    def test_a_job_that_is_not_taken_ends_the_wait(self, connect_slurm, commands, message):
+        pattern = f"jobs.yaml do not start: the batch system does not take a job: .*{message}"
+        with (
+            connect_slurm(**commands) as executor,
+            pytest.raises(ClusterLostError, match=pattern),
+        ):
+            inspect_workers(executor, "s3://bucket/store", [].append)
+
+    def test_jobs_that_end_at_once_are_tried_three_times(self, connect_slurm):
+        with (
+            connect_slurm(
+                sbatch=SUBMIT, squeue="echo 1 FAILED; echo 2 FAILED; echo 3 TIMEOUT"
+            ) as executor,
+            pytest.raises(ClusterLostError, match=r"3 times in a row .* job 3, ended \(TIMEOUT\)"),
+        ):
+            inspect_workers(executor, "s3://bucket/store", [].append)
+        assert len([*Path().glob("submitted-*")]) == 3
+        assert Path("cancelled").read_text().split() == ["1", "2", "3"]
+
+    def test_a_job_that_is_lost_while_it_waits_is_replaced(self, connect_slurm):
+        """Job 1 waits, and is no longer listed then; job 2 has a worker."""
+        run = (
+            f'[ "$num" = 1 ] || {{ bash "$1" >log 2>&1 & echo $! >pid; }}\n{SUBMIT.splitlines()[2]}'
+        )
+        submit = "\n".join(
+            [*SUBMIT.splitlines()[:2], 'cp "$1" script.sh', run.replace("$1", "script.sh")]
+        )
+        listing = "touch look-$(ls look-* 2>/dev/null | wc -l); [ -e look-3 ] || echo 1 PENDING"
+        try:
+            with connect_slurm(sbatch=submit, squeue=listing) as executor:
+                inspect_workers(executor, "s3://bucket/store", [].append)
+                assert len(executor.threads()) == 1
+        finally:
+            os.kill(int(Path("pid").read_text()), signal.SIGTERM)
+        assert Path("cancelled").read_text().split() == ["1", "2"]
+        assert not Path("submitted-2").exists()
 
 
 class TestNames:
