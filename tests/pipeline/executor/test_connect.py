@@ -319,12 +319,14 @@ class TestJobs:
             with_lifetime({"walltime": "00:10:00"}, 10)
 
 
-SUBMIT = """\
+SUBMIT = """
 touch submitted-$(ls submitted-* 2>/dev/null | wc -l)
 num=$(ls submitted-* | wc -l)
+cp "$1" script.sh
+if [ $num = "$STARTED" ]; then bash script.sh >log 2>&1 & echo $! >pid; fi
 echo "Submitted batch job $num"
 """
-"""Counts jobs, and starts none."""
+"""Counts jobs, and starts one of them."""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -376,17 +378,12 @@ class TestSlurm:
         assert len([*Path().glob("submitted-*")]) == 3
         assert Path("cancelled").read_text().split() == ["1", "2", "3"]
 
-    def test_a_job_that_is_lost_while_it_waits_is_replaced(self, connect_slurm):
+    def test_a_job_that_is_lost_while_it_waits_is_replaced(self, connect_slurm, monkeypatch):
         """Job 1 waits, and is no longer listed then; job 2 has a worker."""
-        run = (
-            f'[ "$num" = 1 ] || {{ bash "$1" >log 2>&1 & echo $! >pid; }}\n{SUBMIT.splitlines()[2]}'
-        )
-        submit = "\n".join(
-            [*SUBMIT.splitlines()[:2], 'cp "$1" script.sh', run.replace("$1", "script.sh")]
-        )
+        monkeypatch.setenv("STARTED", "2")
         listing = "touch look-$(ls look-* 2>/dev/null | wc -l); [ -e look-3 ] || echo 1 PENDING"
         try:
-            with connect_slurm(sbatch=submit, squeue=listing) as executor:
+            with connect_slurm(sbatch=SUBMIT, squeue=listing) as executor:
                 inspect_workers(executor, "s3://bucket/store", [].append)
                 assert len(executor.threads()) == 1
         finally:
