@@ -29,12 +29,12 @@ from semroute.pipeline.store.verify import verify
 LIMIT_SECONDS = 900.0
 """Time that one store may take."""
 TRAINING = """\
-steps: 40
+steps: 200
 log_every: 5
 checkpoint_every: 20
 mixed_precision: "no"
 routing: {strategy: depth}
-model: {size: nano, patch_size: 8}
+model: {size: nano, patch_size: 6}
 flow: {prediction: x0}
 data: {batch_size: 8}
 """
@@ -215,16 +215,18 @@ def train(folder: Path, captions: Path, features: Path) -> Iterable[str]:
     size = ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
     size += ["--gpus-per-node=0", "--time=10", "--signal=TERM@60"]
     os.environ["ACCELERATE_USE_CPU"] = "1"
-    for stopped in (True, False):
+    for stop in (True, False):
         job = slurm("sbatch", "--parsable", *size, f"--chdir={folder}", str(script), "run.yaml")[0]
         while states()[job] in ("PENDING", "RUNNING", "COMPLETING"):
-            if stopped and [*folder.glob("run/checkpoints/step-*")]:
+            if stop and [*folder.glob("run/checkpoints/step-*")]:
                 slurm("scancel", "--signal=TERM", job)
-                stopped = False
+                stop = False
             time.sleep(0.5)
         log = (folder / f"semroute-train-{job}.log").read_text()
-        lines = [line for line in log.splitlines() if re.search(r"step|process", line)]
-        yield f"job {job}: {states()[job].lower()}; {lines[-1].strip() if lines else log[-500:]}"
+        told = re.findall(r"^(?:run is trained|.*Rerun the same command).*", log, re.M)
+        if not told:
+            raise SystemExit(f"job {job} failed:\n{log}")
+        yield f"training job {job}, {states()[job].lower()}: {told[0].strip()}"
 
 
 @click.command()
