@@ -15,6 +15,9 @@ from .dask import TASK, connect_client, dashboard_link, no_profile_variable
 SHARD_DURATION = "60s"
 """Duration of a shard that the scheduler of a job queue assumes until it has seen one."""
 
+WORKER_CLASS = "semroute.pipeline.executor.jobs.PatientWorker"
+"""Worker of jobs, as ``dask worker --worker-class`` names it."""
+
 OURS = ("security", "protocol", "scheduler_cls")
 """Arguments of dask-jobqueue's cluster that are not the user's."""
 
@@ -153,6 +156,8 @@ def _worker_options(jobs: JobQueue) -> dict[str, Any]:
     options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
     words = list(options.get("worker_extra_args", []))
     given = " ".join(map(str, words))
+    if "--worker-class" not in given:
+        words += ["--worker-class", WORKER_CLASS]
     if "--nthreads" not in given:
         words += ["--nthreads", "1"]
     if "--dashboard" not in given:  # or its pages are open to everyone who reaches the node
@@ -165,12 +170,13 @@ def _worker_options(jobs: JobQueue) -> dict[str, Any]:
 
 
 def with_lifetime(options: dict[str, Any], margin_minutes: float) -> dict[str, Any]:
-    """Options that let workers end before the batch system kills them: ``--lifetime``.
+    """Options that let workers end before the batch system kills them: ``--lifetime``. From then
+    on a worker takes no more shards, and has the margin for those at work.
 
     Args:
         options: of a dask-jobqueue cluster; unchanged without a walltime, or with a lifetime of
             their own.
-        margin_minutes: between the end of a worker and that of its job.
+        margin_minutes: between the end of a worker's lifetime and that of its job.
 
     Raises:
         InputError: the walltime is not ``[days-]hours:minutes[:seconds]``, or too short.

@@ -1,4 +1,5 @@
-"""Jobs of a batch system that end before their worker connects, or that it does not take.
+"""Jobs of a batch system: those that end before their worker connects, those that it does not take,
+and those whose time is over.
 
 Dask replaces workers that it lost, but dask-jobqueue never asks what became of a job. One that is
 cancelled while it waits, or whose script or node fails first, would be waited for without end, and
@@ -8,9 +9,10 @@ so would one that was refused.
 import os
 import subprocess
 import time
-from asyncio import to_thread
+from asyncio import sleep, to_thread
 from typing import Any
 
+from distributed import Status, Worker
 from distributed.deploy.adaptive import Adaptive
 from distributed.deploy.spec import ProcessInterface
 
@@ -18,6 +20,8 @@ LOOK_SECONDS = 20.0
 """Interval at which the batch system is asked for its jobs, and at which lost ones are replaced."""
 MOST_LOST = 3
 """How often in a row jobs are replaced while no worker is connected."""
+FETCH_SECONDS = 30.0
+"""Time within which the driver must fetch the last results of a worker that ends."""
 LISTING = {"slurm": ("squeue", "--noheader", "--states=all", "--format=%A %T")}
 """Commands that print number and state of a user's jobs, by batch system."""
 ENDED = {
@@ -25,6 +29,26 @@ ENDED = {
     *("PREEMPTED", "TIMEOUT"),
 }
 """States of a Slurm job that will not run any more."""
+
+
+class PatientWorker(Worker):
+    """Dask's worker in a job. At the end of its lifetime it takes no more tasks, and ends those at
+    work before it closes, and waits until their results are fetched. Dask's own drops them, so that
+    a shard that takes longer than a lifetime has left is lost each time."""
+
+    async def close_gracefully(
+        self, restart: bool | None = None, reason: str = "worker-close-gracefully"
+    ) -> None:
+        """Leave the cluster."""
+        if reason == "worker-lifetime-reached":
+            self.memory_manager.memory_pause_fraction = False  # or it would resume the worker
+            self.status = Status.paused
+            while self.state.all_running_tasks:
+                await sleep(0.1)
+            until = time.monotonic() + FETCH_SECONDS
+            while self.data and time.monotonic() < until:
+                await sleep(0.1)
+        await super().close_gracefully(restart, reason)
 
 
 class WatchedJob:

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import yaml
 
 pytest.importorskip("torch")
 pytest.importorskip("distributed")  # or a setting for a while takes its defaults away at the end
+
+from distributed import Client, Scheduler
 
 from semroute.pipeline.executor import dask as dask_executor
 from semroute.pipeline.executor import jobs, workers
@@ -305,6 +308,31 @@ class TestJobs:
             pytest.raises(InputError, match="dask-jobqueue refuses it"),
         ):
             inspect_workers(executor, str(tmp_path), print)
+
+    def test_the_task_at_work_ends_before_the_worker(self, tmp_path):
+        """At the end of its lifetime Dask's worker would drop the task: no other could run it."""
+
+        def work(name, folder=tmp_path):
+            (folder / name).touch(exist_ok=False)
+            time.sleep(3)
+            return name
+
+        async def run():
+            options = {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
+            lasting = {"lifetime": "2s", "nthreads": 1}
+            async with (
+                Scheduler(port=0, **options) as scheduler,
+                Client(scheduler.address, asynchronous=True, set_as_default=False) as client,
+            ):
+                first, second = (client.submit(work, name) for name in ("first", "second"))
+                async with jobs.PatientWorker(scheduler.address, **lasting, **options) as worker:
+                    result = await first
+                    first.release()
+                    await worker.finished()
+                return result, second.status
+
+        assert asyncio.run(asyncio.wait_for(run(), 60)) == ("first", "pending")
+        assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
     def test_workers_end_before_their_job_does(self):
         found = with_lifetime({"walltime": "04:00:00"}, 10)["worker_extra_args"]
