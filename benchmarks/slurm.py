@@ -154,12 +154,12 @@ def update_node(*changes: str) -> None:
     slurm("scontrol", "update", f"nodename={node}", *changes)
 
 
-OVERRUN = {"walltime": "00:01:00", "worker_extra_args": ["--lifetime", "1h"]}
+OVERRUN = {"walltime": "00:02:00", "worker_extra_args": ["--lifetime", "1h"]}
 SCENARIOS: dict[str, tuple[Callable[[Extraction], None], dict[str, object]]] = {
     "nothing": (undisturbed, {}),
     "`scancel` of a job at work, three times": (cancel_running, {}),
-    "walltime of a minute, which workers mind": (undisturbed, {"walltime": "00:01:00"}),
-    "walltime of a minute, which workers overrun": (undisturbed, OVERRUN),
+    "walltime of two minutes, which workers mind": (undisturbed, {"walltime": "00:02:00"}),
+    "walltime of two minutes, which workers overrun": (undisturbed, OVERRUN),
     "node drained, jobs cancelled at work and in the queue, node resumed": (drain, {}),
     "node down under its jobs, and resumed": (fail_node, {}),
     "driver killed, and started again": (kill_driver, {}),
