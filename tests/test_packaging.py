@@ -110,6 +110,30 @@ class TestImage:
         assert all((ROOT / name).exists() for name in sent)
 
 
+def test_the_job_script_starts_one_launcher_per_task(tmp_path):
+    """With commands in place of Slurm's; benchmarks/slurm.sh submits it to a real one."""
+    commands = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'for SLURM_PROCID in 0 1; do export SLURM_PROCID; "${@:2}"; done',
+        "accelerate": 'echo "$OMP_NUM_THREADS" "$@"',
+    }
+    for name, lines in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"NTASKS": 2, "GPUS_ON_NODE": 4, "JOB_NODELIST": "node[7-8]", "JOB_ID": 41}
+    slurm |= {"CPUS_PER_TASK": 32}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment["PATH"] = f"{tmp_path}:/usr/bin:/bin"
+    script = ROOT / "docs" / "accelerate" / "train.sbatch"
+    command = ["bash", str(script), "run.yaml", "output=my runs/x"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    options = "8 launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank {}"
+    options += " --main_process_ip node7 --main_process_port 20041"
+    options += " --mixed_precision no --dynamo_backend no --module semroute.cli train"
+    expected = [f"{options.format(rank)} run.yaml output=my runs/x" for rank in (0, 1)]
+    assert run.stdout.splitlines() == expected
+
+
 def test_public_names_resolve():
     for name in semroute.__all__:
         assert getattr(semroute, name) is not None
