@@ -223,7 +223,7 @@ def train(folder: Path, captions: Path, features: Path) -> Iterable[str]:
                 stop = False
             time.sleep(0.5)
         log = (folder / f"semroute-train-{job}.log").read_text()
-        told = re.findall(r"^(?:run is trained|.*Rerun the same command).*", log, re.M)
+        told = re.findall(r"^.*(?: is trained|Rerun the same command).*", log, re.M)
         if not told:
             raise SystemExit(f"job {job} failed:\n{log}")
         yield f"training job {job}, {states()[job].lower()}: {told[0].strip()}"
