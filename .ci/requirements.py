@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-NEED_TORCH = {"accelerate", "peft", "torch", "torchvision"}
+NEED_TORCH = {"accelerate", "diffusers", "peft", "torch", "torchvision"}
 
 setup = configparser.ConfigParser()
 setup.read(Path(__file__).parents[1] / "setup.cfg")
