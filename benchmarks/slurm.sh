@@ -85,7 +85,7 @@ SwitchType=switch/none
 MpiDefault=none
 KillWait=5
 MinJobAge=86400
-ReturnToService=2
+ReturnToService=1
 NodeName=$node NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
