@@ -7,6 +7,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import runpy
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+IMPORTS_TORCH = re.compile(
+    r"^(?:import|from) (?:torch|accelerate|safetensors\.torch|semroute\.trainer)\b", re.MULTILINE
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without torch, files that import it, or what needs it, are left out."""
+    if collection_path.suffix != ".py" or importlib.util.find_spec("torch"):
+        return None
+    return bool(IMPORTS_TORCH.search(collection_path.read_text("utf-8"))) or None
 
 
 @pytest.fixture(scope="session", autouse=True)
