@@ -45,12 +45,12 @@ test: $(SETUP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) \
 	  --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
 
-# Sources, codecs and stores on another Python with the newest of everything (NEWEST_PYTHON=python3.13).
+# Stores on another Python with the newest of everything (NEWEST_PYTHON=python3.13).
 # torch is left out, with the tests that need it, unless it is named: NEWEST_TORCH=torch.
 NEWEST_PYTHON ?= python3.12
 NEWEST_TORCH ?=
-NEWEST_TESTS ?= -m 'not slow' tests/schemas/test_contract.py tests/schemas/test_config.py tests/pipeline/sources \
-  tests/pipeline/codecs tests/pipeline/store/test_layout.py tests/pipeline/store/test_array.py \
+NEWEST_TESTS ?= -m 'not slow' tests/schemas/test_contract.py tests/pipeline/sources/test_table.py \
+  tests/pipeline/codecs/test_decoding.py tests/pipeline/store/test_layout.py tests/pipeline/store/test_array.py \
   tests/pipeline/store/test_features.py tests/pipeline/inspection/test_describe.py tests/test_compatibility.py
 newest-environment:
 	$(NEWEST_PYTHON) -m venv $(VENV)-newest
