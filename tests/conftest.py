@@ -55,6 +55,27 @@ def no_teams() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def titles_of_axes() -> Iterator[None]:
+    """Every figure that is written in this process has titles on its axes and colour bars."""
+    if importlib.util.find_spec("matplotlib") is None:
+        yield
+        return
+    from figure_checks import untitled
+
+    from semroute.pipeline.style import Figure
+
+    write = Figure.savefig
+
+    def checked(figure: Figure, *arguments: Any, **options: Any) -> None:
+        write(figure, *arguments, **options)
+        assert untitled(figure) == []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", checked)
+        yield
+
+
 PRELOADED = (
     "distributed.nanny",
     "torch._dynamo",
