@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 LLM := $(VENV)/.llm
 
-.PHONY: demo test check docs store-test clean
+.PHONY: demo test browser-test check docs store-test clean
 .DELETE_ON_ERROR:
 
 $(SETUP): setup.cfg
@@ -41,7 +41,11 @@ demo: $(LLM)
 # To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) \
-	  --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
+	  --dist loadfile --no-loadscope-reorder -m 'not browser' $(TEST_OPTIONS)
+
+# Pages and widgets in a headless Chromium (Debian's package chromium), in JupyterLab.
+browser-test: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m browser $(TEST_OPTIONS) tests/test_browser.py
 
 # The store without torch, on another Python (make store-test STORE_PYTHON=python3.12).
 STORE_PYTHON ?= python3.12

@@ -411,7 +411,9 @@ function render({ model, el }) {
       const answer = await ask(first, "search", { words });
       if (mine !== typed) return;
       const shown = answer.captions.length;
-      count.textContent = `${answer.count.toLocaleString("en")} captions${answer.count > shown ? `, the first ${shown}` : ""}`;
+      const noun = answer.count === 1 ? "caption" : "captions";
+      const part = answer.count > shown ? `, the first ${shown}` : "";
+      count.textContent = `${answer.count.toLocaleString("en")} ${noun}${part}`;
       results.fill(answer.captions, (row) => `${row[1]} tok.`);
       if (open && shown) choose(first, answer.captions[Math.min(1, shown - 1)][0]);
     } catch (error) {
