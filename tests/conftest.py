@@ -17,10 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import settings
 
 # Before any test imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# How long an example takes says nothing on a machine that does other work.
+settings.register_profile("semroute", deadline=None)
+settings.load_profile("semroute")
 
 NUM_LAYERS, WIDTH = 4, 32
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -176,6 +181,47 @@ def start_command(fork_server: None, tmp_path: Path) -> Iterator[Callable[..., C
     yield start
     for command in started:
         command.kill()
+
+
+@pytest.fixture
+def launch(start_command: Callable[..., Command], tmp_path: Path) -> Callable[..., list[Command]]:
+    """Configurations of runs -> ranks that train them, as torchrun starts them from its one process
+    (accelerate's own launcher runs only one on a CPU). ``words`` go before the files of the
+    configurations, ``each`` has the words of a rank after them."""
+    import torch
+
+    stores: list[Any] = []
+
+    def launch(
+        *configs: Any,
+        words: Sequence[str] = (),
+        module: str = "semroute.cli",
+        num_ranks: int = 2,
+        each: Sequence[str] | None = None,
+        **environment: str,
+    ) -> list[Command]:
+        files = [tmp_path / f"config-{number}.json" for number in range(len(configs))]
+        for file, config in zip(files, configs, strict=True):
+            file.write_text(config.model_dump_json(exclude_unset=True))
+        stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))
+        environment |= {
+            "ACCELERATE_USE_CPU": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(stores[-1].port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(num_ranks),
+        }
+        return [
+            start_command(
+                *(*words, *files, *([own] if own else [])),
+                module=module,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **environment,
+            )
+            for rank, own in enumerate(each or [""] * num_ranks)
+        ]
+
+    return launch
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,19 @@ def run(out, *options):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_all_that_a_gpu_is_asked_runs_on_a_cpu(tmp_path):
-    code, found, printed = run(tmp_path)
-    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(found, "ok")
-    assert code == 0
-    rows = {name: part["rows"] for name, part in found.items()}
+def test_all_that_a_gpu_is_asked_runs_on_a_cpu(tmp_path, start_command):
+    """Each part as gpu.py starts it."""
+    path, rows = str(GPU.parent), {}
+    for name in runpy.run_path(str(GPU))["PARTS"]:
+        if name in ("step-base", "step-paper"):
+            continue  # as step-small
+        folder = tmp_path / name
+        folder.mkdir()
+        options = {"module": "gpu", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        part = start_command(folder, "--part", name, "--tiny", **options)
+        assert part.wait(300) == 0, part.output.read_text()
+        lines = (folder / "rows.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
     assert {row["result"] for row in rows["tests"]} == {"skipped"}
     assert len(rows["tests"]) > 10
     assert [row["codec"] for row in rows["extraction"]] == ["bf16", "delta"]
@@ -41,6 +50,12 @@ def test_all_that_a_gpu_is_asked_runs_on_a_cpu(tmp_path):
     assert all(row["apart"] < 0.05 for row in rows["sampling"])
     assert [row["setting"] for row in rows["scaling"]] == ["plain", "compile", "FSDP2"]
     assert all(row["checkpoint, GB"] > 0 for row in rows["scaling"])
+
+
+def test_one_part_alone(tmp_path):
+    code, found, printed = run(tmp_path, "--only", "step-small")
+    assert (code, [*found], found["step-small"]["status"]) == (0, ["step-small"], "ok")
+    assert {row["strategy"] for row in found["step-small"]["rows"]} == STEP
     assert printed.strip() == (tmp_path / "gpu.md").read_text().strip()
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "logs"}
 

@@ -105,7 +105,7 @@ def contents(path) -> dict[str, bytes]:
 
 
 class TestFiles:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(tree=TREES)
     def test_objects_are_listed_and_read_as_files_are(self, tree, tmp_path_factory):
         files = {n: c for n, c in tree.items() if not any(o.startswith(f"{n}/") for o in tree)}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from semroute.pipeline.codecs.chunks import ChunkCodec, choose_rows_per_chunk, compress, decompress
@@ -10,7 +10,6 @@ from semroute.pipeline.codecs.registry import CODECS
 SHAPE = (3, 2, 4)
 
 
-@settings(deadline=None)
 @given(data=st.data(), name=st.sampled_from(list(CODECS)), num_rows=st.integers(1, 40))
 def test_chunks_give_their_codes_back_and_zeros_cost_nothing(data, name, num_rows):
     codec = CODECS[name](3, 6, {}, 4.0, rank=2)

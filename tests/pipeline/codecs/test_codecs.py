@@ -17,7 +17,7 @@ from semroute.pipeline.codecs.fit import fit_codec  # noqa: E402
 
 NAMES = [("bf16", None), ("lossless", None), ("delta", 4.0), ("delta", 2.0), ("linear", 4.0),
          ("linear", 2.0), ("predictive", 4.0), ("predictive", 2.0)]  # fmt: skip
-slow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make_hidden(rows, layers, width, seed=0, kind="residual"):

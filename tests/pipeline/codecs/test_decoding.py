@@ -18,9 +18,7 @@ from semroute.schemas import CodecName, InputError
 NAMES = get_args(CodecName)
 QUALITY = 3.0
 """Of random stores."""
-everything = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+everything = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def unpack(code, escape):

@@ -73,7 +73,6 @@ class TestGrowing:
     @pytest.mark.slow
     @settings(
         max_examples=6,
-        deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(

@@ -147,7 +147,7 @@ def extracting(samples_file, tiny_llm, features, budget, *runs):
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)  # a test that fails does not wait for it
     thread.start()
     wait_for(lambda: errors or _follows(features, len(runs)))
     if errors:
@@ -175,6 +175,13 @@ def wait_for(ready, seconds=60):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def output(*arguments):
+    """What a command prints that succeeds."""
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -233,28 +240,23 @@ def check_everything_else(features, whole, samples_file, tiny_llm):
 
 
 def test_several_runs_follow_one_store(
-    tmp_path, samples_file, tiny_llm, budget, expected, write_run
+    tmp_path, samples_file, tiny_llm, budget, expected, write_run, start_command
 ):
     features = tmp_path / "features"
     files = [write_run("first"), write_run("second", seed=5), write_run("third")]
     with extracting(samples_file, tiny_llm, features, budget, *files):
-        trained = [
-            threading.Thread(target=train, args=[read_config(file)], kwargs={"progress": False})
-            for file in files[:2]
-        ]
-        for name, thread in zip(("first", "second"), trained, strict=True):
-            thread.start()  # one by one: fresh weights are drawn from the process's generator
-            wait_for((tmp_path / name / "position.json").exists)
+        trained = [start_command("train", file) for file in files[:2]]
+        for name, process in zip(("first", "second"), trained, strict=True):
+            process.wait_until((tmp_path / name / "position.json").exists)
         # The third has not begun, so the others come only so far.
-        wait_for(lambda: "waits for" in invoke("status", features).output)
-        shown = invoke("status", features).output
-        assert str(tmp_path / "third") in shown.split("waits for")[1]
-        state = json.loads(invoke("status", features, "--json").output)
-        assert state["waits_for"] == str(tmp_path / "third")
+        third = str(tmp_path / "third")
+        status = ["status", features, "--json"]
+        wait_for(lambda: json.loads(output(*status)).get("waits_for") == third)
+        assert third in invoke("status", features).output.split("waits for")[1]
         assert "waits for" in invoke("status", tmp_path / "first").output
         train(read_config(files[2]), progress=False)
-        for thread in trained:
-            thread.join()
+        for process in trained:
+            assert process.wait() == 0, process.output.read_text()
     assert_same_bits(weights(tmp_path / "first"), expected)
     assert_same_bits(weights(tmp_path / "third"), expected)
     weights(tmp_path / "second")

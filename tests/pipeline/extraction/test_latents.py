@@ -387,7 +387,7 @@ class TestBuckets:
         with pytest.raises(InputError, match="--size 1000 is not a multiple of the step"):
             choose_buckets(1000, 64)
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1))
     def test_an_image_goes_to_the_nearest_ratio(self, sizes):
         buckets = choose_buckets(512, 64)

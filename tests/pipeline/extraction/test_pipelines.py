@@ -127,7 +127,8 @@ class Reference:
         return own[seen[0 if text else 1]][:, None]
 
     def _ideogram4(self, text: str, seen: Any) -> torch.Tensor:
-        embeds, _, _, indicator = self._encode(text, grid_h=1, grid_w=1, max_sequence_length=2048)
+        length = 2048 if len(text) > 500 else 64  # the rest is padding, which nobody reads
+        embeds, _, _, indicator = self._encode(text, grid_h=1, grid_w=1, max_sequence_length=length)
         from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR
 
         own = embeds[indicator == LLM_TOKEN_INDICATOR]

@@ -95,7 +95,7 @@ def test_the_order_is_seeded(tokenizer):
     assert first.identity.fingerprint != other.identity.fingerprint
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.lists(st.text("abc", min_size=1), min_size=1), min_size=3, max_size=20),
     cuts=st.tuples(st.integers(1, 19), st.integers(1, 19)),
@@ -122,7 +122,7 @@ def test_each_generation_has_an_order_of_its_own(tokenizer):
     assert first != second != sorted(second)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.lists(st.lists(st.text("abc ", min_size=1), min_size=1), min_size=1, max_size=20))
 def test_every_sample_finds_its_captions_again(tokenizer, rows):
     captions = build(tokenizer, rows)
@@ -133,7 +133,7 @@ def test_every_sample_finds_its_captions_again(tokenizer, rows):
     assert all(sequence.dtype == np.int32 for sequence in captions.sequences)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.text("ab \u00e9", min_size=1, max_size=9), min_size=1, max_size=12),
     template=st.sampled_from(["{bos}{caption}", "a{caption}b", "{bos}ab{caption}ba{eos}"]),

@@ -201,7 +201,7 @@ def test_texts_are_cleaned(cleaning, text, expected):
     assert cleaner(cleaning)(text) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=40))
 def test_texts_are_cleaned_as_the_pipelines_do(text):
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
@@ -214,7 +214,7 @@ def test_texts_are_cleaned_as_the_pipelines_do(text):
     assert call.parameters["clean_caption"].default is True
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     seed=st.integers(0, 99),

@@ -16,7 +16,7 @@ def tokens(num: int, layers: int, seed: int) -> torch.Tensor:
     return torch.randn(num, layers, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     layers=st.integers(1, 4),

@@ -1,10 +1,6 @@
 """``semroute train`` on pretrained networks: killed and resumed, on two ranks, sharded."""
 
 import functools
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ from semroute.trainer.runs.checkpoint import KINDS, latest_checkpoint  # noqa: E
 from semroute.trainer.runs.metrics import read_metrics  # noqa: E402
 from semroute.trainer.training.train import train  # noqa: E402
 
-SHARDED = Path(__file__).parents[2] / "run_sharded.py"
+TESTS = str(Path(__file__).parents[2])
 NUMBERS = ("step", "loss", "grad_norm", "lr", "routing_entropy")
 
 
@@ -163,43 +159,31 @@ class TestResume:
         assert last["routing_entropy"] != first["routing_entropy"] or "train" in changes["model"]
 
     @pytest.mark.slow
-    def test_after_a_kill(self, configure: Callable[..., Any], tmp_path: Path) -> None:
-        changes = {"model": {"train": "router+lora"}, "steps": 60, "checkpoint_every": 5}
+    def test_after_a_kill(
+        self, configure: Callable[..., Any], start_command: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        changes = {"model": {"train": "router+lora"}, "steps": 24, "checkpoint_every": 4}
         config = configure("sana", "killed", **changes)
         (tmp_path / "run.json").write_text(config.model_dump_json(exclude_unset=True))
-        command = [sys.executable, "-m", "semroute.cli", "train", str(tmp_path / "run.json")]
-        with subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process:
-            wait_for(config.output, 7, process)
-            while latest_checkpoint(Path(config.output)) is None:  # it is written meanwhile
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.kill()
-        assert 5 <= latest_checkpoint(Path(config.output)).step < 60
+        process = start_command("train", tmp_path / "run.json")
+        # A checkpoint is written while training goes on.
+        process.wait_until(lambda: latest_checkpoint(Path(config.output)) is not None)
+        process.kill()
+        assert 4 <= latest_checkpoint(Path(config.output)).step < 24
         train(config, progress=False)
         assert_same_run(train(configure("sana", "whole", **changes), progress=False), config.output)
 
 
 @pytest.mark.slow
 class TestRanks:
-    """Two processes on a CPU, started by torchrun."""
+    """Two processes on a CPU."""
 
-    def run(self, config: TrainConfig, folder: Path, *script: str) -> None:
-        (folder / "config.json").write_text(config.model_dump_json(exclude_unset=True))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        command += ["--standalone", *script, str(folder / "config.json")]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def test_two_do_what_one_does(self, configure: Callable[..., Any], tmp_path: Path) -> None:
+    def test_two_do_what_one_does(
+        self, configure: Callable[..., Any], launch: Callable[..., Any]
+    ) -> None:
         changes = {"model": {"train": "router+lora"}, "gradient_checkpointing": True}
         config = configure("sana", "two", **changes)
-        self.run(config, tmp_path, "-m", "semroute.cli", "train")
+        wait_for_all(launch(config, words=["train"]))
         one = train(configure("sana", "one", **changes), progress=False)
         assert_close_run(config.output, one, 1e-3)
 
@@ -207,7 +191,7 @@ class TestRanks:
         ("family", "part"), [("qwen-image", "full"), ("krea2", "router+projection")]
     )
     def test_fsdp2_in_bfloat16(
-        self, configure: Callable[..., Any], family: str, part: str, tmp_path: Path
+        self, configure: Callable[..., Any], launch: Callable[..., Any], family: str, part: str
     ) -> None:
         """Begun by one process, sharded in the middle, and finished by one. Gates read t, of which
         bfloat16 would leave two digits."""
@@ -216,17 +200,13 @@ class TestRanks:
         config = configure(family, "sharded", **changes)
         train(config.model_copy(update={"steps": 2}), progress=False)
         halfway = config.model_copy(update={"steps": 4})
-        self.run(halfway, tmp_path, str(SHARDED))
+        wait_for_all(launch(halfway, module="run_sharded", PYTHONPATH=TESTS))
         train(config, progress=False)
         one = train(configure(family, "one", **changes), progress=False)
         # Of moments, those of gradients that bfloat16 mostly rounds are elsewhere.
         assert_close_run(config.output, one, 0.15, ("model", "ema"))
 
 
-def wait_for(path: str, step: int, process: Any) -> None:
-    """Until that step is logged."""
-    while process.poll() is None:
-        if any(line["step"] >= step for line in read_metrics(Path(path))):
-            return
-        time.sleep(0.01)
-    raise AssertionError(process.stdout.read())
+def wait_for_all(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert rank.wait() == 0, rank.output.read_text()

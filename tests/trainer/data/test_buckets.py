@@ -56,7 +56,7 @@ class TestOrder:
         source = make_sampler(pairs, data, 0).indices(0, 200_000).source
         assert np.mean(source == 0) == pytest.approx(0.002, abs=2e-4)
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         batch_size=st.integers(1, 24),
         seed=st.integers(0, 3),

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
@@ -30,7 +30,6 @@ def exact(flow, x0, noise):
 
 
 class TestWarp:
-    @settings(deadline=None)
     @given(shifts)
     def test_keeps_the_ends_and_the_order(self, shift):
         t = Flow(shift=shift).warp(torch.linspace(0, 1, 101, dtype=torch.float64))
@@ -38,7 +37,6 @@ class TestWarp:
         assert t[-1] == 1
         assert (t.diff() > 0).all()
 
-    @settings(deadline=None)
     @given(shifts)
     def test_the_inverse_shift_undoes_it(self, shift):
         t = torch.linspace(0, 1, 11, dtype=torch.float64)
@@ -203,7 +201,6 @@ class TestLoss:
 
 
 class TestSchedule:
-    @settings(deadline=None)
     @given(shifts, st.integers(1, 100))
     def test_falls_from_one_to_zero(self, shift, num_steps):
         t = Flow(shift=shift).schedule(num_steps)

@@ -489,36 +489,6 @@ class TestTraining:
 class TestRanks:
     """Real processes: accelerate's own launcher runs only one on a CPU."""
 
-    @pytest.fixture
-    def launch(self, start_command, tmp_path):
-        """Start ranks, as torchrun does from its one process."""
-        stores = []
-
-        def launch(
-            *configs, words=(), module="semroute.cli", num_ranks=2, each=None, **environment
-        ):
-            files = [tmp_path / f"config-{number}.json" for number in range(len(configs))]
-            for file, config in zip(files, configs, strict=True):
-                file.write_text(config.model_dump_json(exclude_unset=True))
-            stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))
-            environment |= {
-                "ACCELERATE_USE_CPU": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(stores[-1].port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "WORLD_SIZE": str(num_ranks),
-            }
-            return [
-                start_command(
-                    *(*words, *files, *([own] if own else [])),
-                    **{"module": module, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    **environment,
-                )
-                for rank, own in enumerate(each or [""] * num_ranks)
-            ]
-
-        return launch
-
     def wait_for(self, path, step, process):
         """Until that step is logged."""
         process.wait_until(lambda: any(line["step"] >= step for line in read_metrics(Path(path))))

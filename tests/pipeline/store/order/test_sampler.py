@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from semroute.pipeline.store.features import NULL_CAPTION
@@ -61,7 +61,6 @@ def make(kind):
 
 
 class TestOrder:
-    @settings(deadline=None)
     @given(orders, st.integers(0, 5000), st.lists(st.integers(1, 400), max_size=5), st.randoms())
     def test_it_does_not_matter_how_it_is_cut(self, kind, first, lengths, random):
         whole = table(make(kind), first, sum(lengths))
@@ -75,7 +74,6 @@ class TestOrder:
                 assert np.array_equal(table(reader, first + start, stop - start), whole[start:stop])
 
     @pytest.mark.slow
-    @settings(deadline=None)
     @given(orders)
     def test_an_epoch_holds_every_sample_once(self, kind):
         mixed = make(kind)
@@ -86,7 +84,6 @@ class TestOrder:
             assert len(epochs) >= 2
             assert (np.sort(epochs) == np.arange(len(counts)) * 10).all()
 
-    @settings(deadline=None)
     @given(orders)
     def test_captions_are_those_of_the_sample(self, kind):
         mixed = make(kind)
@@ -151,7 +148,6 @@ class TestOrder:
 
 
 class TestMixture:
-    @settings(deadline=None)
     @given(
         st.lists(st.floats(0.001, 0.3), min_size=1, max_size=3),
         st.integers(0, 10**9),
@@ -179,7 +175,6 @@ class TestMixture:
         num = min(len(first), len(second))
         assert not np.array_equal(first[:num], second[:num])
 
-    @settings(deadline=None)
     @given(
         st.integers(2, 200),
         st.sampled_from([0.0, 1.0, 4.0]),
