@@ -185,15 +185,15 @@ class FeaturesView:
 
 def _open_tokenizer(store: FeatureStore, name: str | None) -> Any:
     """The tokenizer of the store's LLM; None if none is named, and it is not on this machine."""
-    from ...pipeline.models.hub import find_model
-    from ...pipeline.models.llm import load_tokenizer, tokenizer_digest
-
     place = _find_here(store.manifest.provenance.model) if name is None else name
     if place is None:
         return None
     try:
+        from ...pipeline.models.hub import find_model
+        from ...pipeline.models.llm import load_tokenizer, tokenizer_digest
+
         tokenizer = load_tokenizer(find_model(place, "tokenizer", weights=False))
-    except InputError:
+    except (InputError, ImportError):
         if name is None:
             return None
         raise

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +120,17 @@ def test_tokens_have_numbers_without_their_tokenizer(changed):
     view = FeaturesView(changed("provenance.model", "somebody/not-here@abc"))
     assert not view.facts()["named"]
     assert view.caption(5)["tokens"][:2] == ["token 1", "token 2"]
+
+
+def test_a_store_is_explored_without_torch(changed):
+    store = changed("provenance.model", "somebody/not-here@abc")
+    code = (
+        "import sys; sys.modules['torch'] = None; import semroute; "
+        f"(side,) = semroute.explore({str(store.path)!r}).sides; "
+        "print(side.answer('nearest', {'caption': 5, 'layer': 3, 'pool': 'mean'})['sample'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "192\n", done.stderr
 
 
 def test_another_tokenizer_is_refused(changed, tiny_llm):
