@@ -122,7 +122,7 @@ class TestReport:
 
 @pytest.fixture(scope="module")
 def page(browser, configure, hostile_store, tmp_path_factory):
-    """Two explorers in JupyterLab: of a store, and of that store beside a run."""
+    """Explorers in JupyterLab: of a store, of that store beside a run, and the first again."""
     folder = tmp_path_factory.mktemp("lab")
     run = train(configure(folder / "run", routing={"strategy": "joint"}))
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
@@ -130,15 +130,16 @@ def page(browser, configure, hostile_store, tmp_path_factory):
     save_images(run / "samples", pixels, texts, sample_grid(pixels, texts))
     cells = [
         "import semroute",
-        f"semroute.explore({str(hostile_store)!r})",
+        f"explorer = semroute.explore({str(hostile_store)!r})\nexplorer",
         f"semroute.explore({str(hostile_store)!r}, {str(run)!r})",
+        "explorer",
     ]
     write_notebook(folder / "notebook.ipynb", cells)
     with serve_lab(folder) as address:
         page = open_page(browser, height=2400)
         refuse_network(page, address.partition("/doc")[0])
         run_cells(page, address.format("notebook.ipynb"), len(cells))
-        page.locator(".semroute-explorer").nth(1).wait_for(timeout=90_000)
+        page.locator(".semroute-explorer").nth(2).wait_for(timeout=90_000)
         yield page
         page.close()
 
@@ -207,6 +208,13 @@ class TestExplorer:
         run.locator("figure img").nth(1).wait_for(timeout=60_000)
         assert run.locator("figcaption").nth(1).inner_text() == "a red cup"
         assert page.faults == []
+
+    def test_two_views_of_one_explorer_do_not_hear_each_others_answers(self, page):
+        views = [page.locator(".semroute-explorer").nth(number) for number in (0, 2)]
+        for view, words in zip(views, ("red cup", "onerror"), strict=True):
+            view.locator("input[type=search]").fill(words)
+        views[0].get_by_text("4 captions").wait_for()
+        views[1].get_by_text("1 caption").wait_for()
 
     def test_no_text_is_markup(self, page):
         for number in range(2):

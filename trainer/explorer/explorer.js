@@ -41,9 +41,11 @@ function short(value) {
   return Number.isNaN(value) ? "none" : Number(value.toPrecision(3)).toString();
 }
 
-// Questions to Python, each with a number that its answer has too.
+// Questions to Python, each with a number that its answer has too. Every view of a widget gets the
+// answers to all of them.
 function connect(model) {
   const waiting = new Map();
+  const own = Math.random().toString(36).slice(2);
   let last = 0;
   const receive = (message, buffers) => {
     const settle = waiting.get(message.number);
@@ -61,8 +63,9 @@ function connect(model) {
   model.on("msg:custom", receive);
   const ask = (side, question, args = {}) => new Promise((resolve, reject) => {
     last += 1;
-    waiting.set(last, { resolve, reject });
-    model.send({ number: last, side, ask: question, arguments: args });
+    const number = `${own}-${last}`;
+    waiting.set(number, { resolve, reject });
+    model.send({ number, side, ask: question, arguments: args });
   });
   return { ask, close: () => model.off("msg:custom", receive) };
 }
