@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 LLM := $(VENV)/.llm
 
-.PHONY: demo test newest-environment newest-test lowest-test wheel-test check docs clean
+.PHONY: demo test browser-test newest-environment newest-test lowest-test wheel-test check docs clean
 .DELETE_ON_ERROR:
 
 $(SETUP): setup.cfg
@@ -43,7 +43,11 @@ demo: $(LLM)
 # To see one alone: make test TEST_OPTIONS='-n 0 -k name'
 test: $(SETUP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) \
-	  --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
+	  --dist loadfile --no-loadscope-reorder -m 'not browser' $(TEST_OPTIONS)
+
+# Pages and widgets in a headless Chromium (Debian's package chromium), in JupyterLab.
+browser-test: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m browser $(TEST_OPTIONS) tests/test_browser.py
 
 # Stores on another Python with the newest of everything (NEWEST_PYTHON=python3.13).
 # torch is left out, with the tests that need it, unless it is named: NEWEST_TORCH=torch.
@@ -55,9 +59,10 @@ NEWEST_TESTS ?= -m 'not slow' tests/schemas/test_contract.py tests/pipeline/sour
 newest-environment:
 	$(NEWEST_PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip $(NEWEST_TORCH)
-	$(VENV)-newest/bin/python .ci/requirements.py test $(if $(NEWEST_TORCH),,--without-torch) >$(VENV)-newest/requirements.txt
+	$(VENV)-newest/bin/python .ci/requirements.py $(if $(NEWEST_TORCH),test,--without-torch) >$(VENV)-newest/requirements.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --requirement $(VENV)-newest/requirements.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)-newest/bin/python -m pip install --quiet hypothesis pytest pytest-timeout pytest-xdist tensorstore xarray
 newest-test: newest-environment
 	$(VENV)-newest/bin/python -m pip list 2>/dev/null | grep -iE '^($(VERSIONS)) '
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(NEWEST_TESTS)

@@ -52,7 +52,8 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = [ROOT / "__init__.py", ROOT / "cli.py"]
     for folder in ("schemas", "pipeline", "trainer"):
-        modules += (ROOT / folder).glob("**/*.py")
+        for kind in ("py", "js", "css"):
+            modules += (ROOT / folder).glob(f"**/*.{kind}")
     expected = {f"semroute/{path.relative_to(ROOT)}" for path in modules} | {"semroute/py.typed"}
     assert names == expected
 
