@@ -19,6 +19,7 @@ _PUBLIC = {
     "attach": "semroute.trainer.evaluation.attach",
     "compare": "semroute.trainer.studies.compare",
     "detach": "semroute.trainer.evaluation.attach",
+    "explore": "semroute.trainer.explorer.sides",
     "figures": "semroute.pipeline.inspection",
     "inspect": "semroute.pipeline.inspection",
     "layer_error": "semroute.pipeline.codecs",

@@ -17,7 +17,8 @@ import torch
 
 from semroute.schemas import CheckpointState, ModelConfig, RoutingConfig
 from semroute.schemas.units import format_bytes
-from semroute.trainer.model.dit import SIZES, DiT
+from semroute.trainer.model.blocks import SIZES
+from semroute.trainer.model.dit import DiT
 from semroute.trainer.training.ranks import Ranks
 from semroute.trainer.training.saver import Saver
 

@@ -37,11 +37,13 @@ from semroute.pipeline.models.llm import Encoder, load_tokenizer
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.open import open_features
 from semroute.pipeline.text.captions import build_captions
-from semroute.schemas import ModelConfig, OptimizerConfig, RoutingConfig
+from semroute.schemas import LlmAttention, ModelConfig, OptimizerConfig, RoutingConfig
 from semroute.trainer.adapters.base import Text as LaidOut
 from semroute.trainer.adapters.families import find_family
 from semroute.trainer.adapters.routed import Routed
 from semroute.trainer.diffusion.flow import Flow
+from semroute.trainer.model.blocks import SIZES
+from semroute.trainer.model.deep_fusion import layers_of_blocks
 from semroute.trainer.model.dit import DiT
 from semroute.trainer.training.optimizers import make_optimizers
 
@@ -51,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "depth, rank 2": {"strategy": "depth", "rank": 2},
     "depth, top 4": {"strategy": "depth", "top_k": 4},
     **{name: {"strategy": name} for name in ("time", "joint", "token", "one-per-block")},
-    **{name: {"strategy": name} for name in ("concat", "attention")},
+    **{name: {"strategy": name} for name in ("concat", "attention", "deep-fusion")},
 }
 """The others are compared with the first."""
 WORKLOADS: dict[str, dict[str, Any]] = {
@@ -85,12 +87,37 @@ class Arm:
             layers=layers,
             num_llm_layers=num_layers,
             text_width=width,
+            attention=self.attention(size, routing, layers, num_layers, width),
         )  # fmt: skip
+        for parameter in self.dit.router.parameters():
+            if not parameter.requires_grad:  # of the LLM
+                torch.nn.init.normal_(parameter, std=0.02)
         self.layers = self.dit.router.layers_read
         self.optimizers = make_optimizers(self.dit, OptimizerConfig(lr=1e-5, router_lr=1e-3))
         self.flow, self.generator = Flow(), torch.Generator().manual_seed(0)
         self.caption = torch.arange(workload["samples"]).repeat_interleave(workload["draws"])
         self.num = len(self.caption)
+
+    @staticmethod
+    def attention(
+        size: str, routing: dict[str, Any], layers: list[int], num_layers: int, width: int
+    ) -> LlmAttention | None:
+        """Keys and values of an LLM like SmolLM2, for deep fusion: heads of 64, a third of them for
+        keys and values."""
+        if routing["strategy"] != "deep-fusion":
+            return None
+        chosen = layers_of_blocks(layers, num_layers, SIZES[size].depth, None)
+        heads = max(1, width // 192)
+        return LlmAttention(
+            layers=sorted({*chosen}),
+            num_heads=3 * heads,
+            num_kv_heads=heads,
+            head_dim=64,
+            eps=1e-5,
+            bias=False,
+            key_norm=False,
+            first_position=1,
+        )
 
     def loss(self, text: Text) -> torch.Tensor:
         shape = (self.num, *self.dit.latent_shape)
@@ -130,9 +157,10 @@ class Arm:
 
 
 def seconds(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
+    """Time of the processor, in all threads: the clock also counts the work of others."""
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def spread(ratios: list[float]) -> str:

@@ -23,7 +23,7 @@ from semroute.pipeline.extraction.requests import (
     LatentsRequest,
     RewriteRequest,
 )
-from semroute.trainer.model.dit import SIZES
+from semroute.trainer.model.blocks import SIZES
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "feature-manifest": schemas.FeatureManifest,

@@ -17,6 +17,15 @@ COLOUR_MAP = "viridis"
 SIGNED_COLOUR_MAP = "RdBu_r"
 INK, FAINT = "#1f2933", "#9aa5b1"
 LINES = ("#31688e", "#e07a5f", "#35b779", "#8e5ea2")
+DARK = {
+    INK: "#e4e7eb",
+    FAINT: "#7b8794",
+    LINES[0]: "#6fb1dc",
+    LINES[1]: "#f0957f",
+    LINES[2]: "#4fd093",
+    LINES[3]: "#c29be0",
+}
+"""Colours on a light ground -> on a dark one."""
 DPI = 150
 
 
@@ -44,9 +53,41 @@ class Figure(matplotlib.figure.Figure):
         return file.getvalue(), {"width": width, "height": height}
 
 
+def themed_svg(figure: Figure) -> str:
+    """A figure as SVG whose ink, lines and ground follow a reader's light or dark theme."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "semroute"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    rules = {"light": "", "dark": ""}
+    for number, (light, dark) in enumerate(DARK.items()):
+        text = text.replace(light, f"var(--c{number})")
+        rules["light"] += f"--c{number}:{light};"
+        rules["dark"] += f"--c{number}:{dark};"
+    style = (
+        f"<style>:root{{{rules['light']}}}"
+        f"@media (prefers-color-scheme: dark){{:root{{{rules['dark']}}}}}</style>"
+    )
+    start = text.index("<svg")
+    end = text.index(">", start) + 1
+    return text[start:end] + style + text[end:]
+
+
 def plain(text: object) -> str:
     """A text of somebody else's as a figure shows it: in one line, and a dollar sign is one."""
     return one_line(str(text)).replace("$", r"\$")
+
+
+def readable(name: str) -> str:
+    """The name of a nested column as people say it: ``scene.objects.0.colour`` is "object 1:
+    colour", and ``scene.kind`` is "scene kind"."""
+    *outer, last = name.split(".")
+    place = next((n for n, part in enumerate(outer) if n and part.isdecimal()), None)
+    if place is None:
+        return " ".join([*outer, last]).replace("_", " ")
+    kind = outer[place - 1].removesuffix("s").replace("_", " ")
+    inner = " ".join([*outer[place + 1 :], last]).replace("_", " ")
+    return f"{kind} {int(outer[place]) + 1}: {inner}"
 
 
 def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
@@ -54,6 +95,13 @@ def clean(axes: Axes, sides: Iterable[str] = ("top", "right")) -> None:
     axes.spines[list(sides)].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(which="both", colors=INK, labelsize=8)
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def layer_ticks(axis: Axis, layers: Sequence[int], most: int = 16) -> None:

@@ -18,11 +18,13 @@ from .contract import (
     refuse_differences,
     render,
 )
+from .data import DataConfig, SelectionConfig, SourceConfig
 from .display import Report, Summary
 from .embeds import EmbedsRecord
 from .errors import InputError
 from .fingerprint import fingerprint
 from .images import BenchmarkName, ImageSetRecord, JudgeRecord, Prompt
+from .llm_attention import NULL, LlmAttention
 from .lock import LOCK_FILE, LockOwner
 from .manifest import (
     DEFAULT_RANK,
@@ -70,15 +72,12 @@ from .tables import (
 )
 from .train import (
     MAX_SEED,
-    DataConfig,
     EMAConfig,
     FlowConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     RoutingConfig,
-    SelectionConfig,
-    SourceConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -95,6 +94,7 @@ __all__ = [
     "MAX_QUALITY",
     "MAX_SEED",
     "MIN_QUALITY",
+    "NULL",
     "PARTIAL",
     "POSITION",
     "SAME_WEIGHTS",
@@ -139,6 +139,7 @@ __all__ = [
     "LatentIdentity",
     "LatentManifest",
     "Layout",
+    "LlmAttention",
     "LockOwner",
     "LoraConfig",
     "Mixes",

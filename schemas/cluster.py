@@ -18,7 +18,7 @@ class JobQueue(Settings):
     maximum_jobs: int = Field(ge=1)
     """Upper limit of the number of jobs."""
     lifetime_margin_minutes: float = Field(10.0, ge=0)
-    """Workers end this long before their job's walltime, or the batch system kills them at work."""
+    """Time for shards at work: workers take no others this long before their job's walltime."""
     options: dict[str, Any]
     """Arguments of dask-jobqueue's cluster: ``cores``, ``memory``, ``queue``, ``walltime``,
     ``job_extra_directives`` and others."""

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from .contract import Contract
+from .contract import Contract, Positive
 from .manifest import FeatureIdentity
 from .mixes import Mixes
 from .run import PretrainedIdentity
-from .train import Positive, RoutingConfig
+from .train import RoutingConfig
 
 
 class RouterRecord(Contract):

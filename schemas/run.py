@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from .contract import Contract
+from .llm_attention import LlmAttention
 from .manifest import Codec, FeatureIdentity, LatentIdentity, SamplesIdentity
 from .train import TrainConfig
 
@@ -70,6 +71,8 @@ class RunRecord(Contract):
     """The stores of ``data.mixture``."""
     pretrained: PretrainedIdentity | None = None
     """The pretrained transformer, if one is adapted."""
+    llm_attention: LlmAttention | None = None
+    """The LLM's keys and values that blocks read, with strategy ``deep-fusion``."""
     model_source: str
     """The LLM, as named in extraction; needed only to encode new prompts."""
     vae_source: str = "pixels"

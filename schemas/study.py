@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config import put
-from .contract import Settings, parse
+from .contract import Fraction, Positive, Settings, parse
 from .errors import InputError
-from .train import Fraction, Positive, Seed, TrainConfig
+from .train import Seed, TrainConfig
 
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 

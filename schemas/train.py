@@ -12,15 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .contract import Settings
+from .contract import Fraction, Positive, Settings
+from .data import DataConfig
 
-Positive = Annotated[int, Field(ge=1)]
 MAX_SEED = 2**63 - 1
 """Largest seed: tables of results hold seeds as signed numbers of 64 bits."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 MAX_MODE_SCALE = 2 / (math.pi - 2)
 """Largest scale with which the map of a uniform number to t is monotone."""
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Tracker = Literal[
     "none",
     "tensorboard",
@@ -53,11 +52,13 @@ class RoutingConfig(Settings):
         "one-per-block",
         "concat",
         "attention",
+        "deep-fusion",
         "mixes",
     ] = "depth"
     """One layer, the plain mean, one learned mix, or a mix by noise level, by block, by both, or by
     token; one layer per block, layers side by side, or attention over layers, as in deployed
-    models; or ``mixes``, from a store that holds the mixes of another run."""
+    models; ``deep-fusion``, joint attention with the LLM's own keys and values; or ``mixes``, from
+    a store that holds the mixes of another run."""
     phi_scale: float = Field(1000.0, gt=0)
     """Factor of t in the sinusoids of phi(t); 1 reproduces the reference code. For ``time`` and
     ``joint``."""
@@ -71,9 +72,13 @@ class RoutingConfig(Settings):
     """Keep only the k largest learned weights; gradients still reach all."""
     rank: Positive | None = None
     """For ``depth``: logits are a product of rank r, so blocks share r patterns of layers."""
-    layers: list[Positive] | None = None
-    """For ``one-per-block``, one layer per block; for ``concat`` and ``attention``, the layers that
-    are read. By default those of the deployed model, scaled to this LLM."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """For ``one-per-block`` and ``deep-fusion``, one layer per block; for ``concat`` and
+    ``attention``, the layers that are read. By default those of the deployed model, scaled to this
+    LLM."""
+    llm: str | None = None
+    """Where the LLM is, for ``deep-fusion``, which copies weights of it when a run starts; by
+    default where it was when features were extracted."""
     uniform_penalty: float = Field(0.0, ge=0)
     """Factor of the chi-square distance of the weights from uniform, added to the loss."""
     smooth_penalty: float = Field(0.0, ge=0)
@@ -111,7 +116,9 @@ _ROUTING_KEYS = {
     "one-per-block": {"layers"},
     "concat": {"layers"},
     "attention": {"layers"},
+    "deep-fusion": {"layers", "llm"},
 }
+_HEADS = ("num_heads", "num_kv_heads", "head_dim")
 
 
 class LoraConfig(Settings):
@@ -303,90 +310,6 @@ class OptimizerConfig(Settings):
         return self
 
 
-class SelectionConfig(Settings):
-    """Selection of samples and captions of a pair of stores, and their weights. By default all take
-    part equally."""
-
-    filter: str | None = None
-    """Only captions for which this is true, such as ``num_tokens <= 64 and style in ["photo"]``;
-    samples without such a caption are left out."""
-    caption_weights: list[Annotated[float, Field(ge=0)]] | str | None = None
-    """Relative frequency of each caption of a sample: numbers in order of the captions, or a column
-    of such lists. 0 means never."""
-    columns: str | None = None
-    """A parquet, csv or jsonl file with more columns: the table that the stores were made from, or
-    one with ``sample_id``."""
-
-
-class SourceConfig(Settings):
-    """A further pair of stores to train on."""
-
-    features: str
-    """A complete feature store, of the same model, template and layers."""
-    latents: str
-    """Its latent store."""
-    proportion: Annotated[float, Field(gt=0, lt=1)]
-    """Share of all samples that come from here; the rest come from the run's own stores."""
-    select: SelectionConfig = SelectionConfig()
-    conditioning: str | None = None
-    """Its conditioning store, if the run's own stores have one."""
-
-
-class CacheConfig(Settings):
-    """A cache of what is read from the stores, on a disk of this machine. All processes of a
-    machine may share one, of any number of runs."""
-
-    folder: str
-    """A new or empty folder, or that of another cache; files in it are removed at will."""
-    size: str
-    """Most that its files take on the disk, such as 200GB."""
-
-    @field_validator("size")
-    @classmethod
-    def _is_size(cls, value: str) -> str:
-        from .units import parse_bytes
-
-        parse_bytes(value)
-        return value
-
-
-class DataConfig(Settings):
-    """The data that a step reads."""
-
-    batch_size: Positive = 512
-    """Samples per step, over all ranks and accumulation steps."""
-    noise_draws: Positive = 1
-    """Pairs of t and noise for each sample read; each pair is a row of the DiT's batch."""
-    caption_dropout: Fraction = 0.1
-    """Share of samples whose caption is replaced by the null caption."""
-    posterior: Literal["sample", "mean"] = "sample"
-    """For latents that are stored with a deviation: a new sample of the posterior each time, or
-    always the mean."""
-    prefetch: Positive = 4
-    """Batches read ahead."""
-    workers: Positive = 1
-    """Threads that read batches, one batch each. More threads help with a slow disk or network, or
-    if a codec decodes on several cores."""
-    order: Literal["random", "shards"] = "random"
-    """``random``: any sample may follow any other; ``shards``: shard by shard, for stores larger
-    than memory."""
-    window: Positive = 16
-    """For order ``shards``: number of shards that are mixed at any time."""
-    cache: CacheConfig | None = None
-    """Keep on a local disk what is read, for stores behind a URL or on a slow disk: ``folder`` and
-    ``size``. By default nothing is kept."""
-    select: SelectionConfig = SelectionConfig()
-    conditioning: str | None = None
-    """A conditioning store of the same captions, which semroute conditioning made: text as the
-    pipeline of a pretrained network gives it to the network."""
-    unverified: bool = False
-    """Train a pretrained network on stores that semroute verify --against has not compared with its
-    pipeline."""
-    mixture: list[SourceConfig] = Field(default_factory=list)
-    """Further pairs of stores, each with its ``features``, ``latents``, ``proportion`` and perhaps
-    ``select``."""
-
-
 class EMAConfig(Settings):
     """Exponential moving average of the weights, kept in fp32."""
 
@@ -567,12 +490,27 @@ class TrainConfig(Settings):
                     f"routing.{different[0]} is given, but model.train={self.model.train} has no "
                     f"router: leave it out, or choose from {', '.join(_ROUTED)}"
                 )
+        self._fits_deep_fusion()
         if pretrained and self.flow.prediction != "velocity":
             raise ValueError(
                 "flow.prediction is x0, but a pretrained network predicts what it was trained for: "
                 "leave it out"
             )
         return self
+
+    def _fits_deep_fusion(self) -> None:
+        if self.routing.strategy != "deep-fusion":
+            return
+        if self.model.kind == "pretrained":
+            raise ValueError(
+                "routing.strategy is deep-fusion, which replaces the attention of our own network: "
+                "choose a strategy that mixes layers, or model.kind=dit"
+            )
+        given = [name for name in _HEADS if getattr(self.model, name) is not None]
+        if given:
+            raise ValueError(
+                f"model.{given[0]} is given, but with deep-fusion heads are the LLM's: leave it out"
+            )
 
     @model_validator(mode="after")
     def _decay_fits(self) -> "TrainConfig":

@@ -1,11 +1,13 @@
 """A tiny LLM with random weights, a table of captioned images, and stores made from both."""
 
 import functools
+import gc
 import importlib.util
 import io
 import itertools
 import multiprocessing
 import os
+import re
 import runpy
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from hypothesis import settings
 # Before any test imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+gc.disable()  # until all is collected
 
 # How long an example takes says nothing on a machine that does other work.
 settings.register_profile("semroute", deadline=None)
@@ -45,9 +49,26 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What libraries made when they were imported stays: looking through it for garbage again and
+    # again takes a tenth of the time.
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 10, 10)
     folder = Path(__file__).parent
     ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+IMPORTS_TORCH = re.compile(
+    r"^(?:import|from) (?:torch|accelerate|safetensors\.torch|semroute\.trainer)\b", re.MULTILINE
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without torch, files that import it, or what needs it, are left out."""
+    if collection_path.suffix != ".py" or importlib.util.find_spec("torch"):
+        return None
+    return bool(IMPORTS_TORCH.search(collection_path.read_text("utf-8"))) or None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,6 +78,27 @@ def no_teams() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("base", "workers"):
             patch.setattr(f"semroute.pipeline.executor.{module}.num_cpus", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def titles_of_axes() -> Iterator[None]:
+    """Every figure that is written in this process has titles on its axes and colour bars."""
+    if importlib.util.find_spec("matplotlib") is None:
+        yield
+        return
+    from figure_checks import untitled
+
+    from semroute.pipeline.style import Figure
+
+    write = Figure.savefig
+
+    def checked(figure: Figure, *arguments: Any, **options: Any) -> None:
+        write(figure, *arguments, **options)
+        assert untitled(figure) == []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", checked)
         yield
 
 
@@ -310,8 +352,22 @@ def random_store(
     return make
 
 
-def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16") -> None:
-    """A feature store written with numpy alone: a token a byte, and one for BOS."""
+def write_random_store(
+    path: Path,
+    samples_file: Path,
+    codec_name: str = "bf16",
+    *,
+    num_layers: int = 4,
+    width: int = 32,
+    shard_bytes: int = 300_000,
+    num_shards: int | None = None,
+) -> None:
+    """A feature store written with numpy alone: a token a byte, and one for BOS.
+
+    Args:
+        num_layers, width: other than 4 and 32 only with codec bf16.
+        num_shards: write only so many shards, and leave the store unfinished.
+    """
     from semroute.pipeline.codecs.base import digest_parameters
     from semroute.pipeline.codecs.registry import CODECS, open_codec
     from semroute.pipeline.extraction.driver import provenance
@@ -338,8 +394,8 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
     lengths = np.array([max(1, len(text)) for text in texts])
     packing = pack(
         lengths,
-        bytes_per_row=2 * 4 * 32,
-        shard_bytes=300_000,
+        bytes_per_row=2 * num_layers * width,
+        shard_bytes=shard_bytes,
         batch_tokens=512,
         aligned=CODECS[codec_name].aligned,
     )
@@ -354,16 +410,17 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
         if parameters
         else None,
     )
-    codec = open_codec(spec, [1, 2, 3, 4], 32, parameters)
+    layers = [*range(1, num_layers + 1)]
+    codec = open_codec(spec, layers, width, parameters)
     manifest = FeatureManifest(
         status="extracting",
         identity=FeatureIdentity(
-            model=ModelIdentity(architecture="llama", num_layers=4, width=32, files={}),
+            model=ModelIdentity(architecture="llama", num_layers=num_layers, width=width, files={}),
             tokenizer="bytes",
             template=Template(
                 text="{bos}{caption}", prefix_tokens=[0], suffix_tokens=[], keep_prefix=False
             ),
-            layers=[1, 2, 3, 4],
+            layers=layers,
             final_norm="normed",
             dtype="float32",
             attention="sdpa",
@@ -388,7 +445,8 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
         packing.row_start + lengths,
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, CAPTIONS_SCHEMA, strict=True)]
-    ids = pa.array([[texts.index(row)] for row in rows], pa.list_(pa.int64()))
+    numbers = {text: number for number, text in enumerate(texts)}
+    ids = pa.array([[numbers[row]] for row in rows], pa.list_(pa.int64()))
     sample_columns = [pa.array(range(len(rows)), pa.int64()), ids, samples.image_names()]
     store = FeatureStore.create(
         path,
@@ -398,14 +456,14 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
         parameters,
     )
     error = {"mean": 1e-3, "max": 2e-3, "mean_without_top3": 1e-3, "max_without_top3": 2e-3}
-    for shard in store.remaining():
+    for shard in store.remaining()[:num_shards]:
         entries = packing.entries(shard)
         shard_rows = [
             np.arange(packing.row_start[i], packing.row_start[i] + lengths[i]) for i in entries
         ]
         used = np.concatenate(shard_rows) - shard * packing.layout.rows_per_shard
         arrays = {
-            spec.name: np.zeros((packing.layout.rows_per_shard, 4, spec.size), spec.dtype)
+            spec.name: np.zeros((packing.layout.rows_per_shard, num_layers, spec.size), spec.dtype)
             for spec in codec.arrays
         }
         for name, codes in arrays.items():
@@ -426,7 +484,8 @@ def write_random_store(path: Path, samples_file: Path, codec_name: str = "bf16")
                 worker="none",
             )
         )
-    store.finish()
+    if num_shards is None:
+        store.finish()
 
 
 def random_parameters(codec: str, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ FLOORS = [
     {"pipeline.store", "trainer.adapters", "trainer.plots"},
     {"pipeline.extraction", "trainer.data", "trainer.runs"},
     {"pipeline.inspection", "trainer.evaluation"},
-    {"trainer.training"},
+    {"trainer.training", "trainer.explorer"},
     {"trainer.studies", "pipeline.commands", "trainer.commands", "cli"},
 ]
 ARROWS = {
@@ -79,6 +79,14 @@ ARROWS = {
         "trainer.adapters",
         "trainer.diffusion",
         "trainer.shapes",
+        "trainer.plots",
+        "trainer.runs",
+    },
+    "trainer.explorer": {
+        "pipeline.inspection",
+        "pipeline.models",
+        "pipeline.store",
+        "pipeline.style",
         "trainer.plots",
         "trainer.runs",
     },

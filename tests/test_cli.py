@@ -1,7 +1,9 @@
 """The whole path at its smallest, through the command line and real files; and bad input."""
 
+import inspect
 import json
 import re
+import shlex
 import shutil
 
 import click
@@ -253,6 +255,31 @@ class TestVerbosity:
         for name, command in cli.commands.items():
             options = {option for each in command.params for option in each.opts}
             assert {"--quiet", "--verbose"} <= options, name
+
+    def test_every_command_names_the_next_unless_it_is_the_last(self):
+        def says_next(command):
+            return "suggest(" in inspect.getsource(inspect.unwrap(command.callback))
+
+        silent = {name for name, command in cli.commands.items() if not says_next(command)}
+        # Results to look at or to use elsewhere; `train` names the next command in its result.
+        last = {"ablate", "compare", "embed", "export", "lag", "plot", "probe", "push", "sample"}
+        assert silent == last | {"study", "train"}
+
+    def test_the_next_command_is_one(self, world, tmp_path, tiny_llm):
+        file, features = world / "shapes" / "train.parquet", world / "train"
+        commands = (
+            ["shapes", tmp_path / "shapes", "--num", 80, "--num-test", 12],
+            ["estimate", file, "--model", tiny_llm],
+            ["inspect", features],
+            ["status", features],
+            ["rewrite", features, tmp_path / "smaller", "--codec", "bf16", "--workers", 0],
+        )
+        for command in commands:
+            result = CliRunner().invoke(cli, [*map(str, command)])
+            *_, line = result.stderr.splitlines()
+            assert line.startswith("next: semroute "), result.output
+            name, *arguments = shlex.split(line)[2:]
+            cli.commands[name].make_context(name, arguments)
 
     def test_less_and_more_is_said(self, world):
         file = world / "shapes" / "train.parquet"

@@ -69,8 +69,8 @@ def report_line(line: str) -> None:
     echo(f"{datetime.now():%H:%M:%S} {line}" if level == "verbose" else line, err=True)
 
 
-def suggest(*command: str) -> None:
-    """Name the command that one would type next."""
+def suggest(*command: object) -> None:
+    """Name the command that one would type next; capitals are for the user to fill in."""
     report_line(f"next: semroute {shlex.join(map(str, command))}")
 
 

@@ -171,6 +171,9 @@ def estimate(
     plan.report_warnings(report_line)
     benchmark = run_benchmark(plan, default_batch_tokens()) if probe else None
     print_result(run(plan, probe=benchmark, **workload), as_json)
+    if not as_json:
+        template = ["--template", options["template"]] * (options["template"] != "bos")
+        suggest("extract", captions, "FEATURES", "--model", options["model"], *template)
 
 
 def _choose_pipeline(name: str, probe: bool, options: dict[str, Any]) -> "PipelineText":
@@ -316,11 +319,16 @@ def inspect(store: str, as_json: bool, html: Path | None) -> None:
     """
     from ..inspection.describe import inspect as run
 
-    print_result(run(store), as_json)
+    found = run(store)
+    print_result(found, as_json)
     if html is not None:
         from ..inspection.report import write_report
 
         echo(write_report(store, html), err=as_json)
+    elif not as_json and found.details["status"] != "complete":
+        suggest("status", store)
+    elif not as_json:
+        suggest("inspect", store, "--html", "page.html")
 
 
 @click.command()
@@ -339,7 +347,10 @@ def status(store: str, as_json: bool) -> None:
     """
     from ..inspection.status import status as run
 
-    print_result(run(store), as_json)
+    found = run(store)
+    print_result(found, as_json)
+    if not as_json and found.details["state"] == "complete":
+        suggest("inspect", store)
 
 
 @click.command()
@@ -410,6 +421,8 @@ def verify(store: str, repair: bool, against: str | None, num: int | None, as_js
         report_line(
             f"{len(marked)} shards are marked as not written; rerun the command that made them"
         )
+    elif findings.problems and not as_json:
+        suggest("verify", store, "--repair")
     if findings.problems:
         sys.exit(1)
 

@@ -1,6 +1,7 @@
 """One task per shard: what an executor does, and what its tasks return, raise and report."""
 
 import os
+import signal
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -123,12 +124,12 @@ class Executor(ABC):
             Each shard with its result, or with the exception that ended its last attempt.
 
         Raises:
-            Interrupted: after the first Ctrl-C, when the shards in progress are done. The second
-                Ctrl-C raises KeyboardInterrupt.
+            Interrupted: after SIGTERM or the first Ctrl-C, when the shards in progress are done.
+                The next Ctrl-C raises KeyboardInterrupt.
             DiskFullError: a task found the disk full; nothing further is started.
             ClusterLostError: the scheduler is gone.
         """
-        with draining(self.stop):
+        with draining(self.stop, signal.SIGINT, signal.SIGTERM):
             yield from self._execute(shards, function, arguments, on_progress)
 
     @abstractmethod

@@ -10,7 +10,7 @@ from ...schemas import InputError
 from ...schemas.json_file import read_json
 from .base import Executor, num_cpus
 from .dask import DaskExecutor, connect_client
-from .jobqueue import job_queue, max_workers, read_job_queue
+from .jobqueue import JobQueueClient, max_workers, read_job_queue
 from .local import LocalExecutor
 from .workers import num_gpus
 
@@ -45,8 +45,12 @@ def connect(text: str, workers: int | None, gpus: int | None = None) -> Executor
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
         jobs = read_job_queue(path)
+        client = JobQueueClient(jobs, path)
         return DaskExecutor(
-            connect=job_queue(jobs, path), name=f"of {text}", max_workers=max_workers(jobs)
+            connect=client,
+            name=f"of {text}",
+            max_workers=max_workers(jobs),
+            find_problem=lambda: client.problem,
         )
     if path.suffix == ".json":
         return DaskExecutor(connect=_scheduler_file(path), name=f"of {text}")

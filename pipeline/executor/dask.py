@@ -50,6 +50,7 @@ class DaskExecutor(Executor):
         name: of the cluster, with its preposition: ``at tcp://host:8786``.
         max_workers: workers that the cluster may grow to. At least so many shards wait, because a
             job queue starts jobs for those that do.
+        find_problem: says why the cluster will have no workers; empty if it may.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class DaskExecutor(Executor):
         connect: Callable[[ExitStack], Any] | None = None,
         name: str = "",
         max_workers: int = 1,
+        find_problem: Callable[[], str] = str,
     ) -> None:
         super().__init__(workers)
         self.connect = connect or self._start_workers
         self.name = name
         self.max_workers = max_workers
+        self.find_problem = find_problem
         self._resources = ExitStack()
         self._client: Any = None
 
@@ -157,6 +160,22 @@ class DaskExecutor(Executor):
             threads: dict[str, int] = self.client.nthreads()
             return threads
 
+    def check(self) -> None:
+        """Refuse to wait for workers that will not come.
+
+        Raises:
+            ClusterLostError: the scheduler is gone, or jobs of a batch system do not start.
+        """
+        if self.client.status != "running":
+            raise _lost(self.client)
+        problem = self.find_problem()
+        if problem:
+            raise ClusterLostError(
+                f"the workers {self.name} do not start: {problem}. Correct its options (a job's "
+                "log is in log_directory, or else in the current folder), then rerun the same "
+                "command. Shards that were written are complete and kept."
+            )
+
     @contextmanager
     def waiting_task(self) -> Iterator[None]:
         """Keep a task waiting: without one, a cluster that adapts to its work has no worker."""
@@ -247,7 +266,7 @@ class _Tasks:
             try:
                 future = self.done.get(timeout=seconds)
             except queue.Empty:
-                self._check_scheduler()
+                self.executor.check()
                 continue
             shard, attempt, _ = self.in_flight.pop(future.key)
             outcome = self._outcome(future)
@@ -273,7 +292,7 @@ class _Tasks:
         """Maximum number of shards in flight. Workers come and go, so they are counted again and
         again."""
         if time.monotonic() - self.counted > COUNT_SECONDS:
-            self._check_scheduler()
+            self.executor.check()
             num_workers = len(self.executor.threads())
             self.executor.num_workers = num_workers
             self.max_in_flight = max(IN_FLIGHT * max(1, num_workers), self.executor.max_workers)
@@ -286,10 +305,6 @@ class _Tasks:
             return future.result() if error is None else error
         except (CancelledError, asyncio.CancelledError) as error:
             raise _lost(self.client) from error
-
-    def _check_scheduler(self) -> None:
-        if self.client.status != "running":
-            raise _lost(self.client)
 
 
 def _run_in_worker(function: Callable[..., R | Deferred[R]], *arguments: Any) -> R:

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,9 @@ from .dask import TASK, connect_client, dashboard_link, no_profile_variable
 
 SHARD_DURATION = "60s"
 """Duration of a shard that the scheduler of a job queue assumes until it has seen one."""
+
+WORKER_CLASS = "semroute.pipeline.executor.jobs.PatientWorker"
+"""Worker of jobs, as ``dask worker --worker-class`` names it."""
 
 OURS = ("security", "protocol", "scheduler_cls")
 """Arguments of dask-jobqueue's cluster that are not the user's."""
@@ -35,8 +37,8 @@ def max_workers(jobs: JobQueue) -> int:
     return jobs.maximum_jobs * (processes if isinstance(processes, int) else 1)
 
 
-def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
-    """What makes the client of a job queue.
+class JobQueueClient:
+    """Makes the client of a job queue when it is called.
 
     Args:
         path: of the YAML, for messages.
@@ -45,33 +47,62 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
         InputError: the walltime is not valid, see :func:`with_lifetime`; or options would take the
             place of the run's own keys.
     """
-    for name in OURS:
-        if name in jobs.options:
-            raise InputError(
-                f"--cluster {path}: options.{name} is set by semroute, whose schedulers and "
-                "workers speak TLS with keys made for the run: leave it out"
-            )
-    options = _worker_options(jobs)
 
-    def open_client(resources: ExitStack) -> Any:
+    def __init__(self, jobs: JobQueue, path: Path) -> None:
+        for name in OURS:
+            if name in jobs.options:
+                raise InputError(
+                    f"--cluster {path}: options.{name} is set by semroute, whose schedulers and "
+                    "workers speak TLS with keys made for the run: leave it out"
+                )
+        self.jobs, self.path = jobs, path
+        self.options = _worker_options(jobs)
+        self._adaptive: Any = None
+
+    @property
+    def problem(self) -> str:
+        """Reason why no job will run; empty if there is none."""
+        return self._adaptive.problem if self._adaptive else ""
+
+    def __call__(self, resources: ExitStack) -> Any:
         try:
             import dask
             import dask_jobqueue
             from dask_jobqueue.local import LocalCluster
         except ImportError as error:
             raise InputError(
-                f"--cluster {path} needs dask-jobqueue: pip install 'semroute[slurm]'"
+                f"--cluster {self.path} needs dask-jobqueue: pip install 'semroute[slurm]'"
             ) from error
+        from .jobs import WatchedJob, WatchingAdaptive
+
         names = {name.lower(): name for name in dir(dask_jobqueue) if name.endswith("Cluster")}
         kind = (
             LocalCluster
-            if jobs.kind == "local"
-            else getattr(dask_jobqueue, names[f"{jobs.kind}cluster"])
+            if self.jobs.kind == "local"
+            else getattr(dask_jobqueue, names[f"{self.jobs.kind}cluster"])
         )
+        job = type("WatchedJob", (WatchedJob, kind.job_cls), {})
+        options = self.options | self._private_options(resources) | {"job_cls": job}
+        # Dask would assume half a second until the first shard is done, and start one job for all.
+        key = "distributed.scheduler.default-task-durations"
+        durations = {TASK: SHARD_DURATION, **dask.config.get(key)}
+        resources.enter_context(dask.config.set({key: durations}))
+        limits = {"minimum_jobs": self.jobs.minimum_jobs, "maximum_jobs": self.jobs.maximum_jobs}
+        try:
+            cluster = resources.enter_context(kind(**options))
+            self._adaptive = cluster.adapt(Adaptive=WatchingAdaptive, **limits)
+        except (TypeError, ValueError, OSError) as error:
+            raise InputError(f"--cluster {self.path}: dask-jobqueue refuses it: {error}") from error
+        return connect_client(resources, f"the job queue of {self.path}", address=cluster)
+
+    def _private_options(self, resources: ExitStack) -> dict[str, Any]:
+        """Options with the keys of the run, and a dashboard that others do not find."""
+        import dask
+
         from .private import PrivateScheduler, has_dashboard, make_prefix
 
-        configured = f"jobqueue.{options.get('config_name', jobs.kind)}."
-        scheduler = options.get("scheduler_options")
+        configured = f"jobqueue.{self.options.get('config_name', self.jobs.kind)}."
+        scheduler = self.options.get("scheduler_options")
         scheduler = scheduler or dask.config.get(f"{configured}scheduler-options", None) or {}
         host = "{host}"
         if "dashboard_address" not in scheduler:  # its default, port 8787, is open to everyone
@@ -79,23 +110,12 @@ def job_queue(jobs: JobQueue, path: Path) -> Callable[[ExitStack], Any]:
         prefix = make_prefix()
         link = dashboard_link(f"{host}:{{port}}{prefix}")
         resources.enter_context(dask.config.set(link))
-        folder = options.get("shared_temp_directory")
+        folder = self.options.get("shared_temp_directory")
         folder = folder or dask.config.get(f"{configured}shared-temp-directory", None)
-        keys = _key_files(resources, Path(folder or Path.cwd()), path)
+        keys = _key_files(resources, Path(folder or Path.cwd()), self.path)
         pages = {"http_prefix": prefix, "dashboard": has_dashboard()}
-        private = {"scheduler_cls": PrivateScheduler, "scheduler_options": scheduler | keys | pages}
-        # Dask would assume half a second until the first shard is done, and start one job for all.
-        key = "distributed.scheduler.default-task-durations"
-        durations = {TASK: SHARD_DURATION, **dask.config.get(key)}
-        resources.enter_context(dask.config.set({key: durations}))
-        try:
-            cluster = resources.enter_context(kind(**options | keys | private))
-            cluster.adapt(minimum_jobs=jobs.minimum_jobs, maximum_jobs=jobs.maximum_jobs)
-        except (TypeError, ValueError, OSError) as error:
-            raise InputError(f"--cluster {path}: dask-jobqueue refuses it: {error}") from error
-        return connect_client(resources, f"the job queue of {path}", address=cluster)
-
-    return open_client
+        own = {"scheduler_cls": PrivateScheduler, "scheduler_options": scheduler | keys | pages}
+        return keys | own
 
 
 def _key_files(resources: ExitStack, folder: Path, path: Path) -> dict[str, Any]:
@@ -136,6 +156,8 @@ def _worker_options(jobs: JobQueue) -> dict[str, Any]:
     options = {"processes": 1} | with_lifetime(jobs.options, jobs.lifetime_margin_minutes)
     words = list(options.get("worker_extra_args", []))
     given = " ".join(map(str, words))
+    if "--worker-class" not in given:
+        words += ["--worker-class", WORKER_CLASS]
     if "--nthreads" not in given:
         words += ["--nthreads", "1"]
     if "--dashboard" not in given:  # or its pages are open to everyone who reaches the node
@@ -148,12 +170,13 @@ def _worker_options(jobs: JobQueue) -> dict[str, Any]:
 
 
 def with_lifetime(options: dict[str, Any], margin_minutes: float) -> dict[str, Any]:
-    """Options that let workers end before the batch system kills them: ``--lifetime``.
+    """Options that let workers end before the batch system kills them: ``--lifetime``. From then
+    on a worker takes no more shards, and has the margin for those at work.
 
     Args:
         options: of a dask-jobqueue cluster; unchanged without a walltime, or with a lifetime of
             their own.
-        margin_minutes: between the end of a worker and that of its job.
+        margin_minutes: between the end of a worker's lifetime and that of its job.
 
     Raises:
         InputError: the walltime is not ``[days-]hours:minutes[:seconds]``, or too short.

@@ -58,6 +58,7 @@ def inspect_workers(executor: Executor, store: str, report: Callable[[str], None
     reported = False
     with executor.waiting_task():
         while not executor.threads():
+            executor.check()
             if not reported and time.monotonic() - started > WAIT_SECONDS:
                 report(f"waiting for the first worker {executor}")
                 reported = True

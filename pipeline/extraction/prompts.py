@@ -42,6 +42,11 @@ class EncodedPrompts:
         self._entries = [0, *(ids[0] for ids in captions.caption_ids.to_pylist())]
         self._kept: dict[int, np.ndarray] = {}
 
+    @property
+    def ids(self) -> list[int]:
+        """The entry of each text: 0 where it is the null caption, whose text is empty."""
+        return [number if entry else 0 for number, entry in enumerate(self._entries[1:], start=1)]
+
     def read(self, ids: Sequence[int] | np.ndarray, layers: Sequence[int] | None = None) -> Rows:
         """As :meth:`semroute.pipeline.store.features.FeatureStore.read`; 0 is the null caption,
         text i is i + 1."""

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hub": ["push"],
         "linear_probe": ["probe_layers"],
         "report": ["write_report"],
-        "statistics": ["LayerStatistics", "measure_layers"],
+        "statistics": ["CaptionLayers", "LayerStatistics", "measure_caption", "measure_layers"],
     },
 )

@@ -5,18 +5,32 @@ Every function returns a matplotlib ``Figure``: a notebook shows it, ``savefig``
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..style import COLOUR_MAP, FAINT, INK, LINES, Figure, clean, layer_ticks, plain
+from ..style import (
+    COLOUR_MAP,
+    FAINT,
+    INK,
+    LINES,
+    Figure,
+    clean,
+    layer_ticks,
+    log_axis,
+    plain,
+    readable,
+)
+from .statistics import measure_caption
 
 if TYPE_CHECKING:
     from ...schemas import Routing
-    from ..store.features import FeatureStore
+    from ..store.features import Caption, FeatureStore
     from .linear_probe import ProbeResults
     from .statistics import LayerStatistics
 
@@ -34,8 +48,8 @@ def norms(statistics: LayerStatistics) -> Figure:
     axes.plot(
         positions, most, color=LINES[1], marker="o", markersize=3, linewidth=1, label="largest"
     )
-    axes.set_yscale("log")
-    _finish(axes, statistics.layers, "Norm of hidden states", "L2 norm")
+    log_axis(axes)
+    _finish(axes, statistics.layers, "Norm of hidden states", "L2 norm of h")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
@@ -49,8 +63,8 @@ def massive_activations(statistics: LayerStatistics) -> Figure:
     top.plot(positions, median, color=LINES[0], marker="o", markersize=3, label="median token")
     top.plot(positions, most, color=LINES[1], marker="o", markersize=3, label="worst token")
     top.axhline(1000, color=FAINT, linewidth=1, linestyle="--")
-    top.set_yscale("log")
-    top.set_ylabel("largest / median channel", color=INK, fontsize=8)
+    log_axis(top)
+    top.set_ylabel("largest over median channel", color=INK, fontsize=8)
     top.legend(frameon=False, fontsize=8, labelcolor=INK)
     clean(top)
     bottom.bar(positions, 100 * statistics.top3_energy, width=0.8, color=LINES[0])
@@ -71,10 +85,41 @@ def similarity(statistics: LayerStatistics) -> Figure:
         axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
         axes.set_title(name, color=INK, fontsize=9)
         axes.set_xlabel("LLM layer", color=INK)
+        axes.set_ylabel("LLM layer", color=INK)
         clean(axes)
-        bar = figure.colorbar(image, ax=axes, shrink=0.8)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(colors=INK, labelsize=8)
+        _colour_bar(figure, image, axes, "similarity")
+    return figure
+
+
+def caption_layers(caption: Caption, layers: Sequence[int]) -> Figure:
+    """Heatmaps of a caption's tokens by layers: norm, change from the layer below, and similarity
+    to the last layer; see :class:`semroute.pipeline.inspection.CaptionLayers`.
+
+    Args:
+        caption: from a store, ``store[3]``.
+        layers: of that store.
+    """
+    measured = measure_caption(caption.hidden)
+    num_tokens = len(caption.hidden)
+    figure = Figure(figsize=(14, 1.6 + min(6.0, 0.2 * num_tokens)), layout="constrained")
+    short = textwrap.shorten(caption.text, 100, placeholder=" …") or "(the null caption)"
+    figure.suptitle(plain(short), color=INK, fontsize=10)
+    kinds = [
+        ("norm", measured.norm, "L2 norm of h", LogNorm()),
+        ("change from the layer below", measured.change, "relative distance of LN(h)", None),
+        ("similarity to the last layer", measured.similarity, "cosine of LN(h)", None),
+    ]
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    for axes, (title, values, unit, norm) in zip(panels, kinds, strict=True):
+        image = axes.imshow(values, COLOUR_MAP, norm=norm, aspect="auto", interpolation="nearest")
+        axes.set_title(title, color=INK, fontsize=9)
+        layer_ticks(axes.xaxis, layers)
+        axes.set_xlabel("LLM layer", color=INK)
+        clean(axes)
+        _colour_bar(figure, image, axes, unit)
+    every = range(0, num_tokens, -(-num_tokens // 20))
+    panels[0].set_yticks(every, [str(number + 1) for number in every])
+    panels[0].set_ylabel("token", color=INK)
     return figure
 
 
@@ -88,7 +133,7 @@ def error_by_layer(errors: Mapping[int, float], codec: str) -> Figure:
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(range(len(errors)), list(errors.values()), width=0.8, color=LINES[0])
-    _finish(axes, list(errors), f"Error of the codec, {codec}", "error of LN(h)")
+    _finish(axes, list(errors), f"Error of the codec, {codec}", "mean relative error of LN(h)")
     return figure
 
 
@@ -108,8 +153,8 @@ def token_lengths(store: FeatureStore) -> Figure:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     axes.set_title(f"Tokens per caption, {lengths.mean():.1f} on average", color=INK, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("tokens", color=INK)
-    axes.set_ylabel("captions", color=INK)
+    axes.set_xlabel("tokens per caption", color=INK)
+    axes.set_ylabel("number of captions", color=INK)
     clean(axes)
     return figure
 
@@ -126,7 +171,8 @@ def probe_accuracy(results: ProbeResults, routing: Routing | None = None) -> Fig
     columns = min(3, num)
     rows = -(-num // columns) + (routing is not None)
     figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"What layers know ({results.pool} over tokens)", color=INK)
+    title = f"What layers know ({results.pool} over tokens); dot: best layer, dashed: chance"
+    figure.suptitle(title, color=INK, fontsize=10)
     grid = figure.add_gridspec(rows, columns)
     positions = range(len(results.layers))
     for number, probe in enumerate(results.probes):
@@ -140,7 +186,9 @@ def probe_accuracy(results: ProbeResults, routing: Routing | None = None) -> Fig
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         clean(axes)
         layer_ticks(axes.xaxis, results.layers, most=8)
-        axes.set_title(f"{plain(probe.label)}, {probe.num_classes} classes", color=INK, fontsize=9)
+        title = f"{plain(readable(probe.label))} ({probe.num_classes} classes)"
+        axes.set_title(title, color=INK, fontsize=9)
+        axes.set_ylabel("accuracy", color=INK, fontsize=8)
     if routing is not None:
         axes = figure.add_subplot(grid[rows - 1, :])
         mean = dict(zip(routing.layers, np.mean(routing.weights, axis=0), strict=True))
@@ -150,9 +198,19 @@ def probe_accuracy(results: ProbeResults, routing: Routing | None = None) -> Fig
         axes.axhline(1 / len(mean), color=INK, linewidth=1, linestyle="--")
         clean(axes)
         layer_ticks(axes.xaxis, results.layers)
-        axes.set_title("what the router reads, mean over blocks", color=INK, fontsize=9)
+        axes.set_title("what the router reads; dashed: uniform", color=INK, fontsize=9)
+        axes.set_ylabel("mean weight", color=INK, fontsize=8)
     figure.supxlabel("LLM layer", color=INK, fontsize=9)
     return figure
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Axes, label: str) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.outline.set_visible(False)
+    if isinstance(image.norm, LogNorm):
+        log_axis(bar.ax)
+    bar.set_label(label, color=INK, fontsize=8)
+    bar.ax.tick_params(which="both", colors=INK, labelsize=8)
 
 
 def _finish(axes: Axes, layers: Sequence[int], title: str, label: str) -> None:

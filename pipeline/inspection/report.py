@@ -1,31 +1,49 @@
-"""A store as a self-contained page of HTML: facts, figures and a search over captions."""
+"""A store as a self-contained page of HTML: facts, figures and a search over captions. It follows
+a light or dark theme, and loads nothing."""
 
 import base64
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ...schemas import Report, write_document
+from ...schemas import write_document
 from ..codecs.error import layer_error
 from ..models.vae import latents_to_images, pixel_codec
-from ..store.features import FeatureStore
+from ..store.features import NULL_CAPTION, FeatureStore
 from ..store.latents import LatentStore
 from ..store.open import open_store
-from ..style import Figure
+from ..style import Figure, themed_svg
 from . import figures
 from .describe import inspect
 from .statistics import LayerStatistics, measure_layers
 
-MAX_TEXT_BYTES = 4_000_000
+MAX_TEXT_BYTES = 8_000_000
 """Bytes of captions that a page holds for its search."""
 NUM_IMAGES = 48
 """Number of images of a latent store that a page shows."""
+
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Part of the page; two stand side by side unless one is wide."""
+
+    title: str
+    html: str
+    wide: bool = False
+
+    @property
+    def anchor(self) -> str:
+        return self.title.lower().replace(" ", "-")
 
 
 def write_report(path: str | os.PathLike[str], out: Path) -> Path:
@@ -38,40 +56,53 @@ def write_report(path: str | os.PathLike[str], out: Path) -> Path:
         StoreError: no store there.
     """
     store, report = open_store(path), inspect(path)
-    sections = [("Facts", report.facts._repr_html_())]
+    sections = [_Section("Facts", report.facts._repr_html_(), wide=True)]
     if isinstance(store, FeatureStore):
         sections += _features(store)
     elif isinstance(store, LatentStore) and len(store):
         sections += _images(store)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_document(out, _page(report, dict(sections)))
+    write_document(out, _page(report.facts.title, sections))
     return out
 
 
-def _features(store: FeatureStore) -> list[tuple[str, str]]:
+def _features(store: FeatureStore) -> list[_Section]:
     """Figures and tables of a feature store, section by section."""
-    sections = [("Tokens per caption", _svg(figures.token_lengths(store), "token lengths"))]
+    lengths = _svg(figures.token_lengths(store), "number of captions by tokens per caption")
+    sections = [_Section("Tokens per caption", lengths)]
     errors = layer_error(list(store.receipts().values()))
     if errors and max(errors.values()) > 0:
         figure = figures.error_by_layer(errors, store.manifest.codec.name)
-        sections.append(("Error of the codec", _svg(figure, "error by layer")))
+        sections.append(_Section("Error of the codec", _svg(figure, "error of LN(h) by layer")))
     if store.is_complete:
         measured = measure_layers(store)
         sample = f"{measured.num_rows:,} tokens of {measured.num_captions:,} captions"
+        massive = _svg(figures.massive_activations(measured), "massive activations by layer")
         sections += [
-            (
+            _Section(
                 "Norms",
-                f"<p>Here and below, measured on {sample}.</p>"
-                + _svg(figures.norms(measured), "norms by layer"),
+                _svg(figures.norms(measured), "norms of hidden states by layer")
+                + f"<p>Norms, massive activations and similarity are measured on {sample}.</p>",
             ),
-            (
-                "Massive activations",
-                _svg(figures.massive_activations(measured), "massive activations by layer")
-                + _massive(measured),
+            _Section(
+                "Similarity of layers",
+                _svg(figures.similarity(measured), "similarity of every two layers"),
             ),
-            ("Similarity of layers", _svg(figures.similarity(measured), "similarity of layers")),
+            _Section("Massive activations", massive + _massive(measured)),
+            _Section("One caption", _one_caption(store), wide=True),
         ]
-    return [*sections, ("Captions", _search(store))]
+    return [*sections, _Section("Captions", _search(store), wide=True)]
+
+
+def _one_caption(store: FeatureStore) -> str:
+    """Heatmaps of the first caption in store order, which is random."""
+    caption = store[min(NULL_CAPTION + 1, len(store) - 1)]
+    figure = figures.caption_layers(caption, store.layers)
+    note = (
+        f"<p>Caption {caption.caption_id}. In Python, <code>semroute.explore</code> shows any "
+        "other.</p>"
+    )
+    return _svg(figure, "tokens of a caption by layers") + note
 
 
 def _massive(measured: LayerStatistics) -> str:
@@ -105,15 +136,17 @@ def _search(store: FeatureStore) -> str:
     # Without this character, no caption can close the script.
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f"<p>Finds captions that contain all words.{escape(note)}</p>"
-        '<input id="words" type="search" placeholder="search" aria-label="search captions">'
-        ' <span id="count"></span>'
-        '<table id="found"></table>'
-        f'<script id="captions" type="application/json">{data}</script><script>{_SCRIPT}</script>'
+        f"<p>Finds captions that contain all words. Press / to search.{escape(note)}</p>"
+        '<p><input id="words" type="search" placeholder="search" aria-label="search captions"> '
+        '<span id="count" role="status"></span></p><table id="found"><thead><tr>'
+        '<th scope="col">id</th><th scope="col">tokens</th><th scope="col">caption</th></tr>'
+        '</thead><tbody></tbody></table><p><button id="more" type="button">Show 50 more</button>'
+        f'</p><script id="rows" type="application/json">{data}</script>'
+        f"<script>{(_HERE / 'report.js').read_text('utf-8')}</script>"
     )
 
 
-def _images(store: LatentStore) -> list[tuple[str, str]]:
+def _images(store: LatentStore) -> list[_Section]:
     """The first images of a latent store, if it is complete and its latents are pixels."""
     if store.manifest.identity.vae != "pixels" or not store.is_complete:
         return []
@@ -123,7 +156,7 @@ def _images(store: LatentStore) -> list[tuple[str, str]]:
         for sample in store.ids[:NUM_IMAGES]
     ]
     shown = "".join(f"<img class='sample' src='{_png(image)}' alt=''>" for image in images)
-    return [("First images", shown)]
+    return [_Section("First images", shown, wide=True)]
 
 
 def _png(image: np.ndarray) -> str:
@@ -133,49 +166,20 @@ def _png(image: np.ndarray) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(themed_svg(figure).encode()).decode()
     return f"<img src='data:image/svg+xml;base64,{data}' alt='{escape(name)}'>"
 
 
-def _page(report: Report, sections: Mapping[str, str]) -> str:
-    title = escape(report.facts.title)
-    body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items())
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
+def _page(title: str, sections: Sequence[_Section]) -> str:
+    contents = "".join(f'<li><a href="#{s.anchor}">{s.title}</a></li>' for s in sections)
+    body = "".join(
+        f'<section id="{s.anchor}"{" class=wide" * s.wide}><h2>{s.title}</h2>{s.html}</section>'
+        for s in sections
     )
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-section > div > strong { display: none; }
-table { border-collapse: collapse; font-size: .9rem; }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
-th { font-weight: 600; white-space: nowrap; } tr { border-top: 1px solid #e4e7eb; }
-img { max-width: 100%; } img.sample { width: 72px; margin: 2px; image-rendering: pixelated; }
-#found td:not(:last-child) { white-space: nowrap; overflow-wrap: normal; }
-input { font: inherit; padding: .3rem .5rem; width: 24rem; max-width: 100%; }
-"""
-_SCRIPT = """
-const rows = JSON.parse(document.getElementById('captions').textContent);
-const words = document.getElementById('words'), table = document.getElementById('found');
-function show() {
-  const wanted = words.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  const found = rows.filter(r => wanted.every(w => r[2].toLowerCase().includes(w)));
-  const some = found.slice(0, 50).map(r => [r[0], r[1], r[2] || '(the null caption)']);
-  document.getElementById('count').textContent =
-    found.length + ' captions' + (found.length > some.length ? ', the first 50:' : ':');
-  table.replaceChildren();
-  for (const row of [['id', 'tokens', 'caption'], ...some]) {
-    const line = table.insertRow();
-    for (const cell of row) line.insertCell().textContent = cell;
-  }
-}
-words.addEventListener('input', show);
-show();
-"""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f"<style>{(_HERE / 'report.css').read_text('utf-8')}</style></head>"
+        f'<body><h1>{escape(title)}</h1><nav aria-label="contents"><ul>{contents}</ul></nav>'
+        f"<main>{body}</main></body></html>\n"
+    )

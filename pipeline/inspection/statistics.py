@@ -54,6 +54,42 @@ class LayerStatistics:
     cosine: np.ndarray
 
 
+@dataclass(frozen=True)
+class CaptionLayers:
+    """How a caption changes from layer to layer. All are float32 ``[T, L]``.
+
+    Attributes:
+        norm: L2 norms of hidden states.
+        change: distance between LN(h) of a layer and of the stored layer below, over the norm of
+            the latter; NaN in the lowest layer.
+        similarity: cosine between LN(h) of a layer and of the last stored layer.
+    """
+
+    norm: np.ndarray
+    change: np.ndarray
+    similarity: np.ndarray
+
+
+def measure_caption(hidden: np.ndarray) -> CaptionLayers:
+    """Measure every token of a caption in every layer.
+
+    Args:
+        hidden: float32 ``[T, L, H]``, as :attr:`.Caption.hidden`.
+    """
+    normed = normed_layers(hidden)
+    lengths = np.maximum(np.linalg.norm(normed, axis=2), 1e-12)
+    change = np.full(lengths.shape, np.nan, np.float32)
+    change[:, 1:] = np.linalg.norm(np.diff(normed, axis=1), axis=2) / lengths[:, :-1]
+    products = np.einsum("tlh,th->tl", normed, normed[:, -1])
+    similarity = products / (lengths * lengths[:, -1:])
+    return CaptionLayers(np.linalg.norm(hidden, axis=2), change, similarity)
+
+
+def normed_layers(hidden: np.ndarray) -> np.ndarray:
+    """LN(h) of every token in every layer: ``[T, L, H]``."""
+    return layer_norm(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+
+
 def measure_layers(
     store: FeatureStore, *, num_rows: int = NUM_ROWS, num_similar: int = NUM_SIMILAR
 ) -> LayerStatistics:

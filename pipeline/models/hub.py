@@ -144,7 +144,7 @@ def hash_file(file: Path) -> str:
 
 def is_hub_id(name: str) -> bool:
     """True if a name has the form ``org/name`` or ``org/name@revision``."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name) is not None
 
 
 def hub_name(name: str, folder: Path) -> str:

@@ -109,7 +109,7 @@ def describe_model(source: ModelFiles) -> ModelIdentity:
         InputError: transformers does not know the model, or its text tower is of no known family;
             weights are missing in its files, or are there and not used.
     """
-    tower = _tower_without_weights(source)
+    tower = tower_without_weights(source)
     config = tower.module.config
     return ModelIdentity(
         architecture=config.model_type,
@@ -127,7 +127,7 @@ def attention_of(source: ModelFiles) -> str:
     Raises:
         InputError: as :func:`describe_model`.
     """
-    attention: str = _tower_without_weights(source).module.config._attn_implementation
+    attention: str = tower_without_weights(source).module.config._attn_implementation
     return attention
 
 
@@ -137,7 +137,7 @@ def model_limits(source: ModelFiles) -> Limits:
     Raises:
         InputError: as :func:`describe_model`.
     """
-    return limits_of(_tower_without_weights(source).module)
+    return limits_of(tower_without_weights(source).module)
 
 
 def check_streams(source: ModelFiles, layers: Sequence[int]) -> None:
@@ -146,7 +146,7 @@ def check_streams(source: ModelFiles, layers: Sequence[int]) -> None:
     Raises:
         InputError: they are; or as :func:`describe_model`.
     """
-    tower = _tower_without_weights(source)
+    tower = tower_without_weights(source)
     refuse_streams(source.name, tower.module.config, layers, len(tower.blocks))
 
 
@@ -412,7 +412,7 @@ def _config(source: ModelFiles) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _tower_without_weights(source: ModelFiles) -> TextTower:
+def tower_without_weights(source: ModelFiles) -> TextTower:
     """The text tower on the meta device, in which all weights of the files have a place."""
     config = _config(source)
     if not any(name.endswith((SAFETENSORS, GGUF)) for name in source.files):

@@ -20,14 +20,15 @@ def separate_captions(model: Any) -> "list[CaptionRope]":
     """
     ropes = []
     for name, module in [*model.named_modules()]:
-        if _depends_on_length(module):
+        if depends_on_length(module):
             parent, _, child = name.rpartition(".")
             ropes.append(CaptionRope(module))
             setattr(model.get_submodule(parent), child, ropes[-1])
     return ropes
 
 
-def _depends_on_length(module: Any) -> bool:
+def depends_on_length(module: Any) -> bool:
+    """Whether rotary positions depend on the length of a sequence."""
     types = getattr(module, "rope_type", None)
     names = types.values() if isinstance(types, dict) else [types]
     return any(isinstance(n, str) and ("dynamic" in n or n == "longrope") for n in names)

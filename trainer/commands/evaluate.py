@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible, options
+from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible, options, suggest
 from ...schemas import InputError
 from .options import (
     STOPPED,
@@ -122,6 +122,7 @@ def evaluate(
     decode = open_vae_decoder(trained)
     for path in score_run(trained, scoring, decode, batch_size=batch_size, report=echo):
         echo(path)
+    suggest("plot", run)
 
 
 def score_with_judge(

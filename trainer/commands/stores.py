@@ -22,6 +22,7 @@ from ...pipeline.commands.options import (
     print_result,
     quality_option,
     report_line,
+    suggest,
     text_options,
     work_options,
 )
@@ -155,6 +156,7 @@ def rewrite(features: str, out: str, routing: Path | None, **options: Any) -> No
     if routing is not None:
         options["routing"] = read_routing(routing, features)
     echo(run(features, out, report=report_line, **options), err=is_json(options))
+    suggest("inspect", out)
 
 
 def read_routing(run: Path, features: str) -> Routing:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible
+from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible, suggest
 from ...schemas import InputError, read_config
 from .options import refuse_options
 
@@ -56,6 +56,7 @@ def shapes(out: Path, num: int, seed: int, **sizes: Any) -> None:
     from ..shapes.dataset import write_world
 
     echo(write_world(out, num, seed, **sizes))
+    suggest("extract", out / "train.parquet", "FEATURES", "--model", "LLM")
 
 
 @click.command()

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...schemas import MASK
+from ...schemas import MASK, NULL
 from ..diffusion.noise import Draws
 
 if TYPE_CHECKING:
     from ...pipeline.store.features import Codes
+
+
+ON_CPU = (MASK, NULL)
+"""Tensors of captions that are read on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Batch:
         latents: fp32 [B, C, height, width].
         sources: int64 [B], number of the pair of stores that each sample is from; None: the first.
         conditioning: what the pipeline of a pretrained network gives it for the unique captions, by
-            name, [U, ...]; None: nothing is stored. Their ``mask`` stays on the CPU.
+            name, [U, ...]; or ``null``, which of them is the null caption. None: nothing is needed.
+            Their ``mask`` and ``null`` stay on the CPU.
         draws: t and noise of B*K rows; None: the loader draws none.
     """
 
@@ -66,7 +71,7 @@ class Batch:
         given = self.conditioning
         if given is not None:
             given = {
-                name: value if name == MASK else value.to(device, non_blocking=True)
+                name: value if name in ON_CPU else value.to(device, non_blocking=True)
                 for name, value in given.items()
             }
         latents = self.latents.to(device, non_blocking=True)

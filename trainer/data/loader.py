@@ -31,10 +31,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...pipeline.store.remote.chunks import ReadAhead
-from ...schemas import MASK, DataConfig, InputError
+from ...schemas import NULL, DataConfig, InputError
 from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
 from ..diffusion.noise import NoiseSource
-from .batch import Batch, PaddedBatch
+from .batch import ON_CPU, Batch, PaddedBatch
 from .buffers import allocate, allocate_codes, allocated
 from .remote import check_cache, fetch_stores
 from .throughput import InputStallMonitor
@@ -335,11 +335,12 @@ class PackedLoader(StreamingDataset[Batch]):
             decodes. Decompressed codes are larger than what they stand for, so it is for codecs
             that a CPU decodes slowly (``Codec.matrices``).
         noise: draws t and noise for each batch; None: batches have none.
+        marks_null: say which captions are the null caption, for ``Router.needs_positions``.
 
     Other arguments and errors: as for :class:`StreamingDataset`.
     """
 
-    _options = (*StreamingDataset._options, "codes", "noise")
+    _options = (*StreamingDataset._options, "codes", "noise", "marks_null")
 
     def __init__(
         self,
@@ -349,11 +350,13 @@ class PackedLoader(StreamingDataset[Batch]):
         *,
         codes: bool = False,
         noise: NoiseSource | None = None,
+        marks_null: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(features, latents, data, **options)
         self.codes = codes
         self.noise = noise
+        self.marks_null = marks_null
 
     def read(self, step: int, micro_step: int = 0) -> Batch:
         """One batch, read now."""
@@ -385,6 +388,10 @@ class PackedLoader(StreamingDataset[Batch]):
                 pair.features.read(ids, self.layers, out=rows[offsets[before] :])
             if pair.conditioning is not None:
                 given.append(pair.conditioning.tensors(ids))
+            elif self.marks_null:
+                from ...pipeline.store.features import NULL_CAPTION
+
+                given.append({NULL: torch.from_numpy(ids == NULL_CAPTION)})
             before += len(ids)
         draws = None
         if self.noise is not None:
@@ -413,7 +420,7 @@ def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
         name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
         for name in parts[0]
     }
-    return {name: value if name == MASK else allocated(value) for name, value in joined.items()}
+    return {name: value if name in ON_CPU else allocated(value) for name, value in joined.items()}
 
 
 class PaddedLoader(StreamingDataset[PaddedBatch]):

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ...schemas import InputError
+from ...schemas import NULL, InputError
 from .ddpm import Ddpm
 from .flow import Flow
 from .noise import starting_noise
@@ -185,7 +185,8 @@ def sample(
         null_hidden: [R0, len(router.layers_read), H], rows of the null caption; not needed at
             cfg_scale 1.
         given, null_given: what the pipeline of a pretrained network gives it, by name: [U, ...] of
-            the captions, [1, ...] of the null caption.
+            the captions, [1, ...] of the null caption. Or ``null``, which of these are the null
+            caption, bool; by default none of ``hidden``.
         seed, numbers: the noise of latent i is a function of (seed, numbers[i]), by default of
             (seed, i). To sample a list in batches, pass the numbers of each batch.
         shape: (C, h, w) of the latents, by default ``model.latent_shape``.
@@ -207,6 +208,8 @@ def sample(
         null = None
         if null_hidden is not None and config.cfg_scale != 1.0:
             ends, none = torch.tensor([0, len(null_hidden)]), torch.zeros(num, dtype=torch.int64)
+            if model.router.needs_positions and null_offsets is None:
+                null_given = {NULL: torch.ones(1, dtype=torch.bool)}
             if null_offsets is not None:
                 ends, none = null_offsets, torch.arange(num)
             null = conditioning(model, null_hidden, ends, none, null_given)

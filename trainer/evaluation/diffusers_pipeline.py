@@ -118,7 +118,7 @@ class _Called:
         return getattr(self._transformer.dit, name)
 
     def encode_text(self, *args: Any) -> Any:
-        return self._transformer(*args[:4], method="encode_text")
+        return self._transformer(*args, method="encode_text")
 
     def denoise(self, *args: Any) -> Any:
         return self._transformer(*args, method="denoise")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ...schemas import CaptionsIdentity, InputError, Mixes, write_whole
+from ...schemas import NULL, CaptionsIdentity, InputError, Mixes, write_whole
 from ...schemas.verbosity import progress_bar
 from ..diffusion.sampling import Callback, SamplingConfig, sample
 from ..plots.images import sample_grid, save_images
@@ -159,10 +159,11 @@ def encoded_captions(
     Args:
         run: whose network may need what its pipeline does with them besides.
     """
-    features: Features = encoder(texts)
+    encoded = encoder(texts)
+    features: Features = encoded
     if run is not None:
         features = with_conditioning(run, features, None, ["", *texts])
-    return CaptionSet(features, list(range(1, len(texts) + 1)), [*texts])
+    return CaptionSet(features, encoded.ids, [*texts])
 
 
 def open_encoder(run: "Run", model: str | None = None) -> "PromptEncoder":
@@ -252,11 +253,13 @@ def generate(
         guided = sampling.cfg_scale != 1.0
         if guided and negative_ids is None:
             null = features.read([NULL_CAPTION], layers).tensor(device)
-            null_given = _given(features, [NULL_CAPTION], device)
+            null_given = _given(model, features, [NULL_CAPTION], device)
         for first in range(0, len(caption_ids), batch_size):
             batch = caption_ids[first : first + batch_size]
             if guided and negative_ids is not None:
-                negative = features.read(negative_ids[first : first + batch_size], layers)
+                others = negative_ids[first : first + batch_size]
+                negative = features.read(others, layers)
+                null_given = _given(model, features, others, device)
                 null = negative.tensor(device)
                 null_offsets = torch.from_numpy(negative.offsets)
             rows = features.read(batch, layers)
@@ -267,7 +270,7 @@ def generate(
                 torch.from_numpy(rows.offsets),
                 null,
                 sampling,
-                given=_given(features, batch, device),
+                given=_given(model, features, batch, device),
                 null_given=null_given,
                 seed=seed,
                 numbers=numbers[first : first + len(batch)],
@@ -281,9 +284,16 @@ def generate(
 
 
 def _given(
-    features: Features, ids: Sequence[int] | NDArray[np.int64], device: torch.device
+    model: "Network",
+    features: Features,
+    ids: Sequence[int] | NDArray[np.int64],
+    device: torch.device,
 ) -> dict[str, torch.Tensor] | None:
-    """What a pretrained network is given for captions, on a device; None for any other network."""
+    """What a network is given for captions besides hidden states; None: nothing."""
+    from ...pipeline.store.features import NULL_CAPTION
+
+    if model.router.needs_positions:
+        return {NULL: torch.tensor([number == NULL_CAPTION for number in ids])}
     if not isinstance(features, Conditioned):
         return None
     given = features.given([int(number) for number in ids])

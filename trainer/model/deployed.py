@@ -44,7 +44,7 @@ class OnePerBlock(Router):
                 f"routing.layers names {len(chosen)} layers for {num_blocks} blocks: name one per "
                 "block"
             )
-        super().__init__(layers, _stored("one-per-block", sorted({*chosen}), layers))
+        super().__init__(layers, stored("one-per-block", sorted({*chosen}), layers))
         index = torch.tensor([self.layers_read.index(layer) for layer in chosen])
         one_hot = F.one_hot(torch.tensor([self.layers.index(c) for c in chosen]), len(layers))
         self.register_buffer("index", index, persistent=False)
@@ -69,12 +69,14 @@ class Concat(Router):
     alpha is each layer's share of the input, 1/K.
     """
 
+    mixes_layers = False
+
     def __init__(
         self, layers: Sequence[int], num_llm_layers: int, chosen: Sequence[int] | None
     ) -> None:
         if chosen is None:
             chosen = sorted({max(1, round(part * num_llm_layers / 4)) for part in (1, 2, 3)})
-        super().__init__(layers, _stored("concat", chosen, layers))
+        super().__init__(layers, stored("concat", chosen, layers))
         self.register_buffer("shares", _shares(self), persistent=False)
 
     def alpha(self, t: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
@@ -106,6 +108,7 @@ class LayerAttention(Router):
     """
 
     NUM_BLOCKS = 2
+    mixes_layers = False
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class LayerAttention(Router):
     ) -> None:
         if chosen is None:
             chosen = range(2, num_llm_layers, 3)
-        super().__init__(layers, _stored("attention", chosen, layers))
+        super().__init__(layers, stored("attention", chosen, layers))
         self.blocks = nn.ModuleList(_FusionBlock(text_width) for _ in range(self.NUM_BLOCKS))
         self.deviation = nn.Parameter(torch.zeros(len(self.layers_read)))
         self.register_buffer("shares", _shares(self), persistent=False)
@@ -189,7 +192,7 @@ def _shares(router: Router) -> Tensor:
     return (read.float() / len(router.layers_read))[None, None]
 
 
-def _stored(strategy: str, chosen: Sequence[int], layers: Sequence[int]) -> list[int]:
+def stored(strategy: str, chosen: Sequence[int], layers: Sequence[int]) -> list[int]:
     """The layers that a strategy reads, checked to be in the store."""
     missing = sorted({*chosen} - {*layers})
     if missing or not chosen or len({*chosen}) < len(chosen):

@@ -1,11 +1,12 @@
-"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers per block.
+"""A diffusion transformer that reads text by cross-attention, one mix of LLM layers per block; or,
+with strategy ``deep-fusion``, by joint attention with the LLM's own keys and values.
 
 The architecture is the one of arXiv 2602.03510 as its code has it: RMSNorm, grouped-query attention
 with RMS-normed queries and keys, 2D rotary positions, SwiGLU, and by default no timestep embedding.
 
 Shapes: B batch, C channels, N image tokens, W width, R rows (tokens of all captions, packed),
 P pairs of a batch item and a row, U unique captions, T text tokens of the longest caption, H text
-width, D blocks, L layers, A attention heads, G key/value heads, E head width, M SwiGLU width.
+width, D blocks, L layers, A attention heads, G key/value heads, E head width.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,233 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...schemas import SAME_WEIGHTS, InputError, Mixes, ModelConfig, RoutingConfig
-from .attention import attend
-from .gates import phi
+from ...schemas import (
+    NULL,
+    SAME_WEIGHTS,
+    InputError,
+    LlmAttention,
+    Mixes,
+    ModelConfig,
+    RoutingConfig,
+)
+from .blocks import (
+    Block,
+    CrossAttention,
+    JointBlock,
+    NoiseEmbedder,
+    RMSNorm,
+    RotaryPositions,
+    check_heads,
+    modulate,
+    resolve_size,
+)
+from .deep_fusion import DeepFusion
 from .strategies import Mixed, make_router
 from .transfer import send
-
-ROPE_THETA = 1e4
-RMS_EPS = 1e-6
-T_SCALE = 1000.0
-
-
-# ----------------------------------------------------------------------------------------- sizes
-
-
-@dataclass(frozen=True)
-class Size:
-    """Dimensions of a DiT. ``ModelConfig`` may replace single numbers of a named size."""
-
-    depth: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-
-
-SIZES = {
-    "nano": Size(depth=6, width=96, num_heads=4, num_kv_heads=1, head_dim=24, mlp_width=256),
-    "small": Size(depth=12, width=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1536),
-    "base": Size(depth=12, width=768, num_heads=12, num_kv_heads=3, head_dim=64, mlp_width=3072),
-    "paper": Size(depth=24, width=2048, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=8192),
-}
-
-
-def resolve_size(config: ModelConfig) -> Size:
-    """The named size with the numbers that the configuration replaces.
-
-    Raises:
-        InputError: heads that cannot be grouped, or a head_dim that 2D RoPE cannot split.
-    """
-    names = ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    size = replace(SIZES[config.size], **given)
-    if size.num_heads % size.num_kv_heads:
-        raise InputError(
-            f"model.num_heads {size.num_heads} is not a multiple of model.num_kv_heads "
-            f"{size.num_kv_heads}: each key/value head serves the same number of query heads"
-        )
-    if size.head_dim % 4:
-        raise InputError(
-            f"model.head_dim {size.head_dim} is not divisible by 4: 2D rotary positions turn pairs "
-            "of channels, half of them by the row and half by the column"
-        )
-    return size
-
-
-# ----------------------------------------------------------------------------------------- parts
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, always in fp32, also under autocast."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS)
-
-    def scale(self, x: Tensor) -> Tensor:
-        """1 / rms(x): [..., W] -> fp32 [..., 1]."""
-        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        return (norm.square() / x.shape[-1] + RMS_EPS).rsqrt()
-
-
-class RotaryPositions(nn.Module):
-    """2D RoPE: half of the channel pairs rotate with the row of the patch, half with its column."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        exponents = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
-        self.register_buffer("frequencies", ROPE_THETA**-exponents, persistent=False)  # [E/4]
-
-    def forward(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a grid of patches, row by row: fp32 [N, E/2] each."""
-        frequencies = self.get_buffer("frequencies")
-        row, column = torch.meshgrid(
-            torch.arange(rows, dtype=torch.float32, device=frequencies.device),
-            torch.arange(columns, dtype=torch.float32, device=frequencies.device),
-            indexing="ij",
-        )
-        position = torch.stack([row.flatten(), column.flatten()], dim=1)  # [N, 2]
-        angles = (position[:, :, None] * frequencies).flatten(1)  # [N, E/2]
-        return angles.cos(), angles.sin()
-
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, as returned by :class:`RotaryPositions`."""
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Queries or keys rotated by their positions: [B, A, N, E]."""
-    cos, sin = rotary  # [N, E/2]
-    first, second = x.chunk(2, dim=-1)  # [B, A, N, E/2] each
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B, N, A*E] -> [B, A, N, E]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-class SelfAttention(nn.Module):
-    """Image tokens attend to each other."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.head_dim = size.head_dim
-        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
-        self.q = nn.Linear(size.width, inner, bias=False)
-        self.k = nn.Linear(size.width, kv, bias=False)
-        self.v = nn.Linear(size.width, kv, bias=False)
-        self.out = nn.Linear(inner, size.width, bias=False)
-        self.q_norm = RMSNorm(size.head_dim)
-        self.k_norm = RMSNorm(size.head_dim)
-
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        q = rotate(self.q_norm(heads(self.q(x), self.head_dim)), rotary)  # [B, A, N, E]
-        k = rotate(self.k_norm(heads(self.k(x), self.head_dim)), rotary)  # [B, G, N, E]
-        v = heads(self.v(x), self.head_dim)  # [B, G, N, E]
-        return self.out(attend(q, k, v))  # [B, N, W]
-
-
-class CrossAttention(nn.Module):
-    """Image tokens attend to text. Keys and values do not depend on the image: see
-    ``DiT.encode_text``."""
-
-    def __init__(self, size: Size, text_width: int) -> None:
-        super().__init__()
-        self.head_dim = size.head_dim
-        inner, kv = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
-        self.q = nn.Linear(size.width, inner, bias=False)
-        self.text_k = nn.Linear(text_width, kv, bias=False)
-        self.text_v = nn.Linear(text_width, kv, bias=False)
-        self.out = nn.Linear(inner, size.width, bias=False)
-        self.q_norm = RMSNorm(size.head_dim)
-        self.k_norm = RMSNorm(size.head_dim)
-
-    def read_weights(self) -> Tensor:
-        """Weights that turn projected text into keys and values, stacked: [2*G*E, H]."""
-        return torch.cat([self.text_k.weight, self.text_v.weight])
-
-    def read(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, from text multiplied with :meth:`read_weights`: [B, T, 2*G*E] ->
-        [B, G, T, E] each."""
-        k, v = (heads(part, self.head_dim) for part in both.chunk(2, dim=-1))  # [B, G, T, E] each
-        return self.k_norm(k).to(v.dtype), v
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q = self.q_norm(heads(self.q(x), self.head_dim))  # [B, A, N, E]
-        return self.out(attend(q, k, v, mask))  # [B, N, W]
-
-
-class SwiGLU(nn.Module):
-    """out(silu(gate(x)) * value(x))."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.gate = nn.Linear(size.width, size.mlp_width, bias=False)
-        self.value = nn.Linear(size.width, size.mlp_width, bias=False)
-        self.out = nn.Linear(size.mlp_width, size.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.value(x))  # [B, N, W] -> [B, N, M] -> [B, N, W]
-
-
-class NoiseEmbedder(nn.Module):
-    """t -> the vector that adaLN modulates by."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(phi(t, T_SCALE))  # [B] -> [B, 128] -> [B, W]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift  # [B, N, W], [B, 1, W] twice
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention, SwiGLU. The query of cross-attention is not pre-normed."""
-
-    def __init__(self, size: Size, text_width: int, conditioned: bool) -> None:
-        super().__init__()
-        self.self_norm = RMSNorm(size.width)
-        self.self_attention = SelfAttention(size)
-        self.cross_attention = CrossAttention(size, text_width)
-        self.mlp_norm = RMSNorm(size.width)
-        self.mlp = SwiGLU(size)
-        self.modulation = nn.Linear(size.width, 6 * size.width) if conditioned else None
-
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor | None,
-        rotary: Rotary,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if self.modulation is None or noise is None:
-            x = x + self.self_attention(self.self_norm(x), rotary)  # [B, N, W]
-            x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
-            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
-        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
-        attended = self.self_attention(modulate(self.self_norm(x), shift_a, scale_a), rotary)
-        x = x + gate_a * attended  # [B, N, W]
-        x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
-        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
 
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Keys and values of every block's cross-attention, padded to the longest caption in the batch.
+    """Keys and values of text for every block, padded to the longest caption in the batch.
 
     Attributes:
         keys, values: of each block, [B, G, T, E].
@@ -271,6 +73,8 @@ class DiT(nn.Module):
         num_llm_layers: number of blocks of the LLM.
         text_width: H.
         mixes: mixes of layers that the feature store holds in place of layers.
+        attention: of the LLM, for ``deep-fusion``. Heads of the blocks are then the LLM's, whatever
+            the size says.
 
     Attributes:
         gradient_checkpointing: keep only the inputs of each block for the backward pass.
@@ -294,9 +98,15 @@ class DiT(nn.Module):
         num_llm_layers: int,
         text_width: int,
         mixes: Mixes | None = None,
+        attention: LlmAttention | None = None,
     ) -> None:
         super().__init__()
         size = resolve_size(config)
+        if attention is not None:
+            names = ("num_heads", "num_kv_heads", "head_dim")
+            size = replace(size, **{name: getattr(attention, name) for name in names})
+            check_heads(size)
+            self._no_split_modules = ("JointAttention", "SwiGLU")
         channels, height, width = latent_shape
         patch = config.patch_size
         self.latent_shape = (channels, height, width)
@@ -318,14 +128,21 @@ class DiT(nn.Module):
                 num_blocks=size.depth,
                 text_width=text_width,
                 mixes=mixes,
+                attention=attention,
             )
-        width_read = self.router.width_read(text_width)
-        self.context_norm = RMSNorm(width_read)
-        self.context = nn.Linear(width_read, text_width)
+        if attention is None:
+            width_read = self.router.width_read(text_width)
+            self.context_norm = RMSNorm(width_read)
+            self.context = nn.Linear(width_read, text_width)
         self.noise_embedder = NoiseEmbedder(size.width) if conditioned else None
         self.patch_in = nn.Linear(channels * patch * patch, size.width)
         self.rotary = RotaryPositions(size.head_dim)
-        self.blocks = nn.ModuleList(Block(size, text_width, conditioned) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(
+            Block(size, text_width, conditioned)
+            if attention is None
+            else JointBlock(size, conditioned)
+            for _ in range(size.depth)
+        )
         self.norm_out = RMSNorm(size.width)
         self.modulation_out = nn.Linear(size.width, 2 * size.width) if conditioned else None
         self.patch_out = nn.Linear(size.width, channels * patch * patch)
@@ -360,10 +177,11 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
 
         # As in the reference: projected text starts small, about N(0, 1) for H = 2560.
-        nn.init.normal_(self.context.weight, std=0.02)
+        if not isinstance(self.router, DeepFusion):
+            nn.init.normal_(self.context.weight, std=0.02)
 
         # adaLN-zero: self-attention and SwiGLU of every block start switched off.
-        for block in cast(Iterable[Block], self.blocks):
+        for block in cast(Iterable[Block | JointBlock], self.blocks):
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
         if self.modulation_out is not None:
@@ -405,8 +223,8 @@ class DiT(nn.Module):
             block.compile()
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the routing strategy; none where its weights are fixed."""
-        return list(self.router.parameters())
+        """Parameters of the routing strategy that learn; none where its weights are fixed."""
+        return [] if isinstance(self.router, DeepFusion) else list(self.router.parameters())
 
     def block_matrices(self) -> list[nn.Parameter]:
         """2D weights of the blocks, for which Muon is made."""
@@ -433,7 +251,8 @@ class DiT(nn.Module):
                 Best left on the CPU, with ``caption``: a GPU then waits for nothing.
             caption: int64 [B], which unique caption each batch item has.
             t: [B]; needed where ``router.depends_on_t``, ignored elsewhere.
-            conditioning: not read; for pretrained networks.
+            conditioning: its ``null`` is read where ``router.needs_positions``: bool [U], whether
+                each caption is the null caption; by default none is.
         """
         # Captions of 2 and 3 rows, and three batch items of captions 1, 0, 1:
         #
@@ -450,20 +269,27 @@ class DiT(nn.Module):
             owners = send(mask.nonzero()[:, 0], hidden.device)  # [P]
             fused = self.router(hidden, t, rows=rows, owners=owners)  # [P, D or 1, H]
             starts = lengths.cumsum(0) - lengths  # [B], now first pairs
+        elif isinstance(self.router, DeepFusion):
+            null = None if conditioning is None else conditioning.get(NULL)
+            positions = self.router.positions(offsets, null)  # [R]
+            fused = self.router.keys_and_values(hidden, send(positions, hidden.device))
         else:
             fused = self.router(hidden)  # [R, D or 1, H]
         # Padding repeats the caption's first row and is masked: it is finite and has no weight.
         index = torch.where(mask, starts[:, None] + steps, starts[:, None])  # [B, T]
         index = send(index, hidden.device)
 
-        attentions = [block.cross_attention for block in cast(Iterable[Block], self.blocks)]
-        both = self._project(fused, [attention.read_weights() for attention in attentions])
+        readers = [block.reader for block in cast(Iterable[Block | JointBlock], self.blocks)]
+        both = fused
+        if not isinstance(self.router, DeepFusion):
+            crossing = cast(list[CrossAttention], readers)
+            both = self._project(fused, [attention.read_weights() for attention in crossing])
         keys, values = [], []
         # All blocks at once: [R or P, D, 2*G*E] -> [B, T, 2*G*E] per block.
         padded = both.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
         each = padded.unflatten(-1, both.shape[1:]).unbind(2)
-        for attention, of_block in zip(attentions, each, strict=True):
-            k, v = attention.read(of_block)  # [B, G, T, E] each
+        for reader, of_block in zip(readers, each, strict=True):
+            k, v = reader.read(of_block)  # [B, G, T, E] each
             keys.append(k)
             values.append(v)
         # Captions of one length need none, and then flash attention does. Where the mask is on a
@@ -526,7 +352,7 @@ class DiT(nn.Module):
                     f"the features hold mixes of layers {mixes.layers} with weights other than "
                     "this network's: rewrite them with --routing and the network's run"
                 )
-            self.router = Mixed(mixes).to(self.context.weight.device)
+            self.router = Mixed(mixes).to(self.patch_out.weight.device)
         try:
             yield
         finally:
@@ -561,6 +387,7 @@ class DiT(nn.Module):
         offsets: Tensor,
         caption: Tensor,
         t_routing: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """:meth:`encode_text` and :meth:`denoise` in one call, so that wrappers of ``forward`` see
         every parameter used.
@@ -568,13 +395,14 @@ class DiT(nn.Module):
         Args:
             x_t: [B, C, h, w].
             t: [B].
-            hidden, offsets, caption: as for :meth:`encode_text`.
+            hidden, offsets, caption, conditioning: as for :meth:`encode_text`.
             t_routing: [B], the t that routing sees; by default t.
 
         Returns:
             fp32 [B, C, h, w].
         """
-        text = self.encode_text(hidden, offsets, caption, t if t_routing is None else t_routing)
+        t_routing = t if t_routing is None else t_routing
+        text = self.encode_text(hidden, offsets, caption, t_routing, conditioning)
         return self.denoise(x_t, t, text)  # [B, C, h, w]
 
     def _patchify(self, x: Tensor) -> Tensor:

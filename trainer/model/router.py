@@ -24,10 +24,14 @@ class Router(nn.Module, ABC):
             mixes, the numbers of the mixes.
         depends_on_t: True where what blocks read changes with t.
         depends_on_content: True where alpha changes with the token.
+        mixes_layers: True where blocks read layers mixed by alpha, and nothing else of them.
+        needs_positions: True where what blocks read changes with the position of a token.
     """
 
     depends_on_t = False
     depends_on_content = False
+    mixes_layers = True
+    needs_positions = False
 
     def __init__(self, layers: Sequence[int], layers_read: Sequence[int] | None = None) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...schemas import InputError, Mixes, RoutingConfig
+from ...schemas import InputError, LlmAttention, Mixes, RoutingConfig
+from .deep_fusion import DeepFusion
 from .deployed import Concat, LayerAttention, OnePerBlock
 from .fusion import fuse, in_chunks, layer_norm
 from .gates import GATE_WIDTH, PHI_WIDTH, Gates, phi
@@ -268,6 +269,7 @@ def make_router(
     num_blocks: int,
     text_width: int,
     mixes: Mixes | None = None,
+    attention: LlmAttention | None = None,
 ) -> Router:
     """The router of a configuration, with fresh weights from torch's default generator.
 
@@ -277,6 +279,7 @@ def make_router(
         num_blocks: D of the DiT.
         text_width: H.
         mixes: mixes of layers that the store holds in place of layers.
+        attention: shapes of the LLM's keys and values, for ``deep-fusion``.
 
     Raises:
         InputError: the store does not hold the layers that the strategy reads; a store of mixes
@@ -309,6 +312,12 @@ def make_router(
             return Concat(layers, num_llm_layers, config.layers)
         case "attention":
             return LayerAttention(layers, num_llm_layers, config.layers, text_width)
+        case "deep-fusion":
+            if attention is None:
+                raise ValueError("strategy deep-fusion needs the LLM's attention, found None")
+            return DeepFusion(
+                layers, attention, num_llm_layers, num_blocks, config.layers, text_width
+            )
         case "mixes":
             raise InputError(
                 f"strategy mixes reads what semroute rewrite --routing RUN stored, but the store "
@@ -319,7 +328,7 @@ def make_router(
 def _check_mixes(config: RoutingConfig, mixes: Mixes, num_blocks: int) -> None:
     if config.strategy != "mixes":
         raise InputError(
-            f"strategy {config.strategy} weighs layers, but the store holds {mixes.num_mixes} "
+            f"strategy {config.strategy} reads layers, but the store holds {mixes.num_mixes} "
             f"mixes of them, made for a run with strategy {mixes.strategy}: train from the store "
             "that it was made from, or with routing.strategy=mixes, which keeps that run's weights"
         )

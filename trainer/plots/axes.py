@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ...pipeline.style import COLOUR_MAP, FAINT, INK, SIGNED_COLOUR_MAP, Figure, clean
+from ...pipeline.style import COLOUR_MAP, FAINT, INK, SIGNED_COLOUR_MAP, Figure, clean, log_axis
 
 
 def label(axes: Axes, x: str, y: str, title: str | None = None) -> None:
@@ -30,13 +30,8 @@ def block_ticks(axes: Axes, num_blocks: int, most: int = 12) -> None:
 
 def log_scale(axes: Axes, values: NDArray[np.floating[Any]]) -> None:
     """A logarithmic y axis where values fall by more than a factor of 5, with plain numbers."""
-    if values.min() <= 0 or values.max() <= 5 * values.min():
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(
-        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""
-    )
+    if values.min() > 0 and values.max() > 5 * values.min():
+        log_axis(axes)
 
 
 def smoothed(values: NDArray[np.floating[Any]], half: int) -> NDArray[np.floating[Any]]:
@@ -73,6 +68,7 @@ def weight_colours(weights: NDArray[np.floating[Any]]) -> dict[str, Any]:
 def mark_uniform(bar: Any, num_layers: int) -> None:
     """A line at 1/L on a colour bar, named uniform."""
     bar.outline.set_visible(False)
+    bar.set_label("weight", color=INK, fontsize=8)
     bar.ax.axhline(1 / num_layers, color="white", linewidth=1.5)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))

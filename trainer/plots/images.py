@@ -109,3 +109,23 @@ def save_images(
     write_document(list_path, "".join(f"{line}\n" for line in lines))
     grid.savefig(out / "grid.png", dpi=DPI)
     return [out / "grid.png", list_path]
+
+
+def list_images(folder: Path) -> list[tuple[str, Path]]:
+    """Caption and file of each image that :func:`save_images` wrote; none without a list.
+
+    Raises:
+        InputError: the list is damaged.
+    """
+    listed = folder / CAPTIONS
+    if not listed.is_file():
+        return []
+    images = []
+    for line in listed.read_text("utf-8").splitlines():
+        entry = load_json(line, str(listed))
+        match entry:
+            case {"image": str(name), "caption": str(caption)} if _IMAGE.fullmatch(name):
+                images.append((caption, folder / name))
+            case _:
+                raise InputError(f"{listed} is damaged at {line[:80]!r}: write the images again")
+    return images

@@ -61,7 +61,7 @@ def routing_heatmap(
         fontsize=8,
     )
     word.set_in_layout(single)  # else the colour bar would make room for it
-    top.set_ylabel("weight" if single else "mean", color=INK)
+    top.set_ylabel("weight" if single else "mean weight", color=INK)
     if weights.min() >= 0:
         top.set_ylim(bottom=0)
     else:

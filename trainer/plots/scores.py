@@ -51,13 +51,15 @@ def accuracy_bars(scores: pa.Table, title: str = "Accuracy by skill") -> Figure:
             [chance for _, chance in chances],
             [centre - width / 2 for centre, _ in chances],
             [centre + width / 2 for centre, _ in chances],
-            color="black",
+            color=INK,
             linewidth=1.6,
             linestyle=(0, (1.5, 1)),
             label="chance",
         )
     axes.set_xticks(range(len(skills)), [*map(plain, skills)])
     axes.set_ylim(0, 1)
+    axes.set_xlabel("skill", color=INK)
+    axes.set_ylabel("accuracy", color=INK)
     axes.set_title(plain(title), color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)

@@ -64,6 +64,11 @@ def write_router(run: "Run | Adapter", folder: Path) -> None:
         raise InputError(
             f"{run.path} has no router: it was trained with model.train={record.config.model.train}"
         )
+    if record.llm_attention is not None:
+        raise InputError(
+            f"{run.path} has no router: with strategy deep-fusion, blocks read keys and values of "
+            "the LLM, and no mix of layers; export the run as a pipeline"
+        )
     t = torch.linspace(0, 1, NUM_T) if router.depends_on_t else torch.ones(1)
     tensors = {
         "alpha": torch.from_numpy(run.weights(t.numpy())),

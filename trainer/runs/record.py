@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...schemas import (
@@ -18,12 +20,14 @@ from ...schemas import (
     differences,
     parse,
     refuse_differences,
+    sync,
     write_document,
 )
 from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
 from ...schemas.seeds import RANDOM_VERSION
-from .checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
+from ...schemas.tensor_files import save_tensors
+from .checkpoint import Checkpoint, describe_file, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
     from ..adapters.routed import Routed
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     Network: TypeAlias = DiT | Routed
 
 RECORD = "run.json"
+LLM_WEIGHTS = "llm.safetensors"
+"""Weights of the LLM that blocks read with strategy ``deep-fusion``; see :class:`LlmAttention`."""
 
 # Keys of a record that describe the data of training and validation.
 STORES = {"features", "codec", "latents", "validation", "selection", "mixture", "pretrained"}
@@ -41,6 +47,7 @@ PATHS: Any = {
     "latents": True,
     "output": True,
     "model": {"pretrained"},
+    "routing": {"llm"},
     "data": {
         "cache": True,
         "conditioning": True,
@@ -184,7 +191,63 @@ def _build_dit(record: RunRecord) -> "DiT":
             num_llm_layers=llm.num_layers,
             text_width=llm.width,
             mixes=record.features.mixes,
+            attention=record.llm_attention,
         )
+
+
+def put_llm_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill the weights of the LLM that a network holds.
+
+    Raises:
+        InputError: they are not those of its router.
+    """
+    router = model.get_submodule("router")
+    refuse_differences(
+        differences(
+            {name: list(value.shape) for name, value in weights.items()},
+            {name: list(value.shape) for name, value in router.named_parameters()},
+        ),
+        f"{LLM_WEIGHTS} holds other weights than the network reads; found, expected",
+        "Restore the run directory from a copy.",
+    )
+    router.load_state_dict(dict(weights))
+
+
+def write_llm_weights(path: Path, record: RunRecord, weights: Mapping[str, Tensor]) -> RunRecord:
+    """Write weights of the LLM into a run directory.
+
+    Returns:
+        The record with their checksum.
+    """
+    assert record.llm_attention is not None
+    path.mkdir(parents=True, exist_ok=True)
+    unfinished = path / f"{LLM_WEIGHTS}.tmp"
+    save_tensors(weights, unfinished, {"format": "pt"})
+    sync(unfinished)
+    sha256 = describe_file(unfinished).sha256
+    unfinished.replace(path / LLM_WEIGHTS)
+    sync(path)
+    attention = record.llm_attention.model_copy(update={"sha256": sha256})
+    return record.model_copy(update={"llm_attention": attention})
+
+
+def read_llm_weights(path: Path, record: RunRecord) -> dict[str, Tensor]:
+    """The weights of the LLM in a run directory.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    assert record.llm_attention is not None
+    file = path / LLM_WEIGHTS
+    try:
+        found = describe_file(file).sha256
+        if found != record.llm_attention.sha256:
+            raise InputError("it has another sha256 than when it was written")
+        return load_file(file)
+    except (InputError, OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file} is missing or damaged ({error}): restore the run directory from a copy"
+        ) from error
 
 
 def learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -256,7 +319,8 @@ def find_run(path: Path, record: RunRecord) -> tuple[RunRecord, Checkpoint | Non
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a new folder for the run")
         present = {p.name for p in path.iterdir()} if path.exists() else set()
-        own = {f"{RECORD}.tmp", *(name for name in present if name.startswith(LOCK_FILE))}
+        own = {f"{RECORD}.tmp", LLM_WEIGHTS, f"{LLM_WEIGHTS}.tmp"}
+        own |= {*(name for name in present if name.startswith(LOCK_FILE))}
         foreign = sorted(present - own)
         if foreign:
             raise InputError(

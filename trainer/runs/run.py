@@ -18,7 +18,14 @@ from ..diffusion.sampling import SamplingDtype
 from .compatibility import check_features, check_llm
 from .metrics import METRICS, METRICS_SCHEMA, WEIGHTS, read_metrics
 from .noise_level import make_clock
-from .record import build_model, choose_checkpoint, load_trained, read_record
+from .record import (
+    build_model,
+    choose_checkpoint,
+    load_trained,
+    put_llm_weights,
+    read_llm_weights,
+    read_record,
+)
 
 if TYPE_CHECKING:
     from ...pipeline.style import Figure
@@ -284,6 +291,8 @@ def load_run(
     record = read_record(path)
     checkpoint = choose_checkpoint(path, record, step)
     model = build_model(record)
+    if record.llm_attention is not None:
+        put_llm_weights(model, read_llm_weights(path, record))
     load_trained(model, checkpoint.ema() if weights == "ema" else checkpoint.model())
     return Run(path, record, checkpoint.step, weights, model.eval().requires_grad_(False))
 

@@ -54,7 +54,8 @@ def _architecture(record: RunRecord, model: "Network") -> dict[str, Any]:
     if isinstance(model, DiT):
         return {
             **asdict(model.size),
-            "width_read": model.context.in_features,
+            "deep_fusion": record.llm_attention is not None,
+            "width_read": model.router.width_read(model.text_width),
             "patch_size": model.patch_size,
             "conditioning": record.config.model.conditioning,
             **common,

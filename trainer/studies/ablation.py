@@ -105,8 +105,8 @@ def ablate(
         Scores as a study has them: ``arm`` is the swap, ``seed`` the number of the run.
 
     Raises:
-        InputError: weights that depend on the token, or runs that differ in strategy, blocks or
-            layers.
+        InputError: weights that depend on the token or define no mix, or runs that differ in
+            strategy, blocks or layers.
     """
     weights = [weights_of(run, scoring.num_steps) for run in runs]
     kinds = [
@@ -162,15 +162,17 @@ def weights_of(run: "Run", num_steps: int) -> Tensor:
     """Learned routing weights of a run, [D, L]; if they depend on t, the mean over t of sampling.
 
     Raises:
-        InputError: the weights depend on the token, or the run reads mixes.
+        InputError: the weights depend on the token, blocks read no mix that they define, or the run
+            reads stored mixes.
     """
-    if run.model.router.depends_on_content or run.record.features.mixes is not None:
+    router = run.model.router
+    if router.depends_on_content or not router.mixes_layers or run.record.features.mixes:
         raise InputError(
             f"{run.path}: strategy {run.record.config.routing.strategy} has no one set of weights "
             "over layers to swap; expected static, depth, time, joint or a fixed one"
         )
     t = None
-    if run.model.router.depends_on_t:
+    if router.depends_on_t:
         t = run.flow.at(run.record.latents.shape).schedule(num_steps)[:-1].numpy()
     return torch.from_numpy(run.weights(t)).mean(0)
 

@@ -48,6 +48,8 @@ def score_figure(
             axes.tick_params(labelsize="x-small")
         panel_row[0].set_yticks(range(len(arms)), [*map(plain, arms)], fontsize="small")
         panel_row[0].set_ylim(len(arms) - 0.5, -0.5)
+        panel_row[0].set_ylabel("arm", color=INK)
+    figure.supxlabel("accuracy", color=INK, fontsize="medium")
     return figure
 
 
@@ -81,6 +83,8 @@ def guidance_figure(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in panels[-1]:
         axes.set_xlabel("guidance scale", color=INK)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy", color=INK)
     _add_legend(figure, panels[0, 0])
     return figure
 
@@ -128,6 +132,7 @@ def left_out_figure(
     for axes, skill in zip(panels, skills, strict=False):
         clean(axes)
         axes.set_title(skill, color=INK, fontsize="small")
+        axes.set_ylabel("difference", color=INK, fontsize="small")
         axes.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
         for number, split in enumerate(splits):
             rows = {
@@ -150,6 +155,7 @@ def left_out_figure(
     last.vlines(layers, weights.min(0), weights.max(0), color=LINES[0], alpha=0.5)
     last.plot(layers, weights.mean(0), "o", markersize=4, color=LINES[0])
     last.set_xlabel("LLM layer", color=INK)
+    last.set_ylabel("weight", color=INK, fontsize="small")
     _add_legend(figure, panels[0])
     return figure
 

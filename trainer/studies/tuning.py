@@ -98,6 +98,8 @@ def is_tuned(study: StudyConfig, arm: str) -> bool:
     if "key" in study.arm(arm).tuning:
         return True
     config = make_job(study, arm, study.seeds[0], {}).config
+    if config.routing.strategy == "deep-fusion":
+        return False  # it learns none, and to build it would take the LLM
     stores = open_features(config.features), open_latents(config.latents)
     record = make_record(config, open_pairs(*stores, config.data))
     return bool(build_model(record).router_parameters())

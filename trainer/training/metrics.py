@@ -123,7 +123,7 @@ def routing_weights(
     every = config.log_every * math.ceil(config.steps / HISTORY_LINES / config.log_every)
     due = step % every == 0 or step == config.steps
     router = network.router
-    if not (due and [*router.parameters()]):
+    if not (due and any(parameter.requires_grad for parameter in router.parameters())):
         return None
     levels = HISTORY_T if router.depends_on_t else [1.0]
     device = next(network.parameters()).device

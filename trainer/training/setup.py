@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
@@ -30,8 +31,10 @@ from ...schemas.seeds import RANDOM_VERSION
 from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
 from ..diffusion.noise import NoiseSource
+from ..model.blocks import resolve_size
+from ..model.deep_fusion import layers_of_blocks
 from ..runs.checkpoint import Checkpoint
-from ..runs.record import build_model, find_run
+from ..runs.record import build_model, find_run, put_llm_weights, read_llm_weights
 from ..runs.run import Run
 from ..runs.start import open_start
 from .accelerator import check_tracker
@@ -39,6 +42,7 @@ from .position import check_followed
 from .validation import Validation, open_validation
 
 if TYPE_CHECKING:
+    from ...pipeline.models.hub import ModelFiles
     from ..runs.record import Network
 
 
@@ -53,6 +57,7 @@ class Setup:
         model: the network with fresh weights.
         start: the run that ``config.start`` names, if this run is new and the network not empty.
         validation: measures the run on held-out samples, if configured.
+        llm_weights: weights of the LLM that a new run with strategy ``deep-fusion`` copies.
     """
 
     features: FeatureStore
@@ -63,6 +68,7 @@ class Setup:
     model: "Network"
     start: Run | None
     validation: Validation | None
+    llm_weights: Mapping[str, Tensor] | None = None
 
 
 def prepare(
@@ -85,13 +91,23 @@ def prepare(
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     check_followed(record.config, pairs)
+    record, llm = find_llm_attention(record, features.layers)
     model = build_model(record, building, empty=empty)
+    llm_weights = None
+    if record.llm_attention is not None and building is None and not empty:
+        if llm is not None:
+            from ...pipeline.models.attention import read_attention
+
+            llm_weights = read_attention(llm, record.llm_attention, record.features)
+        put_llm_weights(model, llm_weights or read_llm_weights(Path(config.output), record))
     for shape in by_shape(pairs):
         model.check_shape(shape)
     start = open_start(model, record) if checkpoint is None and not empty else None
     check_tracker(config)
-    validation = open_validation(config, features, latents, model.router.layers_read)
-    return Setup(features, latents, pairs, record, checkpoint, model, start, validation)
+    validation = open_validation(config, features, latents, model.router)
+    return Setup(
+        *(features, latents, pairs, record, checkpoint, model, start, validation), llm_weights
+    )
 
 
 def make_loader(
@@ -115,6 +131,7 @@ def make_loader(
         layers=setup.model.router.layers_read,
         partition=BatchPartition(rank, num_ranks, config.grad_accum_steps),
         held_out=held_out(config.validation, setup.latents.ids),
+        marks_null=setup.model.router.needs_positions,
         start_step=0 if setup.checkpoint is None else setup.checkpoint.step,
         codes=codes,
         pairs=setup.pairs,
@@ -127,6 +144,39 @@ def make_loader(
             version,
         ),
     )
+
+
+def find_llm_attention(
+    record: RunRecord, stored: Sequence[int]
+) -> "tuple[RunRecord, ModelFiles | None]":
+    """The LLM whose keys and values blocks read with strategy ``deep-fusion``.
+
+    Args:
+        stored: layers in the feature store.
+
+    Returns:
+        The record that describes them; and the LLM, where the run is new and has no copy yet.
+
+    Raises:
+        InputError: the store lacks layers, or the LLM is missing, is another one, or has keys and
+            values that stored layers do not determine.
+    """
+    config = record.config
+    if config.routing.strategy != "deep-fusion" or record.llm_attention is not None:
+        return record, None
+    from ...pipeline.models.attention import find_attention
+
+    llm = record.features.model
+    if record.features.mixes is not None:
+        raise InputError(
+            "the features hold mixes of layers, but each block of the LLM reads its own layer: "
+            "train deep-fusion on the store that they were made from"
+        )
+    depth = resolve_size(config.model).depth
+    chosen = layers_of_blocks(stored, llm.num_layers, depth, config.routing.layers)
+    model = config.routing.llm or record.model_source
+    source, attention = find_attention(record.features, sorted({*chosen}), model)
+    return record.model_copy(update={"llm_attention": attention}), source
 
 
 def make_record(config: TrainConfig, pairs: Sequence[StorePair]) -> RunRecord:

@@ -15,7 +15,7 @@ from ..adapters.paths import make_path
 from ..data.loader import PackedLoader
 from ..runs.checkpoint import Checkpoint, latest_checkpoint, remove_leftovers, set_aside
 from ..runs.metrics import trim_metrics
-from ..runs.record import tracker_id, write_record
+from ..runs.record import tracker_id, write_llm_weights, write_record
 from ..runs.start import start_from
 from ..runs.threads import describe_threads
 from .accelerator import make_accelerator, timeout_of
@@ -107,7 +107,10 @@ def _begin(
     for checkpoint in damaged:
         _report(f"{checkpoint.path} is now {set_aside(checkpoint).name}")
     remove_leftovers(path)
-    write_record(path, setup.record)
+    record = setup.record
+    if setup.llm_weights is not None:
+        record = write_llm_weights(path, record, setup.llm_weights)
+    write_record(path, record)
     trim_metrics(path, loader.start_step)
     for line in describe_threads(setup.record) if progress and on_cpu else []:
         _report(line)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...pipeline.store.order.dataset import check_joined, open_joined, validation_samples
-from ...schemas import TrainConfig, differences, refuse_differences
+from ...schemas import NULL, TrainConfig, differences, refuse_differences
 from ...schemas.seeds import Purpose, torch_generator
 from ..data.batch import Batch
 from ..diffusion.ddpm import Ddpm
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...pipeline.store.conditioning import ConditioningStore
     from ...pipeline.store.features import FeatureStore
     from ...pipeline.store.latents import LatentStore
+    from ..model.router import Router
 
 NUM_IMAGES = 64
 """Images in a batch. Not the run's batch size: rounding must not depend on ranks."""
@@ -41,6 +42,7 @@ class Validation:
         num_bins: K; each sample is used once in each bin, at a t that never changes.
         seed: determines t and noise, together with the sample's id.
         conditioning: what the pipeline of a pretrained network gives it for the captions.
+        marks_null: say which captions are the null caption.
     """
 
     features: "FeatureStore"
@@ -50,6 +52,7 @@ class Validation:
     num_bins: int
     seed: int
     conditioning: "ConditioningStore | None" = None
+    marks_null: bool = False
 
     @torch.no_grad()
     def measure(
@@ -111,6 +114,11 @@ class Validation:
         firsts = self.features.first_captions[samples]
         unique, caption = np.unique(firsts, return_inverse=True)
         rows = self.features.read(unique, self.layers)
+        given = None if self.conditioning is None else self.conditioning.tensors(unique)
+        if self.marks_null:
+            from ...pipeline.store.features import NULL_CAPTION
+
+            given = {NULL: torch.from_numpy(unique == NULL_CAPTION)}
         return Batch(
             step=0,
             micro_step=0,
@@ -120,7 +128,7 @@ class Validation:
             offsets=torch.from_numpy(rows.offsets),
             caption=torch.from_numpy(caption),
             latents=torch.from_numpy(self.latents.read(samples, None)),
-            conditioning=None if self.conditioning is None else self.conditioning.tensors(unique),
+            conditioning=given,
         )
 
     def _draw(self, samples: np.ndarray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -135,13 +143,13 @@ class Validation:
 
 
 def open_validation(
-    config: TrainConfig, features: "FeatureStore", latents: "LatentStore", layers: tuple[int, ...]
+    config: TrainConfig, features: "FeatureStore", latents: "LatentStore", router: "Router"
 ) -> Validation | None:
     """The validation that is configured, if any.
 
     Args:
         features, latents: stores to train on.
-        layers: LLM layers that the router reads.
+        router: whose layers are read.
 
     Raises:
         InputError: the share leaves no samples on one side, or a second pair of stores differs in
@@ -166,10 +174,11 @@ def open_validation(
         features,
         latents,
         samples,
-        list(layers),
+        list(router.layers_read),
         wanted.num_bins,
         wanted.seed,
         open_joined(given, features),
+        router.needs_positions,
     )
 
 

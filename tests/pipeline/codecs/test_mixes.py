@@ -411,7 +411,7 @@ class TestTraining:
     @pytest.mark.parametrize("strategy", ["penultimate", "uniform", "depth", "time"])
     def test_other_strategies_are_refused(self, configure, mixed, strategy):
         config = configure(strategy, f"refused-{strategy}", features=str(mixed("depth").path))
-        with pytest.raises(InputError, match=rf"strategy {strategy} weighs layers, but the store"):
+        with pytest.raises(InputError, match=rf"strategy {strategy} reads layers, but the store"):
             train(config)
 
     def test_a_store_of_layers_is_refused(self, configure):

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import yaml
 pytest.importorskip("torch")
 pytest.importorskip("distributed")  # or a setting for a while takes its defaults away at the end
 
+from distributed import Client, Scheduler
+
 from semroute.pipeline.executor import dask as dask_executor
-from semroute.pipeline.executor import workers
+from semroute.pipeline.executor import jobs, workers
 from semroute.pipeline.executor.base import ClusterLostError
 from semroute.pipeline.executor.connect import MOST_WORKERS, connect
 from semroute.pipeline.executor.jobqueue import with_lifetime
@@ -220,10 +223,10 @@ class TestSchedulerFile:
         assert contents(path) == undisturbed
 
 
-def write_jobs(**options):
-    """jobs.yaml: up to two jobs of this machine."""
+def write_jobs(kind="local", **options):
+    """jobs.yaml: up to two jobs, by default of this machine."""
     options |= {"memory": "2GB", "python": sys.executable, "walltime": "01:00:00"}
-    jobs = {"kind": "local", "maximum_jobs": 2, "options": options}
+    jobs = {"kind": kind, "maximum_jobs": 2, "options": options}
     Path("jobs.yaml").write_text(yaml.safe_dump(jobs))
 
 
@@ -306,6 +309,31 @@ class TestJobs:
         ):
             inspect_workers(executor, str(tmp_path), print)
 
+    def test_the_task_at_work_ends_before_the_worker(self, tmp_path):
+        """At the end of its lifetime Dask's worker would drop the task: no other could run it."""
+
+        def work(name, folder=tmp_path):
+            (folder / name).touch(exist_ok=False)
+            time.sleep(3)
+            return name
+
+        async def run():
+            options = {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
+            lasting = {"lifetime": "2s", "nthreads": 1}
+            async with (
+                Scheduler(port=0, **options) as scheduler,
+                Client(scheduler.address, asynchronous=True, set_as_default=False) as client,
+            ):
+                first, second = (client.submit(work, name) for name in ("first", "second"))
+                async with jobs.PatientWorker(scheduler.address, **lasting, **options) as worker:
+                    result = await first
+                    first.release()
+                    await worker.finished()
+                return result, second.status
+
+        assert asyncio.run(asyncio.wait_for(run(), 60)) == ("first", "pending")
+        assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
     def test_workers_end_before_their_job_does(self):
         found = with_lifetime({"walltime": "04:00:00"}, 10)["worker_extra_args"]
         assert found == ["--lifetime", "13500s", "--lifetime-stagger", "300s"]
@@ -317,6 +345,79 @@ class TestJobs:
         assert with_lifetime({"cores": 1}, 10) == {"cores": 1}
         with pytest.raises(InputError, match="not longer than"):
             with_lifetime({"walltime": "00:10:00"}, 10)
+
+
+SUBMIT = """
+touch submitted-$(ls submitted-* 2>/dev/null | wc -l)
+num=$(ls submitted-* | wc -l)
+cp "$1" script.sh
+if [ $num = "$STARTED" ]; then bash script.sh >log 2>&1 & echo $! >pid; fi
+echo "Submitted batch job $num"
+"""
+"""Counts jobs, and starts one of them."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestSlurm:
+    """With commands in place of Slurm's; benchmarks/slurm.sh uses a real one."""
+
+    @pytest.fixture
+    def connect_slurm(self, tmp_path, monkeypatch):
+        """Connects to jobs that these commands submit and list."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)
+
+        def connect_slurm(**commands):
+            (tmp_path / "bin").mkdir()
+            for name, lines in ({"scancel": "echo $1 >> cancelled"} | commands).items():
+                (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{lines}\n")
+                (tmp_path / "bin" / name).chmod(0o755)
+            others = ":/usr/bin:/bin" if commands else ""  # a real Slurm may be there
+            monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{others}")
+            write_jobs(kind="slurm", cores=1)
+            return connect("jobs.yaml", None)
+
+        return connect_slurm
+
+    @pytest.mark.parametrize(
+        ("commands", "message"),
+        [
+            ({"sbatch": "echo sbatch: error: invalid partition >&2; exit 1"}, "invalid partition"),
+            ({"sbatch": "echo no number"}, "no number"),
+            ({}, r"No such file or directory: 'sbatch'"),
+        ],
+    )
+    def test_a_job_that_is_not_taken_ends_the_wait(self, connect_slurm, commands, message):
+        pattern = f"jobs.yaml do not start: the batch system does not take a job: .*{message}"
+        with (
+            connect_slurm(**commands) as executor,
+            pytest.raises(ClusterLostError, match=pattern),
+        ):
+            inspect_workers(executor, "s3://bucket/store", [].append)
+
+    def test_jobs_that_end_at_once_are_tried_three_times(self, connect_slurm):
+        with (
+            connect_slurm(
+                sbatch=SUBMIT, squeue="echo 1 FAILED; echo 2 FAILED; echo 3 TIMEOUT"
+            ) as executor,
+            pytest.raises(ClusterLostError, match=r"3 times in a row .* job 3, ended \(TIMEOUT\)"),
+        ):
+            inspect_workers(executor, "s3://bucket/store", [].append)
+        assert len([*Path().glob("submitted-*")]) == 3
+        assert Path("cancelled").read_text().split() == ["1", "2", "3"]
+
+    def test_a_job_that_is_lost_while_it_waits_is_replaced(self, connect_slurm, monkeypatch):
+        """Job 1 waits, and is no longer listed then; job 2 has a worker."""
+        monkeypatch.setenv("STARTED", "2")
+        listing = "touch look-$(ls look-* 2>/dev/null | wc -l); [ -e look-3 ] || echo 1 PENDING"
+        try:
+            with connect_slurm(sbatch=SUBMIT, squeue=listing) as executor:
+                inspect_workers(executor, "s3://bucket/store", [].append)
+                assert len(executor.threads()) == 1
+        finally:
+            os.kill(int(Path("pid").read_text()), signal.SIGTERM)
+        assert Path("cancelled").read_text().split() == ["1", "2"]
+        assert not Path("submitted-2").exists()
 
 
 class TestNames:

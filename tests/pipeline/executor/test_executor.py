@@ -62,7 +62,8 @@ class TestRun:
         with pytest.raises(DiskFullError):
             outcomes(make_executor(workers), full)
 
-    def test_ctrl_c_lets_shards_at_work_end(self, workers):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+    def test_a_signal_lets_shards_at_work_end(self, workers, number):
         def slow(shard):
             time.sleep(0.2)
             return shard
@@ -73,7 +74,7 @@ class TestRun:
             for shard, _ in executor.run(range(50), slow, lambda s: (s,), on_progress=ignore):
                 seen.append(shard)
                 if len(seen) == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), number)
 
         with make_executor(workers) as executor, pytest.raises(Interrupted):
             interrupt(executor)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from semroute.pipeline.inspection import figures
 from semroute.pipeline.inspection.linear_probe import probe_layers, wilson
 from semroute.pipeline.sources.labels import read_labels
 from semroute.pipeline.store.open import open_features
+from semroute.pipeline.style import readable
 from semroute.schemas import InputError, Routing
 
 
@@ -142,8 +144,8 @@ class TestFigure:
         routing = Routing(strategy="depth", step=1, source="ema", layers=[1, 2, 4], weights=weights)
         figure = figures.probe_accuracy(found, routing)
         titles = [axes.get_title() for axes in figure.axes]
-        assert [title.split(",")[0] for title in titles] == [
-            *(probe.label for probe in found.probes),
+        assert [re.split(" \\(|;", title)[0] for title in titles] == [
+            *(readable(probe.label) for probe in found.probes),
             "what the router reads",
         ]
         heights = [bar.get_height() for bar in figure.axes[-1].patches]

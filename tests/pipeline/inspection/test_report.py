@@ -2,15 +2,18 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from figure_checks import untitled
 
 from semroute.pipeline.codecs.error import layer_error
 from semroute.pipeline.inspection import figures
 from semroute.pipeline.inspection.describe import inspect
 from semroute.pipeline.inspection.report import write_report
-from semroute.pipeline.inspection.statistics import measure_layers
+from semroute.pipeline.inspection.statistics import measure_caption, measure_layers
 from semroute.pipeline.store.documents import StoreError
 from semroute.pipeline.store.open import open_features
+from semroute.pipeline.style import readable, themed_svg
 
 
 def texts(figure):
@@ -21,6 +24,36 @@ def texts(figure):
 
 def headings(page):
     return re.findall(r"<h2>(.+?)</h2>", page)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("scene.objects.0.colour", "object 1: colour"),
+        ("scene.objects.11.text_size", "object 12: text size"),
+        ("scene.kind", "scene kind"),
+        ("word", "word"),
+        ("0.kind", "0 kind"),
+        ("boxes.3", "boxes 3"),
+    ],
+)
+def test_nested_labels_are_said_as_people_do(name, said):
+    assert readable(name) == said
+
+
+@pytest.fixture(scope="module")
+def made(feature_store):
+    """All figures of a page."""
+    store = open_features(feature_store)
+    measured = measure_layers(store)
+    return [
+        figures.norms(measured),
+        figures.massive_activations(measured),
+        figures.similarity(measured),
+        figures.error_by_layer({1: 0.5, 2: 0.25}, "delta"),
+        figures.token_lengths(store),
+        figures.caption_layers(store[7], store.layers),
+    ]
 
 
 class TestFigures:
@@ -38,6 +71,25 @@ class TestFigures:
         assert heights == list(errors.values())
         assert inspect(feature_store).details["layer_error"] == errors
 
+    def test_a_caption_has_a_row_per_token(self, feature_store):
+        store = open_features(feature_store)
+        caption = store[7]
+        figure = figures.caption_layers(caption, store.layers)
+        measured = measure_caption(caption.hidden)
+        shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+        expected = (measured.norm, measured.change, measured.similarity)
+        for image, values in zip(shown, expected, strict=True):
+            np.testing.assert_array_equal(np.ma.filled(image, np.nan), values)
+        assert caption.text in texts(figure)
+
+    def test_axes_and_colour_bars_have_titles(self, made):
+        assert [untitled(figure) for figure in made] == [[]] * len(made)
+
+    def test_every_colour_of_a_page_has_one_for_a_dark_theme(self, made):
+        for figure in made:
+            drawn = re.sub(r"<style>:root.*?</style>", "", themed_svg(figure))
+            assert re.findall(r"(?:fill|stroke): (?!none|var)[^;\"]+", drawn) == []
+
     def test_every_caption_is_counted_once(self, feature_store):
         store = open_features(feature_store)
         bars = figures.token_lengths(store).axes[0].patches
@@ -52,13 +104,17 @@ class TestPage:
             "Tokens per caption",
             "Error of the codec",
             "Norms",
-            "Massive activations",
             "Similarity of layers",
+            "Massive activations",
+            "One caption",
             "Captions",
         ]
+        contents = re.findall(r'<li><a href="#([\w-]+)">(.+?)</a>', page)
+        assert [title for _, title in contents] == headings(page)
+        assert all(page.count(f'id="{anchor}"') == 1 for anchor, _ in contents)
         for value in inspect(feature_store).facts.items.values():
             assert value.replace("'", "&#x27;") in page
-        assert page.count("data:image/svg+xml;base64,") == 5
+        assert page.count("data:image/svg+xml;base64,") == 6
         assert "http" not in re.sub(r"base64,[^']+", "", page)  # nothing is fetched
         rows = json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])
         store = open_features(feature_store)

@@ -288,7 +288,7 @@ class TestKrea2:
         largest = float(expected.abs().max())
         for change in (comfyui, numbers, lora):
             found = predicted(change)
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * largest)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * largest)
 
     def test_lora_is_the_change_to_1e_7(self, krea2_run, tmp_path):
         folder, note = export(krea2_run, tmp_path / "lora", "lora")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from semroute.schemas import InputError, ModelConfig, RoutingConfig
 from semroute.trainer.model import attention
-from semroute.trainer.model.dit import SIZES, DiT, RotaryPositions, Size, resolve_size, rotate
+from semroute.trainer.model.blocks import SIZES, RotaryPositions, Size, resolve_size, rotate
+from semroute.trainer.model.dit import DiT
 
 LAYERS = [1, 2, 3, 4]
 WIDTH = 32

@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 import torch
 
-from semroute.schemas import ContractError, InputError, RoutingConfig, parse
+from semroute.schemas import ContractError, InputError, LlmAttention, RoutingConfig, parse
 from semroute.trainer.model import fusion
 from semroute.trainer.model.gates import phi
 from semroute.trainer.model.router import entropy
@@ -34,6 +34,18 @@ SIGNED = {
 FIXED = {name: {"strategy": name} for name in ("penultimate", "uniform", "one-per-block")}
 MIXING = FIXED | SOFTMAX | SIGNED
 OTHERS = {name: {"strategy": name} for name in ("concat", "attention")}
+OTHERS["deep-fusion"] = {"strategy": "deep-fusion", "layers": [1, 2, 4]}
+ATTENTION = LlmAttention(
+    layers=[1, 2, 4],
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    eps=1e-6,
+    bias=True,
+    key_norm=True,
+    first_position=1,
+)
+"""Of the LLM, for ``deep-fusion``."""
 EVERY = MIXING | OTHERS
 LEARNED = [*SOFTMAX, *SIGNED]
 NUM_BLOCKS = 3
@@ -46,6 +58,7 @@ def make(name, stored=LAYERS, num_llm_layers=5, num_blocks=NUM_BLOCKS, text_widt
         num_llm_layers=num_llm_layers,
         num_blocks=num_blocks,
         text_width=text_width,
+        attention=ATTENTION,
     )
 
 
@@ -141,7 +154,8 @@ class TestEveryStrategy:
         router = make(name)
         randomise(router)
         alpha = router.alpha(torch.rand(4), read(router, features()))
-        blocks = NUM_BLOCKS if of(name, "depth", "joint", "token", "one-per-block") else 1
+        per_block = ("depth", "joint", "token", "one-per-block", "deep-fusion")
+        blocks = NUM_BLOCKS if of(name, *per_block) else 1
         batch = 4 if of(name, "time", "joint") else 1
         assert alpha.shape == (batch, blocks, 5)
         assert alpha.dtype == torch.float32
@@ -178,10 +192,11 @@ class TestEveryStrategy:
         router = make(name)
         randomise(router)
         out = fused(router, read(router, features()), torch.rand(4))
-        assert out.requires_grad == any(True for _ in router.parameters())
+        learned = [(n, p) for n, p in router.named_parameters() if p.requires_grad]
+        assert out.requires_grad == bool(learned)
         if out.requires_grad:
             out.sin().sum().backward()
-        assert [n for n, p in router.named_parameters() if p.grad is None] == []
+        assert [n for n, p in learned if p.grad is None] == []
         groups = [parameter for group, _ in router.parameter_groups() for parameter in group]
         assert {id(p) for p in groups} <= {id(p) for p in router.parameters()}
         assert len({id(p) for p in groups}) == len(groups)
@@ -264,6 +279,7 @@ class TestStart:
             counts = {
                 name: sum(p.numel() for p in make(name, range(1, 37), 36, 24, 2560).parameters())
                 for name in EVERY
+                if name != "deep-fusion"  # of the LLM, and none that learns
             }
         assert counts == {
             **dict.fromkeys(("penultimate", "uniform", "one-per-block", "concat"), 0),

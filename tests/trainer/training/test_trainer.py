@@ -85,6 +85,7 @@ def numbers(path):
 
 def routing_of(strategy):
     layers = {"one-per-block": [2, 4], "concat": [1, 3], "attention": [1, 3, 4]}
+    layers["deep-fusion"] = [1, 3]
     extra = {"layers": layers[strategy]} if strategy in layers else {}
     if strategy in ("static", "time", "depth", "joint"):
         extra["uniform_penalty"] = 0.1
