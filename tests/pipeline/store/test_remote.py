@@ -4,8 +4,6 @@ import errno
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -352,26 +350,28 @@ def disk_use(folder) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_processes_that_are_killed_while_they_fill_a_cache_leave_it_right(server, tmp_path):
+def test_processes_that_are_killed_while_they_fill_a_cache_leave_it_right(
+    server, tmp_path, start_command
+):
     size = 60_000
-    command = [sys.executable, str(FILLER), "s3://bucket/delta", str(tmp_path / "cache"), str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start():
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        arguments = ("s3://bucket/delta", tmp_path / "cache", size)
+        filler = start_command(*arguments, module=FILLER.stem, PYTHONPATH=str(FILLER.parent))
+        said = filler.output
+        filler.wait_until(lambda: said.exists() and said.read_text() == "filling\n")
+        return filler
 
     rng = np.random.default_rng(0)
-    with start() as steady:
-        for _ in range(5):
-            with start() as victim:
-                assert victim.stdout.readline() == "filling\n"
-                time.sleep(rng.uniform(0, 0.3))
-                assert victim.poll() is None
-                victim.send_signal(signal.SIGKILL)
-            assert disk_use(tmp_path / "cache") <= size
-        assert steady.poll() is None  # it compares all that it reads
-        steady.terminate()
-    assert steady.returncode == -signal.SIGTERM
+    steady = start()
+    for _ in range(5):
+        victim = start()
+        time.sleep(rng.uniform(0, 0.3))
+        assert victim.poll() is None
+        victim.kill()
+        assert disk_use(tmp_path / "cache") <= size
+    assert steady.poll() is None  # it compares all that it reads
+    steady.kill()
     expected = values(open_store(server.folder / "bucket" / "delta"))
     ahead = ReadAhead(ChunkCache(tmp_path / "cache", size))
     assert same(read_again("s3://bucket/delta", ahead), expected)
