@@ -19,6 +19,8 @@ from typing import Any, Literal
 import nbformat
 
 Theme = Literal["light", "dark"]
+TIMEOUT = 150_000
+"""Milliseconds until something is there, on a machine that does other work."""
 
 
 def find_chromium() -> str | None:
@@ -45,6 +47,7 @@ def open_page(browser: Any, theme: Theme = "light", width: int = 1200, height: i
     """An empty page, which records in ``page.faults`` what its scripts throw."""
     size = {"width": width, "height": height}
     page = browser.new_page(viewport=size, color_scheme=theme)
+    page.set_default_timeout(TIMEOUT)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     return page
@@ -81,7 +84,7 @@ def serve_lab(folder: Path) -> Iterator[str]:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT / 1000
         while True:
             try:
                 urllib.request.urlopen(f"{address}/api?token={token}").close()
@@ -108,9 +111,9 @@ def run_cells(page: Any, address: str, num_cells: int) -> None:
     """Open a notebook and run its first cells, of which the first takes no time."""
     page.goto(address)
     cells = page.locator(".jp-CodeCell")
-    cells.first.wait_for(timeout=60_000)
+    cells.first.wait_for()
     # JupyterLab forgets a cell that is run before its kernel is connected.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT / 1000
     while not re.search(r"\d", cells.first.locator(".jp-InputPrompt").inner_text()):
         assert time.monotonic() < deadline
         cells.first.locator(".cm-content").click()
