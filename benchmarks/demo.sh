@@ -25,8 +25,8 @@ run latents "$out/shapes/train.parquet" "$out/latents" --vae pixels
 run inspect "$out/features" --html "$out/features.html"
 run verify "$out/features"
 run train "$here/demo.yaml" "features=$out/features" "latents=$out/latents" "output=$out/run"
-run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 3
-run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet"
+run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 1.5
+run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet" --cfg-scale 1.5
 run plot "$out/run"
 run probe "$out/features" "$out/shapes/train.parquet" --label scene --routing "$out/run" --figure "$out/knowledge.png"
 run rewrite "$out/features" "$out/features-mixed" --routing "$out/run"
@@ -36,9 +36,9 @@ printf '\nThe demo took %d minutes %d seconds. Look at\n' \
 printf '  %-36s %s\n' \
   "$out/features.html" "the cached layers: sizes, errors, norms, similarity" \
   "$out/run/samples/grid.png" "generated images under their captions" \
-  "$out/run/figures/judged-cfg-3.png" "the same images, each marked right or wrong by the judge" \
+  "$out/run/figures/judged-cfg-1.5.png" "the same images, each marked right or wrong by the judge" \
   "$out/run/figures/routing.png" "which LLM layers each block learned to read" \
   "$out/knowledge.png" "what each LLM layer knows, above the layers that the run reads" \
   "$out/run/figures/loss.png" "the loss" \
-  "$out/run/figures/accuracy-cfg-3.png" "accuracy by skill, next to chance"
+  "$out/run/figures/accuracy-cfg-1.5.png" "accuracy by skill, next to chance"
 printf 'and at the tables above: accuracy by skill, next to chance.\n'
