@@ -150,10 +150,12 @@ def reindex(rng: random.Random, store: Path) -> str:
     before = int(index.flat[place])
     near = [(before + step) % 2**64 for step in (-1, 1, 4, 100, before, 2**32, 2**63)]
     index.flat[place] = rng.choice([*near, 0, 2**64 - 1, 2**64 - 2, 2**63, 2**40])
+    what = f"index of {_name(store, file)}: {before} is {index.flat[place]}"
     if rng.random() < 0.2:
         np.random.default_rng(rng.randrange(1000)).shuffle(index)
+        what += ", and its chunks are in the place of others"
     put_index(store, file, index)
-    return f"index of {_name(store, file)}: {before} is {index.flat[place]}"
+    return what
 
 
 CHANGES: tuple[Change, ...] = (flip, cut, exchange, relink, renumber, retable, reindex)
@@ -228,8 +230,8 @@ def judge(
         whole: what reading the store gave before it was forged.
         unsealed: bytes are not those of the checksums, which must be noticed. Of others, the
             numbers are whatever is stored.
-        exchanged: a whole shard may be in the place of another. Its chunks agree with their own
-            checksums, so only verify must notice.
+        exchanged: a whole shard may be in the place of another, or a chunk in that of another of
+            its shard. Chunks agree with their own checksums, so only verify must notice.
     """
     if "died" in outcome:
         return f"died of {outcome['died']}"
