@@ -4,6 +4,7 @@ Shapes: B batch, N image tokens, W width, T text tokens of the longest caption, 
 A attention heads, G key/value heads, E head width, M SwiGLU width.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -239,7 +240,48 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift  # [B, N, W], [B, 1, W] twice
 
 
-class Block(nn.Module):
+class TextBlock(nn.Module):
+    """A block: image tokens are mixed, text is read, then SwiGLU. Subclasses make the parts.
+
+    Attributes:
+        modulation: makes shifts, scales and gates of the vector of :class:`NoiseEmbedder`, or None.
+    """
+
+    self_norm: RMSNorm
+    mlp_norm: RMSNorm
+    mlp: SwiGLU
+    modulation: nn.Linear | None
+
+    @abstractmethod
+    def mix(self, x: Tensor, rotary: Rotary, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """What is added to the image tokens, from them normed: [B, N, W] -> [B, N, W]."""
+
+    def add_text(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Image tokens that have read text, unless :meth:`mix` reads it: [B, N, W] -> [B, N, W]."""
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        rotary: Rotary,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        if self.modulation is None or noise is None:
+            x = x + self.mix(self.self_norm(x), rotary, k, v, mask)  # [B, N, W]
+            x = self.add_text(x, k, v, mask)
+            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
+        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
+        normed = modulate(self.self_norm(x), shift_a, scale_a)
+        x = x + gate_a * self.mix(normed, rotary, k, v, mask)  # [B, N, W]
+        x = self.add_text(x, k, v, mask)
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+
+
+class Block(TextBlock):
     """Self-attention, cross-attention, SwiGLU. The query of cross-attention is not pre-normed."""
 
     def __init__(self, size: Size, text_width: int, conditioned: bool) -> None:
@@ -256,28 +298,14 @@ class Block(nn.Module):
         """The part that reads text."""
         return self.cross_attention
 
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor | None,
-        rotary: Rotary,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if self.modulation is None or noise is None:
-            x = x + self.self_attention(self.self_norm(x), rotary)  # [B, N, W]
-            x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
-            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
-        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
-        attended = self.self_attention(modulate(self.self_norm(x), shift_a, scale_a), rotary)
-        x = x + gate_a * attended  # [B, N, W]
-        x = x + self.cross_attention(x, k, v, mask)  # [B, N, W]
-        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+    def mix(self, x: Tensor, rotary: Rotary, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.self_attention(x, rotary)
+
+    def add_text(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.cross_attention(x, k, v, mask)
 
 
-class JointBlock(nn.Module):
+class JointBlock(TextBlock):
     """Joint attention with the LLM's keys and values, then SwiGLU."""
 
     def __init__(self, size: Size, conditioned: bool) -> None:
@@ -293,20 +321,5 @@ class JointBlock(nn.Module):
         """The part that reads text."""
         return self.attention
 
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor | None,
-        rotary: Rotary,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if self.modulation is None or noise is None:
-            x = x + self.attention(self.self_norm(x), rotary, k, v, mask)  # [B, N, W]
-            return x + self.mlp(self.mlp_norm(x))  # [B, N, W]
-        chunks = self.modulation(F.silu(noise))[:, None].float().chunk(6, dim=-1)  # [B, 1, W] each
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks
-        normed = modulate(self.self_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.attention(normed, rotary, k, v, mask)  # [B, N, W]
-        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))  # [B, N, W]
+    def mix(self, x: Tensor, rotary: Rotary, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.attention(x, rotary, k, v, mask)
