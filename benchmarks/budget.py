@@ -79,13 +79,25 @@ class Watch:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    total = 0
+    """Bytes of the files under a folder that were there at one moment, while others write there.
+
+    A file that is there before the moment and after it was there at it. One that comes or goes
+    meanwhile may be left out, and never counts beside what replaced it.
+    """
+    before, after = _sizes(folder), _sizes(folder)
+    return sum(size for file, size in before.items() if file in after)
+
+
+def _sizes(folder: Path) -> dict[tuple[str, int], int]:
+    """Path and inode of every file -> its size."""
+    found = {}
     for parent, _, names in os.walk(folder):
         for name in names:
+            path = os.path.join(parent, name)
             with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(parent, name)).st_size
-    return total
+                status = os.stat(path)
+                found[path, status.st_ino] = status.st_size
+    return found
 
 
 def removed_bytes(pid: int, folder: Path) -> int:

@@ -1,14 +1,12 @@
 """A folder shown as S3 on loopback, by the server of the benchmarks."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-SERVER = Path(__file__).parents[1] / "benchmarks" / "slow_store.py"
+from benchmark_module import benchmark_module
 
 
 @contextmanager
@@ -16,12 +14,7 @@ def serving(folder: Path) -> Iterator[Any]:
     """The server; what is under ``bucket`` in the folder has URLs ``s3://bucket/...``."""
     import s3fs
 
-    spec = importlib.util.spec_from_file_location("slow_store", SERVER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server = module.SlowStore(folder).start()
+    server = benchmark_module("slow_store").SlowStore(folder).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")

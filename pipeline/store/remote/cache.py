@@ -203,9 +203,11 @@ class ChunkCache:
 
     def _count(self) -> int:
         """Bytes on disk, after the leftovers of killed processes are removed."""
-        total = 0
+        total, found = 0, {}
         with os.scandir(self.folder) as entries:
-            found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+            for entry in entries:
+                with suppress(FileNotFoundError):  # another process's marker, renamed meanwhile
+                    found[entry.name] = entry.stat(follow_symlinks=False)
         for name, status in found.items():
             stem, suffix = os.path.splitext(name)
             if suffix == _CHUNKS and stem + _HELD not in found:

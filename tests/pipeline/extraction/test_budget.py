@@ -1,12 +1,11 @@
 """Stores with a disk budget: extraction follows runs, and runs wait for it."""
 
 import json
-import os
 import random
 import shutil
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import yaml
 from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
+
+from benchmark_module import benchmark_module  # noqa: E402
 
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.extraction.features import extract  # noqa: E402
@@ -24,6 +25,9 @@ from semroute.trainer.runs.checkpoint import latest_checkpoint  # noqa: E402
 from semroute.trainer.training.train import train  # noqa: E402
 
 SHARD_BYTES = 60_000
+Watch, folder_bytes = (
+    getattr(benchmark_module("budget"), name) for name in ("Watch", "folder_bytes")
+)
 NUM_STEPS = 54
 
 
@@ -95,38 +99,6 @@ def weights(run):
 def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-
-
-def folder_bytes(folder):
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(parent, name)).st_size
-    return total
-
-
-class Watch:
-    """Largest size of a folder while it is watched."""
-
-    def __init__(self, folder):
-        self.folder, self.most = folder, 0
-
-    @contextmanager
-    def watching(self):
-        end = threading.Event()
-
-        def look():
-            while not end.wait(0.02):
-                self.most = max(self.most, folder_bytes(self.folder))
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
-            yield self
-        finally:
-            end.set()
-            thread.join()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Shards behind a URL, and the cache on a local disk, through a server that counts requests."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -345,7 +346,10 @@ class TestCache:
 
 
 def disk_use(folder) -> int:
-    return sum(512 * path.lstat().st_blocks for path in folder.iterdir())
+    """Bytes of a cache on disk, while no process writes."""
+    with (folder / "state").open() as state:
+        fcntl.flock(state, fcntl.LOCK_EX)
+        return sum(512 * path.lstat().st_blocks for path in folder.iterdir())
 
 
 @pytest.mark.slow
