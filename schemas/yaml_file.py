@@ -16,6 +16,8 @@ MAX_VALUES = 100_000
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep; expected a few levels of keys"
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_MAX_DIGITS = 100  # of a whole number, which Python shows up to 4,300 of
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 _WORDS = {
     **{"bool": "a boolean", "null": "null", "timestamp": "a date", "int": "a number"},
     **{"float": "a number", "seq": "a list", "map": "a mapping"},
@@ -160,10 +162,22 @@ def _check_keys(node: Any, name: str) -> list[str]:
 
 
 def _check_scalar(loader: Any, node: Any, name: str) -> None:
-    """Refuse a number that is read otherwise than it looks, or that is not finite."""
+    """Refuse a value that is none of its type, or cannot be written, and a number that is read
+    otherwise than it looks, or that is not finite."""
     kind, text = node.tag.rpartition(":")[2], node.value
-    if node.style is None and _LEADING_ZERO.fullmatch(text):
+    try:
         value = loader.construct_object(node)
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:
+        # What PyYAML raises for a tag, written or found, that the text does not suit.
+        found = _WORDS.get(kind, f"a {kind}")
+        raise InputError(f"{_at(node, name)}: {text!r:.40} is not {found}; quote text") from error
+    if _UNWRITABLE.search(text):
+        raise InputError(
+            f"{_at(node, name)}: {ascii(text):.60} holds half a surrogate pair or a zero character"
+        )
+    if kind == "int" and len(text) > _MAX_DIGITS:
+        raise InputError(f"{_at(node, name)}: {text:.12}... has {len(text):,} digits")
+    if (node.style is None or kind == "int") and _LEADING_ZERO.fullmatch(text):
         octal = f"octal in YAML, {value}" if isinstance(value, int) else "not a number in YAML"
         raise InputError(
             f"{_at(node, name)}: {text} is {octal}; leave out the leading zero, or quote it if it "
@@ -172,9 +186,9 @@ def _check_scalar(loader: Any, node: Any, name: str) -> None:
     if kind in ("int", "float") and _SEXAGESIMAL.fullmatch(text):
         raise InputError(
             f"{_at(node, name)}: {text} is a number of base 60 in YAML, "
-            f"{loader.construct_object(node)}; quote it if it is a time or other text"
+            f"{value}; quote it if it is a time or other text"
         )
-    if kind == "float" and not math.isfinite(loader.construct_object(node)):
+    if kind == "float" and not math.isfinite(value):
         raise InputError(
             f"{_at(node, name)}: {text} is not finite; expected a finite number, or quotes around "
             "text"

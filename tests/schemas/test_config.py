@@ -168,10 +168,30 @@ class TestLimits:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "a: b: c", "a: 1\n--- \nb: 2", "a: 2024-13-45", "a: \x00"]
+    "text", ["a: [", "a: b: c", "a: 1\n--- \nb: 2", "a: \x00", "a: !!python/name:os.system"]
 )
 def test_what_is_no_yaml(refused, text):
     assert "run.yaml is no YAML: " in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2024-13-45", "'2024-13-45' is not a date; quote text"),
+        ("!!bool maybe", "'maybe' is not a boolean; quote text"),
+        ("!!timestamp soon", "'soon' is not a date"),
+        ('!!int ""', "'' is not a number"),
+        ('!!float "+"', "'+' is not a number"),
+        ("0x_", "'0x_' is not a number"),
+        ('!!int "017"', "017 is octal in YAML, 15"),
+        (f"0x{'f' * 5000}", "0xffffffffff... has 5,002 digits"),
+        ("9" * 200, "999999999999... has 200 digits"),
+        (r'"\ud83d"', "'\\ud83d' holds half a surrogate pair or a zero character"),
+        (r'"a\0b"', "'a\\x00b' holds half a surrogate pair or a zero character"),
+    ],
+)
+def test_values_that_are_none_of_their_type(refused, value, message):
+    assert f"run.yaml, line 5: {message}" in refused(f"{STORES}routing:\n  strategy: {value}")
 
 
 def test_a_file_that_is_no_text(tmp_path):
