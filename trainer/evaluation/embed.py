@@ -14,8 +14,8 @@ width.
 """
 
 import inspect
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from ...pipeline.models.hub import PIPELINE_INDEX, find_model, is_hub_id
 from ...pipeline.models.llm import describe_model, find_tower
 from ...pipeline.models.text_pipelines import open_text_pipeline
 from ...schemas import EmbedsRecord, InputError, parse, write_whole
+from ...schemas.json_file import load_json
 from ...schemas.verbosity import progress_bar
 from ..adapters.arguments import ARGUMENTS, TEXT_ONLY, Arguments
 from ..adapters.captures import Captures
@@ -333,6 +334,18 @@ def _write(embeds: Embeds, path: Path) -> None:
     write_whole(path, save(whole, {_OWN: embeds.record.model_dump_json()}))
 
 
+def _parts(hidden: Tensor | None, offsets: Tensor | None, path: Path) -> Sequence[Tensor]:
+    """The LLM layers of each prompt."""
+    if hidden is None and offsets is None:
+        return []
+    if hidden is not None and offsets is not None and hidden.dim() and offsets.dim() == 1:
+        lengths = offsets.diff()
+        is_whole = offsets.dtype == torch.int64 and len(lengths) and int(offsets[0]) == 0
+        if is_whole and int(lengths.min()) >= 0 and int(offsets[-1]) == len(hidden):
+            return hidden.split(lengths.tolist())
+    raise InputError(f"{path} is damaged: {_OFFSETS} does not divide {_HIDDEN} among prompts")
+
+
 def read_embeds(file: str | os.PathLike[str]) -> Embeds:
     """Read what :func:`embed` wrote.
 
@@ -348,13 +361,15 @@ def read_embeds(file: str | os.PathLike[str]) -> Embeds:
         raise InputError(f"{path} holds no embeddings: {error}") from error
     if _OWN not in metadata:
         raise InputError(f"{path} is not a file of semroute embed")
-    record = parse(EmbedsRecord, json.loads(metadata[_OWN]), str(path))
+    record = parse(EmbedsRecord, load_json(metadata[_OWN], f"{_OWN} of {path}"), str(path))
     hidden, offsets = tensors.pop(_HIDDEN, None), tensors.pop(_OFFSETS, None)
-    parts = [] if hidden is None else hidden.split(offsets.diff().tolist())
+    parts = _parts(hidden, offsets, path)
     given: dict[str, Any] = {}
     for name, value in tensors.items():
-        argument, _, number = name.partition(".")
-        if number:
+        argument, mark, number = name.partition(".")
+        if mark:
+            if not re.fullmatch("[0-9]{1,4}", number) or argument in tensors:
+                raise InputError(f"{path} is damaged: it holds a tensor {name!r}")
             given.setdefault(argument, {})[int(number)] = value
         else:
             given[name] = value

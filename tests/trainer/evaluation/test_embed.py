@@ -22,7 +22,7 @@ from tiny_text_halves import make_text_half  # noqa: E402
 import semroute  # noqa: E402
 from semroute.cli import cli  # noqa: E402
 from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
-from semroute.schemas import InputError  # noqa: E402
+from semroute.schemas import EmbedsRecord, InputError, ModelIdentity  # noqa: E402
 from semroute.trainer.evaluation.embed import embed, read_embeds  # noqa: E402
 
 PRESETS = (
@@ -313,3 +313,33 @@ class TestEmbed:
         pipe = semroute.attach(load(folder, text=False), run, embeds=file)
         with pytest.raises(InputError, match=r"rows of text .* are not known"):
             sample(pipe, "pixart", **embed(run, ["a bird"], other).given)
+
+
+def test_embeddings_that_are_damaged(tmp_path: Path) -> None:
+    """Whoever gave the file: its texts and numbers end in a message that names it."""
+    model = ModelIdentity(architecture="llama", num_layers=2, width=4, files={})
+    record = {
+        **{"pipeline": "P", "model": model.model_dump(), "base_layers": [1], "prompts": ["a"]},
+        **{"negative": "", "learned": "none", "layers": [], "network": False, "step": None},
+        "weights": None,
+    }
+    sound = EmbedsRecord.model_validate(record).model_dump_json()
+    rows, file = torch.zeros(3, 1, 4), tmp_path / "embeds.safetensors"
+    hidden, offsets = "semroute.hidden", "semroute.offsets"
+    save_file({hidden: rows, offsets: torch.tensor([0, 1, 3])}, file, {"semroute": sound})
+    assert [len(part) for part in read_embeds(file).hidden] == [1, 2]
+    for text in ("", "{", "[" * 50_000, "[]", '{"a": 1, "a": 1}', sound.replace("null", "NaN")):
+        save_file({"prompt_embeds": rows}, file, {"semroute": text})
+        with pytest.raises(InputError, match=r"embeds\.safetensors"):
+            read_embeds(file)
+    for tensors in (
+        {hidden: rows},
+        {offsets: torch.tensor([0, 3])},
+        *({hidden: rows, offsets: torch.tensor(each)} for each in ([0, 4], [1, 3], [0, 4, 3], [])),
+        *({hidden: rows, offsets: torch.tensor(each)} for each in (3, [[0, 3]], [0.0, 3.0])),
+        *({f"prompt_embeds.{number}": rows} for number in ("x", "-1", "\u0661", "9" * 5000, "")),
+        {"prompt_embeds": rows, "prompt_embeds.0": rows.clone()},
+    ):
+        save_file(tensors, file, {"semroute": sound})
+        with pytest.raises(InputError, match=r"embeds\.safetensors is damaged"):
+            read_embeds(file)
