@@ -237,7 +237,8 @@ def _has_late_texts(file: bytes) -> bool:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # Pillow would clip its values at 255
         raise ValueError(f"pixels of mode {image.mode}; expected 8 bits per channel")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    has_alpha = image.palette is not None and image.palette.mode == "RGBA"
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info or has_alpha:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)

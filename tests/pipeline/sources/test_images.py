@@ -117,6 +117,15 @@ def test_exif_goes_before_xmp_and_nonsense_is_upright():
     assert found.sizes.tolist() == [[HEIGHT, WIDTH]] * 3
 
 
+def test_transparency_inside_a_palette_is_over_white():
+    # A Targa of 4 x 4 with a palette of 32 bits: transparent black above opaque red.
+    header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 4, 4, 8, 0x20)
+    file = header + bytes([0, 0, 0, 0, 0, 0, 255, 255]) + bytes([0] * 8 + [1] * 8)
+    codes = image_to_codes(file, (4, 4))
+    assert codes[:, 0, 0].tolist() == [255, 255, 255]
+    assert codes[:, 3, 3].tolist() == [255, 0, 0]
+
+
 def test_pixels_of_another_size_than_the_header_says_are_not_taken():
     file = lying(1, "PNG")
     with open_upright(file) as image:
