@@ -48,7 +48,9 @@ def as_lists(column: pa.ChunkedArray, source: str, name: str) -> pa.ListArray:
             f"{source}: column {name!r} contains {kind}; expected strings or lists of strings"
         )
     if is_list:
-        return column.cast(pa.list_(pa.large_string())).combine_chunks()
+        lists = column.cast(pa.list_(pa.large_string())).combine_chunks()
+        # A null may lie over texts, as always in lists of a fixed size: copying leaves them out.
+        return lists.take(pa.array(np.arange(len(lists)))) if lists.null_count else lists
     texts = column.cast(pa.large_string()).combine_chunks()
     offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, texts)

@@ -24,7 +24,15 @@ from .columns import Columns
 from .embedded import holds_bytes, references
 from .nesting import descend, field_of, find_field, string_leaves, string_names
 from .places import Files, compression_of, kind_of
-from .values import check_not_repeated, decode, not_utf8, read_document, read_objects, to_array
+from .values import (
+    check_not_repeated,
+    check_values,
+    decode,
+    not_utf8,
+    read_document,
+    read_objects,
+    to_array,
+)
 
 T = TypeVar("T")
 _CSV_BLOCKS = (1 << 20, 1 << 25, 1 << 28, (1 << 31) - 1)  # a row must fit in a block
@@ -210,7 +218,12 @@ def _read_binary(file: BinaryIO, source: str, columns: list[str], names_of: str 
         table = parquet.read([*{path.narrow: None for path in paths.values()}])
     else:
         table = reader.read_all().select([*{path.names[0]: None for path in paths.values()}])
-    return pa.table({name: path.take(table) for name, path in paths.items()})
+        table.validate()
+    found = {name: path.take(table) for name, path in paths.items()}
+    if kind == ".arrow":
+        for column in found.values():
+            check_values(column)
+    return pa.table(found)
 
 
 def _names_part(schema: pa.Schema, image: str) -> str | None:

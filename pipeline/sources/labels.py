@@ -1,6 +1,5 @@
 """Labels of captions from the columns of a table, for linear probes."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ import numpy as np
 
 from ...schemas import InputError
 from .table import read_table
+from .values import parse_json
 
 MIN_CAPTIONS = 20
 """Fewest captions of a class; with fewer no accuracy can be measured."""
@@ -128,8 +128,8 @@ def _is_part(leaf: str, name: str) -> bool:
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Scalars inside a value, with dotted names; JSON objects in strings are parsed."""
     if isinstance(value, str) and value.startswith("{"):
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value)
+        with suppress(ValueError):
+            value = parse_json(value)
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(part, f"{name}.{key}" if name else str(key))

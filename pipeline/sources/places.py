@@ -4,7 +4,6 @@ A source is a path, a URL, a folder, a pattern, or several of them with ``::`` b
 braces keep their order; what ``*``, ``?`` or a folder holds is sorted by path.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import fsspec
 
 from ...schemas import InputError
 from ...schemas.urls import check_protocol, without_query
+from .values import parse_json
 
 TAR = ".tar"
 FOLDER = "folder"
@@ -232,8 +232,8 @@ def _in_folder(folder: str) -> Files:
         return Files(folder, kind, [_join(folder, name) for name in chosen], {})
 
     if {"state.json", "dataset_info.json"} <= {*names}:
-        state = json.loads(filesystem.cat_file(str(PurePosixPath(root) / "state.json")))
-        return found(".arrow", [str(each["filename"]) for each in state["_data_files"]])
+        state = filesystem.cat_file(str(PurePosixPath(root) / "state.json"))
+        return found(".arrow", _data_files(state, _join(folder, "state.json")))
     if "dataset_dict.json" in names:
         parts = sorted({PurePosixPath(n).parts[0] for n in names if n.endswith("state.json")})
         raise InputError(
@@ -260,6 +260,23 @@ def _in_folder(folder: str) -> Files:
     raise InputError(
         f"{folder} holds neither images nor tables; found "
         f"{', '.join(shown) or 'no files'}, expected images or one of {', '.join(SUFFIXES)}"
+    )
+
+
+def _data_files(content: bytes, source: str) -> list[str]:
+    """Names of the files of a dataset saved to disk, which lie beside its state."""
+    try:
+        state = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{source} is damaged: {error}; save the dataset again") from error
+    match state:
+        case {"_data_files": [_, *_] as files}:
+            names = [each.get("filename") if isinstance(each, dict) else None for each in files]
+            if all(isinstance(name, str) and PurePosixPath(name).name == name for name in names):
+                return [str(name) for name in names]
+    raise InputError(
+        f"{source} is damaged: expected _data_files, a list of objects with the filename of a file "
+        "beside it; save the dataset again"
     )
 
 

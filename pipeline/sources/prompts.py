@@ -1,6 +1,5 @@
 """Files of prompts as benchmarks publish them: texts with their names and groups."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from ...schemas.urls import check_protocol, suffix_of
 from .formats import open_file
 from .places import SUFFIXES, find_files
 from .table import column_names, read_samples, read_table
-from .values import read_objects, to_array
+from .values import parse_json, read_objects, to_array
 
 TEXT_COLUMNS = ("prompt", "prompts", "text", "caption")
 GROUP_COLUMNS = ("tag", "category")
@@ -75,10 +74,10 @@ def _read_json(source: str, text_column: str | None) -> list[Prompt]:
     check_protocol(source)
     try:
         with fsspec.open(source, "rb") as file:
-            document = json.load(file)
+            document = parse_json(file.read())
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{source}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{source} is not a readable json file: {error}") from error
     if isinstance(document, dict):
         entries = [(str(name), value) for name, value in document.items()]

@@ -27,8 +27,15 @@ class RepeatedKeys(dict[str, Any]):
 
 
 def parse_json(content: str | bytes) -> Any:
-    """A JSON document; objects with a repeated key are :class:`RepeatedKeys`."""
-    return json.loads(content, object_pairs_hook=_json_object)
+    """A JSON document; objects with a repeated key are :class:`RepeatedKeys`.
+
+    Raises:
+        ValueError: it is none, or is nested too deep.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_json_object)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deep") from error
 
 
 def parse_objects(
@@ -112,13 +119,27 @@ def read_objects(file: BinaryIO, source: str) -> Iterator[tuple[str, dict[str, A
 
 
 def check_not_repeated(document: dict[str, Any], names: Sequence[str], where: str) -> None:
-    """Refuse an object that has one of these keys twice."""
-    if isinstance(document, RepeatedKeys):
-        repeated = sorted(document.repeated & {*names})
-        if repeated:
+    """Refuse an object that has one of these keys twice; with dots, those on the way to a part."""
+    for name in names:
+        repeated = _repeated(document, name.split("."))
+        if repeated is not None:
             raise InputError(
-                f"{where}: the object has the key {repeated[0]!r} twice; expected it once"
+                f"{where}: the object has the key {repeated!r} twice; expected it once"
             )
+
+
+def _repeated(value: Any, parts: Sequence[str]) -> str | None:
+    if isinstance(value, list) and parts:
+        return next(filter(None, (_repeated(each, parts) for each in value)), None)
+    if not isinstance(value, Mapping):
+        return None
+    for length in range(len(parts), 0, -1):
+        key = ".".join(parts[:length])
+        if key in value:
+            if isinstance(value, RepeatedKeys) and key in value.repeated:
+                return key
+            return _repeated(value[key], parts[length:])
+    return None
 
 
 def to_array(values: list[Any], name: str, where: Callable[[int], str]) -> pa.Array:
@@ -157,6 +178,23 @@ def _mismatch(values: list[Any], name: str, where: Callable[[int], str]) -> str 
             )
         first = value if first is None else first
     return None
+
+
+def check_values(column: pa.ChunkedArray) -> None:
+    """Refuse offsets and indices that lead outside the values: a file of Arrow holds them as they
+    lie in memory, and no computation looks at them. Text that is not UTF-8 is left to
+    :func:`not_utf8`.
+
+    Raises:
+        ArrowInvalid: there are some.
+    """
+    for chunk in column.chunks:
+        try:
+            chunk.validate(full=True)
+        except (pa.ArrowInvalid, UnicodeDecodeError, SystemError) as error:
+            # The last two: the message itself holds damaged text.
+            if "UTF8" not in str(error):
+                raise pa.ArrowInvalid(f"its values are damaged: {error}") from error
 
 
 def not_utf8(column: pa.ChunkedArray) -> int | None:
@@ -232,13 +270,22 @@ def _coco(document: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
     images = _objects(document["images"], source)
     captions: dict[Any, list[Any]] = {}
     for each in _objects(document["annotations"], source):
-        captions.setdefault(each.get("image_id"), []).append(each.get(_CAPTION))
-    unknown = captions.keys() - {image.get("id") for image in images}
+        captions.setdefault(_id(each, "image_id", source), []).append(each.get(_CAPTION))
+    ids = [_id(image, "id", source) for image in images]
+    unknown = captions.keys() - {*ids}
     if unknown:
         raise InputError(
             f"{source}: {len(unknown):,} of its annotations' image_id are no id of an image, for "
             f"example {next(iter(unknown))!r}"
         )
-    if len({image.get("id") for image in images}) != len(images):
+    if len({*ids}) != len(images):
         raise InputError(f"{source}: two images have the same id; expected each once")
-    return [{**image, _CAPTION: captions.get(image.get("id"), [])} for image in images]
+    pairs = zip(images, ids, strict=True)
+    return [{**image, _CAPTION: captions.get(number, [])} for image, number in pairs]
+
+
+def _id(document: Mapping[str, Any], key: str, source: str) -> int | str:
+    value = document.get(key)
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        return value
+    raise InputError(f"{source}: {key} {value!r:.60} of COCO; expected a whole number or text")

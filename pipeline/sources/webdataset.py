@@ -72,7 +72,9 @@ class WebDataset:
                     samples += [(path, files) for files in _read_headers(file, path)]
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise InputError(f"{source}: no such file: {path}") from error
-            except tarfile.TarError as error:
+            except InputError:
+                raise
+            except (tarfile.TarError, ValueError, OverflowError) as error:  # numbers in its headers
                 raise InputError(f"{path} is not a readable tar: {error}") from error
         if not samples:
             raise InputError(f"{source} has no samples; expected files such as 000.jpg and 000.txt")
@@ -209,21 +211,41 @@ def _place(tar: str, files: dict[str, _Member], extension: str, row: int) -> str
     return f"{tar}: row {row} (counted from 0): {name}"
 
 
+def _member(info: tarfile.TarInfo, members: dict[str, _Member], path: str) -> _Member:
+    """A file of a tar; of a second name of a file that was put in earlier (a hard link), it."""
+    if info.islnk() and info.linkname in members:
+        before = members[info.linkname]
+        return _Member(info.name, before.start, before.size)
+    if not info.isfile() or info.issparse():
+        kind = "a file with holes" if info.issparse() else "a link, pipe or device"
+        raise InputError(
+            f"{path}: {info.name} is {kind}; expected whole files: make the tar with "
+            "--dereference and without --sparse"
+        )
+    return _Member(info.name, info.offset_data, info.size)
+
+
 def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:
     """Files of each sample of one tar, by extension."""
     samples: dict[str, dict[str, _Member]] = {}
+    members: dict[str, _Member] = {}
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
-            end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
-            match = _NAME.fullmatch(info.name) if info.isfile() else None
+            if info.size < 0:  # tarfile would read the same header for ever
+                raise InputError(f"{path} is damaged: {info.name} has {info.size:,} bytes")
+            size = info.size if info.isreg() else 0
+            end = info.offset_data + -(-size // _BLOCK) * _BLOCK
+            match = None if info.isdir() else _NAME.fullmatch(info.name)
             if match is None:
                 continue
+            member = _member(info, members, path)
+            members[info.name] = member
             files = samples.setdefault(match[1], {})
             extension = match[2].lower()
             if extension in files:
                 raise InputError(f"{path} holds {info.name} twice")
-            files[extension] = _Member(info.name, info.offset_data, info.size)
+            files[extension] = member
     # tarfile takes a damaged or truncated header for the end of the tar, and of two concatenated
     # tars it reads only the first.
     file.seek(end)
