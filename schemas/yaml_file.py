@@ -173,7 +173,7 @@ def _check_scalar(loader: Any, node: Any, name: str) -> None:
         raise InputError(f"{_at(node, name)}: {text!r:.40} is not {found}; quote text") from error
     if _UNWRITABLE.search(text):
         raise InputError(
-            f"{_at(node, name)}: {ascii(text):.60} holds half a surrogate pair or a zero character"
+            f"{_at(node, name)}: {text!a:.60} holds half a surrogate pair or a zero character"
         )
     if kind == "int" and len(text) > _MAX_DIGITS:
         raise InputError(f"{_at(node, name)}: {text:.12}... has {len(text):,} digits")

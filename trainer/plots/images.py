@@ -94,11 +94,8 @@ def save_images(
     """
     out.mkdir(parents=True, exist_ok=True)
     list_path = out / CAPTIONS
-    if list_path.exists():  # remove earlier images, of which there may be more
-        for line in list_path.read_text("utf-8").splitlines():
-            name = load_json(line, str(list_path))["image"]
-            if isinstance(name, str) and _IMAGE.fullmatch(name):
-                (out / name).unlink(missing_ok=True)
+    for _, earlier in list_images(out):  # of which there may be more
+        earlier.unlink(missing_ok=True)
     lines = []
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = f"{number:06d}.png"
@@ -120,8 +117,12 @@ def list_images(folder: Path) -> list[tuple[str, Path]]:
     listed = folder / CAPTIONS
     if not listed.is_file():
         return []
+    try:
+        lines = [*filter(None, listed.read_bytes().decode("utf-8").split("\n"))]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{listed} is damaged: {error}; write the images again") from error
     images = []
-    for line in listed.read_text("utf-8").splitlines():
+    for line in lines:  # not by splitlines: a caption may hold other line breaks
         entry = load_json(line, str(listed))
         match entry:
             case {"image": str(name), "caption": str(caption)} if _IMAGE.fullmatch(name):

@@ -67,6 +67,20 @@ def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
     return [_line(file, number, line) for number, line in enumerate(lines, 1)]
 
 
+def last_step(path: Path) -> int:
+    """Step of the last whole line of ``metrics.jsonl``; 0 without one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    file = path / METRICS
+    try:
+        lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    return int(_line(file, len(lines), lines[-1])["step"]) if lines else 0
+
+
 def _line(file: Path, number: int, text: str) -> dict[str, Any]:
     found = load_json(text, f"{file}, line {number},")
     if not isinstance(found, dict) or type(found.get("step")) is not int:

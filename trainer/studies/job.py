@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ...schemas import LatentIdentity, Scoring, StudyConfig, TrainConfig
-from ...schemas.json_file import load_json
 from ..evaluation.generate import Decode
 from ..evaluation.shapes import score_each_image
 from ..runs.checkpoint import latest_checkpoint
-from ..runs.metrics import METRICS
+from ..runs.metrics import last_step
 from .results import EvaluationKey, ResultsTable, RunScores, name_of, read_scores, write_scores
 
 if TYPE_CHECKING:
@@ -81,10 +80,7 @@ class Job:
 
     def num_steps_logged(self) -> int:
         """Number of steps done, according to the metrics."""
-        path = self.path / METRICS
-        text = path.read_text("utf-8") if path.exists() else ""
-        lines = text.rpartition("\n")[0].splitlines()  # the last line may be half written
-        return int(load_json(lines[-1], str(path))["step"]) if lines else 0
+        return last_step(self.path)
 
     def num_steps_saved(self) -> int:
         """Number of steps done at the newest checkpoint."""

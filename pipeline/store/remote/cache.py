@@ -26,7 +26,7 @@ import numpy as np
 
 from ....schemas import InputError, write_whole
 from ....schemas.files import StorageError, is_local, locate
-from ....schemas.json_file import load_json
+from ....schemas.json_file import load_json, read_json
 
 MARKER = "semroute-cache.json"
 _MARKER_TEXT = '{"format": "semroute-cache", "version": 1}\n'
@@ -271,7 +271,7 @@ def check_folder(folder: Path) -> None:
     """
     marker = folder / MARKER
     if marker.exists():
-        found = load_json(marker.read_text("utf-8"), str(marker))
+        found = read_json(marker)
         if found != load_json(_MARKER_TEXT, MARKER):
             raise InputError(f"{marker} is of another version: name another data.cache.folder")
     elif folder.exists() and any(not p.name.startswith(MARKER) for p in folder.iterdir()):

@@ -324,6 +324,14 @@ class TestCache:
         (tmp_path / "old" / caches.MARKER).write_text('{"format": "semroute-cache", "version": 0}')
         with pytest.raises(InputError, match="another version"):
             ChunkCache(tmp_path / "old", 1_000)
+        for marker in (b"\xff", b"{", b"[" * 9_000):
+            (tmp_path / "old" / caches.MARKER).write_bytes(marker)
+            with pytest.raises(InputError, match="is damaged"):
+                ChunkCache(tmp_path / "old", 1_000)
+        (tmp_path / "old" / caches.MARKER).unlink()
+        os.mkfifo(tmp_path / "old" / caches.MARKER)
+        with pytest.raises(InputError, match="is a named pipe"):
+            ChunkCache(tmp_path / "old", 1_000)
 
     @pytest.mark.parametrize("suffix", [".chunks", ".held"])
     def test_a_pipe_in_it_does_not_stop_anyone(self, suffix, tmp_path):

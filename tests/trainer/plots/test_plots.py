@@ -17,7 +17,7 @@ from semroute.schemas import (
 )
 from semroute.trainer.evaluation.shapes import score
 from semroute.trainer.plots.adapters import layer_weights, lora_sizes
-from semroute.trainer.plots.images import sample_grid, save_images
+from semroute.trainer.plots.images import list_images, sample_grid, save_images
 from semroute.trainer.plots.routing import routing_heatmap, routing_over_steps, routing_over_time
 from semroute.trainer.plots.scores import accuracy_bars
 from semroute.trainer.plots.training import loss_curve, validation_curves
@@ -386,3 +386,17 @@ def test_images_are_saved_with_their_captions(tmp_path):
         )
     save_images(tmp_path / "out", images[:1], captions[:1], sample_grid(images[:1], captions[:1]))
     assert [p.name for p in (tmp_path / "out").glob("0*.png")] == ["000000.png"]
+
+
+def test_captions_of_images_may_hold_any_line_break(tmp_path):
+    captions = ["a\u2028b\x85c\x0bd\x0ce\x1cf", "a\r\nb", "a \\n b"]
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    grid = sample_grid(images, ["", "", ""])
+    for _ in range(2):  # the second removes what the first wrote
+        save_images(tmp_path, images, captions, grid)
+        assert [caption for caption, _ in list_images(tmp_path)] == captions
+    for content in (b"\xff\n", b"{}\n", b"[\n", b'{"image": "../a.png", "caption": ""}\n'):
+        (tmp_path / "captions.jsonl").write_bytes(content)
+        for again in (list_images, lambda out: save_images(out, images, captions, grid)):
+            with pytest.raises(InputError, match=r"captions\.jsonl is damaged"):
+                again(tmp_path)
