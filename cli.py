@@ -1,6 +1,7 @@
 """The command line: the list of commands, and how their errors are shown."""
 
 import errno
+import re
 import traceback
 from typing import Any
 
@@ -27,9 +28,18 @@ _OUTSIDE = (
 """Packages whose own errors are of disks, networks, credentials and other people's files."""
 
 
+_WORDS = "semroute.words"
+"""Key of a context under which the words of the command line are."""
+_SURROGATE = re.compile("[\ud800-\udfff]")  # bytes of a word that are not UTF-8
+
+
 class _Commands(click.Group):
     """Commands that answer bad input, and errors of the operating system and of storage, with a
     message. Any other error is a bug of ours, and ends in a traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = [*args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -46,6 +56,10 @@ class _Commands(click.Group):
                 raise
             raise click.ClickException(shown(_describe(error))) from error
         except Exception as error:
+            named = next(filter(_SURROGATE.search, ctx.meta[_WORDS]), None)
+            if named is not None and "surrogates not allowed" in str(error):
+                message = f"{named}: this name is not UTF-8, so it cannot be recorded; rename it"
+                raise click.ClickException(shown(message)) from error
             if type(error).__module__.partition(".")[0] not in _OUTSIDE:
                 raise
             raise click.ClickException(shown(f"{type(error).__name__}: {error}")) from error

@@ -281,6 +281,18 @@ def test_an_error_of_a_package_for_storage_is_one_message():
     assert message == "CredentialsError: no credentials for https://***@host/it?***\n"
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "\udcff/it"])
+def test_a_name_that_is_not_utf_8_is_one_message(name, places, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shown = name.encode("unicode_escape").decode()
+    for words in (["shapes", name, "--num", "4"], ["inspect", name]):
+        assert shown in refused(words)
+    for error in (UnicodeEncodeError("utf-8", name, 0, 1, "surrogates not allowed"), KeyError()):
+        with mock.patch.object(describe, "inspect", side_effect=error):
+            result = CliRunner().invoke(cli, ["inspect", "store"])
+        assert type(result.exception) is type(error)  # no word of the command is to blame
+
+
 @pytest.mark.parametrize("kind", [KeyError, ValueError, AssertionError, ZeroDivisionError])
 def test_a_bug_of_ours_is_still_a_traceback(kind):
     with mock.patch.object(describe, "inspect", side_effect=kind("a bug")):

@@ -213,16 +213,17 @@ def _place(tar: str, files: dict[str, _Member], extension: str, row: int) -> str
 
 def _member(info: tarfile.TarInfo, members: dict[str, _Member], path: str) -> _Member:
     """A file of a tar; of a second name of a file that was put in earlier (a hard link), it."""
+    name = info.name.encode("utf-8", "backslashreplace").decode()  # as it is shown
     if info.islnk() and info.linkname in members:
         before = members[info.linkname]
-        return _Member(info.name, before.start, before.size)
+        return _Member(name, before.start, before.size)
     if not info.isfile() or info.issparse():
         kind = "a file with holes" if info.issparse() else "a link, pipe or device"
         raise InputError(
             f"{path}: {info.name} is {kind}; expected whole files: make the tar with "
             "--dereference and without --sparse"
         )
-    return _Member(info.name, info.offset_data, info.size)
+    return _Member(name, info.offset_data, info.size)
 
 
 def _read_headers(file: BinaryIO, path: str) -> list[dict[str, _Member]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -155,7 +156,26 @@ def test_arrow_whose_offsets_lead_outside(tmp_path):
     assert 20 < num_refused < 150
 
 
+@pytest.mark.parametrize("place", ["folder", "table", "pattern"])
+def test_names_that_are_not_utf_8(tmp_path, place):
+    """As of files from systems that wrote Latin-1; Parquet and JSON cannot hold them."""
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    for suffix, content in ((b".txt", b"a"), (b".csv", b"text\na\n"), (b".png", b"")):
+        with open(name + suffix, "wb") as file:
+            file.write(content)
+    table = os.fsdecode(name + b".csv")
+    source = {"folder": str(tmp_path), "table": table, "pattern": f"{tmp_path}/*.csv"}[place]
+    assert r"caf\udce9." in (message := refused(source))
+    assert "its name is not UTF-8, so it cannot be recorded; rename it" in message
+
+
 class TestTars:
+    def test_names_that_are_not_utf_8_are_shown(self, tmp_path):
+        path = write_tar(tmp_path / "a.tar", {"caf\udce9.txt": b"a", "caf\udce9.png": b"b"})
+        table = read_samples(str(path), need="image")
+        assert table.image_names().to_pylist() == [f"{path}/caf\\udce9.png"]
+        assert [*table.image_files()] == [b"b"]
+
     def test_a_second_name_of_a_file_is_the_file(self, tmp_path):
         again = {"b.txt": (tarfile.LNKTYPE, "a.txt"), "c.txt": (tarfile.LNKTYPE, "b.txt")}
         path = write_tar(tmp_path / "a.tar", {"a.txt": b"one", **again, "d.txt": b"two"})
