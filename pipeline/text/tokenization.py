@@ -35,10 +35,10 @@ class RaggedTokens:
     def concatenate(cls, parts: Iterable["RaggedTokens"]) -> "RaggedTokens":
         """Join several, one after the other; of a generator's, one is held at a time."""
         tokens, offsets, num = BytesIO(), BytesIO(), 0
-        offsets.write(np.zeros(1, np.int64))
+        offsets.write(bytes(8))
         for part in parts:
-            tokens.write(part.tokens)
-            offsets.write(part.offsets[1:] + num)
+            tokens.write(part.tokens.data)
+            offsets.write((part.offsets[1:] + num).data)
             num += len(part.tokens)
         # They grow in place, and are not copied here.
         return cls(
