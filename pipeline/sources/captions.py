@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import InputError
+from ...schemas.columns import one_array
 from .columns import Chosen
 
 Blank = Literal["error", "skip", "null"]
@@ -48,8 +49,8 @@ def as_lists(column: pa.ChunkedArray, source: str, name: str) -> pa.ListArray:
             f"{source}: column {name!r} contains {kind}; expected strings or lists of strings"
         )
     if is_list:
-        return column.cast(pa.list_(pa.large_string())).combine_chunks()
-    texts = column.cast(pa.large_string()).combine_chunks()
+        return one_array(column.cast(pa.list_(pa.large_string())))
+    texts = one_array(column.cast(pa.large_string()))
     offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, texts)
 
