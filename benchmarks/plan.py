@@ -6,7 +6,8 @@ Captions are composed of words at random, each caption once, and written to a Pa
 FOLDER. A separate process then does the driver's work in `semroute extract` before the LLM runs:
 read, check, deduplicate, order, tokenise, fingerprint, pack, and write all tables and the manifest
 of a store. Memory is the peak of that process (VmHWM), beyond that of one that plans a single
-caption.
+caption. Another process opens the store: as training does, which reads the columns that it needs;
+or all columns, as `semroute inspect` does.
 """
 
 import json
@@ -156,9 +157,41 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
     found["captions"] = len(made.captions)
     found["tokens"] = int(made.captions.sequence_lengths.sum())
     found["shards"] = packing.layout.num_shards
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            found["peak"] = int(line.split()[1]) * 1024
+    found["peak"] = memory("VmHWM")
+    return found
+
+
+def memory(kind: str) -> int:
+    """Resident memory of this process in bytes (VmRSS), or its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def open_tables(store: Path, columns: str) -> dict[str, float]:
+    """Open a store: seconds, and bytes at the peak and afterwards, beyond those of before."""
+    from semroute.pipeline.store.features import FeatureStore
+
+    before, started = memory("VmRSS"), time.perf_counter()
+    features = FeatureStore.open(store, complete=False)
+    if columns == "all":
+        features.check_tables()
+    features.row_spans([0])
+    _ = features.first_captions
+    seconds = time.perf_counter() - started
+    held, peak = (memory(kind) - before for kind in ("VmRSS", "VmHWM"))
+    return {"seconds": seconds, "held": held, "peak": peak}
+
+
+def run(store: Path, model: str, *options: str) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    # A progress bar is not part of the measurement, and would clutter the output.
+    done = subprocess.run(
+        [sys.executable, __file__, str(store), "--model", model, *options],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -167,38 +200,48 @@ def plan(captions: Path, store: Path, model: str) -> dict[str, float]:
 @click.option("--model", required=True)
 @click.option("--num", multiple=True, type=int, default=(100_000, 1_000_000), show_default=True)
 @click.option("--one", type=click.Path(path_type=Path), hidden=True)
-def main(folder: Path, model: str, num: tuple[int, ...], one: Path | None) -> None:
+@click.option("--columns", hidden=True)
+def main(
+    folder: Path, model: str, num: tuple[int, ...], one: Path | None, columns: str | None
+) -> None:
     """Plan once for each number of captions."""
     if one is not None:
         click.echo(json.dumps(plan(one, folder, model)))
         return
+    if columns is not None:
+        click.echo(json.dumps(open_tables(folder, columns)))
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, opened = [], []
     for count in (1, *num):
         captions = folder / f"{count}.parquet"
         write_captions(captions, count)
-        command = [sys.executable, __file__, str(folder / f"store-{count}"), "--model", model]
-        # A progress bar is not part of the measurement, and would clutter the output.
-        done = subprocess.run(
-            [*command, "--one", str(captions)],
-            stdout=subprocess.PIPE,
-            check=True,
-            env={**os.environ, "TQDM_DISABLE": "1"},
-        )
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        shutil.rmtree(folder / f"store-{count}")
+        store = folder / f"store-{count}"
+        rows.append(run(store, model, "--one", str(captions)))
+        for columns in ("needed", "all"):
+            found = run(store, model, "--columns", columns)
+            cells = [f"{count:,}", columns, f"{found['seconds']:.1f}"]
+            cells += [f"{found[key] / 1e6:,.0f}" for key in ("held", "peak")]
+            opened.append(f"| {' | '.join(cells)} |")
+        shutil.rmtree(store)
     bare = rows[0]["peak"]
     parts = [key for key in rows[0] if f"{key} cpu" in rows[0]]
     click.echo("| captions | tokens | " + " | ".join(f"{part}, s" for part in parts), nl=False)
     click.echo(" | CPU, s | memory, MB | bytes per caption |")
     click.echo("| --: " * (len(parts) + 5) + "|")
     for row in rows[1:]:
-        memory = row["peak"] - bare
+        beyond = row["peak"] - bare
         cells = [f"{row['captions']:,}", f"{row['tokens']:,}"]
         cells += [f"{row[part]:.1f}" for part in parts]
-        cells += [f"{sum(row[f'{part} cpu'] for part in parts):.1f}", f"{memory / 1e6:,.0f}"]
-        click.echo("| " + " | ".join([*cells, f"{memory / row['captions']:,.0f}"]) + " |")
+        cells += [f"{sum(row[f'{part} cpu'] for part in parts):.1f}", f"{beyond / 1e6:,.0f}"]
+        click.echo("| " + " | ".join([*cells, f"{beyond / row['captions']:,.0f}"]) + " |")
     click.echo(f"\nWith one caption the process takes {bare / 1e6:,.0f} MB, most of it libraries.")
+    click.echo(
+        "\n| captions | columns | open, s | held, MB | peak, MB |\n| --: | --- "
+        + "| --: " * 3
+        + "|"
+    )
+    click.echo("\n".join(opened[2:]))
 
 
 if __name__ == "__main__":

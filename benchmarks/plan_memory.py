@@ -37,9 +37,10 @@ def show(step: str) -> None:
 def main(folder: Path, model: str, num: int, until: str) -> None:
     """Plan once, up to a step."""
     import torch  # noqa: F401  (as in the driver)
-    from transformers import AutoTokenizer
 
     from semroute.pipeline.extraction.plan import Plan
+    from semroute.pipeline.models.hub import find_model
+    from semroute.pipeline.models.llm import load_tokenizer
     from semroute.pipeline.sources.table import read_samples
     from semroute.pipeline.store.documents import render_table
     from semroute.pipeline.store.layout import pack
@@ -49,7 +50,7 @@ def main(folder: Path, model: str, num: int, until: str) -> None:
     path = folder / f"{num}.parquet"
     if not path.exists():
         write_captions(path, num)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = load_tokenizer(find_model(model))
     show("start")
 
     def after(step: str) -> None:
@@ -85,7 +86,7 @@ def main(folder: Path, model: str, num: int, until: str) -> None:
     )
     after("tokenised")
     nothing: Any = None
-    plan = Plan(nothing, samples, captions, nothing, [], [])
+    plan = Plan(nothing, samples, captions, nothing, [], [], nothing)
     render_table(plan.captions_reader(packing))
     after("captions")
     render_table(plan.samples_table())

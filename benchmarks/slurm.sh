@@ -103,7 +103,7 @@ sinfo --version
 
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ]; then
   captions=$out/shapes/train.parquet
-  [ -f "$captions" ] || semroute shapes "$out/shapes" --num 480 --num-test 20
+  [ -f "$captions" ] || semroute shapes "$out/shapes" --num 2400 --num-test 20
 else
   captions=$1
   shift

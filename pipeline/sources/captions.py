@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import InputError
+from ...schemas.columns import one_array
 from .columns import Chosen
 
 Blank = Literal["error", "skip", "null"]
@@ -48,10 +49,10 @@ def as_lists(column: pa.ChunkedArray, source: str, name: str) -> pa.ListArray:
             f"{source}: column {name!r} contains {kind}; expected strings or lists of strings"
         )
     if is_list:
-        lists = column.cast(pa.list_(pa.large_string())).combine_chunks()
+        lists = one_array(column.cast(pa.list_(pa.large_string())))
         # A null may lie over texts, as always in lists of a fixed size: copying leaves them out.
         return lists.take(pa.array(np.arange(len(lists)))) if lists.null_count else lists
-    texts = column.cast(pa.large_string()).combine_chunks()
+    texts = one_array(column.cast(pa.large_string()))
     offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, texts)
 

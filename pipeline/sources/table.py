@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import InputError, SamplesIdentity, fingerprint
+from ...schemas.columns import one_array
 from ...schemas.escaping import shown, without_secrets
 from ...schemas.urls import check_protocol
 from .captions import Blank, list_rows, read_texts
@@ -100,7 +101,7 @@ class SampleTable:
     def texts(self) -> pa.ListArray:
         """Captions as ``list<large_string>``, one list per row, none of them blank; with ``--blank
         null`` empty where a row has none."""
-        return _array(self.table[TEXT])
+        return one_array(self.table[TEXT])
 
     def image_names(self) -> pa.Array:
         """Path of each image, to be shown (string, null where it has none); bytes are not copied.
@@ -110,9 +111,9 @@ class SampleTable:
         column = self.table[IMAGE]
         if pa.types.is_struct(column.type):
             chunks = [pc.struct_field(chunk, "path").cast(pa.string()) for chunk in column.chunks]
-            names = _array(pa.chunked_array(chunks, pa.string()))
+            names = one_array(pa.chunked_array(chunks, pa.string()))
         elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            names = _array(column.cast(pa.string()))
+            names = one_array(column.cast(pa.string()))
         else:
             return pa.nulls(len(self), pa.string())
         if not pc.any(pc.match_substring(names, "://")).as_py():
@@ -122,7 +123,7 @@ class SampleTable:
     def extra_columns(self) -> dict[str, pa.Array]:
         """``row`` and ``weights``, where there are any."""
         names = [name for name in (ROW, WEIGHTS) if name in self.table.column_names]
-        return {name: _array(self.table[name]) for name in names}
+        return {name: one_array(self.table[name]) for name in names}
 
     def image_files(self) -> Iterator[bytes | Unreadable]:
         """The encoded bytes of each image in order, or the reason why it cannot be read.
@@ -316,12 +317,6 @@ def _open_table(source: str) -> JoinedTables:
     if not isinstance(form, JoinedTables):
         raise InputError(f"{source}: labels are read from a table, not from tars or folders")
     return form
-
-
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    """All values in one array."""
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _image_name(value: Any) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
+from io import BytesIO
 from itertools import islice
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -347,10 +348,10 @@ def render_table(table: pa.Table | pa.RecordBatchReader) -> bytes:
 
     Of a reader only the rows of a row group are held; the bytes are the same.
     """
-    sink = pa.BufferOutputStream()
+    sink = BytesIO()  # whose bytes are not copied in the end
     if isinstance(table, pa.Table):
         pyarrow.parquet.write_table(table, sink, compression="zstd")
-        return bytes(sink.getvalue())
+        return sink.getvalue()
     with pyarrow.parquet.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         group: list[pa.RecordBatch] = []
         for batch in table:
@@ -360,7 +361,7 @@ def render_table(table: pa.Table | pa.RecordBatchReader) -> bytes:
                 group = []
         if group:
             writer.write_table(pa.Table.from_batches(group), GROUP_ROWS)
-    return bytes(sink.getvalue())
+    return sink.getvalue()
 
 
 def samples_schema(samples: pa.Table) -> pa.Schema:

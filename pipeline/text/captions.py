@@ -26,8 +26,8 @@ class StoredRows:
         token    b p p c c c -       lead 1, kept 3, stops 6
 
     Attributes:
-        kept: first stored row of each sequence, behind the dropped prefix; int64 ``[n]``.
-        stops: the row after the last stored one, int64 ``[n]``.
+        kept: first stored row of each sequence, behind the dropped prefix; int32 ``[n]``.
+        stops: the row after the last stored one, int32 ``[n]``.
         lead: number of rows in front of the dropped prefix that are stored too.
     """
 
@@ -37,7 +37,7 @@ class StoredRows:
 
     @property
     def counts(self) -> np.ndarray:
-        """Number of stored rows of each sequence, int64 ``[n]``."""
+        """Number of stored rows of each sequence, int32 ``[n]``."""
         return self.stops - self.kept + np.minimum(self.lead, self.kept)
 
     def __getitem__(self, part: slice) -> "StoredRows":
@@ -59,17 +59,18 @@ class Captions:
     """Unique captions in store order; entry 0 is the null caption.
 
     Attributes:
-        texts: the captions as the user wrote them, large_string.
+        texts: the captions as the user wrote them: a dictionary of large_string, in whose order the
+            samples have them.
         sequences: token ids of each whole sequence, template included.
         rows: those that are stored.
-        num_cut: tokens that max_length cut off each caption.
-        caption_ids: ``list<int64>``, the captions of each sample.
+        num_cut: tokens that max_length cut off each caption, int32 ``[num_captions]``.
+        caption_ids: ``list<int32>``, the captions of each sample.
         identity: compared on resuming, and by training.
         template: the template as tokenised.
         earlier: identity of the captions of each earlier generation, which come first here.
     """
 
-    texts: pa.Array
+    texts: pa.DictionaryArray
     sequences: RaggedTokens
     rows: StoredRows
     num_cut: np.ndarray
@@ -88,7 +89,7 @@ class Captions:
 
     @property
     def num_tokens(self) -> np.ndarray:
-        """Rows stored for each caption, int64 ``[num_captions]``."""
+        """Rows stored for each caption, int32 ``[num_captions]``."""
         return self.rows.counts
 
 
@@ -164,13 +165,12 @@ def tokenize_captions(
         sequences, num_cut = apply_template(tokenizer, unique.texts, around)
         kept = sequences.common_prefix([] if keep_prefix else prefix)
         kept[0] = 0
-        rows = StoredRows(kept, sequences.lengths)
+        rows = StoredRows(kept, sequences.lengths.astype(np.int32))
     else:
         null = _null_sequence(tokenizer, causal, max_length, processing)
-        others, num_cut = apply_template(
-            tokenizer, unique.texts.slice(1), around, cleaner(processing.cleaning)
+        sequences, num_cut = apply_template(
+            tokenizer, unique.texts.slice(1), around, cleaner(processing.cleaning), [null]
         )
-        sequences, num_cut = RaggedTokens.concatenate([null, others]), np.append(0, num_cut)
         sequences, rows = _choose_rows(sequences, tokenizer, max_length, processing)
     without = np.flatnonzero(rows.counts == 0)
     if len(without):
@@ -238,7 +238,7 @@ def _choose_rows(
 ) -> tuple[RaggedTokens, StoredRows]:
     """Sequences with the padding that the LLM sees, and the rows that a pipeline reads."""
     lead, first = processing.dropped_rows
-    lengths = sequences.lengths
+    lengths = sequences.lengths.astype(np.int32)
     kept = np.minimum(first, lengths)
     kept[0] = min(processing.null_dropped_rows[1], lengths[0])
     if kept[0] == lengths[0] and not lead:
@@ -246,8 +246,10 @@ def _choose_rows(
     if processing.padding is None:
         return sequences, StoredRows(kept, lengths, lead)
     padded = sequences.padded(max_length, tokenizer.pad_token_id, processing.padding)
-    shift = padded.lengths - lengths if processing.padding == "left" else np.zeros_like(lengths)
-    return padded, StoredRows(kept + shift, lengths + shift, lead)
+    if processing.padding == "left":
+        shift = padded.lengths.astype(np.int32) - lengths
+        kept, lengths = kept + shift, lengths + shift
+    return padded, StoredRows(kept, lengths, lead)
 
 
 def _check_template(
@@ -285,12 +287,13 @@ class UniqueCaptions:
     """The null caption and all others in store order, and which samples have them.
 
     Attributes:
-        texts: large_string.
-        caption_ids: ``list<int64>``, the captions of each sample.
+        texts: a dictionary of large_string. The texts themselves stay where the samples have them:
+            in store order there would be a second copy of all.
+        caption_ids: ``list<int32>``, the captions of each sample.
         ends: number of captions up to the end of each generation.
     """
 
-    texts: pa.Array
+    texts: pa.DictionaryArray
     caption_ids: pa.ListArray
     ends: list[int]
 
@@ -304,13 +307,14 @@ def deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> Uniqu
         generations  a b     | c     each shuffled by itself, for example b a | c
         caption ids  2 1 | 1 | 3     0 is the null caption
     """
-    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(texts))]).astype(np.int64)
+    offsets = texts.offsets.to_numpy()
+    offsets = offsets - offsets[0]
     flat = texts.flatten().cast(pa.large_string())
     codes, first = _number(flat)
     empty = pc.index(flat, NULL_TEXT).as_py()
     null = -1 if empty < 0 else int(codes[empty])  # -1 where no sample has it
-    known = np.arange(len(first))
-    unique = known[known != null]
+    unique = np.arange(len(first), dtype=np.int32)
+    unique = unique[unique != null]
     orders: list[np.ndarray] = []
     done = 0
     for number, stop in enumerate([*earlier, len(texts)]):
@@ -323,11 +327,12 @@ def deduplicate(texts: pa.ListArray, seed: int, earlier: Sequence[int]) -> Uniqu
         done = seen
     ends = (np.cumsum([len(order) for order in orders]) + 1).tolist()
     stored = np.concatenate(orders)
-    ids = np.zeros(len(known), np.int64)  # of each code
+    ids = np.zeros(len(first), np.int32)  # of each code
     ids[stored] = np.arange(1, len(stored) + 1)
-    caption_ids = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[codes]))
-    del codes, ids, known, unique, orders  # what follows copies all texts
-    return UniqueCaptions(_behind_null(flat.take(pa.array(first[stored]))), caption_ids, ends)
+    caption_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids[codes]))
+    places = pa.array(np.append(np.int32(0), first[stored] + 1))
+    behind_null = pa.DictionaryArray.from_arrays(places, _behind_null(flat))
+    return UniqueCaptions(behind_null, caption_ids, ends)
 
 
 def _number(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -336,19 +341,20 @@ def _number(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     Texts are compared by 128 bits of BLAKE2b, in a fifth of the memory of Arrow's dictionary.
 
     Returns:
-        The number of each text, int32 ``[texts]``; and where each number occurs first, int64.
+        The number of each text, int32 ``[texts]``; and where each number occurs first, int32.
     """
-    parts = [b""]
+    digests = np.empty((len(texts), 2), np.uint64)
     for begin in range(0, len(texts), BLOCK):
         block = texts.slice(begin, BLOCK).cast(pa.large_binary()).to_pylist()
-        parts.append(b"".join(blake2b(text, digest_size=16).digest() for text in block))
-    digests = np.frombuffer(b"".join(parts), np.uint64).reshape(-1, 2)
-    del parts
-    order = np.lexsort(digests.T)  # stable: of equal texts the first comes first
+        joined = b"".join(blake2b(text, digest_size=16).digest() for text in block)
+        digests[begin : begin + BLOCK] = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+    # Stable: of equal texts the first comes first.
+    order = np.lexsort(digests.T).astype(np.int32)
     is_new = np.ones(len(order), bool)
     for begin in range(1, len(order), BLOCK):
         part = digests[order[begin - 1 : begin + BLOCK]]
         is_new[begin : begin + BLOCK] = (part[1:] != part[:-1]).any(1)
+    del digests
     first = order[is_new]
     by_place = np.argsort(first)
     rank = np.empty(len(first), np.int32)

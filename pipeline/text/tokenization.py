@@ -1,7 +1,8 @@
 """Token ids of many texts in one flat array, tokenised a block of texts at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain
 from typing import Any, overload
 
@@ -31,11 +32,19 @@ class RaggedTokens:
     offsets: np.ndarray
 
     @classmethod
-    def concatenate(cls, parts: Sequence["RaggedTokens"]) -> "RaggedTokens":
-        """Join several, one after the other."""
-        lengths = np.concatenate([part.lengths for part in parts])
-        tokens = np.concatenate([part.tokens for part in parts])
-        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    def concatenate(cls, parts: Iterable["RaggedTokens"]) -> "RaggedTokens":
+        """Join several, one after the other; of a generator's, one is held at a time."""
+        tokens, offsets, num = BytesIO(), BytesIO(), 0
+        offsets.write(bytes(8))
+        for part in parts:
+            tokens.write(part.tokens.data)
+            offsets.write((part.offsets[1:] + num).data)
+            num += len(part.tokens)
+        # They grow in place, and are not copied here.
+        return cls(
+            np.frombuffer(tokens.getbuffer(), np.int32),
+            np.frombuffer(offsets.getbuffer(), np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -69,12 +78,12 @@ class RaggedTokens:
             starts, stops: first one of each text, and the one after its last; int64 ``[texts]``.
             lead: how many of those before the first are kept as well, from the start of the text.
         """
-        text = np.repeat(np.arange(len(self)), self.lengths)  # that each token belongs to
-        position = np.arange(len(text)) - (self.offsets[:-1] - self.offsets[0])[text]  # in its text
-        kept = (position >= starts[text]) & (position < stops[text])
-        kept |= position < np.minimum(lead, starts)[text]
-        lengths = stops - starts + np.minimum(lead, starts)
-        return RaggedTokens(self.tokens[kept], np.append(0, np.cumsum(lengths)))
+        first = np.minimum(lead, starts)
+        runs = np.stack([first, starts - first, stops - starts, self.lengths - stops], 1)
+        kept = np.repeat(np.tile([True, False], 2 * len(self)), runs.ravel())
+        return RaggedTokens(
+            self.tokens[kept], np.append(0, np.cumsum(runs[:, 0] + runs[:, 2], dtype=np.int64))
+        )
 
     def padded(self, length: int, token: int, side: str) -> "RaggedTokens":
         """A copy in which each text has ``length`` tokens, filled up on the left or on the right.
@@ -82,19 +91,18 @@ class RaggedTokens:
         Texts that have more tokens stay as they are.
         """
         lengths = self.lengths
-        sizes = np.maximum(lengths, length)
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        missing = np.maximum(length - lengths, 0)
+        left = missing if side == "left" else np.zeros_like(missing)
+        runs = np.stack([left, lengths, missing - left], 1)
+        offsets = np.append(0, np.cumsum(lengths + missing))
         tokens = np.full(offsets[-1], token, self.tokens.dtype)
-        shift = sizes - lengths if side == "left" else np.zeros_like(lengths)
-        text = np.repeat(np.arange(len(self)), lengths)
-        position = np.arange(len(text)) - (self.offsets[:-1] - self.offsets[0])[text]
-        tokens[(offsets[:-1] + shift)[text] + position] = self.tokens
+        tokens[np.repeat(np.tile([False, True, False], len(self)), runs.ravel())] = self.tokens
         return RaggedTokens(tokens, offsets)
 
     def common_prefix(self, prefix: Sequence[int]) -> np.ndarray:
-        """Number of first tokens that each text shares with ``prefix``, int64 ``[texts]``."""
+        """Number of first tokens that each text shares with ``prefix``, int32 ``[texts]``."""
         lengths = self.lengths
-        common = np.zeros(len(self), np.int64)
+        common = np.zeros(len(self), np.int32)
         for position, token in enumerate(prefix):
             alike = np.flatnonzero((common == position) & (lengths > position))
             common[alike[self.tokens[self.offsets[alike] + position] == token]] += 1
@@ -163,30 +171,34 @@ def apply_template(
     texts: pa.Array,
     template: TemplateTokens,
     clean: Callable[[str], str] = str,
+    before: Sequence[RaggedTokens] = (),
 ) -> tuple[RaggedTokens, np.ndarray]:
     """Tokenise texts inside a template.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        texts: strings, ``[n]``.
+        texts: strings, ``[n]``, or a dictionary of them.
         clean: applied to every text first.
+        before: sequences that come in front of theirs.
 
     Returns:
-        Whole sequences, and how many tokens ``max_length`` cut off each, int64 ``[n]``.
+        Whole sequences, and how many tokens ``max_length`` cut off each, int32 ``[sequences]``.
     """
-    parts, cuts = [], []
-    with progress_bar(
-        total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS
-    ) as bar:
-        for first in range(0, len(texts), BLOCK):
-            block = texts.slice(first, BLOCK).to_pylist()
-            whole = [template.prefix + clean(text) + template.suffix for text in block]
-            ids = tokenize(tokenizer, whole)
-            sequences, num_cut = template.assemble(ids)
-            parts.append(sequences)
-            cuts.append(num_cut)
-            bar.update(len(block))
-    return RaggedTokens.concatenate(parts), np.concatenate(cuts)
+    cuts = [np.zeros(sum(map(len, before)), np.int32)]
+
+    def blocks() -> Iterator[RaggedTokens]:
+        with progress_bar(
+            total=len(texts), unit=" captions", desc="tokenise", delay=BAR_SECONDS
+        ) as bar:
+            for first in range(0, len(texts), BLOCK):
+                block = texts.slice(first, BLOCK).cast(pa.large_string()).to_pylist()
+                whole = [template.prefix + clean(text) + template.suffix for text in block]
+                sequences, num_cut = template.assemble(tokenize(tokenizer, whole))
+                cuts.append(num_cut.astype(np.int32))
+                yield sequences
+                bar.update(len(block))
+
+    return RaggedTokens.concatenate(chain(before, blocks())), np.concatenate(cuts)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

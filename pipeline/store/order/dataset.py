@@ -28,7 +28,7 @@ from ....schemas import (
     differences,
     refuse_differences,
 )
-from ....schemas.columns import to_plain
+from ....schemas.columns import one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
 from ....schemas.urls import check_protocol, suffix_of
 from .filters import parse_filter
@@ -465,10 +465,10 @@ class JoinedColumns:
     def column(self, name: str, whole: SampleIndex, sample: np.ndarray) -> pa.Array:
         """One column by caption: ``[M]``."""
         if name in self.by_caption.schema.names:
-            return _array(self.by_caption[name]).take(pa.array(whole.captions))
+            return one_array(self.by_caption[name]).take(pa.array(whole.captions))
         for table in self.by_sample:
             if name in table.schema.names:
-                return _array(table[name]).take(pa.array(whole.samples[sample]))
+                return one_array(table[name]).take(pa.array(whole.samples[sample]))
         if self.table is None or name not in self.table.schema.names:
             known = [
                 *self.by_caption.schema.names,
@@ -523,12 +523,7 @@ class JoinedColumns:
             table = self.table.to_table(columns=names)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"data.columns: {self.name} cannot be read: {error}") from error
-        return [_array(to_plain(table[name])) for name in names]
-
-
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+        return [one_array(to_plain(table[name])) for name in names]
 
 
 def _open_table(name: str) -> pyarrow.dataset.Dataset:

@@ -177,6 +177,14 @@ def test_bytes_of_images_are_not_read_for_captions(tmp_path):
         assert samples.table.nbytes < 80
 
 
+def test_captions_are_held_once(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "c.parquet")
+    samples = read_samples(str(tmp_path / "c.parquet"), need="text")
+    asked = [samples.texts().values.buffers()[2].address for _ in range(2)]
+    (chunk,) = samples.table["text"].chunks
+    assert asked == [chunk.values.buffers()[2].address] * 2
+
+
 def captions(path, content=None):
     """Captions of a file, written first if its content is given."""
     if content is not None:

@@ -22,7 +22,7 @@ def tokenizer(tiny_llm):
 
 
 def build(tokenizer, rows, template="{bos}{caption}", max_length=512, **options):
-    texts = pa.array(rows, pa.list_(pa.string()))
+    texts = rows if isinstance(rows, pa.Array) else pa.array(rows, pa.list_(pa.string()))
     return build_captions(texts, tokenizer, template=template, max_length=max_length, **options)
 
 
@@ -40,6 +40,15 @@ def test_duplicates_are_stored_once_and_the_null_caption_comes_first(tokenizer):
     assert sorted(texts_of(captions)[1:]) == ["a", "b"]
     ids = captions.caption_ids.to_pylist()
     assert [[texts_of(captions)[i] for i in row] for row in ids] == [["a"], ["b", "a"], ["a"]]
+
+
+def test_texts_stay_where_the_samples_have_them(tokenizer):
+    texts = pa.array([["b"], ["", "a"], ["b"]], pa.list_(pa.large_string()))
+    captions = build(tokenizer, texts)
+    held = captions.texts.dictionary
+    assert held.buffers()[2].address == texts.values.buffers()[2].address
+    ids = captions.caption_ids.to_pylist()
+    assert [[texts_of(captions)[i] for i in row] for row in ids] == texts.to_pylist()
 
 
 def test_the_prefix_is_dropped_but_for_the_null_caption(tokenizer):
