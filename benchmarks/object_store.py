@@ -267,8 +267,11 @@ def run_round(
         with tempfile.TemporaryDirectory(dir=scratch) as kept:
             command = [sys.executable, __file__, *arguments, f"--alone={reader.name}"]
             command.append(f"--kept={kept}")
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        first, delivered, seconds, sent, cpu = json.loads(out.splitlines()[-1])
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            click.echo(f"{reader.name}: failed", err=True)
+            continue
+        first, delivered, seconds, sent, cpu = json.loads(done.stdout.splitlines()[-1])
         each = sum(size_of(scratch / BUCKET / name) for name in reader.files) / num
         reader.firsts.append(first - began)
         reader.speeds.append(delivered * each / seconds / 1e6)
@@ -285,6 +288,9 @@ def print_table(readers: list[Reader], line: dict[str, list[float]], rate: float
             f"| ranges alone, {name} | {spread(speeds, 0)} | {np.median(speeds) / rate:.2f} | | | |"
         )
     for reader in readers:
+        if not reader.speeds:
+            print(f"| {reader.name} | failed | | | | |")
+            continue
         share, cpu = np.median(reader.speeds) / rate, np.median(reader.cpu)
         more = f"{np.median(reader.sent):.2f} | {np.median(reader.firsts):.1f}"
         print(f"| {reader.name} | {spread(reader.speeds, 0)} | {share:.2f} | {cpu:.1f} | {more} |")

@@ -5,7 +5,9 @@
     hungry     whether more should be requested: ahead by time, whatever the number of batches
 
 Of an array that is fetched whole, as for an order by shards, the rest of a shard follows in large
-parts once its first chunk is requested, into the cache or into memory.
+parts once its first chunk is requested, into the cache or into memory. There the shards that were
+not asked for anything for longest make room: chunks of the others are still to be read, whenever
+they came.
 """
 
 import hashlib
@@ -53,7 +55,7 @@ class ReadAhead:
 
     Args:
         cache: where chunks are kept on a disk of this machine.
-        kept_bytes: of chunks in memory that were read already.
+        kept_bytes: of chunks in memory that were read already, or that came with their shard.
 
     Attributes:
         counts: of all transfers.
@@ -65,7 +67,7 @@ class ReadAhead:
         self.cache = cache
         self._lock = RLock()
         self._ahead: dict[tuple[RemoteChunks, int], _Entry] = {}
-        self._kept: OrderedDict[tuple[RemoteChunks, int], _Entry] = OrderedDict()
+        self._kept: OrderedDict[tuple[RemoteChunks, int], dict[int, _Entry]] = OrderedDict()
         self._ahead_bytes = self._kept_bytes = 0
         self._max_kept = kept_bytes
         self._begun: dict[tuple[RemoteChunks, int], list[Task]] = {}
@@ -90,20 +92,22 @@ class ReadAhead:
             new = []
             with self._lock:
                 for number in own:
-                    key = (chunks, number)
-                    kept = self._kept.get(key)
-                    if kept is not None:
-                        self._kept.move_to_end(key)
-                        if not kept.task.future.done():
-                            self.transfers.promote(kept.task)
-                    elif key not in self._ahead:
+                    if (chunks, number) in self._ahead:
+                        continue
+                    kept = self._drop(chunks, number)
+                    if kept is None:
                         new.append(number)
+                        continue
+                    # It counts as requested wherever it was, or requests would run on through
+                    # shards that are there.
+                    self._expect(chunks, number, kept)
+                    self._kept.move_to_end(chunks.group(number))
+                    if not kept.task.future.done():
+                        self.transfers.promote(kept.task)
                 for part in chunks.parts(shard, new):
                     task = self.transfers.submit(partial(chunks.fetch, shard, part))
                     for number in part:
-                        entry = _Entry(task, chunks.size(number))
-                        self._ahead[chunks, number] = entry
-                        self._ahead_bytes += entry.num_bytes
+                        self._expect(chunks, number, _Entry(task, chunks.size(number)))
                 if chunks.whole:
                     self._request_rest(chunks, shard)
 
@@ -117,7 +121,8 @@ class ReadAhead:
         rest = [
             number
             for number in chunks.stored(shard)
-            if (chunks, number) not in self._ahead and (chunks, number) not in self._kept
+            if (chunks, number) not in self._ahead
+            and number not in self._kept.get((chunks, shard), {})
         ]
         for part in chunks.parts(shard, rest):
             if self.cache is not None:
@@ -126,7 +131,7 @@ class ReadAhead:
                 continue
             task = self.transfers.submit(partial(chunks.fetch, shard, part), background=True)
             for number in part:
-                self._keep((chunks, number), _Entry(task, chunks.size(number)))
+                self._keep(chunks, number, _Entry(task, chunks.size(number)))
 
     def missed(self, chunks: "RemoteChunks", shard: int) -> None:
         """A chunk of a shard was not in the cache."""
@@ -147,41 +152,40 @@ class ReadAhead:
         with self._lock:
             self.request(chunks, numbers)
             wanted = [number for _, own in chunks.by_shard(numbers) for number in own]
-            keys = {number: (chunks, number) for number in wanted}
-            entries = {}
-            for number, key in keys.items():
-                entry = self._ahead.get(key) or self._kept.get(key)
-                if entry is None:  # the rest of a shard has taken its place
-                    shard = number // chunks.num_chunks
-                    task = self.transfers.submit(partial(chunks.fetch, shard, [number]))
-                    entry = _Entry(task, chunks.size(number))
-                entries[number] = entry
-            for number, key in keys.items():
-                if self._ahead.pop(key, None) is not None:
-                    self._ahead_bytes -= entries[number].num_bytes
-                    self._keep(key, entries[number])
+            entries = {number: self._ahead.pop((chunks, number)) for number in wanted}
+            for number, entry in entries.items():
+                self._ahead_bytes -= entry.num_bytes
+                self._keep(chunks, number, entry)
         try:
             found = {n: entry.task.future.result()[n] for n, entry in entries.items()}
         except BaseException:
             with self._lock:  # so that it can be tried again
                 for number in entries:
-                    self._drop((chunks, number))
+                    self._drop(chunks, number)
             raise
         self.transfers.delivered(sum(entry.num_bytes for entry in entries.values()))
         return found
 
-    def _keep(self, key: tuple["RemoteChunks", int], entry: _Entry) -> None:
-        self._kept[key] = entry
+    def _expect(self, chunks: "RemoteChunks", number: int, entry: _Entry) -> None:
+        self._ahead[chunks, number] = entry
+        self._ahead_bytes += entry.num_bytes
+
+    def _keep(self, chunks: "RemoteChunks", number: int, entry: _Entry) -> None:
+        group = chunks.group(number)
+        self._kept.setdefault(group, {})[number] = entry
+        self._kept.move_to_end(group)
         self._kept_bytes += entry.num_bytes
         while self._kept_bytes > self._max_kept and len(self._kept) > 1:
-            (chunks, number), oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.num_bytes
-            self._begun.pop((chunks, number // chunks.num_chunks), None)
+            oldest, entries = self._kept.popitem(last=False)
+            self._kept_bytes -= sum(each.num_bytes for each in entries.values())
+            if self.cache is None:  # whoever asks for the shard again gets the rest of it again
+                self._begun.pop(oldest, None)
 
-    def _drop(self, key: tuple["RemoteChunks", int]) -> None:
-        entry = self._kept.pop(key, None)
+    def _drop(self, chunks: "RemoteChunks", number: int) -> _Entry | None:
+        entry = self._kept.get(chunks.group(number), {}).pop(number, None)
         if entry is not None:
             self._kept_bytes -= entry.num_bytes
+        return entry
 
 
 class RemoteChunks:
@@ -261,6 +265,10 @@ class RemoteChunks:
         """:meth:`ReadAhead.take`."""
         self.open(np.unique(numbers // self.num_chunks).tolist())
         return self.ahead.take(self, numbers)
+
+    def group(self, number: int) -> tuple["RemoteChunks", int]:
+        """What makes room together with a chunk: its shard where that is fetched whole."""
+        return self, number // self.num_chunks if self.whole else number
 
     def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, list[int]]]:
         """Each shard with those of its chunks that are stored."""

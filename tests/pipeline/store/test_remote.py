@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,36 @@ class TestReading:
                 store.read([caption])
             assert len(counted) == requests
             assert np.array_equal(store.read([0]).bits, first)
+
+    def test_requests_of_what_came_with_its_shard_count_as_ahead(self, monkeypatch, server):
+        store, ahead = open_store("s3://bucket/delta"), ReadAhead()
+        store.fetch_by(ahead, whole=True)
+        captions = np.flatnonzero(store.shards() == 0)
+        store.read(captions[:1])
+        until_idle(ahead)
+        for name in ("MIN_AHEAD_BYTES", "MAX_AHEAD_BYTES"):
+            monkeypatch.setattr(f"semroute.pipeline.store.remote.chunks.{name}", 1)
+        assert ahead.hungry()
+        store.request(captions)
+        assert not ahead.hungry()
+        store.read(captions)
+        assert ahead.hungry()
+
+    def test_shards_in_use_do_not_make_room(self, server, counted):
+        store = open_store("s3://bucket/bf16")
+        files = (server.folder / "bucket" / "bf16").glob("**/hidden/c/*/0/0")
+        ahead = ReadAhead(kept_bytes=2 * max(file.stat().st_size for file in files))
+        store.fetch_by(ahead, whole=True)
+        captions = [np.flatnonzero(store.shards() == n) for n in range(store.shards().max() + 1)]
+        assert len(captions) == 4
+        for _ in range(2):
+            del counted[:]
+            for others in captions[1:]:
+                for each in (captions[0][:1], others, captions[0][-1:]):
+                    store.read(each)
+                    until_idle(ahead)
+        requests = Counter(key.split("/c/")[1].split("/")[0] for key in counted)
+        assert requests.keys() == {"1", "2", "3"}
 
     def test_failed_tries_are_repeated_and_counted(self, no_faults):
         expected = values(open_store(no_faults.folder / "bucket" / "delta"))
