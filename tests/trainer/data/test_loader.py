@@ -360,8 +360,8 @@ class TestPadded:
                 torch.testing.assert_close(
                     hidden[mask],
                     one.hidden[start:stop],
-                    rtol=2**-7 if stores[0].codec.name == "linear" else 0,
-                    atol=1e-3 if stores[0].codec.name == "linear" else 0,
+                    rtol=2**-7 if stores[0].manifest.codec.name == "linear" else 0,
+                    atol=1e-3 if stores[0].manifest.codec.name == "linear" else 0,
                     equal_nan=True,
                 )
 
