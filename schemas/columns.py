@@ -9,6 +9,11 @@ def to_plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if kind == column.type else column.cast(kind)
 
 
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """All values in one array; Arrow's own ``combine_chunks`` copies a single chunk, too."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
