@@ -17,6 +17,7 @@ from .data import DataConfig
 
 MAX_SEED = 2**63 - 1
 """Largest seed: tables of results hold seeds as signed numbers of 64 bits."""
+Size = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 MAX_MODE_SCALE = 2 / (math.pi - 2)
 """Largest scale with which the map of a uniform number to t is monotone."""
@@ -144,19 +145,19 @@ class ModelConfig(Settings):
     docs/adapters.md."""
     size: Literal["nano", "small", "base", "paper"] = "paper"
     """From 1.2 million to 2.25 billion parameters; ``paper``: 24 blocks of width 2048."""
-    depth: Positive | None = None
+    depth: Size | None = None
     """Number of blocks (D)."""
-    width: Positive | None = None
+    width: Size | None = None
     """Width of the residual stream."""
-    num_heads: Positive | None = None
+    num_heads: Size | None = None
     """Attention heads."""
-    num_kv_heads: Positive | None = None
+    num_kv_heads: Size | None = None
     """Heads of keys and values (grouped-query attention): divides num_heads."""
-    head_dim: Positive | None = None
+    head_dim: Size | None = None
     """Width of a head: divisible by 4, for 2D RoPE."""
-    mlp_width: Positive | None = None
+    mlp_width: Size | None = None
     """Hidden width of SwiGLU."""
-    patch_size: Positive = 2
+    patch_size: Size = 2
     """Side of a patch in latent pixels; divides the latent's height and width."""
     conditioning: Literal["none", "adaln"] = "none"
     """Conditioning of blocks on the noise level: none, as in the paper, or adaLN."""

@@ -126,6 +126,18 @@ def test_text_without_quotes(refused, text, message):
     assert message in found
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((f"model.{name}", 10**30) for name in ("depth", "width", "head_dim", "patch_size")),
+        *(("model.num_heads", 65_537), ("model.mlp_width", 2**31)),
+        *((name, 2**31) for name in ("steps", "data.batch_size", "routing.rank", "ema.every")),
+    ],
+)
+def test_sizes_that_nothing_can_have(refused, key, value):
+    assert f"{key}: Input should be less than" in refused(STORES, f"{key}={value}")
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 10**30])
 def test_seeds_out_of_range(refused, seed):
     assert "line 4: seed: " in refused(f"{STORES}seed: {seed}")
