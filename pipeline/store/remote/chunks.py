@@ -118,11 +118,11 @@ class ReadAhead:
             return
         self._missed.discard((chunks, shard))
         tasks = self._begun[chunks, shard] = []
+        kept = self._kept.get((chunks, shard), {})
         rest = [
             number
             for number in chunks.stored(shard)
-            if (chunks, number) not in self._ahead
-            and number not in self._kept.get((chunks, shard), {})
+            if (chunks, number) not in self._ahead and number not in kept
         ]
         for part in chunks.parts(shard, rest):
             if self.cache is not None:
