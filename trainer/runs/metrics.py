@@ -60,11 +60,7 @@ def read_metrics(path: Path, name: str = METRICS) -> list[dict[str, Any]]:
         InputError: a line is damaged.
     """
     file = path / name
-    try:
-        lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
-    return [_line(file, number, line) for number, line in enumerate(lines, 1)]
+    return [_line(file, number, line) for number, line in enumerate(_whole_lines(file), 1)]
 
 
 def last_step(path: Path) -> int:
@@ -74,11 +70,15 @@ def last_step(path: Path) -> int:
         InputError: it is damaged.
     """
     file = path / METRICS
+    lines = _whole_lines(file)
+    return int(_line(file, len(lines), lines[-1])["step"]) if lines else 0
+
+
+def _whole_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+        return file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    return int(_line(file, len(lines), lines[-1])["step"]) if lines else 0
 
 
 def _line(file: Path, number: int, text: str) -> dict[str, Any]:
