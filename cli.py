@@ -1,7 +1,6 @@
 """The command line: the list of commands, and how their errors are shown."""
 
 import errno
-import re
 import traceback
 from typing import Any
 
@@ -12,7 +11,7 @@ from .pipeline.commands import stores as pipeline
 from .pipeline.commands.options import VERBOSITY, add_verbosity
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
-from .schemas.escaping import shown
+from .schemas.escaping import NOT_UTF8, shown
 from .trainer.commands import embed, evaluate, runs, sample, stores, study, train
 
 _REMEDIES = {
@@ -30,7 +29,6 @@ _OUTSIDE = (
 
 _WORDS = "semroute.words"
 """Key of a context under which the words of the command line are."""
-_SURROGATE = re.compile("[\ud800-\udfff]")  # bytes of a word that are not UTF-8
 
 
 class _Commands(click.Group):
@@ -56,7 +54,7 @@ class _Commands(click.Group):
                 raise
             raise click.ClickException(shown(_describe(error))) from error
         except Exception as error:
-            named = next(filter(_SURROGATE.search, ctx.meta[_WORDS]), None)
+            named = next(filter(NOT_UTF8.search, ctx.meta[_WORDS]), None)
             if named is not None and "surrogates not allowed" in str(error):
                 message = f"{named}: this name is not UTF-8, so it cannot be recorded; rename it"
                 raise click.ClickException(shown(message)) from error

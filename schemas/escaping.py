@@ -15,6 +15,8 @@ _LINE_CONTROL = re.compile(f"[{_CONTROLS}\t\n]")
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"<>`]+?)(?=[]:,.;)]*(?:[\s'\"<>`]|$))")
 _TOKEN = re.compile(r"\b(hf_)[A-Za-z0-9]{20,}|(?<=\bBearer )[\w.~+/=-]+", re.ASCII)
 HIDDEN = "***"
+NOT_UTF8 = re.compile("[\ud800-\udfff]")
+"""Half surrogates, as which Python reads bytes of a name that are not UTF-8."""
 
 
 def printable(text: str) -> str:

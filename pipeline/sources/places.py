@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from ...schemas import InputError
+from ...schemas.escaping import NOT_UTF8
 from ...schemas.urls import check_protocol, without_query
 from .values import parse_json
 
@@ -30,7 +31,6 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Kinds that may be compressed."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 SIDECARS = (".txt", ".caption", ".json")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # bytes of a name that are not UTF-8
 _METADATA = re.compile(r"metadata\.(jsonl|csv|parquet)")
 _NO_TABLES = re.compile(
     r"(readme|license|requirements).*|dataset_infos?\.json|state\.json|.*_stats\.json", re.I
@@ -98,7 +98,7 @@ def find_files(source: str) -> Files:
     """
     found = [_in_folder(path) if _is_folder(path) else _file(path) for path in expand(source)]
     for path in (source, *(path for each in found for path in each.paths)):
-        if _SURROGATE.search(path):
+        if NOT_UTF8.search(path):
             raise InputError(f"{path}: its name is not UTF-8, so it cannot be recorded; rename it")
     kinds = [*dict.fromkeys(each.kind for each in found)]
     if len(kinds) > 1:
