@@ -89,9 +89,12 @@ def put(document: dict[str, Any], key: str, value: Any) -> None:
     """Set the value of a dotted key, such as ``routing.strategy``; a mapping is set key by key.
 
     Raises:
-        InputError: a part of the key before the last holds a value.
+        InputError: a part of the key before the last holds a value; or an empty mapping, which sets
+            nothing.
     """
     if isinstance(value, dict):
+        if not value:
+            raise InputError(f"{key}={{}} sets no key: give {key}.KEY=VALUE, or leave it out")
         for name, inner in value.items():
             put(document, f"{key}.{name}", inner)
         return

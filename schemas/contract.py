@@ -26,9 +26,17 @@ class Contract(BaseModel):
 
 
 class Settings(Contract):
-    """Base of documents that people write: numbers are finite, and are no booleans."""
+    """Base of documents that people write: numbers are finite, and are no booleans; texts are not
+    blank."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_blank_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("expected text that is not blank; leave the key out for its default")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -203,6 +203,14 @@ def test_values(command):
         "train {config} steps=-1",
         "train {config} steps=.inf",
         "train {config} seed=yes",
+        "train {config} model.width=65536 model.depth=65536 output={out}",
+        "train {config} model.mlp_width=65536 model.depth=65536 output={out}",
+        "train {config} compile={{}}",
+        "train {config} data.select={{}}",
+        "train {config} features=",
+        "train {config} output=''",
+        "train {config} validation.features=' '",
+        'train {config} model.kind=pretrained model.pretrained=""',
         "train {config} model=1",
         "train {config} optimizer.muon_lr=0.1",
         "train {config} data.window=3",
@@ -279,6 +287,23 @@ def test_an_error_of_a_package_for_storage_is_one_message():
     with mock.patch.object(describe, "inspect", side_effect=error):
         message = refused(["inspect", "store"])
     assert message == "CredentialsError: no credentials for https://***@host/it?***\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to\n#0"),
+        RuntimeError("CUDA error: out of memory"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GB"),
+        RuntimeError("Storage size calculation overflowed with sizes=[65536, 4611686018427387904]"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_message(error):
+    with mock.patch.object(describe, "inspect", side_effect=error):
+        message = refused(["inspect", "store"])
+    assert "memory does not suffice: " in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "\udcff/it"])
