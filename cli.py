@@ -8,7 +8,7 @@ import click
 
 from . import __version__
 from .pipeline.commands import stores as pipeline
-from .pipeline.commands.options import VERBOSITY, add_verbosity
+from .pipeline.commands.options import VERBOSITY, add_bounds, add_verbosity
 from .pipeline.executor.base import DISK_FULL
 from .schemas import InputError
 from .schemas.escaping import NOT_UTF8, shown
@@ -121,7 +121,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(add_verbosity(command))
+    cli.add_command(add_bounds(add_verbosity(command)))
 
 if __name__ == "__main__":
     cli()

@@ -41,6 +41,11 @@ def _refuse_unused(config: TrainConfig, name: str) -> None:
             )
             for key in ("every", "num_samples", "num_bins", "seed")
         },
+        **{
+            f"sampling.{key}": (config.sampling.every is None, "sampling.every")
+            for key in type(config.sampling).model_fields
+            if key != "every"
+        },
     }
     for number, select in enumerate([config.data.select, *(s.select for s in config.data.mixture)]):
         if select.columns is not None and select.filter is None and select.caption_weights is None:

@@ -12,6 +12,7 @@ from .errors import InputError
 from .yaml_file import YamlMapping
 
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
