@@ -2,9 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .files import open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +40,30 @@ def save_tensors(
         number = int(match[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode & 0o777)  # safetensors makes it private
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A file of tensors, of which only what is asked for is read.
+
+    Raises:
+        InputError: it is damaged, or no plain file.
+        OSError: no such file, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    open_file(path, follow=True).close()  # safetensors would wait for a pipe
+    try:
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """All tensors of a file, by name; see :func:`open_tensors`."""
+    with open_tensors(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def make_readable(folder: Path) -> None:

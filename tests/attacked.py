@@ -21,6 +21,8 @@ SECONDS = 10
 """Longest use of a store, in seconds of the processor."""
 RUN = "run"
 """Kind of what is no store, but a run: it has no checksums to agree with."""
+INPUTS = ("tables", "embeds")
+"""Kinds of folders whose files are no stores either, and are only read."""
 _GRACE = 90.0  # until a process that hangs is killed, whatever else the machine does
 _IMPORT_SECONDS = 120.0
 
@@ -71,6 +73,10 @@ def _read(kind: str, path: str) -> str:
         from forged_runs import read_run
 
         return read_run(path)
+    if kind in INPUTS:
+        from forged_inputs import read_inputs
+
+        return read_inputs(kind, path)
     import numpy as np
 
     import semroute
@@ -100,6 +106,8 @@ def _inspect(kind: str, path: str) -> None:
 
         inspect_run(path)
         return
+    if kind in INPUTS:
+        return
     from semroute.pipeline.inspection.describe import inspect
     from semroute.pipeline.inspection.status import status
 
@@ -111,6 +119,8 @@ def _verify(kind: str, path: str) -> str:
         from forged_runs import resume_run
 
         return resume_run(path)
+    if kind in INPUTS:
+        return ""
     from semroute.pipeline.store.verify import verify
 
     found = verify(path)

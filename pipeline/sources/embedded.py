@@ -62,7 +62,9 @@ class EmbeddedReader:
             )
         while self._batch is None or row >= self._first + self._batch.num_rows:
             self._first += 0 if self._batch is None else self._batch.num_rows
-            self._batch = next(self._batches)
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise OSError(f"{self._paths[self._file]} has fewer rows than it says")
         table = pa.Table.from_batches([self._batch.slice(row - self._first, 1)])
         return self._field.take(table)[0].as_py()
 

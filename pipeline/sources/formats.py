@@ -88,6 +88,11 @@ def parsed(path: str, read: Callable[[BinaryIO, str], T]) -> T:
         raise InputError(f"{path}: no such file") from error
     except (pa.ArrowException, UnicodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable {kind[1:]} file: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Arrow's own, of what is in the file.
+        raise InputError(f"{path} is not a readable {kind[1:]} file: {error}") from error
 
 
 @contextmanager

@@ -4,7 +4,9 @@ A source is a path, a URL, a folder, a pattern, or several of them with ``::`` b
 braces keep their order; what ``*``, ``?`` or a folder holds is sorted by path.
 """
 
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from fsspec.core import split_protocol
 
 from ...schemas import InputError
 from ...schemas.escaping import NOT_UTF8
@@ -100,6 +103,7 @@ def find_files(source: str) -> Files:
     for path in (source, *(path for each in found for path in each.paths)):
         if NOT_UTF8.search(path):
             raise InputError(f"{path}: its name is not UTF-8, so it cannot be recorded; rename it")
+        check_file(path)
     kinds = [*dict.fromkeys(each.kind for each in found)]
     if len(kinds) > 1:
         raise InputError(
@@ -115,7 +119,26 @@ def find_files(source: str) -> Files:
         for suffix in SIDECARS
         if any(suffix in each.sidecars for each in found)
     }
+    for path in (path for paths in sidecars.values() for path in paths if path is not None):
+        check_file(path)
     return Files(source, kinds[0], [path for each in found for path in each.paths], sidecars)
+
+
+def check_file(path: str) -> None:
+    """Refuse a pipe or a device of this machine, which may have no end; what is not there passes.
+
+    Raises:
+        InputError: it is one.
+    """
+    protocol, inner = split_protocol(path)
+    if protocol not in (None, "file", "local"):
+        return
+    try:
+        mode = os.stat(inner).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path} is a pipe or a device; expected a file")
 
 
 def expand(pattern: str) -> list[str]:

@@ -21,7 +21,7 @@ from .columns import Chosen, check_unique
 from .embedded import EMBEDDED, EmbeddedReader
 from .folders import ImageFolder
 from .formats import JoinedTables
-from .places import FOLDER, IMAGE_SUFFIXES, TAR, Files, filesystem_of, find_files
+from .places import FOLDER, IMAGE_SUFFIXES, TAR, Files, check_file, filesystem_of, find_files
 from .webdataset import BYTE_RANGE, Reader, WebDataset
 
 TEXT, IMAGE, ROW, WEIGHTS = "text", "image", "row", "weights"
@@ -136,12 +136,14 @@ class SampleTable:
         """
         column = str(self.chosen.image)
         with Reader() as tars, EmbeddedReader(self.files, column) as embedded:
-            for row, value in enumerate(_python_values(self.table[IMAGE])):
+            for row, value in enumerate(_python_values(self.table[IMAGE], self.source)):
                 try:
                     yield self._image_file(row, value, tars, embedded)
+                except _Refused as error:
+                    yield Unreadable(shown(str(error)))
                 except FileNotFoundError:
                     yield Unreadable(shown(f"no such file: {_image_name(value)}"))
-                except OSError as error:
+                except (OSError, pa.ArrowException) as error:
                     yield Unreadable(shown(f"{_image_name(value)}: {error}"))
 
     def _image_file(
@@ -163,6 +165,7 @@ class SampleTable:
             )
         if "://" in value:
             check_protocol(value)
+            _check_image(value)
             with fsspec.open(value, "rb") as file:
                 return file.read()
         return self._read_path(value)
@@ -184,8 +187,8 @@ class SampleTable:
         paths = [str(folder / name) for name in names]
         for path in (*paths[1:], *(paths[-1] + suffix for suffix in suffixes)):
             if not filesystem.exists(paths[0]) and filesystem.exists(path):
-                return filesystem.cat_file(path)
-        return filesystem.cat_file(paths[0])
+                return _cat(filesystem, path)
+        return _cat(filesystem, paths[0])
 
     def identity(self) -> SamplesIdentity:
         """Number of rows and fingerprint of their captions, to join stores made from one table."""
@@ -319,11 +322,31 @@ def _open_table(source: str) -> JoinedTables:
     return form
 
 
+class _Refused(Exception):
+    """A path of an image that is not read."""
+
+
+def _check_image(path: str) -> None:
+    try:
+        check_file(path)
+    except InputError as error:
+        raise _Refused(str(error)) from error
+
+
+def _cat(filesystem: Any, path: str) -> bytes:
+    if "file" in filesystem.protocol:
+        _check_image(path)
+    return filesystem.cat_file(path)
+
+
 def _image_name(value: Any) -> str:
     return str(value["path"]) if isinstance(value, dict) else str(value)
 
 
-def _python_values(column: pa.ChunkedArray) -> Iterator[Any]:
+def _python_values(column: pa.ChunkedArray, source: str) -> Iterator[Any]:
     for chunk in column.chunks:
         for scalar in chunk:
-            yield scalar.as_py()
+            try:
+                yield scalar.as_py()
+            except UnicodeDecodeError as error:  # names of its fields
+                raise InputError(f"{source} is damaged: {error}") from error

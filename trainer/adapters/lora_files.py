@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import InputError, LoraConfig, PretrainedIdentity
-from ...schemas.tensor_files import make_readable, save_tensors
+from ...schemas.tensor_files import load_tensors, make_readable, save_tensors
 from .families import find_family
 from .lora import ADAPTER
 from .pretrained import find_class
@@ -118,7 +116,7 @@ def read_lora(folder: Path) -> Matrices:
         if not file.exists():
             continue
         try:
-            tensors = load_file(file)
+            tensors = load_tensors(file)
             ends = (f"{_A}.weight", f"{_B}.weight")
             layers = [
                 name.removesuffix(ends[0]).removeprefix(prefix)
@@ -129,7 +127,7 @@ def read_lora(folder: Path) -> Matrices:
             for layer in layers:
                 first, second = (tensors[f"{prefix}{layer}{end}"] for end in ends)
                 found[layer] = (first, second)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, KeyError) as error:
             raise InputError(f"{file} is damaged: {error}") from error
         return found
     return {}

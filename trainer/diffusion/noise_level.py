@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ...schemas import InputError, write_whole
+from ...schemas.tensor_files import load_tensors
 
 MIN_LATENTS = 50
 """Fewest latents to calibrate on."""
@@ -138,8 +138,8 @@ class NoiseLevelEstimator:
             InputError: the file does not hold an estimator.
         """
         try:
-            return cls(**load_file(path))
-        except (SafetensorError, TypeError, OSError) as error:
+            return cls(**load_tensors(path))
+        except (InputError, TypeError, OSError) as error:
             raise InputError(
                 f"{path} is not a calibrated clock ({error}): remove it, and it is made again"
             ) from error

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -33,6 +32,7 @@ from ...pipeline.models.llm import describe_model, find_tower
 from ...pipeline.models.text_pipelines import open_text_pipeline
 from ...schemas import EmbedsRecord, InputError, parse, write_whole
 from ...schemas.json_file import load_json
+from ...schemas.tensor_files import open_tensors
 from ...schemas.verbosity import progress_bar
 from ..adapters.arguments import ARGUMENTS, TEXT_ONLY, Arguments
 from ..adapters.captures import Captures
@@ -354,10 +354,10 @@ def read_embeds(file: str | os.PathLike[str]) -> Embeds:
     """
     path = Path(file)
     try:
-        with safe_open(path, "pt") as opened:
+        with open_tensors(path) as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"{path} holds no embeddings: {error}") from error
     if _OWN not in metadata:
         raise InputError(f"{path} is not a file of semroute embed")

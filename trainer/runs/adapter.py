@@ -21,8 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ...schemas import (
@@ -37,7 +36,7 @@ from ...schemas import (
     write_document,
 )
 from ...schemas.json_file import read_json
-from ...schemas.tensor_files import save_tensors
+from ...schemas.tensor_files import load_tensors, save_tensors
 from ..adapters.base import Family, count_mixes
 from ..adapters.families import find_family
 from ..adapters.lora_files import find_loader, matrices_of, read_lora, weights_of, write_lora
@@ -255,8 +254,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         return {}
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        return load_tensors(file)
+    except OSError as error:
         raise InputError(f"{file} is damaged: {error}") from error
 
 

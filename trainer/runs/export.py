@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...schemas import InputError, RouterRecord, parse, write_document
 from ...schemas.atomic import whole_folder
 from ...schemas.json_file import read_json
-from ...schemas.tensor_files import save_tensors
+from ...schemas.tensor_files import load_tensors, save_tensors
 from ..model.router import Learned, Router
 from ..model.strategies import make_router
 
@@ -105,7 +104,7 @@ def load_router(path: str | os.PathLike[str]) -> Router:
     folder = Path(path)
     try:
         document = read_json(folder / CONFIG, follow=True)
-        tensors = load_file(folder / TENSORS)
+        tensors = load_tensors(folder / TENSORS)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no exported router: {error}") from error
     exported = parse(RouterRecord, document, str(folder / CONFIG))
@@ -118,7 +117,10 @@ def load_router(path: str | os.PathLike[str]) -> Router:
             text_width=exported.text_width,
             mixes=exported.mixes,
         )
-    router.load_state_dict(router_parameters(tensors))
+    try:
+        router.load_state_dict(router_parameters(tensors))
+    except RuntimeError as error:  # names or shapes of tensors
+        raise InputError(f"{folder / TENSORS} does not fit {folder / CONFIG}: {error}") from error
     return router.eval().requires_grad_(False)
 
 

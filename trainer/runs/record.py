@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...schemas import (
@@ -27,7 +25,7 @@ from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
 from ...schemas.memory import memory_bytes
 from ...schemas.seeds import RANDOM_VERSION
-from ...schemas.tensor_files import save_tensors
+from ...schemas.tensor_files import load_tensors, save_tensors
 from ...schemas.units import format_bytes
 from .checkpoint import Checkpoint, describe_file, latest_checkpoint, list_checkpoints
 
@@ -264,8 +262,8 @@ def read_llm_weights(path: Path, record: RunRecord) -> dict[str, Tensor]:
         found = describe_file(file).sha256
         if found != record.llm_attention.sha256:
             raise InputError("it has another sha256 than when it was written")
-        return load_file(file)
-    except (InputError, OSError, SafetensorError) as error:
+        return load_tensors(file)
+    except (InputError, OSError) as error:
         raise InputError(
             f"{file} is missing or damaged ({error}): restore the run directory from a copy"
         ) from error

@@ -1,5 +1,6 @@
 """Files of captions that are damaged, or that say two things: one message, or what was meant."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import tarfile
 
 import pyarrow as pa
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from semroute.pipeline.sources.prompts import read_prompts
@@ -156,6 +158,27 @@ def test_arrow_whose_offsets_lead_outside(tmp_path):
     assert 20 < num_refused < 150
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_flipped_tables_end_in_one_message(tmp_path, suffix):
+    """Arrow says of some damage that it is an error of the operating system."""
+    images = [{"bytes": bytes([number] * 9), "path": f"{number}.png"} for number in range(9)]
+    table = pa.table({"text": [f"caption {number}" for number in range(9)], "image": images})
+    whole = tmp_path / f"a.{suffix}"
+    pa.parquet.write_table(table, whole) if suffix == "parquet" else write_arrow(whole, table)
+    content, rng, num_refused = whole.read_bytes(), random.Random(5), 0
+    for number in range(200):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path = tmp_path / f"{number}.{suffix}"  # each is mapped
+        path.write_bytes(flipped)
+        with contextlib.suppress(InputError):
+            read(path)
+            [*read_samples(str(path), need="image", blank="skip").image_files()]
+            num_refused -= 1
+        num_refused += 1
+    assert num_refused > 10
+
+
 @pytest.mark.parametrize("place", ["folder", "table", "pattern"])
 def test_names_that_are_not_utf_8(tmp_path, place):
     """As of files from systems that wrote Latin-1; Parquet and JSON cannot hold them."""
@@ -190,6 +213,28 @@ def test_empty_lines_around_rows_are_none(tmp_path):
     assert read(tmp_path / "a.csv") == [["a\n\nb"], ["c"]]
     assert read(tmp_path / "b.csv") == [["a"], ["c"]]
     assert refused(tmp_path / "c.csv").endswith("has no rows; expected at least one")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tar", "a.parquet", "images/0.txt", "images/0.png"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(tmp_path, name, what):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if "/" in name:
+        for suffix in ("txt", "png"):
+            path.with_suffix(f".{suffix}").write_bytes(b"a")
+        path.unlink()
+    os.mkfifo(path) if what == "pipe" else path.symlink_to("/dev/zero")
+    assert "is a pipe or a device; expected a file" in refused(path.parent if "/" in name else path)
+
+
+def test_images_of_a_table_are_no_devices(tmp_path):
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    paths = ["/dev/zero", "file:///dev/zero", "zero.png", "zero"]
+    (tmp_path / "a.csv").write_text("image\n" + "\n".join(paths))
+    table = read_samples(str(tmp_path / "a.csv"), need="image")
+    for file in table.image_files():
+        assert "is a pipe or a device" in file.reason
 
 
 class TestTars:

@@ -328,6 +328,12 @@ def test_embeddings_that_are_damaged(tmp_path: Path) -> None:
     hidden, offsets = "semroute.hidden", "semroute.offsets"
     save_file({hidden: rows, offsets: torch.tensor([0, 1, 3])}, file, {"semroute": sound})
     assert [len(part) for part in read_embeds(file).hidden] == [1, 2]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    assert read_embeds(link).hidden[1].shape == (2, 1, 4)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match="is a pipe"):
+        read_embeds(tmp_path / "pipe.safetensors")
     for text in ("", "{", "[" * 50_000, "[]", '{"a": 1, "a": 1}', sound.replace("null", "NaN")):
         save_file({"prompt_embeds": rows}, file, {"semroute": text})
         with pytest.raises(InputError, match=r"embeds\.safetensors"):

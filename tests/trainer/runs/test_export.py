@@ -1,4 +1,5 @@
 import json
+import os
 from typing import ClassVar
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 import semroute
 from semroute.cli import cli
@@ -89,6 +90,18 @@ class TestRouter:
             export_router(run, tmp_path)
         with pytest.raises(InputError, match="holds no exported router"):
             semroute.load_router(tmp_path)
+
+    def test_damage(self, make_run, tmp_path):
+        export_router(semroute.load_run(make_run("depth")), tmp_path / "router")
+        file = tmp_path / "router" / "router.safetensors"
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        others = ({}, {**tensors, first: tensors[first].flatten()[1:].copy()})
+        for damaged in (file.read_bytes()[:-3], b"", *map(save, others), None):
+            file.unlink()
+            os.mkfifo(file) if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(InputError, match=r"router\.safetensors"):
+                semroute.load_router(tmp_path / "router")
 
 
 WITHIN = {"rtol": 1e-3, "atol": 1e-3}
