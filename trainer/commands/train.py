@@ -112,9 +112,6 @@ def train(
       semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
       semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
     """
-    from ..runs.threads import wait_briefly
-
-    wait_briefly()  # before torch is imported
     parsed = read_config(config, [*overrides, *["data.unverified=true"] * unverified])
     if dry_run:
         refuse_options(["resume_from"], "does not go with --dry-run, which resumes nothing")

@@ -1,22 +1,13 @@
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from semroute.pipeline.executor.threads import WAITING, wait_briefly
 from semroute.trainer.runs.record import read_record
-from semroute.trainer.runs.threads import describe_threads, wait_briefly
+from semroute.trainer.runs.threads import describe_threads
 from semroute.trainer.training.train import train
-
-BUSY = """
-import os
-os.getloadavg = lambda: (1000.0, 0.0, 0.0)
-from semroute.cli import cli
-cli()
-"""
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 @pytest.fixture(autouse=True)
@@ -32,33 +23,11 @@ def environment(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_libgomp_is_told_before_torch_loads_it(tmp_path):
-    keys = ("features", "latents", "output")
-    (tmp_path / "run.yaml").write_text("".join(f"{key}: {tmp_path / key}\n" for key in keys))
-    run = subprocess.run(
-        [sys.executable, "-c", BUSY, "train", str(tmp_path / "run.yaml")],
-        env={**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"},
-        capture_output=True,
-        text=True,
-    )
-    assert "Error:" in run.stderr  # there is no store
-    assert "GOMP_SPINCOUNT = '1000'" in run.stderr
-
-
-@pytest.mark.parametrize(("name", "value"), [*zip(WAITING, ("7", "PASSIVE"), strict=True)])
-def test_what_the_user_says_stays(name, value, monkeypatch):
-    monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
-    wait_briefly()
-    assert {key: os.environ[key] for key in WAITING if key in os.environ} == {name: value}
-
-
 def test_a_run_says_and_records_its_threads(configure, tmp_path, capsys, monkeypatch):
     def start(**changes):
         train(configure(tmp_path / "run", **changes))
         return capsys.readouterr().err
 
-    wait_briefly()
     said = start(steps=1)
     assert "1 thread on the CPU\n" in said  # nothing else runs here
     assert "warning" not in said
