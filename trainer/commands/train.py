@@ -127,11 +127,12 @@ def train(
         return
     if not (ranks is None and step_seconds is None and measure is None):
         raise InputError("--ranks, --step-seconds and --measure need --dry-run")
+    from ..runs.threads import chosen_threads
     from ..training.train import train as run
     from ..training.trainer import TrainingInterrupted
 
     try:
-        with interruptible(TrainingInterrupted):
+        with interruptible(TrainingInterrupted), chosen_threads(Path(parsed.output)):
             path = run(parsed, resume_from=resume_from)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
