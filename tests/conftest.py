@@ -39,11 +39,16 @@ THINGS = ("cup", "tree", "car", "bird", "chair", "box", "clock", "small dog")
 PLACES = ("", " on a table", " in the snow", " at night, seen from very far above")
 
 LONGEST = (
+    "trainer/evaluation/test_attach.py",
     "trainer/studies/test_runner.py",
-    "pipeline/extraction/test_features.py",
     "trainer/training/test_trainer.py",
+    "pipeline/extraction/test_features.py",
+    "trainer/adapters/test_families.py",
+    "trainer/evaluation/test_embed.py",
     "pipeline/executor/test_connect.py",
+    "test_benchmarks.py",
     "test_docs.py",
+    "pipeline/store/test_remote.py",
     "test_cli.py",
     "schemas/test_files.py",
 )
