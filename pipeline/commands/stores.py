@@ -16,6 +16,7 @@ from .options import (
     BYTE_SIZE,
     CODECS,
     LOCAL_FILE,
+    LOCAL_PATH,
     MODEL_HELP,
     SEED,
     FiniteRange,
@@ -70,7 +71,7 @@ from .options import (
     "--for",
     "runs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="YAML file or directory of a run: with --budget, shards are written as it comes to them, "
     "and evicted once all such runs have read them. May be given several times.",
 )
