@@ -168,8 +168,8 @@ def memory(kind: str) -> int:
 
 
 def open_tables(store: Path, columns: str) -> dict[str, float]:
-    """Open a store: seconds, also of CPU time, and bytes at the peak and afterwards, beyond those of
-    before."""
+    """Open a store: seconds, elapsed and of CPU time; bytes at the peak and afterwards, beyond
+    those of before."""
     from semroute.pipeline.store.features import FeatureStore
 
     before, started, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
