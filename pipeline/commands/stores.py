@@ -342,7 +342,7 @@ def status(store: str, as_json: bool) -> None:
     """Show the progress of a STORE being written: how far, by whom, how fast, and what failed.
 
     With a disk budget, also which runs it follows and who waits for whom. STORE may be the
-    directory of such a run.
+    directory of such a run, or of one that reads an object store, for what it has fetched.
 
     \b
     Examples:
@@ -353,7 +353,7 @@ def status(store: str, as_json: bool) -> None:
 
     found = run(store)
     print_result(found, as_json)
-    if not as_json and found.details["state"] == "complete":
+    if not as_json and found.details.get("state") == "complete":
         suggest("inspect", store)
 
 
