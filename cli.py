@@ -10,6 +10,7 @@ from . import __version__
 from .pipeline.commands import stores as pipeline
 from .pipeline.commands.options import VERBOSITY, add_bounds, add_verbosity
 from .pipeline.executor.base import DISK_FULL
+from .pipeline.executor.threads import is_busy, wait_briefly
 from .schemas import InputError
 from .schemas.escaping import NOT_UTF8, shown
 from .schemas.memory import is_out_of_memory
@@ -96,6 +97,8 @@ def cli() -> None:
     captions --extract--> features --train--> run --sample, evaluate, plot
     images   --latents--> latents  ---^
     """
+    if is_busy():
+        wait_briefly()  # before any command imports torch
 
 
 for command in (

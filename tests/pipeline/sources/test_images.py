@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -157,6 +158,9 @@ def test_transparency_inside_a_palette_is_over_white():
     header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 4, 4, 8, 0x20)
     file = header + bytes([0, 0, 0, 0, 0, 0, 255, 255]) + bytes([0] * 8 + [1] * 8)
     codes = image_to_codes(file, (4, 4))
+    if int(PIL.__version__.partition(".")[0]) < 12:
+        assert "unrecognized raw mode" in codes.reason
+        return
     assert codes[:, 0, 0].tolist() == [255, 255, 255]
     assert codes[:, 3, 3].tolist() == [255, 0, 0]
 
