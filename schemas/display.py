@@ -4,10 +4,9 @@ stranger's."""
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from .escaping import one_line
+from .escaping import in_html, one_line
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class Summary:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th>"
-            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left'>{in_html(name)}</th>"
+            f"<td style='text-align:left'>{in_html(value)}</td></tr>"
             for name, value in self.items.items()
         )
-        return f"<div><strong>{escape(self.title)}</strong><table>{rows}</table></div>"
+        return f"<div><strong>{in_html(self.title)}</strong><table>{rows}</table></div>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,8 +81,8 @@ class Table:
     def to_html(self) -> str:
         """An HTML table with a head; every cell is escaped."""
         head, *others = self.rows
-        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in others]
+        lines = ["".join(f"<th>{in_html(cell)}</th>" for cell in head)]
+        lines += ["".join(f"<td>{in_html(cell)}</td>" for cell in row) for row in others]
         return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
     def to_markdown(self) -> list[str]:

@@ -1,8 +1,7 @@
-"""Texts of strangers, made safe to show: in a terminal, in Markdown, and without secrets.
+"""Texts of strangers, made safe to show: in a terminal, in Markdown and HTML, and without
+secrets."""
 
-HTML is escaped by the standard library's ``html.escape``.
-"""
-
+import html
 import re
 
 _CONTROLS = (
@@ -60,6 +59,12 @@ def _hide(url: re.Match[str]) -> str:
 def shown(text: object) -> str:
     """A text for a terminal: :func:`printable` and :func:`without_secrets`."""
     return printable(without_secrets(str(text)))
+
+
+def in_html(text: str) -> str:
+    """A text in HTML that shows as it is: markup is text, and control characters are as in a
+    terminal, as those that reverse text do so in a page, too."""
+    return html.escape(printable(text))
 
 
 def in_markdown(text: str) -> str:

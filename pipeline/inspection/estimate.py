@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ...schemas import Codec, DataConfig, InputError, Rank, Summary
 from ...schemas.display import Table
+from ...schemas.escaping import in_html
 from ...schemas.storage import MIN_BYTES, StorageSpeed, measure_storage
 from ...schemas.units import format_bytes
 from ..codecs.registry import CODECS, is_lossy, request_codec, settle_rank, with_exact_layers
@@ -57,8 +57,8 @@ class Estimate:
     def _repr_html_(self) -> str:
         parts = [self.facts._repr_html_()]
         for title, rows in self.tables.items():
-            parts.append(f"<strong>{escape(title)}</strong>{Table(rows).to_html()}")
-        advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.advice)
+            parts.append(f"<strong>{in_html(title)}</strong>{Table(rows).to_html()}")
+        advice = "".join(f"<li>{in_html(sentence)}</li>" for sentence in self.advice)
         return f"<div>{''.join(parts)}<ul>{advice}</ul></div>"
 
     def to_json(self) -> str:

@@ -7,13 +7,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...schemas import write_document
+from ...schemas.escaping import in_html
 from ..codecs.error import layer_error
 from ..models.vae import latents_to_images, pixel_codec
 from ..store.features import NULL_CAPTION, FeatureStore
@@ -136,7 +136,7 @@ def _search(store: FeatureStore) -> str:
     # Without this character, no caption can close the script.
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f"<p>Finds captions that contain all words. Press / to search.{escape(note)}</p>"
+        f"<p>Finds captions that contain all words. Press / to search.{in_html(note)}</p>"
         '<p><input id="words" type="search" placeholder="search" aria-label="search captions"> '
         '<span id="count" role="status"></span></p><table id="found"><thead><tr>'
         '<th scope="col">id</th><th scope="col">tokens</th><th scope="col">caption</th></tr>'
@@ -167,7 +167,7 @@ def _png(image: np.ndarray) -> str:
 
 def _svg(figure: Figure, name: str) -> str:
     data = base64.b64encode(themed_svg(figure).encode()).decode()
-    return f"<img src='data:image/svg+xml;base64,{data}' alt='{escape(name)}'>"
+    return f"<img src='data:image/svg+xml;base64,{data}' alt='{in_html(name)}'>"
 
 
 def _page(title: str, sections: Sequence[_Section]) -> str:
@@ -178,8 +178,8 @@ def _page(title: str, sections: Sequence[_Section]) -> str:
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><title>{in_html(title)}</title>'
         f"<style>{(_HERE / 'report.css').read_text('utf-8')}</style></head>"
-        f'<body><h1>{escape(title)}</h1><nav aria-label="contents"><ul>{contents}</ul></nav>'
+        f'<body><h1>{in_html(title)}</h1><nav aria-label="contents"><ul>{contents}</ul></nav>'
         f"<main>{body}</main></body></html>\n"
     )

@@ -2,10 +2,12 @@ import re
 
 import pytest
 
-from semroute.schemas import InputError
+from semroute.schemas import InputError, Summary
+from semroute.schemas.display import Table
 from semroute.schemas.escaping import (
     code,
     fenced,
+    in_html,
     in_markdown,
     one_line,
     printable,
@@ -96,3 +98,12 @@ def test_errors_of_a_store_cannot_command_a_terminal():
     error = InputError("folder\x1b[2J is no store\nName another.")
     assert str(error) == "folder\\x1b[2J is no store\nName another."
     assert re.fullmatch("[ -~\n]+", str(error))
+
+
+@pytest.mark.parametrize("sign", ["\x1b", "\u202e", "\u2066", "\x9b"])
+def test_html_shows_markup_and_what_reverses_text(sign):
+    table = Table([("a", "b"), (f"<b>{sign}", '"')]).to_html()
+    for page in (in_html(f"<b>{sign}"), table, Summary(f"<b>{sign}", {"x": sign})._repr_html_()):
+        assert "<b>" not in page
+        assert sign not in page
+        assert sign.encode("unicode_escape").decode() in page
