@@ -373,11 +373,11 @@ def memory_for(monkeypatch):
 
 class TestMemory:
     def test_the_error_of_a_real_allocation_is_known(self):
-        from semroute.pipeline.extraction.worker import OUT_OF_MEMORY
+        from semroute.schemas.memory import is_out_of_memory
 
         with pytest.raises(RuntimeError) as caught:
             torch.empty(2**60, dtype=torch.uint8)
-        assert any(words in str(caught.value) for words in OUT_OF_MEMORY)
+        assert is_out_of_memory(caught.value)
 
     def test_a_batch_that_does_not_fit_is_halved(self, arguments, memory_for, tiny_llm, tmp_path):
         from safetensors.torch import load_file, save_file
