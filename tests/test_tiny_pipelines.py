@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-from tiny_pipelines import FAMILIES, make_pipeline, run_size  # noqa: E402
+pytest.importorskip("diffusers")
+from tiny_pipelines import FAMILIES, load_pipeline, make_pipeline, run_size  # noqa: E402
 
 GUIDED = {"qwen-image": {"negative_prompt": "blurry"}}
 """What switches guidance on where it is not the default."""
@@ -17,14 +17,8 @@ GUIDED = {"qwen-image": {"negative_prompt": "blurry"}}
 
 @pytest.fixture
 def load(tiny_pipeline: Callable[[str], Path]) -> Callable[[str], Any]:
-    """Family -> its pipeline, freshly loaded."""
-
-    def load(family: str) -> Any:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny_pipeline(family))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return load
+    """Family -> its pipeline as it is when it is loaded."""
+    return lambda family: load_pipeline(tiny_pipeline(family))
 
 
 def sample(pipeline: Any, family: str, prompt: str, **arguments: Any) -> Any:

@@ -4,26 +4,27 @@ gives its transformer, and what its scheduler gets back.
 Shapes: B batch, C channels, h x w latent, T text rows.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pyarrow as pa
 import pyarrow.parquet
 import torch
 from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR
-from tiny_pipelines import run_size
+from tiny_pipelines import load_pipeline, run_size
 from torch import Tensor
 
 from semroute.pipeline.extraction.features import extract
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.text.presets import PRESETS
 from semroute.schemas import ModelConfig, RoutingConfig
-from semroute.trainer.adapters.pretrained import find_pretrained, load_transformer
+from semroute.trainer.adapters.pretrained import Pretrained, find_pretrained, load_transformer
 from semroute.trainer.adapters.routed import Routed
 
 FAMILIES = (
@@ -88,10 +89,16 @@ class TinyFamily:
     def num_rows(self, entry: int) -> int:
         return self.store.captions["num_tokens"][entry].as_py()
 
-    def pipeline(self) -> Any:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    @cached_property
+    def pretrained(self) -> Pretrained:
+        return find_pretrained(str(self.folder))
+
+    @cached_property
+    def base_layers(self) -> Sequence[int]:
+        """What its network reads."""
+        num_layers = self.store.manifest.identity.model.num_layers
+        found = self.pretrained
+        return found.family.base_layers(num_layers, found.index, found.config)
 
     def routed(
         self,
@@ -100,7 +107,7 @@ class TinyFamily:
         layers: Sequence[int] | None = None,
         **routing: Any,
     ) -> Routed:
-        """A new network on freshly loaded weights.
+        """A new network on the weights as they were loaded.
 
         Args:
             layers: in the store; by default those that are.
@@ -112,17 +119,16 @@ class TinyFamily:
             dtype=dtype,
             **({"lora": {"rank": 2}} if "lora" in train else {}),
         )
-        found = find_pretrained(str(self.folder))
-        llm = self.store.manifest.identity.model
+        found, llm = self.pretrained, self.store.manifest.identity.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return Routed(
-                load_transformer(found, config),
+                copy.deepcopy(_transformer(found.name, dtype)),
                 found.family,
                 config,
                 RoutingConfig(**{"weights": "signed"} | routing),
                 layers=layers or self.store.layers,
-                base_layers=found.identity(config, llm.num_layers).base_layers,
+                base_layers=[*self.base_layers],
                 num_llm_layers=llm.num_layers,
                 text_width=llm.width,
                 latent_shape=self.latent_shape,
@@ -162,7 +168,7 @@ class TinyFamily:
         """What the pipeline's own ``encode_prompt`` gives for all entries, by name, as a
         conditioning store has it: [entries, ...], and the mask of the captions' own rows."""
         if self.name not in _CONDITIONING:
-            pipe = self.pipeline()
+            pipe = load_pipeline(self.folder)
             each = [_encode(self.name, pipe, text) for text in self.texts]
             _CONDITIONING[self.name] = {n: torch.cat([e[n] for e in each]) for n in each[0]}
         return _CONDITIONING[self.name]
@@ -173,7 +179,7 @@ class TinyFamily:
         Rows of text that come from features are rounded as in the store: each is checked to be
         within that rounding, then replaced by it.
         """
-        pipe = self.pipeline()
+        pipe = load_pipeline(self.folder)
         step = pipe.scheduler.step
         seen = [Step()]
 
@@ -246,9 +252,7 @@ class TinyFamily:
 
     def base_rows(self, entry: int) -> Tensor:
         """fp32 [T, K, H] of the layers that the network reads."""
-        found = find_pretrained(str(self.folder))
-        num_layers = self.store.manifest.identity.model.num_layers
-        layers = found.family.base_layers(num_layers, found.index, found.config)
+        layers = self.base_layers
         rows = self.store.read([entry], sorted({*layers})).tensor().float()
         return rows[:, [sorted({*layers}).index(layer) for layer in layers]]
 
@@ -257,6 +261,13 @@ class TinyFamily:
         return next(
             entry for entry, rows in enumerate(self.conditioning()[name]) if torch.equal(rows, text)
         )
+
+
+@cache
+def _transformer(folder: str, dtype: str) -> Any:
+    """Not to be changed."""
+    config = ModelConfig(kind="pretrained", pretrained=folder, dtype=dtype)
+    return load_transformer(find_pretrained(folder), config)
 
 
 _CONDITIONING: dict[str, dict[str, Tensor]] = {}

@@ -16,7 +16,7 @@ from adapter_runs import TEMPLATE, write_run
 from conftest import write_samples
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_pipelines import run_size
+from tiny_pipelines import load_pipeline, run_size
 
 import semroute
 from semroute.cli import cli
@@ -193,7 +193,7 @@ class TestLoRA:
     @pytest.mark.parametrize("family", ["krea2", "sana", "pixart"])
     def test_plain_diffusers_gives_what_was_trained(self, plain, tiny_pipeline, family):
         run, found = plain[family]
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline(family))
+        pipe = load_pipeline(tiny_pipeline(family))
         base = sampled(pipe, family)
         expected = sampled(semroute.attach(pipe, run), family)
         assert (expected - base).abs().max() > 1e-3 * expected.abs().max()
@@ -214,7 +214,7 @@ class TestLoRA:
         run = make_run(family, train="lora", lora=lora, num_llm_layers=num)
         folder, note = export(run, tmp_path / "lora", "lora")
         assert note == ""
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline(family))
+        pipe = load_pipeline(tiny_pipeline(family))
         pipe.load_lora_weights(folder)
         (name,) = pipe.transformer.peft_config
         trained = dict(semroute.load_run(run).model.transformer.named_modules())
@@ -235,7 +235,7 @@ class TestLoRA:
 
     def test_on_another_base_is_refused(self, krea2_run, make_run, tiny_pipeline, tmp_path):
         folder, _ = export(krea2_run, tmp_path / "adapter", "pipeline")
-        sana = DiffusionPipeline.from_pretrained(tiny_pipeline("sana"))
+        sana = load_pipeline(tiny_pipeline("sana"))
         message = "SanaPipeline has a SanaTransformer2DModel, but .* adapted a Krea2Transformer2D"
         with pytest.raises(InputError, match=message):
             semroute.attach(sana, folder)
@@ -258,7 +258,7 @@ class TestKrea2:
 
         def predicted(change):
             fresh = build_model(record).eval()
-            pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("krea2"))
+            pipe = load_pipeline(tiny_pipeline("krea2"))
             change(pipe)
             fresh.transformer = pipe.transformer
             with torch.no_grad():
@@ -349,7 +349,7 @@ class TestGains:
         embeds, x_t = torch.randn(2, 9, 96), torch.randn(2, 16, 4, 4)
         inputs = (embeds, x_t, torch.tensor([0.2, 0.7]))
         gains = 1 + load_adapter(klein_run).trained["fusion_gain"]
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("flux2-klein"))
+        pipe = load_pipeline(tiny_pipeline("flux2-klein"))
         scaled = (embeds.unflatten(2, (3, -1)) * gains[:, None]).flatten(2)
         expected = self.predict(pipe.transformer, scaled, *inputs[1:])
         assert (self.predict(pipe.transformer, *inputs) - expected).abs().max() > 1e-3
@@ -378,7 +378,7 @@ class TestGains:
             given = {"prompt_embeds": embeds, "mask": torch.ones(1, 9, dtype=torch.bool)}
             found = routed(x_t, t, hidden, offsets, torch.tensor([0]), conditioning=given)
         scaled = (embeds.unflatten(2, (3, -1)) * gains[:, None]).flatten(2)
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("flux2-klein"))
+        pipe = load_pipeline(tiny_pipeline("flux2-klein"))
         expected = self.predict(pipe.transformer, scaled, x_t, t)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -471,7 +471,7 @@ class TestConfig:
         assert document["llama_layers"] == [0, 4, 4, 5]
         assert document["weights"] == pytest.approx([1, 1.5, 1, 1])
         assert document["shares"] == pytest.approx([1, 0.6, 1, 1])
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("hidream"))
+        pipe = load_pipeline(tiny_pipeline("hidream"))
         t5, _, llama3, _, pooled, _ = pipe.encode_prompt(PROMPT, *[None] * 3)
         given = {"prompt_embeds_t5": t5, "pooled_prompt_embeds": pooled}
         given |= {"prompt_embeds_llama3": llama3.permute(1, 2, 0, 3)}
@@ -512,7 +512,7 @@ class TestConfig:
         document = self.chosen(make_run, tmp_path / "config", "flux2-klein", 28, 0, 12)
         assert document["text_encoder_out_layers"] == [12, 18, 27]
         assert document["call"] == 'pipe(prompt="a cat", text_encoder_out_layers=(12, 18, 27))'
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("flux2-klein"))
+        pipe = load_pipeline(tiny_pipeline("flux2-klein"))
         seen = []
         pipe.transformer.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["encoder_hidden_states"]),
@@ -577,7 +577,7 @@ class TestPipeline:
         how = {"train": "router+lora", "routing": {"strategy": "depth"}}
         run = make_run("sana", architecture="gemma2", **how)
         folder, _ = export(run, tmp_path / "adapter", "pipeline")
-        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline("sana"))
+        pipe = load_pipeline(tiny_pipeline("sana"))
         base = sampled(pipe, "sana")
         expected = sampled(semroute.attach(pipe, run), "sana")
         semroute.detach(pipe)

@@ -187,24 +187,30 @@ class TestRanks:
         one = train(configure("sana", "one", **changes), progress=False)
         assert_close_run(config.output, one, 1e-3)
 
-    @pytest.mark.parametrize(
-        ("family", "part"), [("qwen-image", "full"), ("krea2", "router+projection")]
-    )
     def test_fsdp2_in_bfloat16(
-        self, configure: Callable[..., Any], launch: Callable[..., Any], family: str, part: str
+        self, configure: Callable[..., Any], launch: Callable[..., Any]
     ) -> None:
         """Begun by one process, sharded in the middle, and finished by one. Gates read t, of which
         bfloat16 would leave two digits."""
-        changes = {"model": {"train": part}, "mixed_precision": "bf16"}
-        changes |= {"routing": {"strategy": "joint"}, "gradient_checkpointing": family == "krea2"}
-        config = configure(family, "sharded", **changes)
-        train(config.model_copy(update={"steps": 2}), progress=False)
-        halfway = config.model_copy(update={"steps": 4})
-        wait_for_all(launch(halfway, module="run_sharded", PYTHONPATH=TESTS))
-        train(config, progress=False)
-        one = train(configure(family, "one", **changes), progress=False)
-        # Of moments, those of gradients that bfloat16 mostly rounds are elsewhere.
-        assert_close_run(config.output, one, 0.15, ("model", "ema"))
+        changes = {"mixed_precision": "bf16", "routing": {"strategy": "joint"}}
+        families: dict[str, dict[str, Any]] = {
+            "qwen-image": {"model": {"train": "full"}},
+            "krea2": {"model": {"train": "router+projection"}, "gradient_checkpointing": True},
+        }
+        configs = {
+            family: configure(family, f"sharded-{family}", **changes, **own)
+            for family, own in families.items()
+        }
+        for config in configs.values():
+            train(config.model_copy(update={"steps": 2}), progress=False)
+        halfway = [config.model_copy(update={"steps": 4}) for config in configs.values()]
+        wait_for_all(launch(*halfway, module="run_sharded", PYTHONPATH=TESTS))
+        for family, config in configs.items():
+            train(config, progress=False)
+            same = configure(family, f"one-{family}", **changes, **families[family])
+            one = train(same, progress=False)
+            # Of moments, those of gradients that bfloat16 mostly rounds are elsewhere.
+            assert_close_run(config.output, one, 0.15, ("model", "ema"))
 
 
 def wait_for_all(ranks: list[Any]) -> None:
