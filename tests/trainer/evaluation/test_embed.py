@@ -332,7 +332,7 @@ def test_embeddings_that_are_damaged(tmp_path: Path) -> None:
     link.symlink_to(file)
     assert read_embeds(link).hidden[1].shape == (2, 1, 4)
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(InputError, match="is a pipe"):
+    with pytest.raises(InputError, match="is a named pipe"):
         read_embeds(tmp_path / "pipe.safetensors")
     for text in ("", "{", "[" * 50_000, "[]", '{"a": 1, "a": 1}', sound.replace("null", "NaN")):
         save_file({"prompt_embeds": rows}, file, {"semroute": text})
