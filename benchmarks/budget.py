@@ -4,10 +4,10 @@
 
 Extracts the captions once without a budget and trains a run from them. Then it does the same with
 a budget of an eighth of that store: `semroute extract --budget` and `semroute train` run side by
-side, one of them is killed again and again at a random moment and restarted, and the size of the
-store is watched all the time, with files that are removed but still open in a process. The weights
-must be those of the first run, bit for bit. Exits with 1 if they are not, or if the budget was
-exceeded.
+side, one of them is killed again and again, at random steps of the run, and restarted, and the size
+of the store is watched all the time, with files that are removed but still open in a process. The
+weights must be those of the first run, bit for bit. Exits with 1 if they are not, or if the budget
+was exceeded.
 """
 
 import json
@@ -206,27 +206,50 @@ class Sides:
 
 
 class Killer:
-    """Kills each side at a random moment after it has worked since its start."""
+    """Kills a side whenever training has come to one of some random steps, each as often as the
+    other.
 
-    def __init__(self, sides: Sides, rng: random.Random, every: float) -> None:
-        self.sides, self.rng, self.every = sides, rng, every
+    Whoever was restarted works first, then a random moment is waited for.
+
+    Attributes:
+        killed: how often each side was.
+    """
+
+    def __init__(
+        self, sides: Sides, rng: random.Random, kills: int, steps: int, within: float
+    ) -> None:
+        self.sides, self.rng, self.within = sides, rng, within
         self.killed = {"extract": 0, "train": 0}
+        names = ([*self.killed] * kills)[:kills]
+        places = sorted((rng.uniform(0, 0.9 * steps) for _ in names), reverse=True)
+        self._planned = list(zip(places, rng.sample(names, kills), strict=True))
         self._before: dict[str, int] = {}
-        self._due: dict[str, float] = {}
+        self._due: float | None = None
 
     def look(self) -> str | None:
         """The side that was killed, if one was."""
-        for side in self.rng.sample([*self.killed], 2):
-            progress = self.sides.progress(side)
-            if progress < self._before.setdefault(side, progress):
-                self._before[side] = progress  # back at a checkpoint
-            if progress > self._before[side] and side not in self._due:
-                self._due[side] = time.monotonic() + self.rng.uniform(0, 2 * self.every)
-            if time.monotonic() > self._due.get(side, float("inf")) and self.sides.kill(side):
-                self.killed[side] += 1
-                del self._due[side], self._before[side]
-                return side
-        return None
+        worked = {side: self._has_worked(side) for side in self.killed}
+        if not self._planned:
+            return None
+        place, side = self._planned[-1]
+        if self._due is None and worked[side] and self.sides.progress("train") >= place:
+            self._due = time.monotonic() + self.rng.uniform(0, self.within)
+        if self._due is None or time.monotonic() < self._due:
+            return None
+        self._due = None
+        self._planned.pop()
+        if not self.sides.kill(side):
+            return None
+        self.killed[side] += 1
+        del self._before[side]
+        return side
+
+    def _has_worked(self, side: str) -> bool:
+        """Whether a side has made progress since it was started."""
+        progress = self.sides.progress(side)
+        if progress < self._before.setdefault(side, progress):
+            self._before[side] = progress  # back at a checkpoint
+        return progress > self._before[side]
 
 
 @click.command()
@@ -240,7 +263,7 @@ class Killer:
 @click.option("--shard-size", default="1MB", show_default=True)
 @click.option("--share", default=8.0, show_default=True, help="Size of the store over the budget.")
 @click.option("--kills", default=10, show_default=True)
-@click.option("--every", default=3.0, show_default=True, help="Mean seconds from work to a kill.")
+@click.option("--within", default=2.0, show_default=True, help="Seconds from its step to a kill.")
 @click.option("--seed", default=0, show_default=True)
 def main(
     captions: str,
@@ -253,7 +276,7 @@ def main(
     shard_size: str,
     share: float,
     kills: int,
-    every: float,
+    within: float,
     seed: int,
 ) -> None:
     """Train from a store with a budget under kills, and compare."""
@@ -295,11 +318,11 @@ def main(
                 raise click.ClickException(f"see {folder / 'extract.log'}")
             time.sleep(0.05)
         sides.start("train")
-        killer = Killer(sides, random.Random(seed), every)
+        killer = Killer(sides, random.Random(seed), kills, steps, within)
         while not sides.is_done():
             sides.note_waits()
             step = sides.progress("train")
-            if sum(killer.killed.values()) < kills and (side := killer.look()) is not None:
+            if (side := killer.look()) is not None:
                 click.echo(f"{time.monotonic() - started:6.1f} s: {side} killed at step {step}")
             time.sleep(0.02)
     seconds = time.monotonic() - started

@@ -3,7 +3,7 @@
 from .adapter import AdapterRecord
 from .against import Against
 from .atomic import PARTIAL, publish, sync, write_document, write_whole
-from .budget import BUDGET, POSITION, FollowedRun, RunPosition, StoreBudget
+from .budget import BUDGET, POSITION, FetchCounts, FollowedRun, RunPosition, StoreBudget
 from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
 from .config import read_config, read_yaml
@@ -126,6 +126,7 @@ __all__ = [
     "EmbedsRecord",
     "FeatureIdentity",
     "FeatureManifest",
+    "FetchCounts",
     "FinalNorm",
     "Fit",
     "FlowConfig",

@@ -57,8 +57,24 @@ class StoreBudget(Contract):
     """Time that extraction has waited for runs since it was started."""
 
 
+class FetchCounts(Contract):
+    """What the main process of a run has fetched since the run was started or resumed."""
+
+    fetched_bytes: int = Field(ge=0)
+    """Bytes read from stores behind URLs, or by way of the cache from a slow disk."""
+    fetch_requests: int = Field(ge=0)
+    """Requests for parts of files, with those that failed."""
+    fetch_retries: int = Field(ge=0)
+    """Requests that failed and were repeated."""
+    cached_bytes: int = Field(ge=0)
+    """Bytes read from ``data.cache`` instead."""
+    cache_faults: int = Field(ge=0)
+    """Chunks that the cache held damaged, or had no room for."""
+
+
 class RunPosition(Contract):
-    """``position.json``: how far a run has read the stores that have a disk budget."""
+    """``position.json``: how far a run has read its stores, where these are fetched or have a disk
+    budget."""
 
     step: int = Field(ge=0)
     """Steps done; samples of earlier steps are not read again unless the run falls back to a
@@ -75,6 +91,8 @@ class RunPosition(Contract):
     """Time at which it began to wait, UTC."""
     waited_seconds: float = Field(0.0, ge=0)
     """Time that steps have waited for data since the run was started or resumed."""
+    fetched: FetchCounts | None = None
+    """None if all stores are read as files."""
 
 
 def order_fingerprint(config: TrainConfig) -> str:

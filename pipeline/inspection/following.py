@@ -1,11 +1,20 @@
-"""Who waits for whom: a store with a disk budget, and the runs that it follows."""
+"""What runs wait for: stores that they fetch, or one with a disk budget, which waits for them."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ...schemas import BUDGET, POSITION, Report, RunPosition, StoreBudget, Summary, parse
+from ...schemas import (
+    BUDGET,
+    POSITION,
+    FetchCounts,
+    Report,
+    RunPosition,
+    StoreBudget,
+    Summary,
+    parse,
+)
 from ...schemas.json_file import read_json
 from ...schemas.units import format_bytes
 from ..store.documents import read_budget
@@ -19,7 +28,7 @@ def is_run(path: Path) -> bool:
 
 
 def run_status(path: Path) -> Report:
-    """How far a run is, and which shards it waits for."""
+    """How far a run is, which shards it waits for, and what it has fetched."""
     position = read_position(path)
     assert position is not None
     details = {
@@ -33,6 +42,8 @@ def run_status(path: Path) -> Report:
         "steps": f"{position.step:,} of {position.steps:,}",
         "waited": f"{timedelta(seconds=round(position.waited_seconds))} for data since it started",
     }
+    if position.fetched is not None:
+        items["fetched"] = _fetched(position.fetched)
     for store, shards in position.waits_for.items():
         items["waits for"] = f"shards {', '.join(map(str, shards))} of {store}"
         budget = read_budget(Path(store))
@@ -106,6 +117,16 @@ def _state_of_run(path: Path, position: RunPosition | None) -> str:
         return "running"
     shards = [shard for shards in position.waits_for.values() for shard in shards]
     return f"has waited {seconds:.0f} s for shards {', '.join(map(str, shards))}"
+
+
+def _fetched(counts: FetchCounts) -> str:
+    text = f"{format_bytes(counts.fetched_bytes)} in {counts.fetch_requests:,} requests, "
+    text += f"{counts.fetch_retries:,} of them retried" if counts.fetch_retries else "no retries"
+    if counts.cached_bytes:
+        text += f"; {format_bytes(counts.cached_bytes)} from the cache"
+    if counts.cache_faults:
+        text += f"; {counts.cache_faults:,} chunks damaged there, or without room"
+    return text
 
 
 def _extraction(store: Path, budget: StoreBudget | None) -> str:

@@ -24,7 +24,7 @@ _PRIVATE = {"token", "begun", "beats"}  # keys of a driver's file that are for d
 
 def status(path: str | os.PathLike[str]) -> Report:
     """Report the progress of a store that is being planned or filled, or is complete; or of a run
-    that reads a store with a disk budget.
+    that reads an object store, or a store with a disk budget.
 
     Raises:
         StoreError: no store there, and no process at work on one.

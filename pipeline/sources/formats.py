@@ -25,6 +25,7 @@ from .embedded import holds_bytes, references
 from .nesting import descend, field_of, find_field, string_leaves, string_names
 from .places import Files, compression_of, kind_of
 from .values import (
+    BOM,
     check_not_repeated,
     check_values,
     decode,
@@ -255,12 +256,13 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
     suffix = kind_of(source)
     if suffix == ".csv":
         _check_quotes(file, source)
+    names, named = _csv_names(file, suffix)
 
     def read(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> pa.Table:
         return pyarrow.csv.read_csv(
             content,
             read_options=options,
-            parse_options=_csv_options(suffix),
+            parse_options=_csv_options(suffix, keep_empty=len(names) == 1),
             convert_options=pyarrow.csv.ConvertOptions(
                 include_columns=columns,
                 column_types={name: pa.string() for name in columns},
@@ -269,7 +271,6 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
             ),
         )
 
-    names, named = _csv_names(file, suffix)
     return _with_large_rows(file, read, None if named else names)
 
 
@@ -303,7 +304,7 @@ def _with_large_rows(
     position of the one before.
     """
     file.seek(0)
-    content = pa.py_buffer(file.read())
+    content = pa.py_buffer(_without_empty_ends(file.read()))
     for size in _CSV_BLOCKS:
         try:
             options = pyarrow.csv.ReadOptions(block_size=size, column_names=names)
@@ -312,6 +313,11 @@ def _with_large_rows(
             if "block" not in str(error) or size == _CSV_BLOCKS[-1]:
                 raise
     raise AssertionError("the last block size returns or raises")
+
+
+def _without_empty_ends(content: bytes) -> bytes:
+    """A csv without empty lines in front of its header and at its end, which are never rows."""
+    return content.removeprefix(BOM).strip(b"\r\n") + b"\n"
 
 
 def _check_quotes(file: BinaryIO, source: str) -> None:
@@ -325,10 +331,11 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
     file.seek(0)
     content = file.read()
     row = ",".join("x" for _ in names)
+    count = partial(_num_csv_rows, keep_empty=len(names) == 1)
     counts = []
     for rows in (content, content + f"\n{row}\n".encode()):
         with BytesIO(rows) as part:
-            counts.append(_with_large_rows(part, _num_csv_rows, None if named else names))
+            counts.append(_with_large_rows(part, count, None if named else names))
     if counts[0] == counts[1]:
         raise InputError(
             f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
@@ -337,20 +344,30 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
         )
 
 
-def _num_csv_rows(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> int:
+def _num_csv_rows(
+    content: pa.BufferReader, options: pyarrow.csv.ReadOptions, *, keep_empty: bool
+) -> int:
     table = pyarrow.csv.read_csv(
         content,
         read_options=options,
-        parse_options=_csv_options(".csv"),
+        parse_options=_csv_options(".csv", keep_empty=keep_empty),
         convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
     )
     return int(table.num_rows)
 
 
-def _csv_options(kind: str) -> pyarrow.csv.ParseOptions:
+def _csv_options(kind: str, *, keep_empty: bool = False) -> pyarrow.csv.ParseOptions:
+    """How a csv or tsv is parsed.
+
+    Args:
+        keep_empty: an empty line is a row: where there is one column, it has an empty value.
+    """
     if kind == ".tsv":  # tab-separated values know no quotes
-        return pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
-    return pyarrow.csv.ParseOptions(newlines_in_values=True)
+        options = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
+    else:
+        options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    options.ignore_empty_lines = not keep_empty
+    return options
 
 
 @dataclass(frozen=True)

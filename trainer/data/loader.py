@@ -31,7 +31,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...pipeline.store.order.dataset import StorePair, open_pairs, proportions
 from ...pipeline.store.order.sampler import WHOLE_BATCH, BatchPartition, SampleIndices, make_sampler
 from ...pipeline.store.remote.chunks import ReadAhead
-from ...schemas import NULL, DataConfig, InputError
+from ...schemas import NULL, DataConfig, FetchCounts, InputError
 from ...schemas.seeds import RANDOM_VERSION, Purpose, numpy_generator
 from ..diffusion.noise import NoiseSource
 from .batch import ON_CPU, Batch, PaddedBatch
@@ -140,17 +140,18 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         """Time that the consumer has waited for data so far."""
         return self.stall_monitor.wait_seconds
 
-    def fetched(self) -> dict[str, int]:
-        """Metrics of what was fetched so far, see ``METRICS_SCHEMA``; none if nothing is."""
+    def fetched(self) -> FetchCounts | None:
+        """What was fetched so far; None if nothing is."""
         if self.read_ahead is None:
-            return {}
+            return None
         counts = self.read_ahead.counts
-        return {
-            "fetched_bytes": counts.num_bytes,
-            "fetch_retries": counts.retries,
-            "cached_bytes": counts.cached_bytes,
-            "cache_faults": counts.refetched + counts.uncached,
-        }
+        return FetchCounts(
+            fetched_bytes=counts.num_bytes,
+            fetch_requests=counts.requests,
+            fetch_retries=counts.retries,
+            cached_bytes=counts.cached_bytes,
+            cache_faults=counts.refetched + counts.uncached,
+        )
 
     @abstractmethod
     def read(self, step: int, micro_step: int = 0) -> AnyBatch:

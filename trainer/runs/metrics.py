@@ -35,6 +35,7 @@ METRICS_SCHEMA = pa.schema(
         pa.field("fetch_retries", pa.int64()),
         pa.field("cached_bytes", pa.int64()),
         pa.field("cache_faults", pa.int64()),
+        pa.field("fetch_requests", pa.int64()),
     ]
 )
 """A line of ``metrics.jsonl``, written after ``step`` steps.
@@ -47,9 +48,9 @@ equal parts of t from 0 to 1, and validation_loss is its mean.
 Tokens are patches of images, of each noise draw. Memory is that of the main process's device, or of
 the process on a CPU. The share of peak FLOPs is known for some GPUs. ema_distance is |w - average|
 / |w|. Norms of the gradients of the step itself, before clipping, are given by group: router,
-matrices of the blocks, others. Bytes fetched from stores behind URLs or from the cache, tries that
-failed, and chunks that the cache had damaged or no room for, are those of the main process since it
-started. Early versions wrote none of these.
+matrices of the blocks, others. Bytes fetched from stores behind URLs or from the cache, requests,
+those that failed, and chunks that the cache had damaged or no room for, are those of the main
+process since it started. Early versions wrote none of these.
 """
 
 

@@ -1,4 +1,5 @@
-"""The position of a run for extraction that follows it: ``position.json`` in its directory."""
+"""The position of a run, for ``status`` and for extraction that follows it: ``position.json`` in
+its directory."""
 
 import sys
 import threading
@@ -19,9 +20,12 @@ from ...schemas.budget import check_order, order_fingerprint
 
 if TYPE_CHECKING:
     from ...pipeline.store.budget.followed import FollowedFeatureStore
+    from ..data.loader import PackedLoader
 
 PUBLISH_SECONDS = 0.1
-"""Pause between two looks whether the position has changed."""
+"""Pause between two looks whether the position has changed, where extraction follows it."""
+FETCHED_SECONDS = 1.0
+"""The same where stores are fetched, which nobody waits for."""
 TELL_SECONDS = 30.0
 """A wait is reported after so long, and again and again."""
 
@@ -58,23 +62,21 @@ def check_followed(config: TrainConfig, pairs: Sequence[StorePair]) -> None:
 
 @contextmanager
 def publishing(
-    config: TrainConfig,
-    stores: "Sequence[FollowedFeatureStore]",
-    step: Callable[[], int],
-    waited_seconds: Callable[[], float],
+    config: TrainConfig, loader: "PackedLoader", step: Callable[[], int]
 ) -> Iterator[None]:
     """Publish the position of a run while the block runs, and its end after it; nothing if no
-    store has a disk budget.
+    store is fetched or has a disk budget.
 
     Args:
+        loader: whose stores the run reads.
         step: steps done.
-        waited_seconds: time that steps have waited for data.
     """
-    if not stores:
+    stores = followed_stores(loader.pairs)
+    if not stores and loader.fetched() is None:
         yield
         return
     place, order = Path(config.output) / POSITION, order_fingerprint(config)
-    waits = _Waits(stores)
+    waits, pause = _Waits(stores), PUBLISH_SECONDS if stores else FETCHED_SECONDS
 
     def position(*, ended: bool = False) -> RunPosition:
         return RunPosition(
@@ -84,7 +86,8 @@ def publishing(
             ended=ended,
             waits_for=waits.shards,
             waiting_since=waits.since,
-            waited_seconds=round(waited_seconds(), 3),
+            waited_seconds=round(loader.wait_seconds, 3),
+            fetched=loader.fetched(),
         )
 
     last = position()
@@ -93,7 +96,7 @@ def publishing(
 
     def publish() -> None:
         nonlocal last
-        while not end.wait(PUBLISH_SECONDS):
+        while not end.wait(pause):
             waits.look(step())
             now = position()
             if now != last:

@@ -20,7 +20,7 @@ from ..runs.start import start_from
 from ..runs.threads import describe_threads
 from .accelerator import make_accelerator, timeout_of
 from .agreement import From, check_shared, prepare_together
-from .position import followed_stores, publishing
+from .position import publishing
 from .previews import open_previews
 from .ranks import joined
 from .setup import Setup, make_loader
@@ -82,10 +82,8 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
                 tracker_id(record),
                 ranks,
             )
-            followed = followed_stores(setup.pairs) if main else []
-            with publishing(
-                record.config, followed, lambda: trainer.step, lambda: loader.wait_seconds
-            ):
+            position = publishing(record.config, loader, lambda: trainer.step)
+            with position if main else nullcontext():
                 if trainer.step < config.steps:
                     trainer.fit(loader, progress, lock)
             ranks.wait()

@@ -319,12 +319,12 @@ class Trainer:
         if isinstance(self.network, FSDPModule):
             self.network.reshard()
         speed = self.window.summary(loader)
-        seconds = speed.pop("seconds_per_step")
+        seconds, fetched = speed.pop("seconds_per_step"), loader.fetched()
         line = {
             "step": self.step,
             **speed,
             **self.step_numbers,
-            **loader.fetched(),
+            **({} if fetched is None else fetched.model_dump()),
             "routing_entropy": entropy(alpha).mean().item(),
             "ema_distance": self._ema_distance(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),

@@ -225,7 +225,7 @@ def test_several_runs_follow_one_store(
         status = ["status", features, "--json"]
         wait_for(lambda: json.loads(output(*status)).get("waits_for") == third)
         assert third in invoke("status", features).output.split("waits for")[1]
-        assert "waits for" in invoke("status", tmp_path / "first").output
+        assert "waits for" in output("status", tmp_path / "first")
         train(read_config(files[2]), progress=False)
         for process in trained:
             assert process.wait() == 0, process.output.read_text()

@@ -1,6 +1,7 @@
 """Runs from an object store, and data.cache."""
 
 import errno
+import json
 import os
 import shutil
 from contextlib import closing
@@ -13,9 +14,11 @@ import torch
 pytest.importorskip("obstore")
 pytest.importorskip("s3fs")
 
+from click.testing import CliRunner
 from object_server import is_shard, serving
 from pydantic import ValidationError
 
+from semroute.cli import cli
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data import remote
@@ -87,15 +90,15 @@ def test_batches_are_those_of_files_and_a_second_epoch_that_fits_fetches_nothing
     assert all(map(equal, first(again, epoch), expected[:epoch]))
     assert len(keys) == len({*keys})
     fetched = again.fetched()
-    assert fetched["cached_bytes"] > 0
-    assert (fetched["fetch_retries"], fetched["cache_faults"]) == (0, 0)
+    assert fetched.cached_bytes > 0
+    assert (fetched.fetch_retries, fetched.cache_faults) == (0, 0)
     # Nor does a store on a slow disk, which may be behind a cache too.
     slow = own | {"cache": cache | {"folder": str(tmp_path / "slow")}}
     for bytes_cached in (False, True):
         loader = make(place, slow)
         assert all(map(equal, first(loader, epoch), expected[:epoch]))
-        assert loader.fetched()["fetched_bytes"] > 0
-        assert bool(loader.fetched()["cached_bytes"]) >= bytes_cached
+        assert loader.fetched().fetched_bytes > 0
+        assert bool(loader.fetched().cached_bytes) >= bytes_cached
 
 
 def test_batches_are_requested_ahead_by_time(server):
@@ -122,7 +125,7 @@ def test_a_full_disk_is_told_once(server, tmp_path, monkeypatch):
     first(loader, 2)
     assert "Disk quota exceeded" in loader.warning()
     assert loader.warning() is None
-    assert loader.fetched()["cache_faults"] > 0
+    assert loader.fetched().cache_faults > 0
 
 
 def test_a_run_says_what_it_fetches_and_ends_in_the_same_weights(configure, server, tmp_path):
@@ -138,6 +141,15 @@ def test_a_run_says_what_it_fetches_and_ends_in_the_same_weights(configure, serv
     *_, line = read_metrics(tmp_path / "cached")
     assert line["fetched_bytes"] > 0
     assert "fetched_bytes" not in read_metrics(tmp_path / "files")[-1]
+    # So does status, of a run alone.
+    result = CliRunner().invoke(cli, ["status", str(tmp_path / "cached"), "--json"])
+    position = json.loads(result.stdout)
+    assert position["fetched"]["fetch_requests"] >= line["fetch_requests"] > 0
+    assert position["fetched"]["fetched_bytes"] >= line["fetched_bytes"]
+    result = CliRunner().invoke(cli, ["status", str(tmp_path / "cached")])
+    assert result.exit_code == 0, result.output
+    assert f"in {position['fetched']['fetch_requests']:,} requests, no retries" in result.stdout
+    assert not (tmp_path / "files" / "position.json").exists()
 
 
 def weights_of(run) -> bytes:
