@@ -44,7 +44,7 @@ _OF_LAST_BLOCK = {
     "raw": "that of the last block before the final norm",
     "both": "both outputs of the last block",
 }
-TABLE_ROWS = 262_144
+TABLE_ROWS = 65_536
 """Captions per record batch of captions.parquet."""
 
 

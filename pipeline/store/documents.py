@@ -339,7 +339,7 @@ def refuse_faults(place: Path, faults: Iterable[str]) -> None:
         )
 
 
-GROUP_ROWS = 1_048_576
+GROUP_ROWS = 65_536
 """Rows of a group of a table, of which a reader looks at one at a time."""
 
 
@@ -350,7 +350,7 @@ def render_table(table: pa.Table | pa.RecordBatchReader) -> bytes:
     """
     sink = BytesIO()  # whose bytes are not copied in the end
     if isinstance(table, pa.Table):
-        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        pyarrow.parquet.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
         return sink.getvalue()
     with pyarrow.parquet.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         group: list[pa.RecordBatch] = []

@@ -1,13 +1,20 @@
+import io
 import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zarr
 
 import semroute
-from semroute.pipeline.store.documents import StoreError, prepare_folder
+from semroute.pipeline.store.documents import (
+    GROUP_ROWS,
+    StoreError,
+    prepare_folder,
+    render_table,
+)
 from semroute.pipeline.store.features import FeatureStore
 from semroute.pipeline.store.latents import LatentStore
 from semroute.schemas import Quarantine
@@ -303,3 +310,15 @@ class TestLazyArrays:
         assert rows.token.values.tolist() == caption.tokens
         assert rows.position.values.tolist() == list(range(len(caption.tokens)))
         assert dataset.attrs["codec"] == "delta"
+
+
+@pytest.mark.parametrize("block", [GROUP_ROWS, GROUP_ROWS // 4])
+def test_tables_are_written_a_group_of_rows_at_a_time(block):
+    num = 2 * GROUP_ROWS + 5
+    table = pa.table({"n": np.arange(num), "text": pa.array(np.arange(num)).cast(pa.string())})
+    reader = pa.RecordBatchReader.from_batches(table.schema, table.to_batches(block))
+    content = render_table(reader)
+    assert content == render_table(table)
+    metadata = pyarrow.parquet.read_metadata(io.BytesIO(content))
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    assert counts == [GROUP_ROWS, GROUP_ROWS, 5]
