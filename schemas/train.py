@@ -12,12 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .contract import Fraction, Positive, Settings
+from .contract import Fraction, Positive, Settings, Size
 from .data import DataConfig
 
 MAX_SEED = 2**63 - 1
 """Largest seed: tables of results hold seeds as signed numbers of 64 bits."""
-Size = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 MAX_MODE_SCALE = 2 / (math.pi - 2)
 """Largest scale with which the map of a uniform number to t is monotone."""
@@ -380,6 +379,8 @@ class PreviewConfig(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "PreviewConfig":
+        if self.prompts == []:
+            raise ValueError("prompts is an empty list: name some, or leave it out")
         if self.prompts is not None and (self.features or self.samples):
             raise ValueError("give either prompts or features")
         if self.llm is not None and self.prompts is None:
@@ -425,7 +426,7 @@ class TrainConfig(Settings):
     for about a third more work, the same numbers."""
     compile: bool = False
     """Compile the blocks with ``torch.compile``: slow first steps, and different rounding."""
-    timeout_minutes: float = Field(30.0, gt=0)
+    timeout_minutes: float = Field(30.0, gt=0, le=525_600)
     """Minutes that processes wait for one another within a step, before the run ends. Starting,
     validation and checkpoints may take longer."""
     tracker: Tracker = "none"

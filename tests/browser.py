@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import nbformat
-
 Theme = Literal["light", "dark"]
 TIMEOUT = 150_000
 """Milliseconds until something is there, on a machine that does other work."""
@@ -100,6 +98,8 @@ def serve_lab(folder: Path) -> Iterator[str]:
 
 
 def write_notebook(path: Path, cells: Sequence[str]) -> None:
+    import nbformat  # takes seconds
+
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},

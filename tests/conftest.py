@@ -1,5 +1,6 @@
 """A tiny LLM with random weights, a table of captioned images, and stores made from both."""
 
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
@@ -37,11 +39,16 @@ THINGS = ("cup", "tree", "car", "bird", "chair", "box", "clock", "small dog")
 PLACES = ("", " on a table", " in the snow", " at night, seen from very far above")
 
 LONGEST = (
+    "trainer/evaluation/test_attach.py",
     "trainer/studies/test_runner.py",
-    "pipeline/extraction/test_features.py",
     "trainer/training/test_trainer.py",
+    "pipeline/extraction/test_features.py",
+    "trainer/adapters/test_families.py",
+    "trainer/evaluation/test_embed.py",
     "pipeline/executor/test_connect.py",
+    "test_benchmarks.py",
     "test_docs.py",
+    "pipeline/store/test_remote.py",
     "test_cli.py",
     "schemas/test_files.py",
 )
@@ -589,7 +596,31 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A name, and what writes a folder -> that folder, written by the first process that asks for
+    it: all of pytest-xdist have it; read only."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    @functools.cache
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = root / "made" / name
+        folder.parent.mkdir(exist_ok=True)
+        with folder.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                partial = folder.with_name(f"{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                write(partial)
+                partial.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(make_once: Callable[..., Path]) -> Callable[[str], Path]:
     """Family of ``tiny_pipelines.FAMILIES`` -> the folder of a diffusers pipeline; read only."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
@@ -597,9 +628,24 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     @functools.cache
     def make(family: str) -> Path:
-        return make_pipeline(family, tmp_path_factory.mktemp("pipeline") / family)
+        return make_once(family, functools.partial(make_pipeline, family))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def short_padding() -> Iterator[Any]:
+    """Captions for Ideogram 4 are padded to 64 tokens, not 2,048, which take its 36 blocks most of
+    a second each. Gives the recipe that pads to 2,048."""
+    from dataclasses import replace
+
+    from semroute.pipeline.models.text_recipes import RECIPES
+
+    recipe = RECIPES["Ideogram4Pipeline"]
+    short = {**recipe.arguments, "max_sequence_length": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, recipe.pipeline, replace(recipe, arguments=short))
+        yield recipe
 
 
 @pytest.fixture(scope="session")

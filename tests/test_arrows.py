@@ -38,6 +38,7 @@ ARROWS = {
     },
     "trainer.data": {"pipeline.store", "trainer.diffusion"},
     "trainer.runs": {
+        "pipeline.executor",
         "pipeline.store",
         "pipeline.style",
         "trainer.model",

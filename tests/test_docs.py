@@ -4,8 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import UnionType
@@ -14,6 +12,7 @@ from typing import get_args
 import pytest
 import yaml
 from click import Context
+from conftest import Command
 from pydantic import BaseModel
 
 from semroute.cli import cli
@@ -147,14 +146,14 @@ def place(tmp_path_factory, configure, feature_store, latent_store):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory, fork_server):
     for name in ("sphinx", "myst_parser", "furo", "math_core", "sphinx_click", "torch"):
         pytest.importorskip(name)
     out = tmp_path_factory.mktemp("html")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    done = subprocess.run([*command, str(DOCS), str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    arguments = ["-W", "--keep-going", "-q", "-b", "html", DOCS, out]
+    sphinx = Command("sphinx", arguments, out.with_name(f"{out.name}.txt"), {}, None)
+    code = sphinx.wait(240)
+    assert (code, sphinx.output.read_text()) == (0, "")
     return out
 
 

@@ -130,7 +130,7 @@ def test_there_is_enough_nonsense():
 def wrong_values(name):
     """Options of a command with a value that is none of theirs; and words too many."""
     bad = {
-        click.IntRange: ("0.5", "many", "-1"),
+        click.IntRange: ("0.5", "many", "-1", "9223372036854775808"),
         click.types.FloatParamType: ("much", "nan"),
         click.Choice: ("it", "''"),
     }
@@ -147,9 +147,20 @@ def wrong_values(name):
                 yield f"{sound} {option.opts[0]}"
 
 
+def empty_texts(name):
+    """Arguments and options of a command without text, as of variables that are not set."""
+    for parameter in cli.commands[name].params:
+        takes_text = isinstance(parameter.type, (click.types.StringParamType, click.Path))
+        if takes_text and parameter.name not in ("prompt", "negative"):
+            if isinstance(parameter, click.Option):
+                yield f"{name} {SOUND[name]} {parameter.opts[0]} ''"
+            else:
+                yield f"{name} ''" + " ''" * (SOUND[name].split(" --")[0].count("{") - 1)
+
+
 @pytest.mark.parametrize("command", SOUND)
 def test_values(command):
-    for words in wrong_values(command):
+    for words in [*wrong_values(command), *empty_texts(command)]:
         result = CliRunner().invoke(cli, [word.strip("'") for word in words.split()])
         assert result.exit_code == 2, words
         assert "Error: " in result.stderr
@@ -203,6 +214,22 @@ def test_values(command):
         "train {config} steps=-1",
         "train {config} steps=.inf",
         "train {config} seed=yes",
+        "train {config} model.width=65536 model.depth=65536 output={out}",
+        "train {config} model.mlp_width=65536 model.depth=65536 output={out}",
+        "train {config} data.batch_size=2147483647 --dry-run",
+        "train {config} data.noise_draws=2147483647 --dry-run",
+        "train {config} sampling.cfg_scale=4",
+        "train {config} timeout_minutes=1e308",
+        "train {config} sampling.prompts=['a']",
+        "train {config} sampling.every=2 sampling.prompts=[] --dry-run",
+        "train {config} sampling.every=2 sampling.features={here}/empty output={out} --dry-run",
+        "train {config} sampling.every=2 sampling.vae={here}/empty output={out} --dry-run",
+        "train {config} compile={{}}",
+        "train {config} data.select={{}}",
+        "train {config} features=",
+        "train {config} output=''",
+        "train {config} validation.features=' '",
+        'train {config} model.kind=pretrained model.pretrained=""',
         "train {config} model=1",
         "train {config} optimizer.muon_lr=0.1",
         "train {config} data.window=3",
@@ -221,6 +248,7 @@ def test_values(command):
         "sample {run} --features {features} --size 8x8x8",
         "sample {run} --features {features} --clock nonsense",
         "sample {run} --features {features} --clock shift:nan",
+        "sample {run} --features {features} --cfg-scale 1e308 --num 2 --num-steps 2 --out {out}",
         "sample {run} --features {features} --step 99",
         "sample {run} --features {features} --cfg-scale 1 --cfg-interval 0.2 0.8",
         "sample {run} --features {features} --cfg-scale 3 --cfg-interval 0.8 0.2",
@@ -279,6 +307,23 @@ def test_an_error_of_a_package_for_storage_is_one_message():
     with mock.patch.object(describe, "inspect", side_effect=error):
         message = refused(["inspect", "store"])
     assert message == "CredentialsError: no credentials for https://***@host/it?***\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to\n#0"),
+        RuntimeError("CUDA error: out of memory"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GB"),
+        RuntimeError("Storage size calculation overflowed with sizes=[65536, 4611686018427387904]"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_message(error):
+    with mock.patch.object(describe, "inspect", side_effect=error):
+        message = refused(["inspect", "store"])
+    assert "memory does not suffice: " in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "\udcff/it"])

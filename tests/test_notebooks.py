@@ -1,10 +1,11 @@
-"""Notebooks run from top to bottom, and hold what they showed when they last did."""
+"""Notebooks run from top to bottom, and hold what they showed when they last did.
+
+nbformat and nbclient take seconds to import: tests do it, not all processes that collect this file.
+"""
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
 
@@ -28,6 +29,9 @@ def shown(notebook):
 class TestNotebooks:
     def test_it_shows_the_same_kinds_of_things_on_another_store(self, path, place, monkeypatch):
         monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        import nbformat
+        from nbclient import NotebookClient
+
         notebook = nbformat.read(path, as_version=4)
         expected = shown(notebook)
         options = {"timeout": 120, "kernel_name": "python3"}
@@ -36,6 +40,8 @@ class TestNotebooks:
         assert sum("image/png" in kinds for cell in expected for kinds in cell) >= 5
 
     def test_what_it_holds_was_made_by_one_run(self, path):
+        import nbformat
+
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         assert "widgets" not in notebook.metadata  # pages would load their script from a network

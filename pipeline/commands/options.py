@@ -97,6 +97,48 @@ def add_verbosity(command: click.Command) -> click.Command:
     return command
 
 
+_MAY_BE_EMPTY = {"prompt", "negative"}
+"""Options whose text means something if it is empty: the null caption."""
+
+
+_MAX_NUMBER = 2**31 - 1
+_MAX_ROWS = 2**53
+"""Largest number of rows of a table, of which there may be more than of other things."""
+_ROWS = {"limit", "num_captions"}
+
+
+def add_bounds(command: click.Command) -> click.Command:
+    """The command, which refuses empty names and texts, as of a variable that is not set, and
+    numbers that nothing can have."""
+    for parameter in command.params:
+        check = None
+        if isinstance(parameter.type, click.types.StringParamType):
+            check = None if parameter.name in _MAY_BE_EMPTY else _not_empty
+        elif isinstance(parameter.type, click.IntRange):
+            check = _not_huge
+        if check is not None:
+            parameter.callback = functools.partial(check, parameter.callback)
+    return command
+
+
+def _not_huge(
+    then: Callable[..., Any] | None, context: click.Context, parameter: click.Parameter, value: Any
+) -> Any:
+    most = _MAX_ROWS if parameter.name in _ROWS else _MAX_NUMBER
+    if isinstance(value, int) and value > most:
+        raise click.BadParameter(f"{value} is more than {most:,}.", context, parameter)
+    return value if then is None else then(context, parameter, value)
+
+
+def _not_empty(
+    then: Callable[..., Any] | None, context: click.Context, parameter: click.Parameter, value: Any
+) -> Any:
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(each, str) and not each.strip() for each in values):
+        raise click.BadParameter("is empty; expected text.", context, parameter)
+    return value if then is None else then(context, parameter, value)
+
+
 def _speak(context: click.Context, _parameter: click.Parameter, value: Level | None) -> None:
     if value in ("quiet", "verbose"):
         context.meta[VERBOSITY] = value
@@ -133,6 +175,8 @@ class _LocalPath(click.Path):
     """A path on this machine; a URL would become a folder of its scheme's name."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not str(value).strip():  # would mean the working directory
+            self.fail("is empty; expected a path.", param, ctx)
         if "://" in str(value):
             self.fail(f"{str(value)!r} is a URL; expected a path on this machine.", param, ctx)
         return super().convert(value, param, ctx)

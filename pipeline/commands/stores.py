@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...schemas import InputError, parse
+from ..executor.threads import wait_briefly
 
 if TYPE_CHECKING:
     from ..inspection.pipelines import PipelineText
@@ -15,6 +16,7 @@ from .options import (
     BYTE_SIZE,
     CODECS,
     LOCAL_FILE,
+    LOCAL_PATH,
     MODEL_HELP,
     SEED,
     FiniteRange,
@@ -69,7 +71,7 @@ from .options import (
     "--for",
     "runs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="YAML file or directory of a run: with --budget, shards are written as it comes to them, "
     "and evicted once all such runs have read them. May be given several times.",
 )
@@ -90,6 +92,7 @@ def extract(captions: str, features: str, **options: Any) -> None:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
       semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
+    wait_briefly()  # an extraction takes hours, in which other work may begin
     from ..extraction.features import extract as run
 
     echo(run(captions, features, report=report_line, **options), err=is_json(options))
@@ -293,6 +296,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
     Example:
       semroute conditioning captions.parquet conditioning --pipeline black-forest-labs/FLUX.2-dev
     """
+    wait_briefly()  # an extraction takes hours, in which other work may begin
     from ..extraction.conditioning import encode_captions
 
     store = encode_captions(captions, conditioning, report=report_line, **options)

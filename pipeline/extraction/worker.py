@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ...schemas import Codec, FeatureIdentity, FeatureManifest, Layout, Receipt
+from ...schemas.memory import is_out_of_memory
 from ..codecs import base as codecs
 from ..codecs.base import allocate
 from ..codecs.error import CodecError, layer_errors
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 SINK_RATIO = 20.0
 """A first kept token whose norm is this many times that of the others, in any layer, is the LLM's
 attention sink: its meaning is lost (on SmolLM2 without BOS the ratio exceeds 100)."""
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
-"""Messages of torch on a CPU, where it is a plain RuntimeError, and on devices of other vendors."""
 HALVED = (
     "batches did not fit into memory and were run in halves: smaller --batch-tokens would be "
     "faster. In the last bit the result may differ from that of whole batches"
@@ -372,7 +371,7 @@ def _run(
             if encoder.device.type != "cpu":
                 done = torch.accelerator.current_stream(encoder.device).record_event()
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         else:
             yield _Part(rows, layers, done)
@@ -389,14 +388,6 @@ def _run(
         yield from run(batch)
         num += len(batch)
         report_progress(task.shard, num)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _free_memory() -> None:
@@ -422,7 +413,7 @@ def try_packing(job: Job, task: ShardTask, identity: FeatureIdentity) -> str:
         try:
             apart = supports_packing(encoder, list(task.sequences))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return "rows of three captions do not fit into memory"
         if not apart:

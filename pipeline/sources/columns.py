@@ -12,6 +12,10 @@ MORE_TEXT_COLUMNS = ("TEXT",)
 """Looked for where none of these exists; only one may."""
 IMAGE_COLUMNS = ("image",)
 MORE_IMAGE_COLUMNS = ("jpg", "png", "file_name", "image_path", "image_binary")
+RARE_IMAGE_COLUMNS = ("img_path", "image_file", "image_name", "filename", "jpeg", "webp")
+"""Looked for where none of the others exists; only one may. No URLs: nothing is downloaded unless
+the user names the column."""
+_MAY_BE_IMAGES = ("image", "img", "photo", "picture", "jpg", "jpeg", "png", "webp", "file", "url")
 _NUM_CANDIDATES = 12
 
 
@@ -115,6 +119,8 @@ class Columns:
         else:
             images = () if need == "text" else MORE_IMAGE_COLUMNS
             image = self._default(IMAGE_COLUMNS, images, "--image-column")
+            if image is None and need == "image":
+                image = self._default((), RARE_IMAGE_COLUMNS, "--image-column")
         if fallback is not None:
             self._check(fallback, "--fallback-column")
         if need == "text" and not texts:
@@ -164,13 +170,20 @@ class Columns:
         check_unique(self.names, self.source, name)
 
     def _refuse(self, expected: Sequence[str], option: str) -> None:
-        candidates = self.candidates() if option != "--image-column" else []
+        if option == "--image-column":
+            candidates, what = [*filter(_may_be_images, self.names)], "Images"
+        else:
+            candidates, what = self.candidates(), "Captions"
         listed = ", ".join(candidates[:_NUM_CANDIDATES])
-        may = f" Captions may be in: {listed}." if candidates else ""
+        may = f" {what} may be in: {listed}." if candidates else ""
         raise InputError(
             f"{self.source} has no column {' or '.join(map(repr, expected))}; its columns are "
             f"{', '.join(self.names)}.{may} Name one with {option}."
         )
+
+
+def _may_be_images(name: str) -> bool:
+    return any(part in name.lower() for part in _MAY_BE_IMAGES)
 
 
 def _weight(option: str, value: str) -> float:

@@ -25,6 +25,7 @@ from .embedded import holds_bytes, references
 from .nesting import descend, field_of, find_field, string_leaves, string_names
 from .places import Files, compression_of, kind_of
 from .values import (
+    BOM,
     check_not_repeated,
     check_values,
     decode,
@@ -130,13 +131,7 @@ def _column_names(file: BinaryIO, source: str) -> list[str]:
     if kind in (".jsonl", ".json"):
         return [*{key: None for row in _objects(file, source) for key in row}]
 
-    def header(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> list[str]:
-        with pyarrow.csv.open_csv(
-            content, read_options=options, parse_options=_csv_options(kind)
-        ) as reader:
-            return list(reader.schema.names)
-
-    return _with_large_rows(file, header)
+    return _csv_names(file, kind)[0]
 
 
 def _string_columns(file: BinaryIO, source: str) -> list[str]:
@@ -261,12 +256,13 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
     suffix = kind_of(source)
     if suffix == ".csv":
         _check_quotes(file, source)
+    names, named = _csv_names(file, suffix)
 
     def read(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> pa.Table:
         return pyarrow.csv.read_csv(
             content,
             read_options=options,
-            parse_options=_csv_options(suffix),
+            parse_options=_csv_options(suffix, keep_empty=len(names) == 1),
             convert_options=pyarrow.csv.ConvertOptions(
                 include_columns=columns,
                 column_types={name: pa.string() for name in columns},
@@ -275,26 +271,53 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
             ),
         )
 
-    return _with_large_rows(file, read)
+    return _with_large_rows(file, read, None if named else names)
+
+
+def _csv_names(file: BinaryIO, kind: str) -> tuple[list[str], bool]:
+    """Columns of a csv or tsv, and whether its first row names them. A row with a URL does not:
+    then they are ``column_1`` and so on."""
+
+    def header(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> list[str]:
+        with pyarrow.csv.open_csv(
+            content, read_options=options, parse_options=_csv_options(kind)
+        ) as reader:
+            return list(reader.schema.names)
+
+    names = _with_large_rows(file, header)
+    if any("://" in name for name in names):
+        return [f"column_{number}" for number in range(1, len(names) + 1)], False
+    return names, True
 
 
 def _with_large_rows(
-    file: BinaryIO, read: Callable[[pa.BufferReader, pyarrow.csv.ReadOptions], T]
+    file: BinaryIO,
+    read: Callable[[pa.BufferReader, pyarrow.csv.ReadOptions], T],
+    names: list[str] | None = None,
 ) -> T:
     """Read a csv in blocks that are as large as its largest row needs.
+
+    Args:
+        names: of its columns, where its first row is data.
 
     Each attempt has a reader of its own: Arrow reads ahead in a thread, which may still move the
     position of the one before.
     """
     file.seek(0)
-    content = pa.py_buffer(file.read())
+    content = pa.py_buffer(_without_empty_ends(file.read()))
     for size in _CSV_BLOCKS:
         try:
-            return read(pa.BufferReader(content), pyarrow.csv.ReadOptions(block_size=size))
+            options = pyarrow.csv.ReadOptions(block_size=size, column_names=names)
+            return read(pa.BufferReader(content), options)
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or size == _CSV_BLOCKS[-1]:
                 raise
     raise AssertionError("the last block size returns or raises")
+
+
+def _without_empty_ends(content: bytes) -> bytes:
+    """A csv without empty lines in front of its header and at its end, which are never rows."""
+    return content.removeprefix(BOM).strip(b"\r\n") + b"\n"
 
 
 def _check_quotes(file: BinaryIO, source: str) -> None:
@@ -304,14 +327,15 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
         return
     # A quote inside an unquoted value is a character. If the last one is open, it swallows a row
     # that is appended.
-    names = _column_names(file, source)
+    names, named = _csv_names(file, ".csv")
     file.seek(0)
     content = file.read()
     row = ",".join("x" for _ in names)
+    count = partial(_num_csv_rows, keep_empty=len(names) == 1)
     counts = []
     for rows in (content, content + f"\n{row}\n".encode()):
         with BytesIO(rows) as part:
-            counts.append(_with_large_rows(part, _num_csv_rows))
+            counts.append(_with_large_rows(part, count, None if named else names))
     if counts[0] == counts[1]:
         raise InputError(
             f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
@@ -320,20 +344,30 @@ def _check_quotes(file: BinaryIO, source: str) -> None:
         )
 
 
-def _num_csv_rows(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> int:
+def _num_csv_rows(
+    content: pa.BufferReader, options: pyarrow.csv.ReadOptions, *, keep_empty: bool
+) -> int:
     table = pyarrow.csv.read_csv(
         content,
         read_options=options,
-        parse_options=_csv_options(".csv"),
+        parse_options=_csv_options(".csv", keep_empty=keep_empty),
         convert_options=pyarrow.csv.ConvertOptions(check_utf8=False),
     )
     return int(table.num_rows)
 
 
-def _csv_options(kind: str) -> pyarrow.csv.ParseOptions:
+def _csv_options(kind: str, *, keep_empty: bool = False) -> pyarrow.csv.ParseOptions:
+    """How a csv or tsv is parsed.
+
+    Args:
+        keep_empty: an empty line is a row: where there is one column, it has an empty value.
+    """
     if kind == ".tsv":  # tab-separated values know no quotes
-        return pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
-    return pyarrow.csv.ParseOptions(newlines_in_values=True)
+        options = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False)
+    else:
+        options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    options.ignore_empty_lines = not keep_empty
+    return options
 
 
 @dataclass(frozen=True)
@@ -378,7 +412,8 @@ class JoinedTables:
             return False
         if self.files.kind in _BINARY:
             return find_field(parsed(self.files.paths[0], schema_of), name) is not None
-        return name in string_columns(self.files.paths[0])
+        leaves = string_columns(self.files.paths[0])
+        return name in leaves or ".".join(p for p in parts if not p.isdecimal()) in leaves
 
     def is_embedded(self, image: str | None) -> bool:
         """Whether a column holds images themselves, which are then read on request."""

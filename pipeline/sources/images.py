@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,23 +10,11 @@ import numpy as np
 from PIL import Image
 
 from ...schemas import InputError
+from .orientation import TURNS, exif_orientation, orientation_of
 from .table import Unreadable
 
-_ORIENTATION = 0x0112  # EXIF tag
-_IN_XMP = re.compile(r"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])")
 _PNG_TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 _PNG_START = 8
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""Orientation as EXIF counts it -> what turns the image upright; from 5 on, width and height are
-swapped."""
 
 
 @dataclass(frozen=True)
@@ -189,37 +176,13 @@ def open_upright(file: bytes) -> Iterator[UprightImage]:
     with Image.open(io.BytesIO(file)) as image:
         if image.format == "PNG" and _has_late_texts(file):
             image.load()
-        orientation, turned = _orientation(image), False
+        orientation, turned = orientation_of(image), False
         height, width = image.height, image.width
         if image.format == "TIFF":  # Pillow turns its pixels, and has swapped its sides already
             width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
-            turned = Image.Image.getexif(image).get(_ORIENTATION) in _TURNS
+            turned = exif_orientation(image) in TURNS
         size = (width, height) if orientation > 4 else (height, width)
-        yield UprightImage(size, image, None if turned else _TURNS.get(orientation))
-
-
-def _orientation(image: Image.Image) -> int:
-    """Orientation as EXIF counts it, 1 to 8; 1 is upright."""
-    # The method of PNG would decode all pixels to look for a tag behind them.
-    found = Image.Image.getexif(image).get(_ORIENTATION)
-    if found is None and (profile := image.info.get("Raw profile type APP1")):
-        exif = Image.Exif()
-        exif.load(_from_hex(profile))
-        found = exif.get(_ORIENTATION)
-    if found is None and image.format != "AVIF":  # there only its own transformation counts
-        for key in ("XML:com.adobe.xmp", "xmp", "Raw profile type xmp"):
-            text = image.info.get(key) or b""
-            text = _from_hex(text) if key.startswith("Raw") else text
-            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            if match := _IN_XMP.search(text):
-                return int(match[1])
-    return found if isinstance(found, int) and found in _TURNS else 1
-
-
-def _from_hex(profile: str | bytes) -> bytes:
-    """The bytes of a profile as ImageMagick writes it into PNG: name, length, hex digits."""
-    text = profile.decode("latin-1") if isinstance(profile, bytes) else profile
-    return bytes.fromhex("".join(text.split("\n")[3:]))
+        yield UprightImage(size, image, None if turned else TURNS.get(orientation))
 
 
 def _has_late_texts(file: bytes) -> bool:

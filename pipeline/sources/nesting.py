@@ -1,4 +1,5 @@
-"""Columns inside columns, by names with dots: ``i18n.en.p``."""
+"""Columns inside columns, by names with dots: ``i18n.en.p``. A number is a place in a list, counted
+from 0: ``conversations.1.value``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +16,19 @@ class Field:
     """A column of an Arrow table, or a part of one.
 
     Attributes:
-        names: of the column, then of the fields of its structs.
-        type: of the part.
-        in_list: whether a list is on the way to it: then it has a list of values per row.
+        names: of the column, then of the fields of its structs and places in its lists.
+        type: of the part; of all values of a list on the way to it, a list.
+        through_list: whether a list is on the way to it.
     """
 
     names: tuple[str, ...]
     type: pa.DataType
-    in_list: bool
+    through_list: bool
 
     @property
     def narrow(self) -> str:
         """As Parquet names it, so that no other part of the column is read."""
-        return self.names[0] if self.in_list else ".".join(self.names)
+        return self.names[0] if self.through_list else ".".join(self.names)
 
     def take(self, table: pa.Table) -> pa.ChunkedArray:
         """Its values in a table that has at least this part of the column."""
@@ -39,16 +40,22 @@ class Field:
 
 
 def _part(values: pa.Array, name: str) -> pa.Array:
-    """A field of structs, or of the structs in lists; null where these are."""
+    """A field of structs, or of the structs in lists, or a value of lists; null where these are."""
     if pa.types.is_struct(values.type):
         return pc.struct_field(values, name)
+    if name.isdecimal():
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+        place = min(int(name), int(lengths.max(initial=0)))  # beyond it there is none
+        rows = values.offsets.to_numpy()[:-1] + place
+        return values.values.take(pa.array(rows, mask=lengths <= place))
     flat = pc.struct_field(values.values, name)
     mask = values.is_null() if values.null_count else None
     return type(values).from_arrays(values.offsets, flat, mask=mask)
 
 
 def find_field(schema: pa.Schema, name: str) -> Field | None:
-    """The column of a name; with dots, the part of a struct unless a column has that name."""
+    """The column of a name; with dots, the part of a struct or list unless a column has that
+    name."""
     if name in schema.names:
         places = schema.get_all_field_indices(name)
         return Field((name,), schema.field(places[0]).type, False)
@@ -57,16 +64,20 @@ def find_field(schema: pa.Schema, name: str) -> Field | None:
         column = ".".join(parts[:length])
         if column not in schema.names:
             continue
-        kind, in_list = schema.field(column).type, False
+        kind, in_list, through_list = schema.field(column).type, False, False
         for part in parts[length:]:
             if pa.types.is_list(kind) or pa.types.is_large_list(kind):
                 if in_list:
                     return None
-                kind, in_list = kind.value_type, True
+                kind, through_list = kind.value_type, True
+                if part.isdecimal():
+                    continue
+                in_list = True
             if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
                 return None
             kind = kind.field(part).type
-        return Field((column, *parts[length:]), pa.list_(kind) if in_list else kind, in_list)
+        kind = pa.list_(kind) if in_list else kind
+        return Field((column, *parts[length:]), kind, through_list)
     return None
 
 
@@ -107,7 +118,8 @@ def _strings(name: str, kind: pa.DataType) -> Iterator[str]:
 
 def descend(document: Mapping[str, Any], name: str) -> Any:
     """The value of a key of an object; with dots, of objects inside it unless the object has that
-    key; None where it has none. Of a list of objects, a list of their values."""
+    key; None where it has none. Of a list of objects, a list of their values; with a number, of one
+    of them."""
     if name in document:
         return document[name]
     parts = name.split(".")
@@ -122,6 +134,8 @@ def _inner(value: Any, parts: Sequence[str]) -> Any:
     if not parts:
         return value
     if isinstance(value, list):
+        if parts[0].isdecimal():
+            return _inner(value[int(parts[0])], parts[1:]) if int(parts[0]) < len(value) else None
         return [_inner(each, parts) for each in value]
     return _inner(value.get(parts[0]), parts[1:]) if isinstance(value, Mapping) else None
 

@@ -251,10 +251,14 @@ def _in_folder(folder: str) -> Files:
     sidecars = _sidecars(images, {*names}, lambda name: _join(folder, name))
     if sidecars:
         return Files(folder, FOLDER, [_join(folder, name) for name in images], sidecars)
+    tars = {name.removesuffix(TAR) for name in names if name.endswith(TAR)}
     tables = [
         name
         for name in names
-        if kind_of(name) in SUFFIXES and not _NO_TABLES.fullmatch(PurePosixPath(name).name)
+        if kind_of(name) in SUFFIXES
+        and not _NO_TABLES.fullmatch(PurePosixPath(name).name)
+        # Beside each of its tars img2dataset lists what it downloaded, failures included.
+        and not (name.endswith(".parquet") and name.removesuffix(".parquet") in tars)
     ]
     if tables:
         return found(_one_kind(folder, tables, "tables"), _one_split(folder, tables))

@@ -130,6 +130,8 @@ def check_not_repeated(document: dict[str, Any], names: Sequence[str], where: st
 
 def _repeated(value: Any, parts: Sequence[str]) -> str | None:
     if isinstance(value, list) and parts:
+        if parts[0].isdecimal():
+            value, parts = value[int(parts[0]) :][:1], parts[1:]
         return next(filter(None, (_repeated(each, parts) for each in value)), None)
     if not isinstance(value, Mapping):
         return None
@@ -217,9 +219,10 @@ def read_document(content: bytes, source: str) -> list[dict[str, Any]]:
     """The rows of a JSON document.
 
     Args:
-        content: a list of objects; an object with such a list under ``items`` or ``data``; an
-            object of objects, whose keys become the column ``image_path``; or captions of COCO, of
-            which each image becomes a row with all its captions.
+        content: a list of objects; an object with such a list under ``items`` or ``data``, or with
+            only one list; an object of lists of the same length, one per column; an object of
+            objects, whose keys become the column ``image_path``; or captions of COCO, of which each
+            image becomes a row with all its captions.
 
     Raises:
         InputError: it is none of these, or not JSON.
@@ -233,9 +236,13 @@ def read_document(content: bytes, source: str) -> list[dict[str, Any]]:
             document.get("annotations"), list
         ):
             return _coco(document, source)
-        lists = [document[key] for key in _LISTS if isinstance(document.get(key), list)]
-        if lists:
-            return _objects(lists[0], source)
+        lists = [each for each in document.values() if isinstance(each, list)]
+        rows = any(isinstance(each, dict) for column in lists for each in column[:1])
+        if lists and len(lists) == len(document) and not rows:
+            return _by_column(document, source)
+        named = [document[key] for key in _LISTS if isinstance(document.get(key), list)]
+        if named or len(lists) == 1:
+            return _objects([*named, *lists][0], source)
         return _keyed(document, source)
     if isinstance(document, list):
         return _objects(document, source)
@@ -251,9 +258,24 @@ def _objects(rows: list[Any], source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _keyed(document: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+def _by_column(document: Mapping[str, list[Any]], source: str) -> list[dict[str, Any]]:
+    _check_keys(document, source)
+    lengths = {name: len(column) for name, column in document.items()}
+    if len({*lengths.values()}) > 1:
+        shown = ", ".join(f"{name!r} has {length:,}" for name, length in lengths.items())
+        raise InputError(
+            f"{source} holds lists of different lengths: {shown}; expected one value per row"
+        )
+    return [dict(zip(document, row, strict=True)) for row in zip(*document.values(), strict=True)]
+
+
+def _check_keys(document: Mapping[str, Any], source: str) -> None:
     if isinstance(document, RepeatedKeys):
         raise InputError(f"{source} has the key {min(document.repeated)!r} twice; expected it once")
+
+
+def _keyed(document: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+    _check_keys(document, source)
     rows = []
     for key, value in document.items():
         if not isinstance(value, dict):

@@ -90,6 +90,8 @@ def _packed(
         entries: list[int] = []
         rows: list[int] = []
         for row in range(max(1, batch_tokens // width)):
+            if not sizes:
+                break
             room = width
             while fitting := bisect_right(sizes, room):
                 size = sizes[fitting - 1]

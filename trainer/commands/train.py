@@ -112,9 +112,6 @@ def train(
       semroute train run.yaml routing.strategy=time optimizer.router_lr=1e-3
       semroute train run.yaml --dry-run --ranks 64 --step-seconds 0.4
     """
-    from ..runs.threads import wait_briefly
-
-    wait_briefly()  # before torch is imported
     parsed = read_config(config, [*overrides, *["data.unverified=true"] * unverified])
     if dry_run:
         refuse_options(["resume_from"], "does not go with --dry-run, which resumes nothing")
@@ -130,11 +127,12 @@ def train(
         return
     if not (ranks is None and step_seconds is None and measure is None):
         raise InputError("--ranks, --step-seconds and --measure need --dry-run")
+    from ..runs.threads import chosen_threads
     from ..training.train import train as run
     from ..training.trainer import TrainingInterrupted
 
     try:
-        with interruptible(TrainingInterrupted):
+        with interruptible(TrainingInterrupted), chosen_threads(Path(parsed.output)):
             path = run(parsed, resume_from=resume_from)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error

@@ -233,8 +233,8 @@ def generate(
         device: that the network runs on, by default that of its parameters.
 
     Raises:
-        InputError: a batch size below 1, no such caption, or features that are mixes with other
-            weights than the model's.
+        InputError: a batch size below 1, no such caption, features that are mixes with other
+            weights than the model's; or latents that are not finite.
     """
     from ...pipeline.store.features import NULL_CAPTION
 
@@ -263,7 +263,7 @@ def generate(
                 null = negative.tensor(device)
                 null_offsets = torch.from_numpy(negative.offsets)
             rows = features.read(batch, layers)
-            latents[first : first + len(batch)] = sample(
+            found = sample(
                 model,
                 flow,
                 rows.tensor(device),
@@ -279,7 +279,19 @@ def generate(
                 null_offsets=null_offsets,
                 noise=None if noise is None else noise[first : first + len(batch)],
             ).numpy(force=True)
+            latents[first : first + len(batch)] = _finite(found, first)
             bar.update(len(batch))
+    return latents
+
+
+def _finite(latents: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+    """The latents of a batch, from the image ``first`` on, none of which overflowed."""
+    bad = np.flatnonzero(~np.isfinite(latents).all(axis=(1, 2, 3)))
+    if len(bad):
+        raise InputError(
+            f"image {first + bad[0]} (counted from 0) has latents that are not finite, so it shows "
+            "nothing: check the guidance scale, and whether the run's loss was finite"
+        )
     return latents
 
 

@@ -25,8 +25,10 @@ from ...schemas import (
 )
 from ...schemas.escaping import without_secrets
 from ...schemas.json_file import read_json
+from ...schemas.memory import memory_bytes
 from ...schemas.seeds import RANDOM_VERSION
 from ...schemas.tensor_files import save_tensors
+from ...schemas.units import format_bytes
 from .checkpoint import Checkpoint, describe_file, latest_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
@@ -98,8 +100,27 @@ def build_model(
     """
     if record.pretrained is not None:
         return _build_pretrained(record, record.pretrained, building, empty)
+    if building is None and not empty:
+        _check_memory(record)
     with _without_parameters() if empty else building or nullcontext():
         return _build_dit(record)
+
+
+def _check_memory(record: RunRecord) -> None:
+    """Refuse a network that this machine cannot hold, which the system would end unexplained."""
+    from ..model.blocks import resolve_size
+
+    size, has = resolve_size(record.config.model), memory_bytes()
+    inner = 3 * size.mlp_width
+    if record.llm_attention is None:  # otherwise heads are the LLM's
+        inner += 2 * (size.num_heads + size.num_kv_heads) * size.head_dim
+    needs = 4 * size.depth * size.width * inner
+    if has is not None and needs > has:
+        raise InputError(
+            f"the network's weights take more than {format_bytes(needs)}, and this machine has "
+            f"{format_bytes(has)} of memory: choose another model.size, or a smaller model.depth, "
+            "model.width or model.mlp_width; semroute train --dry-run says what a run needs"
+        )
 
 
 def _without_parameters() -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib import colormaps
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from ...pipeline.style import FAINT, INK, LINES, Figure, clean, plain
 from ..shapes.judge import SKILLS
@@ -23,7 +23,7 @@ def score_figure(
     """Accuracy of every arm at the last guidance scale: one panel per split and skill."""
     cfg_scale = design.scoring.cfg_scales[-1]
     skills = [skill for skill in SKILLS if skill in {*comparison["skill"].to_pylist()}]
-    arms = [*design.arms]
+    arms = [*design.drawn]
     size = (1.2 + 1.75 * len(skills), 0.8 + len(chance_levels) * (0.7 + 0.24 * len(arms)))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(chance_levels), len(skills), sharey=True, squeeze=False)
@@ -34,7 +34,9 @@ def score_figure(
         for axes, skill in zip(panel_row, skills, strict=True):
             clean(axes)
             axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
-            for row in (row for row in rows if row["skill"] == skill):
+            for row in rows:
+                if row["skill"] != skill or row["arm"] not in arms:
+                    continue
                 height = arms.index(row["arm"])
                 colour = _colour(height, len(arms))
                 num = len(row["seeds"])
@@ -65,7 +67,7 @@ def guidance_figure(
         for axes, skill in zip(panel_row, skills, strict=True):
             clean(axes)
             axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
-            for number, arm in enumerate(design.arms):
+            for number, arm in enumerate(design.drawn):
                 rows = [
                     row
                     for scale in design.scoring.cfg_scales
@@ -75,7 +77,7 @@ def guidance_figure(
                 axes.plot(
                     [row["cfg_scale"] for row in rows],
                     [row["accuracy"] for row in rows],
-                    **_line(number, len(design.arms)),
+                    **_line(number, len(design.drawn)),
                     label=plain(arm),
                 )
             if (level := chance_levels[split].get(skill)) is not None:
@@ -100,14 +102,61 @@ def counting_figure(table: pa.Table, design: ComparisonDesign) -> Figure:
         clean(axes)
         axes.set_title(f"guidance {scale:g}", color=INK, fontsize="small")
         axes.set_xlabel("objects requested", color=INK)
-        for number, arm in enumerate(design.arms):
+        for number, arm in enumerate(design.drawn):
             mask = pc.and_(pc.equal(table["arm"], arm), pc.equal(table["cfg_scale"], scale))
             part = table.filter(mask)
             asked, found = part["num_asked"].to_numpy(), part["num_found_mean"].to_numpy()
-            axes.plot(asked, found, **_line(number, len(design.arms)), label=plain(arm))
+            axes.plot(asked, found, **_line(number, len(design.drawn)), label=plain(arm))
         axes.axline((1, 1), slope=1, color=FAINT, linestyle="--", linewidth=1)
     panels[0].set_ylabel("objects generated", color=INK)
     _add_legend(figure, panels[0])
+    return figure
+
+
+def training_figure(comparison: pa.Table, design: ComparisonDesign) -> Figure:
+    """Differences between arms against the step at which they are scored, at the first guidance
+    scale: one line per arm with 95 % intervals, one panel per split and skill."""
+    cfg_scale = design.scoring.cfg_scales[0]
+    splits = [*dict.fromkeys(comparison["split"].to_pylist())]
+    skills = [s for s in ("count", "binding", "all") if s in {*comparison["skill"].to_pylist()}]
+    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(splits))
+    figure = Figure(figsize=size, layout="constrained")
+    title = f"Difference and 95 % over {design.unit} during training, guidance {cfg_scale:g}"
+    figure.suptitle(title, color=INK)
+    panels = figure.subplots(len(splits), len(skills), sharex=True, squeeze=False)
+    for panel_row, split in zip(panels, splits, strict=True):
+        rows = comparison_rows(comparison, split, cfg_scale)
+        for axes, skill in zip(panel_row, skills, strict=True):
+            clean(axes)
+            axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
+            axes.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
+            found = {row["arm"]: row for row in rows if row["skill"] == skill}
+            compared = {a: s for a, s in design.along.items() if design.references.get(a, a) != a}
+            for number, (arm, steps) in enumerate(compared.items()):
+                points = {
+                    step: found[name]
+                    for step, name in sorted(steps.items())
+                    if name in found and found[name]["difference"] is not None
+                }
+                if not points:
+                    continue
+                aside = 1.02 ** (number - len(compared) / 2)  # intervals lie side by side
+                style = _line(number, len(compared))
+                x = [step * aside for step in points]
+                axes.plot(x, [r["difference"] for r in points.values()], **style, label=plain(arm))
+                for at, row in zip(x, points.values(), strict=True):
+                    if row["seeds_low"] is not None:
+                        low, high = row["seeds_low"], row["seeds_high"]
+                        axes.plot([at, at], [low, high], color=style["color"], alpha=0.6)
+            axes.set_xscale("log")
+            axes.set_xticks([*dict.fromkeys(s for steps in design.along.values() for s in steps)])
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_locator(NullLocator())
+    for axes in panels[-1]:
+        axes.set_xlabel("training steps", color=INK)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("difference in accuracy", color=INK)
+    _add_legend(figure, panels[0, 0])
     return figure
 
 

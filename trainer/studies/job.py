@@ -94,7 +94,8 @@ class Job:
 
         train(self.config, progress=False)
         if self.scoring is not None:
-            table = score_images_of(open_run(self.path, None, "ema"), self.scoring, open_decoder)
+            run = open_run(self.path, self.scoring.step, "ema")
+            table = score_images_of(run, self.scoring, open_decoder)
             write_scores(self.path / self.file, table, self.key)
 
 

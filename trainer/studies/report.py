@@ -11,7 +11,7 @@ from ...pipeline.style import DPI, Figure
 from ...schemas import Scoring, StudyConfig, write_document
 from ...schemas.display import Table
 from ..evaluation.shapes import chance, read_captions
-from .figures import counting_figure, guidance_figure, score_figure
+from .figures import counting_figure, guidance_figure, score_figure, training_figure
 from .runner import RESULTS, collect
 from .statistics import (
     LEVEL,
@@ -71,8 +71,18 @@ def write_report(study: StudyConfig) -> list[Path]:
         study.scoring,
         len(study.seeds),
         notes=notes,
+        along=_steps(study),
     )
     return [out / RESULTS, *write_comparison(results, design, out)]
+
+
+def _steps(study: StudyConfig) -> dict[str, dict[int, str]]:
+    """Arms that are scored before their end, too -> step -> the arm that has these scores."""
+    return {
+        arm: {**steps, study.run(arm, study.seeds_of(arm)[0], study.output).steps: arm}
+        for arm in study.arms
+        if (steps := study.steps_of(arm))
+    }
 
 
 def _seeds(by_arm: Mapping[str, Sequence[int]]) -> str:
@@ -99,6 +109,7 @@ def write_comparison(
         "scores": score_figure(comparison, chance_levels, design),
         "guidance": guidance_figure(comparison, chance_levels, design),
         "counting": counting_figure(counting(results), design),
+        **({"training": training_figure(comparison, design)} if design.along else {}),
         **{name: plot(comparison) for name, plot in (more or {}).items()},
     }.items():
         path = out / "figures" / f"{name}.png"

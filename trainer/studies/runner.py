@@ -90,8 +90,30 @@ def check_inputs(study: StudyConfig) -> None:
         check_stores(job.config)
         if job.scoring is not None:
             open_features(job.scoring.features)
+            check_step(job)
     if study.scoring is not None:
         read_captions(study.scoring.samples)
+
+
+def check_step(job: Job) -> None:
+    """Refuse a step to score at which the run will have no checkpoint."""
+    assert job.scoring is not None
+    step, steps, every = job.scoring.step, job.config.steps, job.config.checkpoint_every
+    if step is None:
+        return
+    if step != steps and (step > steps or step % every):
+        raise InputError(
+            f"arm {job.arm} is scored at step {step}, where its runs have no checkpoint: they have "
+            f"{steps} steps and a checkpoint every {every}. Choose a multiple of that, or another "
+            "checkpoint_every"
+        )
+    later = -(-steps // every) - step // every  # the last one may be no multiple
+    if later >= job.config.keep_checkpoints:
+        raise InputError(
+            f"arm {job.arm} is scored at step {step}, after which its runs write {later} more "
+            f"checkpoints and keep {job.config.keep_checkpoints}: set keep_checkpoints to at least "
+            f"{later + 1}"
+        )
 
 
 def check_stores(config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ Shapes: S seeds, C captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,7 @@ class ComparisonDesign:
         unit: name of the unit: ``seeds``, or ``runs`` if the arms are other weights in the same
             runs.
         notes: further lines of the report.
+        along: arm -> step -> the arm that has its scores at that step; the last are its own.
     """
 
     title: str
@@ -207,6 +208,14 @@ class ComparisonDesign:
     num_units: int
     unit: str = "seeds"
     notes: Sequence[str] = ()
+    along: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> Sequence[str]:
+        """Arms in the figures: those scored at the end of training."""
+        before = {name for steps in self.along.values() for name in steps.values()}
+        before -= {*self.along}
+        return [arm for arm in self.arms if arm not in before]
 
 
 def comparison_rows(comparison: pa.Table, split: str, cfg_scale: float) -> Sequence[dict[str, Any]]:

@@ -25,6 +25,7 @@ from ..data.remote import plan_fetching
 from ..runs.record import learning
 from .accelerator import make_accelerator
 from .optimizers import make_optimizers
+from .previews import open_previews
 from .setup import Setup, make_loader, prepare
 from .trainer import Trainer
 
@@ -77,6 +78,8 @@ def plan(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     setup = prepare(config, building=mode)
+    if config.sampling.every is not None:
+        open_previews(setup, torch.device("cpu"))
     loader = make_loader(setup, num_ranks=num_ranks)
     reading = count_reading(loader)
     memory = count_memory(setup.model, config, reading, mode, num_ranks)

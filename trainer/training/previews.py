@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.store.features import NULL_CAPTION, Rows
-from ...schemas import Mixes, Scoring
+from ...schemas import InputError, Mixes, Scoring
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig
@@ -193,6 +193,8 @@ def open_previews(setup: "Setup", device: torch.device) -> Previews:
     from ..evaluation.shapes import open_captions
 
     record, config = setup.record, setup.record.config.sampling
+    if config.vae is not None and record.latents.vae == "pixels":
+        raise InputError("sampling.vae is given, but these latents are pixels: leave it out")
     run = Run(Path(record.config.output), record, 0, "ema", setup.model)
     scenes = None
     if config.prompts is not None:

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import os
 import re
@@ -297,9 +298,9 @@ class TestJobs:
         with pytest.raises(InputError, match=message):
             connect(str(tmp_path / "jobs.yaml"), None)
 
-    @pytest.mark.filterwarnings(
-        "ignore::pytest.PytestUnraisableExceptionWarning"
-    )  # its half object
+    # Its half object, which even has no repr.
+    @pytest.mark.filterwarnings("ignore:unclosed cluster:ResourceWarning")
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_what_dask_jobqueue_refuses_is_told(self, tmp_path):
         jobs = {"kind": "slurm", "maximum_jobs": 1, "options": {"cores": 1, "colour": "blue"}}
         (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(jobs))
@@ -308,6 +309,8 @@ class TestJobs:
             pytest.raises(InputError, match="dask-jobqueue refuses it"),
         ):
             inspect_workers(executor, str(tmp_path), print)
+        del executor
+        gc.collect()
 
     def test_the_task_at_work_ends_before_the_worker(self, tmp_path):
         """At the end of its lifetime Dask's worker would drop the task: no other could run it."""

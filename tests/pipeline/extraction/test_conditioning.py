@@ -35,11 +35,8 @@ from semroute.pipeline.store.open import (  # noqa: E402
 from semroute.pipeline.store.verify import repair, verify  # noqa: E402
 from semroute.schemas import MASK  # noqa: E402
 
-EVERY_FAMILY = [
-    pytest.param(family, marks=pytest.mark.slow) if family == "ideogram4" else family
-    for family in (*FAMILIES, *VIDEO_FAMILIES)
-]
-"""Ideogram 4 runs 36 blocks over 2,048 tokens for each caption."""
+pytestmark = pytest.mark.usefixtures("short_padding")
+EVERY_FAMILY = (*FAMILIES, *VIDEO_FAMILIES)
 CAPTIONS = [
     "a red cup",
     "two Green dogs on a long table",

@@ -57,6 +57,13 @@ def undisturbed(tmp_path_factory, samples_file, tiny_llm):
     return path
 
 
+@pytest.fixture
+def extracted(arguments, undisturbed):
+    """The arguments of an extraction that is complete."""
+    shutil.copytree(undisturbed, arguments["features"])
+    return arguments
+
+
 def contents(store: Path) -> dict[str, bytes]:
     """Every byte that must be the same however often a run was killed."""
     files = [*store.glob("*.parquet"), *store.glob("hidden.zarr/**/*")]
@@ -275,20 +282,18 @@ class TestContinuing:
         extract(**arguments)
         assert contents(features) == contents(undisturbed)
 
-    def test_a_store_keeps_the_threads_it_was_begun_with(self, arguments, undisturbed):
-        extract(**arguments | {"threads": 1})
-        manifest = json.loads((arguments["features"] / "manifest.json").read_text())
-        (arguments["features"] / "manifest.json").write_text(
-            json.dumps(manifest | {"status": "extracting"})
-        )
-        (arguments["features"] / "receipts" / "shard-000000.json").unlink()
-        extract(**arguments | {"threads": None})
-        assert contents(arguments["features"]) == contents(undisturbed)
+    def test_a_store_keeps_the_threads_it_was_begun_with(self, extracted, undisturbed):
+        features = extracted["features"]
+        manifest = json.loads((features / "manifest.json").read_text())
+        assert manifest["layout"]["num_threads"] == 1
+        (features / "manifest.json").write_text(json.dumps(manifest | {"status": "extracting"}))
+        (features / "receipts" / "shard-000000.json").unlink()
+        extract(**extracted | {"threads": None})
+        assert contents(features) == contents(undisturbed)
 
-    def test_a_complete_store_is_left_alone(self, arguments):
-        extract(**arguments)
+    def test_a_complete_store_is_left_alone(self, extracted):
         lines: list[str] = []
-        extract(**arguments | {"report": lines.append})
+        extract(**extracted | {"report": lines.append})
         assert lines[-1].endswith("nothing was left to do")
 
     @pytest.mark.parametrize(
@@ -301,21 +306,19 @@ class TestContinuing:
             ({"dtype": "bfloat16"}, ["identity.dtype: 'bfloat16' instead of 'float32'"]),
         ],
     )
-    def test_another_request_is_refused_with_what_differs(self, arguments, change, keys):
-        extract(**arguments)
+    def test_another_request_is_refused_with_what_differs(self, extracted, change, keys):
         with pytest.raises(StoreError, match="was made differently") as error:
-            extract(**arguments | change)
+            extract(**extracted | change)
         for key in keys:
             assert key in str(error.value)
 
-    def test_another_model_is_refused(self, arguments, tiny_llm, tmp_path):
-        extract(**arguments)
+    def test_another_model_is_refused(self, extracted, tiny_llm, tmp_path):
         other = shutil.copytree(tiny_llm, tmp_path / "other")
         weights = bytearray((other / "model.safetensors").read_bytes())
         weights[-1] ^= 1
         (other / "model.safetensors").write_bytes(weights)
         with pytest.raises(StoreError, match=r"identity\.model\.files\.model\.safetensors: '"):
-            extract(**arguments | {"model": str(other)})
+            extract(**extracted | {"model": str(other)})
 
     def test_captions_that_changed_are_refused(self, arguments, texts, tmp_path):
         path = tmp_path / "c.parquet"
@@ -329,8 +332,8 @@ class TestContinuing:
 
 
 class TestBatching:
-    def test_packed_is_padded_but_for_rounding(self, arguments, tmp_path):
-        packed = extract(**arguments)
+    def test_packed_is_padded_but_for_rounding(self, arguments, undisturbed, tmp_path):
+        packed = semroute.open_features(undisturbed)
         padded = extract(**arguments | {"features": tmp_path / "padded", "batching": "padded"})
         assert packed.manifest.layout.line_tokens == 128
         assert padded.manifest.layout.line_tokens is None
@@ -370,11 +373,11 @@ def memory_for(monkeypatch):
 
 class TestMemory:
     def test_the_error_of_a_real_allocation_is_known(self):
-        from semroute.pipeline.extraction.worker import OUT_OF_MEMORY
+        from semroute.schemas.memory import is_out_of_memory
 
         with pytest.raises(RuntimeError) as caught:
             torch.empty(2**60, dtype=torch.uint8)
-        assert any(words in str(caught.value) for words in OUT_OF_MEMORY)
+        assert is_out_of_memory(caught.value)
 
     def test_a_batch_that_does_not_fit_is_halved(self, arguments, memory_for, tiny_llm, tmp_path):
         from safetensors.torch import load_file, save_file

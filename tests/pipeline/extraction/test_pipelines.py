@@ -1,7 +1,7 @@
 """Stores made with presets hold the rows that pipelines of diffusers give their networks."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import diffusers
 import tiny_tokenizers as tokenizers
 import torch
 import transformers
-from tiny_pipelines import FAMILIES
+from tiny_pipelines import FAMILIES, load_pipeline
 from tiny_text_encoders import WIDTH, llm, qwen_vl
 
 from semroute.pipeline.extraction.features import extract
@@ -41,15 +41,22 @@ class Reference:
 
     Attributes:
         encoder: its LLM.
+        known: rows by text.
     """
 
     pipe: Any
     name: str
     encoder: Any
     tokenizer: Any
+    known: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, text: str) -> torch.Tensor:
         """Rows of the caption that the network reads, base layers in order, ``[T, K, H]``."""
+        if text not in self.known:
+            self.known[text] = self._rows(text)
+        return self.known[text]
+
+    def _rows(self, text: str) -> torch.Tensor:
         seen: list[torch.Tensor] = []
 
         def record(module: Any, args: Any, kwargs: Any) -> None:
@@ -210,7 +217,7 @@ def case(request, tiny_pipeline, tmp_path_factory):
         reference.tokenizer.save_pretrained(folder)
         return reference, folder
     folder = tiny_pipeline(name)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe = load_pipeline(folder)
     part = PRESETS[name].encoder
     tokenizer = getattr(pipe, part.replace("text_encoder", "tokenizer"))
     return Reference(pipe, name, getattr(pipe, part), tokenizer), folder / part

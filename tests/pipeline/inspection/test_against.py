@@ -1,5 +1,6 @@
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -7,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-from tiny_pipelines import FAMILIES  # noqa: E402
+pytest.importorskip("diffusers")
+from tiny_pipelines import FAMILIES, load_pipeline  # noqa: E402
 from tiny_text_halves import VIDEO_FAMILIES, make_text_half  # noqa: E402
 
 from semroute.cli import cli  # noqa: E402
@@ -36,10 +37,8 @@ from semroute.schemas import (  # noqa: E402
     fingerprint,
 )
 
-EVERY_FAMILY = [
-    pytest.param(family, marks=pytest.mark.slow) if family == "ideogram4" else family
-    for family in (*FAMILIES, *VIDEO_FAMILIES)
-]
+pytestmark = pytest.mark.usefixtures("short_padding")
+EVERY_FAMILY = (*FAMILIES, *VIDEO_FAMILIES)
 TEXTS = ["", "a red cup", "Two green dogs on a table"]
 
 
@@ -274,7 +273,7 @@ class TestLayers:
 
     def test_the_last_layer_stored_before_the_norm(self, make, tmp_path):
         made = make("pixart")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(made.folder)
+        pipe = load_pipeline(Path(made.folder))
         raw = []
         norm = pipe.text_encoder.encoder.final_layer_norm
         norm.register_forward_pre_hook(lambda _, inputs: raw.append(inputs[0][0].detach()))
@@ -285,7 +284,6 @@ class TestLayers:
         assert "the last layer is stored before the final norm" in found.problems[0]
         assert "the pipeline reads it after" in found.problems[0]
 
-    @pytest.mark.slow
     def test_the_last_layer_stored_after_the_norm(self, make, tmp_path):
         made = make("ideogram4")
         for rows in made.rows:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -125,17 +127,45 @@ def server():
         thread.join()
 
 
+COMMANDS = """
+import json, sys
+from click.testing import CliRunner
+from semroute.cli import cli
+for arguments, token in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(cli, ["push", *arguments], env={"HF_TOKEN": token})
+    print(json.dumps({"code": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}))
+"""
+
+
+class Pushed(NamedTuple):
+    """What a command printed, and its exit code."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
 def push(server, tmp_path):
-    """Run the command with the stand-in as its Hub; returns the finished process."""
+    """Run commands, each a store and options, with the stand-in as their Hub, in a process whose
+    huggingface_hub knows it from the start."""
 
-    def run(store, *options, token="secret", url=server.url):
-        command = [sys.executable, "-m", "semroute.cli", "push", str(store), REPO, *options]
-        settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf")}
+    def run(*commands, tokens=("secret",), url=server.url):
+        settings = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
         settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        return subprocess.run(
-            command, env=os.environ | settings, capture_output=True, text=True, timeout=120
+        asked = [
+            ([str(store), REPO, *options], token)
+            for (store, *options), token in zip(commands, itertools.cycle(tokens), strict=False)
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS, json.dumps(asked)],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
+        assert done.returncode == 0, done.stderr
+        return [Pushed(**json.loads(line)) for line in done.stdout.splitlines()]
 
     return run
 
@@ -160,8 +190,8 @@ class TestPush:
         path = tmp_path / "features"
         shutil.copytree(random_store("delta"), path)
         (path / "notes.txt").write_text("mine")
-        done = push(path, "--license", "cc-by-4.0")
-        assert done.returncode == 0, done.stderr
+        (done,) = push((path, "--license", "cc-by-4.0"))
+        assert done.code == 0, done.stderr
         assert f"hf download {REPO}" in done.stdout
         made = server.created[0]  # in version 1 of huggingface_hub, and in later ones
         assert made.get("private") or made["visibility"] == "private"
@@ -179,8 +209,8 @@ class TestPush:
         assert np.array_equal(found.read([3, 50]).bits, expected.read([3, 50]).bits)
 
         sent = len(server.sent)
-        again = push(path)
-        assert again.returncode == 0, again.stderr
+        (again,) = push((path,))
+        assert again.code == 0, again.stderr
         assert len(server.sent) == sent  # shards that are there are not sent again
 
     def test_training_reads_what_was_downloaded(
@@ -190,7 +220,8 @@ class TestPush:
         from semroute.trainer.runs.checkpoint import latest_checkpoint
         from semroute.trainer.training.train import train
 
-        assert push(feature_store).returncode == 0
+        (done,) = push((feature_store,))
+        assert done.code == 0, done.stderr
         there = download(server, tmp_path / "there")
         weights = []
         for name, features in (("here", feature_store), ("there", there)):
@@ -200,16 +231,20 @@ class TestPush:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
     def test_another_store_or_no_token_is_refused(self, server, push, random_store, latent_store):
-        assert push(random_store("bf16")).returncode == 0
+        store = random_store("bf16")
+        first, other, stranger = push(
+            (store,), (latent_store,), (store,), tokens=("secret", "secret", "wrong")
+        )
+        assert first.code == 0, first.stderr
+        assert other.code == 1
+        assert "holds another store than" in other.stderr
+        assert stranger.code == 1
+        assert "hf auth login" in stranger.stderr
         before = dict(server.files)
-        done = push(latent_store)
-        assert done.returncode == 1
-        assert "holds another store than" in done.stderr
-        done = push(random_store("bf16"), token="wrong")
-        assert done.returncode == 1
-        assert "hf auth login" in done.stderr
-        done = push(random_store("bf16"), url="http://127.0.0.1:1")
-        assert done.returncode == 1
+        card = {"README.md": hub.make_card(open_features(store), REPO).encode()}
+        assert before == read_files(store, before.keys() - card) | card
+        (done,) = push((store,), url="http://127.0.0.1:1")
+        assert done.code == 1
         assert done.stderr.startswith(f"Error: {REPO}: ConnectError: ")
         assert "Rerun the same command to resume" in done.stderr
         assert server.files == before

@@ -20,6 +20,7 @@ from semroute.pipeline.models.text_pipelines import (  # noqa: E402
 from semroute.pipeline.models.text_recipes import RECIPES  # noqa: E402
 from semroute.schemas import MASK, InputError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("short_padding")
 TEXTS = ["", "a red cup", "two Green dogs on a very long table"]
 
 
@@ -32,7 +33,7 @@ def pipeline(request, tiny_pipeline, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(pipeline):
+def opened(pipeline, short_padding):
     folder, _ = pipeline
     return open_text_pipeline(str(folder))
 
@@ -94,7 +95,10 @@ def test_every_family_has_a_recipe(opened, pipeline):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_transformer_is_given_what_encode_returns(family, tiny_pipeline):
+def test_a_transformer_is_given_what_encode_returns(
+    family, tiny_pipeline, short_padding, monkeypatch
+):
+    monkeypatch.setitem(RECIPES, short_padding.pipeline, short_padding)
     folder = tiny_pipeline(family)
     opened = open_text_pipeline(str(folder))
     encoded = opened.encode(TEXTS[:2])

@@ -169,6 +169,29 @@ def test_names_that_are_not_utf_8(tmp_path, place):
     assert "its name is not UTF-8, so it cannot be recorded; rename it" in message
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt"])
+def test_an_empty_line_of_one_column_is_a_row_without_a_caption(tmp_path, suffix, end):
+    lines = ["text", "a", "", "b", "", "", "c", "", ""]
+    lines = lines[1:] if suffix == "txt" else lines
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes("".join(f"{line}{end}" for line in lines).encode())
+    with pytest.raises(InputError, match=r"3 of 6 rows have an empty .*rows 1, 3, 4, counted"):
+        read_samples(str(path), need="text")
+    table = read_samples(str(path), need="text", blank="skip")
+    assert table.texts().to_pylist() == [["a"], ["b"], ["c"]]
+    assert table.blank_rows.tolist() == [1, 3, 4]
+
+
+def test_empty_lines_around_rows_are_none(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\n\ntext\n"a\n\nb"\nc\n\n')
+    (tmp_path / "b.csv").write_bytes(b"text,image\na,b\n\nc,d\n")
+    (tmp_path / "c.csv").write_bytes(b"text\n\n\n")
+    assert read(tmp_path / "a.csv") == [["a\n\nb"], ["c"]]
+    assert read(tmp_path / "b.csv") == [["a"], ["c"]]
+    assert refused(tmp_path / "c.csv").endswith("has no rows; expected at least one")
+
+
 class TestTars:
     def test_names_that_are_not_utf_8_are_shown(self, tmp_path):
         path = write_tar(tmp_path / "a.tar", {"caf\udce9.txt": b"a", "caf\udce9.png": b"b"})

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import tarfile
 
 import fsspec
 import numpy as np
@@ -161,6 +162,26 @@ class TestFolders:
         with pytest.raises(InputError, match=r"has no column 'text'.*its columns are image\."):
             texts(tmp_path)
 
+    def test_tars_of_img2dataset_and_the_lists_beside_them(self, tmp_path):
+        for number in range(2):
+            stem = tmp_path / f"{number:05d}"
+            pyarrow.parquet.write_table(
+                pa.table({"caption": [f"c{number}", "not downloaded"], "status": ["success", "x"]}),
+                f"{stem}.parquet",
+            )
+            members = {f"{number}.jpg": png(number, "JPEG"), f"{number}.txt": b"c%d" % number}
+            with tarfile.open(f"{stem}.tar", "w") as tar:
+                for name, content in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            (tmp_path / f"{number:05d}_stats.json").write_text('{"successes": 1}')
+        assert texts(tmp_path) == [["c0"], ["c1"]]
+        assert images(tmp_path)[1] == [png(0, "JPEG"), png(1, "JPEG")]
+        pyarrow.parquet.write_table(pa.table({"caption": ["x"]}), tmp_path / "more.parquet")
+        with pytest.raises(InputError, match=r"several kinds.*00000\.tar.*more\.parquet"):
+            texts(tmp_path)
+
 
 class TestSeveralFiles:
     def test_order(self, tmp_path):
@@ -224,6 +245,32 @@ class TestDocuments:
         (tmp_path / "x.jsonlines").write_text(lines(rows))
         assert texts(tmp_path / "x.jsonlines") == [["a"], ["b"]]
         assert column_names(str(tmp_path / "a.json")) == ["text", "n"]
+
+    def test_the_only_list_and_lists_per_column(self, tmp_path):
+        rows = [{"filename": "a.jpg", "sentences": [{"raw": "x"}, {"raw": "y"}]}]
+        path = tmp_path / "split.json"
+        path.write_text(json.dumps({"images": rows, "dataset": "d"}))
+        assert texts(path, text_column="sentences.raw") == [["x", "y"]]
+        path.write_text(json.dumps({"urls": ["u", "v"], "captions": ["x", "y"]}))
+        assert texts(path, text_column="captions") == [["x"], ["y"]]
+        assert column_names(str(path)) == ["urls", "captions"]
+        path.write_text('{"urls": ["u"], "captions": ["x", "y"]}')
+        with pytest.raises(InputError, match="different lengths: 'urls' has 1, 'captions' has 2"):
+            texts(path, text_column="captions")
+        path.write_text('{"urls": ["u"], "urls": ["v"]}')
+        with pytest.raises(InputError, match="the key 'urls' twice"):
+            texts(path, text_column="urls")
+
+    @pytest.mark.parametrize("suffix", ["tsv", "csv"])
+    def test_a_table_without_a_header(self, tmp_path, suffix):
+        rows = ["https://x.test/1.jpg,one", "https://x.test/2.jpg,two", 'https://x.test/3.jpg,3" x']
+        path = tmp_path / f"set.{suffix}"
+        path.write_text("\n".join(rows).replace(",", "\t" if suffix == "tsv" else ","))
+        with pytest.raises(InputError, match="may be in: column_1, column_2"):
+            texts(path)
+        assert texts(path, text_column="column_2") == [["one"], ["two"], ['3" x']]
+        samples = read_samples(str(path), need="image", image_column="column_1")
+        assert samples.image_names().to_pylist() == [row.split(",")[0] for row in rows]
 
     def test_metadata_of_kohya(self, tmp_path):
         files(tmp_path, {"a/1.png": png(1), "2.webp": png(2, "WEBP")})
@@ -323,6 +370,49 @@ class TestColumns:
         pyarrow.parquet.write_table(pa.table({"jpg": column, "png": column}), path)
         with pytest.raises(InputError, match=r"'jpg' and 'png'; name .* --image-column"):
             images(path)
+
+    def test_rarer_names_of_images_and_urls(self, tmp_path):
+        files(tmp_path, {"1.png": png(1)})
+        path = tmp_path / "rows.jsonl"
+        path.write_text(
+            lines([{"img_path": "1.png", "prompt": "a", "url": "https://x.test/1.png"}])
+        )
+        samples, found = images(path)
+        assert samples.image_column == "img_path"
+        assert found == [png(1)]
+        path.write_text(lines([{"img_path": "1.png", "file_name": "none.png", "prompt": "a"}]))
+        assert images(path)[0].image_column == "file_name"
+        path.write_text(lines([{"URL": "https://x.test/1.png", "TEXT": "a", "WIDTH": 4}]))
+        with pytest.raises(InputError, match=r"Images may be in: URL\. Name one with"):
+            images(path)
+
+    def test_places_in_lists(self, tmp_path):
+        ask, tell = {"by": "user", "value": "?"}, {"by": "model", "value": "one"}
+        two = {"by": "model", "value": "two"}
+        talks = [[ask, tell], [ask], None, [ask, two, ask]]
+        rows = [{"id": name, "talk": talk} for name, talk in zip("xyzw", talks, strict=True)]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        kind = pa.struct([("by", pa.string()), ("value", pa.string())])
+        schema = pa.schema([("id", pa.string()), ("talk", pa.large_list(kind))])
+        part = pa.Table.from_pylist([{}, *rows], schema).slice(1)
+        path = str(tmp_path / "rows.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as out:
+            out.write_table(part)
+        for suffix in ("json", "parquet", "arrow"):
+            path = tmp_path / f"rows.{suffix}"
+            found = texts(path, text_column="talk.1.value", fallback_column="id")
+            assert found == [["one"], ["y"], ["z"], ["two"]]
+            assert texts(path, text_column="talk.0.by", blank="skip") == [["user"]] * 3
+            with pytest.raises(InputError, match="4 of 4 rows have an empty caption"):
+                texts(path, text_column=f"talk.{10**30}.value")
+            with pytest.raises(InputError, match=r"no column 'talk\.1\.other'"):
+                texts(path, text_column="talk.1.other")
+        twice = '[{"a": [{"b": "x", "b": "y"}, {"b": "z"}]}]'
+        (tmp_path / "rows.json").write_text(twice)
+        assert texts(tmp_path / "rows.json", text_column="a.1.b") == [["z"]]
+        with pytest.raises(InputError, match="the key 'b' twice"):
+            texts(tmp_path / "rows.json", text_column="a.0.b")
 
     def test_captions_inside_structs_and_objects(self, tmp_path):
         rows = [

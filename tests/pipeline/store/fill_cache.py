@@ -1,6 +1,8 @@
-"""Reads a store through a cache for ever, in random order, and ends at the first wrong value."""
+"""Reads a remote store through a cache for ever, in random order, and ends at the first value that
+is not that of the same store on a disk. It begins when a file is there."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,14 @@ from semroute.pipeline.store.open import open_features
 from semroute.pipeline.store.remote.cache import ChunkCache
 from semroute.pipeline.store.remote.chunks import ReadAhead
 
-url, folder, size = sys.argv[1:]
-store = open_features(url)
-expected = {n: store.read([n]).bits for n in range(len(store))}
+url, copy, folder, size, begin = sys.argv[1:]
+store, local = open_features(url), open_features(copy)
+expected = {n: local.read([n]).bits for n in range(len(local))}
 cache = ChunkCache(Path(folder), int(size))
 rng = np.random.default_rng()
-print("filling", flush=True)
+print("ready", flush=True)
+while not Path(begin).exists():
+    time.sleep(0.01)
 while True:
     ahead = ReadAhead(cache, kept_bytes=1)
     store.fetch_by(ahead)

@@ -396,26 +396,22 @@ def disk_use(folder) -> int:
 def test_processes_that_are_killed_while_they_fill_a_cache_leave_it_right(
     server, tmp_path, start_command
 ):
-    size = 60_000
-
-    def start():
-        arguments = ("s3://bucket/delta", tmp_path / "cache", size)
-        filler = start_command(*arguments, module=FILLER.stem, PYTHONPATH=str(FILLER.parent))
-        said = filler.output
-        filler.wait_until(lambda: said.exists() and said.read_text() == "filling\n")
-        return filler
-
+    size, local = 60_000, server.folder / "bucket" / "delta"
+    arguments = ("s3://bucket/delta", local, tmp_path / "cache", size, tmp_path / "begin")
+    where = {"module": FILLER.stem, "PYTHONPATH": str(FILLER.parent)}
+    steady, *victims = (start_command(*arguments, **where) for _ in range(6))
+    for filler in (steady, *victims):
+        filler.wait_until(lambda out=filler.output: out.exists() and out.read_text() == "ready\n")
+    (tmp_path / "begin").touch()
     rng = np.random.default_rng(0)
-    steady = start()
-    for _ in range(5):
-        victim = start()
+    for victim in victims:
         time.sleep(rng.uniform(0, 0.3))
-        assert victim.poll() is None
+        assert victim.poll() is None  # it compares all that it reads
         victim.kill()
         assert disk_use(tmp_path / "cache") <= size
-    assert steady.poll() is None  # it compares all that it reads
+    assert steady.poll() is None
     steady.kill()
-    expected = values(open_store(server.folder / "bucket" / "delta"))
+    expected = values(open_store(local))
     ahead = ReadAhead(ChunkCache(tmp_path / "cache", size))
     assert same(read_again("s3://bucket/delta", ahead), expected)
     assert ahead.counts.refetched == 0

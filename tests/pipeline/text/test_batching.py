@@ -60,3 +60,8 @@ def test_halves_of_batches_end_in_single_sequences(sizes, row_tokens):
 
     for batch in batches(sizes, 1000, row_tokens):
         assert all(len(part) == 1 for part in split(batch))
+
+
+def test_packing_takes_no_longer_for_a_budget_that_nothing_fills():
+    [batch] = batches(np.array([3, 2, 4]), 2**62, 5)
+    assert sorted(batch.entries.tolist()) == [0, 1, 2]

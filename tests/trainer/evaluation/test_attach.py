@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 import tiny_runs  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_pipelines import run_size  # noqa: E402
+from tiny_pipelines import load_pipeline, run_size  # noqa: E402
 
 import semroute  # noqa: E402
 from semroute.pipeline.models.text_pipelines import open_text_pipeline  # noqa: E402
@@ -31,12 +31,6 @@ WITHOUT_NEGATIVE = ("flux2", "flux2-klein", "ideogram4")
 """Pipelines that take no negative prompt; klein guides by an empty one."""
 NULL_APART = ("sana", "lumina2")
 """Their negative prompts are put to the LLM in the template of the null caption."""
-
-
-def load(folder: Path, **options: Any) -> Any:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def sample(pipe: Any, preset: str, prompt: Any = PROMPT, **arguments: Any) -> Any:
@@ -175,7 +169,7 @@ def make_run(
     def make(preset: str, **settings: Any) -> tuple[Any, Path]:
         folder = tiny_pipeline(preset)
         run = tiny_runs.make_run(folder, preset, tmp_path / "run", **settings)
-        return load(folder), run
+        return load_pipeline(folder), run
 
     return make
 
@@ -231,8 +225,8 @@ def test_runs_in_bfloat16(preset: str, make_run: Any) -> None:
     """A network of each kind of sockets."""
     _, run = make_run(preset, size=0.3)
     folder = semroute.load_run(run).record.config.model.pretrained
-    exact = load(folder)
-    pipe = load(folder, dtype=torch.bfloat16)
+    exact = load_pipeline(folder)
+    pipe = load_pipeline(folder, dtype=torch.bfloat16)
     error = distance(sample(pipe, preset), sample(exact, preset))
     for each in (pipe, exact):
         semroute.attach(each, run)
@@ -313,7 +307,7 @@ class TestAttach:
         assert {each.dtype for each in pipe.transformer.parameters()} == {torch.bfloat16}
         assert not torch.equal(routed, plain)
         assert torch.equal(sample(semroute.attach(pipe, run), "pixart"), routed)
-        never_attached = load(pipe.config._name_or_path).to(torch.bfloat16)
+        never_attached = load_pipeline(pipe.config._name_or_path).to(torch.bfloat16)
         assert torch.equal(sample(never_attached, "pixart"), plain)
 
     @pytest.mark.parametrize("preset", ["sana", "z-image"])
@@ -477,7 +471,7 @@ class TestRefusals:
 
     def test_other_classes(self, make_run: Any, tiny_pipeline: Callable[[str], Path]) -> None:
         pipe, run = make_run("pixart")
-        other = load(tiny_pipeline("sana"))
+        other = load_pipeline(tiny_pipeline("sana"))
         self.check(other, run, "SanaPipeline has a SanaTransformer2DModel, but .* adapted a PixArt")
         other.transformer = diffusers.DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8
@@ -508,7 +502,7 @@ class TestRefusals:
         with torch.no_grad():
             pipe.transformer.proj_out.bias.add_(1)
         pipe.save_pretrained(tmp_path / "other")
-        other = load(tmp_path / "other")
+        other = load_pipeline(tmp_path / "other")
         self.check(other, run, "the weights in .*other/transformer are not those .* check=False")
         semroute.attach(other, run, check=False)
         pipe.transformer.register_to_config(_name_or_path="")
@@ -529,7 +523,7 @@ class TestRefusals:
         self, make_run: Any, tiny_pipeline: Callable[[str], Path]
     ) -> None:
         pipe, run = make_run("z-image")
-        pipe.text_encoder = load(tiny_pipeline("lumina2")).text_encoder
+        pipe.text_encoder = load_pipeline(tiny_pipeline("lumina2")).text_encoder
         self.check(pipe, run, "text_encoder of this ZImagePipeline is not the LLM .*gemma2")
         pipe.text_encoder = None
         self.check(pipe, run, "has no text_encoder.* semroute embed")

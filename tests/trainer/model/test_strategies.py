@@ -237,10 +237,15 @@ class TestMixing:
 
 
 class TestStart:
-    @pytest.mark.parametrize("threads", [1, 2])
     @pytest.mark.parametrize(
-        ("rows", "layers", "width", "blocks"),
-        [(1, 2, 7, 3), (37, 30, 576, 6), (5, 36, 2560, 24), (301, 4, 32, 6)],
+        ("rows", "layers", "width", "blocks", "threads"),
+        [
+            (1, 2, 7, 3, 1),
+            (37, 30, 576, 6, 1),
+            (37, 30, 576, 6, 2),
+            (5, 36, 2560, 24, 2),
+            (301, 4, 32, 6, 2),
+        ],
     )
     @pytest.mark.parametrize("name", LEARNED)
     def test_every_learned_strategy_starts_with_the_bits_of_uniform(

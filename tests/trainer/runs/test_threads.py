@@ -1,22 +1,15 @@
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from semroute.trainer.runs.record import read_record
-from semroute.trainer.runs.threads import describe_threads, wait_briefly
-from semroute.trainer.training.train import train
-
-BUSY = """
-import os
-os.getloadavg = lambda: (1000.0, 0.0, 0.0)
 from semroute.cli import cli
-cli()
-"""
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+from semroute.pipeline.executor.threads import WAITING, wait_briefly
+from semroute.trainer.runs.record import read_record
+from semroute.trainer.runs.threads import describe_threads
+from semroute.trainer.training.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -32,33 +25,13 @@ def environment(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_libgomp_is_told_before_torch_loads_it(tmp_path):
-    keys = ("features", "latents", "output")
-    (tmp_path / "run.yaml").write_text("".join(f"{key}: {tmp_path / key}\n" for key in keys))
-    run = subprocess.run(
-        [sys.executable, "-c", BUSY, "train", str(tmp_path / "run.yaml")],
-        env={**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"},
-        capture_output=True,
-        text=True,
-    )
-    assert "Error:" in run.stderr  # there is no store
-    assert "GOMP_SPINCOUNT = '1000'" in run.stderr
-
-
-@pytest.mark.parametrize(("name", "value"), [*zip(WAITING, ("7", "PASSIVE"), strict=True)])
-def test_what_the_user_says_stays(name, value, monkeypatch):
-    monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
-    wait_briefly()
-    assert {key: os.environ[key] for key in WAITING if key in os.environ} == {name: value}
-
-
 def test_a_run_says_and_records_its_threads(configure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
     def start(**changes):
         train(configure(tmp_path / "run", **changes))
         return capsys.readouterr().err
 
-    wait_briefly()
     said = start(steps=1)
     assert "1 thread on the CPU\n" in said  # nothing else runs here
     assert "warning" not in said
@@ -81,6 +54,35 @@ def test_a_run_says_and_records_its_threads(configure, tmp_path, capsys, monkeyp
     del document["threads"]
     file.write_text(json.dumps(document))
     assert "began" not in start(steps=3)
+
+
+def test_a_run_keeps_the_threads_it_began_with(configure, tmp_path, monkeypatch):
+    torch.set_num_threads(2)  # of two cores
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+    def start(name, **changes):
+        config = configure(tmp_path / name, **changes)
+        file = tmp_path / "run.yaml"
+        file.write_text(config.model_dump_json())
+        result = CliRunner().invoke(cli, ["train", str(file)])
+        assert result.exit_code == 0, result.output
+        assert torch.get_num_threads() == 2
+        return result.stderr, read_record(tmp_path / name).threads
+
+    said, threads = start("busy", steps=1)
+    assert threads == 1
+    assert "1 thread on the CPU, GOMP_SPINCOUNT=1000; the run keeps this number" in said
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+    said, _ = start("busy", steps=2)  # quiet when it is resumed
+    assert "1 thread on the CPU" in said
+    assert "warning" not in said
+    assert start("quiet", steps=1)[1] == 2
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "began with OMP_NUM_THREADS=1: with 2 its bits are not" in start("busy", steps=3)[0]
 
 
 def test_one_thread_needs_no_advice(monkeypatch):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -253,6 +255,31 @@ class TestStudy:
         assert "| late | depth |" in report
         assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
+
+    def test_scores_runs_along_the_way(self, world, done, tmp_path):
+        out = shutil.copytree(done[1], tmp_path / "out")
+        file = write(tmp_path / "along.yaml", document(world, out, along=[2]))
+        printed = invoke("study", file)
+        assert "study: 4 runs, to do: 0" in printed
+        assert "scored differently: 4 runs, to do: 4" in printed
+        report = (out / "report.md").read_text()
+        assert "| depth-at-2 | uniform-at-2 |" in report
+        assert "| uniform-at-2 | uniform |" in report
+        assert (out / "figures" / "training.png").exists()
+        # The same as the runs had at that step, when it was their last.
+        content = document(world, out)
+        content["train"] = {**content["train"], "steps": 2}
+        content["output"] = str(tmp_path / "short")
+        content["seeds"] = [1]
+        (tmp_path / "short").mkdir()
+        for name in ("tuning", "tuning.json", "trials.parquet"):
+            copy = shutil.copytree if (out / name).is_dir() else shutil.copy
+            copy(out / name, tmp_path / "short" / name)
+        invoke("study", write(tmp_path / "short.yaml", content), "--arm", "uniform")
+        expected = pq.read_table(tmp_path / "short" / "results.parquet").drop_columns("arm")
+        found = pq.read_table(out / "results.parquet", filters=[("arm", "=", "uniform-at-2")])
+        found = found.filter(pc.equal(found["seed"], 1)).drop_columns("arm")
+        assert found.replace_schema_metadata(None).equals(expected.replace_schema_metadata(None))
 
     @pytest.mark.usefixtures("undrawn")
     @pytest.mark.slow
@@ -578,6 +605,43 @@ class TestConfiguration:
         arms = {"uniform": {}, "depth": {"routing.strategi": "depth"}}
         self.refused(world, "(?s)arm depth is not valid.*did you mean 'strategy'", arms=arms)
         self.refused(world, "arm uniform sets seed", arms={"uniform": {"seed": 3}})
+
+    def test_an_arm_alone_is_scored_along_the_way(self, world):
+        content = document(world, Path("out"), along=[2])
+        content["arms"]["static"] = {"routing.strategy": "static", "against": "depth", "seeds": [1]}
+        study = parse(StudyConfig, content, "study.yaml")
+        assert study.arms["static-at-2"] == {
+            "of": "static",
+            "scoring": {"step": 2},
+            "against": "depth-at-2",
+            "seeds": [1],
+        }
+        assert "static" not in " ".join(study.only(["depth"]).arms)
+        assert "static-at-2" in study.only(["static"]).arms
+
+    @pytest.mark.parametrize(
+        ("along", "message"),
+        [
+            ([3], "arm uniform-at-3 is scored at step 3, where its runs have no checkpoint"),
+            (
+                [6],
+                "at step 6, where .* no checkpoint: they have 4 steps and a checkpoint every 2",
+            ),
+            ([2, 2], r"along \[2, 2\] contains duplicates"),
+            ([0], "along.0: Input should be greater"),
+        ],
+    )
+    def test_refuses_steps_that_runs_do_not_keep(self, world, tmp_path, along, message):
+        content = document(world, tmp_path / "out", along=along)
+        printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert re.search(message, printed)
+        assert not (tmp_path / "out").exists()
+
+    def test_refuses_a_step_whose_checkpoint_is_removed(self, world, tmp_path):
+        content = document(world, tmp_path / "out", along=[2])
+        content["train"] = {**content["train"], "steps": 7, "keep_checkpoints": 3}
+        printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert "set keep_checkpoints to at least 4" in printed
 
     def test_refuses_before_any_run_is_begun(self, world, tmp_path):
         content = document(world, tmp_path / "out")

@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semroute.pipeline.store.features import NULL_CAPTION
@@ -61,6 +61,7 @@ def make(kind):
 
 
 class TestOrder:
+    @settings(max_examples=40)
     @given(orders, st.integers(0, 5000), st.lists(st.integers(1, 400), max_size=5), st.randoms())
     def test_it_does_not_matter_how_it_is_cut(self, kind, first, lengths, random):
         whole = table(make(kind), first, sum(lengths))
@@ -73,7 +74,7 @@ class TestOrder:
             for reader in (again, fresh):
                 assert np.array_equal(table(reader, first + start, stop - start), whole[start:stop])
 
-    @pytest.mark.slow
+    @settings(max_examples=40)
     @given(orders)
     def test_an_epoch_holds_every_sample_once(self, kind):
         mixed = make(kind)
@@ -84,6 +85,7 @@ class TestOrder:
             assert len(epochs) >= 2
             assert (np.sort(epochs) == np.arange(len(counts)) * 10).all()
 
+    @settings(max_examples=40)
     @given(orders)
     def test_captions_are_those_of_the_sample(self, kind):
         mixed = make(kind)

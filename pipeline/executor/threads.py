@@ -1,0 +1,31 @@
+"""How the threads that compute on a CPU wait for each other."""
+
+import os
+
+SPIN_COUNT = "1000"
+"""Turns for which a thread of OpenMP that waits stays on its core. libgomp's own default is
+milliseconds of them: beside other work the threads then wait for one that has no core."""
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""Variables of the environment that say how threads wait."""
+
+
+def machine_load() -> tuple[float, int]:
+    """Processes that ran or waited for a core, over the last minute, and number of cores."""
+    return os.getloadavg()[0], os.cpu_count() or 1
+
+
+def is_busy() -> bool:
+    """Whether other work leaves no core free."""
+    load, cores = machine_load()
+    return load > cores
+
+
+def wait_briefly() -> None:
+    """Have threads of OpenMP leave their cores soon when they wait, here and in processes that
+    start from here, unless the environment says how they wait. Bits do not depend on it.
+
+    Without effect once torch is imported, because libgomp reads it when it is loaded. A network
+    whose parts take microseconds trains faster without it on a quiet machine.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
