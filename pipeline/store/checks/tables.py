@@ -85,8 +85,8 @@ def sample_faults(samples: pa.Table, num_captions: int) -> Iterator[str]:
             yield "source_row does not ascend from 0 on"
     if "caption_weights" in samples.column_names:
         weights = samples["caption_weights"]
-        counts = (numbers(pc.list_value_length(each)) for each in (weights, lists))
-        if not np.array_equal(*counts):
+        own, listed = (numbers(pc.list_value_length(each)) for each in (weights, lists))
+        if not np.array_equal(own, listed):
             yield "a sample has not as many caption_weights as captions"
         flat = numbers(pc.list_flatten(weights))
         if not (np.isfinite(flat) & (flat > 0)).all():
