@@ -92,8 +92,12 @@ class Store(Generic[M]):
         """The same as the manifest says that they are; no array is opened."""
 
     @abstractmethod
-    def check_tables(self) -> None:
+    def check_tables(self, *, all_columns: bool = True) -> None:
         """Read the tables, and refuse them if they contradict the manifest.
+
+        Args:
+            all_columns: otherwise those that reading rows needs; the rest is checked when it is
+                first read.
 
         Raises:
             StoreError: with the file and the first faults.
@@ -116,18 +120,22 @@ class Store(Generic[M]):
         return type(self), (self.path, self.manifest)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, complete: bool = True) -> Self:
+    def open(
+        cls, path: str | os.PathLike[str], *, complete: bool = True, all_columns: bool = True
+    ) -> Self:
         """Open a store.
 
         Args:
             path: a folder, or the URL of one that fsspec knows (``s3://``, ``gs://``, ``hf://`` and
                 more, each with its own package).
             complete: refuse a store that is not finished.
+            all_columns: of its tables, read and check all columns, and not only those that reading
+                rows needs. Texts and token ids take most of the time and memory.
 
         Raises:
             StoreError: no store of this kind there, or not finished, or its manifest is damaged; or
-                tables or arrays contradict it, which is found out of an unfinished store when they
-                are first read.
+                tables or arrays contradict it, which is found out of an unfinished store, and of
+                other columns, when they are first read.
         """
         path = locate(path)
         document = read_manifest(path, cls.kind)
@@ -148,7 +156,7 @@ class Store(Generic[M]):
         store._check_manifest()
         if complete:
             store.check_complete()
-            store.check()
+            store.check(all_columns=all_columns)
         return store
 
     @classmethod
@@ -179,14 +187,17 @@ class Store(Generic[M]):
                 "both back from a copy."
             )
 
-    def check(self) -> None:
+    def check(self, *, all_columns: bool = True) -> None:
         """Refuse tables and arrays that contradict the manifest, before a shard is read.
+
+        Args:
+            all_columns: as for :meth:`check_tables`.
 
         Raises:
             StoreError: with the file and what is wrong.
         """
         self._check_version()
-        self.check_tables()
+        self.check_tables(all_columns=all_columns)
         for name in self.stored_arrays:
             self.open_array(name, direct=False)
 

@@ -17,11 +17,14 @@ from ...schemas import (
     ConditioningManifest,
     FeatureManifest,
 )
+from ...schemas.columns import numbers
 from .base import Store
 from .checks.tables import caption_faults, sample_faults, token_faults
 from .documents import StoreError, refuse_faults
 
 C = TypeVar("C", FeatureManifest, ConditioningManifest)
+WEIGHTS = "caption_weights"
+"""Column of samples that has the weights of their captions, if extraction was given some."""
 
 
 class CaptionStore(Store[C]):
@@ -55,24 +58,25 @@ class CaptionStore(Store[C]):
         refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
         return table
 
-    def check_tables(self) -> None:
-        _ = self.captions, self.samples
+    def check_tables(self, *, all_columns: bool = True) -> None:
+        _ = (self.captions, self.samples) if all_columns else (self._rows, self.sample_lists())
 
     @cached_property
     def first_captions(self) -> np.ndarray:
         """First caption of each sample: ids for reading, int64 ``[samples]``."""
-        return np.asarray(pc.list_element(self.sample_captions(), 0).to_numpy())
+        return numbers(pc.list_element(self.sample_lists()["caption_ids"], 0))
 
-    def sample_captions(self) -> pa.ChunkedArray:
-        """Ids of the captions of each sample, lists of int64; of the table no more is read."""
-        names = ("sample_id", "caption_ids")
+    def sample_lists(self) -> pa.Table:
+        """The captions of each sample, and their weights if there are any: columns ``caption_ids``
+        and ``caption_weights`` of :attr:`samples`; of the table little more is read."""
         table = self.__dict__.get("samples")
         if table is None:
-            schema = pa.schema([SAMPLES_SCHEMA.field(name) for name in names])
+            fields = [SAMPLES_SCHEMA.field("sample_id"), SAMPLES_SCHEMA.field("caption_ids")]
+            schema = pa.schema([*fields, SAMPLES_EXTRA.field(WEIGHTS)])
             num = self.manifest.identity.samples.num_samples
-            table = self.read_table("samples.parquet", schema, num)
-            refuse_faults(self.path / "samples.parquet", sample_faults(table, len(self)))
-        return table["caption_ids"]
+            table = self.read_table(self.tables[1], schema, num, [WEIGHTS])
+            refuse_faults(self.path / self.tables[1], sample_faults(table, len(self)))
+        return table.select([n for n in table.column_names if n in ("caption_ids", WEIGHTS)])
 
     def check_source(
         self,
@@ -140,4 +144,4 @@ class CaptionStore(Store[C]):
             table = self.read_table(self.tables[0], schema, len(self))
             faults = caption_faults(table, self.manifest.layout, self.expected_rows(table))
             refuse_faults(self.path / self.tables[0], faults)
-        return table["row_start"].to_numpy(), table["row_stop"].to_numpy()
+        return numbers(table["row_start"]), numbers(table["row_stop"])

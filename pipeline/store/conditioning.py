@@ -25,6 +25,7 @@ from ...schemas import (
     Summary,
     write_whole,
 )
+from ...schemas.columns import numbers
 from .array import ShardedArray, create_array, new_group
 from .captions import CaptionStore
 from .checks.metadata import StoredArray
@@ -87,7 +88,7 @@ class ConditioningStore(CaptionStore[ConditioningManifest]):
 
     def expected_rows(self, captions: pa.Table) -> np.ndarray:
         if self.manifest.identity.ragged:
-            return np.asarray(pc.list_value_length(captions["token_ids"]).to_numpy())
+            return numbers(pc.list_value_length(captions["token_ids"]))
         return np.ones(len(captions), np.int64)
 
     def read(

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import CAPTIONS_SCHEMA, FeatureManifest, Mixes, Summary, write_whole
+from ...schemas.columns import numbers
 from ..codecs.base import Codec
 from ..codecs.registry import open_codec
 from . import views
@@ -167,7 +168,7 @@ class FeatureStore(CaptionStore[FeatureManifest]):
         }
 
     def expected_rows(self, captions: pa.Table) -> np.ndarray:
-        return np.asarray(captions["num_tokens"].to_numpy())
+        return numbers(captions["num_tokens"])
 
     @cached_property
     def codec(self) -> Codec:

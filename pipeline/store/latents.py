@@ -23,6 +23,7 @@ from ...schemas import (
     Summary,
     write_whole,
 )
+from ...schemas.columns import numbers
 from .array import ShardedArray, create_array, new_group
 from .base import Store
 from .checks.metadata import StoredArray
@@ -137,10 +138,10 @@ class LatentStore(Store[LatentManifest]):
             names = ("sample_id", "row", "bucket")
             schema = pa.schema([LATENT_SAMPLES_SCHEMA.field(name) for name in names])
             table = self._read_samples(schema)
-        return table["row"].to_numpy(), table["bucket"].to_numpy()
+        return numbers(table["row"]), numbers(table["bucket"])
 
-    def check_tables(self) -> None:
-        _ = self.samples
+    def check_tables(self, *, all_columns: bool = True) -> None:
+        _ = self.samples if all_columns else self._places
 
     @property
     def rows(self) -> np.ndarray:
@@ -284,8 +285,8 @@ class LatentStore(Store[LatentManifest]):
     def bucket_counts(self) -> dict[str, int]:
         """Height x width in pixels of each bucket that has samples -> their number, descending."""
         buckets = self.manifest.identity.buckets
-        numbers = np.bincount(self.buckets, minlength=len(buckets)).tolist()
-        pairs = zip(buckets, numbers, strict=False)
+        found = np.bincount(self.buckets, minlength=len(buckets)).tolist()
+        pairs = zip(buckets, found, strict=False)
         counts = {f"{bucket.height}x{bucket.width}": num for bucket, num in pairs if num}
         return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from .latents import LatentStore
 
 
-def open_features(path: str | os.PathLike[str], *, complete: bool = True) -> "FeatureStore":
+def open_features(
+    path: str | os.PathLike[str], *, complete: bool = True, all_columns: bool = True
+) -> "FeatureStore":
     """Open a feature store; see :meth:`.Store.open`."""
     from .features import FeatureStore
 
-    return FeatureStore.open(path, complete=complete)
+    return FeatureStore.open(path, complete=complete, all_columns=all_columns)
 
 
 def open_followed(path: str | os.PathLike[str]) -> "FeatureStore":
-    """Open a feature store to train on: a complete one, or one with a disk budget.
+    """Open a feature store to train on: a complete one, or one with a disk budget. Of its tables
+    only what reading rows needs is read.
 
     Raises:
         StoreError: as :meth:`.Store.open`.
@@ -32,27 +35,29 @@ def open_followed(path: str | os.PathLike[str]) -> "FeatureStore":
     store = open_features(path, complete=False)
     if not store.has_budget:
         store.check_complete()
-        store.check()
+        store.check(all_columns=False)
         return store
     followed = FollowedFeatureStore(store.path, store.manifest)
-    followed.check()
+    followed.check(all_columns=False)
     return followed
 
 
-def open_latents(path: str | os.PathLike[str], *, complete: bool = True) -> "LatentStore":
+def open_latents(
+    path: str | os.PathLike[str], *, complete: bool = True, all_columns: bool = True
+) -> "LatentStore":
     """Open a latent store; see :meth:`.Store.open`."""
     from .latents import LatentStore
 
-    return LatentStore.open(path, complete=complete)
+    return LatentStore.open(path, complete=complete, all_columns=all_columns)
 
 
 def open_conditioning(
-    path: str | os.PathLike[str], *, complete: bool = True
+    path: str | os.PathLike[str], *, complete: bool = True, all_columns: bool = True
 ) -> "ConditioningStore":
     """Open a conditioning store; see :meth:`.Store.open`."""
     from .conditioning import ConditioningStore
 
-    return ConditioningStore.open(path, complete=complete)
+    return ConditioningStore.open(path, complete=complete, all_columns=all_columns)
 
 
 def open_store(

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.store.features import NULL_CAPTION, Rows
-from ...pipeline.style import DPI
 from ...schemas import InputError, Mixes, Scoring
 from ..diffusion.ddpm import Ddpm
 from ..diffusion.flow import Flow
@@ -168,6 +167,7 @@ class Previews:
     def _write(
         self, images: NDArray[np.uint8], accelerator: Accelerator, step: int
     ) -> float | None:
+        from ...pipeline.style import DPI
         from ..plots.images import sample_grid
         from ..shapes.judge import judge
 

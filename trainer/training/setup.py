@@ -86,7 +86,8 @@ def prepare(
     Raises:
         InputError: as in :func:`.train.train`.
     """
-    features, latents = open_followed(config.features), open_latents(config.latents)
+    features = open_followed(config.features)
+    latents = open_latents(config.latents, all_columns=False)
     pairs = open_pairs(features, latents, config.data)
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))

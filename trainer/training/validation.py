@@ -161,7 +161,8 @@ def open_validation(
         from ...pipeline.store.open import open_features, open_latents
 
         first = (features, latents)
-        features, latents = open_features(wanted.features), open_latents(wanted.latents)
+        features = open_features(wanted.features, all_columns=False)
+        latents = open_latents(wanted.latents, all_columns=False)
         given = wanted.conditioning
         check_joined(features, latents)
         _check_alike(first, (features, latents))

@@ -67,7 +67,9 @@ class ShardNeeds:
         where = store.path.resolve()
         own = locate(config.features)
         features = store if own.resolve() == where else open_followed(own)
-        first, *others = open_pairs(features, open_latents(config.latents), config.data)
+        first, *others = open_pairs(
+            features, open_latents(config.latents, all_columns=False), config.data
+        )
         pairs = [first.without(held_out(config.validation, first.latents.ids)), *others]
         sources = [n for n, pair in enumerate(pairs) if pair.features.path.resolve() == where]
         if not sources:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ....schemas import Bucket, ConditioningIdentity, FeatureIdentity, Layout, fingerprint
+from ....schemas.columns import numbers
 
 _MAX_ROWS = 2**62
 """Rows of all shards: numbers of rows and their sums fit into 64 bits."""
@@ -31,10 +32,8 @@ def caption_faults(captions: pa.Table, layout: Layout, num_rows: np.ndarray) -> 
         captions: with the columns caption_id, shard, row_start and row_stop.
         num_rows: of each caption as its tokens say, int64 ``[captions]``.
     """
-    starts, stops, shards = (
-        captions[name].to_numpy() for name in ("row_start", "row_stop", "shard")
-    )
-    if not np.array_equal(captions["caption_id"].to_numpy(), np.arange(len(captions))):
+    starts, stops, shards = (numbers(captions[name]) for name in ("row_start", "row_stop", "shard"))
+    if not np.array_equal(numbers(captions["caption_id"]), np.arange(len(captions))):
         yield "caption_id is not 0, 1, 2 and so on"
     yield from _shard_faults(shards, layout)
     rows = layout.num_shards * layout.rows_per_shard
@@ -63,8 +62,8 @@ def token_faults(captions: pa.Table) -> Iterator[str]:
     """What of the numbers of tokens cannot be, in a table that has them."""
     if "num_tokens" not in captions.column_names:
         return
-    num, cut = (captions[name].to_numpy() for name in ("num_tokens", "num_cut_tokens"))
-    listed = pc.list_value_length(captions["token_ids"]).to_numpy()
+    num, cut = (numbers(captions[name]) for name in ("num_tokens", "num_cut_tokens"))
+    listed = numbers(pc.list_value_length(captions["token_ids"]))
     for caption in _first(num != listed):
         yield f"caption {caption} has {num[caption]} tokens, but lists {listed[caption]}"
     if (cut < 0).any():
@@ -75,24 +74,21 @@ def sample_faults(samples: pa.Table, num_captions: int) -> Iterator[str]:
     """What of the samples' captions cannot be."""
     yield from _id_faults(samples)
     lists = samples["caption_ids"]
-    for sample in _first(pc.list_value_length(lists).to_numpy() < 1):
+    for sample in _first(numbers(pc.list_value_length(lists)) < 1):
         yield f"sample {sample} has no caption"
-    ids = pc.list_flatten(lists).to_numpy()
+    ids = numbers(pc.list_flatten(lists))
     if len(ids) and not (ids.min() >= 0 and ids.max() < num_captions):
         yield f"names captions {ids.min()} to {ids.max()}; the store has 0 to {num_captions - 1}"
     if "source_row" in samples.column_names:
-        rows = samples["source_row"].to_numpy()
+        rows = numbers(samples["source_row"])
         if (rows[:1] < 0).any() or (np.diff(rows) <= 0).any():
             yield "source_row does not ascend from 0 on"
     if "caption_weights" in samples.column_names:
         weights = samples["caption_weights"]
-        if (
-            not pc.equal(pc.list_value_length(weights), pc.list_value_length(lists))
-            .to_numpy()
-            .all()
-        ):
+        own, listed = (numbers(pc.list_value_length(each)) for each in (weights, lists))
+        if not np.array_equal(own, listed):
             yield "a sample has not as many caption_weights as captions"
-        flat = pc.list_flatten(weights).to_numpy()
+        flat = numbers(pc.list_flatten(weights))
         if not (np.isfinite(flat) & (flat > 0)).all():
             yield "caption_weights are not all numbers above 0"
 
@@ -114,7 +110,7 @@ def text_faults(
 def latent_faults(samples: pa.Table, layout: Layout, buckets: list[Bucket]) -> Iterator[str]:
     """What of the samples' places cannot be."""
     yield from _id_faults(samples)
-    rows, bucket = samples["row"].to_numpy(), samples["bucket"].to_numpy()
+    rows, bucket = numbers(samples["row"]), numbers(samples["bucket"])
     total = layout.num_shards * layout.rows_per_shard
     for sample in _first((rows < 0) | (rows >= total)):
         yield f"sample {sample} has row {rows[sample]:,}; expected 0 to {total - 1:,}"
@@ -135,7 +131,7 @@ def latent_faults(samples: pa.Table, layout: Layout, buckets: list[Bucket]) -> I
 
 
 def _id_faults(samples: pa.Table) -> Iterator[str]:
-    if not np.array_equal(samples["sample_id"].to_numpy(), np.arange(len(samples))):
+    if not np.array_equal(numbers(samples["sample_id"]), np.arange(len(samples))):
         yield "sample_id is not 0, 1, 2 and so on"
 
 

@@ -13,9 +13,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.dataset
-import pyarrow.json
 
 from ....schemas import (
     MASK,
@@ -28,12 +25,15 @@ from ....schemas import (
     differences,
     refuse_differences,
 )
-from ....schemas.columns import one_array, to_plain
+from ....schemas.columns import numbers, one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
 from ....schemas.urls import check_protocol, suffix_of
+from ..captions import WEIGHTS
 from .filters import parse_filter
 
 if TYPE_CHECKING:
+    import pyarrow.dataset
+
     from ..conditioning import ConditioningStore
     from ..features import FeatureStore
     from ..latents import LatentStore
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 1 << 26
 """Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
-WEIGHTS = "caption_weights"
-"""Column of samples that has the weights of their captions, if extraction was given some."""
 NUM_COMPARED = 64
 """Captions whose number of rows is compared between features and conditioning."""
 _NUM_NAMED = 20
@@ -209,7 +207,8 @@ def open_pairs(
     first = select(features, latents, data.select)
     pairs = [replace(first, conditioning=open_joined(data.conditioning, features))]
     for config in data.mixture:
-        texts, images = open_followed(config.features), open_latents(config.latents)
+        texts = open_followed(config.features)
+        images = open_latents(config.latents, all_columns=False)
         different = differences(
             texts.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
             features.manifest.identity.model_dump(mode="json", exclude=_MAY_DIFFER),
@@ -245,7 +244,7 @@ def open_joined(path: str | None, features: "FeatureStore") -> "ConditioningStor
         return None
     from ..open import open_conditioning
 
-    store = open_conditioning(path)
+    store = open_conditioning(path, all_columns=False)
     store.check_complete()
     refuse_differences(
         differences(
@@ -319,11 +318,11 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
         InputError: as :func:`open_pairs`.
     """
     check_joined(features, latents)
-    whole = all_samples(features, latents)
+    table = features.sample_lists().take(pa.array(latents.ids))
+    whole = _index(features, latents, table)
     weights = None
-    if config.caption_weights is None and WEIGHTS in features.samples.column_names:
-        lists = features.samples[WEIGHTS].combine_chunks().take(pa.array(latents.ids))
-        weights = lists.flatten().to_numpy()
+    if config.caption_weights is None and WEIGHTS in table.column_names:
+        weights = numbers(one_array(table[WEIGHTS]).flatten())
     if config.filter is None and config.caption_weights is None and weights is None:
         return StorePair(features, latents, whole)
     columns = JoinedColumns(features, latents, config.columns)
@@ -358,10 +357,14 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
 
 def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
     """All samples that have a latent, with all their captions."""
-    lists = features.sample_captions().combine_chunks().take(pa.array(latents.ids))
-    shards = features.shards()
-    captions = lists.values.to_numpy()
-    starts = lists.offsets.to_numpy().astype(np.int64)
+    return _index(features, latents, features.sample_lists().take(pa.array(latents.ids)))
+
+
+def _index(features: "FeatureStore", latents: "LatentStore", table: pa.Table) -> SampleIndex:
+    """Args: table: captions of the samples that have a latent."""
+    lists, shards = one_array(table["caption_ids"]), features.shards()
+    captions = numbers(lists.values)
+    starts = numbers(lists.offsets).astype(np.int64)
     return SampleIndex(latents.ids, starts, captions, shards=shards[captions])
 
 
@@ -526,7 +529,11 @@ class JoinedColumns:
         return [one_array(to_plain(table[name])) for name in names]
 
 
-def _open_table(name: str) -> pyarrow.dataset.Dataset:
+def _open_table(name: str) -> "pyarrow.dataset.Dataset":
+    import pyarrow.csv
+    import pyarrow.dataset  # and with it pandas
+    import pyarrow.json
+
     check_protocol(name)
     ending = suffix_of(name, [".parquet", ".csv", ".tsv", ".jsonl"]).removeprefix(".")
     form: str | pyarrow.dataset.FileFormat = ending

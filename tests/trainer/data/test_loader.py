@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from semroute.pipeline.store.base import Store
 from semroute.pipeline.store.open import open_features, open_latents
 from semroute.pipeline.store.order.sampler import BatchPartition
 from semroute.schemas import DataConfig, InputError
@@ -23,8 +24,23 @@ from semroute.trainer.data.batch import on_device
 from semroute.trainer.data.loader import PackedLoader, PaddedLoader
 from semroute.trainer.diffusion.flow import Flow
 from semroute.trainer.diffusion.noise import NoiseSource, jitter
+from semroute.trainer.training.train import train
 
 NUM_SAMPLES = 200
+
+
+def test_training_reads_no_columns_that_it_does_not_need(configure, tmp_path, monkeypatch):
+    """Texts and token ids are most of the tables of millions of captions, in every rank."""
+    columns, read_table = set(), Store.read_table
+
+    def recording(store, name, schema, *arguments):
+        columns.update((store.kind, column) for column in schema.names)
+        return read_table(store, name, schema, *arguments)
+
+    monkeypatch.setattr(Store, "read_table", recording)
+    train(configure(tmp_path / "run", steps=1, validation={"share": 0.2}), progress=False)
+    assert columns >= {("feature", "row_start"), ("feature", "caption_ids"), ("latent", "row")}
+    assert not {"text", "token_ids", "image", "sha256"} & {column for _, column in columns}
 
 
 def reading():
