@@ -38,10 +38,12 @@ SAMPLES_SCHEMA = pa.schema(
 )
 """``samples.parquet`` of a store of captions: one row per input row, in input order."""
 
+WEIGHTS = "caption_weights"
+"""Column of samples that has the weights of their captions, if extraction was given some."""
 SAMPLES_EXTRA = pa.schema(
     [
         pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("caption_weights", pa.list_(pa.float64()), nullable=False),
+        pa.field(WEIGHTS, pa.list_(pa.float64()), nullable=False),
     ]
 )
 """Further columns of the samples of a store of captions. ``source_row``, where rows of the input

@@ -18,13 +18,12 @@ from ...schemas import (
     FeatureManifest,
 )
 from ...schemas.columns import numbers
+from ...schemas.tables import WEIGHTS
 from .base import Store
 from .checks.tables import caption_faults, sample_faults, token_faults
 from .documents import StoreError, refuse_faults
 
 C = TypeVar("C", FeatureManifest, ConditioningManifest)
-WEIGHTS = "caption_weights"
-"""Column of samples that has the weights of their captions, if extraction was given some."""
 
 
 class CaptionStore(Store[C]):

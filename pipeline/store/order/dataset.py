@@ -27,8 +27,8 @@ from ....schemas import (
 )
 from ....schemas.columns import numbers, one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
+from ....schemas.tables import WEIGHTS
 from ....schemas.urls import check_protocol, suffix_of
-from ..captions import WEIGHTS
 from .filters import parse_filter
 
 if TYPE_CHECKING:
