@@ -87,6 +87,9 @@ class RunPosition(Contract):
     """True once the last checkpoint is written."""
     waits_for: dict[str, list[int]] = Field(default_factory=dict)
     """Path of a store -> shards that reading waits for."""
+    open_shards: dict[str, list[int]] = Field(default_factory=dict)
+    """Path of a store with a disk budget -> shards whose files the run holds open: the disk gets
+    their space back when it closes them."""
     waiting_since: str | None = None
     """Time at which it began to wait, UTC."""
     waited_seconds: float = Field(0.0, ge=0)

@@ -41,6 +41,7 @@ from ..store.budget.schedule import Residents, merge
 from ..store.budget.shards import enter_budget, evict, on_disk, other_bytes, remove_leftovers
 from ..store.documents import ShardTooLargeError, write_contract
 from ..store.features import FeatureStore
+from ..store.lock import is_dead, read_driver
 from ..store.shard_file import CRC_BYTES
 from .driver import ExtractionError, explaining, quarantine, reason, report_dashboard, sweep
 from .requests import ExtractRequest
@@ -102,6 +103,7 @@ class Follower:
         order: fingerprint of the order that was planned.
         step, steps: done, and to be done.
         ended: whether its last checkpoint is written.
+        held: shards whose files it holds open.
     """
 
     output: Path
@@ -110,6 +112,7 @@ class Follower:
     steps: int
     step: int = 0
     ended: bool = False
+    held: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, config: TrainConfig, store: FeatureStore) -> "Follower":
@@ -121,8 +124,11 @@ class Follower:
         """Samples that it has read."""
         return self.step * self.needs.batch_size
 
-    def look(self) -> None:
+    def look(self, store: Path) -> None:
         """Read how far the run is; one that was not started is at its beginning.
+
+        Args:
+            store: the folder whose shards it reads.
 
         Raises:
             InputError: it reads in another order than was planned.
@@ -139,6 +145,14 @@ class Follower:
                 "file that the run is trained by"
             )
         self.step, self.ended = found.step, found.ended and found.step >= self.steps
+        driver = read_driver(self.output)
+        lives = driver is not None and not is_dead(driver)  # its files are closed otherwise
+        self.held = frozenset(
+            shard
+            for path, shards in (found.open_shards.items() if lives else ())
+            if Path(path).resolve() == store.resolve()
+            for shard in shards
+        )
 
     def record(self, residents: Residents) -> FollowedRun:
         absent = np.ones(len(residents.sizes), bool)
@@ -319,7 +333,7 @@ class Schedule:
             self._evict(turn.evict)
         is_idle = turn.write is None and not self.residents.in_flight
         self._note_idle(is_idle)
-        if is_idle:
+        if is_idle and not self.residents.held_bytes:
             self._check_room()
         if turn.write is not None:
             self.residents.in_flight[turn.write] = int(self.residents.sizes[turn.write])
@@ -329,7 +343,9 @@ class Schedule:
     def _look(self) -> None:
         self._looked = time.monotonic()
         for follower in self.followers:
-            follower.look()
+            follower.look(self.store.path)
+        held = frozenset().union(*(follower.held for follower in self.followers))
+        self.residents.held = held & {*range(len(self.residents.sizes))}
 
     def _wanted(self) -> list[int]:
         runs = [(f.needs, f.position) for f in self.followers if not f.ended]

@@ -70,8 +70,13 @@ class CaptionStore(Store[C]):
         and ``caption_weights`` of :attr:`samples`; of the table little more is read."""
         table = self.__dict__.get("samples")
         if table is None:
-            fields = [SAMPLES_SCHEMA.field("sample_id"), SAMPLES_SCHEMA.field("caption_ids")]
-            schema = pa.schema([*fields, SAMPLES_EXTRA.field(WEIGHTS)])
+            schema = pa.schema(
+                [
+                    SAMPLES_SCHEMA.field("sample_id"),
+                    SAMPLES_SCHEMA.field("caption_ids"),
+                    SAMPLES_EXTRA.field(WEIGHTS),
+                ]
+            )
             num = self.manifest.identity.samples.num_samples
             table = self.read_table(self.tables[1], schema, num, [WEIGHTS])
             refuse_faults(self.path / self.tables[1], sample_faults(table, len(self)))

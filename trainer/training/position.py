@@ -78,13 +78,14 @@ def publishing(
     place, order = Path(config.output) / POSITION, order_fingerprint(config)
     waits, pause = _Waits(stores), PUBLISH_SECONDS if stores else FETCHED_SECONDS
 
-    def position(*, ended: bool = False) -> RunPosition:
+    def position(*, ended: bool = False, leaves: bool = False) -> RunPosition:
         return RunPosition(
             step=step(),
             steps=config.steps,
             order=order,
             ended=ended,
             waits_for=waits.shards,
+            open_shards={} if leaves else open_shards(stores),
             waiting_since=waits.since,
             waited_seconds=round(loader.wait_seconds, 3),
             fetched=loader.fetched(),
@@ -111,7 +112,17 @@ def publishing(
         end.set()
         thread.join()
         waits.clear()
-        write_contract(place, position(ended=step() >= config.steps))
+        write_contract(place, position(ended=step() >= config.steps, leaves=True))
+
+
+def open_shards(stores: "Sequence[FollowedFeatureStore]") -> dict[str, list[int]]:
+    """Path of a store -> shards whose files are open, once those that were evicted are closed."""
+    for store in stores:
+        store.forget_evicted()
+    return {
+        str(store.path): sorted({s for array in store.arrays.values() for s in array.open_shards()})
+        for store in stores
+    }
 
 
 class _Waits:

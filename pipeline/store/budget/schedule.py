@@ -26,12 +26,19 @@ class Residents:
         sizes: bytes of each shard, or the most that it may take, ``[shards]``.
         on_disk: shard -> bytes.
         in_flight: shards that are being written -> the most bytes that each may take.
+        held: shards whose files a run holds open: evicted ones still take space.
     """
 
     room: int
     sizes: np.ndarray
     on_disk: dict[int, int]
     in_flight: dict[int, int] = field(default_factory=dict)
+    held: frozenset[int] = frozenset()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of evicted shards that a run holds open."""
+        return sum(int(self.sizes[shard]) for shard in self.held if shard not in self.on_disk)
 
     @property
     def num_bytes(self) -> int:
@@ -70,11 +77,16 @@ class Residents:
         )
         needed = self.num_bytes + int(self.sizes[missing[0]]) - self.room
         evicted = []
+        held = self.held_bytes
         while needed > 0 and others:
             evicted.append(others.pop())
             needed -= self.on_disk[evicted[-1]]
+            if evicted[-1] in self.held:
+                held += self.on_disk[evicted[-1]]
         # What is in flight may not belong there any more, after a run fell back: it is waited for.
-        return Turn(evicted, missing[0] if needed <= 0 else None)
+        # So is a run that has yet to close files of what is evicted.
+        begins = needed + held <= 0 and missing[0] not in self.held
+        return Turn(evicted, missing[0] if begins else None)
 
 
 def merge(

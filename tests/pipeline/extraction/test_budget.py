@@ -303,5 +303,5 @@ def test_kills_on_both_sides_change_nothing(
         assert running["train"].wait() == 0, running["train"].output.read_text()
         assert running["extract"].wait() == 0, running["extract"].output.read_text()
     assert_same_bits(weights(tmp_path / "run"), expected)
-    assert watch.most <= budget
+    assert watch.most_held <= budget
     assert not verify(features).problems

@@ -56,7 +56,10 @@ def test_runs_end_within_the_room_however_they_go(seed):
         if turn.write is not None:
             assert turn.write not in residents.on_disk
             residents.in_flight[turn.write] = int(sizes[turn.write])
-        assert residents.num_bytes <= room
+            assert turn.write not in residents.held
+        assert residents.num_bytes + residents.held_bytes <= room
+        still = {s for s in residents.held if s in residents.on_disk or rng.random() < 0.7}
+        residents.held = frozenset(still | {s for s in residents.on_disk if rng.random() < 0.2})
         if residents.in_flight and (turn.write is None or rng.random() < 0.5):
             shard = int(rng.choice([*residents.in_flight]))
             residents.on_disk[shard] = residents.in_flight.pop(shard)
