@@ -2,7 +2,7 @@
 
 from .adapter import AdapterRecord
 from .against import Against
-from .atomic import PARTIAL, publish, sync, write_document, write_whole
+from .atomic import PARTIAL, check_writable, publish, sync, write_document, write_whole
 from .budget import BUDGET, POSITION, FetchCounts, FollowedRun, RunPosition, StoreBudget
 from .checkpoint import CheckpointFiles, CheckpointState, Cut, Cuts, WindowState
 from .cluster import JobQueue
@@ -175,6 +175,7 @@ __all__ = [
     "ValidationConfig",
     "WindowState",
     "WrittenFile",
+    "check_writable",
     "differences",
     "digest",
     "final_norm_of",

@@ -1,5 +1,6 @@
 """Atomic writes: a file or folder is there whole or not at all, even if its writer dies."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -42,6 +43,27 @@ def write_whole(path: Any, *content: bytes, alone: bool = True) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be written, before the work whose result it is to
+    hold. Nothing is created.
+
+    Raises:
+        OSError: the nearest folder that is there may not be written, or a file is in its place.
+    """
+    if not isinstance(path, PosixPath):
+        return
+    folder = path if path.is_dir() else path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    number = 0
+    if not folder.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(folder))
 
 
 def make_folder(parent: Path, prefix: str) -> Path:

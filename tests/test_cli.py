@@ -105,6 +105,15 @@ class TestClock:
         output = invoke("sample", world / "run", *options, code=1)
         assert "strategy depth does not depend on t, so clock estimated" in output
 
+    @pytest.mark.parametrize("place", ["file/samples", "file/deep/samples"])
+    def test_a_place_that_cannot_be_written_is_refused_first(self, world, tmp_path, place):
+        (tmp_path / "file").touch()
+        out = tmp_path / place
+        options = ["--features", world / "test", "--num", 2, "--num-steps", 2, "--out", out]
+        output = invoke("sample", world / "run", *options, code=1)
+        assert f"Error: {tmp_path / 'file'}" in output
+        assert "image/s" not in output  # no bar: nothing was generated
+
 
 class TestVAE:
     """Latents of a VAE, from images to images."""

@@ -456,7 +456,7 @@ def check_space(target: Path, needed: int, force: bool) -> None:
     if needed > free and not force:
         raise InputError(
             f"{target} needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free. "
-            "Take fewer --layers or another disk, or begin anyway with --force."
+            "Free some space or name a place on another disk, or begin anyway with --force."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...schemas import write_document
+from ...schemas import check_writable, write_document
 from ...schemas.escaping import in_html
 from ..codecs.error import layer_error
 from ..models.vae import latents_to_images, pixel_codec
@@ -55,6 +55,7 @@ def write_report(path: str | os.PathLike[str], out: Path) -> Path:
     Raises:
         StoreError: no store there.
     """
+    check_writable(out)
     store, report = open_store(path), inspect(path)
     sections = [_Section("Facts", report.facts._repr_html_(), wide=True)]
     if isinstance(store, FeatureStore):

@@ -3,14 +3,22 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from semroute.pipeline.style import Figure
-from semroute.schemas import InputError
+from semroute.schemas import InputError, check_writable
 from semroute.schemas.atomic import whole_folder
 
+AS_USER = """
+import os, sys
+from pathlib import Path
+from semroute.schemas import check_writable
+os.setuid(int(sys.argv[1]))
+check_writable(Path(sys.argv[2]))
+"""
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -92,3 +100,32 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_one_before(tmp_path):
         figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+
+
+class TestCheckWritable:
+    def test_creates_nothing(self, tmp_path):
+        check_writable(tmp_path / "deep" / "er" / "file")
+        check_writable(tmp_path)
+        assert not [*tmp_path.iterdir()]
+
+    @pytest.mark.parametrize("name", ["file/x", "file/x/y", "link/x"])
+    def test_refuses_what_is_below_a_file(self, tmp_path, name):
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to(tmp_path / "file")
+        with pytest.raises(NotADirectoryError):
+            check_writable(tmp_path / name)
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+    @pytest.mark.parametrize("user", [0, 65534])
+    def test_asks_for_the_rights_of_the_user(self, user):
+        with tempfile.TemporaryDirectory() as folder:  # below /tmp, which all may enter
+            os.chmod(folder, 0o755)
+            run = subprocess.run(
+                [sys.executable, "-c", AS_USER, str(user), f"{folder}/deep/file"],
+                capture_output=True,
+                text=True,
+            )
+        if user == 0:
+            assert run.returncode == 0, run.stderr
+        else:
+            assert f"PermissionError: [Errno 13] Permission denied: '{folder}'" in run.stderr

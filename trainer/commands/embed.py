@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...pipeline.commands.options import LOCAL_PATH, echo, report_line
+from ...schemas import check_writable
 from .options import step_option, weights_option
 
 
@@ -53,6 +54,7 @@ def embed(
     from ...pipeline.sources.prompts import read_prompts
     from ..evaluation.embed import embed as run_embed
 
+    check_writable(out)
     texts = [prompt.text for prompt in read_prompts(prompts, text_column)]
     embeds = run_embed(
         run,

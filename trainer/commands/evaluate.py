@@ -6,7 +6,7 @@ from typing import Any, Literal
 import click
 
 from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible, options, suggest
-from ...schemas import InputError
+from ...schemas import InputError, check_writable
 from .options import (
     STOPPED,
     cfg_scales_option,
@@ -118,6 +118,7 @@ def evaluate(
     batch_size = sampling.pop("batch_size")
     sampling |= {"cfg_scales": [*sampling["cfg_scales"]], "solver": sampling.pop("method")}
     scoring = Scoring(features=features, samples=samples, **sampling)
+    check_writable(Path(run))
     trained = open_run(Path(run), step, weights)
     decode = open_vae_decoder(trained)
     for path in score_run(trained, scoring, decode, batch_size=batch_size, report=echo):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ...pipeline.commands.options import FINITE_FLOAT, LOCAL_PATH, echo, options, report_line
-from ...schemas import BenchmarkName, InputError
+from ...schemas import BenchmarkName, InputError, check_writable
 from .options import open_vae_decoder, pop_sampling_config, refuse_options, sampling_options
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def sample_captions(generator: Generator, captions: CaptionSet, vae: str | None,
     """Generate an image of each caption, or its latent if there is no VAE to decode it."""
     from ..evaluation.generate import generate_samples
 
+    check_writable(out)
     decode = None
     try:
         decode = open_vae_decoder(generator.run, vae)
@@ -222,6 +223,7 @@ def sample_file(
         open_image_set,
     )
 
+    check_writable(out)
     run, layout, own_shard = generator.run, layout or "plain", find_shard(shard)
     decode = open_vae_decoder(run, vae)
     prompts = read_prompts(file, text_column)[:num]

@@ -26,7 +26,7 @@ from ...pipeline.commands.options import (
     text_options,
     work_options,
 )
-from ...schemas import InputError
+from ...schemas import InputError, check_writable
 from .options import refuse_options
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def probe(
     """
     if routing is not None and figure is None:
         raise InputError("--routing is for the figure: name its file with --figure")
+    if figure is not None:
+        check_writable(figure)
     weights = None if routing is None else read_routing(routing, features)
     from ...pipeline.inspection.linear_probe import probe_layers
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...pipeline.commands.options import LOCAL_PATH, echo, interruptible
+from ...schemas import check_writable
 from .options import (
     SOLVERS,
     STOPPED,
@@ -202,6 +203,7 @@ def lag(
     from ..evaluation.lag import report_lag
     from ..runs.run import open_run
 
+    check_writable(run)
     trained = open_run(run, None, "ema")
     precision = trained.sampling_dtype(dtype)
     solver = SamplingConfig(num_steps, clock=trained.clock(clock), dtype=precision)

@@ -72,8 +72,15 @@ def read_captions(samples: str) -> ShapesCaptions:
     Raises:
         InputError: no such file, or not one of the shapes dataset.
     """
+    needed = ["text", "scene", "split"]
     try:
-        table = pq.read_table(samples, columns=["text", "scene", "split"])
+        there = pq.read_schema(samples).names
+        if absent := [name for name in needed if name not in there]:
+            raise InputError(
+                f"samples {samples}: no column {', '.join(absent)}; expected dev.parquet or "
+                "test.parquet of semroute shapes"
+            )
+        table = pq.read_table(samples, columns=needed)
     except (OSError, ValueError) as error:
         raise InputError(f"samples {samples}: {error}") from error
     return ShapesCaptions(table["text"].to_pylist(), read_scenes(table), table["split"].to_pylist())
