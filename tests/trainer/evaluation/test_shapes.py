@@ -219,8 +219,8 @@ class TestImagesByScale:
         )
         captions = CaptionSet(features, [*range(1, 7)], ["caption"] * 6)
         scoring = Scoring(
-            features="",
-            samples="",
+            features="features",
+            samples="samples",
             cfg_scales=[1.0, 2.0],
             images_per_caption=2,
             num_steps=3,
