@@ -19,6 +19,8 @@ from pydantic import ValidationError
 
 from ...schemas import InputError, Scoring, TrainConfig, write_whole
 from ...schemas.json_file import load_json
+from ..evaluation.shapes import IMAGE_SCORES_SCHEMA
+from ..shapes.judge import SKILLS
 
 _METADATA_KEY = b"judged"
 
@@ -108,12 +110,15 @@ def write_scores(path: Path, table: pa.Table, key: EvaluationKey) -> None:
 
 
 def read_scores(path: Path, key: EvaluationKey) -> pa.Table | None:
-    """Scores of one run, without metadata; None if there are none for this key."""
+    """Scores of one run, without metadata; None if there are none for this key.
+
+    Raises:
+        InputError: the file holds something else.
+    """
     if not path.exists():
         return None
-    table = pq.read_table(path)
-    stored = load_json((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"), str(path))
-    return table.replace_schema_metadata(None) if key.matches(stored) else None
+    table, stored = _read(path, IMAGE_SCORES_SCHEMA)
+    return table if key.matches(stored) else None
 
 
 class ResultsTable:
@@ -136,16 +141,14 @@ class ResultsTable:
         """Stored scores by name of the run."""
         if not self.path.exists():
             return {}
-        try:
-            table = pq.read_table(self.path)
-            keys = load_json((table.schema.metadata or {})[_METADATA_KEY], str(self.path))
-            labels = [table.column(column) for column in self.columns]
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{self.path} does not hold scores of a study ({error}); move it away"
-            ) from error
+        kinds = {name: pa.int64() if name == "seed" else pa.string() for name in self.columns}
+        table, keys = _read(self.path, pa.schema([*kinds.items(), *IMAGE_SCORES_SCHEMA]))
+        labels = [table.column(column) for column in self.columns]
         names = pc.binary_join_element_wise(*(each.cast(pa.string()) for each in labels), "/")
-        rows = table.drop_columns([*self.columns]).replace_schema_metadata(None)
+        for name in pc.unique(names).to_pylist():
+            if not isinstance(keys.get(name), dict):
+                raise _refusal(self.path, f"it does not say how {name} was trained and scored")
+        rows = table.drop_columns([*self.columns])
         # The rows of a run lie together:
         #   name    a/0 a/0 a/1 a/1 a/1
         #   code     0   0   1   1   1      a run starts where the code changes
@@ -173,6 +176,31 @@ class ResultsTable:
         self.runs = {run.name: run for run in runs}
         table = pa.concat_tables([run.labelled() for run in self.runs.values()])
         _write(self.path, table, {name: dict(run.key) for name, run in self.runs.items()})
+
+
+def _read(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
+    """Scores, and what their metadata say of how they came about."""
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, ValueError, NotImplementedError, StopIteration) as error:
+        raise _refusal(path, str(error)) from error
+    for field in schema:
+        found = table.column(field.name) if table.column_names.count(field.name) == 1 else None
+        if found is None or found.type != field.type or found.null_count:
+            kind = "missing" if found is None else f"{found.type}, {found.null_count:,} of it null"
+            raise _refusal(path, f"column {field.name} is {kind}; expected {field.type}")
+    if not table.num_rows:
+        raise _refusal(path, "it has no rows")
+    if unknown := {*pc.unique(table["skill"]).to_pylist()} - {*SKILLS}:
+        raise _refusal(path, f"{min(unknown)!r} is not a skill; expected {', '.join(SKILLS)}")
+    document = load_json((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"), str(path))
+    if not isinstance(document, dict):
+        raise _refusal(path, f"its metadata {_METADATA_KEY.decode()} are no object")
+    return table.select(schema.names).replace_schema_metadata(None), document
+
+
+def _refusal(path: Path, found: str) -> InputError:
+    return InputError(f"{path} does not hold scores of a study: {found}. Move it away")
 
 
 def _write(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:

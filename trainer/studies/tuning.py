@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from ...schemas import InputError, StudyConfig, write_document
 from ...schemas.json_file import read_json
@@ -16,6 +17,7 @@ from .results import ResultsTable
 
 TRIALS = "trials.parquet"
 TUNING = "tuning.json"
+_SCORES = TypeAdapter(dict[str, dict[str, FiniteFloat]])
 
 
 def tune(
@@ -64,9 +66,21 @@ def tune(
 
 
 def read_tuning(study: StudyConfig) -> dict[str, dict[str, float]]:
-    """``tuning.json``: arm -> value -> mean score, also of arms that the study no longer has."""
+    """``tuning.json``: arm -> value -> mean score, also of arms that the study no longer has.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = Path(study.output) / TUNING
-    return read_json(path, follow=True) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return _SCORES.validate_python(read_json(path, follow=True))
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is damaged: expected mean scores by arm and value. Delete it: rerun the study "
+            f"to make it from {TRIALS} again"
+        ) from error
 
 
 def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:

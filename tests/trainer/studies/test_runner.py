@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -110,6 +111,21 @@ def document(world, out, **changes):
         },
         **changes,
     }
+
+
+def replaced(table, name, value):
+    """A table with another column of that name, each row of which has a value."""
+    column = pa.concat_arrays([value] * len(table))
+    return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def damaged_copy(done, tmp_path):
+    """A study's file and folder, to be damaged, without its runs."""
+    out = tmp_path / "out"
+    shutil.copytree(done[1], out, ignore=shutil.ignore_patterns("runs", "tuning"))
+    return write(
+        tmp_path / "damaged.yaml", {**yaml.safe_load(done[0].read_text()), "output": str(out)}
+    ), out
 
 
 def write(path, content):
@@ -255,6 +271,34 @@ class TestStudy:
         assert "| late | depth |" in report
         assert "| once | late |" in report
         assert set(json.loads((out / "tuning.json").read_text())) == {"depth", "once"}
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda table: table.drop_columns(["skill"]), "column skill is missing"),
+            (lambda table: table.slice(0, 0), "it has no rows"),
+            (
+                lambda table: table.replace_schema_metadata({"judged": "[1]"}),
+                "judged are no object",
+            ),
+            (lambda table: table.replace_schema_metadata(None), "does not say how uniform/0 was"),
+            (lambda table: replaced(table, "right", pa.array(["yes"])), "column right is string"),
+            (lambda table: replaced(table, "seed", pa.nulls(1, pa.int64())), "of it null"),
+            (lambda table: replaced(table, "skill", pa.array(["magic"])), "'magic' is not a skill"),
+        ],
+    )
+    def test_damaged_scores_are_refused(self, done, tmp_path, damage, message):
+        file, out = damaged_copy(done, tmp_path)
+        pq.write_table(damage(pq.read_table(out / "results.parquet")), out / "results.parquet")
+        printed = invoke("study", file, "--report-only", code=1)
+        assert "results.parquet does not hold scores of a study" in printed
+        assert message in printed
+
+    @pytest.mark.parametrize("content", ["[]", '{"depth": 3}', '{"depth": {"0.1": "best"}}', "{"])
+    def test_damaged_choices_are_refused(self, done, tmp_path, content):
+        file, out = damaged_copy(done, tmp_path)
+        (out / "tuning.json").write_text(content)
+        assert "tuning.json is damaged" in invoke("study", file, "--report-only", code=1)
 
     def test_scores_runs_along_the_way(self, world, done, tmp_path):
         out = shutil.copytree(done[1], tmp_path / "out")
