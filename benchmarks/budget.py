@@ -63,8 +63,13 @@ class Watch:
 
         def look() -> None:
             while not end.wait(LOOK_SECONDS):
-                size = folder_bytes(self.folder)
-                held = sum(removed_bytes(p.pid, self.folder) for p in [*self.processes.values()])
+                files = folder_files(self.folder)
+                removed: dict[int, int] = {}
+                for process in [*self.processes.values()]:
+                    removed |= removed_files(process.pid, self.folder)
+                size = sum(files.values())
+                # One that was removed since the first look counts once.
+                held = sum(n for inode, n in removed.items() if inode not in files)
                 self.most = max(self.most, size)
                 self.most_held = max(self.most_held, size + held)
                 self.num_looks += 1
@@ -78,14 +83,15 @@ class Watch:
             thread.join()
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files under a folder that were there at one moment, while others write there.
+def folder_files(folder: Path) -> dict[int, int]:
+    """Inodes of the files under a folder that were there at one moment, while others write there ->
+    their sizes.
 
     A file that is there before the moment and after it was there at it. One that comes or goes
     meanwhile may be left out, and never counts beside what replaced it.
     """
     before, after = _sizes(folder), _sizes(folder)
-    return sum(size for file, size in before.items() if file in after)
+    return {inode: size for (path, inode), size in before.items() if (path, inode) in after}
 
 
 def _sizes(folder: Path) -> dict[tuple[str, int], int]:
@@ -100,16 +106,16 @@ def _sizes(folder: Path) -> dict[tuple[str, int], int]:
     return found
 
 
-def removed_bytes(pid: int, folder: Path) -> int:
-    """Bytes of files of a folder that were removed, and that a process still maps."""
-    found: dict[str, int] = {}
+def removed_files(pid: int, folder: Path) -> dict[int, int]:
+    """Inodes of files of a folder that were removed, and that a process still maps -> bytes."""
+    found: dict[int, int] = {}
     with suppress(OSError), open(f"/proc/{pid}/maps") as file:
         for line in file:
             if str(folder) in line and "(deleted)" in line:
                 start, _, stop = line.split()[0].partition("-")
-                name = line.split(maxsplit=5)[5]
-                found[name] = found.get(name, 0) + int(stop, 16) - int(start, 16)
-    return sum(found.values())
+                inode = int(line.split(maxsplit=5)[4])
+                found[inode] = found.get(inode, 0) + int(stop, 16) - int(start, 16)
+    return found
 
 
 def write_samples(
@@ -294,7 +300,7 @@ def main(
     subprocess.run([*extract, str(whole), *options], check=True)
     full = write_run(folder, "full", whole, steps, batch)
     subprocess.run([*SEMROUTE, "train", str(full)], check=True)
-    size = folder_bytes(whole)
+    size = sum(folder_files(whole).values())
     budget = int(size / share)
     click.echo(f"{num} captions, {steps} steps: {size:,} bytes without a budget, {budget:,} with")
     run = write_run(folder, "budget", features, steps, batch)
