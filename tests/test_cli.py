@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from semroute.cli import cli
 from semroute.pipeline.commands.options import FINITE_FLOAT, SEED
 from semroute.schemas import InputError, read_config
+from semroute.schemas.verbosity import speaks
 
 
 def invoke(*arguments, code=0):
@@ -302,6 +303,8 @@ class TestVerbosity:
         assert quiet.stderr == ""
         assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in verbose.stderr.splitlines())
         failing = ["latents", "nowhere.csv", str(world / "x"), "--workers", "0"]
+        CliRunner().invoke(cli, ["latents", "-q", "--workers", "many"])
+        assert speaks() == "normal"
         for more, is_traced in ((["-q"], False), ([], False), (["-v"], True)):
             result = CliRunner().invoke(cli, [*failing, *more])
             assert "nowhere.csv: no such file" in result.stderr

@@ -94,6 +94,16 @@ def add_verbosity(command: click.Command) -> click.Command:
             "an error.",
         ),
     ]
+    run = command.callback
+    assert run is not None
+
+    @functools.wraps(run)
+    def run_speaking(*arguments: Any, **options: Any) -> Any:
+        # Not while options are parsed: a context whose parsing fails is never closed.
+        with speaking(click.get_current_context().meta.get(VERBOSITY, "normal")):
+            return run(*arguments, **options)
+
+    command.callback = run_speaking
     return command
 
 
@@ -142,7 +152,6 @@ def _not_empty(
 def _speak(context: click.Context, _parameter: click.Parameter, value: Level | None) -> None:
     if value in ("quiet", "verbose"):
         context.meta[VERBOSITY] = value
-        context.with_resource(speaking(value))
 
 
 def print_result(result: Any, as_json: bool) -> None:
