@@ -2,24 +2,29 @@
 
 usage: python benchmarks/noto.py draw OUT [--font FILE] [--size N]
        python benchmarks/noto.py score OUT PICTURES
+       python benchmarks/noto.py compare OUT STUDY
 
 Images come from the font Noto Color Emoji (Debian: fonts-noto-color-emoji), names from the package
 emoji (``pip install emoji``). ``draw`` writes OUT/images and tables of names and images:
 train.parquet; seen.parquet, some of those; and held-out.parquet, names that combine what training
 shows separately: a colour of a heart, circle or square, or a skin tone of a person. ``score`` finds
 the emoji nearest to each image that ``semroute sample --prompts`` generated, and shows some images
-beside the true ones.
+beside the true ones. ``compare`` prints a table of the arms of a study whose runs, STUDY/runs/ARM/
+seed-N, have folders of such images, pictures/held-out and pictures/seen.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import emoji
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 from PIL import Image, ImageDraw, ImageFont, features
+from scipy import stats
 from tqdm import tqdm
 
 from semroute.trainer.evaluation.shapes import interval
@@ -71,6 +76,10 @@ def main() -> None:
     scoring.add_argument("out", type=Path, help="folder of the emoji")
     scoring.add_argument("pictures", type=Path, help="output folder of semroute sample")
     scoring.set_defaults(run=lambda given: score(given.out, given.pictures))
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("out", type=Path, help="folder of the emoji")
+    comparing.add_argument("study", type=Path)
+    comparing.set_defaults(run=lambda given: compare(given.out, given.study))
     given = parser.parse_args()
     given.run(given)
 
@@ -138,11 +147,27 @@ def render(font: ImageFont.FreeTypeFont, characters: str, size: int) -> Image.Im
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 
-def score(out: Path, pictures: Path) -> None:
-    """Print how many images are nearest to the emoji of their name, and write compared.png.
+@dataclass
+class Found:
+    """Images that a run generated, and what they are nearest to.
 
-    Nearest by root mean square over pixels. Intervals are over names.
+    Attributes:
+        listed: lines of captions.jsonl.
+        drawn: uint8 ``[images, size, size, 3]``.
+        names, true: of all emoji; ``true`` is uint8 ``[emoji, size, size, 3]``.
+        asked, nearest: numbers of emoji, ``[images]``.
     """
+
+    listed: list[dict[str, str]]
+    drawn: np.ndarray
+    names: list[str]
+    true: np.ndarray
+    asked: np.ndarray
+    nearest: np.ndarray
+
+
+def find(out: Path, pictures: Path) -> Found:
+    """Nearest by root mean square over pixels."""
     tables = [pyarrow.parquet.read_table(out / f"{n}.parquet") for n in ("train", "held-out")]
     table = pa.concat_tables(tables)
     names = table["text"].to_pylist()
@@ -155,7 +180,47 @@ def score(out: Path, pictures: Path) -> None:
     flat = true.reshape(len(true), -1).astype(np.float32) / 255
     guess = drawn.reshape(len(drawn), -1).astype(np.float32) / 255
     distance = (guess**2).sum(1)[:, None] + (flat**2).sum(1) - 2 * guess @ flat.T
-    nearest = distance.argmin(1)
+    return Found(listed, drawn, names, true, asked, distance.argmin(1))
+
+
+def compare(out: Path, study: Path) -> None:
+    """Print the share of images that are nearest to their own emoji by arm, as means over seeds,
+    and the paired difference to what it is compared with, with its 95 % interval (Student's t over
+    seeds)."""
+    config = yaml.safe_load(study.with_suffix(".yaml").read_text("utf-8"))
+    kinds = ("held-out", "seen")
+    shares = {}
+    for arm in tqdm(config["arms"], unit="arm"):
+        runs = [study / "runs" / arm / f"seed-{seed}" for seed in config["seeds"]]
+        for kind in kinds:
+            found = [find(out, run / "pictures" / kind) for run in runs]
+            shares[arm, kind] = np.array([(f.nearest == f.asked).mean() for f in found])
+    print("| arm | against | " + " | ".join(f"{kind} | difference" for kind in kinds) + " |")
+    print("|---|---|" + "--:|---|" * len(kinds))
+    for arm, given in config["arms"].items():
+        other = given.get("against", config["reference"])
+        cells = [f"`{arm}`", "" if arm == other else f"`{other}`"]
+        for kind in kinds:
+            own, reference = shares[arm, kind], shares[other, kind]
+            cells += [f"{own.mean():.3f}", "" if arm == other else paired(own - reference)]
+        print("| " + " | ".join(cells) + " |")
+
+
+def paired(differences: np.ndarray) -> str:
+    """Mean and interval over seeds."""
+    num, mean = len(differences), differences.mean()
+    half = stats.t.ppf(0.975, num - 1) * differences.std(ddof=1) / num**0.5
+    return f"{mean:+.3f} ({mean - half:.3f} to {mean + half:.3f})"
+
+
+def score(out: Path, pictures: Path) -> None:
+    """Print how many images are nearest to the emoji of their name, and write compared.png.
+
+    Intervals are over names.
+    """
+    found = find(out, pictures)
+    listed, drawn, names, true = found.listed, found.drawn, found.names, found.true
+    asked, nearest = found.asked, found.nearest
     things = np.array([thing(name) for name in names])
     categories = np.array([line["group"] for line in listed])
     print(f"nearest of {len(names):,} emoji, guidance and steps as in {pictures}/pictures.json")
