@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...schemas import InputError, parse
-from ..executor.threads import wait_briefly
+from ..executor.threads import PATIENT, wait_briefly
 
 if TYPE_CHECKING:
     from ..inspection.pipelines import PipelineText
@@ -92,7 +92,7 @@ def extract(captions: str, features: str, **options: Any) -> None:
       semroute extract captions.parquet features --model HuggingFaceTB/SmolLM2-135M-Instruct
       semroute extract captions.parquet features --model LLM --budget 500GB --for run.yaml
     """
-    wait_briefly()  # an extraction takes hours, in which other work may begin
+    wait_briefly(PATIENT)  # an extraction takes hours, in which other work may begin
     from ..extraction.features import extract as run
 
     echo(run(captions, features, report=report_line, **options), err=is_json(options))
@@ -296,7 +296,7 @@ def conditioning(captions: str, conditioning: str, **options: Any) -> None:
     Example:
       semroute conditioning captions.parquet conditioning --pipeline black-forest-labs/FLUX.2-dev
     """
-    wait_briefly()  # an extraction takes hours, in which other work may begin
+    wait_briefly(PATIENT)  # an extraction takes hours, in which other work may begin
     from ..extraction.conditioning import encode_captions
 
     store = encode_captions(captions, conditioning, report=report_line, **options)

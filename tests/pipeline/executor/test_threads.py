@@ -49,7 +49,7 @@ def test_what_the_user_says_stays(name, value, monkeypatch):
 def test_an_extraction_expects_other_work(tmp_path):
     arguments = [str(tmp_path / "captions.txt"), str(tmp_path / "features"), "--model", "llm"]
     assert CliRunner().invoke(cli, ["extract", *arguments]).exit_code == 1
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_other_commands_expect_none_on_a_quiet_machine(tmp_path, monkeypatch):
