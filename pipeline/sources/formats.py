@@ -135,8 +135,7 @@ def _column_names(file: BinaryIO, source: str) -> list[str]:
         return ["text"]
     if kind in (".jsonl", ".json"):
         return [*{key: None for row in _objects(file, source) for key in row}]
-
-    return _csv_names(file, kind)[0]
+    return _csv_names(_csv_content(file), kind)[0]
 
 
 def _string_columns(file: BinaryIO, source: str) -> list[str]:
@@ -258,10 +257,10 @@ def _read_objects(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
 
 
 def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
-    suffix = kind_of(source)
+    suffix, data = kind_of(source), _csv_content(file)
+    names, named = _csv_names(data, suffix)
     if suffix == ".csv":
-        _check_quotes(file, source)
-    names, named = _csv_names(file, suffix)
+        _check_quotes(data, names, named, source)
 
     def read(content: pa.BufferReader, options: pyarrow.csv.ReadOptions) -> pa.Table:
         return pyarrow.csv.read_csv(
@@ -276,10 +275,17 @@ def _read_csv(file: BinaryIO, source: str, columns: list[str]) -> pa.Table:
             ),
         )
 
-    return _with_large_rows(file, read, None if named else names)
+    return _with_large_rows(data, read, None if named else names)
 
 
-def _csv_names(file: BinaryIO, kind: str) -> tuple[list[str], bool]:
+def _csv_content(file: BinaryIO) -> bytes:
+    """A csv or tsv without empty lines in front of its header and at its end, which are never
+    rows."""
+    file.seek(0)
+    return file.read().removeprefix(BOM).strip(b"\r\n") + b"\n"
+
+
+def _csv_names(data: bytes, kind: str) -> tuple[list[str], bool]:
     """Columns of a csv or tsv, and whether its first row names them. A row with a URL does not:
     then they are ``column_1`` and so on."""
 
@@ -289,27 +295,26 @@ def _csv_names(file: BinaryIO, kind: str) -> tuple[list[str], bool]:
         ) as reader:
             return list(reader.schema.names)
 
-    names = _with_large_rows(file, header)
+    names = _with_large_rows(data, header)
     if any("://" in name for name in names):
         return [f"column_{number}" for number in range(1, len(names) + 1)], False
     return names, True
 
 
 def _with_large_rows(
-    file: BinaryIO,
+    data: bytes,
     read: Callable[[pa.BufferReader, pyarrow.csv.ReadOptions], T],
     names: list[str] | None = None,
 ) -> T:
     """Read a csv in blocks that are as large as its largest row needs.
 
-    Args:
-        names: of its columns, where its first row is data.
-
     Each attempt has a reader of its own: Arrow reads ahead in a thread, which may still move the
     position of the one before.
+
+    Args:
+        names: of its columns, where its first row is data.
     """
-    file.seek(0)
-    content = pa.py_buffer(_without_empty_ends(file.read()))
+    content = pa.py_buffer(data)
     for size in _CSV_BLOCKS:
         try:
             options = pyarrow.csv.ReadOptions(block_size=size, column_names=names)
@@ -320,27 +325,18 @@ def _with_large_rows(
     raise AssertionError("the last block size returns or raises")
 
 
-def _without_empty_ends(content: bytes) -> bytes:
-    """A csv without empty lines in front of its header and at its end, which are never rows."""
-    return content.removeprefix(BOM).strip(b"\r\n") + b"\n"
-
-
-def _check_quotes(file: BinaryIO, source: str) -> None:
+def _check_quotes(data: bytes, names: list[str], named: bool, source: str) -> None:
     """Refuse a csv whose last quote is not closed: the rest of the file would be one value."""
-    num_quotes = sum(part.count(b'"') for part in iter(partial(file.read, 1 << 20), b""))
-    if num_quotes % 2 == 0:
+    if data.count(b'"') % 2 == 0:
         return
     # A quote inside an unquoted value is a character. If the last one is open, it swallows a row
     # that is appended.
-    names, named = _csv_names(file, ".csv")
-    file.seek(0)
-    content = file.read()
     row = ",".join("x" for _ in names)
     count = partial(_num_csv_rows, keep_empty=len(names) == 1)
-    counts = []
-    for rows in (content, content + f"\n{row}\n".encode()):
-        with BytesIO(rows) as part:
-            counts.append(_with_large_rows(part, count, None if named else names))
+    counts = [
+        _with_large_rows(rows, count, None if named else names)
+        for rows in (data, data + f"{row}\n".encode())
+    ]
     if counts[0] == counts[1]:
         raise InputError(
             f"{source}: row {counts[0] - 1} (counted from 0) opens a quote that is never closed, "
