@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 from PIL import Image, ImageDraw, ImageFont, features
-from scipy import stats
 from tqdm import tqdm
 
 from semroute.trainer.evaluation.shapes import interval
 from semroute.trainer.plots.images import sample_grid
+from semroute.trainer.studies.statistics import over_seeds
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 STRIKE = 109
@@ -208,9 +208,8 @@ def compare(out: Path, study: Path) -> None:
 
 def paired(differences: np.ndarray) -> str:
     """Mean and interval over seeds."""
-    num, mean = len(differences), differences.mean()
-    half = stats.t.ppf(0.975, num - 1) * differences.std(ddof=1) / num**0.5
-    return f"{mean:+.3f} ({mean - half:.3f} to {mean + half:.3f})"
+    low, high = over_seeds(differences)
+    return f"{differences.mean():+.3f} ({low:.3f} to {high:.3f})"
 
 
 def score(out: Path, pictures: Path) -> None:

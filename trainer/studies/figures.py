@@ -59,10 +59,8 @@ def guidance_figure(
     comparison: pa.Table, chance_levels: ChanceLevels, design: ComparisonDesign
 ) -> Figure:
     """Accuracy against the guidance scale: one line per arm, one panel per split and skill."""
-    skills = [s for s in ("count", "binding", "all") if s in {*comparison["skill"].to_pylist()}]
-    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(chance_levels))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(chance_levels), len(skills), sharex=True, squeeze=False)
+    skills = _in_curves(comparison)
+    figure, panels = _curves(len(chance_levels), len(skills))
     for panel_row, split in zip(panels, chance_levels, strict=True):
         for axes, skill in zip(panel_row, skills, strict=True):
             clean(axes)
@@ -83,11 +81,7 @@ def guidance_figure(
             if (level := chance_levels[split].get(skill)) is not None:
                 axes.axhline(level, color=FAINT, linestyle="--", linewidth=1)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in panels[-1]:
-        axes.set_xlabel("guidance scale", color=INK)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("accuracy", color=INK)
-    _add_legend(figure, panels[0, 0])
+    _label(figure, panels, "guidance scale", "accuracy")
     return figure
 
 
@@ -118,12 +112,11 @@ def training_figure(comparison: pa.Table, design: ComparisonDesign) -> Figure:
     scale: one line per arm with 95 % intervals, one panel per split and skill."""
     cfg_scale = design.scoring.cfg_scales[0]
     splits = [*dict.fromkeys(comparison["split"].to_pylist())]
-    skills = [s for s in ("count", "binding", "all") if s in {*comparison["skill"].to_pylist()}]
-    size = (1.5 + 3.0 * len(skills), 0.8 + 2.4 * len(splits))
-    figure = Figure(figsize=size, layout="constrained")
+    skills = _in_curves(comparison)
+    compared = {a: s for a, s in design.along.items() if design.references.get(a, a) != a}
+    figure, panels = _curves(len(splits), len(skills))
     title = f"Difference and 95 % over {design.unit} during training, guidance {cfg_scale:g}"
     figure.suptitle(title, color=INK)
-    panels = figure.subplots(len(splits), len(skills), sharex=True, squeeze=False)
     for panel_row, split in zip(panels, splits, strict=True):
         rows = comparison_rows(comparison, split, cfg_scale)
         for axes, skill in zip(panel_row, skills, strict=True):
@@ -131,7 +124,6 @@ def training_figure(comparison: pa.Table, design: ComparisonDesign) -> Figure:
             axes.set_title(f"{plain(split)}: {skill}", color=INK, fontsize="small")
             axes.axhline(0.0, color=FAINT, linestyle="--", linewidth=1)
             found = {row["arm"]: row for row in rows if row["skill"] == skill}
-            compared = {a: s for a, s in design.along.items() if design.references.get(a, a) != a}
             for number, (arm, steps) in enumerate(compared.items()):
                 points = {
                     step: found[name]
@@ -152,11 +144,7 @@ def training_figure(comparison: pa.Table, design: ComparisonDesign) -> Figure:
             axes.set_xticks([*dict.fromkeys(s for steps in design.along.values() for s in steps)])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_locator(NullLocator())
-    for axes in panels[-1]:
-        axes.set_xlabel("training steps", color=INK)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("difference in accuracy", color=INK)
-    _add_legend(figure, panels[0, 0])
+    _label(figure, panels, "training steps", "difference in accuracy")
     return figure
 
 
@@ -207,6 +195,28 @@ def left_out_figure(
     last.set_ylabel("weight", color=INK, fontsize="small")
     _add_legend(figure, panels[0])
     return figure
+
+
+def _in_curves(comparison: pa.Table) -> list[str]:
+    """Skills whose curves are drawn."""
+    found = {*comparison["skill"].to_pylist()}
+    return [skill for skill in ("count", "binding", "all") if skill in found]
+
+
+def _curves(num_rows: int, num_columns: int) -> tuple[Figure, Any]:
+    """A figure, and its panels [rows, columns] with one x axis."""
+    size = (1.5 + 3.0 * num_columns, 0.8 + 2.4 * num_rows)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)
+
+
+def _label(figure: Figure, panels: Any, x: str, y: str) -> None:
+    """Name the axes of panels [rows, columns] at the edges, and add a legend."""
+    for axes in panels[-1]:
+        axes.set_xlabel(x, color=INK)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(y, color=INK)
+    _add_legend(figure, panels[0, 0])
 
 
 def _colour(number: int, num_arms: int) -> Any:

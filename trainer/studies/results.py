@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from ...pipeline.store.checks.parquet import READ_ERRORS
 from ...schemas import InputError, Scoring, TrainConfig, write_whole
 from ...schemas.json_file import load_json
 from ..evaluation.shapes import IMAGE_SCORES_SCHEMA
@@ -182,7 +183,7 @@ def _read(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
     """Scores, and what their metadata say of how they came about."""
     try:
         table = pq.ParquetFile(path).read()
-    except (OSError, ValueError, NotImplementedError, StopIteration) as error:
+    except READ_ERRORS as error:
         raise _refusal(path, str(error)) from error
     for field in schema:
         found = table.column(field.name) if table.column_names.count(field.name) == 1 else None
