@@ -633,6 +633,17 @@ def tiny_pipeline(make_once: Callable[..., Path]) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other load, and no word in the environment on how threads wait."""
+    from semroute.pipeline.executor.threads import WAITING
+
+    for name in WAITING:
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+
+
 @pytest.fixture(scope="module")
 def short_padding() -> Iterator[Any]:
     """Captions for Ideogram 4 are padded to 64 tokens, not 2,048, which take its 36 blocks most of

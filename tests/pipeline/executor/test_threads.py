@@ -16,13 +16,7 @@ cli()
 """
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """No other load, and no word in the environment on how threads wait."""
-    for name in WAITING:
-        monkeypatch.setenv(name, "")  # so that what a test sets is undone
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 def test_libgomp_is_told_before_torch_loads_it(tmp_path):

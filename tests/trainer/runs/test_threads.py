@@ -6,19 +6,14 @@ import torch
 from click.testing import CliRunner
 
 from semroute.cli import cli
-from semroute.pipeline.executor.threads import WAITING, wait_briefly
+from semroute.pipeline.executor.threads import wait_briefly
 from semroute.trainer.runs.record import read_record
 from semroute.trainer.runs.threads import describe_threads
 from semroute.trainer.training.train import train
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """One thread, no other load, and no word in the environment on how threads wait."""
-    for name in WAITING:
-        monkeypatch.setenv(name, "")  # so that what a test sets is undone
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+def one_thread(quiet_machine):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
