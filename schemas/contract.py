@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from .errors import InputError
 from .yaml_file import YamlMapping
 
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MAX_NUMBER = 2**31 - 1
+"""Largest whole number of most things: what a 32-bit integer of PyTorch holds."""
+Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Size = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from ...schemas import DEFAULT_RANK, MAX_QUALITY, MAX_SEED, MIN_QUALITY, CodecName, InputError
+from ...schemas.contract import MAX_NUMBER
 from ...schemas.escaping import shown
 from ...schemas.units import parse_bytes
 from ...schemas.verbosity import Level, speaking, speaks
@@ -109,9 +110,6 @@ def add_verbosity(command: click.Command) -> click.Command:
 
 _MAY_BE_EMPTY = {"prompt", "negative"}
 """Options whose text means something if it is empty: the null caption."""
-
-
-_MAX_NUMBER = 2**31 - 1
 _MAX_ROWS = 2**53
 """Largest number of rows of a table, of which there may be more than of other things."""
 _ROWS = {"limit", "num_captions"}
@@ -134,7 +132,7 @@ def add_bounds(command: click.Command) -> click.Command:
 def _not_huge(
     then: Callable[..., Any] | None, context: click.Context, parameter: click.Parameter, value: Any
 ) -> Any:
-    most = _MAX_ROWS if parameter.name in _ROWS else _MAX_NUMBER
+    most = _MAX_ROWS if parameter.name in _ROWS else MAX_NUMBER
     if isinstance(value, int) and value > most:
         raise click.BadParameter(f"{value} is more than {most:,}.", context, parameter)
     return value if then is None else then(context, parameter, value)

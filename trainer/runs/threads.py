@@ -38,8 +38,7 @@ def chosen_threads(run: Path) -> Iterator[None]:
 
 def _choose(run: Path, most: int) -> int:
     if (run / RECORD).exists():
-        began_with = read_record(run).threads or most
-        return began_with if began_with <= most else most
+        return min(most, read_record(run).threads or most)
     if not is_busy():
         return most
     load, cores = machine_load()

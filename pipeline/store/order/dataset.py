@@ -361,7 +361,7 @@ def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex
 
 
 def _index(features: "FeatureStore", latents: "LatentStore", table: pa.Table) -> SampleIndex:
-    """Args: table: captions of the samples that have a latent."""
+    """Samples that have a latent, with the captions that a table lists for each of them."""
     lists, shards = one_array(table["caption_ids"]), features.shards()
     captions = numbers(lists.values)
     starts = numbers(lists.offsets).astype(np.int64)
