@@ -3,9 +3,9 @@
     python benchmarks/plan_images.py FOLDER --model LLM --num 3000000
 
 Writes ten files of 20 x 20 JPEG and PNG images of noise with captions, as Hugging Face datasets
-does, with row groups of 1,000. Separate processes then do all that `semroute extract` and `semroute
-latents --vae pixels` do before they start a worker. Memory is the peak of the process (VmHWM),
-beyond that of one that plans over the first row.
+does, with row groups of 1,000. Separate processes then plan what `semroute extract` and `semroute
+latents --vae pixels` would store, without writing tables. Memory is the peak of the process
+(VmHWM), beyond that of one that plans over the first row.
 """
 
 import io
