@@ -23,6 +23,16 @@ def numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(one_array(column) if isinstance(column, pa.ChunkedArray) else column)
 
 
+def as_column(values: np.ndarray) -> pa.Array:
+    """Numbers ``[n]`` as a column that shares their memory.
+
+    ``pa.array`` imports pandas if that is installed, which takes half a second.
+    """
+    values = np.ascontiguousarray(values)
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
 def _plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)

@@ -109,19 +109,6 @@ def titles_of_axes() -> Iterator[None]:
         yield
 
 
-PRELOADED = (
-    "distributed.nanny",
-    "torch._dynamo",
-    "transformers.models.llama.modeling_llama",
-    "semroute.cli",
-    "semroute.pipeline.extraction.features",
-    "semroute.pipeline.models.llm",
-    "semroute.trainer.studies.runner",
-    "semroute.trainer.training.train",
-)
-"""Modules that take processes which tests start seconds to import."""
-
-
 @pytest.fixture(scope="session")
 def fork_server() -> None:
     """Processes of ``forkserver``, Dask's workers among them, are forked from one that has imported
@@ -129,8 +116,11 @@ def fork_server() -> None:
     transformers."""
     dask = pytest.importorskip("dask")
     pytest.importorskip("distributed")  # sets its defaults, which must not come later
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED])
-    forkserver.ensure_running()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        # A fork server is not told where its parent finds modules.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 
 

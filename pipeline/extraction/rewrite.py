@@ -33,6 +33,7 @@ from ...schemas import (
     fingerprint,
     parse,
 )
+from ...schemas.columns import numbers
 from ...schemas.files import locate
 from ...schemas.seeds import UnnumberedPurpose, numpy_generator
 from ...schemas.units import format_bytes
@@ -190,7 +191,7 @@ class RewritePlan(FeatureStorePlan):
 
     @property
     def _num_tokens(self) -> np.ndarray:
-        return np.asarray(self.captions["num_tokens"].to_numpy())
+        return numbers(self.captions["num_tokens"])
 
 
 def plan_rewrite(
@@ -210,7 +211,7 @@ def plan_rewrite(
     spec = _request_codec(request, before)
     codec = spec.name
     table = source.captions.take(pa.array(selection.ids))
-    num_tokens = table["num_tokens"].to_numpy()
+    num_tokens = numbers(table["num_tokens"])
     mixes = before.identity.mixes
     if request.routing is not None:
         mixes = None if existing is None else existing.manifest.identity.mixes
@@ -312,8 +313,8 @@ def _rewrite_shard(job: _Job, shard: int, ids: np.ndarray) -> Deferred[Receipt]:
     torch.set_num_threads(layout.num_threads)
     source.num_threads = 1
     mine = store.captions.filter(pc.equal(store.captions["shard"], shard))
-    row_start = mine["row_start"].to_numpy() - shard * layout.rows_per_shard
-    counts = mine["num_tokens"].to_numpy()
+    row_start = numbers(mine["row_start"]) - shard * layout.rows_per_shard
+    counts = numbers(mine["num_tokens"])
     codec = store.codec
     error = CodecError(layers if mixes is None else range(len(mixes.weights)))
     used = rows_of(row_start, counts)
@@ -522,7 +523,7 @@ def _select(source: FeatureStore, file: str | None, options: dict[str, Any]) -> 
         )
     old = found.to_numpy().astype(np.int64)
     ids = np.unique(np.concatenate([[0], old]))
-    counts = pc.list_value_length(texts).to_numpy()
+    counts = numbers(pc.list_value_length(texts))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     renumbered = pa.array(np.searchsorted(ids, old), pa.int64())
     table = pa.table(
@@ -537,7 +538,7 @@ def _select(source: FeatureStore, file: str | None, options: dict[str, Any]) -> 
 
 
 def _captions_table(table: pa.Table, packing: Packing) -> pa.Table:
-    num_tokens = table["num_tokens"].to_numpy()
+    num_tokens = numbers(table["num_tokens"])
     placed = {
         "caption_id": np.arange(table.num_rows),
         "shard": packing.shard,

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ...schemas import Against, differences
+from ...schemas.columns import numbers
 from ..codecs.error import codec_error
 from ..models.text_pipelines import TextPipeline, find_text_pipeline
 from ..store.captions import CaptionStore
@@ -138,7 +139,7 @@ def _refuse_mixes(store: FeatureStore) -> None:
 
 def _choose(store: CaptionStore[Any], num: int) -> list[int]:
     """The null caption, the longest one, and the first ones."""
-    longest = int(pc.list_value_length(store.captions["token_ids"]).to_numpy().argmax())
+    longest = int(numbers(pc.list_value_length(store.captions["token_ids"])).argmax())
     others = [n for n in (longest, *range(1, len(store))) if n != NULL_CAPTION]
     return [NULL_CAPTION, *sorted([*dict.fromkeys(others)][:num])]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...schemas import Receipt, Report, Summary
+from ...schemas.columns import numbers
 from ...schemas.units import format_bytes
 from ..codecs.error import codec_error, layer_error
 from ..store.features import FeatureStore
@@ -58,8 +59,8 @@ def _describe_features(
     store: FeatureStore, receipts: list[Receipt], items: dict[str, str], details: dict[str, Any]
 ) -> None:
     """Add what is known of a feature store to ``items``, for people, and to ``details``."""
-    lengths = store.captions["num_tokens"].to_numpy()
-    cut = store.captions["num_cut_tokens"].to_numpy()
+    lengths = numbers(store.captions["num_tokens"])
+    cut = numbers(store.captions["num_cut_tokens"])
     error, by_layer = codec_error(receipts), layer_error(receipts)
     num_bytes = store.num_bytes()  # 0 if the receipts are lost
     items["tokens"] += f"; {lengths.mean():.1f} per caption on average, at most {lengths.max()}"

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ...schemas.columns import numbers
 from ..style import (
     COLOUR_MAP,
     FAINT,
@@ -141,8 +142,8 @@ def token_lengths(store: FeatureStore) -> Figure:
     """Histogram of tokens per caption, with cut captions in a colour of their own."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    lengths = store.captions["num_tokens"].to_numpy()
-    cut = store.captions["num_cut_tokens"].to_numpy() > 0
+    lengths = numbers(store.captions["num_tokens"])
+    cut = numbers(store.captions["num_cut_tokens"]) > 0
     width = max(1, -(-int(lengths.max()) // 80))
     edges = np.arange(0.5, lengths.max() + width + 0.5, width).tolist()
     kinds = [("whole", lengths[~cut], LINES[0]), ("cut", lengths[cut], LINES[1])]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas import LN_EPS
+from ...schemas.columns import numbers
 from ..store.features import FeatureStore, Rows
 
 NUM_ROWS = 4_096
@@ -104,7 +105,7 @@ def measure_layers(
     Raises:
         InputError: a shard of the sample is not written.
     """
-    counts = store.captions["num_tokens"].to_numpy()
+    counts = numbers(store.captions["num_tokens"])
     num = int(np.searchsorted(np.cumsum(counts[1:]), num_rows)) + 1
     ids = np.arange(1, min(len(store), num + 1))
     rows = store.read(ids if len(ids) else [0])

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas import Codec
+from ...schemas.columns import numbers
 from ...schemas.units import format_bytes
 from ..codecs.registry import fitted_arrays
 
@@ -242,6 +243,6 @@ def _typical_bits(layers: list[int], codec: Codec) -> float:
 
 def _mean_over_samples(caption_ids: pa.ListArray, values: np.ndarray) -> float:
     """Mean over samples of the mean over each one's captions, as training picks one of them."""
-    counts = pc.list_value_length(caption_ids).to_numpy()
+    counts = numbers(pc.list_value_length(caption_ids))
     weights = 1 / np.repeat(counts, counts)
-    return float(np.average(values[caption_ids.flatten().to_numpy()], weights=weights))
+    return float(np.average(values[numbers(caption_ids.flatten())], weights=weights))

@@ -17,7 +17,7 @@ from ...schemas import (
     ConditioningManifest,
     FeatureManifest,
 )
-from ...schemas.columns import numbers
+from ...schemas.columns import as_column, numbers
 from ...schemas.tables import WEIGHTS
 from .base import Store
 from .checks.tables import caption_faults, sample_faults, token_faults
@@ -101,7 +101,8 @@ class CaptionStore(Store[C]):
             StoreError: the first captions of the stored samples are not these.
         """
         ids = self.first_captions[: len(texts)] if first_rows else self.first_captions
-        if self.captions["text"].take(pa.array(ids)).to_pylist() != list(texts):
+        stored = self.captions["text"].take(as_column(ids)).to_pylist()
+        if stored != list(texts):
             raise StoreError(
                 f"{self.path} was not extracted from {source}: the captions differ."
                 f"{' ' * bool(remedy)}{remedy}"

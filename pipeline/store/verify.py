@@ -26,6 +26,7 @@ from ...schemas import (
     refuse_differences,
     render,
 )
+from ...schemas.columns import numbers
 from ...schemas.files import inside, locate, read_file, scan
 from ...schemas.json_file import MAX_BYTES, load_json
 from ...schemas.verbosity import progress_bar
@@ -488,7 +489,7 @@ def _count(store: AnyStore) -> _Counts:
     if isinstance(store, LatentStore):
         counts = np.bincount(store.rows // layout.rows_per_shard, minlength=layout.num_shards)
         return lambda shard: (int(counts[shard]), int(counts[shard]))
-    shards = store.captions["shard"].to_numpy()
+    shards = numbers(store.captions["shard"])
     num_rows = store.num_rows(range(len(store)))
     entries = np.bincount(shards, minlength=layout.num_shards)
     rows = np.bincount(shards, weights=num_rows, minlength=layout.num_shards)

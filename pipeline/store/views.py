@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...schemas import Summary
+from ...schemas.columns import numbers
 from ...schemas.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def summarise_features(store: "FeatureStore") -> Summary:
     """Model, template, layers, captions, codec, size and state."""
     identity, codec, mixes = store.manifest.identity, store.manifest.codec, store.mixes
     num_bytes = store.num_bytes()
-    num_cut = int(np.count_nonzero(store.captions["num_cut_tokens"].to_numpy()))
+    num_cut = int(np.count_nonzero(numbers(store.captions["num_cut_tokens"])))
     items = {
         "model": f"{model_name(store)} ({identity.model.architecture}, "
         f"{identity.model.num_layers} layers of {identity.model.width}, {identity.dtype})",
@@ -210,7 +211,7 @@ def to_xarray(store: "FeatureStore", layers: Sequence[int] | None = None) -> Any
         coords={
             "layer": list(store.layers if layers is None else layers),
             "caption": ("row", np.repeat(np.arange(len(store)), counts)),
-            "token": ("row", store.captions["token_ids"].combine_chunks().flatten().to_numpy()),
+            "token": ("row", numbers(store.captions["token_ids"].combine_chunks().flatten())),
             "position": ("row", np.arange(len(starts)) - starts),
         },
         attrs={

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ...pipeline.store.checks.parquet import READ_ERRORS, read_table
 from ...pipeline.style import DPI
 from ...schemas import InputError, Scoring
+from ...schemas.files import locate
 from ..diffusion.sampling import SamplingConfig
 from ..plots.images import sample_grid
 from ..runs.scores import EVALUATION_SCHEMA, Evaluation, EvaluationReport
@@ -43,6 +44,9 @@ IMAGE_SCORES_SCHEMA = pa.schema(
 """One row per image and skill: ``caption`` is a row of the dataset's file, ``image`` the number of
 the image among those of its caption; ``num_asked`` and ``num_found`` are the objects in the caption
 and in the image."""
+_SAMPLES_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("text", "scene", "split")]
+)
 NUM_SHIFTS = 10
 """Number of permutations that chance is averaged over."""
 NUM_RESAMPLES = 2000
@@ -72,18 +76,14 @@ def read_captions(samples: str) -> ShapesCaptions:
     Raises:
         InputError: no such file, or not one of the shapes dataset.
     """
-    needed = ["text", "scene", "split"]
     try:
-        there = pq.read_schema(samples).names
-        if absent := [name for name in needed if name not in there]:
-            raise InputError(
-                f"samples {samples}: no column {', '.join(absent)}; expected dev.parquet or "
-                "test.parquet of semroute shapes"
-            )
-        table = pq.read_table(samples, columns=needed)
-    except (OSError, ValueError) as error:
-        raise InputError(f"samples {samples}: {error}") from error
-    return ShapesCaptions(table["text"].to_pylist(), read_scenes(table), table["split"].to_pylist())
+        table = read_table(locate(samples), _SAMPLES_SCHEMA)
+        scenes = read_scenes(table)
+    except READ_ERRORS as error:
+        raise InputError(
+            f"samples {samples}: {error}; expected dev.parquet or test.parquet of semroute shapes"
+        ) from error
+    return ShapesCaptions(table["text"].to_pylist(), scenes, table["split"].to_pylist())
 
 
 def open_captions(run: "Run", scoring: Scoring) -> tuple[ShapesCaptions, CaptionSet]:

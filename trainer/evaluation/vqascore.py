@@ -25,6 +25,7 @@ from PIL import Image
 
 from ...pipeline.models.weights import LOADING_REPORT, refuse_misread
 from ...pipeline.sources.images import open_upright
+from ...pipeline.store.checks.parquet import READ_ERRORS, read_table
 from ...pipeline.style import DPI
 from ...schemas import (
     InputError,
@@ -509,7 +510,13 @@ def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     file = out / JUDGEMENTS
     if not file.exists():
         return {}
-    return {(row["sha256"], row["asked"]): row for row in pq.read_table(file).to_pylist()}
+    try:
+        table = read_table(file, ANSWERS_SCHEMA)
+    except READ_ERRORS as error:
+        raise InputError(
+            f"{file} does not hold answers of a judge: {error}. Move it away"
+        ) from error
+    return {(row["sha256"], row["asked"]): row for row in table.to_pylist()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:

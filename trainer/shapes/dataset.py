@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...schemas import InputError
 from ...schemas.atomic import whole_folder
+from ...schemas.json_file import load_json
 from ...schemas.verbosity import progress_bar
 from .images import render
 from .scenes import Scene, sample_scene, split_of
@@ -119,8 +120,13 @@ def write_world(
 
 
 def read_scenes(table: pa.Table) -> list[Scene]:
-    """Scenes of a table of :func:`write_world`, row by row, from its column ``scene``."""
-    return [Scene.from_dict(json.loads(text)) for text in table.column("scene").to_pylist()]
+    """Scenes of a table of :func:`write_world`, row by row, from its column ``scene``.
+
+    Raises:
+        ValueError: one is no scene.
+    """
+    texts = table.column("scene").to_pylist()
+    return [Scene.from_dict(load_json(text, f"scene {row}")) for row, text in enumerate(texts)]
 
 
 def _new_captions(

@@ -184,7 +184,7 @@ class Scene:
             return cls(document["kind"], objects, document.get("relation"))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{dict(document)!r} is not a scene ({error}); expected kind, objects, relation as "
+                f"{document!r} is not a scene ({error}); expected kind, objects, relation as "
                 "Scene.to_dict writes them"
             ) from error
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...pipeline.style import Figure
 from ...schemas import InputError, RunRecord, flat, write_document
@@ -26,6 +25,7 @@ from ..runs.metrics import METRICS, METRICS_SCHEMA, read_metrics
 from ..runs.record import FREE, read_record
 from ..runs.scores import EvaluationReport
 from .job import SCORES
+from .results import read_any_scores
 
 ALL = "all"
 """The skill that is compared: everything that a caption asks for is right."""
@@ -212,7 +212,7 @@ def _scores(path: Path) -> dict[str, float]:
         }
     if not (path / SCORES).exists():
         return {}
-    table = pq.read_table(path / SCORES)
+    table = read_any_scores(path / SCORES)
     table = table.filter(pc.equal(table["skill"], ALL))
     right = pc.cast(table["right"], pa.float64())
     grouped = table.append_column("share", right).group_by(["split", "cfg_scale"])

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from ...pipeline.store.checks.parquet import READ_ERRORS
+from ...pipeline.store.checks.parquet import READ_ERRORS, read_table
 from ...schemas import InputError, Scoring, TrainConfig, write_whole
 from ...schemas.json_file import load_json
 from ..evaluation.shapes import IMAGE_SCORES_SCHEMA
@@ -122,6 +122,15 @@ def read_scores(path: Path, key: EvaluationKey) -> pa.Table | None:
     return table if key.matches(stored) else None
 
 
+def read_any_scores(path: Path) -> pa.Table:
+    """Scores of one run, however it was scored.
+
+    Raises:
+        InputError: as :func:`read_scores`.
+    """
+    return _read(path, IMAGE_SCORES_SCHEMA)[0]
+
+
 class ResultsTable:
     """Scores of all runs of a study in one file.
 
@@ -142,10 +151,13 @@ class ResultsTable:
         """Stored scores by name of the run."""
         if not self.path.exists():
             return {}
-        kinds = {name: pa.int64() if name == "seed" else pa.string() for name in self.columns}
-        table, keys = _read(self.path, pa.schema([*kinds.items(), *IMAGE_SCORES_SCHEMA]))
-        labels = [table.column(column) for column in self.columns]
-        names = pc.binary_join_element_wise(*(each.cast(pa.string()) for each in labels), "/")
+        labels = [
+            pa.field(name, pa.int64() if name == "seed" else pa.string(), nullable=False)
+            for name in self.columns
+        ]
+        table, keys = _read(self.path, pa.schema([*labels, *IMAGE_SCORES_SCHEMA]))
+        columns = [table.column(column) for column in self.columns]
+        names = pc.binary_join_element_wise(*(each.cast(pa.string()) for each in columns), "/")
         for name in pc.unique(names).to_pylist():
             if not isinstance(keys.get(name), dict):
                 raise _refusal(self.path, f"it does not say how {name} was trained and scored")
@@ -158,7 +170,7 @@ class ResultsTable:
         stops = [*starts[1:].tolist(), len(names)]
         runs = {}
         for start, stop in zip(starts.tolist(), stops, strict=True):
-            own = {c: each[start].as_py() for c, each in zip(self.columns, labels, strict=True)}
+            own = {c: each[start].as_py() for c, each in zip(self.columns, columns, strict=True)}
             name = names[start].as_py()
             runs[name] = RunScores(own, keys[name], rows.slice(start, stop - start))
         return runs
@@ -182,22 +194,15 @@ class ResultsTable:
 def _read(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
     """Scores, and what their metadata say of how they came about."""
     try:
-        table = pq.ParquetFile(path).read()
+        table = read_table(path, schema)
     except READ_ERRORS as error:
         raise _refusal(path, str(error)) from error
-    for field in schema:
-        found = table.column(field.name) if table.column_names.count(field.name) == 1 else None
-        if found is None or found.type != field.type or found.null_count:
-            kind = "missing" if found is None else f"{found.type}, {found.null_count:,} of it null"
-            raise _refusal(path, f"column {field.name} is {kind}; expected {field.type}")
-    if not table.num_rows:
-        raise _refusal(path, "it has no rows")
     if unknown := {*pc.unique(table["skill"]).to_pylist()} - {*SKILLS}:
         raise _refusal(path, f"{min(unknown)!r} is not a skill; expected {', '.join(SKILLS)}")
     document = load_json((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"), str(path))
     if not isinstance(document, dict):
         raise _refusal(path, f"its metadata {_METADATA_KEY.decode()} are no object")
-    return table.select(schema.names).replace_schema_metadata(None), document
+    return table.replace_schema_metadata(None), document
 
 
 def _refusal(path: Path, found: str) -> InputError:

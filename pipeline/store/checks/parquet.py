@@ -1,11 +1,14 @@
 """Parquet within bounds: a page of a few bytes can stand for any number of values."""
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+
+from ....schemas.files import read_file
 
 MAX_RATIO = 200
 """Bytes in memory per byte of the file; captions come to 3 to 20."""
@@ -43,13 +46,33 @@ def read_parquet(
             message goes after the name of the file.
         READ_ERRORS: it is damaged.
     """
-    file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
-    metadata, limit = file.metadata, MIN_LIMIT + MAX_RATIO * content.size
+    metadata = pyarrow.parquet.read_metadata(pa.BufferReader(content))
     if metadata.num_rows != num_rows:
         raise ValueError(f"has {metadata.num_rows} rows; the manifest says {num_rows}")
+    if num_rows > content.size:
+        raise ValueError(f"has {num_rows:,} rows in {content.size:,} bytes")
+    return _read(content, schema, optional)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of a file that a schema names, with the metadata of the file: a table of
+    any number of rows, one row at least.
+
+    Raises:
+        ValueError, READ_ERRORS: as :func:`read_parquet`.
+    """
+    content = pa.py_buffer(read_file(path, follow=True))
+    if not pyarrow.parquet.read_metadata(pa.BufferReader(content)).num_rows:
+        raise ValueError("has no rows")
+    return _read(content, schema)
+
+
+def _read(content: pa.Buffer, schema: pa.Schema, optional: Collection[str] = ()) -> pa.Table:
+    file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
+    metadata, limit = file.metadata, MIN_LIMIT + MAX_RATIO * content.size
     groups = metadata.num_row_groups
-    if num_rows > content.size or groups > MAX_ROW_GROUPS + num_rows // 1000:
-        raise ValueError(f"has {num_rows:,} rows in {groups:,} groups and {content.size:,} bytes")
+    if groups > MAX_ROW_GROUPS + metadata.num_rows // 1000:
+        raise ValueError(f"has {metadata.num_rows:,} rows in {groups:,} groups")
     names = _columns(file.schema_arrow, schema, optional)
     repeated = _check_pages(content, metadata, {*names}, limit)
     texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
@@ -65,13 +88,13 @@ def read_parquet(
         _check_bytes(table.nbytes + sum(map(_text_bytes, found.columns)), limit)
         for name in texts:
             table = table.append_column(schema.field(name), found[name].cast(pa.string()))
-        table = table.select(names)
+    table = table.select(names)
     table.validate(full=True)
     for name in names:
         missing = 0 if schema.field(name).nullable else _null_count(table[name])
         if missing:
             raise ValueError(f"{missing} values of {name} are missing")
-    return table
+    return table.replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def _columns(found: pa.Schema, schema: pa.Schema, optional: Collection[str]) -> list[str]:

@@ -25,7 +25,7 @@ from ....schemas import (
     differences,
     refuse_differences,
 )
-from ....schemas.columns import numbers, one_array, to_plain
+from ....schemas.columns import as_column, numbers, one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
 from ....schemas.tables import WEIGHTS
 from ....schemas.urls import check_protocol, suffix_of
@@ -318,7 +318,7 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
         InputError: as :func:`open_pairs`.
     """
     check_joined(features, latents)
-    table = features.sample_lists().take(pa.array(latents.ids))
+    table = features.sample_lists().take(as_column(latents.ids))
     whole = _index(features, latents, table)
     weights = None
     if config.caption_weights is None and WEIGHTS in table.column_names:
@@ -357,7 +357,7 @@ def select(features: "FeatureStore", latents: "LatentStore", config: SelectionCo
 
 def all_samples(features: "FeatureStore", latents: "LatentStore") -> SampleIndex:
     """All samples that have a latent, with all their captions."""
-    return _index(features, latents, features.sample_lists().take(pa.array(latents.ids)))
+    return _index(features, latents, features.sample_lists().take(as_column(latents.ids)))
 
 
 def _index(features: "FeatureStore", latents: "LatentStore", table: pa.Table) -> SampleIndex:
@@ -468,10 +468,10 @@ class JoinedColumns:
     def column(self, name: str, whole: SampleIndex, sample: np.ndarray) -> pa.Array:
         """One column by caption: ``[M]``."""
         if name in self.by_caption.schema.names:
-            return one_array(self.by_caption[name]).take(pa.array(whole.captions))
+            return one_array(self.by_caption[name]).take(as_column(whole.captions))
         for table in self.by_sample:
             if name in table.schema.names:
-                return one_array(table[name]).take(pa.array(whole.samples[sample]))
+                return one_array(table[name]).take(as_column(whole.samples[sample]))
         if self.table is None or name not in self.table.schema.names:
             known = [
                 *self.by_caption.schema.names,
@@ -483,8 +483,8 @@ class JoinedColumns:
             raise InputError(f"no column {name!r}; there are {shown}{hint}")
         own = self._table_column(name)
         if not (pa.types.is_list(own.type) or pa.types.is_large_list(own.type)):
-            return own.take(pa.array(whole.samples[sample]))
-        lists = own.take(pa.array(whole.samples))
+            return own.take(as_column(whole.samples[sample]))
+        lists = own.take(as_column(whole.samples))
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
         counts = np.diff(whole.starts)
         wrong = np.flatnonzero(lengths != counts)
@@ -512,7 +512,7 @@ class JoinedColumns:
         ids = number.to_numpy(zero_copy_only=False)
         if len(np.unique(ids)) != len(ids):
             raise InputError(f"{self.name}: a sample_id occurs twice; expected one row per sample")
-        row = pc.index_in(pa.array(np.arange(self.num_samples)), pa.array(ids.astype(np.int64)))
+        row = pc.index_in(as_column(np.arange(self.num_samples)), as_column(ids.astype(np.int64)))
         return column.take(row)
 
     def _read_table(self, names: list[str]) -> list[pa.Array]:

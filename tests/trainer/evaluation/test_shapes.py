@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from damaged_tables import DAMAGES
 
 from semroute.pipeline.store.open import open_features
 from semroute.schemas import InputError, ModelConfig, RoutingConfig, Scoring
@@ -258,4 +259,22 @@ class TestReadCaptions:
             read_captions(str(file))
         pq.write_table(pa.table({"text": ["a cat"]}), file)
         with pytest.raises(InputError, match=r"samples .*other\.parquet.*scene"):
+            read_captions(str(file))
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_refuses_damaged_files(self, tmp_path, damage):
+        write_world(tmp_path / "shapes", 4, seed=0, num_test=6, num_dev=1, progress=False)
+        file = tmp_path / "shapes" / "test.parquet"
+        DAMAGES[damage](file, pq.read_table(file, columns=["text", "scene", "split"]))
+        with pytest.raises(InputError, match=r"samples .*test\.parquet: .*expected dev\.parquet"):
+            read_captions(str(file))
+
+    @pytest.mark.parametrize(
+        "scene",
+        ["", "[]", "3", "null", "[" * 5000, '{"kind": "single", "objects": [3]}', '{"a": 1}'],
+    )
+    def test_refuses_what_is_no_scene(self, tmp_path, scene):
+        file = tmp_path / "test.parquet"
+        pq.write_table(pa.table({"text": ["a"], "scene": [scene], "split": ["test"]}), file)
+        with pytest.raises(InputError, match=r"samples .*test\.parquet: .*expected dev\.parquet"):
             read_captions(str(file))

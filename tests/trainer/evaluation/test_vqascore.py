@@ -5,9 +5,11 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
+from damaged_tables import DAMAGES
 from PIL import Image
 
 from semroute.cli import cli
@@ -193,7 +195,7 @@ class TestSummarise:
             }
             for number, (score, caption) in enumerate(zip(yes, captions, strict=True))
         ]
-        return pyarrow.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
+        return pa.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
 
     def test_scores_groups_and_all(self):
         captions = ["a", "a", "b", "c"]
@@ -359,6 +361,16 @@ class TestRefusals:
         (out / "judge.json").write_text("{")
         output = evaluate(folder, "--judge", tiny_vlm, "--out", out, code=1)
         assert "judge.json is damaged" in output
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_damaged_answers(self, folder, tiny_vlm, damage, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        row = {"sample": 0, "sha256": "0", "group": "a", "caption": "a", "asked": "a"}
+        table = pa.Table.from_pylist([row | {"yes": 0.5, "no": 0.5}], schema=ANSWERS_SCHEMA)
+        DAMAGES[damage](out / "judgements.parquet", table)
+        output = evaluate(folder, "--judge", tiny_vlm, "--out", out, code=1)
+        assert "judgements.parquet does not hold answers of a judge" in output
 
     def test_a_question_without_a_caption(self, folder, tiny_vlm):
         output = evaluate(folder, "--judge", tiny_vlm, "--question", "Is this good?", code=1)

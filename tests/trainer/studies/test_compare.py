@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from damaged_tables import DAMAGES
 
 import semroute
 from semroute.cli import cli
@@ -104,6 +106,13 @@ class TestCompare:
             semroute.compare([runs / "depth", runs / "depth"])
         with pytest.raises(InputError, match=r"is no run: it has no run\.json"):
             semroute.compare([runs / "depth", runs])
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_refuses_damaged_scores(self, runs, damage, tmp_path):
+        run = shutil.copytree(runs / "arms" / "uniform", tmp_path / "run")
+        DAMAGES[damage](run / SCORES, pq.read_table(run / SCORES))
+        with pytest.raises(InputError, match=r"judged\.parquet does not hold scores of a study"):
+            semroute.compare([run, runs / "begun"]).to_text()
 
     def test_the_command_prints_and_writes_a_page(self, runs, tmp_path):
         paths = [str(runs / "depth"), str(runs / "begun")]

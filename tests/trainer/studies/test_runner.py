@@ -275,15 +275,18 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda table: table.drop_columns(["skill"]), "column skill is missing"),
-            (lambda table: table.slice(0, 0), "it has no rows"),
+            (lambda table: table.drop_columns(["skill"]), "has 0 columns skill; expected one"),
+            (lambda table: table.slice(0, 0), "has no rows"),
             (
                 lambda table: table.replace_schema_metadata({"judged": "[1]"}),
                 "judged are no object",
             ),
             (lambda table: table.replace_schema_metadata(None), "does not say how uniform/0 was"),
             (lambda table: replaced(table, "right", pa.array(["yes"])), "column right is string"),
-            (lambda table: replaced(table, "seed", pa.nulls(1, pa.int64())), "of it null"),
+            (
+                lambda table: replaced(table, "seed", pa.nulls(1, pa.int64())),
+                "values of seed are missing",
+            ),
             (lambda table: replaced(table, "skill", pa.array(["magic"])), "'magic' is not a skill"),
         ],
     )
