@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas import InputError
-from ...schemas.json_file import load_json
+from ...schemas.files import open_file
+from ...schemas.json_file import load_json, read_json
 
 LOADING_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options with which ``from_pretrained`` of transformers also gives what it did with the files."""
@@ -58,7 +59,7 @@ def check_files(folder: Path, files: Iterable[Path], option: str) -> None:
             "from elsewhere: merge it into its model (merge_and_unload of peft), and save that"
         )
     for file in sorted(folder.iterdir()):
-        if file.suffix in _TEXTS and file.is_file():
+        if file.suffix in _TEXTS and not file.is_dir():
             _refuse_pointer(file, option)
     files = [*files]
     for file in files:
@@ -74,7 +75,7 @@ def check_files(folder: Path, files: Iterable[Path], option: str) -> None:
 
 
 def _check_index(file: Path, names: set[str], option: str) -> None:
-    index = load_json(file.read_bytes(), str(file))
+    index = read_json(file, follow=True)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise InputError(f"{option}: {file} has no weight_map; expected the file of each weight")
@@ -103,7 +104,9 @@ def check_gguf(file: Path, option: str) -> None:
 
 
 def _refuse_pointer(file: Path, option: str) -> None:
-    if file.stat().st_size > _POINTER_BYTES or not file.read_bytes().startswith(_POINTER):
+    with open_file(file, follow=True) as stream:
+        head = stream.read(_POINTER_BYTES + 1)
+    if len(head) > _POINTER_BYTES or not head.startswith(_POINTER):
         return
     raise InputError(
         f"{option}: {file} is a Git LFS pointer and not the file itself: run `git lfs pull` in "

@@ -9,6 +9,8 @@ from ...schemas import Cleaning, InputError, TextProcessing
 from .templates import special_tokens, split_template
 from .tokenization import tokenize
 
+MAX_CHARACTERS = 100_000
+"""Longest template that is read from a file."""
 DEFAULT_LENGTH = 512
 """Tokens of the longest sequence where no pipeline says otherwise."""
 _EVERY_THIRD = tuple(range(2, 36, 3))
@@ -181,12 +183,17 @@ def read_template(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     try:
-        text = Path(name).read_text("utf-8").removesuffix("\n")
+        with Path(name).open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1).removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--template {name!r} is neither a preset ({', '.join(PRESETS)}) nor a readable text "
             f"file: {error}"
         ) from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"--template {name!r} has more than {MAX_CHARACTERS:,} characters; expected a template"
+        )
     split_template(text)
     return Preset(text)
 

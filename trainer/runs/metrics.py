@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from ...schemas import InputError, write_document
+from ...schemas.files import read_file
 from ...schemas.json_file import load_json
 
 METRICS = "metrics.jsonl"
@@ -76,8 +77,10 @@ def last_step(path: Path) -> int:
 
 
 def _whole_lines(file: Path) -> list[str]:
+    if not file.exists():
+        return []
     try:
-        return file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+        return read_file(file, follow=True).decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is damaged: {error}") from error
 

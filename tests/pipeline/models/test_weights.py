@@ -1,6 +1,7 @@
 """Files of models that are not as they should be, and what a model cannot read."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -149,9 +150,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def as_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
+        ("config.json", as_pipe, "is a named pipe"),
+        ("model.safetensors", as_pipe, "is a named pipe"),
+        ("model.safetensors.index.json", as_pipe, "is a named pipe"),
         ("tokenizer.json", lambda path: path.write_text(POINTER), "is a Git LFS pointer"),
         ("model.safetensors", lambda path: path.write_text(POINTER), "is a Git LFS pointer"),
         ("model.safetensors", cut, "is cut off: it has [0-9,]+ bytes; expected [0-9,]+"),

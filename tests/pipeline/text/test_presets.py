@@ -371,4 +371,6 @@ def test_templates_come_from_presets_or_files(tmp_path):
     (tmp_path / "bad.txt").write_text("no place")
     with pytest.raises(InputError, match="exactly once"):
         read_template(str(tmp_path / "bad.txt"))
+    with pytest.raises(InputError, match="more than 100,000 characters"):
+        read_template("/dev/zero")
     assert preset_of("NoSuchPipeline") is None
