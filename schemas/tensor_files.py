@@ -14,6 +14,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system with which safetensors cannot write, as such.
+
+    Raises:
+        OSError: what is written at ``path`` cannot be.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        # Only the text has the error number, such as that of a full disk.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 def save_tensors(
     tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -25,20 +45,12 @@ def save_tensors(
     Raises:
         OSError: it cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.open("ab").close()
     mode = path.stat().st_mode
-    try:
+    with system_errors(path):
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-    except SafetensorError as error:
-        # Only the text has the error number of the operating system, such as that of a full disk.
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None:
-            raise
-        number = int(match[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode & 0o777)  # safetensors makes it private
 
 

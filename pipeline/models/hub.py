@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...schemas import InputError
 from ...schemas.atomic import make_folder
-from ...schemas.tensor_files import make_readable
+from ...schemas.tensor_files import make_readable, system_errors
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ".safetensors"
@@ -247,12 +247,11 @@ def _write_safetensors(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    from safetensors import SafetensorError
-
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
+        with system_errors(folder):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OSError as error:
         raise _no_cache(file, folder.parent, error) from error
 
 

@@ -21,7 +21,7 @@ from ...pipeline.models.vae import open_decoder
 from ...schemas import InputError, RunRecord, write_document
 from ...schemas.atomic import whole_folder
 from ...schemas.escaping import code, in_markdown
-from ...schemas.tensor_files import make_readable
+from ...schemas.tensor_files import make_readable, system_errors
 from ..diffusion.flow import Flow
 from ..diffusion.sampling import SamplingConfig, SamplingDtype
 from ..runs.record import build_model
@@ -343,7 +343,8 @@ def export_pipeline(run: "Run", out: str | os.PathLike[str]) -> Path:
         vae=vae,
     )
     with whole_folder(folder) as unfinished:
-        pipeline.save_pretrained(unfinished)
+        with system_errors(folder):
+            pipeline.save_pretrained(unfinished)
         make_readable(unfinished)
         write_document(unfinished / "README.md", card)
     return folder
