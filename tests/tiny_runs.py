@@ -1,6 +1,7 @@
 """Runs on the tiny pipelines of :mod:`tiny_pipelines`: made, not trained, with random weights in
 place of learned ones; and the features of captions for them."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from semroute.trainer.runs.record import adapt, trained_weights, write_record
 SAMPLES = SamplesIdentity(num_samples=1, fingerprint=None)
 
 
+@functools.cache
 def features_of(
-    pipeline: Path, preset: str, layers: Sequence[int] | None = None
+    pipeline: Path, preset: str, layers: tuple[int, ...] | None = None
 ) -> FeatureIdentity:
     """Identity of features of the pipeline's LLM, by default of all layers."""
     source = find_model(str(pipeline / PRESETS[preset].encoder))
@@ -88,7 +90,7 @@ def make_run(
         }
     )
     found = find_pretrained(str(pipeline))
-    features = features_of(pipeline, preset, layers)
+    features = features_of(pipeline, preset, None if layers is None else tuple(layers))
     record = RunRecord(
         config=config,
         features=features,
@@ -128,6 +130,12 @@ def encode(
     Returns:
         [R, L, H], and offsets int64 [texts + 1].
     """
+    return _encode(identity.model_dump_json(), source, tuple(texts))
+
+
+@functools.cache
+def _encode(document: str, source: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    identity = FeatureIdentity.model_validate_json(document)
     located = find_model(source)
     template = identity.template
     captions = build_captions(

@@ -76,7 +76,7 @@ class Reference:
         hidden, self.offsets = tiny_runs.encode(record.features, record.model_source, texts)
         read = self.model.router.layers_read
         self.hidden = hidden[:, [record.features.layers.index(layer) for layer in read]]
-        each = [encode_prompt(pipe, preset, text) for text in texts]
+        each = [encode_prompt(pipe.config._name_or_path, preset, text) for text in texts]
         rows = [self.read_encoded(one) for one in each]
         self.known = [self.names.read(one, self.config)[0] for one in rows]
         self.conditioning = None
@@ -145,8 +145,10 @@ class Reference:
         return out
 
 
-def encode_prompt(pipe: Any, preset: str, text: str) -> dict[str, Any]:
+@functools.cache
+def encode_prompt(folder: str, preset: str, text: str) -> dict[str, Any]:
     """What the pipeline's own ``encode_prompt`` gives for a text, by argument of the pipeline."""
+    pipe = load_pipeline(folder)
     call = inspect.signature(type(pipe).__call__).parameters
     names = inspect.signature(type(pipe).encode_prompt).parameters
     given = {name: call[name].default for name in names if name in call and name != "self"}
