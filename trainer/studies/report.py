@@ -194,7 +194,7 @@ def _by_chance(comparison: pa.Table, unit: str) -> list[str]:
         "",
         f"Of {len(tested)} differences, {found} have an interval over {unit} that excludes zero; "
         f"about {len(tested) * (1 - LEVEL):.0f} would by chance alone if no arms differed. "
-        f"{stands} stand after Holm's correction.",
+        f"After Holm's correction {stands} of them {'stands' if stands == 1 else 'stand'}.",
     ]
 
 
