@@ -24,16 +24,8 @@ _REMEDIES = {
 }
 _OUTSIDE = (
     *("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google"),
-    *(
-        "httpx",
-        "huggingface_hub",
-        "obstore",
-        "requests",
-        "s3fs",
-        "safetensors",
-        "safetensors_rust",
-        "urllib3",
-    ),
+    *("httpx", "huggingface_hub", "obstore", "requests", "s3fs", "urllib3"),
+    *("safetensors", "safetensors_rust"),
 )
 """Packages whose own errors are of disks, networks, credentials and other people's files."""
 

@@ -540,8 +540,8 @@ def test_a_full_disk_is_one_message_for_every_command(world, tmp_path, start_com
         (5_000, ["rewrite", world / "test", tmp_path / "rewritten", "--codec", "delta"]),
     ):
         process = start_command(*arguments, max_file_bytes=limit)
-        printed = (process.wait(), process.output.read_text())
-        assert printed[0] == 1, (arguments, printed)
-        assert "Free some space and rerun the same command" in printed[1], arguments
-        assert "Traceback" not in printed[1]
+        assert process.wait() == 1
+        printed = process.output.read_text()
+        assert re.search(r"the disk (of \S+ )?is full", printed)
+        assert "Traceback" not in printed
     invoke("train", config, f"output={run}")  # with space again, it resumes

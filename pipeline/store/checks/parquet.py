@@ -46,12 +46,12 @@ def read_parquet(
             message goes after the name of the file.
         READ_ERRORS: it is damaged.
     """
-    metadata = pyarrow.parquet.read_metadata(pa.BufferReader(content))
-    if metadata.num_rows != num_rows:
-        raise ValueError(f"has {metadata.num_rows} rows; the manifest says {num_rows}")
+    file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
+    if file.metadata.num_rows != num_rows:
+        raise ValueError(f"has {file.metadata.num_rows} rows; the manifest says {num_rows}")
     if num_rows > content.size:
         raise ValueError(f"has {num_rows:,} rows in {content.size:,} bytes")
-    return _read(content, schema, optional)
+    return _read(content, file, schema, optional)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
@@ -62,13 +62,18 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         ValueError, READ_ERRORS: as :func:`read_parquet`.
     """
     content = pa.py_buffer(read_file(path, follow=True))
-    if not pyarrow.parquet.read_metadata(pa.BufferReader(content)).num_rows:
-        raise ValueError("has no rows")
-    return _read(content, schema)
-
-
-def _read(content: pa.Buffer, schema: pa.Schema, optional: Collection[str] = ()) -> pa.Table:
     file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
+    if not file.metadata.num_rows:
+        raise ValueError("has no rows")
+    return _read(content, file, schema)
+
+
+def _read(
+    content: pa.Buffer,
+    file: pyarrow.parquet.ParquetFile,
+    schema: pa.Schema,
+    optional: Collection[str] = (),
+) -> pa.Table:
     metadata, limit = file.metadata, MIN_LIMIT + MAX_RATIO * content.size
     groups = metadata.num_row_groups
     if groups > MAX_ROW_GROUPS + metadata.num_rows // 1000:
