@@ -6,40 +6,85 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...schemas import OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
     from ..runs.record import Network
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_TOGETHER = 1 << 24
+"""Numbers that are orthogonalised together, as they are copied for it; or one matrix, if larger."""
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` that multiplies bfloat16 matrices in float32 on a CPU, and rounds then.
+    """``torch.optim.Muon`` that orthogonalises matrices of one shape together.
 
-    A GPU accumulates in float32 too. On a CPU without bfloat16 instructions, products in bfloat16
-    take many times as long and dominate the step of a small network; the results differ as much as
-    with another order of summation.
+    Its steps and state are the same. Between the products of small matrices a processor does little
+    but wait for the next: dozens of a hundred rows take less than half the time together.
     """
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take a step as ``torch.optim.Muon`` does."""
-        if self.param_groups[0]["params"][0].device.type != "cpu":
-            return super().step(closure)
-        with _InFloat32():
-            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            learning = [(each, each.grad) for each in group["params"] if each.grad is not None]
+            for shape in dict.fromkeys(matrix.shape for matrix, _ in learning):
+                alike = [pair for pair in learning if pair[0].shape == shape]
+                num = max(1, _TOGETHER // shape.numel())
+                for start in range(0, len(alike), num):
+                    self._step_together(alike[start : start + num], group)
+        return loss
+
+    def _step_together(
+        self, alike: list[tuple[torch.Tensor, torch.Tensor]], group: dict[str, Any]
+    ) -> None:
+        """Takes the step of matrices of one shape, each with its gradient."""
+        updates = []
+        for matrix, gradient in alike:
+            state, momentum = self.state[matrix], group["momentum"]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+            updates.append(gradient.lerp(average, momentum) if group["nesterov"] else average)
+        directions = _orthogonalise(
+            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        rate = group["lr"] * math.sqrt(max(1, directions.shape[1] / directions.shape[2]))
+        for (matrix, _), direction in zip(alike, directions, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(direction, alpha=-rate)
 
 
-class _InFloat32(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if function in _PRODUCTS and args[0].dtype == torch.bfloat16:
-            wide = (argument.float() for argument in args)
-            return function(*wide, **(kwargs or {})).bfloat16()
-        return function(*args, **(kwargs or {}))
+def _orthogonalise(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Newton-Schulz iterations in bfloat16 that bring singular values near 1.
+
+    As https://kellerjordan.github.io/posts/muon does. On a CPU products are computed in float32 and
+    rounded: a GPU accumulates in float32 too, and a CPU without bfloat16 instructions takes many
+    times as long for products in bfloat16.
+
+    Args:
+        matrices: [number, rows, columns].
+    """
+    exact = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.bfloat16().to(exact)
+
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = rounded(x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps))
+    for _ in range(steps):
+        gram = rounded(x @ x.mT)
+        change = rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        x = rounded(torch.baddbmm(x, change, x, beta=a))
+    return (x.mT if tall else x).bfloat16()
 
 
 def make_optimizers(network: "Network", config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -611,6 +611,8 @@ class TestRanks:
             for strategy in strategies
         }
         configs["mixes"] = configs["mixes"].model_copy(update={"features": str(store_of_mixes)})
+        muon = {"optimizer": {"name": "muon"}, "routing": routing_of("depth")}
+        configs["muon"] = configure("muon", **muon, **changes)
         path = str(Path(__file__).parents[2])
         for rank in launch(*configs.values(), module="run_sharded", PYTHONPATH=path):
             assert rank.wait(400) == 0, rank.output.read_text()
