@@ -158,20 +158,22 @@ def probe_layers(
         for name, label in word_labels.items()
         if label is None
     ]
-    bar = progress_bar(
-        total=len(ids) + len(store.layers),
-        desc="probing",
-        disable=not progress,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} < {remaining}",
-    )
-    with bar:
+    with progress_bar(total=len(ids), desc="reading", unit="caption", disable=not progress) as bar:
         pooled, picked = _read(store, ids, positions, pool, bar.update)
-        subjects = [(label, pooled) for label in caption_labels]
-        subjects += [(label, picked) for label in word_labels.values() if label is not None]
-        results: list[list[tuple[float, float]]] = [[] for _ in subjects]
+    subjects = [(label, pooled) for label in caption_labels]
+    subjects += [(label, picked) for label in word_labels.values() if label is not None]
+    results: list[list[tuple[float, float]]] = [[] for _ in subjects]
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    for number, (label, hidden) in enumerate(subjects):
+        alike.setdefault((id(hidden), (label.values >= 0).tobytes()), []).append(number)
+    with progress_bar(
+        total=len(store.layers), desc="probing", unit="layer", disable=not progress
+    ) as bar:
         for layer in range(len(store.layers)):
-            for result, (label, hidden) in zip(results, subjects, strict=True):
-                result.append(_accuracy(hidden[layer], label))
+            for numbers in alike.values():
+                together, hidden = [subjects[n][0] for n in numbers], subjects[numbers[0]][1]
+                for number, found in zip(numbers, _probe(hidden[layer], together), strict=True):
+                    results[number].append(found)
             bar.update()
     probes = [_summarise(label, each) for (label, _), each in zip(subjects, results, strict=True)]
     return ProbeResults(store.layers, pool, probes, [*skipped, *_left_out(caption_labels)])
@@ -245,31 +247,38 @@ def _split(num: int) -> tuple[slice, slice, slice]:
     return slice(0, first), slice(first, second), slice(second, num)
 
 
-def _accuracy(features: np.ndarray, label: Label) -> tuple[float, float]:
-    """Accuracy on the test captions, and the penalty that was chosen.
+def _probe(features: np.ndarray, labels: Sequence[Label]) -> list[tuple[float, float]]:
+    """Accuracy on the test captions, and the penalty that was chosen, of labels that the same
+    captions have: what is solved is the same for all.
 
     Args:
         features: ``[N, H]``.
     """
-    known = label.values >= 0
-    x, y = features[known].astype(np.float64), label.values[known]
-    fit, choose, test = _split(len(y))
+    known = labels[0].values >= 0
+    x = features[known].astype(np.float64)
+    fit, choose, _ = _split(len(x))
     x -= x[fit].mean(0)
     x /= np.maximum(x[fit].std(0), 1e-6)
-    target = np.eye(len(label.classes))[y[fit]]
+    fitted, judged, num_choosing = x[fit], x[fit.stop :], choose.stop - choose.start
+    targets = [np.eye(len(label.classes))[label.values[known][fit]] for label in labels]
+    target = np.concatenate(targets, axis=1)
     shares = target.mean(0)
-    gram, moment = x[fit].T @ x[fit], x[fit].T @ (target - shares)
+    ends = np.cumsum([len(label.classes) for label in labels])
+    gram, moment = fitted.T @ fitted, fitted.T @ (target - shares)
     diagonal = np.arange(len(gram))
-    best, result = -1.0, (0.0, PENALTIES[0])
+    best = [(-1.0, 0.0, PENALTIES[0])] * len(labels)
     for penalty in PENALTIES:
         damped = gram.copy()
         damped[diagonal, diagonal] += penalty * len(target)
-        answers = (x @ np.linalg.solve(damped, moment) + shares).argmax(1)
-        right = answers == y
-        score = float(right[choose].mean())
-        if score > best:
-            best, result = score, (float(right[test].mean()), penalty)
-    return result
+        outputs = judged @ np.linalg.solve(damped, moment) + shares
+        for number, (label, each) in enumerate(
+            zip(labels, np.split(outputs, ends[:-1], axis=1), strict=True)
+        ):
+            right = each.argmax(1) == label.values[known][fit.stop :]
+            score = float(right[:num_choosing].mean())
+            if score > best[number][0]:
+                best[number] = score, float(right[num_choosing:].mean()), penalty
+    return [(accuracy, penalty) for _, accuracy, penalty in best]
 
 
 def _summarise(label: Label, results: Sequence[tuple[float, float]]) -> LinearProbe:
