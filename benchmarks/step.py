@@ -237,11 +237,11 @@ _FLUX2 = {
     "in_channels": 16,
     "num_layers": 4,
     "num_single_layers": 4,
-    "joint_attention_dim": 3 * 1024,
+    "joint_attention_dim": 3 * 320,
     "axes_dims_rope": (16, 16, 16, 16),
     "guidance_embeds": False,
 }
-NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
+NETWORKS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "PixArt": (
         "PixArtTransformer2DModel",
         {
@@ -249,10 +249,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
             "num_layers": 8,
             "cross_attention_dim": 384,
             "sample_size": 32,
-            "caption_channels": 1024,
+            "caption_channels": 1365,
             "use_additional_conditions": False,
         },
         "blocks",
+        1365,
     ),
     "Qwen-Image": (
         "QwenImageTransformer2DModel",
@@ -261,22 +262,24 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
             "num_layers": 8,
             "in_channels": 16,
             "out_channels": 4,
-            "joint_attention_dim": 1024,
+            "joint_attention_dim": 448,
             "axes_dims_rope": (16, 24, 24),
         },
         "blocks",
+        448,
     ),
-    "FLUX.2": ("Flux2Transformer2DModel", _FLUX2, "taps"),
-    "FLUX.2, by block": ("Flux2Transformer2DModel", _FLUX2, "blocks"),
+    "FLUX.2": ("Flux2Transformer2DModel", _FLUX2, "taps", 320),
+    "FLUX.2, by block": ("Flux2Transformer2DModel", _FLUX2, "blocks", 320),
 }
-"""Class of diffusers and its configuration, 8 blocks of width 384, and where it is routed."""
+"""Class of diffusers, and its configuration, with 8 blocks of width 384; where it is routed; width of
+its LLM, which is to 384 as that of the published model's LLM is to the published model's width."""
 
 
 class Adapted:
     """A network of diffusers that is trained, with us or without."""
 
-    def __init__(self, name: str, train: str, ours: bool, layers: int, width: int) -> None:
-        kind, options, where = NETWORKS[name]
+    def __init__(self, name: str, train: str, ours: bool, layers: int) -> None:
+        kind, options, where, width = NETWORKS[name]
         torch.manual_seed(0)
         transformer = getattr(diffusers, kind)(**options)
         self.family = find_family(kind, name)
@@ -348,13 +351,12 @@ class Adapted:
 
 @main.command()
 @click.option("--layers", default=24, show_default=True)
-@click.option("--width", default=1024, show_default=True)
 @click.option("--samples", default=4, show_default=True)
 @click.option("--turns", default=7, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*NETWORKS]))
 @click.option("--train", multiple=True, type=click.Choice(["full", "router"]))
 def adapters(
-    layers: int, width: int, samples: int, turns: int, only: tuple[str, ...], train: tuple[str, ...]
+    layers: int, samples: int, turns: int, only: tuple[str, ...], train: tuple[str, ...]
 ) -> None:
     """Compare steps of networks of diffusers with us and without, where all or the router learns.
 
@@ -363,18 +365,19 @@ def adapters(
     """
     torch.set_num_threads(1)
     tokens = WORKLOADS["latents"]["tokens"]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(samples * tokens, layers, width, generator=generator).bfloat16()
-    text = (hidden, torch.arange(samples + 1) * tokens)
     print(
-        f"{samples} samples of 256 image tokens, {len(hidden)} rows of {layers} layers of {width}, "
+        f"{samples} samples of 256 image tokens, {samples * tokens} rows of {layers} layers, "
         f"{turns} turns, 1 thread, torch {torch.__version__}\n"
     )
-    print("| network | trained | mixes | step without | with, to without |")
-    print("| --- | --- | --: | --: | --: |")
+    print("| network | LLM | trained | mixes | step without | with, to without |")
+    print("| --- | --: | --- | --: | --: | --: |")
     for name in only or NETWORKS:
+        width = NETWORKS[name][-1]
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(samples * tokens, layers, width, generator=generator).bfloat16()
+        text = (hidden, torch.arange(samples + 1) * tokens)
         for parts in train or ("full", "router"):
-            plain, ours = (Adapted(name, parts, each, layers, width) for each in (False, True))
+            plain, ours = (Adapted(name, parts, each, layers) for each in (False, True))
             for each in (plain, ours):
                 each.step(*text)
             took, ratios = [], []
@@ -387,7 +390,8 @@ def adapters(
                 took.append(pair[plain])
                 ratios.append(pair[ours] / pair[plain])
             middle, mixes = statistics.median(took), ours.network.num_blocks
-            print(f"| {name} | {parts} | {mixes} | {middle:.2f} s | {spread(ratios)} |", flush=True)
+            row = (name, width, parts, mixes, f"{middle:.2f} s", spread(ratios))
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 @main.command()
