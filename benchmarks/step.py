@@ -248,7 +248,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str, int]] = {
             **_SIZE,
             "num_layers": 8,
             "cross_attention_dim": 384,
-            "sample_size": 32,
+            "sample_size": 64,
             "caption_channels": 1365,
             "use_additional_conditions": False,
         },
@@ -271,20 +271,22 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "FLUX.2": ("Flux2Transformer2DModel", _FLUX2, "taps", 320),
     "FLUX.2, by block": ("Flux2Transformer2DModel", _FLUX2, "blocks", 320),
 }
-"""Class of diffusers, and its configuration, with 8 blocks of width 384; where it is routed; width of
-its LLM, which is to 384 as that of the published model's LLM is to the published model's width."""
+"""Class of diffusers, and its configuration, with 8 blocks of width 384; where it is routed; and
+the LLM's width: to 384 what the published model's LLM is to the width of that model."""
 
 
 class Adapted:
     """A network of diffusers that is trained, with us or without."""
 
-    def __init__(self, name: str, train: str, ours: bool, layers: int) -> None:
+    def __init__(self, name: str, train: str, ours: bool, layers: int, side: int) -> None:
         kind, options, where, width = NETWORKS[name]
         torch.manual_seed(0)
         transformer = getattr(diffusers, kind)(**options)
         self.family = find_family(kind, name)
         channels = self.family.latents(transformer.config)[0]
-        self.shape = (channels, 16, 16) if kind.startswith("Flux2") else (channels, 32, 32)
+        self.shape = (channels, side, side)
+        if not kind.startswith("Flux2"):  # patches of 2 x 2
+            self.shape = (channels, 2 * side, 2 * side)
         base = [8, 16, 24] if kind.startswith("Flux2") else [24]
         self.ours, self.train = ours, train
         self.network = Routed(
@@ -351,12 +353,13 @@ class Adapted:
 
 @main.command()
 @click.option("--layers", default=24, show_default=True)
-@click.option("--samples", default=4, show_default=True)
+@click.option("--samples", default=1, show_default=True)
+@click.option("--side", default=32, show_default=True, help="Image tokens in a row; 32: 512 px.")
 @click.option("--turns", default=7, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*NETWORKS]))
 @click.option("--train", multiple=True, type=click.Choice(["full", "router"]))
 def adapters(
-    layers: int, samples: int, turns: int, only: tuple[str, ...], train: tuple[str, ...]
+    layers: int, samples: int, side: int, turns: int, only: tuple[str, ...], train: tuple[str, ...]
 ) -> None:
     """Compare steps of networks of diffusers with us and without, where all or the router learns.
 
@@ -366,7 +369,7 @@ def adapters(
     torch.set_num_threads(1)
     tokens = WORKLOADS["latents"]["tokens"]
     print(
-        f"{samples} samples of 256 image tokens, {samples * tokens} rows of {layers} layers, "
+        f"{samples} samples of {side**2} image tokens, {samples * tokens} rows of {layers} layers, "
         f"{turns} turns, 1 thread, torch {torch.__version__}\n"
     )
     print("| network | LLM | trained | mixes | step without | with, to without |")
@@ -377,7 +380,7 @@ def adapters(
         hidden = torch.randn(samples * tokens, layers, width, generator=generator).bfloat16()
         text = (hidden, torch.arange(samples + 1) * tokens)
         for parts in train or ("full", "router"):
-            plain, ours = (Adapted(name, parts, each, layers) for each in (False, True))
+            plain, ours = (Adapted(name, parts, each, layers, side) for each in (False, True))
             for each in (plain, ours):
                 each.step(*text)
             took, ratios = [], []
