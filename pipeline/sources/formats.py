@@ -309,7 +309,8 @@ def _with_large_rows(
     """Read a csv in blocks that are as large as its largest row needs.
 
     Each attempt has a reader of its own: Arrow reads ahead in a thread, which may still move the
-    position of the one before.
+    position of the one before. Blocks are parsed one by one: Arrow 18, with one thread, waits for
+    itself without end where a row is too large for a block and others are still to be parsed.
 
     Args:
         names: of its columns, where its first row is data.
@@ -317,7 +318,9 @@ def _with_large_rows(
     content = pa.py_buffer(data)
     for size in _CSV_BLOCKS:
         try:
-            options = pyarrow.csv.ReadOptions(block_size=size, column_names=names)
+            options = pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=size, column_names=names
+            )
             return read(pa.BufferReader(content), options)
         except pa.ArrowInvalid as error:
             if "block" not in str(error) or size == _CSV_BLOCKS[-1]:

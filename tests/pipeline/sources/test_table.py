@@ -266,6 +266,19 @@ def test_rows_of_any_size(tmp_path, suffix, first):
     assert texts == [[t + o] if suffix == ".txt" else [t] for t, o in rows]
 
 
+def test_a_large_row_after_many_small_ones(tmp_path):
+    """With one thread Arrow 18 waited for itself, in one of some tens of attempts."""
+    num = pa.cpu_count()
+    pa.set_cpu_count(1)
+    try:
+        texts = ["a cat in the snow"] * 100_000 + ["x" * 3_000_000, "a dog"]
+        content = "text,other\n" + "".join(f"{text},seen from far above\n" for text in texts)
+        for number in range(8):
+            assert captions(tmp_path / f"{number}.csv", content) == [[text] for text in texts]
+    finally:
+        pa.set_cpu_count(num)
+
+
 def test_types_come_from_all_rows(tmp_path):
     path = tmp_path / "c.jsonl"
     rows = [
