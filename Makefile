@@ -69,7 +69,7 @@ newest-test: newest-environment
 
 # The suite with the lowest versions that setup.cfg allows, but for torch: $(TORCH), as its older
 # builds for Linux include CUDA. What tests need is the newest that fits. Old packages warn.
-LOWEST_EXTRAS = adapters,dashboard,gguf,s3,slurm,tensorboard
+LOWEST_EXTRAS = adapters,dashboard,gguf,notebook,s3,slurm,tensorboard
 LOWEST_TESTS ?= -m 'not slow'
 lowest-test:
 	$(PYTHON) -m venv $(VENV)-lowest

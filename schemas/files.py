@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from io import BufferedReader
@@ -151,8 +151,9 @@ def scan(root: Path, folder: str = "") -> Listing:
     if is_local(root):
         start = str(inside(root, folder) if folder else root)
         return _scan(start, f"{folder}/" if folder else "")
-    system, base = _system(root)
-    found = system.find(f"{base}/{folder}" if folder else base, detail=True)
+    with _reaching(root):
+        system, base = _system(root)
+        found = system.find(f"{base}/{folder}" if folder else base, detail=True)
     # A key that ends in a slash is how some tools mark an empty folder.
     names = {path[len(base) + 1 :]: info for path, info in sorted(found.items()) if path[-1] != "/"}
     files = {name: Entry(int(info["size"] or 0), _changed(info)) for name, info in names.items()}
@@ -236,17 +237,18 @@ def read_file(path: Path, *, limit: int | None = None, follow: bool = False) -> 
         follow: a local file may be a link to one.
 
     Raises:
-        StorageError: it is larger, or no plain file.
+        StorageError: it is larger, or no plain file; or the place of an object does not answer.
         OSError: no such file, or it cannot be read.
     """
     if is_local(path):
         with open_file(path, follow=follow) as file:
             _check_size(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
-    if limit is not None:
-        _check_size(path, size_of(path), limit)
-    system, base = _system(path)
-    return bytes(system.cat_file(base))
+    with _reaching(path):
+        if limit is not None:
+            _check_size(path, size_of(path), limit)
+        system, base = _system(path)
+        return bytes(system.cat_file(base))
 
 
 def size_of(path: Path) -> int:
@@ -317,6 +319,17 @@ def create_object(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def _reaching(place: Path) -> Iterator[None]:
+    """Names the place in what the package that reaches it raises: no credentials, no network."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # each package of fsspec has its own
+        raise StorageError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _system(path: Any) -> tuple[Any, str]:

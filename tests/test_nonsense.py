@@ -121,6 +121,28 @@ def test_places(command, places, monkeypatch, tmp_path):
         refused([word.format(**places) for word in words.split()])
 
 
+@pytest.mark.parametrize("command", SOUND)
+def test_a_bucket_without_credentials_is_named(command, places, monkeypatch, tmp_path):
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    words, bucket = f"{command} {SOUND[command]}".split(), "s3://bucket/it"
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for place in (*INPUTS, "out"):
+            if f"{{{place}}}" in words:
+                there = {**places, place: bucket}
+                message = refused([word.format(**there) for word in words])
+                # Another input may be refused first.
+                assert bucket in message or "credential" not in message.lower()
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_there_is_enough_nonsense():
     assert {*SOUND} == {*cli.commands}
     assert sum(1 for command in SOUND for _ in mistakes(command)) > 200

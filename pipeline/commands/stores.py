@@ -425,7 +425,7 @@ def verify(store: str, repair: bool, against: str | None, num: int | None, as_js
         report_line(
             f"{len(marked)} shards are marked as not written; rerun the command that made them"
         )
-    elif findings.problems and not as_json:
+    elif findings.bad_shards and not findings.beyond_repair and not as_json:
         suggest("verify", store, "--repair")
     if findings.problems:
         sys.exit(1)

@@ -97,8 +97,21 @@ def find_files(source: str) -> Files:
     """The files of a source.
 
     Raises:
-        InputError: none, several kinds, or a folder in which the captions cannot be told.
+        InputError: none, several kinds, or a folder in which the captions cannot be told; or a
+            place that does not answer.
     """
+    try:
+        return _find(source)
+    except InputError:
+        raise
+    except Exception as error:  # no permission, no network: each package of fsspec has its own
+        if "://" not in source:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{source} cannot be read: {why}") from error
+
+
+def _find(source: str) -> Files:
     found = [_in_folder(path) if _is_folder(path) else _file(path) for path in expand(source)]
     for path in (source, *(path for each in found for path in each.paths)):
         if NOT_UTF8.search(path):

@@ -97,8 +97,10 @@ def read_manifest(path: Path, kind: str) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path} is no {kind} store: it has no {MANIFEST}") from error
     except InputError as error:
+        if isinstance(error, StorageError) and not is_local(path):
+            raise
         raise StoreError(str(error)) from error
-    except Exception as error:  # no permission, no network: each package of fsspec has its own
+    except OSError as error:
         if is_local(path):
             raise
         raise StorageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

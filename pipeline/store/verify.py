@@ -27,7 +27,7 @@ from ...schemas import (
     render,
 )
 from ...schemas.columns import numbers
-from ...schemas.files import inside, locate, read_file, scan
+from ...schemas.files import StorageError, inside, is_local, locate, read_file, scan
 from ...schemas.json_file import MAX_BYTES, load_json
 from ...schemas.verbosity import progress_bar
 from .array import ShardedArray
@@ -164,6 +164,8 @@ def verify(path: str | os.PathLike[str], *, progress: bool = False) -> Verificat
     try:
         store = open_store(path)
     except InputError as error:
+        if isinstance(error, StorageError) and not is_local(path):
+            raise
         if not (path / MANIFEST).exists() or (path / GROWING / MANIFEST).exists():
             raise
         report.problem(MANIFEST, str(error))

@@ -108,6 +108,7 @@ def evaluate(
         )
         return
     refuse_options(JUDGE_ONLY, "needs --judge")
+    LOCAL_PATH.convert(run, None, click.get_current_context())
     if features is None or samples is None:
         raise InputError("give --judge, or --features and --samples")
     from ...schemas import Scoring

@@ -122,7 +122,10 @@ class TestFilter:
 
     def test_columns_of_other_arrow_types(self, stores, tmp_path):
         style = pa.array(["a" if n == 7 else "b" for n in range(200)])
-        for column in (style.dictionary_encode(), style.cast(pa.string_view())):
+        columns = [style.dictionary_encode(), style.cast(pa.large_string())]
+        if int(pa.__version__.partition(".")[0]) > 18:  # which does not write them
+            columns.append(style.cast(pa.string_view()))
+        for column in columns:
             pyarrow.parquet.write_table(pa.table({"style": column}), tmp_path / "more.parquet")
             pair = chosen(
                 stores,
