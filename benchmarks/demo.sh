@@ -29,7 +29,7 @@ run sample "$out/run" --features "$out/features-test" --num 24 --cfg-scale 1.5
 run evaluate "$out/run" --features "$out/features-test" --samples "$out/shapes/test.parquet" --cfg-scale 1.5
 run plot "$out/run"
 run probe "$out/features" "$out/shapes/train.parquet" --label scene --routing "$out/run" --figure "$out/knowledge.png"
-run rewrite "$out/features" "$out/features-mixed" --routing "$out/run"
+run rewrite "$out/features" "$out/features-mixed" --routing "$out/run" --workers 0
 
 printf '\nThe demo took %d minutes %d seconds. Look at\n' \
   $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))

@@ -1,6 +1,7 @@
 """How the threads that compute on a CPU wait for each other."""
 
 import os
+from contextlib import AbstractContextManager
 
 SPIN_COUNT = "1000"
 """Turns for which a thread of OpenMP that waits stays on its core. libgomp's own default is
@@ -32,3 +33,14 @@ def wait_briefly(turns: str = SPIN_COUNT) -> None:
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = turns
+
+
+def quiet_products() -> AbstractContextManager[object]:
+    """While it is open, products of numpy take one thread if other work leaves no core free.
+
+    The threads of its OpenBLAS wait for each other at full speed, and ``GOMP_SPINCOUNT`` is not
+    for them.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1 if is_busy() else None, user_api="blas")

@@ -20,6 +20,7 @@ import numpy as np
 
 from ...schemas import InputError, Summary
 from ...schemas.verbosity import progress_bar
+from ..executor.threads import quiet_products
 from ..sources.labels import Label, classify, read_labels
 from ..store.features import FeatureStore
 from ..store.open import open_features
@@ -166,9 +167,8 @@ def probe_layers(
     alike: dict[tuple[int, bytes], list[int]] = {}
     for number, (label, hidden) in enumerate(subjects):
         alike.setdefault((id(hidden), (label.values >= 0).tobytes()), []).append(number)
-    with progress_bar(
-        total=len(store.layers), desc="probing", unit="layer", disable=not progress
-    ) as bar:
+    bar = progress_bar(total=len(store.layers), desc="probing", unit="layer", disable=not progress)
+    with bar, quiet_products():
         for layer in range(len(store.layers)):
             for numbers in alike.values():
                 together, hidden = [subjects[n][0] for n in numbers], subjects[numbers[0]][1]

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from semroute.cli import cli
-from semroute.pipeline.executor.threads import WAITING, wait_briefly
+from semroute.pipeline.executor.threads import WAITING, quiet_products, wait_briefly
 
 BUSY = """
 import os
@@ -52,3 +53,16 @@ def test_other_commands_expect_none_on_a_quiet_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     CliRunner().invoke(cli, ["status", str(tmp_path)])
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_products_of_numpy_take_one_thread_beside_other_work(monkeypatch):
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        with quiet_products():
+            assert threads() == {2}
+        monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+        with quiet_products():
+            assert threads() == {1}
+        assert threads() == {2}
