@@ -329,6 +329,8 @@ def _reaching(place: Path) -> Iterator[None]:
     except (InputError, OSError):
         raise
     except Exception as error:  # each package of fsspec has its own
+        if type(error).__module__ == "builtins":  # a bug
+            raise
         raise StorageError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -105,7 +105,8 @@ def find_files(source: str) -> Files:
     except InputError:
         raise
     except Exception as error:  # no permission, no network: each package of fsspec has its own
-        if "://" not in source:
+        bug = type(error).__module__ == "builtins" and not isinstance(error, OSError)
+        if bug or "://" not in source:
             raise
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{source} cannot be read: {why}") from error

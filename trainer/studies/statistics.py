@@ -116,9 +116,9 @@ def paired_p(differences: NDArray[np.float64]) -> float | None:
 def holm(values: Sequence[float]) -> list[bool]:
     """Which of several p values stand at 5 % together, by Holm's step-down procedure (1979): the
     k-th smallest of n, if it and all before it are below 5 % / (n - k + 1)."""
-    stands = [False] * len(values)
+    stands, error = [False] * len(values), round(1 - LEVEL, 9)  # 1 - 0.95 is more than 0.05
     for rank, number in enumerate(np.argsort(values, kind="stable")):
-        if values[number] >= (1 - LEVEL) / (len(values) - rank):
+        if values[number] >= error / (len(values) - rank):
             break
         stands[number] = True
     return stands

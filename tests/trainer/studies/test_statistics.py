@@ -111,6 +111,7 @@ class TestHolm:
         assert holm([0.03, 0.012, 0.2, 0.016]) == [False, True, False, True]
         assert holm([0.04, 0.013, 0.013, 0.013]) == [False] * 4  # the first one fails
         assert holm([]) == []
+        assert holm([0.05]) == [False]
 
     @given(st.lists(st.floats(0, 1), max_size=12))
     def test_is_between_bonferroni_and_none(self, values):
