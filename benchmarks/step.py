@@ -284,9 +284,8 @@ class Adapted:
         transformer = getattr(diffusers, kind)(**options)
         self.family = find_family(kind, name)
         channels = self.family.latents(transformer.config)[0]
-        self.shape = (channels, side, side)
-        if not kind.startswith("Flux2"):  # patches of 2 x 2
-            self.shape = (channels, 2 * side, 2 * side)
+        pixels = side if kind.startswith("Flux2") else 2 * side  # in patches of 2 x 2
+        self.shape = (channels, pixels, pixels)
         base = [8, 16, 24] if kind.startswith("Flux2") else [24]
         self.ours, self.train = ours, train
         self.network = Routed(

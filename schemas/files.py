@@ -94,13 +94,33 @@ def is_local(path: Path) -> bool:
     return isinstance(path, PosixPath)
 
 
+@contextmanager
+def reaching(place: Path | str) -> Iterator[None]:
+    """Names a place behind a URL in what the package that reaches it raises: no credentials, no
+    network. Each package of fsspec has errors of its own.
+
+    Raises:
+        StorageError: instead of such an error. Others pass: those of the operating system, which
+            say that nothing is there, and bugs.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        if type(error).__module__ == "builtins" or "://" not in str(place):
+            raise
+        raise StorageError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
+
+
 def list_names(folder: Path) -> set[str]:
     """Names of files and folders directly in a folder; none if there is no such folder."""
     if is_local(folder):
         return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    system, base = _system(folder)
     try:
-        found = [path.rstrip("/") for path in system.ls(base, detail=False)]
+        with reaching(folder):
+            system, base = _system(folder)
+            found = [path.rstrip("/") for path in system.ls(base, detail=False)]
     except FileNotFoundError:
         return set()
     return {path[len(base) + 1 :] for path in found if path != base}
@@ -151,7 +171,7 @@ def scan(root: Path, folder: str = "") -> Listing:
     if is_local(root):
         start = str(inside(root, folder) if folder else root)
         return _scan(start, f"{folder}/" if folder else "")
-    with _reaching(root):
+    with reaching(root):
         system, base = _system(root)
         found = system.find(f"{base}/{folder}" if folder else base, detail=True)
     # A key that ends in a slash is how some tools mark an empty folder.
@@ -244,7 +264,7 @@ def read_file(path: Path, *, limit: int | None = None, follow: bool = False) -> 
         with open_file(path, follow=follow) as file:
             _check_size(path, os.fstat(file.fileno()).st_size, limit)
             return file.read()
-    with _reaching(path):
+    with reaching(path):
         if limit is not None:
             _check_size(path, size_of(path), limit)
         system, base = _system(path)
@@ -259,8 +279,9 @@ def size_of(path: Path) -> int:
     """
     if is_local(path):
         return path.lstat().st_size
-    system, base = _system(path)
-    return int(system.info(base)["size"] or 0)
+    with reaching(path):
+        system, base = _system(path)
+        return int(system.info(base)["size"] or 0)
 
 
 def _check_size(path: Path, size: int, limit: int | None) -> None:
@@ -278,9 +299,10 @@ def read_files(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     places = {name: inside(root, name) for name in names}
     if is_local(root) or not places:
         return {name: read_file(place) for name, place in places.items()}
-    system, base = _system(root)
-    paths = {f"{base}/{name}": name for name in places}
-    found = system.cat(list(paths), on_error="raise")
+    with reaching(root):
+        system, base = _system(root)
+        paths = {f"{base}/{name}": name for name in places}
+        found = system.cat(list(paths), on_error="raise")
     return {name: bytes(found[path]) for path, name in paths.items()}
 
 
@@ -319,19 +341,6 @@ def create_object(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-@contextmanager
-def _reaching(place: Path) -> Iterator[None]:
-    """Names the place in what the package that reaches it raises: no credentials, no network."""
-    try:
-        yield
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # each package of fsspec has its own
-        if type(error).__module__ == "builtins":  # a bug
-            raise
-        raise StorageError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _system(path: Any) -> tuple[Any, str]:

@@ -19,6 +19,7 @@ from fsspec.core import split_protocol
 
 from ...schemas import InputError
 from ...schemas.escaping import NOT_UTF8
+from ...schemas.files import reaching
 from ...schemas.urls import check_protocol, without_query
 from .values import parse_json
 
@@ -100,16 +101,8 @@ def find_files(source: str) -> Files:
         InputError: none, several kinds, or a folder in which the captions cannot be told; or a
             place that does not answer.
     """
-    try:
+    with reaching(source):
         return _find(source)
-    except InputError:
-        raise
-    except Exception as error:  # no permission, no network: each package of fsspec has its own
-        bug = type(error).__module__ == "builtins" and not isinstance(error, OSError)
-        if bug or "://" not in source:
-            raise
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{source} cannot be read: {why}") from error
 
 
 def _find(source: str) -> Files:

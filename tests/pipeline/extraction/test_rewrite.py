@@ -82,9 +82,9 @@ def test_what_is_lost_is_measured_and_lossy_stores_come_back(arguments, feature_
     })  # fmt: skip
     if codec == "delta":
         np.testing.assert_array_equal(back.read(range(193)).bits, found.read(range(193)).bits)
-    # A matrix product over another number of rows may be summed otherwise, and rounded otherwise.
+    # A matrix product over another number of rows may be summed otherwise, on some processors.
     a, b = (store.read(range(193)).tensor().float() for store in (back, found))
-    assert ((b - a).norm(dim=-1) / a.norm(dim=-1)).max() < 2e-3
+    assert ((b - a).norm(dim=-1) / a.norm(dim=-1)).max() < 1e-3
 
 
 def test_a_subset_of_captions_with_samples_of_its_own(arguments, feature_store, texts, tmp_path):
