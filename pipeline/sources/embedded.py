@@ -6,8 +6,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
+from ...schemas.arrow import ParquetReader
 from .nesting import Field, field_of
 
 BATCH_ROWS = 32
@@ -57,9 +57,7 @@ class EmbeddedReader:
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         if group != self._group or row < self._first:
             self._group, self._first, self._batch = group, int(self._starts[group]), None
-            self._batches = self._parquet.iter_batches(
-                BATCH_ROWS, row_groups=[group], columns=[self._field.narrow]
-            )
+            self._batches = self._parquet.batches(BATCH_ROWS, group, [self._field.narrow])
         while self._batch is None or row >= self._first + self._batch.num_rows:
             self._first += 0 if self._batch is None else self._batch.num_rows
             self._batch = next(self._batches, None)
@@ -71,7 +69,7 @@ class EmbeddedReader:
     def _open(self, file: int) -> None:
         self._close_file()
         self._opened = fsspec.open(self._paths[file], "rb").open()
-        self._parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(self._opened, "r"))
+        self._parquet = ParquetReader(self._opened)
         metadata = self._parquet.metadata
         counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(counts[:-1])]).astype(np.int64)

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.json
-import pyarrow.parquet
 
 from ...schemas import InputError
+from ...schemas.arrow import ParquetReader, in_arrow
 from ...schemas.columns import to_plain
 from ...schemas.urls import check_protocol
 from .columns import Columns
@@ -151,13 +151,13 @@ def _string_columns(file: BinaryIO, source: str) -> list[str]:
 def schema_of(file: BinaryIO, source: str) -> pa.Schema:
     """The schema of a Parquet or Arrow file."""
     if kind_of(source) == ".arrow":
-        return _arrow_reader(pa.PythonFile(file, "r")).schema
-    return pyarrow.parquet.read_schema(pa.PythonFile(file, "r"))
+        return _arrow_reader(file, source).schema
+    return ParquetReader(file).schema_arrow
 
 
 def num_rows_of(file: BinaryIO, source: str) -> int:
     """Number of rows of a Parquet file."""
-    return int(pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r")).metadata.num_rows)
+    return int(ParquetReader(file).metadata.num_rows)
 
 
 def _objects(file: BinaryIO, source: str) -> Iterable[dict[str, Any]]:
@@ -166,13 +166,18 @@ def _objects(file: BinaryIO, source: str) -> Iterable[dict[str, Any]]:
     return (row for _, row in read_objects(file, source))
 
 
-def _arrow_reader(file: Any) -> Any:
-    """A reader of batches: the datasets library writes streams, others files too."""
+def _arrow_reader(file: BinaryIO, source: str) -> Any:
+    """A reader of batches: the datasets library writes streams, others files too, which Arrow reads
+    in threads (see :mod:`semroute.schemas.arrow`)."""
+    local = "://" not in source
+    options = pa.ipc.IpcReadOptions(use_threads=local)
     try:
-        return pa.ipc.open_stream(file)
+        opened = pa.memory_map(source) if local else pa.PythonFile(file, "r")
+        return pa.ipc.open_stream(opened, options=options)
     except pa.ArrowInvalid:
         file.seek(0)
-        return pa.ipc.open_file(file)
+        opened = pa.memory_map(source) if local else pa.BufferReader(in_arrow(file.read()))
+        return pa.ipc.open_file(opened, options=options)
 
 
 def _read_columns(
@@ -201,11 +206,10 @@ def _read_columns(
 def _read_binary(file: BinaryIO, source: str, columns: list[str], names_of: str | None) -> pa.Table:
     kind = kind_of(source)
     if kind == ".parquet":
-        parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, "r"))
+        parquet = ParquetReader(file)
         schema = parquet.schema_arrow
     else:
-        local = "://" not in source
-        reader = _arrow_reader(pa.memory_map(source) if local else pa.PythonFile(file, "r"))
+        reader = _arrow_reader(file, source)
         schema = reader.schema
     wanted = {name: name for name in columns}
     if names_of is not None:
@@ -214,7 +218,7 @@ def _read_binary(file: BinaryIO, source: str, columns: list[str], names_of: str 
         wanted |= {} if part is None else {names_of: part}
     paths = {name: field_of(schema, part, source) for name, part in wanted.items()}
     if kind == ".parquet":
-        table = parquet.read([*{path.narrow: None for path in paths.values()}])
+        table = parquet.read_columns([*{path.narrow: None for path in paths.values()}])
     else:
         table = reader.read_all().select([*{path.names[0]: None for path in paths.values()}])
         table.validate()
@@ -315,7 +319,7 @@ def _with_large_rows(
     Args:
         names: of its columns, where its first row is data.
     """
-    content = pa.py_buffer(data)
+    content = in_arrow(data)  # read ahead in a thread
     for size in _CSV_BLOCKS:
         try:
             options = pyarrow.csv.ReadOptions(

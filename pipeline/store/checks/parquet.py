@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 
+from ....schemas.arrow import ParquetReader
 from ....schemas.files import read_file
 
 MAX_RATIO = 200
@@ -46,7 +46,7 @@ def read_parquet(
             message goes after the name of the file.
         READ_ERRORS: it is damaged.
     """
-    file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
+    file = ParquetReader(content)
     if file.metadata.num_rows != num_rows:
         raise ValueError(f"has {file.metadata.num_rows} rows; the manifest says {num_rows}")
     if num_rows > content.size:
@@ -62,7 +62,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         ValueError, READ_ERRORS: as :func:`read_parquet`.
     """
     content = pa.py_buffer(read_file(path, follow=True))
-    file = pyarrow.parquet.ParquetFile(pa.BufferReader(content))
+    file = ParquetReader(content)
     if not file.metadata.num_rows:
         raise ValueError("has no rows")
     return _read(content, file, schema)
@@ -70,7 +70,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 def _read(
     content: pa.Buffer,
-    file: pyarrow.parquet.ParquetFile,
+    file: ParquetReader,
     schema: pa.Schema,
     optional: Collection[str] = (),
 ) -> pa.Table:
@@ -83,12 +83,11 @@ def _read(
     texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
     # A text that occurs often is stored once: it is counted before it is written out.
     rest = [name for name in names if name not in repeated]
-    table = file.read(rest)
+    table = file.read_columns(rest)
     _check_bytes(table.nbytes, limit)
     if repeated:
         texts = [name for name in names if name in repeated]
-        apart = pyarrow.parquet.ParquetFile(pa.BufferReader(content), read_dictionary=texts)
-        found = apart.read(texts)
+        found = ParquetReader(content, texts).read_columns(texts)
         found.validate(full=True)
         _check_bytes(table.nbytes + sum(map(_text_bytes, found.columns)), limit)
         for name in texts:
