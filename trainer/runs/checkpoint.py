@@ -17,16 +17,16 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from ...schemas import (
     CheckpointFiles,
@@ -44,6 +44,9 @@ from ...schemas.files import open_file
 from ...schemas.json_file import load_json, read_json
 from ...schemas.tensor_files import save_tensors
 from .metrics import refuse_gone
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -267,6 +270,13 @@ class Part:
     cuts: dict[str, Cut]
 
 
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether FSDP2 has sharded a tensor. Only what shards one imports its class, which takes half
+    a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def own_part(tensors: Mapping[str, Tensor], rank: int = 0, num_ranks: int = 1) -> Part:
     """What a rank writes of tensors that all ranks have, or have shards of.
 
@@ -274,7 +284,7 @@ def own_part(tensors: Mapping[str, Tensor], rank: int = 0, num_ranks: int = 1) -
     all ranks find the same.
     """
     part = Part({}, {})
-    whole = {name: each for name, each in tensors.items() if not isinstance(each, DTensor)}
+    whole = {name: each for name, each in tensors.items() if not is_sharded(each)}
     num_bytes = [0] * num_ranks
     for name in sorted(whole, key=lambda name: (-whole[name].nbytes, name)):
         owner = num_bytes.index(min(num_bytes))
@@ -282,15 +292,17 @@ def own_part(tensors: Mapping[str, Tensor], rank: int = 0, num_ranks: int = 1) -
         if owner == rank:
             part.tensors[name] = whole[name].detach()
     for name, each in tensors.items():
-        if isinstance(each, DTensor) and (piece := _own_piece(each)) is not None:
+        if is_sharded(each) and (piece := _own_piece(each)) is not None:
             part.tensors[name], cut = piece
             if cut is not None:
                 part.cuts[name] = cut
     return part
 
 
-def _own_piece(tensor: DTensor) -> tuple[Tensor, Cut | None] | None:
+def _own_piece(tensor: "DTensor") -> tuple[Tensor, Cut | None] | None:
     """The shard of this rank, unless it is empty or another rank of the mesh has the same."""
+    from torch.distributed.tensor import Shard
+
     place, coordinate = _place(tensor), tensor.device_mesh.get_coordinate()
     if coordinate is None or any(
         index and not isinstance(placement, Shard)
@@ -305,8 +317,10 @@ def _own_piece(tensor: DTensor) -> tuple[Tensor, Cut | None] | None:
     return tensor.to_local().detach(), Cut(shape=list(tensor.shape), dim=dim, start=start)
 
 
-def _place(tensor: DTensor) -> tuple[int, int, int] | None:
+def _place(tensor: "DTensor") -> tuple[int, int, int] | None:
     """Dimension, start and stop of this rank's shard; None if tensors are replicated."""
+    from torch.distributed.tensor import Shard
+
     shards = [(axis, p.dim) for axis, p in enumerate(tensor.placements) if isinstance(p, Shard)]
     if not shards:
         return None
@@ -438,11 +452,11 @@ def optimizer_tensors(
 def read_like(reader: TensorReader, name: str, parameter: Tensor) -> Tensor:
     """A saved tensor; of one that has the shape of a parameter that FSDP2 shards, the shard of this
     rank, of which alone is read."""
-    if not isinstance(parameter, DTensor) or reader.shape(name) != list(parameter.shape):
+    if not is_sharded(parameter) or reader.shape(name) != list(parameter.shape):
         return reader.read(name)
     local = reader.read(name, _place(parameter)).to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
+    return type(parameter).from_local(
         local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
 

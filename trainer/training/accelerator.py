@@ -4,11 +4,12 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,6 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ...schemas import InputError, TrainConfig
 from ...schemas.interrupts import draining
@@ -29,6 +29,8 @@ from ..runs.record import is_empty
 from .ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
     from ..runs.record import Network
 
 REPEAT_SECONDS = 1.0
@@ -135,6 +137,8 @@ def prepare_model(
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = True  # of the first rank, tensor by tensor
     if accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
         network.forward = autocast(network.forward)  # type: ignore[method-assign]
@@ -143,6 +147,12 @@ def prepare_model(
     for buffer in network.buffers():
         torch.distributed.broadcast(buffer, 0)
     return model, prepared
+
+
+def has_shards(network: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Whether FSDP2 has sharded a network; see :func:`.is_sharded`."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(network, module.FSDPModule)
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import Batch
 
@@ -63,6 +61,9 @@ def count_flops(model: "Network", batch: Batch, draws: int) -> int:
         batch: with t and noise.
         draws: noise draws per sample.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+    from torch.utils.flop_counter import FlopCounterMode
+
     assert batch.draws is not None
     assert isinstance(batch.hidden, Tensor)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ...pipeline.store.lock import Lock, LockedError
@@ -32,6 +30,7 @@ from ..diffusion.flow import Flow
 from ..model.router import entropy
 from ..runs.checkpoint import (
     Checkpoint,
+    is_sharded,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -39,7 +38,7 @@ from ..runs.checkpoint import (
 )
 from ..runs.metrics import refuse_gone
 from ..runs.record import is_empty, learning, load_trained, trained_weights
-from .accelerator import place_network, prepare_model, stop_signals
+from .accelerator import has_shards, place_network, prepare_model, stop_signals
 from .metrics import Window, log_metrics, routing_weights, start_tracker
 from .optimizers import make_optimizers, make_schedule
 from .previews import Forwarding, Previews
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 def whole(*numbers: Tensor) -> Tensor:
     """Scalars, put together under FSDP2, in fp32: [n]."""
-    full = (each.full_tensor() if isinstance(each, DTensor) else each for each in numbers)
+    full = (each.full_tensor() if is_sharded(each) else each for each in numbers)
     return torch.stack([each.float() for each in full])
 
 
@@ -118,7 +117,7 @@ class Trainer:
         self.step_numbers: dict[str, float] = {}
         self._flops: int | None = None
         self._peak_flops = None
-        if not isinstance(self.network, FSDPModule):
+        if not has_shards(self.network):
             self._peak_flops = device_peak_flops(accelerator.device, config.mixed_precision)
         self.window = Window()
         if checkpoint is not None:
@@ -316,7 +315,7 @@ class Trainer:
         self._unshard()
         alpha = self.network.router.alpha(*routing_inputs)
         weights = routing_weights(self.network, self.config, self.step, routing_inputs[1])
-        if isinstance(self.network, FSDPModule):
+        if has_shards(self.network):
             self.network.reshard()
         speed = self.window.summary(loader)
         seconds, fetched = speed.pop("seconds_per_step"), loader.fetched()
@@ -403,7 +402,7 @@ class Trainer:
 
         They are sharded again at the end of the next backward pass.
         """
-        if isinstance(self.network, FSDPModule):
+        if has_shards(self.network):
             self.network.unshard()
 
     @torch.no_grad()
