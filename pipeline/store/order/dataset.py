@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,19 +27,15 @@ from ....schemas import (
 from ....schemas.columns import as_column, numbers, one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
 from ....schemas.tables import WEIGHTS
-from ....schemas.urls import check_protocol, suffix_of
+from .columns_file import open_columns
 from .filters import parse_filter
 
 if TYPE_CHECKING:
-    import pyarrow.dataset
-
     from ..conditioning import ConditioningStore
     from ..features import FeatureStore
     from ..latents import LatentStore
 
 
-_BLOCK_BYTES = 1 << 26
-"""Block of a csv or jsonl file: its largest row must fit in one, and the first gives the types."""
 NUM_COMPARED = 64
 """Captions whose number of rows is compared between features and conditioning."""
 _NUM_NAMED = 20
@@ -414,7 +409,7 @@ class JoinedColumns:
     def __init__(self, features: "FeatureStore", latents: "LatentStore", table: str | None) -> None:
         self.by_caption = features.captions
         self.by_sample = [features.samples, latents.samples]
-        self.table = None if table is None else _open_table(table)
+        self.table = None if table is None else open_columns(table)
         self.name = table
         self.num_samples = len(latents)
 
@@ -527,34 +522,6 @@ class JoinedColumns:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"data.columns: {self.name} cannot be read: {error}") from error
         return [one_array(to_plain(table[name])) for name in names]
-
-
-def _open_table(name: str) -> "pyarrow.dataset.Dataset":
-    import pyarrow.csv
-    import pyarrow.dataset  # and with it pandas
-    import pyarrow.json
-
-    check_protocol(name)
-    ending = suffix_of(name, [".parquet", ".csv", ".tsv", ".jsonl"]).removeprefix(".")
-    form: str | pyarrow.dataset.FileFormat = ending
-    if ending in ("csv", "tsv"):
-        form = pyarrow.dataset.CsvFileFormat(
-            read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
-            if ending == "csv"
-            else pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False),
-        )
-    elif ending == "jsonl":
-        form = pyarrow.dataset.JsonFileFormat(
-            read_options=pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES)
-        )
-    try:
-        filesystem, path = fsspec.core.url_to_fs(name)
-        return pyarrow.dataset.dataset(path, filesystem=filesystem, format=form)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"data.columns: {name} cannot be read as parquet, csv or jsonl: {error}"
-        ) from error
 
 
 def check_joined(features: "FeatureStore", latents: "LatentStore") -> None:

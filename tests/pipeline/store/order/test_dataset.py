@@ -1,5 +1,6 @@
 import json
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -105,20 +106,54 @@ class TestFilter:
         pair = chosen(stores, filter="score > 98.6", columns=str(path))
         assert pair.index.samples.tolist() == [198, 199]
 
+    @pytest.mark.parametrize("form", ["parquet", "csv", "tsv", "jsonl"])
+    def test_columns_of_a_file_behind_a_url(self, stores, form):
+        """They are read without Arrow's threads, and have the types that a local file gives."""
+        table = pa.table({"score": [n / 2 for n in range(200)], "style": ["a", "b"] * 100})
+        with fsspec.open(f"memory://columns/more.{form}", "wb") as file:
+            if form == "parquet":
+                pyarrow.parquet.write_table(table, file)
+            elif form == "jsonl":
+                file.write("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()).encode())
+            else:
+                mark = {"csv": ",", "tsv": "\t"}[form]
+                rows = [mark.join(map(str, row.values())) for row in table.to_pylist()]
+                file.write("\n".join([mark.join(table.column_names), *rows]).encode())
+        columns = f"memory://columns/more.{form}"
+        pair = chosen(stores, filter="score > 98.6 and style == 'a'", columns=columns)
+        assert pair.index.samples.tolist() == [198]
+        with pytest.raises(InputError, match=r"no column 'colour'; there are .*score, style"):
+            chosen(stores, filter="colour > 1", columns=columns)
+
+    def test_what_cannot_be_fetched_is_refused(self, stores):
+        for name, content in {"more.parquet": b"no", "more.jsonl": b"{", "more.txt": b"a"}.items():
+            with fsspec.open(f"memory://columns/{name}", "wb") as file:
+                file.write(content)
+            with pytest.raises(InputError, match=f"{name} cannot be read as parquet, csv or jsonl"):
+                chosen(stores, filter="score > 1", columns=f"memory://columns/{name}")
+        with pytest.raises(InputError, match=r"gone\.csv cannot be read as parquet, csv or jsonl"):
+            chosen(stores, filter="score > 1", columns="memory://columns/gone.csv")
+
+    @pytest.mark.parametrize("place", ["{tmp_path}", "memory://columns"])
     @pytest.mark.parametrize("form", ["parquet", "csv", "tsv"])
-    def test_two_columns_of_one_name_are_refused(self, stores, tmp_path, form):
-        path = tmp_path / f"more.{form}"
+    def test_two_columns_of_one_name_are_refused(self, stores, tmp_path, form, place):
+        path = place.format(tmp_path=tmp_path) + f"/twice.{form}"
         columns = [pa.array(range(200)), pa.array(range(200))]
         if form == "parquet":
             table = pa.Table.from_arrays(columns, ["score", "score"])
-            pyarrow.parquet.write_table(table, path)
+            with fsspec.open(path, "wb") as file:
+                pyarrow.parquet.write_table(table, file)
         else:
             mark = "," if form == "csv" else "\t"
             rows = [mark.join(["score", "score"]), *(f"{n}{mark}{n}" for n in range(200))]
-            path.write_text("\n".join(rows))
-        reason = "duplicate field names" if form == "parquet" else "multiple columns named score"
+            with fsspec.open(path, "w") as file:
+                file.write("\n".join(rows))
+        named = "multiple columns named score"
+        reason = (
+            "duplicate field names" if form == "parquet" and place != "memory://columns" else named
+        )
         with pytest.raises(InputError, match=f"cannot be read as parquet.*: .*{reason}"):
-            chosen(stores, filter="score > 0", columns=str(path))
+            chosen(stores, filter="score > 0", columns=path)
 
     def test_columns_of_other_arrow_types(self, stores, tmp_path):
         style = pa.array(["a" if n == 7 else "b" for n in range(200)])
