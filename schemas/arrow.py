@@ -1,6 +1,6 @@
-"""What Arrow reads of Python's objects, so that its threads do not hold on to them.
+"""What Arrow does with Python's objects, so that its threads do not hold on to them.
 
-A thread that does for a moment after the reading, in which the process ends, cannot let go of an
+A thread that does for a moment after the work, in which the process ends, cannot let go of an
 object of Python's any more: the process then waits for it for ever, or is aborted
 (https://github.com/apache/arrow/issues/50482).
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 
@@ -17,6 +18,25 @@ def in_arrow(content: bytes) -> pa.Buffer:
     buffer = pa.allocate_buffer(len(content))
     memoryview(buffer).cast("B")[:] = content
     return buffer
+
+
+def grouped(table: pa.Table, keys: Sequence[str]) -> pa.TableGroupBy:
+    """Rows of a table by values of columns, to be aggregated in the calling thread."""
+    return table.group_by([*keys], use_threads=False)
+
+
+def ascending(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """A table sorted by columns in the calling thread; equal rows keep their order."""
+    return table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
+
+
+def passing(table: pa.Table, expression: pc.Expression) -> pa.Table:
+    """Rows for which an expression is true, found in the calling thread."""
+    from pyarrow import acero  # and with it pandas
+
+    source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
+    kept = acero.Declaration("filter", acero.FilterNodeOptions(expression), [source])
+    return kept.to_table(use_threads=False)
 
 
 class ParquetReader(pyarrow.parquet.ParquetFile):

@@ -1,6 +1,8 @@
-"""Tables that Python holds are read in the calling thread: one of Arrow's that still holds them
-would keep a process that ends from ending."""
+"""What Python holds is read in the calling thread: a thread of Arrow's that still held it would
+keep a process that ends from ending."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,13 @@ import pytest
 READ = """
 import os, sys
 from pathlib import Path
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from semroute.pipeline.sources.embedded import EmbeddedReader
 from semroute.pipeline.sources.formats import read_columns, string_columns
 from semroute.pipeline.store.checks.parquet import read_parquet, read_table
+from semroute.schemas.arrow import ascending, grouped, passing
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -32,6 +37,10 @@ with EmbeddedReader([str(folder / "t.parquet")], "c1") as reader:
 assert read_table(folder / "t.parquet", schema).num_rows == 6000
 content = pa.py_buffer((folder / "t.parquet").read_bytes())
 assert read_parquet(content, schema, 6000).num_rows == 6000
+table = pa.table({name: np.arange(200_000)[::-1] // n for n, name in enumerate("abc", 1)})
+assert passing(table, pc.field("a") > 199_000).num_rows == 999
+assert grouped(table, ["c"]).aggregate([("a", "mean")]).num_rows == 66_667
+assert ascending(table, ["c", "b"])["a"][0].as_py() == 1  # 0 came after it, and is no less
 print(threads() - before)
 """
 
@@ -47,3 +56,19 @@ def test_no_thread_of_arrow_is_started(tmp_path: Path) -> None:
     command = [sys.executable, "-c", READ, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_nothing_else_reads_or_groups_tables() -> None:
+    root, found = Path(__file__).parents[2], []
+    for path in (
+        path for folder in ("pipeline", "trainer") for path in (root / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and THREADED.search(ast.unparse(node.func)):
+                found.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert found == []
+
+
+THREADED = re.compile(
+    r"\b(pq|parquet)\.(read_table|read_schema|ParquetFile)$|\.(group_by|sort_by)$"
+)

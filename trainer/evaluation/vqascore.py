@@ -36,6 +36,7 @@ from ...schemas import (
     write_document,
     write_whole,
 )
+from ...schemas.arrow import ascending
 from ...schemas.display import Table
 from ...schemas.json_file import read_json
 from ...schemas.verbosity import progress_bar
@@ -521,7 +522,7 @@ def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist([*rows], schema=ANSWERS_SCHEMA)
-    return table.sort_by([("sample", "ascending")])
+    return ascending(table, ["sample"])
 
 
 def _write(file: Path, table: pa.Table) -> None:

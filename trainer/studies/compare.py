@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from ...pipeline.style import Figure
 from ...schemas import InputError, RunRecord, flat, write_document
+from ...schemas.arrow import grouped
 from ...schemas.display import Table
 from ..plots.runs import curves_of_runs, loss_by_t, routing_of_runs
 from ..runs.checkpoint import list_checkpoints
@@ -215,8 +216,8 @@ def _scores(path: Path) -> dict[str, float]:
     table = read_any_scores(path / SCORES)
     table = table.filter(pc.equal(table["skill"], ALL))
     right = pc.cast(table["right"], pa.float64())
-    grouped = table.append_column("share", right).group_by(["split", "cfg_scale"])
-    rows = grouped.aggregate([("share", "mean")]).to_pylist()
+    groups = grouped(table.append_column("share", right), ["split", "cfg_scale"])
+    rows = groups.aggregate([("share", "mean")]).to_pylist()
     rows.sort(key=lambda row: (row["cfg_scale"], row["split"] == "held-out"))
     return {f"{row['split']} at {row['cfg_scale']:g}": row["share_mean"] for row in rows}
 

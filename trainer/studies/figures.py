@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from ...pipeline.style import FAINT, INK, LINES, Figure, clean, plain
+from ...schemas.arrow import ascending, grouped
 from ..shapes.judge import SKILLS
 from .statistics import ChanceLevels, ComparisonDesign, comparison_rows
 
@@ -90,8 +91,8 @@ def counting_figure(table: pa.Table, design: ComparisonDesign) -> Figure:
     scales = design.scoring.cfg_scales
     figure = Figure(figsize=(1.5 + 2.8 * len(scales), 3.4), layout="constrained")
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
-    table = table.group_by(["arm", "cfg_scale", "num_asked"]).aggregate([("num_found", "mean")])
-    table = table.sort_by("num_asked")
+    groups = grouped(table, ["arm", "cfg_scale", "num_asked"])
+    table = ascending(groups.aggregate([("num_found", "mean")]), ["num_asked"])
     for axes, scale in zip(panels, scales, strict=True):
         clean(axes)
         axes.set_title(f"guidance {scale:g}", color=INK, fontsize="small")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ...schemas import Scoring
+from ...schemas.arrow import ascending, grouped
 from ..shapes.judge import SKILLS
 
 NUM_RESAMPLES = 2000
@@ -140,9 +141,8 @@ def counting(results: pa.Table) -> pa.Table:
     """
     images = results.filter(pc.equal(results["skill"], "total"))  # a skill that every image has
     keys = ["arm", "cfg_scale", "split", "num_asked"]
-    table = images.group_by(keys).aggregate([("num_found", "mean")])
-    order = [(key, "ascending") for key in keys]
-    return table.rename_columns([*keys, "num_found"]).sort_by(order)
+    table = grouped(images, keys).aggregate([("num_found", "mean")])
+    return ascending(table.rename_columns([*keys, "num_found"]), keys)
 
 
 def count_bias(results: pa.Table) -> pa.Table:
@@ -154,7 +154,7 @@ def count_bias(results: pa.Table) -> pa.Table:
     images = results.filter(pc.equal(results["skill"], "total"))  # a skill that every image has
     asked, found = (images[name].cast(pa.float64()) for name in ("num_asked", "num_found"))
     table = images.append_column("surplus", pc.subtract(found, asked))
-    means = table.group_by(["arm", "cfg_scale", "seed"]).aggregate([("surplus", "mean")])
+    means = grouped(table, ["arm", "cfg_scale", "seed"]).aggregate([("surplus", "mean")])
     rows = []
     for (arm, cfg_scale), part in _groups(means, ["arm", "cfg_scale"]):
         values = part["surplus_mean"].to_numpy()
@@ -166,14 +166,14 @@ def count_bias(results: pa.Table) -> pa.Table:
 
 def _shares(table: pa.Table) -> dict[int, NDArray[np.float64]]:
     """Seed -> share of right images of each caption, [C]."""
-    means = table.group_by(["seed", "caption"]).aggregate([("right", "mean")])
-    means = means.sort_by([("seed", "ascending"), ("caption", "ascending")])
+    means = grouped(table, ["seed", "caption"]).aggregate([("right", "mean")])
+    means = ascending(means, ["seed", "caption"])
     return {seed: part["right_mean"].to_numpy() for (seed,), part in _groups(means, ["seed"])}
 
 
 def _groups(table: pa.Table, keys: Sequence[str]) -> Iterator[tuple[tuple, pa.Table]]:
     """Combinations of values in order of appearance, each with its rows."""
-    for values in table.group_by(keys, use_threads=False).aggregate([]).to_pylist():
+    for values in grouped(table, keys).aggregate([]).to_pylist():
         masks = [pc.equal(table[key], values[key]) for key in keys]
         mask = masks[0]
         for other in masks[1:]:

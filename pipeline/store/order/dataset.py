@@ -24,6 +24,7 @@ from ....schemas import (
     differences,
     refuse_differences,
 )
+from ....schemas.arrow import passing
 from ....schemas.columns import as_column, numbers, one_array, to_plain
 from ....schemas.seeds import Purpose, as_uniform, numpy_generator
 from ....schemas.tables import WEIGHTS
@@ -420,7 +421,7 @@ class JoinedColumns:
         number = "_number"
         table = pa.table({**columns, number: np.arange(len(sample))})
         try:
-            passed = table.filter(expression)[number].to_numpy()
+            passed = passing(table, expression)[number].to_numpy()
         except pa.ArrowException as error:
             raise InputError(f"filter {text!r}: {error}") from error
         kept = np.zeros(len(sample), bool)
