@@ -25,7 +25,7 @@ class ContractError(InputError):
 class Contract(BaseModel):
     """Base of documents on disk and of requests: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Settings(Contract):
