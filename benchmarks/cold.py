@@ -19,6 +19,7 @@ Amplification is what the kernel read for the process and its workers (``read_by
 """
 
 import json
+import math
 import mmap
 import os
 import re
@@ -148,15 +149,14 @@ def write_features(
     fill(FeatureStore.open(path, complete=False), packing, rows)
 
 
-def write_latents(path: Path, num: int) -> None:
+def write_latents(path: Path, num: int, shape: tuple[int, int, int] = (4, 32, 32)) -> None:
     from semroute.pipeline.store.latents import LatentStore
     from semroute.pipeline.store.layout import pack
     from semroute.schemas import LATENT_SAMPLES_SCHEMA
 
-    shape = (4, 32, 32)
     packing = pack(
         np.ones(num, np.int64),
-        bytes_per_row=8192,
+        bytes_per_row=2 * math.prod(shape),
         shard_bytes=SHARD_BYTES,
         batch_tokens=64,
         rows_per_chunk=2,

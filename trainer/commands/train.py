@@ -1,13 +1,20 @@
 """``semroute shapes`` and ``semroute train``."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...pipeline.commands.options import LOCAL_PATH, SEED, FiniteRange, echo, interruptible, suggest
-from ...schemas import InputError, read_config
+from ...schemas import InputError, TrainConfig, read_config
+from ...schemas.files import is_local, locate
 from .options import refuse_options
+
+if TYPE_CHECKING:
+    from ..training.setup import Opening
 
 
 @click.command()
@@ -127,13 +134,36 @@ def train(
         return
     if not (ranks is None and step_seconds is None and measure is None):
         raise InputError("--ranks, --step-seconds and --measure need --dry-run")
-    from ..runs.threads import chosen_threads
-    from ..training.train import train as run
-    from ..training.trainer import TrainingInterrupted
+    with _opening(parsed) as opening:
+        from ..runs.threads import chosen_threads
+        from ..training.train import train as run
+        from ..training.trainer import TrainingInterrupted
 
     try:
         with interruptible(TrainingInterrupted), chosen_threads(Path(parsed.output)):
-            path = run(parsed, resume_from=resume_from)
+            path = run(parsed, resume_from=resume_from, opening=opening)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     echo(f"{path} is trained: semroute plot {path}")
+
+
+@contextmanager
+def _opening(config: TrainConfig) -> "Iterator[Opening | None]":
+    """Open the stores of a run in a thread while the block imports torch; both take seconds.
+
+    None where a store is behind a URL: packages that reach it would be imported in two threads.
+    """
+    data = config.data
+    names = [config.features, config.latents, data.conditioning, data.select.columns]
+    for more in data.mixture:
+        names += [more.features, more.latents, more.conditioning, more.select.columns]
+    if not all(is_local(locate(name)) for name in names if name is not None):
+        yield None
+        return
+    # Imports what opening needs, before there are two threads.
+    from ...pipeline.store import conditioning, features, latents  # noqa: F401
+    from ...pipeline.store.budget import followed  # noqa: F401
+    from ...pipeline.store.order.dataset import open_stores
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(open_stores, config)

@@ -71,8 +71,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     Attributes:
         stall_monitor: how long the consumer waited, and how much was delivered.
-        stop: once it is set, reading no longer waits for shards of a store with a disk budget; may
-            be replaced before the first batch.
+        stop: once it is set, reading no longer waits for shards of a store with a disk budget.
 
     Raises:
         InputError: stores that are unfinished or of different samples, a selection that does not
@@ -251,10 +250,16 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     def __iter__(self) -> Generator[AnyBatch]:
         """Batches without end, in order; closing the iterator stops the reading. In a worker of a
-        ``DataLoader``, every so many-th batch.
+        ``DataLoader``, every so many-th batch. The first is read at once, not when it is asked for.
 
         An error while reading is raised at the batch that it concerns.
         """
+        batches = self._read_ahead()
+        next(batches)  # starts the threads, and gives no batch
+        return cast("Generator[AnyBatch]", batches)
+
+    def _read_ahead(self) -> Generator[AnyBatch | None]:
+        """None once the first batch is being read, and then batches without end."""
         ahead: deque[Future[AnyBatch]] = deque()
         reader = ThreadPoolExecutor(self.data.workers, thread_name_prefix="semroute-stream")
         # Requests wait for nobody, so the disk works on all batches ahead, and not on as many as
@@ -285,6 +290,7 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
         self._end_waits_by(closed)
         try:
             begin(1)  # alone, as everyone waits for it
+            yield None
             while True:
                 began = time.perf_counter()
                 batch = ahead.popleft().result()

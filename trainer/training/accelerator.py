@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -168,15 +168,12 @@ def _buffers_apart(network: nn.Module) -> Iterator[None]:
         apart -= names
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets instead of ending the process.
+def stop_signals(stop: threading.Event) -> AbstractContextManager[None]:
+    """SIGTERM and Ctrl-C set an event instead of ending the process.
 
     A second Ctrl-C interrupts at once, unless it repeats the first: the terminal sends Ctrl-C to
     every process, and a launcher passes it on to its own.
 
     Outside the main thread Python cannot handle signals, and the event is never set.
     """
-    stop = threading.Event()
-    with draining(stop, signal.SIGTERM, signal.SIGINT, again_seconds=REPEAT_SECONDS):
-        yield stop
+    return draining(stop, signal.SIGTERM, signal.SIGINT, again_seconds=REPEAT_SECONDS)

@@ -14,7 +14,7 @@ from ...schemas.json_file import load_json
 from ..runs.checkpoint import Checkpoint, DamagedError, list_checkpoints
 from ..runs.record import PATHS, RECORD, STORES
 from .ranks import Ranks
-from .setup import Setup, prepare
+from .setup import Opening, Setup, prepare
 
 SEE_SECONDS = 10.0
 """Time that a network file system may take to show a file to other nodes."""
@@ -22,7 +22,11 @@ From = Literal["newest", "previous"]
 
 
 def prepare_together(
-    ranks: Ranks, config: TrainConfig, resume_from: From, report: Callable[[str], None]
+    ranks: Ranks,
+    config: TrainConfig,
+    resume_from: From,
+    report: Callable[[str], None],
+    opening: Opening | None = None,
 ) -> tuple[Setup, list[Checkpoint]]:
     """Open and check on every rank all that training needs, and that all find the same.
 
@@ -31,6 +35,7 @@ def prepare_together(
     Args:
         resume_from: ``previous``: go back over damaged checkpoints.
         report: takes one line of text at a time.
+        opening: the stores, where another thread opens them.
 
     Returns:
         The setup, and damaged checkpoints newer than the one to resume from.
@@ -41,7 +46,7 @@ def prepare_together(
     """
     setup, error = None, ""
     try:
-        setup = prepare(config, empty=not ranks.is_main)
+        setup = prepare(config, empty=not ranks.is_main, opening=opening)
     except InputError as problem:
         if ranks.num == 1:
             raise

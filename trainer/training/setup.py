@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +17,8 @@ from torch import Tensor
 from ...pipeline.store.documents import AGAINST, passed_against
 from ...pipeline.store.features import FeatureStore
 from ...pipeline.store.latents import LatentStore
-from ...pipeline.store.open import open_features, open_followed, open_latents
-from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_pairs
+from ...pipeline.store.open import open_features
+from ...pipeline.store.order.dataset import StorePair, by_shape, held_out, open_stores
 from ...pipeline.store.order.sampler import BatchPartition
 from ...schemas import (
     FeatureIdentity,
@@ -44,6 +45,10 @@ from .validation import Validation, open_validation
 if TYPE_CHECKING:
     from ...pipeline.models.hub import ModelFiles
     from ..runs.record import Network
+
+
+Opening = Future[list[StorePair]]
+"""The result of :func:`.open_stores` in another thread."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,20 @@ def prepare(
     building: AbstractContextManager[Any] | None = None,
     *,
     empty: bool = False,
+    opening: Opening | None = None,
 ) -> Setup:
     """Open and check all that training needs.
 
     Args:
         building: context in which the network is made.
         empty: make the network without weights, which another rank has.
+        opening: the stores, where another thread opens them.
 
     Raises:
         InputError: as in :func:`.train.train`.
     """
-    features = open_followed(config.features)
-    latents = open_latents(config.latents, all_columns=False)
-    pairs = open_pairs(features, latents, config.data)
+    pairs = open_stores(config) if opening is None else opening.result()
+    features, latents = pairs[0].features, pairs[0].latents
     check_verified(config, pairs)
     record, checkpoint = find_run(Path(config.output), make_record(config, pairs))
     check_followed(record.config, pairs)

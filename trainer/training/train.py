@@ -1,8 +1,8 @@
 """Training of a run, from its configuration to its last checkpoint."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -12,6 +12,7 @@ from ...schemas import InputError, TrainConfig
 from ...schemas.escaping import shown
 from ...schemas.verbosity import speaks
 from ..adapters.paths import make_path
+from ..data.batch import Batch
 from ..data.loader import PackedLoader
 from ..runs.checkpoint import Checkpoint, latest_checkpoint, remove_leftovers, set_aside
 from ..runs.metrics import trim_metrics
@@ -23,11 +24,17 @@ from .agreement import From, check_shared, prepare_together
 from .position import publishing
 from .previews import open_previews
 from .ranks import joined
-from .setup import Setup, make_loader
+from .setup import Opening, Setup, make_loader
 from .trainer import Trainer, TrainingInterrupted
 
 
-def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "newest") -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    resume_from: From = "newest",
+    opening: Opening | None = None,
+) -> Path:
     """Train a run, or resume it, and return its directory.
 
     If the output directory has a ``run.json``, the run is resumed from its newest checkpoint, bit
@@ -37,6 +44,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
         progress: show a progress bar.
         resume_from: if the newest checkpoint is damaged, ``previous`` sets it aside and resumes
             from the newest whole one.
+        opening: the stores of the configuration, where another thread opens them already.
 
     Raises:
         InputError: raised before any work: a store is unfinished or not the one that the run
@@ -50,7 +58,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
     main, path = accelerator.is_main_process, Path(config.output)
     with joined(accelerator, timeout_of(config), TrainingInterrupted) as ranks:
         setup, damaged = prepare_together(
-            ranks, config, resume_from, _report if main else lambda _line: None
+            ranks, config, resume_from, _report if main else lambda _line: None, opening
         )
         record = setup.record
         if setup.start is not None:
@@ -71,21 +79,25 @@ def train(config: TrainConfig, *, progress: bool = True, resume_from: From = "ne
                 on_cpu = accelerator.device.type == "cpu"
                 _begin(path, setup, damaged, loader, progress, on_cpu)
             ranks.wait()
-            trainer = Trainer(
-                config,
-                accelerator,
-                setup.model,
-                setup.checkpoint,
-                setup.validation,
-                make_path(record.config.flow, record.pretrained),
-                previews,
-                tracker_id(record),
-                ranks,
-            )
-            position = publishing(record.config, loader, lambda: trainer.step)
-            with position if main else nullcontext():
-                if trainer.step < config.steps:
-                    trainer.fit(loader, progress, lock)
+            done = loader.start_step >= config.steps
+            # Reading begins before there are optimizers, whose first one takes torch seconds.
+            reading: AbstractContextManager[Iterator[Batch]] = nullcontext(iter(()))
+            with reading if done else closing(iter(loader)) as read:
+                trainer = Trainer(
+                    config,
+                    accelerator,
+                    setup.model,
+                    setup.checkpoint,
+                    setup.validation,
+                    make_path(record.config.flow, record.pretrained),
+                    previews,
+                    tracker_id(record),
+                    ranks,
+                )
+                position = publishing(record.config, loader, lambda: trainer.step)
+                with position if main else nullcontext():
+                    if not done:
+                        trainer.fit(loader, read, progress, lock)
             ranks.wait()
             accelerator.end_training()
     return path

@@ -9,9 +9,8 @@ Shapes: B batch (of one rank and accumulation step), K noise draws, C channels.
 
 import math
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,10 +134,17 @@ class Trainer:
         device = self.accelerator.device
         return {name: each.to(device, torch.float32, copy=True) for name, each in average.items()}
 
-    def fit(self, loader: "PackedLoader", show: bool, lock: Lock | None = None) -> None:
+    def fit(
+        self,
+        loader: "PackedLoader",
+        read: Iterator[Batch],
+        show: bool,
+        lock: Lock | None = None,
+    ) -> None:
         """Take all remaining steps; log, validate and save as often as configured.
 
         Args:
+            read: batches of the loader, from the next step on.
             show: show a progress bar.
             lock: lock of the run directory, if this process holds it.
 
@@ -157,11 +163,10 @@ class Trainer:
             disable=not (show and self.accelerator.is_main_process),
         )
         self.window.start(loader)
-        with progress, closing(iter(loader)) as read, stop_signals() as stop:
-            loader.stop = stop
+        with progress, stop_signals(loader.stop):
             batches = self._all_ready(on_device(read, self.accelerator.device))
             try:
-                self._take_steps(batches, loader, lock, stop, progress)
+                self._take_steps(batches, loader, lock, progress)
             except Exception:
                 if self.ranks.num == 1:  # others would have to wait for this one
                     with suppress(OSError, InputError):
@@ -173,7 +178,6 @@ class Trainer:
         batches: Iterator[Batch],
         loader: "PackedLoader",
         lock: Lock | None,
-        stop: threading.Event,
         progress: tqdm,
     ) -> None:
         config = self.config
@@ -185,7 +189,7 @@ class Trainer:
                 )
             self.saver.check()
             try:
-                routing_inputs, stopping = self.take_step(batches, stop.is_set())
+                routing_inputs, stopping = self.take_step(batches, loader.stop.is_set())
             except WaitEndedError:
                 self._stop_waiting(progress)
             progress.update()

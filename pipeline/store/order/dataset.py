@@ -20,6 +20,7 @@ from ....schemas import (
     MixtureRecord,
     SelectionConfig,
     SelectionRecord,
+    TrainConfig,
     ValidationConfig,
     differences,
     refuse_differences,
@@ -187,6 +188,19 @@ class StorePair:
             latents=self.latents.manifest.identity,
             selection=self.selection,
         )
+
+
+def open_stores(config: TrainConfig) -> list[StorePair]:
+    """Open what a run reads: :func:`open_pairs` of the two stores that its configuration names.
+
+    Raises:
+        StoreError: as :meth:`.Store.open`.
+        InputError: as :func:`open_pairs`.
+    """
+    from ..open import open_followed, open_latents
+
+    features = open_followed(config.features)
+    return open_pairs(features, open_latents(config.latents, all_columns=False), config.data)
 
 
 def open_pairs(

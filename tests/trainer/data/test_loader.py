@@ -264,6 +264,26 @@ class TestStream:
                 next(batches)
             assert 4 <= len(steps) <= 4 + 3
 
+    def test_reads_the_first_batch_before_it_is_asked_for(self, make, monkeypatch):
+        stream = make(prefetch=3)
+        read, begun, steps = stream.read, threading.Event(), []
+
+        def recording(step, micro_step):
+            steps.append(step)
+            begun.set()
+            return read(step, micro_step)
+
+        monkeypatch.setattr(stream, "read", recording)
+        with closing(iter(stream)) as batches:
+            assert begun.wait(10)
+            assert steps == [0]
+            assert next(batches).step == 0
+        assert not reading()
+
+    def test_closing_stops_the_thread_before_a_batch_was_asked_for(self, make):
+        iter(make()).close()
+        assert not reading()
+
     def test_an_error_while_reading_is_raised_at_its_batch(self, make, monkeypatch):
         stream = make()
         read = stream.read

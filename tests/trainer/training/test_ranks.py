@@ -110,9 +110,9 @@ class TestAgreement:
         """Each rank opens what its own thread is configured for; networks stay out of it."""
         lock, real = threading.Lock(), agreement.prepare
 
-        def prepare(config, *, empty):
+        def prepare(config, **options):
             with lock:
-                return real(config, empty=empty)
+                return real(config, **options)
 
         monkeypatch.setattr(agreement, "prepare", prepare)
 
