@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from io import BufferedReader
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, cast
 
 from .atomic import write_whole
 from .errors import InputError
@@ -40,6 +40,10 @@ _REMEDIES = {
     "--local-dir",
     "a folder": "expected a file",
 }
+
+
+_HTTP = "aiohttp"
+"""Package by which fsspec reads over HTTP."""
 
 
 class StorageError(InputError):
@@ -105,12 +109,37 @@ def reaching(place: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, OSError):
+    except InputError:
         raise
     except Exception as error:
-        if type(error).__module__ == "builtins" or "://" not in str(place):
+        failure = error
+        if isinstance(error, FileNotFoundError) and not is_missing(error):
+            failure = cast("Exception", error.__cause__)
+        package = type(failure).__module__.partition(".")[0]
+        passes = isinstance(failure, OSError) and package != _HTTP
+        if passes or package == "builtins" or "://" not in str(place):
             raise
-        raise StorageError(f"{place} cannot be read: {type(error).__name__}: {error}") from error
+        kind = type(failure).__name__
+        raise StorageError(f"{place} cannot be read: {kind}: {failure}") from error
+
+
+def is_missing(error: FileNotFoundError) -> bool:
+    """Whether a place said that nothing is there: to fsspec a file is missing whenever a request
+    over HTTP failed. A bucket that may not be listed answers 403 for what is not there."""
+    cause = error.__cause__
+    if cause is None or type(cause).__module__.partition(".")[0] != _HTTP:
+        return True
+    return _status(error) in (403, 404, 410)
+
+
+def answer(error: BaseException) -> str:
+    """What a server answered for a missing file, to be put behind that message; may be empty."""
+    status = _status(error)
+    return "" if status in (None, 404) else f" (the server answers {status})"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(error.__cause__, "status", None)
 
 
 def list_names(folder: Path) -> set[str]:

@@ -19,6 +19,7 @@ import pyarrow.json
 from ...schemas import InputError
 from ...schemas.arrow import ParquetReader, in_arrow
 from ...schemas.columns import to_plain
+from ...schemas.files import answer, reaching
 from ...schemas.urls import check_protocol
 from .columns import Columns
 from .embedded import holds_bytes, references
@@ -79,13 +80,13 @@ def parsed(path: str, read: Callable[[BinaryIO, str], T]) -> T:
     """
     kind = kind_of(path)
     try:
-        with open_file(path) as file:
+        with reaching(path), open_file(path) as file:
             if not file.read(1):
                 raise InputError(f"{path} is empty; expected at least one row")
             file.seek(0)
             return read(file, path)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{path}: no such file") from error
+        raise InputError(f"{path}: no such file{answer(error)}") from error
     except (pa.ArrowException, UnicodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable {kind[1:]} file: {error}") from error
     except OSError as error:

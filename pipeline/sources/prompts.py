@@ -6,6 +6,7 @@ from typing import Any
 import fsspec
 
 from ...schemas import InputError, Prompt
+from ...schemas.files import StorageError, answer, reaching
 from ...schemas.urls import check_protocol, suffix_of
 from .formats import open_file
 from .places import SUFFIXES, find_files
@@ -73,10 +74,12 @@ def read_prompts(source: str, text_column: str | None = None) -> list[Prompt]:
 def _read_json(source: str, text_column: str | None) -> list[Prompt]:
     check_protocol(source)
     try:
-        with fsspec.open(source, "rb") as file:
+        with reaching(source), fsspec.open(source, "rb") as file:
             document = parse_json(file.read())
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{source}: no such file") from error
+        raise InputError(f"{source}: no such file{answer(error)}") from error
+    except StorageError:
+        raise
     except ValueError as error:
         raise InputError(f"{source} is not a readable json file: {error}") from error
     if isinstance(document, dict):

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from ...schemas import InputError, SamplesIdentity, fingerprint
 from ...schemas.columns import one_array
 from ...schemas.escaping import shown, without_secrets
+from ...schemas.files import StorageError, answer, reaching
 from ...schemas.urls import check_protocol
 from .captions import Blank, list_rows, read_texts
 from .columns import Chosen, check_unique
@@ -137,14 +138,17 @@ class SampleTable:
         column = str(self.chosen.image)
         with Reader() as tars, EmbeddedReader(self.files, column) as embedded:
             for row, value in enumerate(_python_values(self.table[IMAGE], self.source)):
+                name = _image_name(value)
                 try:
-                    yield self._image_file(row, value, tars, embedded)
-                except _Refused as error:
-                    yield Unreadable(shown(str(error)))
-                except FileNotFoundError:
-                    yield Unreadable(shown(f"no such file: {_image_name(value)}"))
+                    with reaching(name if "://" in name else f"{self.folder}/{name}"):
+                        content = self._image_file(row, value, tars, embedded)
+                except (_Refused, StorageError) as error:
+                    content = Unreadable(shown(str(error)))
+                except FileNotFoundError as error:
+                    content = Unreadable(shown(f"no such file: {name}{answer(error)}"))
                 except (OSError, pa.ArrowException) as error:
-                    yield Unreadable(shown(f"{_image_name(value)}: {error}"))
+                    content = Unreadable(shown(f"{name}: {error}"))
+                yield content
 
     def _image_file(
         self, row: int, value: Any, tars: Reader, embedded: EmbeddedReader

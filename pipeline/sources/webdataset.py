@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 
 from ...schemas import InputError
+from ...schemas.files import answer, reaching
 from .columns import TEXT_COLUMNS, Columns
 from .nesting import descend, string_leaves
 from .values import check_not_repeated, decode, parse_objects, to_array
@@ -68,10 +69,10 @@ class WebDataset:
         samples: list[tuple[str, dict[str, _Member]]] = []
         for path in paths:
             try:
-                with fsspec.open(path, "rb") as file:
+                with reaching(path), fsspec.open(path, "rb") as file:
                     samples += [(path, files) for files in _read_headers(file, path)]
             except (FileNotFoundError, IsADirectoryError) as error:
-                raise InputError(f"{source}: no such file: {path}") from error
+                raise InputError(f"{source}: no such file: {path}{answer(error)}") from error
             except InputError:
                 raise
             except (tarfile.TarError, ValueError, OverflowError) as error:  # numbers in its headers

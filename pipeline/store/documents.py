@@ -44,6 +44,7 @@ from ...schemas import (
 from ...schemas.escaping import one_line
 from ...schemas.files import (
     StorageError,
+    answer,
     inside,
     is_local,
     list_files,
@@ -95,7 +96,9 @@ def read_manifest(path: Path, kind: str) -> Any:
     try:
         return load_json(read_file(path / MANIFEST, limit=MAX_BYTES), str(path / MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(f"{path} is no {kind} store: it has no {MANIFEST}") from error
+        raise StoreError(
+            f"{path} is no {kind} store: it has no {MANIFEST}{answer(error)}"
+        ) from error
     except InputError as error:
         if isinstance(error, StorageError) and not is_local(path):
             raise

@@ -1,6 +1,8 @@
 """Tables and images behind signed URLs: they are read, and their secrets are kept."""
 
 import io
+import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -8,7 +10,10 @@ import pytest
 from PIL import Image
 
 from semroute.pipeline.extraction.driver import provenance
+from semroute.pipeline.sources.prompts import read_prompts
 from semroute.pipeline.sources.table import read_samples
+from semroute.pipeline.store.open import open_features
+from semroute.pipeline.store.order.columns_file import open_columns
 from semroute.schemas import InputError
 
 pytest.importorskip("aiohttp")
@@ -31,7 +36,8 @@ def site():
             path, _, query = self.path.partition("?")
             allowed = query == SECRET or path.startswith("/open")
             content = files.get(path)
-            self.send_response(200 if allowed and content is not None else 403)
+            refusal = {"broken": 500, "none": 404}.get(path.split("/")[1], 403)
+            self.send_response(200 if allowed and content is not None else refusal)
             self.send_header("Content-Length", str(len(content or b"") if allowed else 0))
             self.end_headers()
             if allowed and content is not None and self.command == "GET":
@@ -78,3 +84,50 @@ def test_what_a_server_refuses_is_told_without_the_secret(site, name):
         read_samples(f"{site}/{name}?{SECRET}X", need="text")
     if isinstance(caught.value, InputError):
         assert SECRET not in str(caught.value)
+
+
+def nowhere():
+    """Address of a server that does not answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda place: read_samples(f"{place}/a.csv", need="text"),
+        lambda place: read_samples(f"{place}/a.jsonl.gz", need="text"),
+        lambda place: read_samples(f"{place}/a.parquet", need="text"),
+        lambda place: read_samples(f"{place}/a.tar", need="text"),
+        lambda place: read_prompts(f"{place}/a.json"),
+        lambda place: open_features(f"{place}/features"),
+        lambda place: open_columns(f"{place}/a.parquet"),
+    ],
+    ids=["csv", "jsonl.gz", "parquet", "tar", "prompts", "store", "columns"],
+)
+def test_a_server_that_does_not_answer_is_no_missing_file(read):
+    with pytest.raises(InputError, match=r"cannot be read.*Cannot connect to host 127\.0\.0\.1"):
+        read(nowhere())
+
+
+def test_why_an_image_was_not_fetched(site, tmp_path):
+    table = tmp_path / "a.jsonl"
+    places = (
+        f"{nowhere()}/1.png",
+        f"{site}/broken/1.png",
+        f"{site}/none/1.png",
+        f"{site}/open/1.png",
+    )
+    table.write_text("".join(json.dumps({"text": "a", "image": place}) + "\n" for place in places))
+    silent, broken, missing, found = read_samples(str(table), need="image").image_files()
+    assert "Cannot connect to host" in silent.reason
+    assert "500" in broken.reason
+    assert "no such file" in missing.reason
+    assert found == png()
+
+
+def test_a_server_that_fails_is_no_missing_file(site):
+    for name, said in (("broken/a.csv", "500"), ("signed/a.csv", "403"), ("none/a.csv", "no such")):
+        with pytest.raises(InputError, match=said):
+            read_samples(f"{site}/{name}", need="text")
