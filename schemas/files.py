@@ -98,6 +98,26 @@ def is_local(path: Path) -> bool:
     return isinstance(path, PosixPath)
 
 
+def on_fuse(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether a path is in a file system that a program provides (FUSE), as mounted buckets are.
+
+    Its kernel module drops what is to be read ahead when it has a dozen requests, so that every
+    page of a mapped file may become a request of its own.
+
+    Args:
+        mounts: the mounts of this process; see proc(5).
+    """
+    if not is_local(path) or not mounts.exists():
+        return False
+    place, longest, kind = os.path.realpath(path), -1, ""
+    for line in mounts.read_text("utf-8", "surrogateescape").splitlines():
+        fields = line.split(" ")
+        mount = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
+        if (place + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= longest:
+            longest, kind = len(mount), fields[fields.index("-") + 1]
+    return kind == "virtiofs" or kind.startswith("fuse")
+
+
 @contextmanager
 def reaching(place: Path | str) -> Iterator[None]:
     """Names a place behind a URL in what the package that reaches it raises: no credentials, no

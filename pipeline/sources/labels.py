@@ -99,7 +99,7 @@ def read_labels(
     for name in names:
         if not any(_is_part(leaf, name) for leaf in by_label):
             raise InputError(
-                f"{source} has no label {name!r}; it has {', '.join(sorted(by_label))}"
+                f"{source} has no label {name!r}; it has {', '.join(sorted(by_label)) or 'none'}"
             )
     labels, reasons = [], []
     for name, by_caption in by_label.items():

@@ -101,14 +101,14 @@ class ShardedArray:
             self.fetch_by(default_read_ahead())
 
     def fetch_by(self, ahead: ReadAhead, identity: str = "", *, whole: bool = False) -> None:
-        """Fetch the chunks of an array of the known form, if it is behind a URL or if there is a
-        cache, where otherwise files of this machine are mapped.
+        """Fetch the chunks of an array of the known form, where otherwise files of this machine are
+        mapped.
 
         Args:
             identity: of the store, which has another one if it is written again.
             whole: fetch the rest of a shard once its first chunk is requested.
         """
-        if not self.direct or (self.is_local and ahead.cache is None):
+        if not self.direct:
             return
         self._remote = RemoteChunks(
             ahead,
@@ -260,6 +260,7 @@ class ShardedArray:
         Errors are those of :meth:`read_slices`, but for damage of chunks.
         """
         if self._remote is not None:
+            self._check_unchanged(self._watched(slices))
             self._remote.request(np.unique(slices.chunk))
         if not self._is_mapped:
             return
@@ -294,8 +295,9 @@ class ShardedArray:
             self._watch.start(range(self.layout.num_shards))
 
     def _watched(self, slices: ChunkSlices) -> list[int]:
-        """Shards of slices, if their files can be watched."""
-        if not self._is_mapped:
+        """Shards of slices, if their files can be watched: not by way of a cache, which may have
+        what is gone."""
+        if not self.direct or not self.is_local or (self._remote and self._remote.ahead.cache):
             return []
         num_chunks = self._num_chunks
         shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()

@@ -291,7 +291,7 @@ class Store(Generic[M]):
             array.watch()
 
     def fetch_by(self, ahead: ReadAhead, *, whole: bool = False) -> None:
-        """Read shards behind a URL, or any with a cache, by way of what others share too.
+        """Fetch the chunks of shards, by way of what others share too, instead of mapping them.
 
         Args:
             whole: fetch the rest of a shard once something of it is requested.

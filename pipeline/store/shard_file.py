@@ -12,7 +12,7 @@ import numpy as np
 import zstandard
 
 from ...schemas import InputError
-from ...schemas.files import inside, is_local, open_file, read_file
+from ...schemas.files import inside, is_local, on_fuse, open_file, read_file
 from ..codecs.chunks import ChunkCodec
 from ..codecs.kernels import copy_runs
 from ..codecs.ranges import touch_ranges
@@ -42,7 +42,7 @@ def read_bytes(folder: Path, name: str, *, in_order: bool = True) -> np.ndarray:
         if is_local(path):
             with open_file(path) as file:
                 mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
-            if not in_order:
+            if not in_order and not on_fuse(path):
                 mapped.madvise(MADV_RANDOM)
             content = np.frombuffer(mapped, np.uint8)
         else:

@@ -5,6 +5,7 @@ import logging
 import pickle
 import threading
 import time
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -36,6 +37,7 @@ from semroute.schemas.files import (  # noqa: E402
     list_files,
     list_names,
     locate,
+    on_fuse,
     read_file,
     read_files,
     remove,
@@ -375,3 +377,40 @@ class TestRefusals:
         assert done.exit_code == 1
         assert "nowhere" in done.output
         assert issubclass(StorageError, InputError)
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("/data/bucket/features", True),
+        ("/data/bucket", True),
+        ("/data/bucket2", False),
+        ("/data/bucket/scratch/x", False),
+        ("/data/my bucket/x", True),
+        ("/data/host/x", True),
+        ("/data/server/x", False),
+        ("/home", False),
+    ],
+)
+def test_which_file_systems_are_programs(place, found, tmp_path):
+    mounts = tmp_path / "mountinfo"
+    kinds = {
+        "/": "ext4",
+        "/data/bucket": "fuse.rclone",
+        "/data/bucket/scratch": "xfs",
+        r"/data/my\040bucket": "fuse",
+        "/data/host": "virtiofs",
+        "/data/server": "nfs4",
+    }
+    mounts.write_text(
+        "".join(
+            f"{number} 1 0:{number} / {place} rw,noatime shared:1 - {kind} none rw\n"
+            for number, (place, kind) in enumerate(kinds.items(), 20)
+        )
+    )
+    assert on_fuse(Path(place), mounts) == found
+
+
+def test_temporary_files_are_on_no_program(tmp_path):
+    assert not on_fuse(tmp_path)
+    assert not on_fuse(tmp_path, tmp_path / "no such file")

@@ -126,7 +126,8 @@ class StreamingDataset(IterableDataset[AnyBatch], ABC):
 
     @cached_property
     def read_ahead(self) -> ReadAhead | None:
-        """Fetches chunks of stores behind URLs, or by way of a cache; None if all are mapped."""
+        """Fetches chunks of stores that are not mapped: behind URLs, in file systems of programs
+        (FUSE), and all by way of a cache; None if all are mapped."""
         return fetch_stores(self.pairs, self.data)
 
     @property

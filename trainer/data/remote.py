@@ -1,4 +1,5 @@
-"""How a run reads stores behind URLs, and what it keeps on a local disk: ``data.cache``."""
+"""How a run reads stores behind URLs and in file systems of programs (FUSE), and what it keeps on a
+local disk: ``data.cache``."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from ...pipeline.store.order.dataset import StorePair
 from ...pipeline.store.remote.cache import ChunkCache, cache_folder
 from ...pipeline.store.remote.chunks import KEPT_BYTES, ReadAhead
 from ...schemas import DataConfig
-from ...schemas.files import is_local, list_files
+from ...schemas.files import is_local, list_files, on_fuse
 from ...schemas.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class FetchPlan:
             how += f" (whole shards need data.cache with a size of {needed})"
         if data.cache is None:
             kept = " kept in memory" if self.whole_captions else ""
-            return f"{size} behind URLs: {how}{kept}; every epoch reads all of it again"
+            return f"{size} to fetch: {how}{kept}; every epoch reads all of it again"
         if self.num_bytes <= self.limit_bytes:
             text = "all of it fits, so later epochs fetch nothing"
         else:
@@ -65,7 +66,7 @@ class FetchPlan:
 
 
 def plan_fetching(pairs: Sequence[StorePair], data: DataConfig) -> FetchPlan | None:
-    """How stores are read; None if all are on disks of this machine and there is no cache."""
+    """How stores are fetched; None if all are mapped."""
     stores = [store for store in _stores(pairs) if _is_fetched(store, data)]
     if not stores:
         return None
@@ -135,7 +136,8 @@ def _stores(pairs: Sequence[StorePair]) -> "Iterator[Store[Any]]":
 
 
 def _is_fetched(store: "Store[Any]", data: DataConfig) -> bool:
-    return not store.has_budget and not (is_local(store.path) and data.cache is None)
+    is_disk = is_local(store.path) and not on_fuse(store.path)
+    return not store.has_budget and not (is_disk and data.cache is None)
 
 
 def _num_bytes(store: "Store[Any]") -> int:

@@ -8,6 +8,7 @@ finds, so both read the same store.
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,8 @@ _VERSIONS = (
 """Names that file systems of fsspec give to what changes with a file."""
 _CREDENTIALS_SECONDS = 300
 _TIMEOUT = "120s"
+_KEPT_OPEN = 64
+"""Files of a disk that a client keeps open."""
 _CHANGED = (
     "has changed since it was opened. Nothing may write to a store that is read; check it with "
     "semroute verify, then resume"
@@ -194,18 +197,48 @@ class FsspecClient:
 
 
 class DiskClient:
-    """Files of a file system of this machine."""
+    """Files of a file system of this machine, of which the last ones stay open: over a network, to
+    open a file takes as long as to read it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._opened = lru_cache(_KEPT_OPEN)(self._open)
 
     def get(self, name: str, start: int, stop: int | None, version: str = "") -> Part:
+        path = self._folder / name
+        state = os.stat(path, follow_symlinks=False)
+        found = _version(state)
+        if version and version != found:
+            raise ChangedError(f"{path} {_CHANGED}")
+        first = max(0, state.st_size + start) if start < 0 else start
+        size = (state.st_size if stop is None else stop) - first
+        try:
+            content = os.pread(self._opened(name, found).number, size, first)
+        except OSError:
+            self._opened.cache_clear()  # a network file system may have dropped it
+            raise
+        return Part(np.frombuffer(content, np.uint8), found)
+
+    def _open(self, name: str, version: str) -> "_Descriptor":
         path = inside(self._folder, name)
         with open_file(path) as file:
-            state = os.fstat(file.fileno())
-            found = f"{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
-            if version and version != found:
+            if _version(os.fstat(file.fileno())) != version:
                 raise ChangedError(f"{path} {_CHANGED}")
-            first = max(0, state.st_size + start) if start < 0 else start
-            size = (state.st_size if stop is None else stop) - first
-            return Part(np.frombuffer(os.pread(file.fileno(), size, first), np.uint8), found)
+            opened = _Descriptor(os.dup(file.fileno()))
+        # Nothing around a part is read, and all of it at once.
+        os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_RANDOM)
+        return opened
+
+
+def _version(state: os.stat_result) -> str:
+    return f"{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
+
+
+class _Descriptor:
+    """An open file, which is closed when nobody uses it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)

@@ -1,10 +1,12 @@
 """Runs from an object store, and data.cache."""
 
 import errno
+import gc
 import json
 import os
 import shutil
-from contextlib import closing
+from collections import deque
+from contextlib import closing, suppress
 from itertools import islice
 
 import numpy as np
@@ -19,7 +21,9 @@ from object_server import is_shard, serving
 from pydantic import ValidationError
 
 from semroute.cli import cli
+from semroute.pipeline.store.checks.watch import ChangedError
 from semroute.pipeline.store.open import open_features, open_latents
+from semroute.pipeline.store.remote.clients import DiskClient
 from semroute.schemas import DataConfig, InputError
 from semroute.trainer.data import remote
 from semroute.trainer.data.loader import PackedLoader
@@ -187,3 +191,62 @@ def test_a_cache_that_cannot_be_is_refused_before_any_work(configure, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises((InputError, ValidationError), match="not a size"):
         configure(tmp_path / "run", data={"cache": cache | {"size": "much"}})
+
+
+class TestMountedByAProgram:
+    """Stores as if they lay in a file system of a program (FUSE)."""
+
+    @pytest.mark.parametrize("order", ["random", "shards"])
+    def test_it_is_fetched_in_ranges_and_gives_the_same_batches(self, order, server, monkeypatch):
+        mapped = make(server.folder / "bucket", {"order": order})
+        expected = first(mapped, 6)
+        assert mapped.fetched() is None
+        monkeypatch.setattr(remote, "on_fuse", lambda _path: True)
+        fetching = make(server.folder / "bucket", {"order": order})
+        assert all(equal(*pair) for pair in zip(first(fetching, 6), expected, strict=True))
+        assert fetching.fetched().fetched_bytes > 0
+
+    def test_a_file_that_changes_ends_the_reading(self, server, monkeypatch, tmp_path):
+        monkeypatch.setattr(remote, "on_fuse", lambda _path: True)
+        place = tmp_path / "bucket"
+        shutil.copytree(server.folder / "bucket", place)
+        loader = make(place, {})
+        with closing(iter(loader)) as batches:
+            next(batches)
+            for shard in (place / "features" / "hidden.zarr" / "hidden" / "c").rglob("*"):
+                if shard.is_file():
+                    shard.write_bytes(shard.read_bytes()[::-1])
+            with pytest.raises(InputError, match="has changed since"):
+                deque(batches, maxlen=0)
+
+
+def test_few_files_of_a_disk_are_kept_open(tmp_path):
+    for number in range(100):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 10)
+    client = DiskClient(tmp_path)
+    for number in [*range(100), *range(100)]:
+        assert client.get(str(number), 2, 5).content.tolist() == [number] * 3
+    assert num_open(tmp_path) == 64
+    del client
+    gc.collect()
+    assert num_open(tmp_path) == 0
+
+
+def num_open(folder):
+    """Files in a folder that this process has open."""
+    found = 0
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{entry}").startswith(f"{folder}/")
+    return found
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    (tmp_path / "a").write_bytes(b"before")
+    client = DiskClient(tmp_path)
+    version = client.get("a", 0, 3).version
+    (tmp_path / "b").write_bytes(b"after")
+    (tmp_path / "b").rename(tmp_path / "a")
+    assert client.get("a", 0, None).content.tobytes() == b"after"
+    with pytest.raises(ChangedError, match="a has changed since"):
+        client.get("a", 0, 3, version)
