@@ -10,6 +10,7 @@ are refused, and names that lead out of it.
 import errno
 import os
 import re
+import resource
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,8 @@ _REMEDIES = {
 }
 
 
+_OTHER_FILES = 512
+"""Open files that a process has or will have beside those of stores."""
 _HTTP = "aiohttp"
 """Package by which fsspec reads over HTTP."""
 
@@ -296,6 +299,19 @@ def open_file(path: Path, *, follow: bool = False) -> BufferedReader:
         os.close(descriptor)
         raise StorageError(_refusal(path, mode))
     return os.fdopen(descriptor, "rb")
+
+
+def allow_open_files(num: int) -> None:
+    """Raise this process's own limit of open files, 1,024 on many machines, so that it may have so
+    many more; never above what the machine allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    with suppress(ValueError, OSError):  # the kernel has a limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def read_file(path: Path, *, limit: int | None = None, follow: bool = False) -> bytes:

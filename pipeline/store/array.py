@@ -22,7 +22,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from ...schemas import InputError, Layout, WrittenFile, write_whole
-from ...schemas.files import inside, is_local, write_files
+from ...schemas.files import allow_open_files, inside, is_local, write_files
 from ..codecs.chunks import ZSTD_LEVEL, ChunkCodec
 from ..codecs.ranges import request_ranges
 from .checks.metadata import METADATA, StoredArray, array_faults, read_metadata, sharded_form
@@ -39,6 +39,9 @@ from .shard_file import (
     read_bytes,
     tells_residency,
 )
+
+_ARRAYS = 8
+"""Arrays of one process, about, each with as many shards; a mapped shard is an open file."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +354,8 @@ class ShardedArray:
         if not new:
             return
         self._check_unchanged(new)
+        # Other arrays of the process have as many shards: features, latents, conditioning.
+        allow_open_files(_ARRAYS * (len(self._shards) + len(new)))
         contents = {
             shard: read_bytes(self.path, shard_name(shard, len(self.row_shape)), in_order=False)
             for shard in new

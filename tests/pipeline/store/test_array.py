@@ -1,4 +1,5 @@
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,23 @@ def test_runs_come_back_and_zarr_python_agrees(array):
         np.testing.assert_array_equal(read(array, starts, stops, select), expected[:, select])
         np.testing.assert_array_equal(read(slow, starts, stops, select), expected[:, select])
     np.testing.assert_array_equal(zarr.open_array(array.path, mode="r")[32:64], second)
+
+
+def test_more_shards_than_a_process_may_open_files_by_default(tmp_path):
+    layout = LAYOUT.model_copy(update={"num_shards": 150, "num_rows": 150 * 32})
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    create_array(group, "x", layout, ROW, np.dtype("<u2"), ("row", "layer", "channel"), {})
+    array = ShardedArray(tmp_path / "a.zarr" / "x", layout)
+    for shard in range(150):
+        array.write_shard(shard, shard_rows(array, seed=shard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        for shard in range(150):
+            found = read(array, [shard * 32], [shard * 32 + 32])
+            np.testing.assert_array_equal(found, shard_rows(array, seed=shard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_buffer_that_rows_do_not_fit_is_refused(array):
