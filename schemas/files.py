@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path, PosixPath
 from typing import Any, cast
@@ -101,6 +102,7 @@ def is_local(path: Path) -> bool:
     return isinstance(path, PosixPath)
 
 
+@lru_cache(maxsize=256)
 def on_fuse(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     """Whether a path is in a file system that a program provides (FUSE), as mounted buckets are.
 
@@ -136,7 +138,7 @@ def reaching(place: Path | str) -> Iterator[None]:
         raise
     except Exception as error:
         failure = error
-        if isinstance(error, FileNotFoundError) and not is_missing(error):
+        if isinstance(error, FileNotFoundError) and not _is_missing(error):
             failure = cast("Exception", error.__cause__)
         package = type(failure).__module__.partition(".")[0]
         passes = isinstance(failure, OSError) and package != _HTTP
@@ -146,7 +148,7 @@ def reaching(place: Path | str) -> Iterator[None]:
         raise StorageError(f"{place} cannot be read: {kind}: {failure}") from error
 
 
-def is_missing(error: FileNotFoundError) -> bool:
+def _is_missing(error: FileNotFoundError) -> bool:
     """Whether a place said that nothing is there: to fsspec a file is missing whenever a request
     over HTTP failed. A bucket that may not be listed answers 403 for what is not there."""
     cause = error.__cause__

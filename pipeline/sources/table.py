@@ -138,17 +138,25 @@ class SampleTable:
         column = str(self.chosen.image)
         with Reader() as tars, EmbeddedReader(self.files, column) as embedded:
             for row, value in enumerate(_python_values(self.table[IMAGE], self.source)):
-                name = _image_name(value)
                 try:
-                    with reaching(name if "://" in name else f"{self.folder}/{name}"):
+                    with reaching(self._image_place(value)):
                         content = self._image_file(row, value, tars, embedded)
                 except (_Refused, StorageError) as error:
                     content = Unreadable(shown(str(error)))
                 except FileNotFoundError as error:
-                    content = Unreadable(shown(f"no such file: {name}{answer(error)}"))
+                    missing = f"no such file: {_image_name(value)}{answer(error)}"
+                    content = Unreadable(shown(missing))
                 except (OSError, pa.ArrowException) as error:
-                    content = Unreadable(shown(f"{name}: {error}"))
+                    content = Unreadable(shown(f"{_image_name(value)}: {error}"))
                 yield content
+
+    def _image_place(self, value: Any) -> str:
+        """The file that an image is read from, or the source."""
+        if isinstance(value, dict):
+            value = value.get("tar") or value.get("path")
+        if not isinstance(value, str):
+            return self.source
+        return value if "://" in value else f"{self.folder}/{value}"
 
     def _image_file(
         self, row: int, value: Any, tars: Reader, embedded: EmbeddedReader

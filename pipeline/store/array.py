@@ -300,7 +300,8 @@ class ShardedArray:
     def _watched(self, slices: ChunkSlices) -> list[int]:
         """Shards of slices, if their files can be watched: not by way of a cache, which may have
         what is gone."""
-        if not self.direct or not self.is_local or (self._remote and self._remote.ahead.cache):
+        cached = self._remote is not None and self._remote.ahead.cache is not None
+        if not self.direct or not self.is_local or cached:
             return []
         num_chunks = self._num_chunks
         shards: list[int] = np.unique(slices.chunk // num_chunks).tolist()

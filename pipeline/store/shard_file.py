@@ -42,7 +42,7 @@ def read_bytes(folder: Path, name: str, *, in_order: bool = True) -> np.ndarray:
         if is_local(path):
             with open_file(path) as file:
                 mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
-            if not in_order and not on_fuse(path):
+            if not in_order and not on_fuse(folder):
                 mapped.madvise(MADV_RANDOM)
             content = np.frombuffer(mapped, np.uint8)
         else:
