@@ -106,7 +106,7 @@ def is_local(path: Path) -> bool:
 def on_fuse(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     """Whether a path is in a file system that a program provides (FUSE), as mounted buckets are.
 
-    Its kernel module drops what is to be read ahead when it has a dozen requests, so that every
+    The kernel takes about a dozen requests to read ahead from it and drops the others, so that each
     page of a mapped file may become a request of its own.
 
     Args:
