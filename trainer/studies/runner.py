@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ...schemas import InputError, StudyConfig, TrainConfig
+from ...schemas import InputError, StudyConfig
 from ...schemas.verbosity import progress_bar
 from ..evaluation.shapes import read_captions
 from .job import SCORES, Job, OpenDecoder, gather_scores, list_jobs
@@ -83,24 +83,29 @@ def open_results(study: StudyConfig) -> ResultsTable:
 
 
 def check_inputs(study: StudyConfig) -> None:
-    """Refuse missing stores and captions before any run starts."""
+    """Refuse missing stores and captions, and stores that do not belong together, before any run
+    starts."""
     from ...pipeline.store.open import open_features
+    from ...pipeline.store.order.dataset import open_stores
 
-    for job in list_jobs(study):
-        check_stores(job.config)
-        if job.scoring is not None:
-            open_features(job.scoring.features)
-            check_step(job)
+    jobs = list_jobs(study)
+    read = {"features", "latents", "data"}  # most runs share theirs
+    for config in {job.config.model_dump_json(include=read): job.config for job in jobs}.values():
+        for pair in open_stores(config):
+            pair.features.check_complete()  # a disk budget is for runs that extraction follows
+    for features in sorted({job.scoring.features for job in jobs if job.scoring is not None}):
+        open_features(features)
+    for job in jobs:
+        check_step(job)
     if study.scoring is not None:
         read_captions(study.scoring.samples)
 
 
 def check_step(job: Job) -> None:
     """Refuse a step to score at which the run will have no checkpoint."""
-    assert job.scoring is not None
-    step, steps, every = job.scoring.step, job.config.steps, job.config.checkpoint_every
-    if step is None:
+    if job.scoring is None or job.scoring.step is None:
         return
+    step, steps, every = job.scoring.step, job.config.steps, job.config.checkpoint_every
     if step != steps and (step > steps or step % every):
         raise InputError(
             f"arm {job.arm} is scored at step {step}, where its runs have no checkpoint: they have "
@@ -114,14 +119,6 @@ def check_step(job: Job) -> None:
             f"checkpoints and keep {job.config.keep_checkpoints}: set keep_checkpoints to at least "
             f"{later + 1}"
         )
-
-
-def check_stores(config: TrainConfig) -> None:
-    """Refuse missing stores of one run."""
-    from ...pipeline.store.open import open_features, open_latents
-
-    open_features(config.features)
-    open_latents(config.latents)
 
 
 def run_jobs(jobs: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name: str) -> None:

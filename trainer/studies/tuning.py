@@ -102,8 +102,7 @@ def read_chosen(study: StudyConfig) -> dict[str, dict[str, Any]]:
 def is_tuned(study: StudyConfig, arm: str) -> bool:
     """Whether trials choose a setting of an arm: not if it gives the value itself, or if it learns
     no routing weights and names no other setting to tune."""
-    from ...pipeline.store.open import open_features, open_latents
-    from ...pipeline.store.order.dataset import open_pairs
+    from ...pipeline.store.order.dataset import open_stores
     from ..runs.record import build_model
     from ..training.setup import make_record
 
@@ -114,9 +113,7 @@ def is_tuned(study: StudyConfig, arm: str) -> bool:
     config = make_job(study, arm, study.seeds[0], {}).config
     if config.routing.strategy == "deep-fusion":
         return False  # it learns none, and to build it would take the LLM
-    stores = open_features(config.features), open_latents(config.latents)
-    record = make_record(config, open_pairs(*stores, config.data))
-    return bool(build_model(record).router_parameters())
+    return bool(build_model(make_record(config, open_stores(config))).router_parameters())
 
 
 def _accuracy(table: pa.Table, skill: str) -> float:

@@ -190,7 +190,16 @@ def check_everything_else(features, whole, samples_file, tiny_llm):
     assert len(store.receipts()) == store.manifest.layout.num_shards
     with pytest.raises(InputError, match="without --budget"):
         open_features(features)
-    for command in (("rewrite", features, f"{features}-2"), ("push", features, "me/features")):
+    shared = yaml.safe_load(features.with_name("run.yaml").read_text())
+    del shared["output"]
+    study = {"arms": {"uniform": {}}, "reference": "uniform", "seeds": [0], "train": shared}
+    study_file = features.with_name("study.yaml")
+    study_file.write_text(yaml.safe_dump(study | {"output": str(features.with_name("study"))}))
+    for command in (
+        ("rewrite", features, f"{features}-2"),
+        ("push", features, "me/features"),
+        ("study", study_file),
+    ):
         result = invoke(*command)
         assert result.exit_code
         assert "has a disk budget" in result.output

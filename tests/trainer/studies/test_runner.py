@@ -217,6 +217,26 @@ class TestStudy:
         (depth,) = [line for line in summary.splitlines() if line.startswith("| depth | uniform |")]
         assert len(depth.split("|")) == 2 + 2 + 2 * 2
 
+    @pytest.mark.parametrize(
+        ("arm", "message"),
+        [
+            ({"features": "dev"}, "dev has 6 samples but"),
+            ({"features": "nowhere"}, "nowhere"),
+            ({"data.mixture": [{"features": "nowhere", "latents": "latents"}]}, "nowhere"),
+            ({"data.conditioning": "nowhere"}, "nowhere"),
+            ({"scoring": {"features": "nowhere"}}, "nowhere"),
+        ],
+    )
+    def test_stores_of_every_arm_are_opened_before_a_run_starts(
+        self, world, tmp_path, monkeypatch, arm, message
+    ):
+        monkeypatch.chdir(world)
+        content = document(world, tmp_path / "out")
+        content["arms"]["depth"] |= arm
+        assert message in invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert not (tmp_path / "out" / "runs").exists()
+        assert not (tmp_path / "out" / "tuning").exists()
+
     @pytest.mark.usefixtures("undrawn")
     def test_run_again_does_nothing(self, done):
         file, out, _ = done
