@@ -221,10 +221,13 @@ class TestStudy:
         ("arm", "message"),
         [
             ({"features": "dev"}, "dev has 6 samples but"),
-            ({"features": "nowhere"}, "nowhere"),
-            ({"data.mixture": [{"features": "nowhere", "latents": "latents"}]}, "nowhere"),
-            ({"data.conditioning": "nowhere"}, "nowhere"),
-            ({"scoring": {"features": "nowhere"}}, "nowhere"),
+            ({"features": "nowhere"}, "nowhere is no feature store"),
+            (
+                {"data.mixture": [{"features": "train", "latents": "other", "proportion": 0.5}]},
+                "other is no latent store",
+            ),
+            ({"data.conditioning": "nowhere"}, "nowhere is no conditioning store"),
+            ({"scoring": {"features": "nowhere"}}, "nowhere is no feature store"),
         ],
     )
     def test_stores_of_every_arm_are_opened_before_a_run_starts(
