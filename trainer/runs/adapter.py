@@ -165,7 +165,7 @@ class Adapter:
         from ...pipeline.store.open import open_features
 
         features = open_features(self.record.config.features)
-        check_identity(self.path, self.record.features, features.manifest.identity)
+        check_identity(f"{self.path} was", self.record.features, features.manifest.identity)
         ids = range(min(len(features), NUM_CAPTIONS))
         return features.read(ids, self.router.layers_read).tensor()
 

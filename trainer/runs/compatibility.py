@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Set
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...schemas import (
@@ -33,7 +32,7 @@ def check_features(run: "Run", identity: FeatureIdentity) -> None:
             f"them with semroute rewrite --routing {run.path}"
         )
     else:
-        check_identity(run.path, run.record.features, identity)
+        check_identity(f"{run.path} was", run.record.features, identity)
 
 
 def check_llm(run: "Run", identity: FeatureIdentity) -> None:
@@ -42,16 +41,28 @@ def check_llm(run: "Run", identity: FeatureIdentity) -> None:
     Raises:
         InputError: with every key that differs, and both values.
     """
-    check_identity(run.path, run.record.features, identity, _CAPTIONS | _LAYERS)
+    check_identity(f"{run.path} was", run.record.features, identity, _CAPTIONS | _LAYERS)
+
+
+def check_planned(arm: str, own: FeatureIdentity, identity: FeatureIdentity) -> None:
+    """Refuse features that the runs of an arm could not be scored on, before they are trained.
+
+    Mixes are compared with the weights of a run when it has some.
+
+    Raises:
+        InputError: with every key that differs, and both values.
+    """
+    mixed = own.mixes is not None or identity.mixes is not None
+    check_identity(f"arm {arm} is", own, identity, _CAPTIONS | _LAYERS if mixed else _CAPTIONS)
 
 
 def check_identity(
-    path: Path, own: FeatureIdentity, identity: FeatureIdentity, free: Set[str] = _CAPTIONS
+    run: str, own: FeatureIdentity, identity: FeatureIdentity, free: Set[str] = _CAPTIONS
 ) -> None:
     """Refuse features whose identity differs from that of a run's own.
 
     Args:
-        path: of the run, for the message.
+        run: its name and a verb, for the message.
         free: keys that may differ; by default those of the captions.
 
     Raises:
@@ -62,7 +73,7 @@ def check_identity(
             identity.model_dump(mode="json", exclude={*free}),
             own.model_dump(mode="json", exclude={*free}),
         ),
-        f"{path} was trained on other features; those given, against its own",
+        f"{run} trained on other features; those given, against its own",
         "Extract the captions with the run's model and options.",
     )
 

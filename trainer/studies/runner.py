@@ -17,6 +17,7 @@ seeds, and runs may be deleted once they are scored.
 import multiprocessing
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -26,9 +27,10 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ...schemas import InputError, StudyConfig
+from ...schemas import FeatureIdentity, InputError, StudyConfig
 from ...schemas.verbosity import progress_bar
 from ..evaluation.shapes import read_captions
+from ..runs.compatibility import check_planned
 from .job import SCORES, Job, OpenDecoder, gather_scores, list_jobs
 from .results import ResultsTable
 from .tuning import read_chosen, tune
@@ -63,11 +65,12 @@ def run_study(
         InputError: an invalid configuration, or runs that failed, after all others are done.
     """
     num_jobs = num_jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
-    check_inputs(study)
+    check_inputs(list_jobs(study))
 
     def run(jobs: Sequence[Job], name: str, stored: ResultsTable) -> None:
         remaining = [job for job in jobs if not job.is_done(stored)]
         report(f"{name}: {len(jobs)} runs, to do: {len(remaining)}, {num_jobs} at a time")
+        check_inputs(remaining)  # trials have captions of their own
         run_jobs(remaining, num_jobs, open_decoder, name)
 
     jobs = list_jobs(study, tune(study, run, report))
@@ -82,23 +85,36 @@ def open_results(study: StudyConfig) -> ResultsTable:
     return ResultsTable(Path(study.output) / RESULTS, ("arm", "seed"))
 
 
-def check_inputs(study: StudyConfig) -> None:
-    """Refuse missing stores and captions, and stores that do not belong together, before any run
+def check_inputs(jobs: Sequence[Job]) -> None:
+    """Refuse missing stores and captions, and such as do not belong together, before any run
     starts."""
-    from ...pipeline.store.open import open_features
     from ...pipeline.store.order.dataset import open_stores
 
-    jobs = list_jobs(study)
-    read = {"features", "latents", "data"}  # most runs share theirs
-    for config in {job.config.model_dump_json(include=read): job.config for job in jobs}.values():
-        for pair in open_stores(config):
-            pair.features.check_complete()  # a disk budget is for runs that extraction follows
-    for features in sorted({job.scoring.features for job in jobs if job.scoring is not None}):
-        open_features(features)
+    alike = defaultdict(list)  # most runs read the same
     for job in jobs:
         check_step(job)
-    if study.scoring is not None:
-        read_captions(study.scoring.samples)
+        alike[job.config.model_dump_json(include={"features", "latents", "data"})].append(job)
+    for group in alike.values():
+        pairs = open_stores(group[0].config)
+        for pair in pairs:
+            pair.features.check_complete()  # a disk budget is for runs that extraction follows
+        scored = [(job.scoring, job) for job in group if job.scoring is not None]
+        for job in {(each.features, each.samples): job for each, job in scored}.values():
+            check_scored(job, pairs[0].features.manifest.identity)
+
+
+def check_scored(job: Job, own: FeatureIdentity) -> None:
+    """Refuse features to score on that are not of the captions, or that the run cannot read.
+
+    Args:
+        own: identity of the features that it trains on.
+    """
+    from ...pipeline.store.open import open_features
+
+    assert job.scoring is not None
+    features = open_features(job.scoring.features)
+    features.check_source(job.scoring.samples, read_captions(job.scoring.samples).texts)
+    check_planned(job.arm, own, features.manifest.identity)
 
 
 def check_step(job: Job) -> None:

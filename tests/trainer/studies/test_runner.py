@@ -228,17 +228,28 @@ class TestStudy:
             ),
             ({"data.conditioning": "nowhere"}, "nowhere is no conditioning store"),
             ({"scoring": {"features": "nowhere"}}, "nowhere is no feature store"),
+            ({"scoring": {"features": "dev"}}, "dev was not extracted from"),
+            ({"scoring": {"features": "fewer"}}, "arm depth is trained on other features"),
         ],
     )
     def test_stores_of_every_arm_are_opened_before_a_run_starts(
         self, world, tmp_path, monkeypatch, arm, message
     ):
         monkeypatch.chdir(world)
+        if not Path("fewer").exists():
+            invoke("rewrite", "test", "fewer", "--layers", "2,3", "--workers", 0)
         content = document(world, tmp_path / "out")
         content["arms"]["depth"] |= arm
         del content["tuning"]  # for which they are opened, too
         assert message in invoke("study", write(tmp_path / "study.yaml", content), code=1)
         assert not (tmp_path / "out" / "runs").exists()
+
+    def test_captions_to_choose_by_are_opened_before_a_trial_starts(self, world, tmp_path):
+        content = document(world, tmp_path / "out")
+        content["tuning"]["scoring"]["features"] = str(world / "train")
+        printed = invoke("study", write(tmp_path / "study.yaml", content), code=1)
+        assert f"{world / 'train'} was not extracted from" in printed
+        assert not (tmp_path / "out" / "tuning").exists()
 
     @pytest.mark.usefixtures("undrawn")
     def test_run_again_does_nothing(self, done):
