@@ -17,7 +17,6 @@ seeds, and runs may be deleted once they are scored.
 import multiprocessing
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -27,10 +26,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from ...schemas import FeatureIdentity, InputError, StudyConfig
+from ...schemas import InputError, StudyConfig
 from ...schemas.verbosity import progress_bar
-from ..evaluation.shapes import read_captions
-from ..runs.compatibility import check_planned
+from .inputs import check_inputs
 from .job import SCORES, Job, OpenDecoder, gather_scores, list_jobs
 from .results import ResultsTable
 from .tuning import read_chosen, tune
@@ -70,7 +68,6 @@ def run_study(
     def run(jobs: Sequence[Job], name: str, stored: ResultsTable) -> None:
         remaining = [job for job in jobs if not job.is_done(stored)]
         report(f"{name}: {len(jobs)} runs, to do: {len(remaining)}, {num_jobs} at a time")
-        check_inputs(remaining)  # trials have captions of their own
         run_jobs(remaining, num_jobs, open_decoder, name)
 
     jobs = list_jobs(study, tune(study, run, report))
@@ -83,58 +80,6 @@ def run_study(
 def open_results(study: StudyConfig) -> ResultsTable:
     """Scores of all runs of a study."""
     return ResultsTable(Path(study.output) / RESULTS, ("arm", "seed"))
-
-
-def check_inputs(jobs: Sequence[Job]) -> None:
-    """Refuse missing stores and captions, and such as do not belong together, before any run
-    starts."""
-    from ...pipeline.store.order.dataset import open_stores
-
-    alike = defaultdict(list)  # most runs read the same
-    for job in jobs:
-        check_step(job)
-        alike[job.config.model_dump_json(include={"features", "latents", "data"})].append(job)
-    for group in alike.values():
-        pairs = open_stores(group[0].config)
-        for pair in pairs:
-            pair.features.check_complete()  # a disk budget is for runs that extraction follows
-        scored = [(job.scoring, job) for job in group if job.scoring is not None]
-        for job in {(each.features, each.samples): job for each, job in scored}.values():
-            check_scored(job, pairs[0].features.manifest.identity)
-
-
-def check_scored(job: Job, own: FeatureIdentity) -> None:
-    """Refuse features to score on that are not of the captions, or that the run cannot read.
-
-    Args:
-        own: identity of the features that it trains on.
-    """
-    from ...pipeline.store.open import open_features
-
-    assert job.scoring is not None
-    features = open_features(job.scoring.features)
-    features.check_source(job.scoring.samples, read_captions(job.scoring.samples).texts)
-    check_planned(job.arm, own, features.manifest.identity)
-
-
-def check_step(job: Job) -> None:
-    """Refuse a step to score at which the run will have no checkpoint."""
-    if job.scoring is None or job.scoring.step is None:
-        return
-    step, steps, every = job.scoring.step, job.config.steps, job.config.checkpoint_every
-    if step != steps and (step > steps or step % every):
-        raise InputError(
-            f"arm {job.arm} is scored at step {step}, where its runs have no checkpoint: they have "
-            f"{steps} steps and a checkpoint every {every}. Choose a multiple of that, or another "
-            "checkpoint_every"
-        )
-    later = -(-steps // every) - step // every  # the last one may be no multiple
-    if later >= job.config.keep_checkpoints:
-        raise InputError(
-            f"arm {job.arm} is scored at step {step}, after which its runs write {later} more "
-            f"checkpoints and keep {job.config.keep_checkpoints}: set keep_checkpoints to at least "
-            f"{later + 1}"
-        )
 
 
 def run_jobs(jobs: Sequence[Job], num_jobs: int, open_decoder: OpenDecoder, name: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from ...schemas import InputError, StudyConfig, write_document
 from ...schemas.json_file import read_json
+from .inputs import check_inputs
 from .job import Job, gather_scores, make_job
 from .results import ResultsTable
 
@@ -44,6 +45,7 @@ def tune(
         for seed in tuning.seeds
     ]
     stored = ResultsTable(Path(study.output) / TRIALS, ("arm", "value", "seed"))
+    check_inputs([job for job in jobs if not job.is_done(stored)])
     run(jobs, "tuning", stored)
     done = gather_scores(jobs, stored)
     document: dict[str, dict[str, float]] = {}
